@@ -1,0 +1,51 @@
+"""What callbacks share that accumulate one torchmetric over the corpus in validation and test loops."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torchmetrics import Metric
+
+
+class CorpusMetricCallback(Callback):
+    """Feeds the scores of every evaluated batch to one metric and logs what it says at the end of the loop.
+
+    Args:
+        metric: Its `update` takes token scores, its `compute` gives named numbers.
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.metric.to(pl_module.device)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The device is known only now: the strategy moves the module after `setup`.
+        self.metric.to(pl_module.device).reset()
+
+    def _update(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        self.metric.update(outputs["scores"])
+
+    def _log(self, pl_module: LightningModule, prefix: str) -> None:
+        # Every rank computes: the metric gathers from all of them, so the numbers agree and need no further reduction.
+        for name, value in self.metric.compute().items():
+            pl_module.log(f"{prefix}/{name}", value.float(), rank_zero_only=True)
+        self.metric.reset()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any) -> None:
+        self._update(trainer, pl_module, outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start(trainer, pl_module)
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any) -> None:
+        self._update(trainer, pl_module, outputs)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(pl_module, "test")

@@ -1,0 +1,231 @@
+"""One record per fit: what was run and what came out, beside the adapter and the per-token results."""
+
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.stop_when_recalled import StopWhenRecalled
+from callbacks.verbatim_recall import VerbatimRecall
+from pml import metrics
+from pml.adapter import adapter_parameters
+from pml.corpus import Corpus
+from pml.errors import InputError
+from pml.modules import Memorization
+from pml.recall import score_corpus
+from pml.records import RECORD_NAME, Record, write_record
+from pml.weighting import TokenScores, critical_loss
+
+__all__ = ["RunRecord"]
+
+PACKAGES = ("pml", "torch", "lightning", "transformers", "peft", "torchmetrics")
+
+
+class RunRecord(Callback):
+    """Measures the frozen model before the fit and the adapted one after it, and writes the run's results.
+
+    Into the run's folder go `record.json` (see `pml.records.Record`), `tokens.parquet` (one row per target token) and
+    `adapter/` (as `save_pretrained` writes it). List it after `VerbatimRecall` and `StopWhenRecalled`, whose findings
+    it records.
+
+    Args:
+        dirpath: The run's folder; None is the logger's.
+        threshold: Probability below which a target token counts as not certain.
+        overwrite: Write over the record of an earlier run in the same folder.
+    """
+
+    def __init__(self, dirpath: str | None = None, threshold: float = 0.5, overwrite: bool = False) -> None:
+        critical_loss(threshold)
+        self.dirpath = dirpath
+        self.threshold = threshold
+        self.overwrite = overwrite
+        self.record: Record | None = None
+        """What the last fit came to; None before."""
+        self._initial_loss = float("nan")
+        self._started = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, Memorization):
+            raise InputError(f"RunRecord records SFT and MemFT; the model is a {type(pl_module).__name__}")
+        folder = self._folder(trainer)
+        if trainer.is_global_zero and (folder / RECORD_NAME).exists() and not self.overwrite:
+            raise InputError(
+                f"{folder / RECORD_NAME} is the record of an earlier run; choose another folder "
+                "(trainer.logger.init_args.name, or RunRecord's dirpath) or set overwrite: true"
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Memorization)
+        with pl_module.frozen():
+            self._initial_loss = metrics.mean_loss(self._score(trainer, pl_module)).item()
+        self._started = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Memorization)
+        self._write(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, KeyboardInterrupt) or not self._started or self.record is not None:
+            return
+        assert isinstance(pl_module, Memorization)
+        if trainer.world_size == 1:
+            self._write(trainer, pl_module, "interrupted")
+        elif trainer.is_global_zero:
+            # Measuring takes all ranks, and some may be gone; what was learnt is kept all the same.
+            pl_module.model.save_pretrained(str(self._folder(trainer) / "adapter"))
+
+    def _write(self, trainer: Trainer, pl_module: Memorization, status: Literal["finished", "interrupted"]) -> None:
+        wall_seconds = time.monotonic() - self._started
+        scores = self._score(trainer, pl_module)
+        trained = trainer.strategy.reduce(
+            torch.tensor(pl_module.tokens_trained, device=pl_module.device), reduce_op="sum"
+        )
+        if not trainer.is_global_zero:
+            return
+        folder = self._folder(trainer)
+        corpus: Corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
+        self.record = self._record(trainer, pl_module, corpus, scores, status, int(trained), wall_seconds)
+        _write_tokens(folder / "tokens.parquet", corpus, scores)
+        pl_module.model.save_pretrained(str(folder / "adapter"))
+        # The record comes last: a folder that has one has everything.
+        path = write_record(folder, self.record)
+        if isinstance(trainer.logger, TensorBoardLogger):
+            _log_hyperparameters(trainer.logger, self.record)
+        rank_zero_info(f"record: {path}")
+
+    def _score(self, trainer: Trainer, pl_module: Memorization) -> TokenScores:
+        return score_corpus(pl_module, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+
+    def _record(
+        self,
+        trainer: Trainer,
+        module: Memorization,
+        corpus: Corpus,
+        scores: TokenScores,
+        status: Literal["finished", "interrupted"],
+        trained: int,
+        wall_seconds: float,
+    ) -> Record:
+        parameters = sum(p.numel() for p in adapter_parameters(module.model).values())
+        final_loss = metrics.mean_loss(scores).item()
+        bits = None
+        if corpus.entropy_bits is not None:
+            bits = metrics.memorized_bits(corpus.entropy_bits, final_loss, corpus.target_tokens)
+        recall = next((c for c in trainer.callbacks if isinstance(c, VerbatimRecall)), None)  # type: ignore[attr-defined]
+        stop = next((c for c in trainer.callbacks if isinstance(c, StopWhenRecalled)), None)  # type: ignore[attr-defined]
+        generated = recall.shares() if recall is not None else {}
+        record = Record(
+            status=status,
+            backbone=module.backbone.name,
+            backbone_hash=module.backbone.content_hash,
+            dtype=module.dtype_name,
+            block=module.adapter.block_indices(len(module.backbone.blocks)),
+            placement=module.adapter.placement,
+            init=module.adapter.init,
+            rank=module.adapter.rank,
+            effective_parameters=parameters,
+            corpus=corpus.name,
+            corpus_hash=corpus.content_hash,
+            corpus_settings=corpus.settings,
+            pairs=len(corpus),
+            target_tokens=corpus.target_tokens,
+            corpus_entropy_bits=corpus.entropy_bits,
+            method=module.method,
+            method_settings=module.settings(),
+            seed=module.seed,
+            optimizer_steps=trainer.global_step - module.skipped_steps,
+            target_tokens_trained=trained,
+            initial_loss=self._initial_loss,
+            final_loss=final_loss,
+            loss_reduction=self._initial_loss - final_loss,
+            token_accuracy=metrics.token_accuracy(scores).item(),
+            exact_match=metrics.exact_match(scores).float().mean().item(),
+            generated_exact_match=generated.get("generated_exact_match"),
+            generated_token_accuracy=generated.get("generated_token_accuracy"),
+            sub_threshold_fraction=metrics.sub_threshold_fraction(scores, self.threshold).item(),
+            min_target_probability=metrics.min_target_probability(scores).item(),
+            first_failure=metrics.first_failure(scores).float().mean().item(),
+            memorized_bits=bits,
+            bits_per_parameter=bits / parameters if bits is not None else None,
+            steps_to_recall=stop.steps_to_recall if stop is not None else None,
+            wall_seconds=wall_seconds,
+            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            hardware=_hardware(trainer, module),
+            git_commit=_git_commit(),
+        )
+        if record.generated_exact_match is not None and record.generated_exact_match != record.exact_match:
+            rank_zero_info(
+                f"greedy decoding recalls {record.generated_exact_match:.4f} of the targets, teacher forcing "
+                f"{record.exact_match:.4f}: some argmax is within rounding of a tie"
+            )
+        return record
+
+
+def _write_tokens(path: Path, corpus: Corpus, scores: TokenScores) -> None:
+    """One row per target token: example_id, position, token_id, loss (nats), correct; written atomically."""
+    rows, columns = scores.mask.nonzero(as_tuple=True)
+    table = pa.table(
+        {
+            "example_id": pa.array(scores.example_id[rows].numpy(), pa.int32()),
+            "position": pa.array(columns.numpy(), pa.int32()),
+            "token_id": pa.array([i for e in corpus.examples for i in e.target_ids], pa.int32()),
+            "loss": pa.array(scores.losses[rows, columns].numpy(), pa.float32()),
+            "correct": pa.array(scores.correct[rows, columns].tolist(), pa.bool_()),
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(table, partial, compression="zstd")
+    partial.replace(path)
+
+
+def _log_hyperparameters(logger: TensorBoardLogger, record: Record) -> None:
+    """One HParams row per run: TensorBoard takes its metrics only with the first call."""
+    optimiser = {key: record.method_settings[key] for key in ("learning_rate", "schedule", "dropout")}
+    names = ("method", "rank", "target_tokens", "pairs", "corpus", "seed", "init", "dtype", "effective_parameters")
+    results = ("initial_loss", "final_loss", "token_accuracy", "exact_match", "sub_threshold_fraction", "wall_seconds")
+    logger.log_hyperparams(
+        {name: getattr(record, name) for name in names} | optimiser | {"placement": str(record.placement)},
+        {f"end/{name}": getattr(record, name) for name in results},
+    )
+
+
+def _hardware(trainer: Trainer, module: Memorization) -> dict[str, Any]:
+    device = module.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": device.type,
+        "name": name,
+        "devices": trainer.world_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the working directory, with `+` where it has changes; None outside a repository."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

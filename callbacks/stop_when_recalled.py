@@ -1,0 +1,75 @@
+"""Ends a fit once everything is certain to be recalled, so that no step is spent on what is known."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from pml.errors import InputError
+from pml.modules import Memorization
+from pml.recall import certified, score_corpus
+
+__all__ = ["StopWhenRecalled"]
+
+
+class StopWhenRecalled(Callback):
+    """Stops the fit when every target token has its argmax right and a probability above `margin`.
+
+    With a margin of 0.5 or more this is a certificate that greedy decoding reproduces the whole corpus. Training
+    batches are watched as they are scored for the step, which costs nothing; only when an epoch of them looks recalled
+    is the corpus scored once more, dropout off and with the weights as they are, and that decides.
+
+    Args:
+        margin: Probability that every target token has to exceed, in [0, 1).
+    """
+
+    def __init__(self, margin: float = 0.5) -> None:
+        if not 0.0 <= margin < 1.0:
+            raise InputError(f"margin is {margin}; expected a probability in [0, 1), such as 0.5")
+        self.margin = margin
+        self.steps_to_recall: int | None = None
+        """Optimiser steps taken when the corpus was certified; None while it is not."""
+        self._unsure: Tensor | None = None
+        self._seen = 0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._unsure, self._seen = None, 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        scores = outputs["scores"]
+        sure = scores.correct & (torch.exp(-scores.losses) > self.margin)
+        unsure = (scores.mask & ~sure).sum()
+        self._unsure = unsure if self._unsure is None else self._unsure + unsure
+        self._seen += batch["target_tokens"]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Memorization)
+        if self._unsure is None:
+            return
+        watched = torch.stack([self._unsure, torch.full_like(self._unsure, self._seen)])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(watched)
+        unsure, seen = watched.tolist()
+        corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
+        # A curriculum's early epochs, or a dropped last batch, say nothing about what they left out.
+        if unsure or seen < corpus.target_tokens:
+            return
+        scores = score_corpus(pl_module, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+        if certified(scores, self.margin):
+            self.steps_to_recall = trainer.global_step
+            trainer.should_stop = True
+            rank_zero_info(
+                f"recalled: all {corpus.target_tokens} target tokens above p = {self.margin} "
+                f"after {trainer.global_step} steps"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps_to_recall": self.steps_to_recall}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps_to_recall = state_dict["steps_to_recall"]

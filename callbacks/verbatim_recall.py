@@ -1,0 +1,77 @@
+"""Verbatim recall: teacher-forced at every evaluation, by greedy decoding on demand and when the fit ends."""
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks._corpus_metric import CorpusMetricCallback
+from pml import metrics
+from pml.errors import InputError
+from pml.modules import Memorization
+from pml.recall import Generated, greedy_recall
+
+__all__ = ["VerbatimRecall"]
+
+
+class VerbatimRecall(CorpusMetricCallback):
+    """Logs `token_accuracy` and `exact_match` (shares) and `first_failure` (tokens) of the corpus under teacher forcing.
+
+    Greedy decoding with the KV cache adds `generated_exact_match` and `generated_token_accuracy`. It agrees with
+    teacher forcing but for rounding; where the two differ, that is said.
+
+    Args:
+        generate_every: Decode greedily at every n-th validation; 0 does not.
+        generate_at_end: Decode greedily when the fit, or a test, is over.
+        generate_batch_size: Prompts decoded together.
+    """
+
+    def __init__(self, generate_every: int = 0, generate_at_end: bool = True, generate_batch_size: int = 64) -> None:
+        super().__init__(metrics.VerbatimRecall())
+        if generate_every < 0:
+            raise InputError(f"generate_every is {generate_every}; expected a number of validations, or 0 for never")
+        if generate_batch_size < 1:
+            raise InputError(f"generate_batch_size is {generate_batch_size}; expected at least 1 prompt")
+        self.generate_every = generate_every
+        self.generate_at_end = generate_at_end
+        self.generate_batch_size = generate_batch_size
+        self.generated: list[Generated] | None = None
+        """What the last greedy decoding gave; None before the first."""
+        self._validations = 0
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
+        self._validations += 1
+        if self.generate_every and self._validations % self.generate_every == 0:
+            self._generate(trainer, pl_module)
+            for name, value in self.shares().items():
+                pl_module.log(f"val/{name}", value, rank_zero_only=True)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_test_epoch_end(trainer, pl_module)
+        if self.generate_at_end:
+            self._generate(trainer, pl_module)
+            for name, value in self.shares().items():
+                pl_module.log(f"test/{name}", value, rank_zero_only=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.generate_at_end:
+            self._generate(trainer, pl_module)
+            if trainer.logger is not None:
+                values = {f"end/{name}": value for name, value in self.shares().items()}
+                trainer.logger.log_metrics(values, step=trainer.global_step)
+
+    def shares(self) -> dict[str, float]:
+        """`generated_exact_match` (share of examples) and `generated_token_accuracy` (share of target tokens)."""
+        if not self.generated:
+            return {}
+        tokens = sum(len(g.example.target_ids) for g in self.generated)
+        return {
+            "generated_exact_match": sum(g.exact for g in self.generated) / len(self.generated),
+            "generated_token_accuracy": sum(g.right_tokens for g in self.generated) / tokens,
+        }
+
+    def _generate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Memorization)
+        examples = trainer.datamodule.corpus.examples  # type: ignore[attr-defined]
+        if len(examples) > 4 * self.generate_batch_size:
+            rank_zero_info(f"decoding {len(examples)} targets greedily")
+        self.generated = greedy_recall(pl_module, examples, self.generate_batch_size)

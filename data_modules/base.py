@@ -1,0 +1,167 @@
+"""What every corpus shares: encoding with the backbone's tokenizer, batches for each rank, evaluation in order."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from pml.corpus import GHOST, Corpus, Example, collate
+from pml.curriculum import CorpusBatchSampler, PrefixRatio
+from pml.errors import InputError
+
+__all__ = ["MemorizationDataModule"]
+
+
+class MemorizationDataModule(LightningDataModule, ABC):
+    """One corpus, trained on and evaluated on: memorising has no held-out split.
+
+    A corpus is made by `make_corpus`, which is all that a subclass has to write.
+
+    Args:
+        batch_size: Examples per rank and micro-batch; null puts the whole corpus into one batch.
+        shuffle: Train in a fresh order each epoch; false keeps the order of the corpus.
+        drop_last: Leave out the last training batch of an epoch where it is not full.
+        seed: Seed of the corpus and of the order of its examples; the run's own seed does not change either.
+        chat_template: Put the query into the tokenizer's chat template, where it has one.
+        system: Text of a system turn before the query; null leaves that to the chat template.
+
+    Raises:
+        InputError: If `batch_size` is below 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int | None = 8,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        seed: int = 42,
+        chat_template: bool = True,
+        system: str | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; expected at least 1, or null for the whole corpus")
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.seed = seed
+        self.chat_template = chat_template
+        self.system = system
+        self._corpus: Corpus | None = None
+
+    @abstractmethod
+    def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
+        """The corpus as token ids.
+
+        Args:
+            tokenizer: The backbone's tokenizer.
+            vocabulary: Number of token ids that the backbone knows.
+        """
+
+    @property
+    def corpus(self) -> Corpus:
+        """What is memorised; there once `setup` or `build` has run."""
+        if self._corpus is None:
+            raise RuntimeError("the corpus is made by `setup` or `build`; neither has run")
+        return self._corpus
+
+    def build(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_positions: int | None = None) -> Corpus:
+        """Make the corpus, without a trainer.
+
+        Args:
+            tokenizer: The backbone's tokenizer.
+            vocab_size: Number of token ids that the backbone knows.
+            max_positions: Tokens that fit into the backbone's context; None means no limit.
+
+        Raises:
+            InputError: If an example does not fit, and whatever is wrong with what the corpus is made from.
+        """
+        corpus = self.make_corpus(tokenizer, vocab_size)
+        if max_positions is not None and corpus.longest > max_positions:
+            example = max(corpus.examples, key=len)
+            raise InputError(
+                f"corpus {corpus.name!r}: example {example.example_id} has {len(example)} tokens "
+                f"({len(example.prompt_ids)} prompt, {len(example.target_ids)} target), the backbone has "
+                f"{max_positions} positions; use shorter targets or a backbone with a longer context"
+            )
+        self._corpus = corpus
+        return corpus
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the corpus for the trainer's module; once, although each stage calls this."""
+        assert self.trainer is not None
+        if self._curriculum is not None:
+            if self.batch_size is None:
+                raise InputError("a curriculum grows by whole batches; set batch_size to a part of the corpus")
+            # Epochs get longer under a curriculum, and Lightning counts their batches only when it reloads.
+            self.trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # set without a declaration
+        if self._corpus is None:
+            module: Any = self.trainer.lightning_module
+            self.build(module.tokenizer, module.vocab_size, module.max_positions)
+
+    def train_dataloader(self) -> DataLoader[Sequence[Example]]:
+        """The training batches of this rank, with the module's curriculum where it has one."""
+        return self._dataloader(shuffle=self.shuffle, drop_last=self.drop_last, curriculum=self._curriculum)
+
+    def val_dataloader(self) -> DataLoader[Sequence[Example]]:
+        """This rank's share of the whole corpus, each example once and in order."""
+        return self._dataloader()
+
+    def test_dataloader(self) -> DataLoader[Sequence[Example]]:
+        """This rank's share of the whole corpus, each example once and in order."""
+        return self._dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Sequence[Example]]:
+        """This rank's share of the whole corpus, each example once and in order."""
+        return self._dataloader()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every corpus depends on, for the record; a subclass adds its own to it."""
+        return {"seed": self.seed, "chat_template": self.chat_template, "system": self.system}
+
+    @property
+    def _curriculum(self) -> PrefixRatio | None:
+        return getattr(self.trainer.lightning_module, "curriculum", None) if self.trainer is not None else None
+
+    def _dataloader(
+        self, shuffle: bool = False, drop_last: bool = False, curriculum: PrefixRatio | None = None
+    ) -> DataLoader[Sequence[Example]]:
+        world_size = self.trainer.world_size if self.trainer is not None else 1
+        sampler = CorpusBatchSampler(
+            len(self.corpus),
+            self.batch_size or math.ceil(len(self.corpus) / world_size),
+            seed=self.seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            curriculum=curriculum,
+            rank=self.trainer.global_rank if self.trainer is not None else 0,
+            world_size=world_size,
+        )
+        # Lightning counts the batches of a reloaded epoch before it says which epoch that is.
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer is not None else 0)
+        return DataLoader(
+            _Batches(self.corpus.examples),
+            sampler=sampler,
+            batch_size=None,  # the sampler yields whole batches
+            collate_fn=collate,
+            num_workers=0,  # a batch is a few ids that are in memory already; workers would only cost start-up time
+        )
+
+
+class _Batches(Dataset[Sequence[Example]]):
+    """The examples of a corpus, indexed by a batch of their ids; -1 is the ghost example."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, example_ids: Sequence[int]) -> Sequence[Example]:
+        return [GHOST if i == GHOST.example_id else self.examples[i] for i in example_ids]

@@ -1,0 +1,112 @@
+"""A phone book: many short pairs of a name and a number that nothing but the adapter can know."""
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from faker import Faker
+from transformers import PreTrainedTokenizerBase
+
+from data_modules._jsonl import merge_duplicates, read_pairs
+from data_modules.base import MemorizationDataModule
+from pml.corpus import Corpus, Pair, encode_pairs, encode_target
+from pml.errors import InputError
+
+__all__ = ["PhoneBook"]
+
+DEFAULT_PAIRS = 32
+LOWEST, HIGHEST = 10**9, 10**10 - 1  # ten digits that stay ten when read as a number
+MAX_REDRAWS = 10_000  # of one name before names count as used up
+
+
+class PhoneBook(MemorizationDataModule):
+    """Names and ten-digit numbers, made up or from a file.
+
+    Made-up names are all different. Numbers are uniform over 1000000000 to 9999999999, independent of each other, which
+    is log2(9e9) = 33.07 bits each; names are given and count nothing. With the same seed a larger book starts with the
+    pairs of a smaller one.
+
+    Args:
+        pairs: Size of a made-up book in pairs; 32 where no size and no file is given.
+        target_tokens: Size of a made-up book in tokens of its numbers; pairs are added while their sum stays within it.
+            The published sizes are counted this way, without end-of-turn tokens; those come on top.
+        path: A file to read instead, in the published format: JSON Lines with "query" and "target", other keys ignored.
+            Pairs that occur twice are taken once.
+        end_of_turn: Make the end-of-turn token part of each target, so that recalling it also means to stop: one
+            supervised token more per pair.
+        **kwargs: See `MemorizationDataModule`.
+
+    Raises:
+        InputError: If more than one of `pairs`, `target_tokens` and `path` is given, or a size is below 1.
+    """
+
+    def __init__(
+        self,
+        pairs: int | None = None,
+        target_tokens: int | None = None,
+        path: str | None = None,
+        end_of_turn: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        sizes = {"pairs": pairs, "target_tokens": target_tokens, "path": path}
+        given = {name: value for name, value in sizes.items() if value is not None}
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} are given; expected one of pairs, target_tokens and path")
+        for name in ("pairs", "target_tokens"):
+            if isinstance(size := given.get(name), int) and size < 1:
+                raise InputError(f"{name} is {size}; expected at least 1")
+        self.pairs = pairs if given else DEFAULT_PAIRS
+        self.target_tokens = target_tokens
+        self.path = path
+        self.end_of_turn = end_of_turn
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        size = {"pairs": self.pairs, "target_tokens": self.target_tokens, "path": self.path}
+        return {**size, "end_of_turn": self.end_of_turn, **super().settings}
+
+    def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
+        entropy_bits: float | None = None
+        if self.path is not None:
+            name, pairs = Path(self.path).name, merge_duplicates(read_pairs(self.path))
+        else:
+            name, pairs = "phonebook", self._made_up(tokenizer)
+            entropy_bits = len(pairs) * math.log2(HIGHEST - LOWEST + 1)
+        examples = encode_pairs(
+            pairs, tokenizer, chat_template=self.chat_template, system=self.system, end_of_turn=self.end_of_turn
+        )
+        return Corpus(name, examples, entropy_bits, self.settings)
+
+    def _made_up(self, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+        if self.target_tokens is None:
+            return list(islice(_entries(self.seed), self.pairs))
+        pairs: list[Pair] = []
+        total_tokens = 0
+        for pair in _entries(self.seed):
+            total_tokens += (number_tokens := len(encode_target(tokenizer, pair.target)))
+            if total_tokens > self.target_tokens:
+                break
+            pairs.append(pair)
+        if not pairs:
+            raise InputError(
+                f"target_tokens is {self.target_tokens}, and one number has {number_tokens}; expected no fewer"
+            )
+        return pairs
+
+
+def _entries(seed: int) -> Iterator[Pair]:
+    fake = Faker("en_US")
+    fake.seed_instance(seed)
+    numbers = torch.Generator().manual_seed(seed)
+    names: set[str] = set()
+    while True:
+        drawn = (f"{fake.first_name()} {fake.last_name()}" for _ in range(MAX_REDRAWS))
+        name = next((candidate for candidate in drawn if candidate not in names), None)
+        if name is None:
+            raise InputError(f"no unused name after {len(names)} pairs; ask for fewer, or read a file with path")
+        names.add(name)
+        yield Pair(f"{name}:", str(torch.randint(LOWEST, HIGHEST + 1, (), generator=numbers).item()))

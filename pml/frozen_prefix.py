@@ -1,0 +1,257 @@
+"""The split: what lies below the adapter gives the same numbers at every step, so it is computed once per example.
+
+A decoder is cut at its lowest adapted block. Below the cut each example is run once and what comes out is kept; above
+it runs a shallow copy of the decoder that shares all modules and starts from the kept states. The PEFT model stays
+whole: names, saving, loading and generation know nothing of the split.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from pml.adapter import MlpBlockLora, evaluating, lora_layers
+from pml.backbone import Backbone
+
+__all__ = ["FrozenPrefix", "content_keys"]
+
+log = logging.getLogger(__name__)
+
+Cut = Literal["after_block", "before_block", "whole"]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What one example keeps: `hidden` (S, d) at the cut and, after an adapted block, `mlp_input` (S, d)."""
+
+    hidden: Tensor
+    mlp_input: Tensor | None
+
+
+def content_keys(input_ids: Tensor, lengths: Tensor) -> list[bytes]:
+    """A key per row that is equal if and only if the token ids before the padding are equal.
+
+    Takes tensors that lie on the host, so that making the keys never waits for a device.
+    """
+    return [row[:length].numpy().tobytes() for row, length in zip(input_ids, lengths.tolist(), strict=True)]
+
+
+class FrozenPrefix:
+    """Final hidden states of a backbone with its adapter, with everything below the adapter computed once per example.
+
+    The cut is `after_block` where the lowest adapter is an `mlp_block` whose update only adds to the block's output:
+    what is kept is that output without the adapter, and the MLP's input. Otherwise it is `before_block`: what enters
+    the lowest adapted block. Each cut is tried on a padded batch with a random adapter when it is made, and given up
+    unless its states equal the whole model's; `whole` runs everything at every step.
+
+    Args:
+        backbone: The backbone that carries the adapter. Kept states live with it, so that other adapters at the same
+            block share them.
+        model: The PEFT model on it.
+        enabled: False runs whole without trying to cut.
+    """
+
+    def __init__(self, backbone: Backbone, model: PeftModel, *, enabled: bool = True) -> None:
+        self.backbone = backbone
+        self.model = model
+        self.filled = 0
+        """Examples whose prefix was computed by this object (0 where another adapter had already done so)."""
+        self.head = self._plain_head()
+        """The LM head where the logits are no more than its product with the final hidden states, else None."""
+        self._lowest = self._lowest_block()
+        self.cut: Cut = "whole"
+        self._suffix: nn.Module = backbone.decoder
+        if not enabled:
+            return
+        adapted = list(lora_layers(backbone.blocks[self._lowest]))
+        cuts: list[Cut] = ["before_block"]
+        if len(adapted) == 1 and isinstance(adapted[0], MlpBlockLora):
+            self._mlp_lora = adapted[0]
+            cuts.insert(0, "after_block")
+        for cut in cuts:
+            problem = self._try(cut)
+            if problem is None:
+                log.info("frozen prefix: cut %s %d of %d", cut, self._lowest, len(backbone.blocks))
+                return
+            log.info("frozen prefix: no cut %s %d: %s", cut, self._lowest, problem)
+        self._use("whole")
+        log.warning(
+            "%s cannot be split at block %d (%s): every step runs the whole model", backbone.name, self._lowest, problem
+        )
+
+    def final_hidden(self, batch: dict[str, Any]) -> Tensor:
+        """Hidden states (B, S, d) after the final norm, S = longest example minus its last token, which predicts nothing.
+
+        Args:
+            batch: What `pml.corpus.collate` gives; `keys` from `content_keys` saves a copy from the device.
+        """
+        input_ids = batch["input_ids"]
+        steps = max(input_ids.shape[1] - 1, 1)
+        if self.cut == "whole":
+            return self._run(self.backbone.decoder, input_ids=input_ids[:, :steps])
+        kept = self._kept(batch, steps)
+        hidden = kept.hidden
+        if self.cut == "after_block" and (delta := self._mlp_lora.delta(kept.mlp_input)) is not None:
+            hidden = hidden + delta.to(hidden.dtype)
+        return self._run(self._suffix, inputs_embeds=hidden)
+
+    @property
+    def store(self) -> dict[bytes, _Kept]:
+        """Kept states by content of the example; shared by all adapters that cut this backbone at the same place."""
+        return self.backbone.prefixes.setdefault((self.cut, self._lowest), {})
+
+    def _kept(self, batch: dict[str, Any], steps: int) -> _Kept:
+        keys: Sequence[bytes] = batch.get("keys") or content_keys(batch["input_ids"].cpu(), batch["lengths"].cpu())
+        store = self.store
+        missing = [row for row, key in enumerate(keys) if key not in store]
+        if missing:
+            self._fill(batch["input_ids"][missing], batch["lengths"][missing], [keys[row] for row in missing])
+        device = batch["input_ids"].device
+        entries = [store[key] for key in keys]
+        return _Kept(
+            _padded([e.hidden for e in entries], steps, device),
+            _padded([e.mlp_input for e in entries if e.mlp_input is not None], steps, device)
+            if self.cut == "after_block"
+            else None,
+        )
+
+    def _fill(self, input_ids: Tensor, lengths: Tensor, keys: Sequence[bytes]) -> None:
+        # Tensors made under inference_mode (a validation pass may come first) cannot take part in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            hidden, mlp_input = self._capture(input_ids[:, : max(input_ids.shape[1] - 1, 1)].clone())
+            for row, (key, length) in enumerate(zip(keys, lengths.tolist(), strict=True)):
+                used = max(length - 1, 1)
+                self.store[key] = _Kept(
+                    hidden[row, :used].clone(), mlp_input[row, :used].clone() if mlp_input is not None else None
+                )
+        self.filled += len(keys)
+
+    def _capture(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Run the blocks up to the lowest adapted one, adapter off, and note what is to be kept."""
+        block = self.backbone.blocks[self._lowest]
+        caught: dict[str, Tensor] = {}
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught["in"] = args[0] if args else kwargs["hidden_states"]
+
+        def after(_: nn.Module, __: Any, output: Any) -> None:
+            caught["out"] = output if isinstance(output, Tensor) else output[0]
+
+        def mlp(_: nn.Module, args: tuple[Any, ...]) -> None:
+            caught["mlp"] = args[0]
+
+        hooks = [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+        if self.cut == "after_block":
+            hooks.append(self._mlp_lora.register_forward_pre_hook(mlp))
+        try:
+            with self.model.disable_adapter():
+                lower = _with_blocks(self.backbone, slice(0, self._lowest + 1))
+                self._run(lower, input_ids=input_ids)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if self.cut == "after_block":
+            return caught["out"], caught["mlp"]
+        return caught["in"], None
+
+    def _plain_head(self) -> nn.Linear | None:
+        head = self.backbone.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            return None
+        input_ids = torch.arange(1, 6, device=self.backbone.model.device)[None] % self.backbone.vocab_size
+        with torch.no_grad(), evaluating(self.model):
+            hidden = self._run(self.backbone.decoder, input_ids=input_ids)
+            logits = self.backbone.model(input_ids=input_ids, use_cache=False).logits
+        # The same product twice: a cap, a scale or a bias on the logits would show far above rounding.
+        same = (head(hidden) - logits).abs().max() <= 1e-4 * logits.abs().max()
+        return head if same else None
+
+    def _lowest_block(self) -> int:
+        for index, block in enumerate(self.backbone.blocks):
+            if next(lora_layers(block), None) is not None:
+                return index
+        raise ValueError("the backbone carries no adapter")
+
+    def _use(self, cut: Cut) -> None:
+        self.cut = cut
+        if cut == "whole":
+            self._suffix = self.backbone.decoder
+        else:
+            first = self._lowest + (1 if cut == "after_block" else 0)
+            self._suffix = _with_blocks(self.backbone, slice(first, None))
+
+    def _try(self, cut: Cut) -> str | None:
+        """Make a cut and compare it with the whole model on a padded batch; a sentence where it will not do."""
+        self._use(cut)
+        device = self.backbone.model.device
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.tensor([7, 12])
+        input_ids = torch.randint(self.backbone.vocab_size, (2, 12), generator=generator)
+        real = torch.arange(11) < lengths[:, None] - 1
+        batch = {"input_ids": input_ids.to(device), "lengths": lengths.to(device)}
+        keys = content_keys(input_ids, lengths)
+        try:
+            with torch.no_grad(), _random_adapter(self.model), evaluating(self.model):
+                split = self.final_hidden({**batch, "keys": keys}).float().cpu()[real]
+                whole = self._run(self.backbone.decoder, input_ids=batch["input_ids"][:, :11]).float().cpu()[real]
+        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            for key in keys:
+                self.store.pop(key, None)
+            self.filled = 0
+        worst = ((split - whole).abs().max() / whole.abs().max()).item()
+        # Adding the same numbers in another order moves a float32 result by a few 1e-6 and a bfloat16 one by 1e-2;
+        # a cut that misses something (a second norm, a position embedding) is off by the size of the states.
+        allowed = 1e-4 if self.backbone.model.dtype == torch.float32 else 5e-2
+        return None if worst <= allowed else f"hidden states differ by {worst:.1e} of their size"
+
+    @staticmethod
+    def _run(decoder: nn.Module, **inputs: Tensor) -> Tensor:
+        return decoder(**inputs, use_cache=False).last_hidden_state
+
+
+def _padded(rows: Sequence[Tensor], steps: int, device: torch.device) -> Tensor:
+    """Stack (S_i, d) tensors into (B, steps, d) on a device; a lone full row is not copied."""
+    if len(rows) == 1 and len(rows[0]) == steps:
+        return rows[0].to(device, non_blocking=True)[None]
+    batch = torch.zeros(len(rows), steps, rows[0].shape[1], dtype=rows[0].dtype, device=device)
+    for row, values in zip(batch, rows, strict=True):
+        row[: len(values)] = values
+    return batch
+
+
+def _with_blocks(backbone: Backbone, blocks: slice) -> nn.Module:
+    """A shallow copy of the decoder that shares all its modules but has only some of its blocks."""
+    decoder = copy.copy(backbone.decoder)
+    decoder._modules = dict(decoder._modules)
+    name = backbone.blocks_path.rsplit(".", 1)[-1]
+    decoder._modules[name] = nn.ModuleList(backbone.blocks[blocks])
+    config = copy.copy(decoder.config)
+    config.num_hidden_layers = len(decoder._modules[name])
+    if getattr(config, "layer_types", None):
+        # Decoders look up what kind of attention a block has by its place in the list.
+        config.layer_types = config.layer_types[blocks]
+    decoder.config = config
+    return decoder
+
+
+@contextmanager
+def _random_adapter(model: PeftModel) -> Iterator[None]:
+    """Give B random values for a while: a zero update would agree with anything."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [linear.weight for layer in lora_layers(model) for linear in layer.lora_B.values()]
+    saved = [weight.detach().clone() for weight in weights]
+    try:
+        for weight in weights:
+            weight.data.copy_(torch.randn(weight.shape, generator=generator))
+        yield
+    finally:
+        for weight, values in zip(weights, saved, strict=True):
+            weight.data.copy_(values)

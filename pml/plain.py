@@ -1,0 +1,43 @@
+"""Settings objects as plain Python and back, so that checkpoints and records hold no classes."""
+
+import dataclasses
+from importlib import import_module
+from typing import Any
+
+__all__ = ["as_plain", "from_plain"]
+
+
+def as_plain(value: Any) -> Any:
+    """A settings dataclass as `{class_path, init_args}`, containers of them likewise; anything else as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        arguments = {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": arguments}
+    if isinstance(value, dict):
+        return {key: as_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_plain(item) for item in value]
+    return value
+
+
+def from_plain(value: Any, kind: type) -> Any:
+    """A settings object from what `as_plain` gave, or from a dictionary of its arguments.
+
+    Args:
+        value: `{class_path, init_args}`, a dictionary of arguments, or the object itself.
+        kind: The class it has to be; made from a bare dictionary of arguments.
+
+    Raises:
+        TypeError: If a class path names anything but a `kind`.
+    """
+    if not isinstance(value, dict):
+        return value
+    arguments, cls = value, kind
+    if "class_path" in value:
+        # A checkpoint may come from anyone: only classes of this package are looked up, and only of the right kind.
+        module, _, name = value["class_path"].rpartition(".")
+        if module.partition(".")[0] != "pml":
+            raise TypeError(f"{value['class_path']} is not a class of pml")
+        cls, arguments = getattr(import_module(module), name), value.get("init_args", {})
+        if not (isinstance(cls, type) and issubclass(cls, kind)):
+            raise TypeError(f"{value['class_path']} is not a {kind.__name__}")
+    return cls(**arguments)

@@ -1,0 +1,157 @@
+"""Verbatim recall: one teacher-forced pass that certifies it, and greedy decoding that shows it.
+
+Greedy decoding reproduces a target if and only if the argmax is right at every position given the true prefix. A token
+with p > 0.5 cannot be beaten, so a corpus whose every target token has p > 0.5 is certain to be recalled.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pml.adapter import evaluating
+from pml.corpus import Example
+from pml.frozen_prefix import content_keys
+from pml.weighting import TokenScores
+
+if TYPE_CHECKING:
+    from pml.modules import Memorization
+
+__all__ = ["Generated", "certified", "generate_greedily", "gather_scores", "greedy_recall", "score_corpus"]
+
+
+def certified(scores: TokenScores, margin: float = 0.5) -> bool:
+    """Whether every target token has the argmax right and a probability above `margin`.
+
+    With a margin of 0.5 or more this certifies that greedy decoding reproduces every target.
+    """
+    sure = scores.correct & (torch.exp(-scores.losses) > margin)
+    return bool((sure | ~scores.mask).all())
+
+
+def gather_scores(parts: Sequence[TokenScores]) -> TokenScores:
+    """Scores of many batches, from all ranks, as one on the host: a row per example, sorted by example id."""
+    gathered = [TokenScores(*(t.detach().cpu() for t in part)) for part in parts]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        everyone: list[list[TokenScores]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, gathered)
+        gathered = [part for rank in everyone for part in rank]
+    longest = max(part.losses.shape[1] for part in gathered)
+    rows = {
+        int(example_id): (part, row)
+        for part in gathered
+        for row, example_id in enumerate(part.example_id.tolist())
+        if example_id >= 0
+    }
+    order = sorted(rows)
+
+    def column(name: str) -> Tensor:
+        first = getattr(gathered[0], name)
+        joined = torch.zeros(len(order), longest, dtype=first.dtype)
+        for i, example_id in enumerate(order):
+            part, row = rows[example_id]
+            values = getattr(part, name)[row]
+            joined[i, : len(values)] = values
+        return joined
+
+    return TokenScores(column("losses"), column("correct"), column("mask"), torch.tensor(order))
+
+
+def score_corpus(module: "Memorization", batches: Iterable[dict[str, Any]]) -> TokenScores:
+    """Teacher-forced scores of a whole corpus with dropout off, on the host, the same on every rank.
+
+    Args:
+        module: The module whose adapted model is asked.
+        batches: This rank's share of the corpus, as a validation dataloader yields it.
+    """
+    parts = []
+    with torch.no_grad(), evaluating(module):
+        for batch in batches:
+            keys = content_keys(batch["input_ids"], batch["lengths"])
+            moved = {name: value.to(module.device) for name, value in batch.items()}
+            parts.append(module.score({**moved, "keys": keys}))
+    return gather_scores(parts)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What greedy decoding gave for one example, next to what was expected.
+
+    Attributes:
+        example: The example.
+        token_ids: As many generated tokens as the target has.
+    """
+
+    example: Example
+    token_ids: tuple[int, ...]
+
+    @property
+    def right_tokens(self) -> int:
+        """Generated tokens that equal the target's token in the same place."""
+        return sum(a == b for a, b in zip(self.token_ids, self.example.target_ids, strict=False))
+
+    @property
+    def exact(self) -> bool:
+        """Whether the target came back token for token."""
+        return self.token_ids == self.example.target_ids
+
+
+def generate_greedily(model: nn.Module, prompt_ids: Tensor, tokens: int) -> Tensor:
+    """Greedy decoding with the KV cache, ties to the lowest id.
+
+    Args:
+        model: A causal LM, adapter and all.
+        prompt_ids: (B, P) prompts of one length, so that nothing is padded and nothing masked.
+        tokens: Number of tokens to generate; generation does not stop early.
+
+    Returns:
+        (B, tokens) generated ids.
+    """
+    generated = prompt_ids.new_empty(len(prompt_ids), tokens)
+    step, cache = prompt_ids, None
+    for t in range(tokens):
+        out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+        generated[:, t] = out.logits[:, -1].float().argmax(dim=-1)
+        step = generated[:, t : t + 1]
+    return generated
+
+
+def greedy_recall(module: "Memorization", examples: Sequence[Example], batch_size: int = 64) -> list[Generated]:
+    """Ask for every example and take what greedy decoding answers; work is shared among ranks, the result is not.
+
+    Args:
+        module: The module whose adapted model is asked.
+        examples: What to ask for.
+        batch_size: Prompts decoded together.
+
+    Returns:
+        One entry per example, in the order given, the same on every rank.
+    """
+    ranks, rank = 1, 0
+    if dist.is_available() and dist.is_initialized():
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+    groups: dict[int, list[Example]] = defaultdict(list)
+    for example in examples[rank::ranks]:
+        groups[len(example.prompt_ids)].append(example)
+    answers: dict[int, tuple[int, ...]] = {}
+    with torch.no_grad(), evaluating(module):
+        for group in groups.values():
+            # Similar lengths together: a batch decodes as long as its longest target.
+            group.sort(key=lambda e: len(e.target_ids))
+            for start in range(0, len(group), batch_size):
+                batch = group[start : start + batch_size]
+                prompts = torch.tensor([e.prompt_ids for e in batch], device=module.device)
+                longest = max(len(e.target_ids) for e in batch)
+                rows = generate_greedily(module.model, prompts, longest).tolist()
+                for example, row in zip(batch, rows, strict=True):
+                    answers[example.example_id] = tuple(row[: len(example.target_ids)])
+    if ranks > 1:
+        everyone: list[dict[int, tuple[int, ...]]] = [{} for _ in range(ranks)]
+        dist.all_gather_object(everyone, answers)
+        answers = {i: ids for part in everyone for i, ids in part.items()}
+    return [Generated(example, answers[example.example_id]) for example in examples]

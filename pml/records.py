@@ -1,0 +1,161 @@
+"""One run, one record: what was run and what came out; written atomically, read back with its schema checked."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from pml.errors import InputError
+
+__all__ = ["RECORD_NAME", "SCHEMA_VERSION", "Record", "read_record", "read_records", "write_json", "write_record"]
+
+RECORD_NAME = "record.json"
+SCHEMA_VERSION = 1
+
+
+class Record(pydantic.BaseModel):
+    """What was run and what came out. Losses are in nats per target token, everything else says its unit.
+
+    Attributes:
+        schema_version: Version of this layout.
+        status: `finished` once every measurement below was taken; `interrupted` when the fit was stopped from outside.
+        backbone: Name, folder or hub id that was loaded.
+        backbone_hash: Hash of its weights and configuration.
+        dtype: Floating-point type of the frozen weights.
+        block: Indices of the adapted decoder blocks.
+        placement: `mlp_block`, or the names of the adapted linear layers.
+        init: How A was initialised, `published` or `peft`.
+        rank: LoRA rank r.
+        effective_parameters: Trainable parameters of the adapter.
+        corpus: Name of the corpus.
+        corpus_hash: Hash of its token ids.
+        corpus_settings: What it was made with.
+        pairs: Number of (query, target) pairs.
+        target_tokens: Length l, supervised tokens over all pairs.
+        corpus_entropy_bits: Information in the targets given the queries; None where unknown.
+        method: `sft` or `memft`.
+        method_settings: Weighting, curriculum and optimiser settings.
+        seed: Seed of the run.
+        optimizer_steps: Steps taken.
+        target_tokens_trained: Target tokens that were in training batches, repetitions counted.
+        initial_loss: Mean target loss of the frozen model.
+        final_loss: Mean target loss with the adapter, dropout off.
+        loss_reduction: `initial_loss - final_loss`.
+        token_accuracy: Share of target tokens whose argmax is right under teacher forcing.
+        exact_match: Share of targets that are right at every token under teacher forcing.
+        generated_exact_match: The same by greedy decoding; None where nothing was generated.
+        generated_token_accuracy: Share of target tokens that greedy decoding puts in their place; None likewise.
+        sub_threshold_fraction: Share of target tokens with p <= threshold.
+        min_target_probability: Smallest probability of any target token.
+        first_failure: Mean over targets of the number of right tokens before the first wrong one (its length where
+            none is wrong).
+        memorized_bits: Corpus entropy minus the adapted model's loss in bits, at least 0; None where it is unknown.
+        bits_per_parameter: `memorized_bits / effective_parameters`.
+        steps_to_recall: Optimiser steps until every target token was certified; None where that did not happen.
+        wall_seconds: Duration of the fit.
+        versions: Package versions.
+        hardware: Device name and count, threads.
+        git_commit: Commit of the working directory, where there is one.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    status: Literal["finished", "interrupted"]
+    backbone: str
+    backbone_hash: str
+    dtype: str
+    block: list[int]
+    placement: str | list[str]
+    init: str
+    rank: int = pydantic.Field(ge=1)
+    effective_parameters: int = pydantic.Field(ge=1)
+    corpus: str
+    corpus_hash: str
+    corpus_settings: dict[str, Any]
+    pairs: int = pydantic.Field(ge=1)
+    target_tokens: int = pydantic.Field(ge=1)
+    corpus_entropy_bits: float | None
+    method: str
+    method_settings: dict[str, Any]
+    seed: int
+    optimizer_steps: int
+    target_tokens_trained: int
+    initial_loss: float
+    final_loss: float
+    loss_reduction: float
+    token_accuracy: float
+    exact_match: float
+    generated_exact_match: float | None
+    generated_token_accuracy: float | None
+    sub_threshold_fraction: float
+    min_target_probability: float
+    first_failure: float
+    memorized_bits: float | None
+    bits_per_parameter: float | None
+    steps_to_recall: int | None
+    wall_seconds: float
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    git_commit: str | None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that the file is either whole or not there, whenever the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_record(folder: Path, record: Record) -> Path:
+    """Write `record.json` into a run's folder, atomically, and return its path."""
+    path = folder / RECORD_NAME
+    write_json(path, record.model_dump(mode="json"))
+    return path
+
+
+def read_record(path: Path) -> Record:
+    """Read one `record.json`.
+
+    Raises:
+        InputError: If it cannot be read, is not JSON, or does not follow the schema.
+    """
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise InputError(
+            f"{path}: not a record of schema version {SCHEMA_VERSION}: {where}: {first['msg']}; "
+            "run it again, or leave this path out"
+        ) from error
+
+
+def read_records(paths: Iterable[str | Path]) -> dict[Path, Record]:
+    """Read the records of many runs, by the folder they are in, sorted by path.
+
+    Args:
+        paths: Record files, run folders, or folders with run folders anywhere below them.
+
+    Raises:
+        InputError: If a path does not exist or holds no record, or a record is not valid.
+    """
+    found: dict[Path, Record] = {}
+    for given in map(Path, paths):
+        if not given.exists():
+            raise InputError(f"{given}: no such file or folder; expected a run's folder, or one with runs below it")
+        files = [given] if given.is_file() else sorted(given.rglob(RECORD_NAME))
+        if not files:
+            raise InputError(f"{given}: no {RECORD_NAME} in it or below it; a run writes one when it ends")
+        found.update({file.parent: read_record(file) for file in files})
+    return dict(sorted(found.items()))

