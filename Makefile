@@ -33,8 +33,8 @@ $(STAMP): pyproject.toml constraints.txt
 	fi; \
 	echo "installing into .venv with $$("$$found" --version), a few minutes the first time"; \
 	"$$found" -m venv --clear .venv
-	@.venv/bin/python -m pip install --quiet -c constraints.txt pip
-	@.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@.venv/bin/python -m pip install -qq -c constraints.txt pip
+	@.venv/bin/python -m pip install -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
 .PHONY: fetch

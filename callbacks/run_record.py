@@ -53,6 +53,8 @@ class RunRecord(Callback):
         """What the last fit came to; None before."""
         self._initial_loss = float("nan")
         self._started = 0.0
+        # Found out now rather than when a long run is over.
+        self._versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -164,7 +166,7 @@ class RunRecord(Callback):
             bits_per_parameter=bits / parameters if bits is not None else None,
             steps_to_recall=stop.steps_to_recall if stop is not None else None,
             wall_seconds=wall_seconds,
-            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            versions=self._versions,
             hardware=_hardware(trainer, module),
             git_commit=_git_commit(),
         )

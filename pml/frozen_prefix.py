@@ -122,14 +122,13 @@ class FrozenPrefix:
         )
 
     def _fill(self, input_ids: Tensor, lengths: Tensor, keys: Sequence[bytes]) -> None:
-        # Tensors made under inference_mode (a validation pass may come first) cannot take part in training later.
+        # One example at a time: in a batch, rounding depends on what else is in it, and what is kept is shared by runs
+        # that batch otherwise. Tensors made under inference_mode (a validation pass may come first) could not take part
+        # in training later.
         with torch.inference_mode(False), torch.no_grad():
-            hidden, mlp_input = self._capture(input_ids[:, : max(input_ids.shape[1] - 1, 1)].clone())
-            for row, (key, length) in enumerate(zip(keys, lengths.tolist(), strict=True)):
-                used = max(length - 1, 1)
-                self.store[key] = _Kept(
-                    hidden[row, :used].clone(), mlp_input[row, :used].clone() if mlp_input is not None else None
-                )
+            for ids, length, key in zip(input_ids, lengths.tolist(), keys, strict=True):
+                hidden, mlp_input = self._capture(ids[None, : max(length - 1, 1)].clone())
+                self.store[key] = _Kept(hidden[0].clone(), mlp_input[0].clone() if mlp_input is not None else None)
         self.filled += len(keys)
 
     def _capture(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -61,6 +61,8 @@ FEW_CELLS = 8
 STRONG_CORRELATION = 0.98
 LARGE_MAPE_PERCENT = 10.0
 SMALL_R2 = 0.9
+# Exponents measured so far are between 0.4 and 1.1; at 5, doubling the rank would multiply the reduction by 32.
+STEEP_EXPONENT = 5.0
 # Smallest spread of the loss reduction, in nats, that float32 losses can show.
 SMALLEST_SPREAD = 1e-6
 # Bounds the exponent while a start wanders, so that squares of residuals stay finite.
@@ -608,6 +610,12 @@ def _warnings(fit: LawFit, *, endless: bool, converged: bool) -> list[str]:
                 f"{name} is not positive: the fitted loss reduction {meaning}, which the law does not mean; "
                 "the larger cells may not have trained long enough"
             )
+    for name in meanings:
+        if abs(fit.parameters[name].value) > STEEP_EXPONENT:
+            found.append(
+                f"{name} is {fit.parameters[name].value:.3g}: the loss reduction jumps between two ranks or lengths "
+                "rather than following a power; look at those runs"
+            )
     ranks, lengths = {cell.rank for cell in fit.used}, {cell.target_tokens for cell in fit.used}
     for number, noun in ((len(ranks), "ranks"), (len(lengths), "lengths")):
         if number == 2:
@@ -640,7 +648,7 @@ def _finite(value: float) -> float | None:
 
 
 def _counted(values: Iterable[str]) -> str:
-    """`memft (8 runs), sft (1 run)`"""
+    """Values with how often they occur, such as `memft (8 runs), sft (1 run)`."""
     return ", ".join(
         f"{value} ({count} run{'s' if count > 1 else ''})" for value, count in sorted(Counter(values).items())
     )

@@ -51,7 +51,8 @@ NOISE = (
     ".*LightningCLI's args parameter is intended to run from within Python.*",
     ".*smaller than the logging interval.*",
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
-    ".*You are using the weight norm.*",
+    ".*It will use the implementation from `LightningModule` instance.*",
+    ".*`is_gradient_checkpointing` is deprecated.*",
 )
 """Warnings of libraries about things that are meant."""
 

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import pydantic
 
@@ -13,7 +13,7 @@ from pml.errors import InputError
 __all__ = ["RECORD_NAME", "SCHEMA_VERSION", "Record", "read_record", "read_records", "write_json", "write_record"]
 
 RECORD_NAME = "record.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
 
 class Record(pydantic.BaseModel):
@@ -107,12 +107,15 @@ def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is either whole or not there, whenever the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_record(folder: Path, record: Record) -> Path:
@@ -151,11 +154,15 @@ def read_records(paths: Iterable[str | Path]) -> dict[Path, Record]:
         InputError: If a path does not exist or holds no record, or a record is not valid.
     """
     found: dict[Path, Record] = {}
+    seen: set[Path] = set()
     for given in map(Path, paths):
         if not given.exists():
             raise InputError(f"{given}: no such file or folder; expected a run's folder, or one with runs below it")
         files = [given] if given.is_file() else sorted(given.rglob(RECORD_NAME))
         if not files:
             raise InputError(f"{given}: no {RECORD_NAME} in it or below it; a run writes one when it ends")
-        found.update({file.parent: read_record(file) for file in files})
+        # A run named twice, by a relative and an absolute path say, is one run.
+        new = [file for file in files if file.resolve() not in seen]
+        seen.update(file.resolve() for file in new)
+        found.update({file.parent: read_record(file) for file in new})
     return dict(sorted(found.items()))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tests.record_factory import make_record, write_run
 from scipy.optimize import curve_fit
 
 from pml.commands import law as command
@@ -28,7 +29,6 @@ from pml.law import (
     select_records,
     shared_setting,
 )
-from tests.record_factory import make_record, write_run
 
 RANKS = (1, 2, 4, 8)
 LENGTHS = (64, 128, 256, 512)
@@ -365,6 +365,11 @@ class TestWarnings:
         found = fit_law(grid(alpha=-0.5, beta=0.6)).warnings
         assert any(w.startswith("alpha is not positive") for w in found)
         assert not any(w.startswith("beta is not positive") for w in found)
+
+    def test_a_jump_is_not_taken_for_a_power(self) -> None:
+        cells = [Cell(c.rank, c.target_tokens, 20.0, 14.0 if c.rank == 8 else 18.0, 0, c.source) for c in grid()]
+        assert any("jumps between two ranks or lengths" in w for w in fit_law(cells).warnings)
+        assert not any("jumps" in w for w in fit_law(grid()).warnings)
 
     def test_several_corpora(self) -> None:
         fit = fit_law(grid(), {"corpus": ["phonebook", "random_tokens"]})

@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from tests.record_factory import make_record
 from rich.console import Console
 
 from pml.law import Cell, LawFit, fit_law, saturated
 from pml.records import Record
 from pml.report import law_figure, records_table, save_figure
-from tests.record_factory import make_record
 
 RANKS = (1, 2, 4, 6)
 LENGTHS = (64, 128, 256)

@@ -1,0 +1,149 @@
+"""The split gives what the whole model gives, or says that it cannot."""
+
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from pml.adapter import AdapterConfig, attach_adapter, detach_adapter, lora_layers
+from pml.backbone import Backbone
+from pml.corpus import Example, collate
+from pml.frozen_prefix import FrozenPrefix, content_keys
+from pml.modules import SFT
+
+EXAMPLES = [
+    Example(0, tuple(range(5, 12)), tuple(range(40, 52))),
+    Example(1, (9, 8), (7,)),
+    Example(2, tuple(range(100, 103)), tuple(range(200, 209))),
+]
+PLACEMENTS = {
+    "mlp_block": AdapterConfig(rank=3, block=2),
+    "one block": AdapterConfig(rank=3, block=2, placement=["down_proj"]),
+    "two blocks": AdapterConfig(rank=3, block=[1, 3], placement=["down_proj"]),
+    "two mlp blocks": AdapterConfig(rank=3, block=[1, 3]),
+    "lowest block": AdapterConfig(rank=3, block=0),
+    "highest block": AdapterConfig(rank=3, block=3),
+}
+NEOX_PLACEMENTS = {
+    "mlp_block": AdapterConfig(rank=3, block=2),
+    "two blocks": AdapterConfig(rank=3, block=[1, 3], placement=["dense_4h_to_h"]),
+}
+CASES = [
+    (architecture, name)
+    for architecture in ("llama", "qwen3", "gemma3", "gpt_neox")
+    for name in (NEOX_PLACEMENTS if architecture == "gpt_neox" else PLACEMENTS)
+]
+
+
+def make_module(backbone: Backbone, config: AdapterConfig, *, split: bool) -> SFT:
+    """An SFT module with a random B, so that the adapter does something."""
+    module = SFT(adapter=config, frozen_prefix=split, seed=3)
+    module._backbone = backbone
+    module.configure_model()
+    generator = torch.Generator().manual_seed(4)
+    for layer in lora_layers(module.model):
+        for linear in layer.lora_B.values():
+            linear.weight.data.normal_(generator=generator)
+    return module
+
+
+def losses_and_gradients(module: SFT) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    scores = module.score(collate(EXAMPLES))
+    (scores.losses.sum() / scores.mask.sum()).backward()
+    return scores.losses.detach(), {n: p.grad.clone() for n, p in module.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("architecture", "placement"), CASES)
+def test_split_and_whole_model_agree_on_losses_and_gradients_of_a_padded_batch(
+    architecture: str, placement: str, make_tiny_backbone: Callable[[str], Backbone]
+) -> None:
+    config = (NEOX_PLACEMENTS if architecture == "gpt_neox" else PLACEMENTS)[placement]
+    results = {}
+    for split in (False, True):
+        module = make_module(make_tiny_backbone(architecture), config, split=split)
+        results[split] = losses_and_gradients(module)
+        assert (module.prefix.cut == "whole") is not split
+    torch.testing.assert_close(results[True][0], results[False][0])
+    assert results[True][1].keys() == results[False][1].keys()
+    for name, gradient in results[False][1].items():
+        # Sums over positions taken in another order: float32 rounding, relative to the gradient as a whole.
+        torch.testing.assert_close(results[True][1][name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_an_mlp_block_is_cut_after_its_block_and_a_list_before_it(tiny_backbone: Backbone) -> None:
+    assert make_module(tiny_backbone, PLACEMENTS["mlp_block"], split=True).prefix.cut == "after_block"
+
+
+def test_a_list_of_modules_is_cut_before_its_lowest_block(tiny_backbone: Backbone) -> None:
+    assert make_module(tiny_backbone, PLACEMENTS["two blocks"], split=True).prefix.cut == "before_block"
+
+
+def test_an_mlp_whose_output_is_normalised_is_cut_before_its_block(
+    make_tiny_backbone: Callable[[str], Backbone],
+) -> None:
+    module = make_module(make_tiny_backbone("gemma3"), PLACEMENTS["mlp_block"], split=True)
+    assert module.prefix.cut == "before_block"
+
+
+def test_a_decoder_that_changes_its_input_embeddings_runs_whole_and_says_so(
+    make_tiny_backbone: Callable[[str], Backbone], caplog: pytest.LogCaptureFixture
+) -> None:
+    module = make_module(make_tiny_backbone("gpt2"), AdapterConfig(rank=3, block=2), split=True)
+    with caplog.at_level(logging.WARNING):
+        assert module.prefix.cut == "whole"
+    assert "tiny-gpt2 cannot be split at block 2" in caplog.text
+    scores = module.score(collate(EXAMPLES))
+    logits = module(collate(EXAMPLES)["input_ids"])
+    expected = -logits[0, 6:18].log_softmax(-1)[torch.arange(12), torch.arange(40, 52)]
+    torch.testing.assert_close(scores.losses[0, :12], expected)
+
+
+def test_a_second_adapter_at_the_same_block_computes_no_prefix(tiny_backbone: Backbone) -> None:
+    batch = collate(EXAMPLES)
+    first = FrozenPrefix(tiny_backbone, model := attach_adapter(tiny_backbone, AdapterConfig(rank=2, block=2)))
+    first.final_hidden(batch)
+    first.final_hidden(batch)
+    assert first.filled == 3
+    detach_adapter(model)
+    second = FrozenPrefix(tiny_backbone, attach_adapter(tiny_backbone, AdapterConfig(rank=5, block=2)))
+    second.final_hidden(batch)
+    assert second.filled == 0
+
+
+def test_kept_states_do_not_depend_on_the_adapter_that_filled_them(tiny_backbone: Backbone) -> None:
+    module = make_module(tiny_backbone, PLACEMENTS["mlp_block"], split=True)
+    module.score(collate(EXAMPLES))
+    trained = {key: kept.hidden for key, kept in module.prefix.store.items()}
+    module.release()
+    tiny_backbone.prefixes.clear()
+    fresh = FrozenPrefix(tiny_backbone, attach_adapter(tiny_backbone, AdapterConfig(rank=1, block=2)))
+    fresh.final_hidden(collate(EXAMPLES))
+    for key, hidden in trained.items():
+        assert torch.equal(fresh.store[key].hidden, hidden)
+
+
+def test_states_kept_under_inference_mode_serve_training(tiny_backbone: Backbone) -> None:
+    module = make_module(tiny_backbone, PLACEMENTS["mlp_block"], split=True)
+    with torch.inference_mode():
+        module.score(collate(EXAMPLES))
+    assert module.prefix.filled == 3
+    losses_and_gradients(module)
+
+
+def test_keys_tell_contents_apart_and_ignore_padding() -> None:
+    short, long = Example(0, (1, 2), (3,)), Example(1, (1, 2), (3, 4, 5))
+    alone, together = collate([short]), collate([short, long])
+    keys = content_keys(together["input_ids"], together["lengths"])
+    assert content_keys(alone["input_ids"], alone["lengths"]) == keys[:1]
+    assert keys[0] != keys[1]
+
+
+def test_full_logits_are_there_for_who_asks(tiny_backbone: Backbone) -> None:
+    module = make_module(tiny_backbone, PLACEMENTS["mlp_block"], split=True)
+    batch = collate(EXAMPLES)
+    scores = module.score(batch)
+    logits = module(batch["input_ids"])
+    assert logits.shape == (3, 19, tiny_backbone.vocab_size)
+    expected = torch.nn.functional.cross_entropy(logits[2, 2:11], batch["labels"][2, 3:12], reduction="none")
+    torch.testing.assert_close(scores.losses[2, :9], expected)

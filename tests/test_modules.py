@@ -1,0 +1,277 @@
+"""Training: the loss of the global batch, what moves and what does not, checkpoints that hold the adapter alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from tests.tiny_runs import Ids, make_trainer, uneven
+from torch import Tensor
+
+from pml.adapter import AdapterConfig, adapter_parameters
+from pml.corpus import collate
+from pml.curriculum import PrefixRatio
+from pml.errors import InputError
+from pml.modules import SFT, MemFT, Memorization
+from pml.weighting import OnlyThreshold, SlidingWindow
+
+SMALL = AdapterConfig(rank=2, block=1)
+
+
+class Gradients(Callback):
+    """Keeps the gradients that each optimiser step was taken with."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor | None]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step > len(self.steps):
+            parameters = adapter_parameters(pl_module.model)
+            self.steps.append({n: None if p.grad is None else p.grad.clone() for n, p in parameters.items()})
+
+
+def kick(module: Memorization) -> None:
+    """Give B values, as if training were under way: with B = 0 no gradient reaches A."""
+    module.configure_model()
+    generator = torch.Generator().manual_seed(6)
+    for name, parameter in adapter_parameters(module.model).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+
+
+def step_gradients(module: Memorization, tmp_path: Path, batch_size: int, **trainer: Any) -> dict[str, Tensor | None]:
+    kick(module)
+    watch = Gradients()
+    data = Ids(uneven(6), batch_size=batch_size, shuffle=False)
+    make_trainer(tmp_path, callbacks=[watch], **trainer).fit(module, datamodule=data)
+    return watch.steps[0]
+
+
+WEIGHTINGS = {
+    "sft": lambda folder: SFT(backbone=folder, adapter=SMALL, seed=1),
+    "only threshold": lambda folder: MemFT(backbone=folder, adapter=SMALL, seed=1),
+    "sliding window": lambda folder: MemFT(
+        backbone=folder, adapter=SMALL, seed=1, weighting=SlidingWindow(window=2, floor=0.01)
+    ),
+    "mostly memorised, uniform": lambda folder: MemFT(
+        backbone=folder, adapter=SMALL, seed=1, weighting=OnlyThreshold(threshold=1e-9, when_memorized="uniform")
+    ),
+    "partly memorised, uniform": lambda folder: MemFT(
+        backbone=folder, adapter=SMALL, seed=1, weighting=OnlyThreshold(threshold=2e-4, when_memorized="uniform")
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(
+    name: str, tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    make = WEIGHTINGS[name]
+    whole = step_gradients(make(str(tiny_backbone_folder)), tmp_path, batch_size=6)
+    for batch_size in (1, 2, 3, 4):
+        parts = step_gradients(
+            make(str(tiny_backbone_folder)), tmp_path, batch_size, accumulate_grad_batches=-(-6 // batch_size)
+        )
+        for key, expected in whole.items():
+            torch.testing.assert_close(parts[key], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_is_that_of_the_mean_over_all_target_tokens(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    module = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
+    steps = step_gradients(module, tmp_path, batch_size=2, accumulate_grad_batches=3)
+    reference = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
+    kick(reference)
+    losses = []
+    for prompt, target in uneven(6):
+        logits = reference(torch.tensor([prompt + target]))[0, len(prompt) - 1 : -1]
+        losses.append(-logits.log_softmax(-1)[torch.arange(len(target)), torch.tensor(target)])
+    torch.cat(losses).mean().backward()
+    for name, parameter in adapter_parameters(reference.model).items():
+        torch.testing.assert_close(steps[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_with_nothing_below_threshold_moves_neither_adapter_nor_momentum(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    # Steps are taken while tokens are below a threshold that then drops below all of them.
+    class Dropping(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 3:
+                pl_module.weighting._critical = 1e9
+                self.before = {n: p.clone() for n, p in adapter_parameters(pl_module.model).items()}
+                self.moments = [s["exp_avg"].clone() for s in trainer.optimizers[0].state.values()]
+
+    watch = Dropping()
+    module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
+    trainer = make_trainer(tmp_path, max_epochs=6, callbacks=[watch])
+    trainer.fit(module, datamodule=Ids(uneven(4), batch_size=4))
+    assert module.skipped_steps == 3
+    for name, parameter in adapter_parameters(module.model).items():
+        assert torch.equal(parameter, watch.before[name])
+    for state, before in zip(trainer.optimizers[0].state.values(), watch.moments, strict=True):
+        assert torch.equal(state["exp_avg"], before)
+
+
+def test_training_moves_the_adapter_and_leaves_the_backbone_alone(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    module = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
+    module.configure_model()
+    before = {name: p.clone() for name, p in module.model.named_parameters()}
+    make_trainer(tmp_path, max_epochs=2).fit(module, datamodule=Ids(uneven(4)))
+    moved = {name for name, p in module.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == adapter_parameters(module.model).keys()
+
+
+def test_a_seed_gives_the_same_run(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    ends = []
+    for seed in (1, 1, 2):
+        module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=seed)
+        make_trainer(tmp_path, max_epochs=3).fit(module, datamodule=Ids(uneven(6), batch_size=2))
+        ends.append(torch.cat([p.detach().flatten() for p in adapter_parameters(module.model).values()]))
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+def test_split_and_whole_runs_of_twenty_steps_agree(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    ends = []
+    for split in (True, False):
+        module = SFT(
+            backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1, learning_rate=1e-3, frozen_prefix=split
+        )
+        make_trainer(tmp_path, max_epochs=20).fit(module, datamodule=Ids(uneven(4), batch_size=4))
+        ends.append(torch.cat([p.detach().flatten() for p in adapter_parameters(module.model).values()]))
+    # AdamW divides by the size of the gradient, so rounding of near-zero gradients shows at the scale of a step.
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
+
+
+def test_dropout_is_active_in_fit_and_off_in_validation_and_the_backbone_always_evaluates(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    seen: dict[str, list[bool]] = {"fit": [], "validate": []}
+
+    class Watch(Callback):
+        def look(self, module: Any, stage: str) -> None:
+            modes = {name: m.training for name, m in module.model.named_modules() if not list(m.children())}
+            dropouts = {name for name in modes if "lora_dropout" in name}
+            seen[stage].append(all(modes[name] for name in dropouts))
+            assert dropouts
+            assert not any(modes[name] for name in modes.keys() - dropouts)
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            self.look(pl_module, "fit")
+
+        def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            self.look(pl_module, "validate")
+
+    adapter = AdapterConfig(rank=2, block=1, dropout=0.3)
+    module = SFT(backbone=str(tiny_backbone_folder), adapter=adapter, seed=1)
+    make_trainer(tmp_path, max_epochs=2, limit_val_batches=1.0, callbacks=[Watch()]).fit(
+        module, datamodule=Ids(uneven(4), batch_size=4)
+    )
+    assert seen == {"fit": [True, True], "validate": [False, False]}
+
+
+def test_dropout_changes_training_losses_and_not_evaluated_ones(tiny_backbone_folder: Path) -> None:
+    module = SFT(backbone=str(tiny_backbone_folder), adapter=AdapterConfig(rank=2, block=1, dropout=0.5), seed=1)
+    kick(module)
+    module.train()
+    batch = collate(Ids(uneven(4)).examples)
+    assert not torch.equal(module.score(batch).losses, module.score(batch).losses)
+    module.eval()
+    assert torch.equal(module.score(batch).losses, module.score(batch).losses)
+
+
+def test_a_checkpoint_holds_the_adapter_and_the_optimiser_and_plain_python(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    module = MemFT(
+        backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1, weighting=SlidingWindow(window=4), learning_rate=0.02
+    )
+    data = Ids(uneven(4), batch_size=4)
+    trainer = make_trainer(tmp_path, max_epochs=4)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == adapter_parameters(module.model).keys()
+    assert (tmp_path / "run.ckpt").stat().st_size < 30_000
+    loaded = MemFT.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    assert loaded.weighting == SlidingWindow(window=4)
+    assert loaded.learning_rate == 0.02
+    assert loaded.tokens_trained == module.tokens_trained
+    batch = collate(data.examples)
+    assert torch.equal(loaded.eval().score(batch).losses, module.eval().score(batch).losses)
+
+
+def test_a_run_that_is_resumed_ends_like_one_that_was_not_stopped(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    def run(epochs: int, checkpoint: Path | None = None) -> tuple[Memorization, Any]:
+        module = MemFT(
+            backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1, schedule="constant", weighting=SlidingWindow()
+        )
+        save = ModelCheckpoint(tmp_path / str(epochs), filename="end")
+        trainer = make_trainer(tmp_path, max_epochs=epochs, enable_checkpointing=True, callbacks=[save])
+        trainer.fit(module, datamodule=Ids(uneven(6), batch_size=2), ckpt_path=checkpoint, weights_only=True)
+        return module, save.best_model_path
+
+    whole, _ = run(6)
+    _, stopped = run(3)
+    resumed, _ = run(6, stopped)
+    for name, parameter in adapter_parameters(whole.model).items():
+        assert torch.equal(adapter_parameters(resumed.model)[name], parameter)
+
+
+def test_a_checkpoint_that_lacks_or_adds_weights_or_has_another_shape_is_refused(tiny_backbone_folder: Path) -> None:
+    module = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
+    module.configure_model()
+    state = module.state_dict()
+    first = next(iter(state))
+    with pytest.raises(InputError, match=f"lacks 1 adapter weights, such as {first}"):
+        module.load_state_dict({name: value for name, value in state.items() if name != first})
+    with pytest.raises(InputError, match="has 1 weights that this adapter has not, such as stray"):
+        module.load_state_dict({**state, "stray": torch.zeros(1)})
+    with pytest.raises(InputError, match=r"has shape \(3, 32\); this adapter's is \(2, 32\)"):
+        module.load_state_dict({**state, first: torch.zeros(3, 32)})
+
+
+def test_the_learning_rate_falls_linearly_to_zero_over_all_epochs_of_a_growing_curriculum(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    rates: list[float] = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = MemFT(
+        backbone=str(tiny_backbone_folder),
+        adapter=SMALL,
+        seed=1,
+        learning_rate=0.5,
+        curriculum=PrefixRatio(ratios=[0.5, 1.0], boundaries=[2, 4]),
+    )
+    make_trainer(tmp_path, max_epochs=4, callbacks=[Rates()]).fit(
+        module, datamodule=Ids(uneven(8), batch_size=2, drop_last=True)
+    )
+    # Two epochs of two batches, two of four.
+    assert rates == pytest.approx([0.5 * (12 - step) / 12 for step in range(12)])
+
+
+def test_warm_up_rises_to_the_peak(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    module = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, warmup_steps=3, learning_rate=1.0)
+    trainer = make_trainer(tmp_path, max_epochs=10)
+    trainer.fit(module, datamodule=Ids(uneven(4), batch_size=4))
+    (factor,) = trainer.lr_scheduler_configs[0].scheduler.lr_lambdas
+    assert [factor(step) for step in (0, 1, 2, 3, 10)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.0])
+
+
+def test_settings_are_plain_python(tiny_backbone_folder: Path) -> None:
+    settings = MemFT(backbone=str(tiny_backbone_folder), weighting=OnlyThreshold(0.4), learning_rate=0.1).settings()
+    assert settings["weighting"] == {
+        "class_path": "pml.weighting.OnlyThreshold",
+        "init_args": {"threshold": 0.4, "position_decay": None, "when_memorized": "skip"},
+    }
+    assert settings["learning_rate"] == 0.1
+
+
+def test_a_learning_rate_of_zero_is_refused() -> None:
+    with pytest.raises(InputError, match="learning_rate is 0; expected a number above 0"):
+        SFT(learning_rate=0)

@@ -1,0 +1,75 @@
+"""Losses without whole logits equal the plain way, in value and gradient."""
+
+import pytest
+import torch
+from torch import nn
+
+import pml.token_loss
+from pml.token_loss import token_losses
+
+
+def plain(hidden: torch.Tensor, head: nn.Linear, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+@pytest.fixture
+def problem() -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+    head = nn.Linear(24, 300, bias=False)
+    head.weight.data.normal_().requires_grad_(False)
+    return torch.randn(70, 24, requires_grad=True), head, torch.randint(300, (70,))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4 * 300 * 33, 2**30])
+def test_losses_and_gradients_equal_cross_entropy_whatever_the_chunk(
+    chunk_bytes: int, problem: tuple[torch.Tensor, nn.Linear, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pml.token_loss, "CHUNK_BYTES", chunk_bytes)
+    hidden, head, targets = problem
+    weights = torch.rand(70)
+    losses, correct = token_losses(hidden, head, targets)
+    (gradient,) = torch.autograd.grad((losses * weights).sum(), hidden)
+    expected = plain(hidden, head, targets)
+    (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), hidden)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+    assert torch.equal(correct, head(hidden).argmax(-1) == targets)
+
+
+def test_a_head_with_bias_is_no_different(problem: tuple[torch.Tensor, nn.Linear, torch.Tensor]) -> None:
+    hidden, _, targets = problem
+    head = nn.Linear(24, 300).requires_grad_(False)
+    torch.testing.assert_close(token_losses(hidden, head, targets)[0], plain(hidden, head, targets))
+
+
+@pytest.mark.parametrize("above", [0.01, 3.0, 6.0, 1e9])
+def test_tokens_up_to_the_bound_have_no_gradient_and_the_others_their_own(
+    above: float, problem: tuple[torch.Tensor, nn.Linear, torch.Tensor]
+) -> None:
+    hidden, head, targets = problem
+    losses, _ = token_losses(hidden, head, targets, gradient_above=above)
+    (gradient,) = torch.autograd.grad((losses * (losses.detach() > above)).sum(), hidden)
+    expected = plain(hidden, head, targets)
+    (expected_gradient,) = torch.autograd.grad((expected * (expected.detach() > above)).sum(), hidden)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_of_a_bfloat16_head_are_float32_of_its_own_logits() -> None:
+    head = nn.Linear(24, 300, bias=False).to(torch.bfloat16).requires_grad_(False)
+    hidden = torch.randn(9, 24, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(300, (9,))
+    losses, _ = token_losses(hidden, head, targets)
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, plain(hidden, head, targets))
+    losses.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.bfloat16
+
+
+def test_no_token_gives_no_loss_and_a_gradient_of_zero() -> None:
+    head = nn.Linear(4, 8, bias=False).requires_grad_(False)
+    hidden = torch.randn(3, 4, requires_grad=True)
+    losses, correct = token_losses(hidden[:0], head, torch.empty(0, dtype=torch.long))
+    losses.sum().backward()
+    assert losses.shape == correct.shape == (0,)
+    assert hidden.grad is not None
+    assert not hidden.grad.any()

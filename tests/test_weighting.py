@@ -1,0 +1,120 @@
+"""Weights by hand: who gets how much of the budget."""
+
+import math
+
+import pytest
+import torch
+
+from pml.errors import InputError
+from pml.weighting import OnlyThreshold, SlidingWindow, TokenScores, Uniform, critical_loss, weighted_mean
+
+
+def scores(losses: list[list[float]], correct: list[list[int]], lengths: list[int], ids: list[int]) -> TokenScores:
+    mask = torch.arange(len(losses[0])) < torch.tensor(lengths)[:, None]
+    return TokenScores(torch.tensor(losses), torch.tensor(correct).bool() & mask, mask, torch.tensor(ids))
+
+
+ONE = scores([[0.1, 2.0, 0.7, 3.0, 9.0]], [[1, 0, 1, 0, 0]], [4], [0])
+
+
+def test_uniform_weighs_every_target_token_and_nothing_else() -> None:
+    assert Uniform().weights(ONE).tolist() == [[1, 1, 1, 1, 0]]
+
+
+def test_only_threshold_weighs_tokens_below_the_threshold_and_never_padding() -> None:
+    assert OnlyThreshold().weights(ONE).tolist() == [[0, 1, 1, 1, 0]]
+    assert OnlyThreshold(threshold=0.2).weights(ONE).tolist() == [[0, 1, 0, 1, 0]]
+
+
+def test_a_token_exactly_at_the_threshold_has_no_weight() -> None:
+    at = scores([[critical_loss(0.5)]], [[0]], [1], [0])
+    at = at._replace(losses=at.losses.double().fill_(critical_loss(0.5)))
+    assert OnlyThreshold().weights(at).tolist() == [[0]]
+
+
+def test_the_position_weight_falls_from_one_to_exp_minus_lambda_over_the_active_tokens() -> None:
+    weights = OnlyThreshold(position_decay=2.0).weights(ONE)[0].tolist()
+    assert weights == pytest.approx([0, 1, math.exp(-1), math.exp(-2), 0])
+
+
+def test_the_position_weight_of_a_lone_active_token_is_one() -> None:
+    assert OnlyThreshold(position_decay=2.0).weights(scores([[0.1, 2.0]], [[1, 0]], [2], [0])).tolist() == [[0, 1]]
+
+
+def test_sliding_window_by_hand() -> None:
+    weighting = SlidingWindow(window=2, tau=2.0, floor=0.01, scale=1.0)
+    weighting.prepare(1, torch.device("cpu"))
+    weights = weighting.weights(ONE)[0].tolist()
+    # The anchor is 1; the window holds 1 and 2, so 3 is on the floor.
+    soft = [1 / (1 + math.exp(-(loss - math.log(2)))) for loss in (0.1, 2.0, 0.7, 3.0)]
+    assert weights == pytest.approx([soft[0], soft[1], soft[2] * math.exp(-0.5), soft[3] * 0.01, 0], rel=1e-6)
+
+
+def test_without_an_error_the_window_is_open() -> None:
+    right = scores([[0.1, 2.0]], [[1, 1]], [2], [0])
+    weighting = SlidingWindow(window=1, scale=1.0)
+    weighting.prepare(1, torch.device("cpu"))
+    soft = [1 / (1 + math.exp(-(loss - math.log(2)))) for loss in (0.1, 2.0)]
+    assert weighting.weights(right)[0].tolist() == pytest.approx(soft, rel=1e-6)
+
+
+def test_the_window_state_follows_the_example_and_not_the_row() -> None:
+    two = scores([[2.0, 2.0], [2.0, 2.0]], [[0, 0], [1, 0]], [2, 2], [0, 1])
+    swapped = TokenScores(*(t.flip(0) for t in two))
+    weighting = SlidingWindow()
+    weighting.prepare(2, torch.device("cpu"))
+    for batch in (two, swapped, two, swapped):
+        weighting.weights(batch)
+    assert weighting.state_dict()["stuck"].tolist() == [3, 3]
+    assert weighting.state_dict()["anchor"].tolist() == [0, 1]
+
+
+def test_the_window_grows_to_its_limit_and_falls_back_when_the_anchor_moves() -> None:
+    weighting = SlidingWindow(patience=3, growth=0.5, max_growth=4.0)
+    stuck = torch.tensor([0, 2, 3, 4, 8, 9, 100])
+    assert weighting.growth_factor(stuck).tolist() == [1, 1, 1.5, 2, 4, 4, 4]
+    weighting.prepare(1, torch.device("cpu"))
+    for _ in range(5):
+        weighting.weights(ONE)
+    moved = ONE._replace(correct=torch.tensor([[True, True, False, False, False]]))
+    weighting.weights(moved)
+    assert weighting.state_dict()["stuck"].tolist() == [0]
+
+
+def test_the_window_state_survives_a_checkpoint() -> None:
+    first, second = SlidingWindow(), SlidingWindow()
+    first.prepare(1, torch.device("cpu"))
+    for _ in range(4):
+        first.weights(ONE)
+    second.load_state_dict(first.state_dict())
+    second.prepare(1, torch.device("cpu"))
+    torch.testing.assert_close(second.weights(ONE), first.weights(ONE))
+
+
+def test_a_ghost_leaves_the_window_state_alone() -> None:
+    weighting = SlidingWindow()
+    weighting.prepare(1, torch.device("cpu"))
+    weighting.weights(scores([[0.0]], [[0]], [0], [-1]))
+    assert weighting.state_dict()["anchor"].tolist() == [-2]
+
+
+def test_weighted_mean_of_nothing_is_a_zero_that_stays_connected() -> None:
+    losses = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    loss = weighted_mean(losses, torch.zeros(1, 2))
+    loss.backward()
+    assert loss.item() == 0
+    assert losses.grad is not None
+    assert losses.grad.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -0.5, 2.0, float("nan")])
+@pytest.mark.parametrize("kind", [OnlyThreshold, SlidingWindow])
+def test_a_threshold_outside_zero_and_one_is_refused(kind: type, threshold: float) -> None:
+    with pytest.raises(InputError, match=r"threshold is .*; expected a probability strictly between 0 and 1"):
+        kind(threshold=threshold)
+
+
+@pytest.mark.parametrize("name", ["scale", "window", "tau", "max_growth"])
+def test_a_window_of_no_size_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name} is 0; expected a number above 0"):
+        SlidingWindow(**{name: 0})
