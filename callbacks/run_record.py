@@ -1,5 +1,6 @@
 """One record per fit: what was run and what came out, beside the adapter and the per-token results."""
 
+import logging
 import os
 import platform
 import subprocess
@@ -13,7 +14,6 @@ import pyarrow.parquet as pq
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.stop_when_recalled import StopWhenRecalled
 from callbacks.verbatim_recall import VerbatimRecall
@@ -27,6 +27,8 @@ from pml.records import RECORD_NAME, Record, write_record
 from pml.weighting import TokenScores, critical_loss
 
 __all__ = ["RunRecord"]
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("pml", "torch", "lightning", "transformers", "peft", "torchmetrics")
 
@@ -51,6 +53,7 @@ class RunRecord(Callback):
         self.overwrite = overwrite
         self.record: Record | None = None
         """What the last fit came to; None before."""
+        self._folder = Path()
         self._initial_loss = float("nan")
         self._started = 0.0
         # Found out now rather than when a long run is over.
@@ -61,10 +64,12 @@ class RunRecord(Callback):
             return
         if not isinstance(pl_module, Memorization):
             raise InputError(f"RunRecord records SFT and MemFT; the model is a {type(pl_module).__name__}")
-        folder = self._folder(trainer)
-        if trainer.is_global_zero and (folder / RECORD_NAME).exists() and not self.overwrite:
+        # Asking for the logger's folder takes all ranks, so it is asked for once, here.
+        self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+        path = self._folder / RECORD_NAME
+        if trainer.is_global_zero and path.exists() and not self.overwrite:
             raise InputError(
-                f"{folder / RECORD_NAME} is the record of an earlier run; choose another folder "
+                f"{path} is the record of an earlier run; choose another folder "
                 "(trainer.logger.init_args.name, or RunRecord's dirpath) or set overwrite: true"
             )
 
@@ -72,6 +77,7 @@ class RunRecord(Callback):
         assert isinstance(pl_module, Memorization)
         with pl_module.frozen():
             self._initial_loss = metrics.mean_loss(self._score(trainer, pl_module)).item()
+        self.record = None
         self._started = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,7 +92,7 @@ class RunRecord(Callback):
             self._write(trainer, pl_module, "interrupted")
         elif trainer.is_global_zero:
             # Measuring takes all ranks, and some may be gone; what was learnt is kept all the same.
-            pl_module.model.save_pretrained(str(self._folder(trainer) / "adapter"))
+            pl_module.model.save_pretrained(str(self._folder / "adapter"), save_embedding_layers=False)
 
     def _write(self, trainer: Trainer, pl_module: Memorization, status: Literal["finished", "interrupted"]) -> None:
         wall_seconds = time.monotonic() - self._started
@@ -96,22 +102,19 @@ class RunRecord(Callback):
         )
         if not trainer.is_global_zero:
             return
-        folder = self._folder(trainer)
+        folder = self._folder
         corpus: Corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
         self.record = self._record(trainer, pl_module, corpus, scores, status, int(trained), wall_seconds)
         _write_tokens(folder / "tokens.parquet", corpus, scores)
-        pl_module.model.save_pretrained(str(folder / "adapter"))
+        pl_module.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
         # The record comes last: a folder that has one has everything.
         path = write_record(folder, self.record)
         if isinstance(trainer.logger, TensorBoardLogger):
             _log_hyperparameters(trainer.logger, self.record)
-        rank_zero_info(f"record: {path}")
+        log.info("record: %s%s", path, "" if status == "finished" else f" ({status})")
 
     def _score(self, trainer: Trainer, pl_module: Memorization) -> TokenScores:
         return score_corpus(pl_module, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
-
-    def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
 
     def _record(
         self,
@@ -130,7 +133,9 @@ class RunRecord(Callback):
             bits = metrics.memorized_bits(corpus.entropy_bits, final_loss, corpus.target_tokens)
         recall = next((c for c in trainer.callbacks if isinstance(c, VerbatimRecall)), None)  # type: ignore[attr-defined]
         stop = next((c for c in trainer.callbacks if isinstance(c, StopWhenRecalled)), None)  # type: ignore[attr-defined]
-        generated = recall.shares() if recall is not None else {}
+        # What an earlier validation decoded says nothing about the weights as they are now.
+        current = recall is not None and recall.generated_at_step == trainer.global_step
+        generated = recall.shares() if recall is not None and current else {}
         record = Record(
             status=status,
             backbone=module.backbone.name,
@@ -171,9 +176,10 @@ class RunRecord(Callback):
             git_commit=_git_commit(),
         )
         if record.generated_exact_match is not None and record.generated_exact_match != record.exact_match:
-            rank_zero_info(
-                f"greedy decoding recalls {record.generated_exact_match:.4f} of the targets, teacher forcing "
-                f"{record.exact_match:.4f}: some argmax is within rounding of a tie"
+            log.info(
+                "greedy decoding recalls %.4f of the targets, teacher forcing %.4f: some argmax is within rounding of a tie",
+                record.generated_exact_match,
+                record.exact_match,
             )
         return record
 

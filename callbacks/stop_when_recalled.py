@@ -1,11 +1,11 @@
 """Ends a fit once everything is certain to be recalled, so that no step is spent on what is known."""
 
+import logging
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from pml.errors import InputError
@@ -13,6 +13,8 @@ from pml.modules import Memorization
 from pml.recall import certified, score_corpus
 
 __all__ = ["StopWhenRecalled"]
+
+log = logging.getLogger(__name__)
 
 
 class StopWhenRecalled(Callback):
@@ -61,12 +63,15 @@ class StopWhenRecalled(Callback):
             return
         scores = score_corpus(pl_module, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
         if certified(scores, self.margin):
-            self.steps_to_recall = trainer.global_step
+            self.steps_to_recall = trainer.global_step - pl_module.skipped_steps
             trainer.should_stop = True
-            rank_zero_info(
-                f"recalled: all {corpus.target_tokens} target tokens above p = {self.margin} "
-                f"after {trainer.global_step} steps"
-            )
+            if trainer.is_global_zero:
+                log.info(
+                    "recalled: all %d target tokens above p = %s after %d steps",
+                    corpus.target_tokens,
+                    self.margin,
+                    self.steps_to_recall,
+                )
 
     def state_dict(self) -> dict[str, Any]:
         return {"steps_to_recall": self.steps_to_recall}

@@ -12,9 +12,10 @@ __all__ = ["TokenThresholds"]
 
 
 class TokenThresholds(CorpusMetricCallback):
-    """Logs the mean `loss` (nats per target token), `sub_threshold_fraction` (share of target tokens with p <= threshold)
-    and `min_target_probability`, over the corpus at every evaluation and, as `train/sub_threshold_fraction`, over
-    training batches as they are scored for the step.
+    """Logs how the corpus stands at every evaluation, and training batches as they are scored for the step.
+
+    Of the corpus: the mean `loss` (nats per target token), `sub_threshold_fraction` (share of target tokens with
+    p <= threshold) and `min_target_probability`. Of training batches: `train/sub_threshold_fraction`.
 
     Args:
         threshold: Probability that a token has to exceed; greedy decoding is certain above 0.5.

@@ -1,7 +1,8 @@
 """Verbatim recall: teacher-forced at every evaluation, by greedy decoding on demand and when the fit ends."""
 
+import logging
+
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks._corpus_metric import CorpusMetricCallback
 from pml import metrics
@@ -11,9 +12,11 @@ from pml.recall import Generated, greedy_recall
 
 __all__ = ["VerbatimRecall"]
 
+log = logging.getLogger(__name__)
+
 
 class VerbatimRecall(CorpusMetricCallback):
-    """Logs `token_accuracy` and `exact_match` (shares) and `first_failure` (tokens) of the corpus under teacher forcing.
+    """Logs `token_accuracy` and `exact_match` (shares) and `first_failure` (tokens), all under teacher forcing.
 
     Greedy decoding with the KV cache adds `generated_exact_match` and `generated_token_accuracy`. It agrees with
     teacher forcing but for rounding; where the two differ, that is said.
@@ -35,6 +38,8 @@ class VerbatimRecall(CorpusMetricCallback):
         self.generate_batch_size = generate_batch_size
         self.generated: list[Generated] | None = None
         """What the last greedy decoding gave; None before the first."""
+        self.generated_at_step: int | None = None
+        """The trainer's step at that time."""
         self._validations = 0
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,6 +77,7 @@ class VerbatimRecall(CorpusMetricCallback):
     def _generate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
         examples = trainer.datamodule.corpus.examples  # type: ignore[attr-defined]
-        if len(examples) > 4 * self.generate_batch_size:
-            rank_zero_info(f"decoding {len(examples)} targets greedily")
+        if trainer.is_global_zero and len(examples) > 4 * self.generate_batch_size:
+            log.info("decoding %d targets greedily", len(examples))
         self.generated = greedy_recall(pl_module, examples, self.generate_batch_size)
+        self.generated_at_step = trainer.global_step

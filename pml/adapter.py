@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -130,7 +130,8 @@ class MlpBlockLora(nn.Module, LoraLayer):
         total = None
         for name in self.active_adapters:
             if name in self.lora_A:
-                low = self.lora_A[name](self._cast_input_dtype(x, self.lora_A[name].weight.dtype))
+                a = self.lora_A[name]
+                low = a(x.to(next(a.parameters()).dtype))
                 path = self.lora_dropout[name](self.lora_B[name](low) * self.scaling[name])
                 total = path if total is None else total + path
         return total
@@ -171,9 +172,8 @@ def _target_modules(config: AdapterConfig, backbone: Backbone, blocks: list[int]
 
 def _register_mlp_block(config: LoraConfig, backbone: Backbone, targets: list[str]) -> None:
     """Tell PEFT to wrap whole MLPs; the mapping lives in the process, not in the saved configuration."""
-    mlps = {type(backbone.model.get_submodule(name)) for name in targets}
-    layer = partial(MlpBlockLora, hidden_size=backbone.hidden_size)
-    config._register_custom_module(dict.fromkeys(mlps, layer))
+    layer: Any = partial(MlpBlockLora, hidden_size=backbone.hidden_size)
+    config._register_custom_module({type(backbone.model.get_submodule(name)): layer for name in targets})
 
 
 def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
@@ -205,10 +205,11 @@ def _initialise(model: PeftModel, config: AdapterConfig, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model):
         for linear in layer.lora_A.values():
-            bound = 1 / math.sqrt(linear.out_features if config.init == "published" else linear.in_features)
-            values = torch.empty(linear.weight.shape).uniform_(-bound, bound, generator=generator)
+            (weight,) = linear.parameters()
+            rank, width = weight.shape
+            bound = 1 / math.sqrt(rank if config.init == "published" else width)
             with torch.no_grad():
-                linear.weight.copy_(values)
+                weight.copy_(torch.empty(rank, width).uniform_(-bound, bound, generator=generator))
 
 
 def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) -> PeftModel:
@@ -232,7 +233,7 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
     targets = _target_modules(config, backbone, config.block_indices(len(backbone.blocks)))
     peft_config = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha if config.alpha is not None else config.rank,
+        lora_alpha=cast(int, config.alpha if config.alpha is not None else config.rank),  # any number will do
         lora_dropout=config.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",

@@ -86,7 +86,7 @@ class FrozenPrefix:
         )
 
     def final_hidden(self, batch: dict[str, Any]) -> Tensor:
-        """Hidden states (B, S, d) after the final norm, S = longest example minus its last token, which predicts nothing.
+        """Hidden states (B, S, d) after the final norm; S is the longest example without its last token.
 
         Args:
             batch: What `pml.corpus.collate` gives; `keys` from `content_keys` saves a copy from the device.
@@ -97,7 +97,7 @@ class FrozenPrefix:
             return self._run(self.backbone.decoder, input_ids=input_ids[:, :steps])
         kept = self._kept(batch, steps)
         hidden = kept.hidden
-        if self.cut == "after_block" and (delta := self._mlp_lora.delta(kept.mlp_input)) is not None:
+        if kept.mlp_input is not None and (delta := self._mlp_lora.delta(kept.mlp_input)) is not None:
             hidden = hidden + delta.to(hidden.dtype)
         return self._run(self._suffix, inputs_embeds=hidden)
 
@@ -228,12 +228,11 @@ def _padded(rows: Sequence[Tensor], steps: int, device: torch.device) -> Tensor:
 
 def _with_blocks(backbone: Backbone, blocks: slice) -> nn.Module:
     """A shallow copy of the decoder that shares all its modules but has only some of its blocks."""
-    decoder = copy.copy(backbone.decoder)
-    decoder._modules = dict(decoder._modules)
-    name = backbone.blocks_path.rsplit(".", 1)[-1]
-    decoder._modules[name] = nn.ModuleList(backbone.blocks[blocks])
+    decoder: Any = copy.copy(backbone.decoder)
+    kept = nn.ModuleList(backbone.blocks[blocks])
+    decoder._modules = {**decoder._modules, backbone.blocks_path.rsplit(".", 1)[-1]: kept}
     config = copy.copy(decoder.config)
-    config.num_hidden_layers = len(decoder._modules[name])
+    config.num_hidden_layers = len(kept)
     if getattr(config, "layer_types", None):
         # Decoders look up what kind of attention a block has by its place in the list.
         config.layer_types = config.layer_types[blocks]
@@ -245,7 +244,7 @@ def _with_blocks(backbone: Backbone, blocks: slice) -> nn.Module:
 def _random_adapter(model: PeftModel) -> Iterator[None]:
     """Give B random values for a while: a zero update would agree with anything."""
     generator = torch.Generator().manual_seed(1)
-    weights = [linear.weight for layer in lora_layers(model) for linear in layer.lora_B.values()]
+    weights = [weight for layer in lora_layers(model) for b in layer.lora_B.values() for weight in b.parameters()]
     saved = [weight.detach().clone() for weight in weights]
     try:
         for weight in weights:

@@ -1,19 +1,23 @@
-"""LightningCLI for memorising: what `pml fit|validate|test|predict` parse and run, and what every cell of a sweep does."""
+"""LightningCLI for memorising: what `pml fit|validate|test|predict` parse and run, and every cell of a sweep."""
 
 import importlib
+import logging
 import os
+import re
+import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import jsonargparse
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from pml.errors import InputError
 from pml.modules import Memorization
 
-__all__ = ["MemorizationCLI", "one_line", "parse_run", "prepare"]
+__all__ = ["MemorizationCLI", "parse_run", "prepare", "reason"]
 
 ROOMS = ("data_modules", "callbacks")
 """Imported by name, so that short class names work on the command line; nothing in `pml` refers to what is in them."""
@@ -56,6 +60,23 @@ NOISE = (
 )
 """Warnings of libraries about things that are meant."""
 
+CHATTER = ("lightning.pytorch", "lightning.fabric")
+"""Loggers that greet, advise and tell what every run does."""
+
+ATTEMPTS = re.compile(
+    r"(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
+    r"|Expected a <class 'NoneType'>.*)?$"
+)
+"""Lines in which jsonargparse tells what it tried, not what is wrong."""
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the configuration of fits alone: evaluating in a run's folder leaves the configuration of the run there."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
 
 class MemorizationCLI(LightningCLI):
     """LightningCLI for memorising: any `Memorization`, any corpus, and defaults that leave a complete run folder.
@@ -74,6 +95,9 @@ class MemorizationCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=42,
             auto_configure_optimizers=False,
+            save_config_callback=_SaveConfig,
+            # RunRecord refuses the folder of a run; what an unfinished one has left may be written over.
+            save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": "pml", "exit_on_error": False, **subcommands},
             args=None if args is None else list(args),
             run=run,
@@ -82,36 +106,92 @@ class MemorizationCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults(DEFAULTS)
 
-
-class _ParsedRun(MemorizationCLI):
-    """Stops where classes would be made."""
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except jsonargparse.ArgumentError as error:
+            raise InputError(reason(error)) from error
 
     def instantiate_classes(self) -> None:
-        pass
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            # Constructors only look at what they are given, so what one refuses is the user's.
+            raise InputError(reason(error)) from error
+
+    def make_ready(self) -> None:
+        """Load the backbone and make the corpus, so that what is wrong with them shows before a folder is made.
+
+        Raises:
+            InputError: If the backbone, the adapter, the corpus or the checkpoint cannot be had.
+        """
+        options = self.config_init.get(str(self.subcommand), self.config_init)
+        checkpoint = options.get("ckpt_path")
+        if checkpoint not in (None, "best", "last", "hpc", "registry") and not Path(checkpoint).is_file():
+            raise InputError(f"ckpt_path is {checkpoint}; expected the file of a checkpoint")
+        self.model.configure_model()
+        build = getattr(self.datamodule, "build", None)
+        if build is not None:
+            build(self.model.tokenizer, self.model.vocab_size, self.model.max_positions)
+        # A run draws the same numbers whether its backbone had to be loaded or was there already.
+        if isinstance(options.get("seed_everything"), int):
+            seed_everything(options["seed_everything"])
+
+    before_fit = before_validate = before_test = before_predict = make_ready
+
+
+class _ParsedRun(MemorizationCLI):
+    """Makes what the configuration names, to see whether it can be made, and stops short of a trainer."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
 
 
 def parse_run(args: Sequence[str]) -> jsonargparse.Namespace:
-    """The complete configuration that arguments of `pml fit` resolve to; nothing is made, nothing is loaded.
+    """The complete configuration that arguments of `pml fit` resolve to; nothing is loaded.
 
     Raises:
-        InputError: If it does not parse.
+        InputError: If it does not parse, or a class refuses its arguments.
     """
     prepare()
-    try:
-        return _ParsedRun(args, run=False).config
-    except jsonargparse.ArgumentError as error:
-        raise InputError(one_line(error)) from error
+    return _ParsedRun(args, run=False).config
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split())
+def reason(error: BaseException) -> str:
+    """What is wrong, on one line: the InputError behind an exception, else its message without what was tried."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InputError):
+            return " ".join(str(cause).split())
+        cause = cause.__cause__ or cause.__context__
+    where, colon, message = str(error).partition('": ') if str(error).startswith("Parser key") else ("", "", str(error))
+    lines = [line.strip().lstrip("- ") for line in message.splitlines()]
+    said = "; ".join(dict.fromkeys(line for line in lines if not ATTEMPTS.match(line)))
+    return " ".join(f"{where}{colon}{said or message}".split())
 
 
 def prepare() -> None:
-    """What every command needs before a library speaks up."""
+    """What every command needs before a library speaks up: importable rooms, and a quiet stderr with our own lines."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in CHATTER:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    own = logging.getLogger("callbacks")
+    if not any(isinstance(handler, _ToStderr) for handler in own.handlers):
+        own.setLevel(logging.INFO)
+        own.addHandler(_ToStderr())
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     for room in ROOMS:
         importlib.import_module(room)
+
+
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is at the moment: a progress bar puts its own in place while it is drawn."""
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]  # an attribute in the base class
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass

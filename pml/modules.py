@@ -1,6 +1,6 @@
 """LightningModules that write a corpus into an adapter: `SFT` with the plain loss, `MemFT` with a shared-out one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from pml.adapter import AdapterConfig, adapter_parameters, attach_adapter, detach_adapter, load_adapter
 from pml.backbone import Backbone, load_backbone
 from pml.corpus import IGNORE_INDEX
+from pml.cpu import tune_cpu
 from pml.curriculum import PrefixRatio
 from pml.errors import InputError
 from pml.frozen_prefix import FrozenPrefix, content_keys
@@ -42,6 +43,7 @@ class Memorization(LightningModule):
         schedule: `linear` decays the learning rate to 0 over the run, `constant` keeps it.
         warmup_steps: Steps over which the learning rate rises from 0.
         frozen_prefix: Compute what lies below the adapter once per example and keep it.
+        tune_cpu: On a CPU, multiply float32 matrices the fastest way that is as accurate; see `pml.cpu`.
         seed: Seed of the adapter's initialisation; None takes the one that `seed_everything` was given.
     """
 
@@ -59,6 +61,7 @@ class Memorization(LightningModule):
         schedule: Literal["linear", "constant"] = "linear",
         warmup_steps: int = 0,
         frozen_prefix: bool = True,
+        tune_cpu: bool = True,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -69,10 +72,11 @@ class Memorization(LightningModule):
         self.adapter = from_plain(adapter, AdapterConfig) or AdapterConfig()
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
-        self.betas = tuple(betas)
+        self.betas = (betas[0], betas[1])
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.use_frozen_prefix = frozen_prefix
+        self.tune_cpu = tune_cpu
         self.seed = torch.initial_seed() if seed is None else seed
         self.weighting: Weighting = Uniform()
         self.curriculum: PrefixRatio | None = None
@@ -143,6 +147,10 @@ class Memorization(LightningModule):
         if self._prefix is None:
             self._prefix = FrozenPrefix(self.backbone, self.model, enabled=self.use_frozen_prefix)
         return self._prefix
+
+    def setup(self, stage: str) -> None:
+        if self.tune_cpu and self.trainer.strategy.root_device.type == "cpu":
+            tune_cpu()
 
     def configure_model(self) -> None:
         """Load the backbone and put a fresh adapter on it; does nothing the second time."""
@@ -284,8 +292,9 @@ class Memorization(LightningModule):
         if trainer.max_steps > 0 or self.curriculum is None:
             return steps
         # Lightning multiplies the first epoch's batches; a curriculum has more of them later.
-        sampler, per_step = trainer.train_dataloader.sampler, trainer.accumulate_grad_batches
-        return sum(-(-sampler.batches_in_epoch(epoch) // per_step) for epoch in range(trainer.max_epochs))
+        loader: Any = trainer.train_dataloader
+        epochs, per_step = range(trainer.max_epochs or 0), trainer.accumulate_grad_batches
+        return sum(-(-loader.sampler.batches_in_epoch(epoch) // per_step) for epoch in epochs)
 
     def _fall_back(self, weights: Tensor, mask: Tensor) -> Tensor:
         """Weight 1 for all tokens while no token of the global batch has weight, where that is asked for.
@@ -323,13 +332,13 @@ class Memorization(LightningModule):
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The adapter alone; the frozen backbone is found by its name again."""
         if self._peft_model is None:
             return {}
         return {name: parameter.detach() for name, parameter in adapter_parameters(self.model).items()}
 
-    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take an adapter back.
 
         Raises:

@@ -21,7 +21,7 @@ from pml.weighting import TokenScores
 if TYPE_CHECKING:
     from pml.modules import Memorization
 
-__all__ = ["Generated", "certified", "generate_greedily", "gather_scores", "greedy_recall", "score_corpus"]
+__all__ = ["Generated", "certified", "gather_scores", "generate_greedily", "greedy_recall", "score_corpus"]
 
 
 def certified(scores: TokenScores, margin: float = 0.5) -> bool:

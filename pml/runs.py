@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 
 from pml.corpus import Corpus
 from pml.errors import InputError
-from pml.lightning_cli import prepare
+from pml.lightning_cli import prepare, reason
 from pml.modules import Memorization
 
 __all__ = ["open_run"]
@@ -33,8 +33,10 @@ def open_run(folder: Path) -> tuple[Memorization, Corpus]:
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     try:
         made = parser.instantiate_classes(parser.parse_object({key: content[key] for key in ("model", "data")}))
-    except (jsonargparse.ArgumentError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not the configuration of a run: {error}") from error
+    except KeyError as error:
+        raise InputError(f"{path}: not the configuration of a run: it has no {error}") from error
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not the configuration of a run: {reason(error)}") from error
     module: Memorization = made.model
     module.load_adapter(folder / "adapter")
     return module.eval(), made.data.build(module.tokenizer, module.vocab_size, module.max_positions)

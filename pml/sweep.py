@@ -4,12 +4,9 @@ import gc
 import hashlib
 import itertools
 import json
-import logging
 import re
-import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,6 @@ import pydantic
 import yaml
 
 from pml.backbone import shared_backbones
-
 from pml.errors import InputError
 from pml.lightning_cli import MemorizationCLI, parse_run
 from pml.modules import Memorization
@@ -102,7 +98,11 @@ def read_grid(path: Path) -> Grid:
     for key, values in ((key, values) for part in grid.grid for key, values in part.items()):
         if not values:
             raise InputError(f"{path}: grid key {key} has no values")
-    return grid.model_copy(update={"base": [path.parent / base for base in grid.base]})
+    bases = [path.parent / base for base in grid.base]
+    for base in bases:
+        if not base.is_file():
+            raise InputError(f"{path}: base {base}: no such file; paths are relative to the grid file")
+    return grid.model_copy(update={"base": bases})
 
 
 def expand(grid: Sequence[dict[str, list[Any]]]) -> list[dict[str, Any]]:
@@ -112,9 +112,7 @@ def expand(grid: Sequence[dict[str, list[Any]]]) -> list[dict[str, Any]]:
         >>> expand([{"rank": [1, 2], "seed": [7]}])
         [{'rank': 1, 'seed': 7}, {'rank': 2, 'seed': 7}]
     """
-    return [
-        dict(zip(part, values, strict=True)) for part in grid for values in itertools.product(*part.values())
-    ]
+    return [dict(zip(part, values, strict=True)) for part in grid for values in itertools.product(*part.values())]
 
 
 def resolve(grid: Grid) -> list[Cell]:
@@ -128,7 +126,9 @@ def resolve(grid: Grid) -> list[Cell]:
     base = tuple(itertools.chain.from_iterable(("--config", str(path)) for path in grid.base))
     cells = []
     for setting in settings:
-        own = tuple(f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in setting.items())
+        own = tuple(
+            f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in setting.items()
+        )
         try:
             config = parse_run([*base, *own])
         except InputError as error:
@@ -154,7 +154,7 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
         report: Called with the outcome of each cell as soon as it is known.
     """
     outcomes = []
-    with shared_backbones(), _quiet():
+    with shared_backbones():
         for cell in cells:
             if cell.recorded:
                 outcome = Outcome(cell, read_record(cell.folder / RECORD_NAME), skipped=True)
@@ -171,6 +171,7 @@ def _run_cell(cell: Cell) -> Outcome:
     try:
         cli = MemorizationCLI(cell.arguments, run=False)
         module = cli.model
+        cli.make_ready()
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
         return Outcome(cell, read_record(cell.folder / RECORD_NAME))
     except Exception as error:
@@ -225,17 +226,3 @@ def _set_aside(folder: Path) -> None:
     if folder.exists():
         attempt = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.unfinished-{n}").exists())
         folder.rename(folder.with_name(f"{folder.name}.unfinished-{attempt}"))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning from greeting at every cell."""
-    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

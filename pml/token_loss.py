@@ -42,13 +42,13 @@ class _LinearTokenLoss(torch.autograd.Function):
             losses[piece] = (log_z - logits.gather(-1, target)).squeeze(-1)
             if gradient is None:
                 continue
-            rows = slice(None)
+            rows: Tensor | slice = slice(None)
             if gradient_above is not None:
-                rows = (losses[piece] > gradient_above).nonzero().squeeze(-1)
-                if len(rows) < 0.75 * len(logits):
+                active = (losses[piece] > gradient_above).nonzero().squeeze(-1)
+                # Picking rows copies their logits; with most of them active the copy costs more than it saves.
+                if len(active) < 0.75 * len(logits):
+                    rows = active
                     logits, log_z, target = logits[rows], log_z[rows], target[rows]
-                else:
-                    rows = slice(None)
             probabilities = logits.sub_(log_z).exp_()
             probabilities.scatter_add_(-1, target, torch.full_like(log_z, -1.0))
             gradient[piece][rows] = probabilities.to(weight.dtype) @ weight

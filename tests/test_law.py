@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.record_factory import make_record, write_run
+from record_factory import make_record, write_run
 from scipy.optimize import curve_fit
 
 from pml.commands import law as command

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from tests.tiny_runs import Ids, make_trainer, uneven
+from tiny_runs import Ids, make_trainer, uneven
 from torch import Tensor
 
 from pml.adapter import AdapterConfig, adapter_parameters

@@ -7,7 +7,7 @@ from typing import Any
 
 import pydantic
 import pytest
-from tests.record_factory import make_record, write_run
+from record_factory import make_record, write_run
 
 from pml.errors import InputError
 from pml.records import read_record, read_records, write_json, write_record

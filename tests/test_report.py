@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from tests.record_factory import make_record
+from record_factory import make_record
 from rich.console import Console
 
 from pml.law import Cell, LawFit, fit_law, saturated

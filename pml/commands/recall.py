@@ -22,7 +22,9 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int | None, help="ask only for the first so many examples of the corpus")
     parser.add_argument("--prompt", type=str | None, help="answer this text instead of asking for the corpus")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer to --prompt, in tokens")
-    parser.add_argument("--json", action="store_true", help="print JSON: exact_match and token_accuracy (shares), examples")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON: exact_match and token_accuracy (shares), examples"
+    )
 
 
 def run(args: jsonargparse.Namespace) -> int:
@@ -68,7 +70,8 @@ def _ask(folder: Path, args: jsonargparse.Namespace) -> dict[str, Any]:
         return {
             "run": str(folder),
             "exact_match": sum(g.exact for g in generated) / len(generated),
-            "token_accuracy": sum(g.right_tokens for g in generated) / sum(len(g.example.target_ids) for g in generated),
+            "token_accuracy": sum(g.right_tokens for g in generated)
+            / sum(len(g.example.target_ids) for g in generated),
             "examples": [
                 {
                     "query": _query(tokenizer, g.example.prompt_ids),

@@ -23,7 +23,9 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("grid", type=Path, metavar="GRID", help="YAML file with `base`, `out` and `grid`")
     parser.add_argument("--list", action="store_true", help="say which cells there are and which are done, run none")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per cell: name, folder, status, error")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per cell: name, folder, status, error"
+    )
 
 
 def run(args: jsonargparse.Namespace) -> int:
@@ -50,7 +52,9 @@ def run(args: jsonargparse.Namespace) -> int:
         print(json.dumps([_plain(outcome) for outcome in outcomes], indent=2))
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
-        print(f"failed: {outcome.cell.name}: {outcome.error} (see {outcome.cell.folder / 'error.txt'})", file=sys.stderr)
+        print(
+            f"failed: {outcome.cell.name}: {outcome.error} (see {outcome.cell.folder / 'error.txt'})", file=sys.stderr
+        )
     return 1 if failed else 0
 
 
@@ -92,7 +96,9 @@ def _duration(seconds: float) -> str:
 
 
 def _plain(outcome: "Outcome") -> dict[str, str | None]:
-    status = "failed" if outcome.error else "recorded" if outcome.skipped else "finished" if outcome.record else "to run"
+    status = (
+        "failed" if outcome.error else "recorded" if outcome.skipped else "finished" if outcome.record else "to run"
+    )
     return {
         "name": outcome.cell.name,
         "folder": str(outcome.cell.folder),

@@ -1,0 +1,95 @@
+"""Faster float32 training on a CPU at the same accuracy; what is chosen is measured on the machine first.
+
+PyTorch multiplies float32 matrices with MKL unless told that less precision will do; then it asks oneDNN, which on
+many CPUs is faster and no less accurate, and on CPUs with matrix units multiplies in bfloat16, which is not. And the C
+library gives large buffers back to the system after each step, only to have them faulted in again at the next.
+"""
+
+import ctypes
+import functools
+import logging
+import platform
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["CpuChoice", "tune_cpu"]
+
+log = logging.getLogger(__name__)
+
+ACCURATE = 1e-6
+"""Relative error against float64 up to which a product counts as float32: rounding alone gives 2e-7 to 4e-7."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Names of glibc's `mallopt` parameters, from malloc.h."""
+
+
+@dataclass(frozen=True)
+class CpuChoice:
+    """What was chosen, and why.
+
+    Attributes:
+        onednn: Whether float32 products go to oneDNN.
+        speedup: Time of a product as PyTorch comes, divided by its time in oneDNN.
+        error: Relative error of oneDNN's product against float64.
+        keeps_buffers: Whether freed buffers stay with the process.
+    """
+
+    onednn: bool
+    speedup: float
+    error: float
+    keeps_buffers: bool
+
+
+@functools.cache
+def tune_cpu() -> CpuChoice:
+    """Choose how float32 matrices are multiplied on the CPU, and keep freed memory; once per process, in 0.2 s.
+
+    Changes process-wide settings of PyTorch's CPU backend and of the C library; other devices are not affected.
+    """
+    speedup, error = _measure_onednn()
+    onednn = error <= ACCURATE and speedup > 1.05
+    _use_onednn(onednn)
+    choice = CpuChoice(onednn, speedup, error, _keep_buffers())
+    log.info(
+        "float32 products: %s (oneDNN %.2f times as fast as the default, relative error %.1e); freed buffers: %s",
+        "oneDNN" if onednn else "default",
+        speedup,
+        error,
+        "kept" if choice.keeps_buffers else "given back",
+    )
+    return choice
+
+
+def _use_onednn(yes: bool) -> None:
+    # Allowing bfloat16 is how PyTorch is told to ask oneDNN, which takes it up only where the CPU has units for it.
+    mkldnn: Any = torch.backends.mkldnn
+    mkldnn.matmul.fp32_precision = "bf16" if yes else "none"
+
+
+def _measure_onednn() -> tuple[float, float]:
+    """Speed of oneDNN's float32 product relative to the default, and its error relative to float64."""
+    generator = torch.Generator().manual_seed(0)
+    # The shape of a decoder's products: some hundred tokens, a width, and a few times as many features.
+    a = torch.randn(192, 768, generator=generator)
+    b = torch.randn(768, 3072, generator=generator)
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    product = a
+    for _ in range(4):
+        for onednn, times in seconds.items():
+            _use_onednn(onednn)
+            started = time.perf_counter()
+            product = a @ b
+            times.append(time.perf_counter() - started)
+    exact = a.double() @ b.double()
+    error = ((product.double() - exact).norm() / exact.norm()).item()
+    return min(seconds[False]) / min(seconds[True]), error
+
+
+def _keep_buffers() -> bool:
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_THRESHOLD, 2**30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
