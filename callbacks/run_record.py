@@ -177,7 +177,7 @@ class RunRecord(Callback):
         )
         if record.generated_exact_match is not None and record.generated_exact_match != record.exact_match:
             log.info(
-                "greedy decoding recalls %.4f of the targets, teacher forcing %.4f: some argmax is within rounding of a tie",
+                "greedy decoding recalls %.4f of the targets, teacher forcing %.4f: some argmax is all but a tie",
                 record.generated_exact_match,
                 record.exact_match,
             )

@@ -164,10 +164,11 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, InputError):
             return " ".join(str(cause).split())
         cause = cause.__cause__ or cause.__context__
-    where, colon, message = str(error).partition('": ') if str(error).startswith("Parser key") else ("", "", str(error))
+    found = re.match(r'(Parser key "[^"]*":)?(.*)', str(error), re.DOTALL)
+    where, message = (found[1] or "", found[2]) if found else ("", str(error))
     lines = [line.strip().lstrip("- ") for line in message.splitlines()]
     said = "; ".join(dict.fromkeys(line for line in lines if not ATTEMPTS.match(line)))
-    return " ".join(f"{where}{colon}{said or message}".split())
+    return " ".join(f"{where} {said or message}".replace(":;", ":").split())
 
 
 def prepare() -> None:
@@ -189,7 +190,7 @@ class _ToStderr(logging.StreamHandler[TextIO]):
     """Writes to what stderr is at the moment: a progress bar puts its own in place while it is drawn."""
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]  # an attribute in the base class
+    def stream(self) -> TextIO:
         return sys.stderr
 
     @stream.setter

@@ -60,23 +60,24 @@ def _ask(folder: Path, args: jsonargparse.Namespace) -> dict[str, Any]:
     tokenizer = module.tokenizer
     try:
         if args.prompt is not None:
-            prompt = torch.tensor([encode_prompt(tokenizer, args.prompt)], device=module.device)
+            asked = {key: corpus.settings[key] for key in ("chat_template", "system") if key in corpus.settings}
+            prompt = torch.tensor([encode_prompt(tokenizer, args.prompt, **asked)], device=module.device)
             with torch.no_grad():
                 answer = generate_greedily(module.model, prompt, args.tokens)[0].tolist()
             end = end_of_turn_id(tokenizer)
             answer = answer[: answer.index(end)] if end in answer else answer
             return {"run": str(folder), "prompt": args.prompt, "answer": tokenizer.decode(answer)}
         generated = greedy_recall(module, corpus.examples[: args.limit])
+        tokens = sum(len(g.example.target_ids) for g in generated)
         return {
             "run": str(folder),
             "exact_match": sum(g.exact for g in generated) / len(generated),
-            "token_accuracy": sum(g.right_tokens for g in generated)
-            / sum(len(g.example.target_ids) for g in generated),
+            "token_accuracy": sum(g.right_tokens for g in generated) / tokens,
             "examples": [
                 {
                     "query": _query(tokenizer, g.example.prompt_ids),
-                    "target": tokenizer.decode(g.example.target_ids, skip_special_tokens=True),
-                    "generated": tokenizer.decode(g.token_ids, skip_special_tokens=True),
+                    "target": tokenizer.decode(list(g.example.target_ids), skip_special_tokens=True),
+                    "generated": tokenizer.decode(list(g.token_ids), skip_special_tokens=True),
                     "exact": g.exact,
                 }
                 for g in generated

@@ -52,9 +52,8 @@ def run(args: jsonargparse.Namespace) -> int:
         print(json.dumps([_plain(outcome) for outcome in outcomes], indent=2))
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
-        print(
-            f"failed: {outcome.cell.name}: {outcome.error} (see {outcome.cell.folder / 'error.txt'})", file=sys.stderr
-        )
+        where = outcome.cell.folder / "error.txt"
+        print(f"failed: {outcome.cell.name}: {outcome.error} (see {where})", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -82,8 +81,8 @@ class _Progress:
             result = f"FAILED {outcome.error}"
         else:
             result = (
-                f"loss {record.initial_loss:.2f} -> {record.final_loss:.3f} nats, exact match {record.exact_match:.2f}, "
-                f"{record.optimizer_steps} steps, {record.wall_seconds:.0f} s"
+                f"loss {record.initial_loss:.2f} -> {record.final_loss:.3f} nats, "
+                f"exact match {record.exact_match:.2f}, {record.optimizer_steps} steps, {record.wall_seconds:.0f} s"
             )
         rest = f"; about {_duration(left)} left" if self.ran < self.todo else ""
         print(f"[{self.ran}/{self.todo}] {outcome.cell.name}: {result}{rest}", file=sys.stderr, flush=True)
@@ -96,9 +95,12 @@ def _duration(seconds: float) -> str:
 
 
 def _plain(outcome: "Outcome") -> dict[str, str | None]:
-    status = (
-        "failed" if outcome.error else "recorded" if outcome.skipped else "finished" if outcome.record else "to run"
-    )
+    if outcome.error is not None:
+        status = "failed"
+    elif outcome.skipped:
+        status = "recorded"
+    else:
+        status = "finished" if outcome.record is not None else "to run"
     return {
         "name": outcome.cell.name,
         "folder": str(outcome.cell.folder),

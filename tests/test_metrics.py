@@ -1,0 +1,167 @@
+"""Metrics: worked by hand, the same however a corpus is cut into batches, and each example counted once."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pml import metrics
+from pml.weighting import TokenScores
+
+HALF = math.log(2)
+
+
+def scores(losses: list[list[float]], correct: list[list[int]], ids: list[int] | None = None) -> TokenScores:
+    """Rows of any length, padded with zeros as a module pads them."""
+    longest = max(map(len, losses))
+    mask = torch.tensor([[True] * len(row) + [False] * (longest - len(row)) for row in losses]).view(len(losses), longest)
+    table = torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in losses]).view(len(losses), longest)
+    right = torch.tensor([[*row, *[0] * (longest - len(row))] for row in correct]).view(len(losses), longest).bool()
+    return TokenScores(table, right, mask, torch.tensor(ids if ids is not None else range(len(losses))))
+
+
+# Three examples of 4, 2 and 1 tokens: all right; right then wrong; wrong.
+THREE = scores([[0.1, 0.2, 0.3, 0.4], [0.5, 3.0], [1.5]], [[1, 1, 1, 1], [1, 0], [0]])
+
+
+def test_mean_loss_is_over_target_tokens_and_not_over_padding() -> None:
+    torch.testing.assert_close(metrics.mean_loss(THREE), torch.tensor(6.0 / 7))
+
+
+def test_token_accuracy_is_the_share_of_target_tokens_that_are_right() -> None:
+    torch.testing.assert_close(metrics.token_accuracy(THREE), torch.tensor(5 / 7))
+
+
+def test_an_example_matches_when_all_its_tokens_are_right_whatever_its_padding() -> None:
+    assert metrics.exact_match(THREE).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("correct", "first"),
+    [
+        ([1, 1, 1], 3),
+        ([0, 1, 1], 0),
+        ([1, 0, 1], 1),
+        ([1, 1, 0], 2),
+        ([0], 0),
+        ([1], 1),
+    ],
+)
+def test_first_failure_counts_right_tokens_before_the_first_wrong_one(correct: list[int], first: int) -> None:
+    # A second, longer row pads the first.
+    table = scores([[1.0] * len(correct), [1.0] * 5], [correct, [1, 1, 1, 1, 0]])
+    assert metrics.first_failure(table).tolist() == [first, 4]
+
+
+def test_a_token_at_exactly_one_half_is_below_threshold_and_padding_never_is() -> None:
+    table = scores([[HALF, HALF - 1e-6, HALF + 1e-6], [9.0]], [[1, 1, 0], [0]])
+    assert metrics.below_threshold(table).tolist() == [[True, False, True], [True, False, False]]
+    torch.testing.assert_close(metrics.sub_threshold_fraction(table), torch.tensor(3 / 4))
+
+
+def test_another_threshold_moves_the_line() -> None:
+    table = scores([[-math.log(0.7), -math.log(0.9)]], [[1, 1]])
+    assert metrics.below_threshold(table, 0.8).tolist() == [[True, False]]
+
+
+def test_the_smallest_probability_is_that_of_the_largest_loss() -> None:
+    torch.testing.assert_close(metrics.min_target_probability(THREE), torch.tensor(math.exp(-3.0)))
+
+
+def test_without_target_tokens_the_smallest_probability_is_one() -> None:
+    assert metrics.min_target_probability(scores([[]], [[]], [-1])).item() == 1
+    ghost = TokenScores(torch.zeros(1, 3), torch.zeros(1, 3).bool(), torch.zeros(1, 3).bool(), torch.tensor([-1]))
+    assert metrics.min_target_probability(ghost).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("entropy_bits", "loss", "target_tokens", "bits"),
+    [
+        (100.0, 0.0, 10, 100.0),  # nothing is missing
+        (100.0, HALF, 10, 90.0),  # one bit a token is missing
+        (100.0, 4 * HALF, 10, 60.0),
+        (100.0, 20 * HALF, 10, 0.0),  # worse than guessing: nothing is memorised, and not less than nothing
+    ],
+)
+def test_memorized_bits_are_the_entropy_less_what_is_missing(
+    entropy_bits: float, loss: float, target_tokens: int, bits: float
+) -> None:
+    assert metrics.memorized_bits(entropy_bits, loss, target_tokens) == pytest.approx(bits)
+
+
+def test_verbatim_recall_says_what_the_pure_functions_say() -> None:
+    metric = metrics.VerbatimRecall()
+    metric.update(THREE)
+    values = {name: value.item() for name, value in metric.compute().items()}
+    # Right tokens before the first failure: 4, 1 and 0.
+    assert values == pytest.approx({"token_accuracy": 5 / 7, "exact_match": 1 / 3, "first_failure": 5 / 3})
+
+
+def test_token_thresholds_say_what_the_pure_functions_say() -> None:
+    metric = metrics.TokenThresholds()
+    metric.update(THREE)
+    values = {name: value.item() for name, value in metric.compute().items()}
+    expected = {"loss": 6 / 7, "sub_threshold_fraction": 2 / 7, "min_target_probability": math.exp(-3)}
+    assert values == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", [metrics.VerbatimRecall, metrics.TokenThresholds])
+def test_an_example_seen_twice_counts_once_and_a_ghost_not_at_all(kind: type) -> None:
+    once, more = kind(), kind()
+    once.update(THREE)
+    more.update(THREE)
+    more.update(scores([[3.0, 0.5], [9.0, 9.0]], [[0, 1], [0, 0]], [-1, -1]))
+    more.update(TokenScores(*(t[:1] for t in THREE)))
+    more.update(scores([[]], [[]], [-1]))
+    assert {k: v.item() for k, v in more.compute().items()} == {k: v.item() for k, v in once.compute().items()}
+
+
+@pytest.mark.parametrize("kind", [metrics.VerbatimRecall, metrics.TokenThresholds])
+def test_reset_forgets(kind: type) -> None:
+    used, fresh = kind(), kind()
+    used.update(THREE)
+    used.compute()
+    used.reset()
+    other = scores([[0.3]], [[1]], [7])
+    used.update(other)
+    fresh.update(other)
+    assert used.compute() == fresh.compute()
+
+
+def draw(lengths: list[int], seed: int) -> TokenScores:
+    generator = torch.Generator().manual_seed(seed)
+    losses = [torch.rand(n, generator=generator).mul(2).tolist() for n in lengths]
+    correct = [(torch.rand(n, generator=generator) < 0.7).long().tolist() for n in lengths]
+    return scores(losses, correct)
+
+
+def part(table: TokenScores, rows: Tensor) -> TokenScores:
+    """Some rows, as a batch of their own: no wider than its longest row."""
+    wide = max(int(table.mask[rows].sum(1).max()), 1)
+    return TokenScores(table.losses[rows, :wide], table.correct[rows, :wide], table.mask[rows, :wide], rows)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_any_cut_into_batches_gives_what_the_whole_corpus_gives(lengths: list[int], seed: int) -> None:
+    table = draw(lengths, seed)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lengths), generator=generator)
+    batches = order.split(int(torch.randint(1, len(lengths) + 1, (), generator=generator)))
+    recall, thresholds = metrics.VerbatimRecall(), metrics.TokenThresholds()
+    for rows in batches:
+        recall.update(part(table, rows))
+        thresholds.update(part(table, rows))
+    values = {k: v.float() for k, v in {**recall.compute(), **thresholds.compute()}.items()}
+    expected = {
+        "token_accuracy": metrics.token_accuracy(table),
+        "exact_match": metrics.exact_match(table).float().mean(),
+        "first_failure": metrics.first_failure(table).float().mean(),
+        "loss": metrics.mean_loss(table),
+        "sub_threshold_fraction": metrics.sub_threshold_fraction(table),
+        "min_target_probability": metrics.min_target_probability(table),
+    }
+    torch.testing.assert_close(values, expected)
