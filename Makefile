@@ -44,9 +44,9 @@ fetch: venv ## Download and convert the default backbone, unless it is in the ca
 .PHONY: demo
 demo: venv ## Write a phone book into an adapter and recall it, then fit the law to a grid of runs
 	pml fetch
-	pml sweep configs/demo_phonebook.yaml
+	pml sweep configs/demo/phonebook.yaml
 	pml recall runs/demo/phonebook --show 5
-	pml sweep configs/demo_law.yaml
+	pml sweep configs/demo/law.yaml
 	pml law runs/demo/law --out runs/demo/fit
 	@echo
 	@echo "Every curve of every run:  .venv/bin/tensorboard --logdir runs/demo"

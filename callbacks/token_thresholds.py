@@ -31,4 +31,4 @@ class TokenThresholds(CorpusMetricCallback):
     ) -> None:
         scores = outputs["scores"]
         fraction = metrics.sub_threshold_fraction(scores, self.threshold)
-        pl_module.log("train/sub_threshold_fraction", fraction, batch_size=len(scores.losses))
+        pl_module.log("train/sub_threshold_fraction", fraction.float(), batch_size=len(scores.losses))

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -53,6 +54,8 @@ __all__ = [
     "load_tokenizer",
     "shared_backbones",
 ]
+
+log = logging.getLogger(__name__)
 
 DEFAULT_BACKBONE = "smollm2-135m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -106,11 +109,49 @@ class Backbone:
     name: str
     content_hash: str
     blocks_path: str = field(init=False)
-    prefixes: dict[Any, dict[bytes, Any]] = field(init=False, repr=False, compare=False, default_factory=dict)
+    prefixes: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    _released: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False).eval()
         self.blocks_path = _find_blocks(self.model)
+
+    @property
+    def released(self) -> bool:
+        """Whether the lower blocks are not in memory."""
+        return self._released > 0
+
+    def release(self, blocks: int) -> None:
+        """Free the weights of the lowest blocks, and the input embeddings where the head does not share them."""
+        self._released = max(self._released, blocks)
+        for parameter in self._lower_parameters().values():
+            # Empty rather than on the meta device, from which moving the model would fail.
+            parameter.data = parameter.data.new_empty(0)
+        log.info("the weights of the lowest %d of %d blocks are freed", self._released, len(self.blocks))
+
+    def restore(self) -> None:
+        """Load freed weights again from where they came from; does nothing where nothing was freed."""
+        if not self.released:
+            return
+        log.info("loading the lowest %d blocks of %s again", self._released, self.name)
+        fresh = dict(_load_model(self.name, _resolve(self.name), self.model.dtype).named_parameters())
+        for name, parameter in self._lower_parameters().items():
+            parameter.data = fresh[name.replace(".base_layer.", ".")].data.to(parameter.device)
+        self._released = 0
+
+    def _lower_parameters(self) -> dict[str, nn.Parameter]:
+        """The frozen parameters that nothing above the lowest `_released` blocks uses."""
+        lower = {
+            f"{self.blocks_path}.{index}.{name}": parameter
+            for index, block in enumerate(self.blocks[: self._released])
+            for name, parameter in block.named_parameters()
+            if "lora_" not in name
+        }
+        embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        (weight,) = embeddings.parameters()
+        if any(parameter is weight for parameter in head.parameters()):
+            return lower
+        return lower | {name: p for name, p in self.model.named_parameters() if p is weight}
 
     @property
     def decoder(self) -> nn.Module:

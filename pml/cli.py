@@ -16,7 +16,7 @@ FIT_COMMANDS = {
     "test": "measure recall of a checkpoint, greedy decoding included",
     "predict": "score every target token of a corpus",
 }
-COMMANDS = ("sweep", "law", "recall", "fetch")
+COMMANDS = ("sweep", "law", "recall", "bench", "fetch")
 """Commands around a run; each is a module of `pml.commands`, imported only when it is called."""
 
 
@@ -55,7 +55,9 @@ def _run_lightning(arguments: Sequence[str]) -> int:
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:
     module = importlib.import_module(f"pml.commands.{name}")
-    parser = jsonargparse.ArgumentParser(prog=f"pml {name}", description=module.__doc__, exit_on_error=False)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"pml {name}", description=module.__doc__, exit_on_error=False, allow_abbrev=False
+    )
     module.configure(parser)
     return int(module.run(parser.parse_args(list(arguments))))
 

@@ -9,7 +9,7 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,20 +18,13 @@ from torch import Tensor, nn
 
 from pml.adapter import MlpBlockLora, evaluating, lora_layers
 from pml.backbone import Backbone
+from pml.prefix_store import PrefixConfig, PrefixStore
 
 __all__ = ["FrozenPrefix", "content_keys"]
 
 log = logging.getLogger(__name__)
 
 Cut = Literal["after_block", "before_block", "whole"]
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What one example keeps: `hidden` (S, d) at the cut and, after an adapted block, `mlp_input` (S, d)."""
-
-    hidden: Tensor
-    mlp_input: Tensor | None
 
 
 def content_keys(input_ids: Tensor, lengths: Tensor) -> list[bytes]:
@@ -54,12 +47,22 @@ class FrozenPrefix:
         backbone: The backbone that carries the adapter. Kept states live with it, so that other adapters at the same
             block share them.
         model: The PEFT model on it.
-        enabled: False runs whole without trying to cut.
+        config: Whether to cut at all, and where to keep what is computed.
+        folder: Where a memory-mapped file may be made.
     """
 
-    def __init__(self, backbone: Backbone, model: PeftModel, *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        model: PeftModel,
+        config: PrefixConfig | None = None,
+        folder: Path | None = None,
+    ) -> None:
+        backbone.restore()
         self.backbone = backbone
         self.model = model
+        self.config = config or PrefixConfig()
+        self._folder = folder
         self.filled = 0
         """Examples whose prefix was computed by this object (0 where another adapter had already done so)."""
         self.head = self._plain_head()
@@ -67,7 +70,7 @@ class FrozenPrefix:
         self._lowest = self._lowest_block()
         self.cut: Cut = "whole"
         self._suffix: nn.Module = backbone.decoder
-        if not enabled:
+        if not self.config.enabled:
             return
         adapted = list(lora_layers(backbone.blocks[self._lowest]))
         cuts: list[Cut] = ["before_block"]
@@ -95,44 +98,47 @@ class FrozenPrefix:
         steps = max(input_ids.shape[1] - 1, 1)
         if self.cut == "whole":
             return self._run(self.backbone.decoder, input_ids=input_ids[:, :steps])
-        kept = self._kept(batch, steps)
-        hidden = kept.hidden
-        if kept.mlp_input is not None and (delta := self._mlp_lora.delta(kept.mlp_input)) is not None:
+        keys: Sequence[bytes] = batch.get("keys") or content_keys(input_ids.cpu(), batch["lengths"].cpu())
+        return self._above([self._below(batch, row, key) for row, key in enumerate(keys)], steps, input_ids.device)
+
+    @property
+    def store(self) -> PrefixStore:
+        """Kept states by content of the example; shared by all adapters that cut this backbone at the same place."""
+        place = (self.cut, self._lowest, self.config.place, self.config.budget_gib)
+        if place not in self.backbone.prefixes:
+            self.backbone.prefixes[place] = PrefixStore(self.config, self.backbone.model.device, self._folder)
+        return self.backbone.prefixes[place]
+
+    def release(self) -> None:
+        """Free what lies below the cut; `Backbone.restore` brings it back."""
+        if self.cut != "whole":
+            self.backbone.release(self._lowest + (1 if self.cut == "after_block" else 0))
+
+    def _above(self, kept: Sequence[tuple[Tensor, ...]], steps: int, device: torch.device) -> Tensor:
+        """Final hidden states (B, steps, d) from what each example keeps."""
+        hidden, *mlp_input = (_padded(rows, steps, device) for rows in zip(*kept, strict=True))
+        if mlp_input and (delta := self._mlp_lora.delta(mlp_input[0])) is not None:
             hidden = hidden + delta.to(hidden.dtype)
         return self._run(self._suffix, inputs_embeds=hidden)
 
-    @property
-    def store(self) -> dict[bytes, _Kept]:
-        """Kept states by content of the example; shared by all adapters that cut this backbone at the same place."""
-        return self.backbone.prefixes.setdefault((self.cut, self._lowest), {})
-
-    def _kept(self, batch: dict[str, Any], steps: int) -> _Kept:
-        keys: Sequence[bytes] = batch.get("keys") or content_keys(batch["input_ids"].cpu(), batch["lengths"].cpu())
+    def _below(self, batch: dict[str, Any], row: int, key: bytes) -> tuple[Tensor, ...]:
+        """What one example keeps, from the store or computed."""
         store = self.store
-        missing = [row for row, key in enumerate(keys) if key not in store]
-        if missing:
-            self._fill(batch["input_ids"][missing], batch["lengths"][missing], [keys[row] for row in missing])
-        device = batch["input_ids"].device
-        entries = [store[key] for key in keys]
-        return _Kept(
-            _padded([e.hidden for e in entries], steps, device),
-            _padded([e.mlp_input for e in entries if e.mlp_input is not None], steps, device)
-            if self.cut == "after_block"
-            else None,
-        )
-
-    def _fill(self, input_ids: Tensor, lengths: Tensor, keys: Sequence[bytes]) -> None:
-        # One example at a time: in a batch, rounding depends on what else is in it, and what is kept is shared by runs
-        # that batch otherwise. Tensors made under inference_mode (a validation pass may come first) could not take part
-        # in training later.
+        if key in store:
+            return store[key]
+        # Computed alone: in a batch, rounding depends on what else is in it, and what is kept is shared by runs that
+        # batch otherwise. Tensors made under inference_mode (a validation pass may come first) could not take part in
+        # training later.
         with torch.inference_mode(False), torch.no_grad():
-            for ids, length, key in zip(input_ids, lengths.tolist(), keys, strict=True):
-                hidden, mlp_input = self._capture(ids[None, : max(length - 1, 1)].clone())
-                self.store[key] = _Kept(hidden[0].clone(), mlp_input[0].clone() if mlp_input is not None else None)
-        self.filled += len(keys)
+            used = max(int(batch["lengths"][row]) - 1, 1)
+            kept = self._capture(batch["input_ids"][row : row + 1, :used].clone())
+            store.put(key, kept)
+        self.filled += 1
+        return kept
 
-    def _capture(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Run the blocks up to the lowest adapted one, adapter off, and note what is to be kept."""
+    def _capture(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """States (S, d) of one example at the cut and, if that is after an `mlp_block`, the input of its MLP (S, d)."""
+        self.backbone.restore()
         block = self.backbone.blocks[self._lowest]
         caught: dict[str, Tensor] = {}
 
@@ -155,9 +161,8 @@ class FrozenPrefix:
         finally:
             for hook in hooks:
                 hook.remove()
-        if self.cut == "after_block":
-            return caught["out"], caught["mlp"]
-        return caught["in"], None
+        kept = (caught["out"], caught["mlp"]) if self.cut == "after_block" else (caught["in"],)
+        return tuple(states[0].clone() for states in kept)
 
     def _plain_head(self) -> nn.Linear | None:
         head = self.backbone.model.get_output_embeddings()
@@ -193,18 +198,13 @@ class FrozenPrefix:
         lengths = torch.tensor([7, 12])
         input_ids = torch.randint(self.backbone.vocab_size, (2, 12), generator=generator)
         real = torch.arange(11) < lengths[:, None] - 1
-        batch = {"input_ids": input_ids.to(device), "lengths": lengths.to(device)}
-        keys = content_keys(input_ids, lengths)
+        rows = [ids[None, : length - 1].to(device) for ids, length in zip(input_ids, lengths.tolist(), strict=True)]
         try:
             with torch.no_grad(), _random_adapter(self.model), evaluating(self.model):
-                split = self.final_hidden({**batch, "keys": keys}).float().cpu()[real]
-                whole = self._run(self.backbone.decoder, input_ids=batch["input_ids"][:, :11]).float().cpu()[real]
+                split = self._above([self._capture(row) for row in rows], 11, device).float().cpu()[real]
+                whole = self._run(self.backbone.decoder, input_ids=input_ids[:, :11].to(device)).float().cpu()[real]
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             return f"{type(error).__name__}: {error}"
-        finally:
-            for key in keys:
-                self.store.pop(key, None)
-            self.filled = 0
         worst = ((split - whole).abs().max() / whole.abs().max()).item()
         # Adding the same numbers in another order moves a float32 result by a few 1e-6 and a bfloat16 one by 1e-2;
         # a cut that misses something (a second norm, a position embedding) is off by the size of the states.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jsonargparse
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from pml.errors import InputError
@@ -83,11 +83,15 @@ class MemorizationCLI(LightningCLI):
 
     Args:
         args: What to parse in place of `sys.argv`.
-        run: Whether a subcommand is expected and run; otherwise everything is made and nothing is run.
+        run: Whether a subcommand is expected and run; otherwise `args` are those of `pml fit`, everything is made, and
+            `run_fit` does what is left.
     """
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
-        subcommands = {name: {"exit_on_error": False} for name in LightningCLI.subcommands()}
+        self._fit_alone = not run
+        # A key that is nearly right is a mistake, not an abbreviation.
+        strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
+        subcommands = {name: dict(strict) for name in LightningCLI.subcommands()}
         super().__init__(
             Memorization,
             LightningDataModule,
@@ -98,13 +102,16 @@ class MemorizationCLI(LightningCLI):
             save_config_callback=_SaveConfig,
             # RunRecord refuses the folder of a run; what an unfinished one has left may be written over.
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"prog": "pml", "exit_on_error": False, **subcommands},
+            parser_kwargs={"prog": "pml", **strict, **subcommands},
             args=None if args is None else list(args),
             run=run,
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.set_defaults(DEFAULTS)
+        if self._fit_alone:
+            # All keys of `pml fit`, so that a configuration that it has printed or saved can be the base of a grid.
+            parser.add_method_arguments(Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -133,9 +140,12 @@ class MemorizationCLI(LightningCLI):
         build = getattr(self.datamodule, "build", None)
         if build is not None:
             build(self.model.tokenizer, self.model.vocab_size, self.model.max_positions)
-        # A run draws the same numbers whether its backbone had to be loaded or was there already.
-        if isinstance(options.get("seed_everything"), int):
-            seed_everything(options["seed_everything"])
+
+    def run_fit(self) -> None:
+        """What `pml fit` does with what has been made."""
+        self.make_ready()
+        options = {key: self.config_init[key] for key in ("ckpt_path", "weights_only")}
+        self.trainer.fit(self.model, datamodule=self.datamodule, **options)
 
     before_fit = before_validate = before_test = before_predict = make_ready
 

@@ -1,4 +1,7 @@
-"""What is measured: pure functions on token scores, and torchmetrics that accumulate them by example."""
+"""What is measured: pure functions on token scores, and torchmetrics that accumulate them by example.
+
+Shares and means are float64: 3/5 counted here equals 3/5 counted anywhere else.
+"""
 
 import math
 from typing import Any
@@ -26,12 +29,12 @@ __all__ = [
 
 def mean_loss(scores: TokenScores) -> Tensor:
     """Mean loss in nats per target token."""
-    return (scores.losses * scores.mask).sum() / scores.mask.sum()
+    return (scores.losses * scores.mask).sum(dtype=torch.float64) / scores.mask.sum()
 
 
 def token_accuracy(scores: TokenScores) -> Tensor:
     """Share of target tokens whose argmax is right under teacher forcing (AccTok)."""
-    return scores.correct.sum() / scores.mask.sum()
+    return scores.correct.sum().double() / scores.mask.sum()
 
 
 def exact_match(scores: TokenScores) -> Tensor:
@@ -52,7 +55,7 @@ def below_threshold(scores: TokenScores, threshold: float = 0.5) -> Tensor:
 
 def sub_threshold_fraction(scores: TokenScores, threshold: float = 0.5) -> Tensor:
     """Share of target tokens with probability <= threshold."""
-    return below_threshold(scores, threshold).sum() / scores.mask.sum()
+    return below_threshold(scores, threshold).sum().double() / scores.mask.sum()
 
 
 def min_target_probability(scores: TokenScores) -> Tensor:

@@ -21,6 +21,7 @@ from pml.curriculum import PrefixRatio
 from pml.errors import InputError
 from pml.frozen_prefix import FrozenPrefix, content_keys
 from pml.plain import as_plain, from_plain
+from pml.prefix_store import PrefixConfig
 from pml.token_loss import token_losses
 from pml.weighting import OnlyThreshold, TokenScores, Uniform, Weighting, weighted_mean
 
@@ -42,7 +43,7 @@ class Memorization(LightningModule):
         betas: Averaging coefficients of AdamW.
         schedule: `linear` decays the learning rate to 0 over the run, `constant` keeps it.
         warmup_steps: Steps over which the learning rate rises from 0.
-        frozen_prefix: Compute what lies below the adapter once per example and keep it.
+        frozen_prefix: Compute what lies below the adapter once per example and keep it: whether, and where.
         tune_cpu: On a CPU, multiply float32 matrices the fastest way that is as accurate; see `pml.cpu`.
         seed: Seed of the adapter's initialisation; None takes the one that `seed_everything` was given.
     """
@@ -60,7 +61,7 @@ class Memorization(LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         schedule: Literal["linear", "constant"] = "linear",
         warmup_steps: int = 0,
-        frozen_prefix: bool = True,
+        frozen_prefix: PrefixConfig | dict[str, Any] | None = None,
         tune_cpu: bool = True,
         seed: int | None = None,
     ) -> None:
@@ -75,7 +76,7 @@ class Memorization(LightningModule):
         self.betas = (betas[0], betas[1])
         self.schedule = schedule
         self.warmup_steps = warmup_steps
-        self.use_frozen_prefix = frozen_prefix
+        self.frozen_prefix = from_plain(frozen_prefix, PrefixConfig) or PrefixConfig()
         self.tune_cpu = tune_cpu
         self.seed = torch.initial_seed() if seed is None else seed
         self.weighting: Weighting = Uniform()
@@ -145,7 +146,9 @@ class Memorization(LightningModule):
     def prefix(self) -> FrozenPrefix:
         """The split of the adapted model, made when first needed, on the device where the model is then."""
         if self._prefix is None:
-            self._prefix = FrozenPrefix(self.backbone, self.model, enabled=self.use_frozen_prefix)
+            trainer = self._trainer
+            folder = Path(trainer.log_dir) if trainer is not None and trainer.log_dir else None
+            self._prefix = FrozenPrefix(self.backbone, self.model, self.frozen_prefix, folder)
         return self._prefix
 
     def setup(self, stage: str) -> None:
@@ -191,6 +194,7 @@ class Memorization(LightningModule):
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """Logits (B, T, vocabulary) of the whole adapted model at every position."""
+        self.backbone.restore()
         return self.model(input_ids=input_ids, **inputs).logits
 
     # Scores ----------------------------------------------------------------------------------------------------------
@@ -234,6 +238,15 @@ class Memorization(LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.weighting.prepare(len(datamodule.corpus), self.device)
+
+    def on_train_epoch_end(self) -> None:
+        if not self.frozen_prefix.release or self.backbone.released:
+            return
+        # Every rank has its own cache; each frees what it no longer needs.
+        loader: Any = self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        keys = (key for batch in loader for key in content_keys(batch["input_ids"], batch["lengths"]))
+        if all(key in self.prefix.store for key in keys):
+            self.prefix.release()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         scores = self.score(batch, self.weighting.gradient_above)

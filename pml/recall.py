@@ -132,6 +132,7 @@ def greedy_recall(module: "Memorization", examples: Sequence[Example], batch_siz
     Returns:
         One entry per example, in the order given, the same on every rank.
     """
+    module.backbone.restore()
     ranks, rank = 1, 0
     if dist.is_available() and dist.is_initialized():
         ranks, rank = dist.get_world_size(), dist.get_rank()

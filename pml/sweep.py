@@ -171,8 +171,7 @@ def _run_cell(cell: Cell) -> Outcome:
     try:
         cli = MemorizationCLI(cell.arguments, run=False)
         module = cli.model
-        cli.make_ready()
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        cli.run_fit()
         return Outcome(cell, read_record(cell.folder / RECORD_NAME))
     except Exception as error:
         cell.folder.mkdir(parents=True, exist_ok=True)

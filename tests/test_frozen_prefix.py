@@ -11,6 +11,7 @@ from pml.backbone import Backbone
 from pml.corpus import Example, collate
 from pml.frozen_prefix import FrozenPrefix, content_keys
 from pml.modules import SFT
+from pml.prefix_store import PrefixConfig
 
 EXAMPLES = [
     Example(0, tuple(range(5, 12)), tuple(range(40, 52))),
@@ -38,7 +39,7 @@ CASES = [
 
 def make_module(backbone: Backbone, config: AdapterConfig, *, split: bool) -> SFT:
     """An SFT module with a random B, so that the adapter does something."""
-    module = SFT(adapter=config, frozen_prefix=split, seed=3)
+    module = SFT(adapter=config, frozen_prefix=PrefixConfig(enabled=split), seed=3)
     module._backbone = backbone
     module.configure_model()
     generator = torch.Generator().manual_seed(4)
@@ -114,13 +115,16 @@ def test_a_second_adapter_at_the_same_block_computes_no_prefix(tiny_backbone: Ba
 def test_kept_states_do_not_depend_on_the_adapter_that_filled_them(tiny_backbone: Backbone) -> None:
     module = make_module(tiny_backbone, PLACEMENTS["mlp_block"], split=True)
     module.score(collate(EXAMPLES))
-    trained = {key: kept.hidden for key, kept in module.prefix.store.items()}
+    batch = collate(EXAMPLES)
+    keys = content_keys(batch["input_ids"], batch["lengths"])
+    trained = {key: module.prefix.store[key] for key in keys}
     module.release()
     tiny_backbone.prefixes.clear()
     fresh = FrozenPrefix(tiny_backbone, attach_adapter(tiny_backbone, AdapterConfig(rank=1, block=2)))
     fresh.final_hidden(collate(EXAMPLES))
-    for key, hidden in trained.items():
-        assert torch.equal(fresh.store[key].hidden, hidden)
+    for key, kept in trained.items():
+        for ours, theirs in zip(fresh.store[key], kept, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_states_kept_under_inference_mode_serve_training(tiny_backbone: Backbone) -> None:

@@ -66,7 +66,11 @@ def _ask(folder: Path, args: jsonargparse.Namespace) -> dict[str, Any]:
                 answer = generate_greedily(module.model, prompt, args.tokens)[0].tolist()
             end = end_of_turn_id(tokenizer)
             answer = answer[: answer.index(end)] if end in answer else answer
-            return {"run": str(folder), "prompt": args.prompt, "answer": tokenizer.decode(answer)}
+            return {
+                "run": str(folder),
+                "prompt": args.prompt,
+                "answer": tokenizer.decode(answer, skip_special_tokens=True),
+            }
         generated = greedy_recall(module, corpus.examples[: args.limit])
         tokens = sum(len(g.example.target_ids) for g in generated)
         return {

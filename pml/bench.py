@@ -1,0 +1,399 @@
+"""What an optimiser step costs, the ordinary way against pml unsplit and split, and how near to the machine's limit.
+
+Each way runs in a process of its own, so that their settings and memory do not mix, and only one of them at a time.
+They take turns, so that a machine that slows down slows all of them.
+"""
+
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pml.adapter import AdapterConfig, adapter_parameters, attach_adapter, detach_adapter
+from pml.backbone import Backbone, load_backbone
+from pml.corpus import Corpus, collate
+from pml.cpu import tune_cpu
+from pml.frozen_prefix import content_keys
+from pml.modules import SFT
+from pml.prefix_store import PrefixConfig
+from pml.weighting import weighted_mean
+
+__all__ = ["WAYS", "Case", "Measurement", "RecallRun", "matmul_rate", "measure_recall", "measure_steps", "step_flops"]
+
+Way = Literal["ordinary", "whole", "split"]
+WAYS: tuple[Way, ...] = ("ordinary", "whole", "split")
+"""The whole model through PEFT with logits at every position, as PyTorch comes; pml without the split; pml with it."""
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch to step on.
+
+    Attributes:
+        corpus: `random_tokens` (one target) or `phonebook` (many short ones).
+        size: Target tokens, or pairs in the batch.
+        dtype: Floating-point type of the backbone.
+        backbone: Its name.
+        rank: LoRA rank of the adapter.
+    """
+
+    corpus: Literal["random_tokens", "phonebook"]
+    size: int
+    dtype: str
+    backbone: str
+    rank: int = 4
+
+    @property
+    def label(self) -> str:
+        """Name in tables."""
+        return f"target {self.size}" if self.corpus == "random_tokens" else f"{self.size} pairs"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one way of stepping on one case took.
+
+    Attributes:
+        case: The batch.
+        way: How the step was made.
+        step_seconds: Median over all steps.
+        fastest_seconds: The fastest of them.
+        slowest_seconds: The slowest of them.
+        peak_mib: Largest resident memory of the process, or allocated memory of the GPU, while stepping.
+        step_mib: How far that is above what was held before the first step.
+        cut: Where the frozen prefix was cut.
+        gflop: Arithmetic that the split step needs, in 10^9 operations: see `step_flops`.
+    """
+
+    case: Case
+    way: Way
+    step_seconds: float
+    fastest_seconds: float
+    slowest_seconds: float
+    peak_mib: float
+    step_mib: float
+    cut: str
+    gflop: float
+
+
+def measure_steps(
+    cases: Sequence[Case], repeats: int = 3, steps: int = 4, report: Callable[[Measurement], None] = lambda _: None
+) -> list[Measurement]:
+    """Time every way on every case, in turns.
+
+    Args:
+        cases: The batches.
+        repeats: Turns that each way gets on each case.
+        steps: Optimiser steps in a turn; before the first turn two more are made and not counted.
+        report: Called with each measurement as soon as it is known.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers: dict[Way, tuple[Any, Connection]] = {}
+    try:
+        for way in WAYS:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(way, theirs), daemon=True)
+            process.start()
+            workers[way] = process, ours
+        measurements = []
+        for case in cases:
+            facts = {way: _ask(pipe, ("case", case)) for way, (_, pipe) in workers.items()}
+            seconds: dict[Way, list[float]] = {way: [] for way in WAYS}
+            for _ in range(repeats):
+                for way, (_, pipe) in workers.items():
+                    seconds[way] += _ask(pipe, ("steps", steps))
+            for way, (_, pipe) in workers.items():
+                peak, above = _ask(pipe, ("memory", None))
+                taken = seconds[way]
+                measurement = Measurement(
+                    case, way, statistics.median(taken), min(taken), max(taken), peak, above, **facts[way]
+                )
+                measurements.append(measurement)
+                report(measurement)
+        return measurements
+    finally:
+        for process, pipe in workers.values():
+            pipe.close()
+            process.join(timeout=10)
+            process.kill()
+
+
+def _ask(pipe: Connection, request: tuple[str, Any]) -> Any:
+    pipe.send(request)
+    answer = pipe.recv()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _worker(way: Way, pipe: Connection) -> None:
+    """Serves one way of stepping until the pipe is closed."""
+    stepper: _Stepper | None = None
+    while True:
+        try:
+            request, argument = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if request == "case":
+                stepper = None  # the last case's memory goes before the next one's is measured
+                stepper = _Stepper(way, argument)
+                pipe.send(stepper.facts)
+            elif request == "steps":
+                assert stepper is not None
+                pipe.send(stepper.steps(argument))
+            else:
+                assert stepper is not None
+                pipe.send(stepper.memory())
+        except Exception as error:
+            pipe.send(error)
+
+
+_loaded: dict[tuple[str, str], Backbone] = {}
+
+
+class _Stepper:
+    """One way of stepping on one case."""
+
+    def __init__(self, way: Way, case: Case) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if way != "ordinary" and device.type == "cpu":
+            tune_cpu()
+        key = case.backbone, case.dtype
+        if key not in _loaded:
+            _loaded.clear()
+            _loaded[key] = load_backbone(*key)
+            nn.Module.to(_loaded[key].model, device)
+        backbone = _loaded[key]
+        corpus = _corpus(case, backbone)
+        self.batch = collate(corpus.examples)
+        self.batch = {name: value.to(device) for name, value in self.batch.items()}
+        self.device = device
+        self._forget: Callable[[], None]
+        adapter = AdapterConfig(rank=case.rank)
+        if way == "ordinary":
+            model = attach_adapter(backbone, adapter)
+            self._forget = lambda: detach_adapter(model)
+            self._loss = lambda: _ordinary_loss(model, self.batch)
+            cut = "whole"
+            parameters = adapter_parameters(model)
+        else:
+            module = SFT(adapter=adapter, seed=1, frozen_prefix=PrefixConfig(enabled=way == "split"))
+            module._backbone = backbone
+            module.configure_model()
+            self._forget = module.release
+            keys = content_keys(self.batch["input_ids"].cpu(), self.batch["lengths"].cpu())
+            self._loss = lambda: _pml_loss(module, {**self.batch, "keys": keys})
+            cut = module.prefix.cut
+            parameters = adapter_parameters(module.model)
+        self.parameters = list(parameters.values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
+        self.facts = {"cut": cut, "gflop": step_flops(backbone, corpus, adapter) / 1e9}
+        _reset_peak(device)
+        self._held = _held_mib(device)
+        self.steps(2)
+
+    def __del__(self) -> None:
+        self._forget()
+
+    def steps(self, count: int) -> list[float]:
+        seconds = []
+        for _ in range(count):
+            started = time.perf_counter()
+            loss = self._loss()
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def memory(self) -> tuple[float, float]:
+        peak = _peak_mib(self.device)
+        return peak, peak - self._held
+
+
+def _ordinary_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Mean target loss as transformers' Trainer takes it: logits at every position, the model's own loss."""
+    mask = torch.arange(batch["input_ids"].shape[1], device=batch["lengths"].device) < batch["lengths"][:, None]
+    return model(input_ids=batch["input_ids"], attention_mask=mask.long(), labels=batch["labels"], use_cache=False).loss
+
+
+def _pml_loss(module: SFT, batch: dict[str, Any]) -> Tensor:
+    scores = module.score(batch)
+    return weighted_mean(scores.losses, module.weighting.weights(scores))
+
+
+def _corpus(case: Case, backbone: Backbone) -> Corpus:
+    # By name, as the command line does: nothing in pml refers to what is in data_modules.
+    corpora = import_module("data_modules")
+    if case.corpus == "random_tokens":
+        data = corpora.RandomTokens(length=case.size)
+    else:
+        data = corpora.PhoneBook(pairs=case.size)
+    return data.build(backbone.tokenizer, backbone.vocab_size, backbone.max_positions)
+
+
+def step_flops(backbone: Backbone, corpus: Corpus, adapter: AdapterConfig) -> float:
+    """Floating-point operations that a split step on a whole corpus needs.
+
+    Two for each weight of the blocks above the adapted one and each input token (padding not counted), as many again
+    to go back to the activations; for attention, the products with keys and values, likewise; two for each weight of
+    the head and each target token, and as many to go back. The adapter itself and everything elementwise is left out:
+    below a hundredth of this.
+    """
+    above = backbone.blocks[max(adapter.block_indices(len(backbone.blocks))) + 1 :]
+    weights = sum(m.weight.numel() for block in above for m in block.modules() if isinstance(m, nn.Linear))
+    head = backbone.model.get_output_embeddings().weight.numel()
+    tokens = sum(len(e) - 1 for e in corpus.examples)
+    # Causal: each token meets half of the others on average; keys and values are met once each.
+    attention = sum((len(e) - 1) ** 2 for e in corpus.examples) * _attention_width(backbone) * len(above)
+    forward = 2 * (weights * tokens + head * corpus.target_tokens) + 2 * attention
+    return 2.0 * forward
+
+
+def _attention_width(backbone: Backbone) -> int:
+    config = backbone.config
+    return config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+
+
+def matmul_rate(dtype: str = "float32", seconds: float = 1.0) -> float:
+    """The fastest float32-accurate product of this machine, or the fastest in bfloat16, in 10^9 operations a second."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        tune_cpu()
+    best = 0.0
+    for rows, inner, columns in ((2048, 2048, 2048), (1024, 576, 8192), (4096, 1024, 1024)):
+        a = torch.randn(rows, inner, device=device, dtype=getattr(torch, dtype))
+        b = torch.randn(inner, columns, device=device, dtype=getattr(torch, dtype))
+        ends = time.perf_counter() + seconds / 3
+        while time.perf_counter() < ends:
+            started = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - started) / 1e9)
+    return best
+
+
+@dataclass(frozen=True)
+class RecallRun:
+    """How long a fit took to certified recall.
+
+    Attributes:
+        method: `SFT` or `MemFT`.
+        settings: `published` or `best`.
+        steps: Optimiser steps taken.
+        seconds: Duration of the fit, certificate included.
+        recalled: Whether every target token was certified; otherwise the steps ran out.
+    """
+
+    method: str
+    settings: str
+    steps: int
+    seconds: float
+    recalled: bool
+
+
+RECALL_SETTINGS = {
+    "published": ["--model.learning_rate=0.01", "--model.adapter.dropout=0.1"],
+    "best": ["--model.learning_rate=0.2"],
+}
+
+
+def measure_recall(backbone: str, length: int, rank: int = 4, most_steps: int = 400) -> list[RecallRun]:
+    """Fit one random target with each method and each settings until its recall is certified.
+
+    Args:
+        backbone: Name of the backbone.
+        length: Target tokens.
+        rank: LoRA rank.
+        most_steps: Where a fit that has not got there is given up.
+    """
+    from pml.backbone import shared_backbones
+    from pml.lightning_cli import MemorizationCLI, prepare
+
+    prepare()
+    runs = []
+    with shared_backbones():
+        for settings, arguments in RECALL_SETTINGS.items():
+            for method in ("SFT", "MemFT"):
+                cli = MemorizationCLI(
+                    [
+                        f"--model=pml.modules.{method}",
+                        f"--model.backbone={backbone}",
+                        f"--model.adapter.rank={rank}",
+                        *arguments,
+                        "--data=data_modules.RandomTokens",
+                        f"--data.length={length}",
+                        f"--trainer.max_epochs={most_steps}",
+                        "--trainer.logger=false",
+                        "--trainer.enable_checkpointing=false",
+                        "--trainer.enable_progress_bar=false",
+                        "--trainer.limit_val_batches=0",
+                        "--trainer.callbacks=[callbacks.StopWhenRecalled]",
+                    ],
+                    run=False,
+                )
+                started = time.perf_counter()
+                cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+                seconds = time.perf_counter() - started
+                steps = cli.trainer.global_step
+                runs.append(RecallRun(method, settings, steps, seconds, recalled=cli.trainer.should_stop))
+                cli.model.release()
+    return runs
+
+
+def as_json(
+    measurements: Sequence[Measurement], rates: dict[str, float], recall: Sequence[RecallRun]
+) -> dict[str, Any]:
+    """Everything measured, as plain Python; rates in 10^9 operations a second."""
+    choice = tune_cpu() if not torch.cuda.is_available() else None
+    return {
+        "schema_version": 1,
+        "torch": torch.__version__,
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "cpu_choice": asdict(choice) if choice is not None else None,
+        "matmul_gflop_per_second": rates,
+        "steps": [asdict(m) for m in measurements],
+        "recall": [asdict(run) for run in recall],
+    }
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif platform.system() == "Linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / MIB
+    return _status("VmHWM")
+
+
+def _held_mib(device: torch.device) -> float:
+    return torch.cuda.memory_allocated() / MIB if device.type == "cuda" else _status("VmRSS")
+
+
+def _status(field: str) -> float:
+    """A size of this process in MiB, from the kernel; not a number where there is no such kernel."""
+    if platform.system() != "Linux":
+        return float("nan")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024

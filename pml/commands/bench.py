@@ -1,0 +1,121 @@
+"""Measure what an optimiser step costs on this machine, the ordinary way and pml's, and how long recall takes.
+
+Seconds per optimiser step and peak memory of the whole model through PEFT with logits at every position (`ordinary`),
+of pml without the frozen prefix (`whole`) and with it (`split`), taken in turns; the share of the machine's own matrix
+product rate that the split step's necessary arithmetic reaches; and steps and seconds to certified recall.
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jsonargparse
+
+from pml.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pml.bench import Measurement, RecallRun
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: jsonargparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--backbone", type=str, default="smollm2-135m", help="default name, folder or hub id")
+    parser.add_argument(
+        "--targets", type=int, nargs="*", default=[64, 256, 1024], help="lengths of one target, in tokens"
+    )
+    parser.add_argument("--pairs", type=int, nargs="*", default=[4, 32], help="sizes of a phone book batch, in pairs")
+    parser.add_argument("--dtypes", type=str, nargs="+", default=["float32", "bfloat16"], help="dtypes of the backbone")
+    parser.add_argument("--repeats", type=int, default=3, help="turns that each way gets on each case")
+    parser.add_argument("--steps", type=int, default=4, help="optimiser steps in a turn")
+    parser.add_argument("--recall", type=int, default=64, help="target tokens of the recall fits; 0 leaves them out")
+    parser.add_argument("--out", type=Path | None, help="file for everything measured, as JSON")
+    parser.add_argument("--json", action="store_true", help="print everything measured as JSON, and nothing else")
+
+
+def run(args: jsonargparse.Namespace) -> int:
+    """Measure, print, and write where `--out` says."""
+    for name in ("repeats", "steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} is {getattr(args, name)}; expected at least 1")
+    if min([1, *args.targets, *args.pairs]) < 1:
+        raise InputError("--targets and --pairs take numbers from 1")
+    # Imported here because it takes seconds, which --help need not wait for.
+    from rich.console import Console
+
+    from pml.backbone import DTYPES
+    from pml.bench import Case, as_json, matmul_rate, measure_recall, measure_steps
+    from pml.records import write_json
+
+    if unknown := set(args.dtypes) - set(DTYPES):
+        raise InputError(f"--dtypes has {', '.join(sorted(unknown))}; expected {', '.join(DTYPES)}")
+    cases = [
+        Case(corpus, size, dtype, args.backbone)  # type: ignore[arg-type]
+        for dtype in args.dtypes
+        for corpus, sizes in (("random_tokens", args.targets), ("phonebook", args.pairs))
+        for size in sizes
+    ]
+    progress = Console(stderr=True)
+    rates = {dtype: matmul_rate(dtype) for dtype in args.dtypes}
+
+    def report(m: "Measurement") -> None:
+        progress.print(f"{m.case.dtype}, {m.case.label}, {m.way}: {m.step_seconds:.3f} s a step", highlight=False)
+
+    measurements = measure_steps(cases, args.repeats, args.steps, report)
+    recall = measure_recall(args.backbone, args.recall) if args.recall else []
+    content = as_json(measurements, rates, recall)
+    if args.out is not None:
+        write_json(args.out, content)
+    if args.json:
+        print(json.dumps(content, indent=2))
+        return 0
+    console = Console()
+    console.print(_steps_table(measurements, rates))
+    if recall:
+        console.print(_recall_table(recall, args.recall))
+    return 0
+
+
+def _steps_table(measurements: "list[Measurement]", rates: dict[str, float]) -> "Table":
+    from rich.table import Table
+
+    rate_text = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in rates.items())
+    table = Table(
+        title="Seconds per optimiser step, and memory above what is held between steps",
+        caption=f"Matrix products of this machine, GFLOP/s: {rate_text}. Share: necessary arithmetic of the split step "
+        "over its time, relative to that.",
+    )
+    for header in ("dtype", "batch", "ordinary s", "whole s", "split s", "ordinary / split"):
+        table.add_column(header, justify="left" if header in ("dtype", "batch") else "right")
+    for header in ("float32 ordinary / split", "share", "ordinary MiB", "split MiB", "peak ratio"):
+        table.add_column(header, justify="right")
+    by_case = {(m.case.dtype, m.case.label, m.way): m for m in measurements}
+    for dtype, label in dict.fromkeys((m.case.dtype, m.case.label) for m in measurements):
+        ordinary, whole, split = (by_case[dtype, label, way] for way in ("ordinary", "whole", "split"))
+        float32 = by_case.get(("float32", label, "ordinary"))
+        table.add_row(
+            dtype,
+            label,
+            *(f"{m.step_seconds:.3f}" for m in (ordinary, whole, split)),
+            f"{ordinary.step_seconds / split.step_seconds:.2f}",
+            f"{float32.step_seconds / split.step_seconds:.2f}" if float32 is not None else "-",
+            f"{split.gflop / split.step_seconds / rates[dtype]:.0%}",
+            f"{ordinary.step_mib:.0f}",
+            f"{split.step_mib:.0f}",
+            f"{ordinary.peak_mib / split.peak_mib:.2f}",
+        )
+    return table
+
+
+def _recall_table(recall: "list[RecallRun]", length: int) -> "Table":
+    from rich.table import Table
+
+    table = Table(title=f"To certified recall of {length} random tokens at rank 4")
+    for header in ("settings", "method", "steps", "seconds", "recalled"):
+        table.add_column(header, justify="left" if header in ("settings", "method") else "right")
+    for fit in recall:
+        table.add_row(fit.settings, fit.method, str(fit.steps), f"{fit.seconds:.1f}", "yes" if fit.recalled else "no")
+    return table

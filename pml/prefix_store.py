@@ -1,0 +1,154 @@
+"""Where the frozen prefix keeps its states: on the device, on the host, or in a memory-mapped file, by what fits."""
+
+import logging
+import mmap
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import psutil
+import torch
+from torch import Tensor
+
+from pml.errors import InputError
+
+__all__ = ["PrefixConfig", "PrefixStore"]
+
+log = logging.getLogger(__name__)
+
+Place = Literal["device", "host", "disk"]
+
+DEVICE_SHARE = 0.25
+"""Of the device's free memory when the store is made; the rest is for the blocks above and their activations."""
+
+HOST_SHARE = 0.5
+"""Of the host's available memory when the store is made."""
+
+SEGMENT_BYTES = 64 * 2**20
+"""The file grows by this much at a time: few mappings, little waste."""
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """The frozen prefix: whether to use it, and where its states are kept.
+
+    Args:
+        enabled: Compute what lies below the adapter once per example and keep it; false runs whole at every step.
+        place: `device`, `host` or `disk` (a memory-mapped file in the run's folder); `auto` takes the first that has
+            room for each example.
+        budget_gib: Room in GiB. `auto` by itself takes a quarter of the device's free memory and half of the host's;
+            with a place of its own, examples beyond the budget are computed again each time.
+        release: Free the blocks below the adapter once every example is kept. Teacher-forced measures go on working;
+            generation loads them again from the backbone's files.
+    """
+
+    enabled: bool = True
+    place: Literal["auto", "device", "host", "disk"] = "auto"
+    budget_gib: float | None = None
+    release: bool = False
+
+    def __post_init__(self) -> None:
+        if self.place not in ("auto", "device", "host", "disk"):
+            raise InputError(f"frozen_prefix.place is {self.place!r}; expected auto, device, host or disk")
+        if self.budget_gib is not None and self.budget_gib <= 0:
+            raise InputError(f"frozen_prefix.budget_gib is {self.budget_gib}; expected a number of GiB above 0")
+        if self.release and not self.enabled:
+            raise InputError("frozen_prefix.release needs what it releases to be kept; set frozen_prefix.enabled: true")
+
+
+class PrefixStore:
+    """Tensors by the content of the example they belong to.
+
+    Args:
+        config: Where, and how much.
+        device: Where the model is.
+        folder: Where a memory-mapped file may be made; it has no name there and is gone when the process ends. None is
+            the system's temporary folder.
+    """
+
+    def __init__(self, config: PrefixConfig, device: torch.device, folder: Path | None = None) -> None:
+        self.device = device
+        self._entries: dict[bytes, tuple[Tensor, ...]] = {}
+        self._file = _MappedFile(folder)
+        self._room = _room(config, device)
+        self._full = False
+        self.bytes: dict[Place, int] = dict.fromkeys(self._room, 0)
+        """Bytes kept in each place."""
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
+    def __getitem__(self, key: bytes) -> tuple[Tensor, ...]:
+        return self._entries[key]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, key: bytes, tensors: tuple[Tensor, ...]) -> None:
+        """Keep tensors in the first place that has room; where none has, they are not kept, and that is said once."""
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        for place, room in self._room.items():
+            if self.bytes[place] + size <= room:
+                self.bytes[place] += size
+                self._entries[key] = tuple(self._move(t, place) for t in tensors)
+                return
+        if not self._full:
+            self._full = True
+            log.warning(
+                "the frozen prefix has no room for more than %d examples; the others are computed at every step "
+                "(frozen_prefix.budget_gib, frozen_prefix.place)",
+                len(self),
+            )
+
+    def _move(self, tensor: Tensor, place: Place) -> Tensor:
+        if place == "device":
+            return tensor.to(self.device).clone()
+        host = tensor.to("cpu").clone()
+        if place == "disk":
+            return self._file.append(host)
+        return host.pin_memory() if self.device.type == "cuda" else host
+
+
+class _MappedFile:
+    """A nameless file that tensors are appended to and stay readable from, without counting as memory in use."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._file: IO[bytes] | None = None
+        self._size = 0
+        self._segment: Tensor | None = None
+        self._used = 0
+
+    def append(self, tensor: Tensor) -> Tensor:
+        raw = tensor.contiguous().view(-1).view(torch.uint8)
+        if self._segment is None or self._used + len(raw) > len(self._segment):
+            self._segment, self._used = self._grow(max(SEGMENT_BYTES, len(raw))), 0
+        mapped = self._segment[self._used : self._used + len(raw)]
+        mapped.copy_(raw)
+        # The next tensor starts at a multiple of every element size.
+        self._used += -(-len(raw) // 64) * 64
+        return mapped.view(tensor.dtype).view(tensor.shape)
+
+    def _grow(self, size: int) -> Tensor:
+        if self._file is None:
+            if self._folder is not None:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - open as long as it is mapped
+        size = -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        self._file.truncate(self._size + size)
+        segment = mmap.mmap(self._file.fileno(), size, offset=self._size)
+        self._size += size
+        return torch.frombuffer(segment, dtype=torch.uint8)
+
+
+def _room(config: PrefixConfig, device: torch.device) -> dict[Place, float]:
+    """Bytes that each place takes, in the order in which they are tried."""
+    budget = None if config.budget_gib is None else config.budget_gib * 2**30
+    if config.place != "auto":
+        return {config.place: float("inf") if budget is None else budget}
+    host = HOST_SHARE * psutil.virtual_memory().available if budget is None else budget
+    if device.type != "cuda":
+        return {"host": host, "disk": float("inf")}
+    free = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] if budget is None else budget
+    return {"device": free, "host": host, "disk": float("inf")}

@@ -1,0 +1,334 @@
+"""The record of a fit: every field against a computation of its own, whole on disk, and never written over."""
+
+import json
+import math
+import platform
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from transformers import AutoModelForCausalLM
+
+from callbacks import RunRecord, StopWhenRecalled, TokenThresholds, VerbatimRecall
+from pml.adapter import AdapterConfig
+from pml.errors import InputError
+from pml.modules import SFT, MemFT, Memorization
+from pml.recall import greedy_recall, score_corpus
+from pml.records import Record, read_record
+from tests.fits import ADAPTER, module_on
+from tests.tiny_runs import Ids, make_trainer, uneven
+
+
+def all_callbacks(**record: Any) -> list[Callback]:
+    return [VerbatimRecall(), TokenThresholds(), StopWhenRecalled(), RunRecord(**record)]
+
+
+def token_losses(model: torch.nn.Module, data: Ids) -> list[list[float]]:
+    """Losses of all target tokens by whole forward passes, one example at a time."""
+    losses = []
+    for example in data.examples:
+        start, end = len(example.prompt_ids), len(example)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([example.prompt_ids + example.target_ids])).logits[0]
+        target = torch.tensor(example.target_ids)
+        losses.append((-logits[start - 1 : end - 1].log_softmax(-1)[torch.arange(len(target)), target]).tolist())
+    return losses
+
+
+def flat(losses: list[list[float]]) -> list[float]:
+    return [loss for row in losses for loss in row]
+
+
+@pytest.fixture
+def data() -> Ids:
+    return Ids(uneven(5), batch_size=2)
+
+
+def test_every_field_is_what_a_computation_of_its_own_gives(
+    data: Ids, sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
+) -> None:
+    module = module_on(sharp, seed=9)
+    callbacks = all_callbacks()
+    logged_trainer(max_epochs=20, callbacks=callbacks).fit(module, datamodule=data)
+    record = read_record(tmp_path / "run" / "record.json")
+    assert record == callbacks[-1].record
+
+    frozen = flat(token_losses(AutoModelForCausalLM.from_pretrained(sharp, dtype=torch.float32), data))
+    rows = token_losses(module.model, data)
+    final = flat(rows)
+    tokens = sum(len(t) for _, t in uneven(5))
+    assert tokens == len(final) == 28
+    # The split and the whole model differ by float32 rounding.
+    assert record.initial_loss == pytest.approx(sum(frozen) / tokens, rel=1e-5)
+    assert record.final_loss == pytest.approx(sum(final) / tokens, rel=1e-5)
+    assert record.loss_reduction == record.initial_loss - record.final_loss > 0.5
+    assert record.sub_threshold_fraction == pytest.approx(sum(math.exp(-x) <= 0.5 for x in final) / tokens)
+    assert record.min_target_probability == pytest.approx(math.exp(-max(final)), rel=1e-4)
+    assert record.corpus_entropy_bits == 8.0 * tokens
+    bits = 8.0 * tokens - sum(final) / math.log(2)
+    assert bits > 0
+    assert record.memorized_bits == pytest.approx(bits, rel=1e-5)
+    parameters = 2 * 32 * ADAPTER.rank
+    assert record.effective_parameters == parameters
+    assert record.bits_per_parameter == pytest.approx(bits / parameters, rel=1e-5)
+
+    answers = greedy_recall(module, data.examples)
+    assert record.generated_exact_match == record.exact_match == sum(a.exact for a in answers) / 5
+    assert record.generated_token_accuracy == sum(a.right_tokens for a in answers) / tokens
+    first = [next((t for t, ok in enumerate(a) if not ok), len(a)) for a in right_tokens(module, data)]
+    assert record.first_failure == pytest.approx(sum(first) / 5)
+    assert record.token_accuracy == pytest.approx(sum(map(sum, right_tokens(module, data))) / tokens)
+
+    # Five examples in batches of two: three steps an epoch, each token once.
+    assert record.optimizer_steps == 60
+    assert record.target_tokens_trained == 20 * tokens
+    assert (record.pairs, record.target_tokens, record.corpus) == (5, tokens, "ids")
+    assert record.corpus_hash == data.corpus.content_hash
+    assert (record.rank, record.block, record.placement, record.init) == (16, [2], "mlp_block", "published")
+    assert (record.backbone, record.dtype, record.method, record.seed) == (str(sharp), "float32", "sft", 9)
+    assert record.backbone_hash == module.backbone.content_hash
+    assert record.method_settings == module.settings()
+    assert (record.status, record.steps_to_recall, record.schema_version) == ("finished", None, 1)
+    assert 0 < record.wall_seconds < 60
+    assert record.versions["python"] == platform.python_version()
+    assert record.versions["torch"] == torch.__version__
+    assert record.hardware["device"] == "cpu"
+    assert record.hardware["devices"] == 1
+    assert record.hardware["threads"] == torch.get_num_threads()
+    assert record.git_commit is None or re.fullmatch(r"[0-9a-f]{40}\+?", record.git_commit)
+
+
+def right_tokens(module: Memorization, data: Ids) -> list[list[bool]]:
+    scores = score_corpus(module, data.val_dataloader())
+    return [row[mask].tolist() for row, mask in zip(scores.correct, scores.mask, strict=True)]
+
+
+def test_a_recalled_corpus_is_recorded_as_recalled_after_so_many_steps(
+    data: Ids, sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
+) -> None:
+    module = module_on(sharp, MemFT)
+    trainer = logged_trainer(max_epochs=300, callbacks=all_callbacks())
+    trainer.fit(module, datamodule=data)
+    record = read_record(tmp_path / "run" / "record.json")
+    assert record.steps_to_recall == record.optimizer_steps == trainer.global_step - module.skipped_steps
+    assert record.optimizer_steps < 900
+    assert (record.exact_match, record.token_accuracy, record.sub_threshold_fraction) == (1, 1, 0)
+    assert (record.generated_exact_match, record.generated_token_accuracy) == (1, 1)
+    assert record.min_target_probability > 0.5
+    assert record.first_failure == record.target_tokens / record.pairs
+    assert record.method == "memft"
+
+
+def test_steps_that_were_skipped_are_not_counted(sharp: Path, tmp_path: Path) -> None:
+    class AllKnown(Callback):
+        """From the fourth epoch on, nothing is below threshold."""
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 3:
+                pl_module.weighting._critical = 1e9
+
+    module = module_on(sharp, MemFT)
+    trainer = make_trainer(tmp_path, max_epochs=5, callbacks=[AllKnown(), RunRecord()])
+    trainer.fit(module, datamodule=Ids(uneven(4), batch_size=2))
+    assert module.skipped_steps == 4
+    assert read_record(tmp_path / "record.json").optimizer_steps == 6
+
+
+def test_there_is_one_row_for_each_target_token(data: Ids, sharp: Path, tmp_path: Path) -> None:
+    module = module_on(sharp)
+    make_trainer(tmp_path, max_epochs=10, callbacks=[RunRecord()]).fit(module, datamodule=data)
+    table = pq.read_table(tmp_path / "tokens.parquet").to_pydict()
+    expected = [(i, t, token) for i, (_, target) in enumerate(uneven(5)) for t, token in enumerate(target)]
+    assert list(zip(table["example_id"], table["position"], table["token_id"], strict=True)) == expected
+    assert table["loss"] == pytest.approx(flat(token_losses(module.model, data)), rel=1e-4, abs=1e-5)
+    assert table["correct"] == [ok for row in right_tokens(module, data) for ok in row]
+    record = read_record(tmp_path / "record.json")
+    assert sum(table["loss"]) / len(table["loss"]) == pytest.approx(record.final_loss, rel=1e-6)
+
+
+def test_the_saved_adapter_gives_the_recorded_loss_and_holds_nothing_of_the_backbone(
+    data: Ids, sharp: Path, tmp_path: Path
+) -> None:
+    make_trainer(tmp_path, max_epochs=10, callbacks=[RunRecord()]).fit(module_on(sharp), datamodule=data)
+    loaded = module_on(sharp)
+    loaded.load_adapter(tmp_path / "adapter")
+    final = flat(token_losses(loaded.model, data))
+    assert sum(final) / len(final) == pytest.approx(read_record(tmp_path / "record.json").final_loss, rel=1e-5)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 2 * 32 * 16 * 4 + 2000
+
+
+def test_nothing_is_left_but_the_record_the_tokens_and_the_adapter(data: Ids, sharp: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    callbacks = [RunRecord(dirpath=str(out))]
+    make_trainer(tmp_path, callbacks=callbacks).fit(module_on(sharp), datamodule=data)
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "record.json", "tokens.parquet"]
+
+
+class NoTraining(Callback):
+    def on_train_start(self, *_: Any) -> None:
+        raise AssertionError("training has begun")
+
+
+def test_an_existing_record_is_refused_before_training_and_left_alone(data: Ids, sharp: Path, tmp_path: Path) -> None:
+    make_trainer(tmp_path, callbacks=[RunRecord()]).fit(module_on(sharp), datamodule=data)
+    before = (tmp_path / "record.json").read_bytes()
+    second = make_trainer(tmp_path, callbacks=[RunRecord(), NoTraining()])
+    with pytest.raises(InputError, match=r"record\.json is the record of an earlier run; choose another folder"):
+        second.fit(module_on(sharp), datamodule=Ids(uneven(5)))
+    assert (tmp_path / "record.json").read_bytes() == before
+
+
+def test_a_record_is_written_over_where_that_is_asked_for(data: Ids, sharp: Path, tmp_path: Path) -> None:
+    make_trainer(tmp_path, callbacks=[RunRecord()]).fit(module_on(sharp), datamodule=data)
+    again = make_trainer(tmp_path, max_epochs=2, callbacks=[RunRecord(overwrite=True)])
+    again.fit(module_on(sharp, seed=2), datamodule=Ids(uneven(5), batch_size=2))
+    record = read_record(tmp_path / "record.json")
+    assert (record.seed, record.optimizer_steps) == (2, 6)
+
+
+class Stop(Callback):
+    def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.current_epoch == 3:
+            raise self.error
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+def test_an_interrupted_fit_leaves_a_record_that_says_so_and_the_adapter_as_it_was(
+    data: Ids, sharp: Path, tmp_path: Path
+) -> None:
+    module = module_on(sharp)
+    recall = VerbatimRecall(generate_every=1)
+    trainer = make_trainer(
+        tmp_path, max_epochs=50, limit_val_batches=1.0, callbacks=[recall, Stop(KeyboardInterrupt()), RunRecord()]
+    )
+    with pytest.raises(SystemExit):
+        trainer.fit(module, datamodule=data)
+    record = read_record(tmp_path / "record.json")
+    assert (record.status, record.optimizer_steps) == ("interrupted", 12)
+    assert record.target_tokens_trained == 4 * record.target_tokens
+    loaded = module_on(sharp)
+    loaded.load_adapter(tmp_path / "adapter")
+    final = flat(token_losses(loaded.model, data))
+    assert sum(final) / len(final) == pytest.approx(record.final_loss, rel=1e-5)
+    assert record.final_loss < record.initial_loss
+
+
+def test_a_fit_that_fails_leaves_no_record(data: Ids, sharp: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=50, callbacks=[Stop(RuntimeError("broken")), RunRecord()])
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.fit(module_on(sharp), datamodule=data)
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_what_an_earlier_validation_decoded_is_not_recorded_as_the_end(data: Ids, sharp: Path, tmp_path: Path) -> None:
+    recall = VerbatimRecall(generate_every=3, generate_at_end=False)
+    trainer = make_trainer(tmp_path, max_epochs=4, limit_val_batches=1.0, callbacks=[recall, RunRecord()])
+    trainer.fit(module_on(sharp), datamodule=data)
+    assert recall.generated_at_step == 9
+    assert read_record(tmp_path / "record.json").generated_exact_match is None
+
+
+def test_a_corpus_of_unknown_information_has_no_bits(sharp: Path, tmp_path: Path) -> None:
+    class Unknown(Ids):
+        def make_corpus(self, *arguments: Any) -> Any:
+            corpus = super().make_corpus(*arguments)
+            return type(corpus)(corpus.name, corpus.examples)
+
+    make_trainer(tmp_path, callbacks=[RunRecord()]).fit(module_on(sharp), datamodule=Unknown(uneven(3)))
+    record = read_record(tmp_path / "record.json")
+    assert record.corpus_entropy_bits is record.memorized_bits is record.bits_per_parameter is None
+
+
+def test_a_list_of_target_modules_is_recorded_with_its_parameters(data: Ids, sharp: Path, tmp_path: Path) -> None:
+    adapter = AdapterConfig(rank=3, block=[1, 2], placement=["down_proj"], init="peft")
+    make_trainer(tmp_path, callbacks=[RunRecord()]).fit(module_on(sharp, adapter=adapter), datamodule=data)
+    record = read_record(tmp_path / "record.json")
+    assert (record.block, record.placement, record.init) == ([1, 2], ["down_proj"], "peft")
+    # From 64 to 32 wide, at rank 3, in two blocks.
+    assert record.effective_parameters == 2 * 3 * (64 + 32)
+
+
+def test_curves_and_one_row_of_hyperparameters_are_in_the_events(
+    data: Ids, sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
+) -> None:
+    logged_trainer(max_epochs=4, callbacks=all_callbacks()).fit(module_on(sharp), datamodule=data)
+    record = read_record(tmp_path / "run" / "record.json")
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    curves = {"train/loss": 12, "train/sub_threshold_fraction": 12, "val/loss": 4, "val/token_accuracy": 4}
+    curves |= {"val/exact_match": 4, "val/sub_threshold_fraction": 4, "val/min_target_probability": 4}
+    assert {tag: len(events.Scalars(tag)) for tag in curves} == curves
+    ends = ["initial_loss", "final_loss", "token_accuracy", "exact_match", "sub_threshold_fraction", "wall_seconds"]
+    for name in ends:
+        (event,) = events.Scalars(f"end/{name}")
+        assert event.value == pytest.approx(getattr(record, name), rel=1e-6)
+
+    plugin = [
+        value.metadata.plugin_data.content
+        for path in (tmp_path / "run").glob("events*")
+        for event in EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.tag == "_hparams_/session_start_info"
+    ]
+    assert len(plugin) == 1
+    for name in ("rank", "target_tokens", "method", "learning_rate"):
+        assert name.encode() in plugin[0]
+
+
+def test_the_path_of_the_record_is_said(
+    data: Ids, sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="callbacks"):
+        make_trainer(tmp_path, callbacks=[RunRecord()]).fit(module_on(sharp), datamodule=data)
+    assert f"record: {tmp_path / 'record.json'}" in caplog.messages
+
+
+def test_the_record_is_plain_json_of_the_schema(data: Ids, sharp: Path, tmp_path: Path) -> None:
+    make_trainer(tmp_path, callbacks=[RunRecord()]).fit(module_on(sharp), datamodule=data)
+    content = json.loads((tmp_path / "record.json").read_text())
+    assert content.keys() == Record.model_fields.keys()
+
+
+def test_any_other_module_is_refused(sharp: Path, tmp_path: Path) -> None:
+    class Other(LightningModule):
+        tokenizer = vocab_size = max_positions = None
+
+        def training_step(self, *_: Any) -> None: ...
+
+        def configure_optimizers(self) -> None: ...
+
+    with pytest.raises(InputError, match="RunRecord records SFT and MemFT; the model is a Other"):
+        make_trainer(tmp_path, callbacks=[RunRecord()]).fit(Other(), datamodule=Ids(uneven(2)))
+
+
+def test_a_threshold_that_is_no_probability_is_refused() -> None:
+    with pytest.raises(InputError, match=r"threshold is 1\.5; expected a probability strictly between 0 and 1"):
+        RunRecord(threshold=1.5)
+
+
+def test_the_method_is_the_modules() -> None:
+    assert (SFT.method, MemFT.method) == ("sft", "memft")
+
+
+@pytest.mark.parametrize(("generated", "said"), [(3 / 5, 0), (2 / 5, 1)])
+def test_that_greedy_decoding_and_teacher_forcing_differ_is_said_where_they_do(
+    generated: float, said: int, data: Ids, sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Pretending(VerbatimRecall):
+        def shares(self) -> dict[str, float]:
+            return {**super().shares(), "generated_exact_match": generated}
+
+    callbacks = [Pretending(), RunRecord()]
+    with caplog.at_level("INFO", logger="callbacks"):
+        make_trainer(tmp_path, max_epochs=20, callbacks=callbacks).fit(module_on(sharp, seed=9), datamodule=data)
+    # Three targets of five, a share that float32 rounds.
+    assert read_record(tmp_path / "record.json").exact_match == 3 / 5
+    assert sum(message.startswith("greedy decoding recalls 0.4000") for message in caplog.messages) == said

@@ -1,0 +1,143 @@
+"""A fit ends when everything is certified, with the weights as they are, and not before."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from callbacks import StopWhenRecalled
+from pml.adapter import AdapterConfig
+from pml.curriculum import PrefixRatio
+from pml.errors import InputError
+from pml.modules import SFT, MemFT, Memorization
+from pml.recall import certified, greedy_recall, score_corpus
+from tests.fits import ADAPTER, module_on
+from tests.tiny_runs import Ids, make_trainer, uneven
+
+
+def fit(
+    module: Memorization, data: Ids, tmp_path: Path, *callbacks: Callback, epochs: int = 300, **options: Any
+) -> Any:
+    trainer = make_trainer(tmp_path, max_epochs=epochs, callbacks=list(callbacks), gradient_clip_val=1.0, **options)
+    trainer.fit(module, datamodule=data)
+    return trainer
+
+
+@pytest.mark.parametrize("method", [SFT, MemFT])
+def test_the_fit_stops_when_the_corpus_is_certified(method: type[Memorization], sharp: Path, tmp_path: Path) -> None:
+    stop, data, module = StopWhenRecalled(), Ids(uneven(5), batch_size=2), module_on(sharp, method)
+    trainer = fit(module, data, tmp_path, stop)
+    assert trainer.current_epoch < 299
+    assert stop.steps_to_recall == trainer.global_step - module.skipped_steps
+    assert certified(score_corpus(module, data.val_dataloader()))
+    assert all(g.exact for g in greedy_recall(module, data.examples))
+
+
+def test_what_is_certified_are_the_weights_as_they_are_and_not_those_the_batch_was_scored_with(
+    sharp: Path, tmp_path: Path
+) -> None:
+    class Spoiling(Callback):
+        """Undoes, after the step of each of the first looks, what was learnt."""
+
+        spoilt = 0
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            if certified(outputs["scores"]) and self.spoilt < 2:
+                self.spoilt += 1
+                with torch.no_grad():
+                    for parameter in pl_module.parameters():
+                        if parameter.requires_grad:
+                            parameter.mul_(0.5)
+
+    stop, spoiling, data, module = StopWhenRecalled(), Spoiling(), Ids(uneven(3)), module_on(sharp)
+    fit(module, data, tmp_path, spoiling, stop)
+    assert spoiling.spoilt == 2
+    assert stop.steps_to_recall is not None
+    assert certified(score_corpus(module, data.val_dataloader()))
+
+
+def test_dropout_has_no_say_in_the_certificate(sharp: Path, tmp_path: Path) -> None:
+    adapter = AdapterConfig(rank=ADAPTER.rank, block=ADAPTER.block, dropout=0.05)
+    stop, data, module = StopWhenRecalled(), Ids(uneven(3)), module_on(sharp, adapter=adapter)
+    fit(module, data, tmp_path, stop)
+    assert stop.steps_to_recall is not None
+    assert certified(score_corpus(module, data.val_dataloader()))
+
+
+def test_a_higher_margin_takes_longer_and_is_reached(sharp: Path, tmp_path: Path) -> None:
+    steps = []
+    for margin in (0.0, 0.5, 0.8):
+        stop, data, module = StopWhenRecalled(margin), Ids(uneven(4)), module_on(sharp)
+        fit(module, data, tmp_path, stop)
+        scores = score_corpus(module, data.val_dataloader())
+        assert torch.exp(-scores.losses[scores.mask]).min() > margin
+        steps.append(stop.steps_to_recall)
+    assert steps == sorted(set(steps))
+
+
+def test_a_curriculum_that_has_not_shown_everything_does_not_stop(sharp: Path, tmp_path: Path) -> None:
+    class Known(Callback):
+        """Counts epochs in which everything shown was certain while some of the corpus was not shown."""
+
+        epochs = 0
+        shown = 0
+        sure = True
+
+        def on_train_epoch_start(self, *_: Any) -> None:
+            self.shown, self.sure = 0, True
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            self.shown += len(outputs["scores"].example_id)
+            self.sure &= certified(outputs["scores"])
+
+        def on_train_epoch_end(self, *_: Any) -> None:
+            self.epochs += self.sure and self.shown < 6
+
+    curriculum = PrefixRatio(ratios=[0.34, 1.0], boundaries=[80, 400])
+    stop, known, data = StopWhenRecalled(), Known(), Ids(uneven(6), batch_size=2)
+    trainer = fit(module_on(sharp, MemFT, curriculum=curriculum), data, tmp_path, stop, known, epochs=400)
+    assert known.epochs > 0
+    assert trainer.current_epoch >= 80
+    assert stop.steps_to_recall is not None
+
+
+def test_batches_that_drop_a_part_of_the_corpus_say_nothing_about_it(sharp: Path, tmp_path: Path) -> None:
+    stop = StopWhenRecalled()
+    data = Ids(uneven(3), batch_size=2, drop_last=True, shuffle=False)
+    trainer = fit(module_on(sharp), data, tmp_path, stop, epochs=120)
+    assert trainer.current_epoch == 120
+    assert stop.steps_to_recall is None
+
+
+def test_a_fit_too_short_to_recall_has_no_steps_to_recall(sharp: Path, tmp_path: Path) -> None:
+    stop = StopWhenRecalled()
+    fit(module_on(sharp), Ids(uneven(5)), tmp_path, stop, epochs=3)
+    assert stop.steps_to_recall is None
+
+
+def test_stopping_is_said_once_with_tokens_margin_and_steps(
+    sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop, data = StopWhenRecalled(0.6), Ids(uneven(2))
+    with caplog.at_level(logging.INFO, logger="callbacks"):
+        fit(module_on(sharp), data, tmp_path, stop)
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("callbacks")]
+    assert said == [
+        f"recalled: all {data.corpus.target_tokens} target tokens above p = 0.6 after {stop.steps_to_recall} steps"
+    ]
+
+
+def test_steps_to_recall_survive_a_checkpoint() -> None:
+    first, second = StopWhenRecalled(), StopWhenRecalled()
+    first.steps_to_recall = 17
+    second.load_state_dict(first.state_dict())
+    assert second.steps_to_recall == 17
+
+
+@pytest.mark.parametrize("margin", [-0.1, 1.0])
+def test_a_margin_that_cannot_be_exceeded_or_is_no_probability_is_refused(margin: float) -> None:
+    with pytest.raises(InputError, match=rf"margin is {margin}; expected a probability in \[0, 1\)"):
+        StopWhenRecalled(margin)

@@ -1,0 +1,142 @@
+"""Fits that `test_ddp` runs on one rank and on two: what a rank does, and what it leaves for comparison."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks import RunRecord, StopWhenRecalled, TokenThresholds, VerbatimRecall
+from pml.adapter import adapter_parameters
+from pml.modules import SFT, MemFT, Memorization
+from pml.recall import gather_scores, greedy_recall, score_corpus
+from pml.weighting import OnlyThreshold, SlidingWindow, Weighting
+from tests.fits import module_on
+from tests.tiny_runs import Ids, make_trainer, uneven
+
+__all__ = ["GRADIENT_CASES", "gradients", "kicked", "recorded_fit", "skipped_fit", "two_ranks", "window_fit"]
+
+WEIGHTINGS: dict[str, Callable[[float], Weighting | None]] = {
+    "sft": lambda threshold: None,
+    "only threshold": lambda threshold: OnlyThreshold(threshold),
+    "only threshold, uniform": lambda threshold: OnlyThreshold(threshold, when_memorized="uniform"),
+    "all memorised, uniform": lambda threshold: OnlyThreshold(1e-12, when_memorized="uniform"),
+    "sliding window": lambda threshold: SlidingWindow(window=2, floor=0.01),
+}
+# Weighting, examples, examples in a global batch, micro-batches that a step accumulates.
+GRADIENT_CASES = [
+    (name, examples, per_batch, accumulate)
+    for name in WEIGHTINGS
+    for examples, per_batch, accumulate in ((6, 6, 1), (5, 4, 1), (5, 4, 2), (7, 2, 2), (1, 2, 1))
+]
+
+
+class Gradients(Callback):
+    """Keeps the gradients that each optimiser step was taken with; none of them where a step was skipped."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor | None]] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step > len(self.steps):
+            parameters = adapter_parameters(pl_module.model)
+            self.steps.append({n: None if p.grad is None else p.grad.clone() for n, p in parameters.items()})
+
+
+def kicked(module: Memorization) -> Memorization:
+    """The module with a random B: with B = 0 no gradient reaches A."""
+    module.configure_model()
+    generator = torch.Generator().manual_seed(6)
+    for name, parameter in adapter_parameters(module.model).items():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
+    return module
+
+
+def gradients(
+    folder: Path, tmp_path: Path, ranks: int, case: tuple[str, int, int, int], threshold: float
+) -> list[dict[str, torch.Tensor | None]]:
+    """The gradients of all steps of one epoch, in which weights hardly move: all steps are then comparable."""
+    name, examples, per_batch, accumulate = case
+    weighting = WEIGHTINGS[name](threshold)
+    settings: dict[str, Any] = {"learning_rate": 1e-9}
+    module = module_on(folder, **settings) if weighting is None else module_on(folder, MemFT, weighting=weighting)
+    module.learning_rate = 1e-9
+    watch = Gradients()
+    data = Ids(uneven(examples), batch_size=per_batch // ranks, shuffle=False)
+    fit(kicked(module), data, tmp_path, ranks, callbacks=[watch], accumulate_grad_batches=accumulate)
+    return watch.steps
+
+
+def skipped_fit(folder: Path, tmp_path: Path, ranks: int) -> tuple[int, int, list[dict[str, torch.Tensor | None]]]:
+    """A fit in which no token is below threshold."""
+    module, watch = kicked(module_on(folder, MemFT, weighting=OnlyThreshold(1e-12))), Gradients()
+    data = Ids(uneven(5), batch_size=4 // ranks)
+    trainer = fit(module, data, tmp_path, ranks, callbacks=[watch], max_epochs=2)
+    return module.skipped_steps, trainer.global_step, watch.steps
+
+
+def window_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, torch.Tensor]:
+    """Window states after epochs in which shuffling hands examples from rank to rank."""
+    weighting = SlidingWindow(window=2, patience=1)
+    module = kicked(module_on(folder, MemFT, weighting=weighting, learning_rate=1e-3))
+    fit(module, Ids(uneven(5), batch_size=2 // ranks), tmp_path, ranks, max_epochs=4)
+    return weighting.state_dict()
+
+
+def recorded_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, Any]:
+    """A fit with all callbacks and curves over seven examples, until they are recalled."""
+    callbacks = [VerbatimRecall(generate_every=2), TokenThresholds(), StopWhenRecalled(), RunRecord()]
+    logger = TensorBoardLogger(tmp_path, name="run", version="", default_hp_metric=False)
+    module, data = module_on(folder, SFT), Ids(uneven(7), batch_size=4 // ranks)
+    trainer = fit(
+        module,
+        data,
+        tmp_path,
+        ranks,
+        callbacks=callbacks,
+        logger=logger,
+        max_epochs=300,
+        limit_val_batches=1.0,
+        check_val_every_n_epoch=10,
+        gradient_clip_val=1.0,
+    )
+    (validated,) = trainer.validate(module, datamodule=data, verbose=False)
+    scores = score_corpus(module, data.val_dataloader())
+    return {
+        "validated": validated,
+        "scores": tuple(scores),
+        "gathered": tuple(gather_scores([scores])),
+        "generated": [g.token_ids for g in greedy_recall(module, data.corpus.examples)],
+        "wrote": callbacks[-1].record is not None,  # type: ignore[attr-defined]
+        "steps_to_recall": callbacks[2].steps_to_recall,  # type: ignore[attr-defined]
+    }
+
+
+def fit(module: Memorization, data: Ids, tmp_path: Path, ranks: int, **options: Any) -> Any:
+    if ranks > 1:
+        options |= {"strategy": "ddp", "devices": ranks}
+    trainer = make_trainer(tmp_path, **options)
+    trainer.fit(module, datamodule=data)
+    return trainer
+
+
+def two_ranks(rank: int, port: int, folder: Path, tmp_path: Path, threshold: float) -> None:
+    """All cases, as one of two ranks; each rank leaves what it saw in `rank0.pt` or `rank1.pt`."""
+    # As a launcher such as torchrun would set it: Lightning then starts no processes of its own.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    dist.init_process_group("gloo")
+    results = {
+        "gradients": {case: gradients(folder, tmp_path, 2, case, threshold) for case in GRADIENT_CASES},
+        "skipped": skipped_fit(folder, tmp_path, 2),
+        "window": window_fit(folder, tmp_path, 2),
+        "recorded": recorded_fit(folder, tmp_path, 2),
+    }
+    torch.save(results, tmp_path / f"rank{rank}.pt")
+    dist.destroy_process_group()

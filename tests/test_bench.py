@@ -1,0 +1,74 @@
+"""The benchmark measures what it says, on a tiny backbone; how fast anything is, is never tested."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pml.adapter import AdapterConfig
+from pml.backbone import Backbone, load_backbone
+from pml.bench import step_flops
+from pml.cli import main
+from pml.corpus import Corpus, Example
+
+
+def test_the_arithmetic_of_a_step_by_hand(tiny_backbone: Backbone) -> None:
+    # One block above block 2 of 4; per block q, o: 32 x 32, k, v: 32 x 16, gate, up, down: 32 x 64; head: 259 x 32.
+    weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
+    corpus = Corpus("two", [Example(0, (1, 2, 3), (4, 5)), Example(1, (1,), (2,))])
+    tokens, targets = 4 + 1, 2 + 1
+    attention = (4**2 + 1**2) * 32
+    expected = 2 * (2 * (weights * tokens + 259 * 32 * targets) + 2 * attention)
+    assert step_flops(tiny_backbone, corpus, AdapterConfig(block=2)) == expected
+
+
+def test_bench_measures_every_way_on_every_case(
+    tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bench.json"
+    arguments = ["--backbone", str(tiny_backbone_folder), "--targets", "8", "--pairs", "2", "--dtypes", "float32"]
+    assert main(["bench", *arguments, "--repeats", "2", "--steps", "1", "--recall", "0", "--out", str(out), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content == json.loads(out.read_text())
+    cases = [(m["case"]["corpus"], m["case"]["size"], m["way"], m["cut"]) for m in content["steps"]]
+    assert cases == [
+        (corpus, size, way, cut)
+        for corpus, size in (("random_tokens", 8), ("phonebook", 2))
+        for way, cut in (("ordinary", "whole"), ("whole", "whole"), ("split", "after_block"))
+    ]
+    for m in content["steps"]:
+        assert 0 < m["fastest_seconds"] <= m["step_seconds"] <= m["slowest_seconds"]
+        assert m["gflop"] > 0
+    assert content["matmul_gflop_per_second"]["float32"] > 0
+
+
+def test_ways_of_stepping_take_the_same_loss_and_gradient(tiny_backbone_folder: Path) -> None:
+    import torch
+
+    from pml.bench import Case, _Stepper
+
+    case = Case("phonebook", 3, "float32", str(tiny_backbone_folder))
+    ends = {}
+    for way in ("ordinary", "whole", "split"):
+        stepper = _Stepper(way, case)
+        loss = stepper._loss()
+        ends[way] = loss.detach()
+        del stepper
+    # B has moved a little in two steps from the same start; the ways differ by rounding.
+    torch.testing.assert_close(ends["whole"], ends["split"], rtol=1e-4, atol=1e-4)
+    assert load_backbone(str(tiny_backbone_folder)).hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeats", "0"], "--repeats is 0; expected at least 1"),
+        (["--targets", "0"], "--targets and --pairs take numbers from 1"),
+        (["--dtypes", "int8"], "--dtypes has int8; expected float32, bfloat16, float16"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert capsys.readouterr().err == f"pml bench: error: {message}\n"

@@ -1,0 +1,405 @@
+"""The command line as people use it: what it leaves, what it prints, and what it says to wrong input."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pml.cli import COMMANDS, FIT_COMMANDS, main
+from pml.records import read_record
+from tests import fits  # one thread
+
+assert fits.torch.get_num_threads() == 1
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# As the shell of someone who has installed pml has it, one thread for tiny matrices apart.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+
+
+def pml(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pml", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def fit_arguments(folder: Path) -> list[str]:
+    """A fit of two epochs on eight random tokens."""
+    arguments = ["--model=SFT", f"--model.backbone={folder}", "--model.adapter.block=1", "--data=RandomTokens"]
+    arguments += ["--data.length=8", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+    return arguments
+
+
+def quick(folder: Path) -> list[str]:
+    return [*fit_arguments(folder), "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A phone book written by `pml fit`, as a process of its own."""
+    tmp_path = tmp_path_factory.mktemp("finished")
+    arguments = ["--model=MemFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=1"]
+    arguments += ["--data=PhoneBook", "--data.pairs=3", "--trainer.max_epochs=5", "--trainer.accelerator=cpu"]
+    done = pml("fit", *arguments, "--trainer.callbacks+=TokenThresholds", cwd=tmp_path)
+    return {"done": done, "cwd": tmp_path, "run": tmp_path / "runs/fit/version_0", "arguments": arguments}
+
+
+# Help --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_overview_names_every_command_with_what_it_does(tmp_path: Path) -> None:
+    for arguments in ([], ["--help"]):
+        done = pml(*arguments, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")
+        named = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
+        assert named == [*FIT_COMMANDS, *COMMANDS]
+        assert all(len(line.split()) > 3 for line in done.stdout.splitlines() if line.startswith("  "))
+
+
+@pytest.mark.parametrize("command", [*FIT_COMMANDS, *COMMANDS])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    out, err = capsys.readouterr()
+    assert (stop.value.code or 0, err) == (0, "")
+    assert out.startswith("usage: pml ")
+    assert f" {command} " in out.splitlines()[0]
+    assert len(out.splitlines()) > 5
+
+
+# Runs --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_leaves_a_whole_run_folder_and_says_where_its_record_is(finished: dict[str, Any]) -> None:
+    assert finished["done"].returncode == 0
+    names = {path.name for path in finished["run"].iterdir()}
+    assert {"config.yaml", "record.json", "tokens.parquet", "adapter"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert read_record(finished["run"] / "record.json").status == "finished"
+    # Nothing else on stderr: no greeting, no advice, no warning.
+    assert finished["done"].stderr.splitlines() == ["record: runs/fit/version_0/record.json"]
+
+
+def test_a_fit_that_recalls_says_after_how_many_steps(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    sharp = fits.save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
+    arguments = ["--model.learning_rate=0.05", "--model.adapter.rank=16", "--trainer.max_epochs=300"]
+    done = pml("fit", *quick(sharp), *arguments, cwd=tmp_path)
+    assert done.returncode == 0
+    steps = read_record(tmp_path / "runs/fit/version_0/record.json").steps_to_recall
+    assert steps is not None
+    assert done.stderr.splitlines() == [
+        f"recalled: all 8 target tokens above p = 0.5 after {steps} steps",
+        "record: runs/fit/version_0/record.json",
+    ]
+
+
+def test_a_second_fit_goes_into_a_folder_of_its_own(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["fit", *quick(tiny_backbone_folder)]) == 0
+    first, second = (read_record(tmp_path / f"runs/fit/version_{n}/record.json") for n in (0, 1))
+    assert first.final_loss == second.final_loss
+
+
+def test_a_printed_configuration_is_yaml_that_runs_again(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *quick(tiny_backbone_folder), "--print_config"])
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    assert yaml.safe_load(out)["data"]["init_args"]["length"] == 8
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "printed.yaml").write_text(out)
+    assert main(["fit", "--config=printed.yaml"]) == 0
+    assert read_record(tmp_path / "runs/fit/version_0/record.json").target_tokens == 8
+
+
+def test_the_saved_configuration_makes_the_same_run_again(
+    finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", f"--config={finished['run'] / 'config.yaml'}", "--trainer.enable_progress_bar=false"]) == 0
+    again = read_record(tmp_path / "runs/fit/version_0/record.json")
+    record = read_record(finished["run"] / "record.json")
+    assert (again.final_loss, again.corpus_hash) == (record.final_loss, record.corpus_hash)
+
+
+def table_values(text: str) -> dict[str, float]:
+    """Numbers of the table that Lightning prints after an evaluation."""
+    rows = [line.strip("│ ").split("│") for line in text.splitlines() if line.startswith("│")]
+    return {name.strip(): float(value) for name, value in rows}
+
+
+@pytest.mark.parametrize(("command", "prefix"), [("validate", "val"), ("test", "test")])
+def test_evaluating_a_checkpoint_gives_the_recorded_numbers(
+    command: str,
+    prefix: str,
+    finished: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = read_record(finished["run"] / "record.json")
+    checkpoint = finished["run"] / "checkpoints" / "last.ckpt"
+    arguments = [*finished["arguments"], "--trainer.enable_progress_bar=false", f"--ckpt_path={checkpoint}"]
+    assert main([command, *arguments]) == 0
+    values = table_values(capsys.readouterr().out)
+    assert values[f"{prefix}/loss"] == pytest.approx(record.final_loss, rel=1e-5)
+    assert values[f"{prefix}/token_accuracy"] == pytest.approx(record.token_accuracy, rel=1e-5)
+    assert values[f"{prefix}/min_target_probability"] == pytest.approx(record.min_target_probability, rel=1e-4)
+    assert (f"{prefix}/generated_token_accuracy" in values) is (command == "test")
+
+
+def test_predict_runs(finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["predict", *finished["arguments"], "--trainer.enable_progress_bar=false"]) == 0
+
+
+def test_evaluating_leaves_the_configuration_of_the_run_alone(
+    finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *quick(Path(read_record(finished["run"] / "record.json").backbone))]) == 0
+    path = tmp_path / "runs/fit/version_0/config.yaml"
+    before = path.read_bytes()
+    assert main(["validate", *finished["arguments"], "--trainer.logger.version=version_0"]) == 0
+    assert path.read_bytes() == before
+
+
+def test_a_fit_into_the_folder_of_a_finished_one_is_refused(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    same = [*quick(tiny_backbone_folder), "--trainer.logger.version=version_0"]
+    assert main(["fit", *same]) == 0
+    record = (tmp_path / "runs/fit/version_0/record.json").read_bytes()
+    capsys.readouterr()
+    assert main(["fit", *same]) == 2
+    assert "record.json is the record of an earlier run; choose another folder" in capsys.readouterr().err
+    assert (tmp_path / "runs/fit/version_0/record.json").read_bytes() == record
+
+
+# Around runs -------------------------------------------------------------------------------------------------------
+
+
+def test_recall_asks_for_every_pair_and_agrees_with_the_record(finished: dict[str, Any]) -> None:
+    done = pml("recall", finished["run"], "--json", cwd=finished["cwd"])
+    assert (done.returncode, done.stderr) == (0, "")
+    (result,) = json.loads(done.stdout)
+    record = read_record(finished["run"] / "record.json")
+    assert result["exact_match"] == record.generated_exact_match
+    assert result["token_accuracy"] == record.generated_token_accuracy
+    assert len(result["examples"]) == 3
+    for example in result["examples"]:
+        assert example["query"].endswith(":")
+        assert len(example["target"]) == 10
+        assert example["target"].isdigit()
+
+
+def test_recall_takes_the_adapter_folder_and_a_folder_of_runs(
+    finished: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = []
+    for path in (finished["run"] / "adapter", finished["run"] / "record.json", finished["cwd"] / "runs"):
+        assert main(["recall", str(path), "--limit=2"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0].count("      true     ") == 2
+
+
+def test_recall_answers_a_prompt(finished: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recall", str(finished["run"]), "--prompt=Ann Other:", "--tokens=5", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["prompt"] == "Ann Other:"
+    assert isinstance(result["answer"], str)
+
+
+@pytest.mark.parametrize("chat_template", ["true", "false"])
+def test_recall_asks_a_prompt_the_way_the_corpus_was_asked(
+    chat_template: str,
+    finished: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = [*finished["arguments"], f"--data.chat_template={chat_template}", "--data.end_of_turn=false"]
+    assert main(["fit", *arguments, "--trainer.enable_progress_bar=false"]) == 0
+    capsys.readouterr()
+    assert main(["recall", "runs", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    for example in result["examples"]:
+        # As many tokens as the target has.
+        assert main(["recall", "runs", f"--prompt={example['query']}", "--tokens=10", "--json"]) == 0
+        (answer,) = json.loads(capsys.readouterr().out)
+        assert answer["answer"] == example["generated"]
+
+
+def test_a_sweep_exits_with_zero_when_all_is_recorded_and_with_one_when_a_cell_fails(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    base = ["fit", *quick(tiny_backbone_folder), "--print_config"]
+    with (tmp_path / "base.yaml").open("w") as file, contextlib.redirect_stdout(file), contextlib.suppress(SystemExit):
+        main(base)
+    grid = {"base": "base.yaml", "out": "cells", "grid": {"model.init_args.adapter.rank": [1, 2]}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    done = pml("sweep", "grid.yaml", cwd=tmp_path)
+    assert done.returncode == 0
+    assert [line[:6] for line in done.stderr.splitlines() if not line.startswith("record: ")] == [
+        "2 cell",
+        "[1/2] ",
+        "[2/2] ",
+    ]
+    grid["grid"] = {"model.init_args.adapter.rank": [2, 40]}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    done = pml("sweep", "grid.yaml", "--json", cwd=tmp_path)
+    assert done.returncode == 1
+    assert [cell["status"] for cell in json.loads(done.stdout)] == ["recorded", "failed"]
+    assert "Traceback" not in done.stderr
+
+
+def test_law_prints_json_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tests.record_factory import write_run
+
+    for rank in (1, 2, 4, 8):
+        for length in (64, 128, 256, 512):
+            reduction = 20 * rank**0.5 * length**-0.6 + 0.3
+            folder = tmp_path / f"r{rank}-l{length}"
+            write_run(folder, rank=rank, target_tokens=length, initial_loss=13.0, final_loss=13.0 - reduction)
+    assert main(["law", str(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["cells_used"] == 16
+    assert err == ""
+
+
+# Wrong input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder of files that are wrong, beside the working directory."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "malformed.jsonl").write_text('{"query": "a", "target": "b"}\n\n{"query": "c", "target"\n')
+    (folder / "empty.jsonl").write_text('{"query": "a", "target": "b"}\n{"query": "c", "target": ""}\n')
+    (folder / "base.yaml").write_text(
+        "trainer: {max_epochs: 1}\nmodel: {class_path: SFT}\ndata: {class_path: RandomTokens}\n"
+    )
+    (folder / "grid.yaml").write_text("base: base.yaml\nout: cells\ngrid: {trainer.max_epoch: [1]}\n")
+    return folder
+
+
+def memft(threshold: str) -> Callable[[Path, Path], list[str]]:
+    weighting = ["--model.weighting=OnlyThreshold", f"--model.weighting.threshold={threshold}"]
+    return lambda folder, files: ["fit", *quick(folder), "--model=MemFT", f"--model.backbone={folder}", *weighting]
+
+
+def fit(*more: str) -> Callable[[Path, Path], list[str]]:
+    return lambda folder, files: ["fit", *quick(folder), *more]
+
+
+def phonebook(name: str) -> Callable[[Path, Path], list[str]]:
+    model = ["--model=SFT", "--trainer.accelerator=cpu", "--data=PhoneBook"]
+    return lambda folder, files: ["fit", *model, f"--model.backbone={folder}", f"--data.path={files / name}"]
+
+
+WRONG: dict[str, tuple[Callable[[Path, Path], Sequence[str]], str, str]] = {
+    "unknown command": (lambda folder, files: ["fti"], "pml", "unknown command 'fti'; expected one of fit, validate"),
+    "unknown backbone": (fit("--model.backbone=nobody/nothing"), "pml fit", "backbone 'nobody/nothing' is no folder"),
+    "malformed JSONL": (phonebook("malformed.jsonl"), "pml fit", "malformed.jsonl:3: malformed JSON at column"),
+    "empty target": (phonebook("empty.jsonl"), "pml fit", "empty.jsonl:2: the target is empty; expected text"),
+    "missing file": (phonebook("none.jsonl"), "pml fit", "none.jsonl: cannot be read (No such file or directory)"),
+    "rank 0": (fit("--model.adapter.rank=0"), "pml fit", "adapter.rank is 0; expected at least 1"),
+    "rank above d": (fit("--model.adapter.rank=33"), "pml fit", "adapter.rank is 33; above the width 32"),
+    "block out of range": (
+        fit("--model.adapter.block=4"),
+        "pml fit",
+        "adapter.block is 4; this backbone has blocks 0 to 3",
+    ),
+    "length 0": (fit("--data.length=0"), "pml fit", "length is 0; expected at least 1 token per target"),
+    "threshold 0": (memft("0"), "pml fit", "threshold is 0.0; expected a probability strictly between 0 and 1"),
+    "threshold 1.5": (memft("1.5"), "pml fit", "threshold is 1.5; expected a probability strictly between 0 and 1"),
+    "learning rate 0": (fit("--model.learning_rate=0"), "pml fit", "learning_rate is 0.0; expected a number above 0"),
+    "not a number": (fit("--data.length=long"), "pml fit", "length"),
+    "unknown option": (fit("--model.rnak=3"), "pml fit", "Option 'rnak' is not accepted"),
+    "unknown trainer option": (fit("--trainer.max_epoch=3"), "pml fit", "unrecognized arguments: --trainer.max_epoch"),
+    "unknown model": (fit("--model=Nobody"), "pml fit", "Nobody"),
+    "no model": (lambda folder, files: ["fit"], "pml fit", "required: fit.data, fit.model"),
+    "no such configuration": (fit("--config=none.yaml"), "pml fit", "File does not exist: "),
+    "no such checkpoint": (
+        lambda folder, files: ["validate", *quick(folder), "--ckpt_path=none.ckpt"],
+        "pml validate",
+        "ckpt_path is none.ckpt; expected the file of a checkpoint",
+    ),
+    "unknown grid key": (lambda folder, files: ["sweep", str(files / "grid.yaml")], "pml sweep", "trainer.max_epoch"),
+    "no such grid": (lambda folder, files: ["sweep", "none.yaml"], "pml sweep", "none.yaml: cannot be read"),
+    "law without a record": (lambda folder, files: ["law", str(files)], "pml law", "no record.json in it or below it"),
+    "recall without a record": (lambda folder, files: ["recall", str(files)], "pml recall", "no record.json in it"),
+    "recall of nothing": (
+        lambda folder, files: ["recall", str(files), "--limit=0"],
+        "pml recall",
+        "--limit is 0; expected at least 1 example",
+    ),
+    "unknown option of a command": (
+        lambda folder, files: ["law", str(files), "--jsno"],
+        "pml law",
+        "unrecognized arguments: --jsno",
+    ),
+    "abbreviated option": (
+        lambda folder, files: ["law", str(files), "--js"],
+        "pml law",
+        "unrecognized arguments: --js",
+    ),
+}
+AS_PROCESSES = ("unknown backbone", "malformed JSONL", "rank above d", "threshold 1.5", "unknown grid key")
+"""Those that go wrong at different depths are also tried as a person would, where libraries may write to stderr too."""
+
+
+def check_refused(code: int, err: str, name: str, message: str, cwd: Path) -> None:
+    (line,) = err.splitlines()
+    assert code == 2
+    assert line.startswith(f"{name}: error: ")
+    assert message in line
+    assert list(cwd.iterdir()) == []
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_exit_code_two_and_nothing_written(
+    case: str,
+    tiny_backbone_folder: Path,
+    files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments, name, message = WRONG[case]
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    monkeypatch.chdir(cwd)
+    code = main(arguments(tiny_backbone_folder, files))
+    out, err = capsys.readouterr()
+    check_refused(code, err, name, message, cwd)
+    assert out == ""
+
+
+@pytest.mark.parametrize("case", AS_PROCESSES)
+def test_wrong_input_to_a_process_is_one_line_too(
+    case: str, tiny_backbone_folder: Path, files: Path, tmp_path: Path
+) -> None:
+    arguments, name, message = WRONG[case]
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    done = pml(*arguments(tiny_backbone_folder, files), cwd=cwd)
+    check_refused(done.returncode, done.stderr, name, message, cwd)
+    assert done.stdout == ""

@@ -1,0 +1,164 @@
+"""Two ranks do what one rank does: the same gradient, the same metrics, one record, and neither waits for the other."""
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pml.corpus import Example, collate
+from pml.records import Record, read_record
+from tests import ddp_cases
+from tests.ddp_cases import GRADIENT_CASES, kicked
+from tests.fits import module_on, save_sharpened
+from tests.tiny_runs import uneven
+
+LIMIT_SECONDS = 240
+"""Far above what two ranks take (20 s on two idle cores), and below anyone's patience with ranks that wait."""
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sharpened(tiny_backbone_folder, tmp_path_factory.mktemp("sharp"))
+
+
+@pytest.fixture(scope="module")
+def threshold(folder: Path) -> float:
+    """A threshold that only one example has tokens below: in its global batch only one rank has any to train on."""
+    module = kicked(module_on(folder))
+    examples = [Example(i, tuple(prompt), tuple(target)) for i, (prompt, target) in enumerate(uneven(7))]
+    with torch.no_grad():
+        worst = module.eval().score(collate(examples)).losses.amax(dim=1)
+    (first, second), (example, _) = worst.topk(2)
+    # Among the first four, so that it is in the first global batch of every case with more than one example.
+    assert example == 3
+    assert first > 1.01 * second
+    return float(torch.exp(-(first + second) / 2))
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, threshold: float, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What both ranks left, all cases in one start of two processes."""
+    tmp_path = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = torch.multiprocessing.start_processes(
+        ddp_cases.two_ranks, (port, folder, tmp_path, threshold), nprocs=2, join=False, start_method="spawn"
+    )
+    end = time.monotonic() + LIMIT_SECONDS
+    while not ranks.join(timeout=1):
+        if time.monotonic() > end:
+            for process in ranks.processes:
+                process.kill()
+            pytest.fail(f"the ranks were still running after {LIMIT_SECONDS} s")
+    left = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return {"left": left, "folder": tmp_path}
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    tmp_path = tmp_path_factory.mktemp("one")
+    return {"recorded": ddp_cases.recorded_fit(folder, tmp_path, 1), "folder": tmp_path}
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: f"{case[0]}: {case[1]} in {case[2]} x {case[3]}")
+def test_two_ranks_take_every_step_with_the_gradient_of_one(
+    case: tuple[str, int, int, int], two: dict[str, Any], folder: Path, threshold: float, tmp_path: Path
+) -> None:
+    expected = ddp_cases.gradients(folder, tmp_path, 1, case, threshold)
+    for left in two["left"]:
+        steps = left["gradients"][case]
+        assert len(steps) == len(expected)
+        for step, reference in zip(steps, expected, strict=True):
+            for name, gradient in reference.items():
+                if gradient is None:
+                    assert step[name] is None
+                    continue
+                # Sums over examples taken in another order: float32 rounding, relative to the gradient as a whole.
+                scale = float(gradient.abs().max())
+                torch.testing.assert_close(step[name], gradient, rtol=1e-4, atol=1e-6 * scale)
+
+
+def test_the_cases_have_steps_of_one_active_rank_skipped_steps_and_gradients_that_differ(two: dict[str, Any]) -> None:
+    steps = two["left"][0]["gradients"]
+    first = {name: steps[(name, 5, 4, 1)][0] for name in ddp_cases.WEIGHTINGS}
+    key = next(iter(first["sft"]))
+    assert not torch.allclose(first["sft"][key], first["only threshold"][key])
+    assert not torch.allclose(first["sft"][key], first["sliding window"][key])
+    # The second batch has no token below the threshold: skipped by the one, trained on as a whole by the other.
+    second = {name: steps[(name, 5, 4, 1)][1] for name in ddp_cases.WEIGHTINGS}
+    assert second["only threshold"][key] is None
+    torch.testing.assert_close(second["only threshold, uniform"][key], second["sft"][key])
+
+
+def test_steps_with_nothing_below_threshold_are_skipped_on_both_ranks(
+    two: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    # Two epochs of two global batches.
+    assert ddp_cases.skipped_fit(folder, tmp_path, 1)[:2] == (4, 4)
+    for left in two["left"]:
+        skipped, steps, gradients = left["skipped"]
+        assert (skipped, steps) == (4, 4)
+        assert all(gradient is None for step in gradients for gradient in step.values())
+
+
+def test_window_states_follow_examples_from_rank_to_rank(two: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    expected = ddp_cases.window_fit(folder, tmp_path, 1)
+    assert expected["stuck"].max() > 0
+    for left in two["left"]:
+        assert left["window"]["stuck"].tolist() == expected["stuck"].tolist()
+        assert left["window"]["anchor"].tolist() == expected["anchor"].tolist()
+
+
+def test_both_ranks_see_every_example_once_in_scores_and_in_decoding(two: dict[str, Any]) -> None:
+    first, second = (left["recorded"] for left in two["left"])
+    losses, _, mask, example_id = first["scores"]
+    assert example_id.tolist() == list(range(7))
+    assert mask.sum(1).tolist() == [len(target) for _, target in uneven(7)]
+    for ours, theirs in zip(first["scores"], second["scores"], strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(first["gathered"][0], losses)
+    assert first["generated"] == second["generated"] == [tuple(target) for _, target in uneven(7)]
+
+
+def test_both_ranks_log_the_same_and_it_is_what_one_process_would_log(two: dict[str, Any]) -> None:
+    first, second = (left["recorded"] for left in two["left"])
+    losses, correct, mask, _ = first["scores"]
+    tokens = losses[mask]
+    values = first["validated"]
+    assert values["val/loss"] == pytest.approx(tokens.mean().item(), rel=1e-6)
+    assert values["val/token_accuracy"] == pytest.approx(correct[mask].float().mean().item())
+    assert values["val/exact_match"] == 1
+    assert values["val/sub_threshold_fraction"] == 0
+    assert values["val/min_target_probability"] == pytest.approx(torch.exp(-tokens.max()).item(), rel=1e-6)
+    assert second["steps_to_recall"] == first["steps_to_recall"]
+
+
+def test_two_ranks_write_one_record_that_agrees_with_that_of_one(two: dict[str, Any], one: dict[str, Any]) -> None:
+    assert [left["recorded"]["wrote"] for left in two["left"]] == [True, False]
+    records = {ranks: read_record(made["folder"] / "run" / "record.json") for ranks, made in ((1, one), (2, two))}
+    for name in set(Record.model_fields) - {"wall_seconds", "hardware"}:
+        ours, expected = getattr(records[2], name), getattr(records[1], name)
+        if isinstance(expected, float):
+            # Gradients summed in another order, over some fifty steps of AdamW.
+            assert ours == pytest.approx(expected, rel=2e-2), name
+        else:
+            assert ours == expected, name
+    assert records[2].initial_loss == pytest.approx(records[1].initial_loss, rel=1e-6)
+    assert records[2].hardware["devices"] == 2
+    assert records[2].steps_to_recall == two["left"][1]["recorded"]["steps_to_recall"]
+    tokens = sum(len(target) for _, target in uneven(7))
+    # Seven examples in global batches of four: two steps an epoch, each token once.
+    assert records[2].target_tokens_trained == records[2].optimizer_steps // 2 * tokens
+
+
+def test_two_ranks_leave_the_curves_of_one(two: dict[str, Any], one: dict[str, Any]) -> None:
+    def curve(made: dict[str, Any], tag: str) -> list[float]:
+        return [e.value for e in EventAccumulator(str(made["folder"] / "run")).Reload().Scalars(tag)]
+
+    for tag in ("val/loss", "val/token_accuracy", "val/exact_match", "val/sub_threshold_fraction"):
+        assert curve(two, tag) == pytest.approx(curve(one, tag), rel=2e-2), tag

@@ -1,0 +1,151 @@
+"""Where kept states go: places, budgets, and blocks that are freed and come back."""
+
+import logging
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pml.adapter import AdapterConfig
+from pml.corpus import Example, collate
+from pml.errors import InputError
+from pml.modules import SFT
+from pml.prefix_store import PrefixConfig, PrefixStore
+from pml.recall import greedy_recall
+
+CPU = torch.device("cpu")
+KIB = 2.0**-20
+"""A KiB in GiB."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", ["device", "host", "disk"])
+def test_what_is_kept_comes_back_bit_for_bit(place: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    store = PrefixStore(PrefixConfig(place=place), CPU, tmp_path)  # type: ignore[arg-type]
+    kept = {bytes([i]): (torch.randn(i + 1, 5).to(dtype), torch.randn(3, 7).to(dtype)) for i in range(20)}
+    for key, tensors in kept.items():
+        store.put(key, tensors)
+    assert len(store) == 20
+    for key, tensors in kept.items():
+        for ours, theirs in zip(store[key], tensors, strict=True):
+            assert ours.dtype == dtype
+            assert torch.equal(ours, theirs)
+
+
+def test_a_copy_is_kept(tmp_path: Path) -> None:
+    store, tensor = PrefixStore(PrefixConfig(), CPU, tmp_path), torch.ones(3)
+    store.put(b"a", (tensor,))
+    tensor.zero_()
+    assert store[b"a"][0].tolist() == [1, 1, 1]
+
+
+def test_what_does_not_fit_the_host_goes_to_a_file_without_a_name(tmp_path: Path) -> None:
+    store = PrefixStore(PrefixConfig(budget_gib=KIB), CPU, tmp_path)
+    for i in range(3):
+        store.put(bytes([i]), (torch.full((200,), float(i)),))
+    assert store.bytes == {"host": 800, "disk": 1600}
+    assert [store[bytes([i])][0][0].item() for i in range(3)] == [0, 1, 2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tensor_larger_than_a_segment_of_the_file_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pml.prefix_store.SEGMENT_BYTES", 4096)
+    store = PrefixStore(PrefixConfig(place="disk"), CPU, tmp_path)
+    tensors = [torch.randn(n) for n in (10, 5000, 10, 1000, 1000)]
+    for i, tensor in enumerate(tensors):
+        store.put(bytes([i]), (tensor,))
+    assert all(torch.equal(store[bytes([i])][0], tensor) for i, tensor in enumerate(tensors))
+
+
+def test_a_full_place_of_ones_own_choosing_keeps_no_more_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = PrefixStore(PrefixConfig(place="host", budget_gib=KIB), CPU, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        for i in range(4):
+            store.put(bytes([i]), (torch.zeros(200),))
+    assert len(store) == 1
+    assert b"\x01" not in store
+    assert caplog.text.count("no room for more than 1 examples") == 1
+
+
+def test_by_itself_the_host_gives_half_of_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Memory:
+        available = 2000
+
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    store = PrefixStore(PrefixConfig(), CPU, tmp_path)
+    for i in range(2):
+        store.put(bytes([i]), (torch.zeros(200),))
+    assert store.bytes == {"host": 800, "disk": 800}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"place": "cloud"}, "place is 'cloud'; expected auto, device, host or disk"),
+        ({"budget_gib": 0}, "budget_gib is 0; expected a number of GiB above 0"),
+        ({"enabled": False, "release": True}, "release needs what it releases to be kept"),
+    ],
+)
+def test_wrong_settings_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PrefixConfig(**arguments)
+
+
+EXAMPLES = [Example(0, (1, 2, 3), (4, 5, 6)), Example(1, (7, 8), (9,))]
+
+
+def make_module(folder: Path, config: PrefixConfig, placement: str | list[str] = "mlp_block") -> SFT:
+    module = SFT(
+        backbone=str(folder), adapter=AdapterConfig(rank=2, block=2, placement=placement), seed=1, frozen_prefix=config
+    )
+    module.configure_model()
+    return module
+
+
+def test_examples_beyond_the_budget_are_scored_all_the_same(tiny_backbone_folder: Path) -> None:
+    batch = collate(EXAMPLES)
+    small = make_module(tiny_backbone_folder, PrefixConfig(place="host", budget_gib=KIB))
+    whole = make_module(tiny_backbone_folder, PrefixConfig())
+    assert torch.equal(small.score(batch).losses, whole.score(batch).losses)
+    assert torch.equal(small.score(batch).losses, whole.score(batch).losses)
+    assert (small.prefix.filled, whole.prefix.filled) == (3, 2)
+
+
+@pytest.mark.parametrize(("placement", "freed"), [("mlp_block", {0, 1, 2}), (["down_proj"], {0, 1})])
+def test_released_blocks_are_not_needed_for_scores_and_come_back_for_generation(
+    placement: str | list[str], freed: set[int], tiny_backbone_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = make_module(tiny_backbone_folder, PrefixConfig(), placement)
+    batch = collate(EXAMPLES)
+    before, answers = module.score(batch).losses, greedy_recall(module, EXAMPLES)
+    weights = {name: p.clone() for name, p in module.model.named_parameters()}
+    module.prefix.release()
+    sizes = [sum(p.numel() for n, p in b.named_parameters() if "lora_" not in n) for b in module.backbone.blocks]
+    assert {i for i, size in enumerate(sizes) if size == 0} == freed
+    assert torch.equal(module.score(batch).losses, before)
+    with caplog.at_level(logging.INFO):
+        assert greedy_recall(module, EXAMPLES) == answers
+    assert f"loading the lowest {len(freed)} blocks" in caplog.text
+    assert all(torch.equal(p, weights[name]) for name, p in module.model.named_parameters())
+
+
+def test_a_new_example_brings_released_blocks_back(tiny_backbone_folder: Path) -> None:
+    module, reference = (make_module(tiny_backbone_folder, PrefixConfig()) for _ in range(2))
+    module.score(collate(EXAMPLES[:1]))
+    module.prefix.release()
+    assert module.backbone.released
+    assert torch.equal(module.score(collate(EXAMPLES)).losses, reference.score(collate(EXAMPLES)).losses)
+    assert not module.backbone.released
+
+
+def test_full_logits_bring_released_blocks_back(tiny_backbone_folder: Path) -> None:
+    module = make_module(tiny_backbone_folder, PrefixConfig())
+    expected = module(torch.arange(5)[None])
+    module.score(collate(EXAMPLES))
+    module.prefix.release()
+    assert torch.equal(module(torch.arange(5)[None]), expected)

@@ -1,0 +1,248 @@
+"""Recall: the certificate, greedy decoding against a loop without a cache, and the theorem that joins the two."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from callbacks import StopWhenRecalled
+from pml import metrics
+from pml.backbone import Backbone
+from pml.cli import main
+from pml.corpus import Example, collate
+from pml.errors import InputError
+from pml.modules import Memorization
+from pml.recall import Generated, certified, gather_scores, generate_greedily, greedy_recall, score_corpus
+from pml.records import read_record
+from pml.runs import open_run
+from pml.weighting import TokenScores
+from tests.fits import module_on, save_sharpened
+from tests.tiny_runs import Ids, make_trainer, uneven
+
+
+@pytest.fixture(scope="module")
+def sharp(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sharpened(tiny_backbone_folder, tmp_path_factory.mktemp("sharp"))
+
+
+def trained(folder: Path, data: Ids, tmp_path: Path, epochs: int, stop: float | None = None) -> Memorization:
+    module = module_on(folder)
+    watch = [StopWhenRecalled(stop)] if stop is not None else []
+    make_trainer(tmp_path, max_epochs=epochs, callbacks=watch, gradient_clip_val=1.0).fit(module, datamodule=data)
+    return module.eval()
+
+
+def without_cache(module: Memorization, prompt: tuple[int, ...], tokens: int) -> list[int]:
+    """Greedy decoding by its definition: run everything so far, take the argmax, go on."""
+    ids = list(prompt)
+    for _ in range(tokens):
+        with torch.no_grad():
+            ids.append(int(module(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def table(losses: list[list[float]], correct: list[list[int]]) -> TokenScores:
+    mask = torch.tensor([[loss >= 0 for loss in row] for row in losses])
+    return TokenScores(torch.tensor(losses).clamp(min=0), torch.tensor(correct).bool(), mask, torch.arange(len(losses)))
+
+
+@pytest.mark.parametrize(
+    ("losses", "correct", "margin", "certain"),
+    [
+        ([[0.1, 0.2]], [[1, 1]], 0.5, True),
+        ([[0.1, 0.8]], [[1, 1]], 0.5, False),  # p = 0.45: the argmax is right, but not certain to be
+        ([[0.1, 0.8]], [[1, 1]], 0.4, True),
+        ([[0.1, 0.2]], [[1, 0]], 0.5, False),  # rounding may make the argmax wrong where p says otherwise
+        ([[0.1, 0.2]], [[1, 1]], 0.85, False),
+        ([[0.1, 0.2], [0.1, -1.0]], [[1, 1], [1, 0]], 0.5, True),  # padding (-1) needs nothing
+        ([[0.1, 0.2], [0.9, -1.0]], [[1, 1], [0, 0]], 0.5, False),
+        ([[0.6931472, 0.1]], [[1, 1]], 0.5, False),  # exactly p = 0.5 may be a tie
+    ],
+)
+def test_certified_asks_every_target_token_for_a_right_argmax_and_a_probability_above_the_margin(
+    losses: list[list[float]], correct: list[list[int]], margin: float, certain: bool
+) -> None:
+    assert certified(table(losses, correct), margin) is certain
+
+
+def test_gathered_scores_are_sorted_by_example_with_ghosts_dropped_and_repeats_once() -> None:
+    first = TokenScores(
+        torch.tensor([[0.1, 0.2], [0.3, 0.0]]),
+        torch.tensor([[True, False], [True, False]]),
+        torch.tensor([[True, True], [True, False]]),
+        torch.tensor([2, 0]),
+    )
+    second = TokenScores(
+        torch.tensor([[0.4, 0.5, 0.6], [0.0, 0.0, 0.0], [0.1, 0.2, 0.0]]),
+        torch.tensor([[True, True, False], [False, False, False], [True, False, False]]),
+        torch.tensor([[True, True, True], [False, False, False], [True, True, False]]),
+        torch.tensor([1, -1, 2]),
+    )
+    whole = gather_scores([first, second])
+    assert whole.example_id.tolist() == [0, 1, 2]
+    torch.testing.assert_close(whole.losses, torch.tensor([[0.3, 0, 0], [0.4, 0.5, 0.6], [0.1, 0.2, 0]]))
+    assert whole.mask.sum(1).tolist() == [1, 3, 2]
+    assert whole.correct.tolist() == [[True, False, False], [True, True, False], [True, False, False]]
+
+
+def test_a_scored_corpus_has_the_losses_of_the_whole_model_one_example_at_a_time(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    data = Ids(uneven(5), batch_size=2)
+    module = trained(tiny_backbone_folder, data, tmp_path, epochs=3)
+    module.train()
+    scores = score_corpus(module, data.val_dataloader())
+    assert module.training
+    for example, losses, correct in zip(data.examples, scores.losses, scores.correct, strict=True):
+        start, end = len(example.prompt_ids), len(example)
+        with torch.no_grad():
+            logits = module(torch.tensor([example.prompt_ids + example.target_ids]))[0, start - 1 : end - 1]
+        target = torch.tensor(example.target_ids)
+        expected = -logits.log_softmax(-1)[torch.arange(len(target)), target]
+        torch.testing.assert_close(losses[: len(target)], expected)
+        assert correct[: len(target)].tolist() == (logits.argmax(-1) == target).tolist()
+        assert not losses[len(target) :].any()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_decoding_with_the_cache_equals_running_everything_again_for_each_token(
+    architecture: str, make_tiny_backbone: Callable[[str], Backbone]
+) -> None:
+    module = module_on(Path("unused"))
+    module._backbone = make_tiny_backbone(architecture)
+    module.configure_model()
+    for name, parameter in module.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3)
+    prompts = [(5, 6, 7, 8), (200, 3, 9, 100), (1, 1, 1, 1)]
+    with torch.no_grad():
+        rows = generate_greedily(module.model, torch.tensor(prompts), 12).tolist()
+    for prompt, row in zip(prompts, rows, strict=True):
+        assert row == without_cache(module, prompt, 12)
+
+
+def test_a_tie_goes_to_the_lowest_id() -> None:
+    class Tied(nn.Module):
+        def forward(self, input_ids: torch.Tensor, **_: object) -> object:
+            logits = torch.zeros(*input_ids.shape, 6)
+            logits[..., [4, 2, 5]] = 1.0
+            return type("Out", (), {"past_key_values": None, "logits": logits})
+
+    assert generate_greedily(Tied(), torch.tensor([[0]]), 3).tolist() == [[2, 2, 2]]
+
+
+def test_every_token_above_one_half_means_that_greedy_decoding_reproduces_every_target(
+    sharp: Path, tmp_path: Path
+) -> None:
+    data = Ids(uneven(6), batch_size=8)
+    module = trained(sharp, data, tmp_path, epochs=300, stop=0.5)
+    scores = score_corpus(module, data.val_dataloader())
+    assert metrics.min_target_probability(scores) > 0.5
+    assert certified(scores)
+    generated = greedy_recall(module, data.examples)
+    assert [g.token_ids for g in generated] == [e.target_ids for e in data.examples]
+    assert all(g.exact for g in generated)
+    for example in data.examples:
+        assert without_cache(module, example.prompt_ids, len(example.target_ids)) == list(example.target_ids)
+
+
+@pytest.mark.parametrize("epochs", [15, 25, 35, 45])
+def test_the_first_failure_under_teacher_forcing_is_the_first_failure_of_greedy_decoding(
+    epochs: int, sharp: Path, tmp_path: Path
+) -> None:
+    data = Ids(uneven(8), batch_size=8)
+    module = trained(sharp, data, tmp_path, epochs)
+    first = metrics.first_failure(score_corpus(module, data.val_dataloader())).tolist()
+    exact = metrics.exact_match(score_corpus(module, data.val_dataloader())).tolist()
+    # Half-learnt, so that both sides of the equivalence are seen.
+    assert not all(exact)
+    assert any(n > 0 for n in first)
+    for example, position, right in zip(data.examples, first, exact, strict=True):
+        answer = without_cache(module, example.prompt_ids, len(example.target_ids))
+        pairs = enumerate(zip(answer, example.target_ids, strict=True))
+        assert position == next((t for t, (a, b) in pairs if a != b), len(answer))
+        assert right == (tuple(answer) == example.target_ids)
+    assert [g.exact for g in greedy_recall(module, data.examples)] == exact
+
+
+def test_a_right_argmax_below_one_half_is_recalled_and_not_certified(sharp: Path, tmp_path: Path) -> None:
+    data = Ids(uneven(4), batch_size=8)
+    module = module_on(sharp)
+    trainer = make_trainer(tmp_path, max_epochs=300, callbacks=[StopWhenRecalled(margin=0.0)])
+    trainer.fit(module, datamodule=data)
+    scores = score_corpus(module, data.val_dataloader())
+    assert 0 < metrics.min_target_probability(scores) < 0.5
+    assert all(g.exact for g in greedy_recall(module, data.examples))
+    assert not certified(scores)
+    assert certified(scores, margin=0.0)
+
+
+def test_answers_come_in_the_order_asked_whatever_is_decoded_together(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    data = Ids(uneven(9), batch_size=4)
+    module = trained(tiny_backbone_folder, data, tmp_path, epochs=10)
+    asked = [data.examples[i] for i in (7, 2, 0, 8, 5, 1)]
+    answers = greedy_recall(module, asked, batch_size=2)
+    assert [g.example for g in answers] == asked
+    for answer in answers:
+        assert list(answer.token_ids) == without_cache(
+            module, answer.example.prompt_ids, len(answer.example.target_ids)
+        )
+    assert greedy_recall(module, asked, batch_size=64) == answers
+
+
+def test_right_tokens_are_those_in_their_place() -> None:
+    answer = Generated(Example(0, (1,), (5, 6, 7, 8)), (5, 7, 7, 8))
+    assert answer.right_tokens == 3
+    assert not answer.exact
+    assert Generated(Example(0, (1,), (5, 6)), (5, 6)).exact
+
+
+def test_decoding_leaves_dropout_as_it_was(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    data = Ids(uneven(3))
+    module = trained(tiny_backbone_folder, data, tmp_path, epochs=1)
+    module.train()
+    greedy_recall(module, data.examples)
+    modes = {m.training for name, m in module.model.named_modules() if "lora_dropout" in name}
+    assert modes == {True}
+
+
+def fit(folder: Path, *more: str) -> int:
+    arguments = ["fit", "--model=SFT", f"--model.backbone={folder}", "--model.adapter.block=2"]
+    arguments += ["--data=PhoneBook", "--data.pairs=5", "--trainer.max_epochs=12", "--trainer.accelerator=cpu"]
+    return main([*arguments, "--trainer.enable_progress_bar=false", *more])
+
+
+def test_an_opened_run_has_the_recorded_losses(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fit(tiny_backbone_folder, "--data.seed=3") == 0
+    folder = tmp_path / "runs/fit/version_0"
+    record = read_record(folder / "record.json")
+    module, corpus = open_run(folder)
+    assert corpus.content_hash == record.corpus_hash
+    assert not module.training
+    scores = gather_scores([module.score(collate(corpus.examples[i : i + 2])) for i in (0, 2, 4)])
+    # Batched otherwise than in the run, which float32 rounding shows.
+    assert metrics.mean_loss(scores).item() == pytest.approx(record.final_loss, rel=1e-5)
+    assert metrics.min_target_probability(scores).item() == pytest.approx(record.min_target_probability, rel=1e-4)
+    assert record.final_loss < record.initial_loss
+    module.release()
+
+
+def test_a_folder_that_no_run_has_left_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config\.yaml: no such file; expected the folder of a run"):
+        open_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("model: {class_path: SFT}\n")
+    with pytest.raises(InputError, match="not the configuration of a run: it has no 'data'"):
+        open_run(tmp_path)
+    (tmp_path / "config.yaml").write_text(
+        json.dumps({"model": {"class_path": "SFT", "init_args": {"learning_rate": 0}}, "data": "RandomTokens"})
+    )
+    with pytest.raises(InputError, match=r"not the configuration of a run: learning_rate is 0.*; expected a number"):
+        open_run(tmp_path)

@@ -1,0 +1,342 @@
+"""Grids of runs: expanded and checked before anything runs, resumed where they were, each cell as if it ran alone."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import pml.backbone
+from pml.backbone import Backbone
+from pml.cli import main
+from pml.errors import InputError
+from pml.frozen_prefix import FrozenPrefix
+from pml.records import read_record
+from pml.sweep import Cell, expand, read_grid, resolve, run_cells
+from tests import fits  # one thread, which makes runs comparable bit for bit
+
+assert fits.torch.get_num_threads() == 1
+
+
+@pytest.fixture
+def base(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes `base.yaml`: two epochs on eight random tokens; the working directory is `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(**model: Any) -> Path:
+        init = {"backbone": str(tiny_backbone_folder), "adapter": {"rank": 2, "block": 1}, **model}
+        content = {
+            "model": {"class_path": "MemFT", "init_args": init},
+            "data": {"class_path": "RandomTokens", "init_args": {"length": 8}},
+            "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+        }
+        path = tmp_path / "base.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    write()
+    return write
+
+
+def write_grid(tmp_path: Path, grid: Any, **more: Any) -> Path:
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({"base": "base.yaml", "out": "out", "grid": grid, **more}, sort_keys=False))
+    return path
+
+
+def cells_of(tmp_path: Path, grid: Any) -> list[Cell]:
+    return resolve(read_grid(write_grid(tmp_path, grid)))
+
+
+RANKS = {"model.init_args.adapter.rank": [1, 3]}
+
+
+# Expanding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        ([{"a": [1]}], [{"a": 1}]),
+        ([{"a": [1, 2], "b": [3, 4]}], [{"a": 1, "b": 3}, {"a": 1, "b": 4}, {"a": 2, "b": 3}, {"a": 2, "b": 4}]),
+        ([{"a": [1]}, {"a": [2], "b": [5, 6]}], [{"a": 1}, {"a": 2, "b": 5}, {"a": 2, "b": 6}]),
+        ([{"a": [[1, 2], None]}], [{"a": [1, 2]}, {"a": None}]),
+        ([{}], [{}]),
+    ],
+)
+def test_a_grid_is_every_combination_of_each_part(grid: list[Any], expected: list[Any]) -> None:
+    assert expand(grid) == expected
+
+
+def test_cells_are_named_by_what_varies_and_lie_below_out(base: Callable[..., Path], tmp_path: Path) -> None:
+    cells = cells_of(tmp_path, {**RANKS, "seed_everything": [7], "data.init_args.length": [4, 8]})
+    labels = [cell.name.rpartition("-")[0] for cell in cells]
+    assert labels == ["rank=1,length=4", "rank=1,length=8", "rank=3,length=4", "rank=3,length=8"]
+    assert [cell.folder for cell in cells] == [Path("out") / cell.name for cell in cells]
+    assert not Path("out").exists()
+
+
+def test_names_are_stable_and_change_with_the_base_configuration(base: Callable[..., Path], tmp_path: Path) -> None:
+    first = [cell.name for cell in cells_of(tmp_path, RANKS)]
+    assert [cell.name for cell in cells_of(tmp_path, RANKS)] == first
+    assert len(set(first)) == 2
+    base(learning_rate=0.123)
+    changed = [cell.name for cell in cells_of(tmp_path, RANKS)]
+    assert not set(changed) & set(first)
+    assert [name[:7] for name in changed] == [name[:7] for name in first]
+
+
+def test_a_cell_keeps_its_name_in_a_larger_grid_but_for_the_label(base: Callable[..., Path], tmp_path: Path) -> None:
+    small = {cell.name[-8:] for cell in cells_of(tmp_path, {**RANKS, "seed_everything": [7]})}
+    large = {cell.name[-8:] for cell in cells_of(tmp_path, {**RANKS, "seed_everything": [7, 8]})}
+    assert small < large
+
+
+def test_values_of_any_kind_reach_the_configuration(base: Callable[..., Path], tmp_path: Path) -> None:
+    grid = {
+        "model.init_args.weighting": [
+            {"class_path": "pml.weighting.SlidingWindow", "init_args": {"window": 4}},
+            {"class_path": "pml.weighting.OnlyThreshold"},
+        ],
+        "model.init_args.adapter.placement": [["down_proj", "up_proj"]],
+    }
+    cells = cells_of(tmp_path, grid)
+    assert [cell.name.rpartition("-")[0] for cell in cells] == ["weighting=SlidingWindow", "weighting=OnlyThreshold"]
+    outcomes = run_cells(cells, lambda outcome: None)
+    settings = [outcome.record.method_settings["weighting"] for outcome in outcomes if outcome.record]
+    assert [s["class_path"] for s in settings] == ["pml.weighting.SlidingWindow", "pml.weighting.OnlyThreshold"]
+    assert settings[0]["init_args"]["window"] == 4
+    assert outcomes[0].record is not None
+    assert outcomes[0].record.placement == ["down_proj", "up_proj"]
+
+
+# Wrong grids -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("out: out\ngrid: {a: [1]}\n", r"grid\.yaml: base: Field required; a grid has `base`, `out` and `grid`"),
+        ("base: base.yaml\ngrid: {a: [1]}\n", r"grid\.yaml: out: Field required"),
+        ("base: base.yaml\nout: out\n", r"grid\.yaml: grid: Field required"),
+        ("base: base.yaml\nout: out\ngrid: {a: [1]}\ngird: {}\n", r"grid\.yaml: gird: Extra inputs are not permitted"),
+        ("base: base.yaml\nout: out\ngrid: {a: []}\n", r"grid\.yaml: grid key a has no values"),
+        ("base: base.yaml\nout: out\ngrid: {a: 1}\n", r"grid\.yaml: grid\.0\.a: Input should be a valid list"),
+        ("base: base.yaml\nout: out\ngrid: []\n", r"grid\.yaml: grid: List should have at least 1 item"),
+        ("base: []\nout: out\ngrid: {a: [1]}\n", r"grid\.yaml: base: List should have at least 1 item"),
+        ("base: [unclosed\n", r"grid\.yaml: not YAML: "),
+        ("just words\n", r"grid\.yaml: the file: Input should be a valid dictionary"),
+        ("", r"grid\.yaml: the file: Input should be a valid dictionary"),
+        ("base: nowhere.yaml\nout: out\ngrid: {a: [1]}\n", r"grid\.yaml: base .*nowhere\.yaml: no such file"),
+    ],
+)
+def test_a_grid_file_that_is_wrong_is_refused_by_file_and_key(
+    content: str, message: str, base: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "grid.yaml").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_grid(tmp_path / "grid.yaml")
+
+
+def test_a_grid_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml: cannot be read \(No such file or directory\)"):
+        read_grid(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"model.init_args.adapter.rnak": [2]}, "cell rnak=2: .*rnak"),
+        ({"trainer.max_epoch": [2]}, "cell max_epoch=2: .*max_epoch"),
+        ({"nothing": [2]}, "cell nothing=2: .*nothing"),
+        ({"trainer.max_epochs": ["many"]}, "cell max_epochs=many: .*max_epochs"),
+        ({"model.init_args.adapter.rank": [2, 0]}, r"cell rank=0: adapter\.rank is 0; expected at least 1"),
+        ({"data.init_args.length": [0]}, "cell length=0: length is 0; expected at least 1 token per target"),
+        ({"model.init_args.adapter.rank": [2, 2]}, "the grid has the same cell twice: .*; write each combination once"),
+    ],
+)
+def test_a_cell_that_cannot_be_is_refused_by_name_before_anything_runs(
+    grid: dict[str, list[Any]], message: str, base: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        cells_of(tmp_path, grid)
+    assert not Path("out").exists()
+
+
+# Running -----------------------------------------------------------------------------------------------------------
+
+
+def run(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, list[dict[str, Any]], str]:
+    code = main(["sweep", str(path), "--json", *options])
+    out, err = capsys.readouterr()
+    return code, json.loads(out), err
+
+
+def test_a_finished_cell_is_not_run_again(
+    base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write_grid(tmp_path, RANKS)
+    code, cells, err = run(grid, capsys)
+    assert (code, [cell["status"] for cell in cells]) == (0, ["finished", "finished"])
+    assert "2 cells, 0 recorded before, 2 to run" in err
+    records = {cell["folder"]: (Path(cell["folder"]) / "record.json").read_bytes() for cell in cells}
+    code, again, err = run(grid, capsys)
+    assert (code, [cell["status"] for cell in again]) == (0, ["recorded", "recorded"])
+    assert "2 cells, 2 recorded before, 0 to run" in err
+    assert {folder: (Path(folder) / "record.json").read_bytes() for folder in records} == records
+    write_grid(tmp_path, {"model.init_args.adapter.rank": [1, 3, 5]})
+    code, more, _ = run(grid, capsys)
+    assert (code, [cell["status"] for cell in more]) == (0, ["recorded", "recorded", "finished"])
+
+
+def test_listing_says_what_is_done_and_runs_nothing(
+    base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write_grid(tmp_path, RANKS)
+    code, cells, _ = run(grid, capsys, "--list")
+    assert (code, [cell["status"] for cell in cells]) == (0, ["to run", "to run"])
+    assert not Path("out").exists()
+
+
+def test_what_an_unfinished_attempt_has_left_is_moved_aside(base: Callable[..., Path], tmp_path: Path) -> None:
+    (cell,) = cells_of(tmp_path, {"model.init_args.adapter.rank": [1]})
+    for text in ("first", "second"):
+        cell.folder.mkdir(parents=True)
+        (cell.folder / "leftover.txt").write_text(text)
+        (outcome,) = run_cells([cell], lambda outcome: None)
+        assert outcome.record is not None
+        assert not (cell.folder / "leftover.txt").exists()
+        (cell.folder / "record.json").unlink()
+        for path in sorted(cell.folder.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        cell.folder.rmdir()
+    aside = [Path(f"{cell.folder}.unfinished-{n}") / "leftover.txt" for n in (1, 2)]
+    assert [path.read_text() for path in aside] == ["first", "second"]
+
+
+def test_an_interrupted_cell_is_run_again_from_the_start(base: Callable[..., Path], tmp_path: Path) -> None:
+    (cell,) = cells_of(tmp_path, {"model.init_args.adapter.rank": [1]})
+    run_cells([cell], lambda outcome: None)
+    path = cell.folder / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "status": "interrupted"}))
+    (outcome,) = run_cells([cell], lambda outcome: None)
+    assert not outcome.skipped
+    assert read_record(path).status == "finished"
+    assert (Path(f"{cell.folder}.unfinished-1") / "record.json").is_file()
+
+
+def test_a_cell_that_fails_leaves_its_error_and_the_others_finish(
+    base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Rank 40 is only found out to be above the backbone's width of 32 when the backbone is there.
+    code, cells, err = run(write_grid(tmp_path, {"model.init_args.adapter.rank": [1, 40, 3]}), capsys)
+    assert (code, [cell["status"] for cell in cells]) == (1, ["finished", "failed", "finished"])
+    assert "adapter.rank is 40; above the width 32" in cells[1]["error"]
+    text = (Path(cells[1]["folder"]) / "error.txt").read_text()
+    assert "Traceback" in text
+    assert "adapter.rank is 40" in text
+    (said,) = [line for line in err.splitlines() if line.startswith("failed: ")]
+    assert f"{cells[1]['name']}: InputError: adapter.rank is 40" in said
+    assert said.endswith("error.txt)")
+
+
+def test_each_cell_is_reported_on_a_line_with_the_time_that_is_left(
+    base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, cells, err = run(write_grid(tmp_path, RANKS), capsys)
+    lines = [line for line in err.splitlines() if line.startswith("[")]
+    assert lines[0].startswith(f"[1/2] {cells[0]['name']}: loss ")
+    assert " left" in lines[0]
+    assert lines[1].startswith(f"[2/2] {cells[1]['name']}: loss ")
+    assert " left" not in lines[1]
+
+
+def test_the_backbone_is_loaded_once_and_each_corpus_goes_through_the_prefix_once(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    captured: list[tuple[int, ...]] = []
+    load, capture = pml.backbone._load_model, FrozenPrefix._capture
+
+    def loading(name: str, *rest: Any) -> Any:
+        loaded.append(name)
+        return load(name, *rest)
+
+    def capturing(self: FrozenPrefix, input_ids: torch.Tensor) -> Any:
+        captured.append(tuple(input_ids[0].tolist()))
+        return capture(self, input_ids)
+
+    monkeypatch.setattr(pml.backbone, "_load_model", loading)
+    monkeypatch.setattr(FrozenPrefix, "_capture", capturing)
+    cells = cells_of(tmp_path, {"model.init_args.adapter.rank": [1, 2, 3], "data.init_args.length": [6, 9]})
+    outcomes = run_cells(cells, lambda outcome: None)
+    assert all(outcome.record is not None for outcome in outcomes)
+    assert len(loaded) == 1
+    # Two corpora of one example each; the batch on which each cut is tried is shorter than both.
+    examples = [ids for ids in captured if len(ids) > 20]
+    assert len(examples) == len(set(examples)) == 2
+
+
+def test_adapters_of_different_rank_leave_the_backbone_bit_for_bit_as_it_was(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Backbone] = []
+    load = pml.modules.load_backbone
+
+    def loading(*arguments: Any) -> Backbone:
+        kept.append(load(*arguments))
+        return kept[-1]
+
+    monkeypatch.setattr(pml.modules, "load_backbone", loading)
+    cells = cells_of(tmp_path, {"model.init_args.adapter.rank": [1, 4]})
+    states = []
+
+    def note(_: Any) -> None:
+        states.append({name: value.clone() for name, value in kept[-1].model.state_dict().items()})
+
+    run_cells(cells, note)
+    assert kept[0] is kept[1]
+    fresh = load(kept[0].name).model.state_dict()
+    for state in states:
+        assert state.keys() == fresh.keys()
+        assert all(torch.equal(state[name], value) for name, value in fresh.items())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_cell_of_a_sweep_is_bit_for_bit_the_run_that_fit_makes_alone(
+    dropout: float, base: Callable[..., Path], tmp_path: Path
+) -> None:
+    grid = {
+        "model.init_args.adapter.rank": [1, 3],
+        "model.init_args.adapter.dropout": [dropout],
+        "seed_everything": [5],
+    }
+    outcomes = run_cells(cells_of(tmp_path, grid), lambda outcome: None)
+    for rank, outcome in zip((1, 3), outcomes, strict=True):
+        alone = ["fit", "--config=base.yaml", f"--model.init_args.adapter.rank={rank}", "--seed_everything=5"]
+        alone += [f"--model.init_args.adapter.dropout={dropout}", f"--trainer.logger.name=rank{rank}"]
+        assert main([*alone, "--trainer.enable_progress_bar=false"]) == 0
+        record = read_record(tmp_path / f"runs/rank{rank}/version_0/record.json")
+        swept = outcome.record
+        assert swept is not None
+        for name in (
+            "initial_loss",
+            "final_loss",
+            "min_target_probability",
+            "memorized_bits",
+            "optimizer_steps",
+            "seed",
+        ):
+            assert getattr(record, name) == getattr(swept, name), name
+        assert record.final_loss < record.initial_loss
+
+
+def test_a_cell_leaves_a_whole_run_folder(base: Callable[..., Path], tmp_path: Path) -> None:
+    (cell,) = cells_of(tmp_path, {"model.init_args.adapter.rank": [1]})
+    run_cells([cell], lambda outcome: None)
+    names = {path.name for path in cell.folder.iterdir()}
+    assert {"record.json", "tokens.parquet", "adapter", "config.yaml"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
