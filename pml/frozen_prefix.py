@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pml.adapter import MlpBlockLora, evaluating, lora_layers
 from pml.backbone import Backbone
+from pml.cpu import attention
 from pml.prefix_store import PrefixConfig, PrefixStore
 
 __all__ = ["FrozenPrefix", "content_keys"]
@@ -213,7 +214,9 @@ class FrozenPrefix:
 
     @staticmethod
     def _run(decoder: nn.Module, **inputs: Tensor) -> Tensor:
-        return decoder(**inputs, use_cache=False).last_hidden_state
+        first = next(iter(inputs.values()))
+        with attention(first.shape[1], first.device):
+            return decoder(**inputs, use_cache=False).last_hidden_state
 
 
 def _padded(rows: Sequence[Tensor], steps: int, device: torch.device) -> Tensor:

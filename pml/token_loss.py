@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 __all__ = ["CHUNK_BYTES", "token_losses"]
 
-CHUNK_BYTES = 32 * 2**20
-"""Size of the largest piece of float32 logits held at once; small enough to stay in a CPU's cache."""
+CHUNK_BYTES = 64 * 2**20
+"""Size of the largest piece of float32 logits held at once. Each piece reads the whole head from memory, so much smaller
+ones are slower; larger ones are not faster."""
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -36,22 +37,25 @@ class _LinearTokenLoss(torch.autograd.Function):
             piece = slice(start, start + chunk)
             # Matrix products in the model's dtype, everything after them in float32.
             logits = nn.functional.linear(hidden[piece], weight, bias).float()
-            target = targets[piece, None]
-            correct[piece] = logits.argmax(dim=-1) == targets[piece]
-            log_z = logits.logsumexp(dim=-1, keepdim=True)
-            losses[piece] = (log_z - logits.gather(-1, target)).squeeze(-1)
+            highest, best = logits.max(dim=-1, keepdim=True)
+            correct[piece] = best.squeeze(-1) == targets[piece]
+            target_logit = logits.gather(-1, targets[piece, None]) - highest
+            # From here on in place: every pass over (tokens x vocabulary) costs as much as a tenth of the product.
+            exponentials = logits.sub_(highest).exp_()
+            total = exponentials.sum(dim=-1, keepdim=True)
+            losses[piece] = (total.log() - target_logit).squeeze(-1)
             if gradient is None:
                 continue
             rows: Tensor | slice = slice(None)
             if gradient_above is not None:
                 active = (losses[piece] > gradient_above).nonzero().squeeze(-1)
-                # Picking rows copies their logits; with most of them active the copy costs more than it saves.
-                if len(active) < 0.75 * len(logits):
+                # Picking rows copies them; with most of them active the copy costs more than it saves.
+                if len(active) < 0.75 * len(exponentials):
                     rows = active
-                    logits, log_z, target = logits[rows], log_z[rows], target[rows]
-            probabilities = logits.sub_(log_z).exp_()
-            probabilities.scatter_add_(-1, target, torch.full_like(log_z, -1.0))
-            gradient[piece][rows] = probabilities.to(weight.dtype) @ weight
+                    exponentials, total = exponentials[rows], total[rows]
+            # softmax(logits) W - W[target], with the division by the total after the product, where it is cheap.
+            expected = (exponentials.to(weight.dtype) @ weight).float() / total
+            gradient[piece][rows] = (expected - weight[targets[piece][rows]]).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)
         return losses, correct
