@@ -27,7 +27,9 @@ def test_bench_measures_every_way_on_every_case(
 ) -> None:
     out = tmp_path / "bench.json"
     arguments = ["--backbone", str(tiny_backbone_folder), "--targets", "8", "--pairs", "2", "--dtypes", "float32"]
-    assert main(["bench", *arguments, "--repeats", "2", "--steps", "1", "--recall", "0", "--out", str(out), "--json"]) == 0
+    assert (
+        main(["bench", *arguments, "--repeats", "2", "--steps", "1", "--recall", "0", "--out", str(out), "--json"]) == 0
+    )
     content = json.loads(capsys.readouterr().out)
     assert content == json.loads(out.read_text())
     cases = [(m["case"]["corpus"], m["case"]["size"], m["way"], m["cut"]) for m in content["steps"]]
@@ -67,8 +69,6 @@ def test_ways_of_stepping_take_the_same_loss_and_gradient(tiny_backbone_folder: 
         (["--dtypes", "int8"], "--dtypes has int8; expected float32, bfloat16, float16"),
     ],
 )
-def test_wrong_arguments_are_refused(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2
     assert capsys.readouterr().err == f"pml bench: error: {message}\n"
