@@ -55,7 +55,7 @@ class RunRecord(Callback):
         """What the last fit came to; None before."""
         self._folder = Path()
         self._initial_loss = float("nan")
-        self._started = 0.0
+        self._started = self._trained = 0.0
         # Found out now rather than when a long run is over.
         self._versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
@@ -78,7 +78,10 @@ class RunRecord(Callback):
         with pl_module.frozen():
             self._initial_loss = metrics.mean_loss(self._score(trainer, pl_module)).item()
         self.record = None
-        self._started = time.monotonic()
+        self._started = self._trained = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
@@ -95,7 +98,8 @@ class RunRecord(Callback):
             pl_module.model.save_pretrained(str(self._folder / "adapter"), save_embedding_layers=False)
 
     def _write(self, trainer: Trainer, pl_module: Memorization, status: Literal["finished", "interrupted"]) -> None:
-        wall_seconds = time.monotonic() - self._started
+        # Up to the last epoch: other callbacks may have decoded the whole corpus since.
+        wall_seconds = self._trained - self._started
         scores = self._score(trainer, pl_module)
         trained = trainer.strategy.reduce(
             torch.tensor(pl_module.tokens_trained, device=pl_module.device), reduce_op="sum"

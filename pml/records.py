@@ -55,7 +55,7 @@ class Record(pydantic.BaseModel):
         memorized_bits: Corpus entropy minus the adapted model's loss in bits, at least 0; None where it is unknown.
         bits_per_parameter: `memorized_bits / effective_parameters`.
         steps_to_recall: Optimiser steps until every target token was certified; None where that did not happen.
-        wall_seconds: Duration of the fit.
+        wall_seconds: Duration of the fit, measurements before and after it left out.
         versions: Package versions.
         hardware: Device name and count, threads.
         git_commit: Commit of the working directory, where there is one.

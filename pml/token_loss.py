@@ -8,8 +8,8 @@ from torch import Tensor, nn
 __all__ = ["CHUNK_BYTES", "token_losses"]
 
 CHUNK_BYTES = 64 * 2**20
-"""Size of the largest piece of float32 logits held at once. Each piece reads the whole head from memory, so much smaller
-ones are slower; larger ones are not faster."""
+"""Size of the largest piece of float32 logits held at once. Each piece reads the whole head from memory, so much
+smaller ones are slower; larger ones are not faster."""
 
 
 class _LinearTokenLoss(torch.autograd.Function):
