@@ -4,6 +4,7 @@ Each way runs in a process of its own, so that their settings and memory do not 
 They take turns, so that a machine that slows down slows all of them.
 """
 
+import gc
 import multiprocessing
 import platform
 import statistics
@@ -147,7 +148,10 @@ def _worker(way: Way, pipe: Connection) -> None:
             return
         try:
             if request == "case":
+                if stepper is not None:
+                    stepper.close()
                 stepper = None  # the last case's memory goes before the next one's is measured
+                gc.collect()
                 stepper = _Stepper(way, argument)
                 pipe.send(stepper.facts)
             elif request == "steps":
@@ -164,7 +168,9 @@ _loaded: dict[tuple[str, str], Backbone] = {}
 
 
 class _Stepper:
-    """One way of stepping on one case."""
+    """One way of stepping on one case; `close` takes its adapter off the backbone, which stays loaded."""
+
+    close: Callable[[], None]
 
     def __init__(self, way: Way, case: Case) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -180,11 +186,10 @@ class _Stepper:
         self.batch = collate(corpus.examples)
         self.batch = {name: value.to(device) for name, value in self.batch.items()}
         self.device = device
-        self._forget: Callable[[], None]
         adapter = AdapterConfig(rank=case.rank)
         if way == "ordinary":
-            model = attach_adapter(backbone, adapter)
-            self._forget = lambda: detach_adapter(model)
+            model = attach_adapter(backbone, adapter, seed=1)
+            self.close = lambda: detach_adapter(model)
             self._loss = lambda: _ordinary_loss(model, self.batch)
             cut = "whole"
             parameters = adapter_parameters(model)
@@ -192,7 +197,7 @@ class _Stepper:
             module = SFT(adapter=adapter, seed=1, frozen_prefix=PrefixConfig(enabled=way == "split"))
             module._backbone = backbone
             module.configure_model()
-            self._forget = module.release
+            self.close = module.release
             keys = content_keys(self.batch["input_ids"].cpu(), self.batch["lengths"].cpu())
             self._loss = lambda: _pml_loss(module, {**self.batch, "keys": keys})
             cut = module.prefix.cut
@@ -203,9 +208,6 @@ class _Stepper:
         _reset_peak(device)
         self._held = _held_mib(device)
         self.steps(2)
-
-    def __del__(self) -> None:
-        self._forget()
 
     def steps(self, count: int) -> list[float]:
         seconds = []

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pml.adapter import AdapterConfig
-from pml.backbone import Backbone, load_backbone
-from pml.bench import step_flops
+from pml.backbone import Backbone
+from pml.bench import Case, _Stepper, step_flops
 from pml.cli import main
 from pml.corpus import Corpus, Example
 
@@ -45,20 +46,16 @@ def test_bench_measures_every_way_on_every_case(
 
 
 def test_ways_of_stepping_take_the_same_loss_and_gradient(tiny_backbone_folder: Path) -> None:
-    import torch
-
-    from pml.bench import Case, _Stepper
-
     case = Case("phonebook", 3, "float32", str(tiny_backbone_folder))
     ends = {}
     for way in ("ordinary", "whole", "split"):
         stepper = _Stepper(way, case)
         loss = stepper._loss()
         ends[way] = loss.detach()
-        del stepper
-    # B has moved a little in two steps from the same start; the ways differ by rounding.
+        stepper.close()
+    # All have taken the same two warm-up steps, which AdamW makes larger than the rounding of their gradients.
+    torch.testing.assert_close(ends["ordinary"], ends["split"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ends["whole"], ends["split"], rtol=1e-4, atol=1e-4)
-    assert load_backbone(str(tiny_backbone_folder)).hidden_size == 32
 
 
 @pytest.mark.parametrize(
