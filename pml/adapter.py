@@ -208,8 +208,9 @@ def _initialise(model: PeftModel, config: AdapterConfig, seed: int) -> None:
             (weight,) = linear.parameters()
             rank, width = weight.shape
             bound = 1 / math.sqrt(rank if config.init == "published" else width)
+            # Drawn as (d, r), the published layout, so that a seed gives the published adapter's very numbers.
             with torch.no_grad():
-                weight.copy_(torch.empty(rank, width).uniform_(-bound, bound, generator=generator))
+                weight.copy_(torch.empty(width, rank).uniform_(-bound, bound, generator=generator).T)
 
 
 def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) -> PeftModel:
