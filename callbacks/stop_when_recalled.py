@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pml.errors import InputError
 from pml.modules import Memorization
+from pml.ranks import several_ranks
 from pml.recall import certified, score_corpus
 
 __all__ = ["StopWhenRecalled"]
@@ -54,7 +55,7 @@ class StopWhenRecalled(Callback):
         if self._unsure is None:
             return
         watched = torch.stack([self._unsure, torch.full_like(self._unsure, self._seen)])
-        if dist.is_available() and dist.is_initialized():
+        if several_ranks():
             dist.all_reduce(watched)
         unsure, seen = watched.tolist()
         corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from pml.errors import InputError
 from pml.frozen_prefix import FrozenPrefix, content_keys
 from pml.plain import as_plain, from_plain
 from pml.prefix_store import PrefixConfig
+from pml.ranks import several_ranks
 from pml.token_loss import token_losses
 from pml.weighting import OnlyThreshold, TokenScores, Uniform, Weighting, weighted_mean
 
@@ -262,7 +263,7 @@ class Memorization(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         assert self._budget is not None
         budget, ranks = self._budget, 1
-        if _distributed():
+        if several_ranks():
             ranks = dist.get_world_size()
             dist.all_reduce(budget)
         # Only a hard threshold can leave nothing to train on, so only it pays for looking at the number.
@@ -318,7 +319,7 @@ class Memorization(LightningModule):
         if self.weighting.when_memorized != "uniform":
             return weights
         active = (weights > 0).any().float()
-        if _distributed():
+        if several_ranks():
             dist.all_reduce(active, op=dist.ReduceOp.MAX)
         if self._any_active is not None:
             before = self._any_active
@@ -413,10 +414,6 @@ class MemFT(Memorization):
         self.weighting = from_plain(weighting, Weighting) or OnlyThreshold()
         self.curriculum = from_plain(curriculum, PrefixRatio)
         self._keep_plain_hyperparameters()
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _by_target(losses: Tensor, correct: Tensor, supervised: Tensor, example_id: Tensor) -> TokenScores:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pml.adapter import evaluating
 from pml.corpus import Example
 from pml.frozen_prefix import content_keys
+from pml.ranks import several_ranks
 from pml.weighting import TokenScores
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def certified(scores: TokenScores, margin: float = 0.5) -> bool:
 def gather_scores(parts: Sequence[TokenScores]) -> TokenScores:
     """Scores of many batches, from all ranks, as one on the host: a row per example, sorted by example id."""
     gathered = [TokenScores(*(t.detach().cpu() for t in part)) for part in parts]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         everyone: list[list[TokenScores]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, gathered)
         gathered = [part for rank in everyone for part in rank]
@@ -134,7 +135,7 @@ def greedy_recall(module: "Memorization", examples: Sequence[Example], batch_siz
     """
     module.backbone.restore()
     ranks, rank = 1, 0
-    if dist.is_available() and dist.is_initialized():
+    if several_ranks():
         ranks, rank = dist.get_world_size(), dist.get_rank()
     groups: dict[int, list[Example]] = defaultdict(list)
     for example in examples[rank::ranks]:

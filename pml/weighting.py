@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pml.errors import InputError
+from pml.ranks import several_ranks
 
 __all__ = ["OnlyThreshold", "SlidingWindow", "TokenScores", "Uniform", "Weighting", "critical_loss", "weighted_mean"]
 
@@ -201,7 +202,7 @@ class SlidingWindow(Weighting):
         # Shuffling may hand an example to another rank next time, so every rank learns of every move.
         news = torch.full((2, len(self._anchor)), -3, dtype=torch.long, device=self._anchor.device)
         news[0, seen], news[1, seen] = anchor[rows], stuck
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if several_ranks():
             dist.all_reduce(news, op=dist.ReduceOp.MAX)
         moved = news[1] >= 0
         self._anchor = torch.where(moved, news[0], self._anchor)
