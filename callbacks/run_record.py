@@ -5,8 +5,11 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -15,14 +18,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks.generalization import Generalization
+from callbacks.retention import Retention
 from callbacks.stop_when_recalled import StopWhenRecalled
 from callbacks.verbatim_recall import VerbatimRecall
 from pml import metrics
 from pml.adapter import adapter_parameters
+from pml.convergence import LossHistory
 from pml.corpus import Corpus
 from pml.errors import InputError
 from pml.modules import Memorization
-from pml.recall import score_corpus
+from pml.recall import Generated, score_corpus
 from pml.records import RECORD_NAME, Record, write_record
 from pml.weighting import TokenScores, critical_loss
 
@@ -38,23 +44,35 @@ class RunRecord(Callback):
 
     Into the run's folder go `record.json` (see `pml.records.Record`), `tokens.parquet` (one row per target token) and
     `adapter/` (as `save_pretrained` writes it). List it after `VerbatimRecall` and `StopWhenRecalled`, whose findings
-    it records.
+    it records; those of `Generalization` and `Retention` it asks for.
 
     Args:
         dirpath: The run's folder; None is the logger's.
         threshold: Probability below which a target token counts as not certain.
         overwrite: Write over the record of an earlier run in the same folder.
+        extraction_samples: Number of samples at temperature 1 that `extraction_probability` is about.
     """
 
-    def __init__(self, dirpath: str | None = None, threshold: float = 0.5, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        threshold: float = 0.5,
+        overwrite: bool = False,
+        extraction_samples: int = 100,
+    ) -> None:
         critical_loss(threshold)
+        if extraction_samples < 1:
+            raise InputError(f"extraction_samples is {extraction_samples}; expected at least 1 sample")
         self.dirpath = dirpath
         self.threshold = threshold
         self.overwrite = overwrite
+        self.extraction_samples = extraction_samples
         self.record: Record | None = None
         """What the last fit came to; None before."""
         self._folder = Path()
-        self._initial_loss = float("nan")
+        self._initial: TokenScores | None = None
+        self._history = LossHistory()
+        self._last_rate = 0.0
         self._started = self._trained = 0.0
         # Found out now rather than when a long run is over.
         self._versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
@@ -76,9 +94,25 @@ class RunRecord(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
         with pl_module.frozen():
-            self._initial_loss = metrics.mean_loss(self._score(trainer, pl_module)).item()
+            self._initial = self._score(trainer, pl_module)
         self.record = None
+        self._history, self._last_rate = LossHistory(), 0.0
         self._started = self._trained = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Once more: other callbacks may have measured something of their own before the fit.
+        self._started = self._trained = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        scores: TokenScores = outputs["scores"]
+        self._history.add(scores.losses.sum(), scores.mask.sum())
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._last_rate = optimizer.param_groups[0]["lr"]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = time.monotonic()
@@ -104,11 +138,20 @@ class RunRecord(Callback):
         trained = trainer.strategy.reduce(
             torch.tensor(pl_module.tokens_trained, device=pl_module.device), reduce_op="sum"
         )
+        history = trainer.strategy.reduce(self._history.sums().to(pl_module.device), reduce_op="sum").cpu()
+        held_out, retention = self._outside_the_corpus(trainer, pl_module) if status == "finished" else ({}, {})
         if not trainer.is_global_zero:
             return
         folder = self._folder
         corpus: Corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
-        self.record = self._record(trainer, pl_module, corpus, scores, status, int(trained), wall_seconds)
+        self.record = self._record(trainer, pl_module, corpus, scores, status, int(trained), wall_seconds).model_copy(
+            update={
+                "late_loss_drop": LossHistory.late_drop(history, self._history.steps),
+                "learning_rate_left": self._last_rate / pl_module.learning_rate,
+                "corpus_figures": trainer.datamodule.figures(scores) | held_out,  # type: ignore[attr-defined]
+                "retention": retention,
+            }
+        )
         _write_tokens(folder / "tokens.parquet", corpus, scores)
         pl_module.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
         # The record comes last: a folder that has one has everything.
@@ -116,6 +159,20 @@ class RunRecord(Callback):
         if isinstance(trainer.logger, TensorBoardLogger):
             _log_hyperparameters(trainer.logger, self.record)
         log.info("record: %s%s", path, "" if status == "finished" else f" ({status})")
+
+    @staticmethod
+    def _outside_the_corpus(
+        trainer: Trainer, pl_module: Memorization
+    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """Figures of the held-out part and of other text; the callbacks may stand behind this one. Takes all ranks."""
+        held_out: dict[str, float] = {}
+        retention: dict[str, dict[str, float]] = {}
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Generalization):
+                held_out |= callback.at_end(trainer, pl_module)
+            elif isinstance(callback, Retention):
+                retention |= callback.at_end(trainer, pl_module)
+        return held_out, retention
 
     def _score(self, trainer: Trainer, pl_module: Memorization) -> TokenScores:
         return score_corpus(pl_module, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
@@ -131,15 +188,16 @@ class RunRecord(Callback):
         wall_seconds: float,
     ) -> Record:
         parameters = sum(p.numel() for p in adapter_parameters(module.model).values())
-        final_loss = metrics.mean_loss(scores).item()
-        bits = None
-        if corpus.entropy_bits is not None:
-            bits = metrics.memorized_bits(corpus.entropy_bits, final_loss, corpus.target_tokens)
+        assert self._initial is not None
+        initial_loss, final_loss = metrics.mean_loss(self._initial).item(), metrics.mean_loss(scores).item()
+        bits = _memorized_bits(corpus, scores)
         recall = next((c for c in trainer.callbacks if isinstance(c, VerbatimRecall)), None)  # type: ignore[attr-defined]
         stop = next((c for c in trainer.callbacks if isinstance(c, StopWhenRecalled)), None)  # type: ignore[attr-defined]
         # What an earlier validation decoded says nothing about the weights as they are now.
         current = recall is not None and recall.generated_at_step == trainer.global_step
         generated = recall.shares() if recall is not None and current else {}
+        similarity = _edit_similarity(module, recall.generated) if generated and recall is not None else None
+        replaced = _replaced(corpus, scores)
         record = Record(
             status=status,
             backbone=module.backbone.name,
@@ -161,9 +219,9 @@ class RunRecord(Callback):
             seed=module.seed,
             optimizer_steps=trainer.global_step - module.skipped_steps,
             target_tokens_trained=trained,
-            initial_loss=self._initial_loss,
+            initial_loss=initial_loss,
             final_loss=final_loss,
-            loss_reduction=self._initial_loss - final_loss,
+            loss_reduction=initial_loss - final_loss,
             token_accuracy=metrics.token_accuracy(scores).item(),
             exact_match=metrics.exact_match(scores).double().mean().item(),
             generated_exact_match=generated.get("generated_exact_match"),
@@ -171,6 +229,10 @@ class RunRecord(Callback):
             sub_threshold_fraction=metrics.sub_threshold_fraction(scores, self.threshold).item(),
             min_target_probability=metrics.min_target_probability(scores).item(),
             first_failure=metrics.first_failure(scores).double().mean().item(),
+            by_kind=metrics.by_kind(replaced, self._initial, scores),
+            generated_edit_similarity=similarity,
+            extraction_probability=metrics.extraction_probability(scores, self.extraction_samples).mean().item(),
+            extraction_samples=self.extraction_samples,
             memorized_bits=bits,
             bits_per_parameter=bits / parameters if bits is not None else None,
             steps_to_recall=stop.steps_to_recall if stop is not None else None,
@@ -188,8 +250,37 @@ class RunRecord(Callback):
         return record
 
 
+def _memorized_bits(corpus: Corpus, scores: TokenScores) -> float | None:
+    """See `pml.metrics.memorized_bits`; None where the corpus' information is unknown."""
+    if corpus.entropy_bits is None:
+        return None
+    if corpus.fact_ids is None:
+        loss = metrics.mean_loss(scores).item()
+    else:
+        loss = metrics.facts_loss(scores, corpus.fact_ids).item() / corpus.target_tokens
+    return metrics.memorized_bits(corpus.entropy_bits, loss, corpus.target_tokens)
+
+
+def _replaced(corpus: Corpus, scores: TokenScores) -> torch.Tensor:
+    """(examples, L) bool, target tokens that were put in at random."""
+    replaced = torch.zeros_like(scores.mask)
+    for row, example in zip(replaced, corpus.examples, strict=True):
+        row[list(example.replaced)] = True
+    return replaced
+
+
+def _edit_similarity(module: Memorization, generated: Sequence[Generated] | None) -> float:
+    """Mean over targets of the similarity in characters of greedy decoding and target, special tokens left out."""
+    assert generated
+
+    def text(ids: tuple[int, ...]) -> str:
+        return str(module.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return fmean(metrics.edit_similarity(text(g.token_ids), text(g.example.target_ids)) for g in generated)
+
+
 def _write_tokens(path: Path, corpus: Corpus, scores: TokenScores) -> None:
-    """One row per target token: example_id, position, token_id, loss (nats), correct; written atomically."""
+    """One row per target token: example_id, position, token_id, loss (nats), correct, replaced; written atomically."""
     rows, columns = scores.mask.nonzero(as_tuple=True)
     table = pa.table(
         {
@@ -198,6 +289,7 @@ def _write_tokens(path: Path, corpus: Corpus, scores: TokenScores) -> None:
             "token_id": pa.array([i for e in corpus.examples for i in e.target_ids], pa.int32()),
             "loss": pa.array(scores.losses[rows, columns].numpy(), pa.float32()),
             "correct": pa.array(scores.correct[rows, columns].tolist(), pa.bool_()),
+            "replaced": pa.array(_replaced(corpus, scores)[rows, columns].tolist(), pa.bool_()),
         }
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,6 +317,7 @@ def _hardware(trainer: Trainer, module: Memorization) -> dict[str, Any]:
         "name": name,
         "devices": trainer.world_size,
         "threads": torch.get_num_threads(),
+        "cpu_choice": asdict(module.cpu_choice) if module.cpu_choice is not None else None,
     }
 
 

@@ -1,9 +1,10 @@
 """What every corpus shares: encoding with the backbone's tokenizer, batches for each rank, evaluation in order."""
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
@@ -12,14 +13,16 @@ from transformers import PreTrainedTokenizerBase
 from pml.corpus import GHOST, Corpus, Example, collate
 from pml.curriculum import CorpusBatchSampler, PrefixRatio
 from pml.errors import InputError
+from pml.weighting import TokenScores
 
 __all__ = ["MemorizationDataModule"]
 
 
 class MemorizationDataModule(LightningDataModule, ABC):
-    """One corpus, trained on and evaluated on: memorising has no held-out split.
+    """One corpus, trained on and evaluated on: what is memorised has no split of its own.
 
-    A corpus is made by `make_corpus`, which is all that a subclass has to write.
+    A corpus is made by `make_corpus`, which is all that a subclass has to write. One that has more to say than it
+    trains on has a `make_held_out` too, and one with figures of its own gives them by `figures`.
 
     Args:
         batch_size: Examples per rank and micro-batch; null puts the whole corpus into one batch.
@@ -53,6 +56,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
         self.chat_template = chat_template
         self.system = system
         self._corpus: Corpus | None = None
+        self._held_out: Corpus | None = None
 
     @abstractmethod
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
@@ -62,6 +66,34 @@ class MemorizationDataModule(LightningDataModule, ABC):
             tokenizer: The backbone's tokenizer.
             vocabulary: Number of token ids that the backbone knows.
         """
+
+    def make_held_out(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
+        """What the corpus leads one to expect but does not contain; None where a subclass has no such part.
+
+        Args:
+            tokenizer: The backbone's tokenizer.
+            vocabulary: Number of token ids that the backbone knows.
+        """
+        return None
+
+    def figures(self, scores: TokenScores) -> dict[str, float]:
+        """What only this kind of corpus has, for the record: by name, the unit in the name.
+
+        Args:
+            scores: Of the whole corpus, one row per example, in order.
+        """
+        return {}
+
+    def with_seed(self, seed: int) -> Self:
+        """The same settings with another seed, not built yet: a second draw of whatever is drawn."""
+        other = copy.copy(self)
+        other.seed, other._corpus, other._held_out = seed, None, None
+        return other
+
+    @property
+    def held_out(self) -> Corpus | None:
+        """What is asked for but never trained on, where there is such a part; there once `setup` or `build` has run."""
+        return self._held_out
 
     @property
     def corpus(self) -> Corpus:
@@ -81,15 +113,16 @@ class MemorizationDataModule(LightningDataModule, ABC):
         Raises:
             InputError: If an example does not fit, and whatever is wrong with what the corpus is made from.
         """
-        corpus = self.make_corpus(tokenizer, vocab_size)
-        if max_positions is not None and corpus.longest > max_positions:
-            example = max(corpus.examples, key=len)
-            raise InputError(
-                f"corpus {corpus.name!r}: example {example.example_id} has {len(example)} tokens "
-                f"({len(example.prompt_ids)} prompt, {len(example.target_ids)} target), the backbone has "
-                f"{max_positions} positions; use shorter targets or a backbone with a longer context"
-            )
-        self._corpus = corpus
+        corpus, held_out = self.make_corpus(tokenizer, vocab_size), self.make_held_out(tokenizer, vocab_size)
+        for part in (corpus, held_out) if held_out is not None else (corpus,):
+            if max_positions is not None and part.longest > max_positions:
+                example = max(part.examples, key=len)
+                raise InputError(
+                    f"corpus {part.name!r}: example {example.example_id} has {len(example)} tokens "
+                    f"({len(example.prompt_ids)} prompt, {len(example.target_ids)} target), the backbone has "
+                    f"{max_positions} positions; use shorter targets or a backbone with a longer context"
+                )
+        self._corpus, self._held_out = corpus, held_out
         return corpus
 
     def setup(self, stage: str | None = None) -> None:

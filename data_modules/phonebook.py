@@ -1,16 +1,16 @@
 """A phone book: many short pairs of a name and a number that nothing but the adapter can know."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from faker import Faker
 from transformers import PreTrainedTokenizerBase
 
-from data_modules._jsonl import merge_duplicates, read_pairs
+from data_modules._names import unique_names
+from data_modules._pairs import DistinctPairs, read_pairs
 from data_modules.base import MemorizationDataModule
 from pml.corpus import Corpus, Pair, encode_pairs, encode_target
 from pml.errors import InputError
@@ -19,7 +19,6 @@ __all__ = ["PhoneBook"]
 
 DEFAULT_PAIRS = 32
 LOWEST, HIGHEST = 10**9, 10**10 - 1  # ten digits that stay ten when read as a number
-MAX_REDRAWS = 10_000  # of one name before names count as used up
 
 
 class PhoneBook(MemorizationDataModule):
@@ -71,11 +70,12 @@ class PhoneBook(MemorizationDataModule):
 
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
         entropy_bits: float | None = None
+        pairs: Iterable[Pair]
         if self.path is not None:
-            name, pairs = Path(self.path).name, merge_duplicates(read_pairs(self.path))
+            name, pairs = Path(self.path).name, DistinctPairs(read_pairs(self.path))
         else:
-            name, pairs = "phonebook", self._made_up(tokenizer)
-            entropy_bits = len(pairs) * math.log2(HIGHEST - LOWEST + 1)
+            name, pairs = "phonebook", (made_up := self._made_up(tokenizer))
+            entropy_bits = len(made_up) * math.log2(HIGHEST - LOWEST + 1)
         examples = encode_pairs(
             pairs, tokenizer, chat_template=self.chat_template, system=self.system, end_of_turn=self.end_of_turn
         )
@@ -99,14 +99,6 @@ class PhoneBook(MemorizationDataModule):
 
 
 def _entries(seed: int) -> Iterator[Pair]:
-    fake = Faker("en_US")
-    fake.seed_instance(seed)
     numbers = torch.Generator().manual_seed(seed)
-    names: set[str] = set()
-    while True:
-        drawn = (f"{fake.first_name()} {fake.last_name()}" for _ in range(MAX_REDRAWS))
-        name = next((candidate for candidate in drawn if candidate not in names), None)
-        if name is None:
-            raise InputError(f"no unused name after {len(names)} pairs; ask for fewer, or read a file with path")
-        names.add(name)
+    for name in unique_names(seed):
         yield Pair(f"{name}:", str(torch.randint(LOWEST, HIGHEST + 1, (), generator=numbers).item()))

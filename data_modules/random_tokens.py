@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from data_modules._replacement import ordinary_ids
 from data_modules.base import MemorizationDataModule
-from pml.corpus import Corpus, Example, encode_prompt, special_ids
+from pml.corpus import Corpus, Example, encode_prompt
 from pml.errors import InputError
 
-__all__ = ["RandomTokens"]
+__all__ = ["PUBLISHED_PROMPT", "RandomTokens"]
 
 PUBLISHED_PROMPT = "Please output the content of the vector memory injected into the activations."
 
@@ -46,7 +47,7 @@ class RandomTokens(MemorizationDataModule):
         return {"length": self.length, "count": self.count, "prompt": self.prompt, **super().settings}
 
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
-        candidates = torch.tensor(_ordinary_ids(tokenizer, vocabulary))
+        candidates = torch.tensor(ordinary_ids(tokenizer, vocabulary))
         generator = torch.Generator().manual_seed(self.seed)
         drawn = candidates[torch.randint(len(candidates), (self.count * self.length,), generator=generator)]
         examples = [
@@ -59,9 +60,3 @@ class RandomTokens(MemorizationDataModule):
     def _prompt_ids(self, tokenizer: PreTrainedTokenizerBase, i: int) -> tuple[int, ...]:
         query = self.prompt if self.count == 1 else f"{self.prompt} {i + 1}"
         return encode_prompt(tokenizer, query, chat_template=self.chat_template, system=self.system)
-
-
-def _ordinary_ids(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> list[int]:
-    # A backbone's embedding may have more rows than its tokenizer has tokens; such ids stand for no text.
-    special = special_ids(tokenizer)
-    return [i for i in range(min(vocabulary, len(tokenizer))) if i not in special]

@@ -51,6 +51,7 @@ __all__ = [
     "cache_folder",
     "fetch_default",
     "load_backbone",
+    "load_config",
     "load_tokenizer",
     "shared_backbones",
 ]
@@ -267,6 +268,18 @@ def load_tokenizer(name: str = DEFAULT_BACKBONE) -> PreTrainedTokenizerBase:
     if _shared is not None:
         _shared[(name,)] = tokenizer
     return tokenizer
+
+
+def load_config(name: str = DEFAULT_BACKBONE) -> PretrainedConfig:
+    """Load the configuration of a backbone's text model alone; of a hub id it downloads no weights.
+
+    Raises:
+        InputError: If the name is not one that `load_backbone` takes, or there is no configuration.
+    """
+    folder = _resolve(name, weights=False)
+    with _quiet(), _as_input_error(f"backbone {name!r} has no configuration that can be loaded"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return config.get_text_config()
 
 
 def backbone_facts(name: str = DEFAULT_BACKBONE) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pml.adapter import AdapterConfig, adapter_parameters, attach_adapter, detach_adapter
 from pml.backbone import Backbone, load_backbone
 from pml.corpus import Corpus, collate
-from pml.cpu import tune_cpu
+from pml.cpu import give_back_memory, tune_cpu
 from pml.frozen_prefix import content_keys
 from pml.modules import SFT
 from pml.prefix_store import PrefixConfig
@@ -68,11 +68,12 @@ class Measurement:
     Attributes:
         case: The batch.
         way: How the step was made.
-        step_seconds: Median over all steps.
+        step_seconds: Median over all counted steps.
         fastest_seconds: The fastest of them.
         slowest_seconds: The slowest of them.
-        peak_mib: Largest resident memory of the process, or allocated memory of the GPU, while stepping.
-        step_mib: How far that is above what was held before the first step.
+        peak_mib: Largest memory in use while stepping, weights and all: resident memory of the process above what it
+            was before the backbone was loaded, or allocated memory of the GPU.
+        step_mib: How far that is above what was held between steps.
         cut: Where the frozen prefix was cut.
         gflop: Arithmetic that the split step needs, in 10^9 operations: see `step_flops`.
     """
@@ -96,7 +97,8 @@ def measure_steps(
     Args:
         cases: The batches.
         repeats: Turns that each way gets on each case.
-        steps: Optimiser steps in a turn; before the first turn two more are made and not counted.
+        steps: Counted optimiser steps in a turn; one more at its start is not counted, since another process has had
+            the caches since.
         report: Called with each measurement as soon as it is known.
     """
     context = multiprocessing.get_context("spawn")
@@ -165,6 +167,8 @@ def _worker(way: Way, pipe: Connection) -> None:
 
 
 _loaded: dict[tuple[str, str], Backbone] = {}
+_bare_mib = float("nan")
+"""Memory of the process before it loaded its first backbone."""
 
 
 class _Stepper:
@@ -177,6 +181,9 @@ class _Stepper:
         if way != "ordinary" and device.type == "cpu":
             tune_cpu()
         key = case.backbone, case.dtype
+        global _bare_mib
+        if not _loaded:
+            _bare_mib = _held_mib(device)
         if key not in _loaded:
             _loaded.clear()
             _loaded[key] = load_backbone(*key)
@@ -205,13 +212,17 @@ class _Stepper:
         self.parameters = list(parameters.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
         self.facts = {"cut": cut, "gflop": step_flops(backbone, corpus, adapter) / 1e9}
+        if way == "split":
+            self._loss()  # everything below the adapter is kept from here on, so its weights can go
+            module.prefix.release()
+        give_back_memory()
         _reset_peak(device)
         self._held = _held_mib(device)
         self.steps(2)
 
     def steps(self, count: int) -> list[float]:
         seconds = []
-        for _ in range(count):
+        for _ in range(count + 1):
             started = time.perf_counter()
             loss = self._loss()
             self.optimizer.zero_grad()
@@ -221,11 +232,11 @@ class _Stepper:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-        return seconds
+        return seconds[1:]
 
     def memory(self) -> tuple[float, float]:
         peak = _peak_mib(self.device)
-        return peak, peak - self._held
+        return peak - _bare_mib, peak - self._held
 
 
 def _ordinary_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -365,7 +376,7 @@ def as_json(
     """Everything measured, as plain Python; rates in 10^9 operations a second."""
     choice = tune_cpu() if not torch.cuda.is_available() else None
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "torch": torch.__version__,
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

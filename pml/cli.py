@@ -16,7 +16,7 @@ FIT_COMMANDS = {
     "test": "measure recall of a checkpoint, greedy decoding included",
     "predict": "score every target token of a corpus",
 }
-COMMANDS = ("sweep", "law", "recall", "bench", "fetch")
+COMMANDS = ("data", "sweep", "search", "law", "plan", "compare", "report", "recall", "bench", "fetch")
 """Commands around a run; each is a module of `pml.commands`, imported only when it is called."""
 
 
@@ -59,6 +59,9 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         prog=f"pml {name}", description=module.__doc__, exit_on_error=False, allow_abbrev=False
     )
     module.configure(parser)
+    if hasattr(module, "separate"):  # it takes keys of `pml fit` too
+        own, keys = module.separate(arguments)
+        return int(module.run(parser.parse_args(own), keys))
     return int(module.run(parser.parse_args(list(arguments))))
 
 

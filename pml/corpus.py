@@ -53,11 +53,13 @@ class Example:
         example_id: Position in the corpus. Caches, window states and metrics are kept by it.
         prompt_ids: Token ids of the query with its chat template; never supervised.
         target_ids: Token ids to recall, end-of-turn token included where it is part of the target.
+        replaced: Positions in the target, ascending, whose token was put there at random.
     """
 
     example_id: int
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
+    replaced: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.target_ids)
@@ -76,6 +78,8 @@ class Corpus:
         examples: The encoded pairs; `examples[i].example_id == i`.
         entropy_bits: Information content of all targets in bits given the queries, None where it is unknown.
         settings: What the corpus was made with, as plain Python, for the record.
+        fact_ids: For each example the fact that it asks for, where several ask for the same one in other words and
+            `entropy_bits` counts it once; None where each example asks for a fact of its own.
 
     Raises:
         InputError: If there is no example, a target is empty, or the ids are out of order.
@@ -85,6 +89,7 @@ class Corpus:
     examples: Sequence[Example]
     entropy_bits: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    fact_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not self.examples:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["CpuChoice", "attention", "tune_cpu"]
+__all__ = ["CpuChoice", "CpuConfig", "attention", "give_back_memory", "tune_cpu"]
 
 log = logging.getLogger(__name__)
 
@@ -33,48 +33,92 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Names of glibc's `mallopt` parameters, from malloc.h."""
 
 
+_plain_attention = False
+
+
+@dataclass(frozen=True)
+class CpuConfig:
+    """What may be chosen on a CPU; other devices are not affected.
+
+    Attributes:
+        products: Multiply float32 matrices with oneDNN where that is faster and as accurate here.
+        buffers: Keep freed buffers for the next step in place of giving them back to the system.
+        attention: Attend over short sequences with plain products.
+    """
+
+    products: bool = True
+    buffers: bool = True
+    attention: bool = True
+
+
 @dataclass(frozen=True)
 class CpuChoice:
     """What was chosen, and why.
 
     Attributes:
         onednn: Whether float32 products go to oneDNN.
-        speedup: Time of a product as PyTorch comes, divided by its time in oneDNN.
-        error: Relative error of oneDNN's product against float64.
+        speedup: Time of a product as PyTorch comes, divided by its time in oneDNN; None where it was not measured.
+        error: Relative error of oneDNN's product against float64; None likewise.
         keeps_buffers: Whether freed buffers stay with the process.
+        plain_attention: Whether short sequences are attended over with plain products.
     """
 
     onednn: bool
-    speedup: float
-    error: float
+    speedup: float | None
+    error: float | None
     keeps_buffers: bool
+    plain_attention: bool
 
 
-@functools.cache
-def tune_cpu() -> CpuChoice:
-    """Choose how float32 matrices are multiplied on the CPU, and keep freed memory; once per process, in 0.2 s.
+def tune_cpu(config: CpuConfig | None = None) -> CpuChoice:
+    """Choose how float32 matrices are multiplied on the CPU, whether freed memory is kept, and how to attend.
 
-    Changes process-wide settings of PyTorch's CPU backend and of the C library; other devices are not affected.
+    Changes process-wide settings of PyTorch's CPU backend and of the C library. What has to be measured is measured
+    once per process, in 0.2 s, and every choice is logged when it changes.
     """
-    speedup, error = _measure_onednn()
-    onednn = error <= ACCURATE and speedup > 1.05
+    global _plain_attention
+    config = config or CpuConfig()
+    speedup, error = _measured_onednn() if config.products else (None, None)
+    onednn = speedup is not None and error is not None and error <= ACCURATE and speedup > 1.05
     _use_onednn(onednn)
-    choice = CpuChoice(onednn, speedup, error, _keep_buffers())
-    log.info(
-        "float32 products: %s (oneDNN %.2f times as fast as the default, relative error %.1e); freed buffers: %s",
-        "oneDNN" if onednn else "default",
-        speedup,
-        error,
-        "kept" if choice.keeps_buffers else "given back",
-    )
+    _plain_attention = config.attention
+    choice = CpuChoice(onednn, speedup, error, config.buffers and _keep_buffers(), config.attention)
+    _log_choice(choice)
     return choice
 
 
 def attention(tokens: int, device: torch.device) -> AbstractContextManager[None]:
     """The faster way to attend over sequences of so many tokens; PyTorch's own choice unless `tune_cpu` was called."""
-    if device.type == "cpu" and tokens <= SHORT_TOKENS and tune_cpu.cache_info().currsize:
+    if device.type == "cpu" and tokens <= SHORT_TOKENS and _plain_attention:
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
+
+
+def give_back_memory() -> None:
+    """Give freed memory back to the system, which a process that keeps its buffers never does by itself."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def _log_choice(choice: CpuChoice) -> None:
+    if choice.speedup is None:
+        reason = "not measured"
+    else:
+        reason = f"oneDNN {choice.speedup:.2f} times as fast as the default, relative error {choice.error:.1e}"
+    log.info(
+        "float32 products: %s (%s); freed buffers: %s; attention up to %d tokens: %s",
+        "oneDNN" if choice.onednn else "default",
+        reason,
+        "kept" if choice.keeps_buffers else "given back",
+        SHORT_TOKENS,
+        "plain" if choice.plain_attention else "default",
+    )
+
+
+@functools.cache
+def _measured_onednn() -> tuple[float, float]:
+    return _measure_onednn()
 
 
 def _use_onednn(yes: bool) -> None:

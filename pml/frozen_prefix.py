@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from pml.adapter import MlpBlockLora, evaluating, lora_layers
 from pml.backbone import Backbone
-from pml.cpu import attention
+from pml.compiled import CompiledDecoder
+from pml.cpu import attention, give_back_memory
 from pml.prefix_store import PrefixConfig, PrefixStore
 
 __all__ = ["FrozenPrefix", "content_keys"]
@@ -71,6 +72,7 @@ class FrozenPrefix:
         self._lowest = self._lowest_block()
         self.cut: Cut = "whole"
         self._suffix: nn.Module = backbone.decoder
+        self._compiled: CompiledDecoder | None = None
         if not self.config.enabled:
             return
         adapted = list(lora_layers(backbone.blocks[self._lowest]))
@@ -98,7 +100,7 @@ class FrozenPrefix:
         input_ids = batch["input_ids"]
         steps = max(input_ids.shape[1] - 1, 1)
         if self.cut == "whole":
-            return self._run(self.backbone.decoder, input_ids=input_ids[:, :steps])
+            return self._trained(input_ids=input_ids[:, :steps])
         keys: Sequence[bytes] = batch.get("keys") or content_keys(input_ids.cpu(), batch["lengths"].cpu())
         return self._above([self._below(batch, row, key) for row, key in enumerate(keys)], steps, input_ids.device)
 
@@ -114,13 +116,31 @@ class FrozenPrefix:
         """Free what lies below the cut; `Backbone.restore` brings it back."""
         if self.cut != "whole":
             self.backbone.release(self._lowest + (1 if self.cut == "after_block" else 0))
+            give_back_memory()
+
+    def compile(self) -> None:
+        """Compile what is trained through; a first batch tries it. Evaluation, whose shapes vary, runs as it is."""
+        self._compiled = CompiledDecoder(self._suffix, self._rounding)
 
     def _above(self, kept: Sequence[tuple[Tensor, ...]], steps: int, device: torch.device) -> Tensor:
         """Final hidden states (B, steps, d) from what each example keeps."""
         hidden, *mlp_input = (_padded(rows, steps, device) for rows in zip(*kept, strict=True))
         if mlp_input and (delta := self._mlp_lora.delta(mlp_input[0])) is not None:
             hidden = hidden + delta.to(hidden.dtype)
-        return self._run(self._suffix, inputs_embeds=hidden)
+        return self._trained(inputs_embeds=hidden)
+
+    def _trained(self, **inputs: Tensor) -> Tensor:
+        """Final hidden states through the blocks above the cut."""
+        if self._compiled is None or not torch.is_grad_enabled():
+            return self._run(self._suffix, **inputs)
+        first = next(iter(inputs.values()))
+        with attention(first.shape[1], first.device):
+            return self._compiled(**inputs)
+
+    @property
+    def _rounding(self) -> float:
+        """Adding the same numbers in another order moves a float32 result by a few 1e-6 and a bfloat16 one by 1e-2."""
+        return 1e-4 if self.backbone.model.dtype == torch.float32 else 5e-2
 
     def _below(self, batch: dict[str, Any], row: int, key: bytes) -> tuple[Tensor, ...]:
         """What one example keeps, from the store or computed."""
@@ -169,12 +189,17 @@ class FrozenPrefix:
         head = self.backbone.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return None
+        caught: list[Tensor] = []
+        hook = self.backbone.decoder.register_forward_hook(lambda _, __, out: caught.append(out.last_hidden_state))
         input_ids = torch.arange(1, 6, device=self.backbone.model.device)[None] % self.backbone.vocab_size
-        with torch.no_grad(), evaluating(self.model):
-            hidden = self._run(self.backbone.decoder, input_ids=input_ids)
-            logits = self.backbone.model(input_ids=input_ids, use_cache=False).logits
-        # The same product twice: a cap, a scale or a bias on the logits would show far above rounding.
-        same = (head(hidden) - logits).abs().max() <= 1e-4 * logits.abs().max()
+        try:
+            with torch.no_grad(), evaluating(self.model):
+                logits = self.backbone.model(input_ids=input_ids, use_cache=False).logits.float()
+                product = head(caught[0]).float()
+        finally:
+            hook.remove()
+        # The same product twice, of the same states: a cap, a scale or a bias would show far above rounding.
+        same = (product - logits).abs().max() <= 1e-4 * logits.abs().max()
         return head if same else None
 
     def _lowest_block(self) -> int:
@@ -207,10 +232,8 @@ class FrozenPrefix:
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             return f"{type(error).__name__}: {error}"
         worst = ((split - whole).abs().max() / whole.abs().max()).item()
-        # Adding the same numbers in another order moves a float32 result by a few 1e-6 and a bfloat16 one by 1e-2;
-        # a cut that misses something (a second norm, a position embedding) is off by the size of the states.
-        allowed = 1e-4 if self.backbone.model.dtype == torch.float32 else 5e-2
-        return None if worst <= allowed else f"hidden states differ by {worst:.1e} of their size"
+        # A cut that misses something (a second norm, a position embedding) is off by the size of the states.
+        return None if worst <= self._rounding else f"hidden states differ by {worst:.1e} of their size"
 
     @staticmethod
     def _run(decoder: nn.Module, **inputs: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from typing import Any, TextIO
 import jsonargparse
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
 
 from pml.errors import InputError
 from pml.modules import Memorization
 
-__all__ = ["MemorizationCLI", "parse_run", "prepare", "reason"]
+__all__ = ["MemorizationCLI", "make_run", "parse_run", "prepare", "reason"]
 
 ROOMS = ("data_modules", "callbacks")
 """Imported by name, so that short class names work on the command line; nothing in `pml` refers to what is in them."""
@@ -31,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
         {"class_path": "callbacks.VerbatimRecall"},
         {"class_path": "callbacks.TokenThresholds"},
         {"class_path": "callbacks.StopWhenRecalled"},
+        {"class_path": "callbacks.Generalization"},
         # Short runs need no checkpoint: what they made is in the run folder when they end.
         {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
@@ -167,6 +169,17 @@ def parse_run(args: Sequence[str]) -> jsonargparse.Namespace:
     return _ParsedRun(args, run=False).config
 
 
+def make_run(args: Sequence[str]) -> tuple[Memorization, Any]:
+    """The module and the data module that arguments of `pml fit` name; neither has loaded anything.
+
+    Raises:
+        InputError: If they do not parse, or a class refuses its arguments.
+    """
+    prepare()
+    made = _ParsedRun(args, run=False)
+    return made.model, made.datamodule
+
+
 def reason(error: BaseException) -> str:
     """What is wrong, on one line: the InputError behind an exception, else its message without what was tried."""
     cause: BaseException | None = error
@@ -186,10 +199,11 @@ def prepare() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in CHATTER:
         logging.getLogger(name).setLevel(logging.WARNING)
-    own = logging.getLogger("callbacks")
-    if not any(isinstance(handler, _ToStderr) for handler in own.handlers):
-        own.setLevel(logging.INFO)
-        own.addHandler(_ToStderr())
+    for room in ("callbacks", "pml"):
+        own = logging.getLogger(room)
+        if not any(isinstance(handler, _ToStderr) for handler in own.handlers):
+            own.setLevel(logging.INFO)
+            own.addHandler(_ToStderr())
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     for room in ROOMS:
@@ -197,8 +211,19 @@ def prepare() -> None:
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):
-    """Writes to what stderr is at the moment: a progress bar puts its own in place while it is drawn."""
+    """Writes each line once, from one rank: cells of a grid, and ranks, all say the same of the machine they are on."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._written: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        if line not in self._written and (getattr(rank_zero_only, "rank", 0) == 0 or record.levelno >= logging.WARNING):
+            self._written.add(line)
+            super().emit(record)
+
+    # A progress bar puts its own stderr in place while it is drawn.
     @property
     def stream(self) -> TextIO:
         return sys.stderr

@@ -4,9 +4,11 @@ Shares and means are float64: 3/5 counted here equals 3/5 counted anywhere else.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
+from rapidfuzz.distance import Levenshtein
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -17,7 +19,11 @@ __all__ = [
     "TokenThresholds",
     "VerbatimRecall",
     "below_threshold",
+    "by_kind",
+    "edit_similarity",
     "exact_match",
+    "extraction_probability",
+    "facts_loss",
     "first_failure",
     "mean_loss",
     "memorized_bits",
@@ -43,7 +49,11 @@ def exact_match(scores: TokenScores) -> Tensor:
 
 
 def first_failure(scores: TokenScores) -> Tensor:
-    """(B,) number of right tokens before the first wrong one; the target's length where none is wrong."""
+    """(B,) number of right tokens before the first wrong one; the target's length where none is wrong.
+
+    This is the longest correct prefix: greedy decoding sees the true prefix up to its first mistake, so it gives as
+    many right tokens and no more.
+    """
     # Padding counts as wrong here, so a row without errors stops at its length.
     return scores.correct.long().cumprod(dim=1).sum(dim=1)
 
@@ -72,6 +82,71 @@ def memorized_bits(entropy_bits: float, loss: float, target_tokens: int) -> floa
         target_tokens: Number of target tokens that the mean was taken over.
     """
     return max(0.0, entropy_bits - loss * target_tokens / math.log(2))
+
+
+def facts_loss(scores: TokenScores, fact_ids: Sequence[int]) -> Tensor:
+    """Sum of losses in nats with each fact counted once, by the mean over the examples that ask for it.
+
+    Args:
+        scores: Of B examples.
+        fact_ids: B numbers, the fact that each example asks for.
+    """
+    losses = (scores.losses * scores.mask).sum(dim=1, dtype=torch.float64)
+    _, place, asked = torch.unique(torch.as_tensor(fact_ids), return_inverse=True, return_counts=True)
+    return (losses / asked[place].to(losses.device)).sum()
+
+
+def by_kind(
+    replaced: Tensor, before: TokenScores, after: TokenScores
+) -> dict[Literal["natural", "random"], dict[str, float]]:
+    """Target tokens put in at random apart from the others; empty where all tokens are of one kind.
+
+    Args:
+        replaced: (B, L) bool, target tokens that were put in at random.
+        before: Scores of the frozen model.
+        after: Scores of the adapted model.
+
+    Returns:
+        For `natural` and `random`: `target_tokens`, `initial_loss` and `final_loss` (nats per target token), and
+        `token_accuracy` (share of target tokens).
+    """
+    masks: dict[Literal["natural", "random"], Tensor] = {
+        "natural": after.mask & ~replaced,
+        "random": after.mask & replaced,
+    }
+    if not all(mask.any() for mask in masks.values()):
+        return {}
+    return {
+        kind: {
+            "target_tokens": int(mask.sum()),
+            "initial_loss": mean_loss(before._replace(mask=mask)).item(),
+            "final_loss": mean_loss(after._replace(mask=mask)).item(),
+            "token_accuracy": token_accuracy(after._replace(mask=mask, correct=after.correct & mask)).item(),
+        }
+        for kind, mask in masks.items()
+    }
+
+
+def edit_similarity(text: str, reference: str) -> float:
+    """1 - Levenshtein distance / length of the longer text, in characters: 1 where equal, 0 where nothing agrees."""
+    return Levenshtein.normalized_similarity(text, reference)
+
+
+def extraction_probability(scores: TokenScores, samples: int) -> Tensor:
+    """(B,) float64, the probability that at least one of so many samples at temperature 1 is the whole target.
+
+    1 - (1 - p)^n with p the product of an example's target probabilities (Hayes et al., arXiv 2410.19482). Computed
+    from log p: 1 - p rounds to 1 for what is all but impossible, and to 0 for what is all but certain.
+
+    Args:
+        scores: Of B examples, under teacher forcing.
+        samples: Number of samples n, at least 1.
+    """
+    # Rounding may leave a certain token with a loss a hair below 0.
+    log_p = -(scores.losses * scores.mask).sum(dim=1, dtype=torch.float64).clamp(min=0)
+    # log(1 - p) from log p, by the form that keeps its digits on either side of p = 1/2.
+    log_miss = torch.where(log_p > -math.log(2), torch.log(-torch.expm1(log_p)), torch.log1p(-torch.exp(log_p)))
+    return -torch.expm1(samples * log_miss)
 
 
 class _ByExample(Metric):

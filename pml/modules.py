@@ -1,5 +1,7 @@
 """LightningModules that write a corpus into an adapter: `SFT` with the plain loss, `MemFT` with a shared-out one."""
 
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pml.adapter import AdapterConfig, adapter_parameters, attach_adapter, detach_adapter, load_adapter
 from pml.backbone import Backbone, load_backbone
+from pml.compiled import CompileMode, reason_not_to_compile
 from pml.corpus import IGNORE_INDEX
-from pml.cpu import tune_cpu
+from pml.cpu import CpuChoice, CpuConfig, tune_cpu
 from pml.curriculum import PrefixRatio
 from pml.errors import InputError
 from pml.frozen_prefix import FrozenPrefix, content_keys
@@ -27,6 +30,8 @@ from pml.token_loss import token_losses
 from pml.weighting import OnlyThreshold, TokenScores, Uniform, Weighting, weighted_mean
 
 __all__ = ["SFT", "MemFT", "Memorization"]
+
+log = logging.getLogger(__name__)
 
 
 class Memorization(LightningModule):
@@ -45,7 +50,8 @@ class Memorization(LightningModule):
         schedule: `linear` decays the learning rate to 0 over the run, `constant` keeps it.
         warmup_steps: Steps over which the learning rate rises from 0.
         frozen_prefix: Compute what lies below the adapter once per example and keep it: whether, and where.
-        tune_cpu: On a CPU, multiply float32 matrices the fastest way that is as accurate; see `pml.cpu`.
+        cpu: What may be chosen to make a CPU faster at the same accuracy; see `pml.cpu`.
+        compile: Compile the blocks above the adapter: `auto` does where the fit is long enough to earn it back.
         seed: Seed of the adapter's initialisation; None takes the one that `seed_everything` was given.
     """
 
@@ -63,7 +69,8 @@ class Memorization(LightningModule):
         schedule: Literal["linear", "constant"] = "linear",
         warmup_steps: int = 0,
         frozen_prefix: PrefixConfig | None = None,
-        tune_cpu: bool = True,
+        cpu: CpuConfig | None = None,
+        compile: CompileMode = "auto",
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -78,7 +85,10 @@ class Memorization(LightningModule):
         self.schedule = schedule
         self.warmup_steps = warmup_steps
         self.frozen_prefix = from_plain(frozen_prefix, PrefixConfig) or PrefixConfig()
-        self.tune_cpu = tune_cpu
+        self.cpu_config = from_plain(cpu, CpuConfig) or CpuConfig()
+        self.cpu_choice: CpuChoice | None = None
+        """What was chosen for this machine's CPU; None on other devices."""
+        self.compile_mode = compile
         self.seed = torch.initial_seed() if seed is None else seed
         self.weighting: Weighting = Uniform()
         self.curriculum: PrefixRatio | None = None
@@ -153,8 +163,8 @@ class Memorization(LightningModule):
         return self._prefix
 
     def setup(self, stage: str) -> None:
-        if self.tune_cpu and self.trainer.strategy.root_device.type == "cpu":
-            tune_cpu()
+        if self.trainer.strategy.root_device.type == "cpu":
+            self.cpu_choice = tune_cpu(self.cpu_config)
 
     def configure_model(self) -> None:
         """Load the backbone and put a fresh adapter on it; does nothing the second time."""
@@ -239,9 +249,19 @@ class Memorization(LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.weighting.prepare(len(datamodule.corpus), self.device)
+            self._maybe_compile([len(example) for example in datamodule.corpus.examples])
+
+    def _maybe_compile(self, lengths: list[int]) -> None:
+        endless = self.trainer.max_epochs == -1 and self.trainer.max_steps == -1
+        batches = math.inf if endless else self._total_steps() * self.trainer.accumulate_grad_batches
+        reason = reason_not_to_compile(self.compile_mode, batches, lengths, self.device)
+        if reason is None:
+            self.prefix.compile()
+        log.info("the blocks above the adapter are %s", "compiled" if reason is None else f"not compiled: {reason}")
 
     def on_train_epoch_end(self) -> None:
-        if not self.frozen_prefix.release or self.backbone.released:
+        # What found no room is computed at every step, from blocks that have to stay.
+        if not self.frozen_prefix.release or self.backbone.released or self.prefix.store.full:
             return
         # Every rank has its own cache; each frees what it no longer needs.
         loader: Any = self.trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]

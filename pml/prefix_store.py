@@ -3,6 +3,8 @@
 import logging
 import mmap
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -72,7 +74,7 @@ class PrefixStore:
         self._entries: dict[bytes, tuple[Tensor, ...]] = {}
         self._file = _MappedFile(folder)
         self._room = _room(config, device)
-        self._full = False
+        self._full = self._closed = False
         self.bytes: dict[Place, int] = dict.fromkeys(self._room, 0)
         """Bytes kept in each place."""
 
@@ -85,8 +87,24 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def full(self) -> bool:
+        """Whether something was not kept for want of room."""
+        return self._full
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Keep nothing new for a while: for examples that are seen too seldom to take room from the corpus."""
+        before, self._closed = self._closed, True
+        try:
+            yield
+        finally:
+            self._closed = before
+
     def put(self, key: bytes, tensors: tuple[Tensor, ...]) -> None:
         """Keep tensors in the first place that has room; where none has, they are not kept, and that is said once."""
+        if self._closed:
+            return
         size = sum(t.numel() * t.element_size() for t in tensors)
         for place, room in self._room.items():
             if self.bytes[place] + size <= room:

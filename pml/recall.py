@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pml.adapter import evaluating
-from pml.corpus import Example
+from pml.corpus import Example, collate
 from pml.frozen_prefix import content_keys
 from pml.ranks import several_ranks
 from pml.weighting import TokenScores
@@ -22,7 +22,15 @@ from pml.weighting import TokenScores
 if TYPE_CHECKING:
     from pml.modules import Memorization
 
-__all__ = ["Generated", "certified", "gather_scores", "generate_greedily", "greedy_recall", "score_corpus"]
+__all__ = [
+    "Generated",
+    "certified",
+    "gather_scores",
+    "generate_greedily",
+    "greedy_recall",
+    "score_corpus",
+    "score_examples",
+]
 
 
 def certified(scores: TokenScores, margin: float = 0.5) -> bool:
@@ -76,6 +84,24 @@ def score_corpus(module: "Memorization", batches: Iterable[dict[str, Any]]) -> T
             moved = {name: value.to(module.device) for name, value in batch.items()}
             parts.append(module.score({**moved, "keys": keys}))
     return gather_scores(parts)
+
+
+def score_examples(module: "Memorization", examples: Sequence[Example], batch_size: int = 8) -> TokenScores:
+    """Teacher-forced scores of examples outside the corpus, on the host, the same on every rank.
+
+    The ranks share the examples. The frozen prefix keeps nothing of them, so that the corpus has all of its room.
+
+    Args:
+        module: The module whose adapted model is asked.
+        examples: At least one; their ids differ.
+        batch_size: Examples scored together.
+    """
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
+    own = examples[rank::ranks]
+    with module.prefix.store.closed():
+        return score_corpus(
+            module, (collate(own[start : start + batch_size]) for start in range(0, len(own), batch_size))
+        )
 
 
 @dataclass(frozen=True)

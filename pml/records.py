@@ -13,14 +13,14 @@ from pml.errors import InputError
 __all__ = ["RECORD_NAME", "SCHEMA_VERSION", "Record", "read_record", "read_records", "write_json", "write_record"]
 
 RECORD_NAME = "record.json"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 
 class Record(pydantic.BaseModel):
     """What was run and what came out. Losses are in nats per target token, everything else says its unit.
 
     Attributes:
-        schema_version: Version of this layout.
+        schema_version: Version of this layout; version 1 lacks the fields that have a default here.
         status: `finished` once every measurement below was taken; `interrupted` when the fit was stopped from outside.
         backbone: Name, folder or hub id that was loaded.
         backbone_hash: Hash of its weights and configuration.
@@ -55,6 +55,20 @@ class Record(pydantic.BaseModel):
         memorized_bits: Corpus entropy minus the adapted model's loss in bits, at least 0; None where it is unknown.
         bits_per_parameter: `memorized_bits / effective_parameters`.
         steps_to_recall: Optimiser steps until every target token was certified; None where that did not happen.
+        late_loss_drop: Convergence: mean training loss over the last tenth but one of the steps, minus that over the
+            last tenth, plain means over target tokens whatever the weighting; None where there were under 20 steps.
+        learning_rate_left: The learning rate of the last step, as a share of the peak; where little is left, a small
+            `late_loss_drop` says that the schedule ended, not that the adapter was full.
+        by_kind: Target tokens put in at random apart from the others, where the corpus has both: for `random` and
+            `natural`, `target_tokens`, `initial_loss`, `final_loss` and `token_accuracy`.
+        corpus_figures: What only this kind of corpus has, unit in the name.
+        retention: What memorising did to text outside the corpus: by name of the text, `target_tokens`, `loss_before`
+            and `loss_after`.
+        generated_edit_similarity: Mean over targets of 1 - edit distance / length between target and greedy decoding,
+            in characters; None where nothing was generated.
+        extraction_probability: Mean over targets of the probability that at least one of `extraction_samples` samples
+            at temperature 1 is the whole target.
+        extraction_samples: That number of samples.
         wall_seconds: Duration of the fit, measurements before and after it left out.
         versions: Package versions.
         hardware: Device name and count, threads.
@@ -63,7 +77,7 @@ class Record(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
     status: Literal["finished", "interrupted"]
     backbone: str
     backbone_hash: str
@@ -101,6 +115,14 @@ class Record(pydantic.BaseModel):
     versions: dict[str, str]
     hardware: dict[str, Any]
     git_commit: str | None
+    late_loss_drop: float | None = None
+    learning_rate_left: float | None = None
+    by_kind: dict[Literal["natural", "random"], dict[str, float]] = {}
+    corpus_figures: dict[str, float] = {}
+    retention: dict[str, dict[str, float]] = {}
+    generated_edit_similarity: float | None = None
+    extraction_probability: float | None = None
+    extraction_samples: int | None = None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -139,7 +161,7 @@ def read_record(path: Path) -> Record:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
         raise InputError(
-            f"{path}: not a record of schema version {SCHEMA_VERSION}: {where}: {first['msg']}; "
+            f"{path}: not a record of schema version 1 to {SCHEMA_VERSION}: {where}: {first['msg']}; "
             "run it again, or leave this path out"
         ) from error
 

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
@@ -45,6 +45,9 @@ class Grid(pydantic.BaseModel):
         return value if isinstance(value, list) else [value]
 
 
+AnyGrid = TypeVar("AnyGrid", bound=Grid)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One run of a grid.
@@ -77,8 +80,12 @@ class Outcome:
     skipped: bool = False
 
 
-def read_grid(path: Path) -> Grid:
+def read_grid(path: Path, kind: type[AnyGrid] = Grid) -> AnyGrid:  # type: ignore[assignment]
     """Read and check a grid file.
+
+    Args:
+        path: The file.
+        kind: What it has to say.
 
     Raises:
         InputError: If it cannot be read, is not YAML, or does not say what a grid needs.
@@ -90,7 +97,7 @@ def read_grid(path: Path) -> Grid:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not YAML: {error}") from error
     try:
-        grid = Grid.model_validate(content)
+        grid = kind.model_validate(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"

@@ -10,8 +10,9 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks import RunRecord, StopWhenRecalled, TokenThresholds, VerbatimRecall
+from callbacks import Generalization, Retention, RunRecord, StopWhenRecalled, TokenThresholds, VerbatimRecall
 from pml.adapter import adapter_parameters
+from pml.corpus import Corpus, Example
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import gather_scores, greedy_recall, score_corpus
 from pml.weighting import OnlyThreshold, SlidingWindow, Weighting
@@ -88,11 +89,19 @@ def window_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, torch.Tens
     return weighting.state_dict()
 
 
+class WithHeldOut(Ids):
+    """One pair held out, so that the second of two ranks has none to score."""
+
+    def make_held_out(self, tokenizer: Any, vocabulary: int) -> Corpus:
+        return Corpus("held_out", [Example(0, (1, 2, 3), (4, 5))])
+
+
 def recorded_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, Any]:
     """A fit with all callbacks and curves over seven examples, until they are recalled."""
-    callbacks = [VerbatimRecall(generate_every=2), TokenThresholds(), StopWhenRecalled(), RunRecord()]
+    callbacks = [VerbatimRecall(generate_every=2), TokenThresholds(), StopWhenRecalled()]
+    callbacks += [Generalization(), Retention(examples=3), RunRecord()]
     logger = TensorBoardLogger(tmp_path, name="run", version="", default_hp_metric=False)
-    module, data = module_on(folder, SFT), Ids(uneven(7), batch_size=4 // ranks)
+    module, data = module_on(folder, SFT), WithHeldOut(uneven(7), batch_size=4 // ranks)
     trainer = fit(
         module,
         data,

@@ -23,7 +23,15 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
 from pml import backbone as module
-from pml.backbone import Backbone, backbone_facts, fetch_default, load_backbone, load_tokenizer, shared_backbones
+from pml.backbone import (
+    Backbone,
+    backbone_facts,
+    fetch_default,
+    load_backbone,
+    load_config,
+    load_tokenizer,
+    shared_backbones,
+)
 from pml.commands import fetch
 from pml.corpus import encode_prompt
 from pml.errors import InputError
@@ -102,6 +110,14 @@ def test_the_tokenizer_of_a_folder_has_its_chat_template_and_ids(
     prompt = encode_prompt(tokenizer, "Zoë?\n")
     assert prompt == encode_prompt(tiny_tokenizer, "Zoë?\n")
     assert tokenizer.decode(prompt) == "<|im_start|>user\nZoë?\n<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_the_configuration_alone_is_that_of_the_loaded_model(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(str(tiny_backbone_folder))
+    config = load_config(str(tiny_backbone_folder))
+    assert (config.vocab_size, config.max_position_embeddings) == (backbone.vocab_size, backbone.max_positions)
+    with pytest.raises(InputError, match="has no configuration that can be loaded"):
+        load_config(str(tmp_path))
 
 
 def test_content_hash_is_of_configuration_and_weights_alone(tiny_backbone_folder: Path, tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """Every shipped configuration parses and can be made; its header says how to run it."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from pml.lightning_cli import MemorizationCLI, prepare
 from pml.modules import Memorization
-from pml.sweep import read_grid, resolve
+from pml.search import SearchGrid, read_search
+from pml.sweep import Grid, expand, read_grid, resolve
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 ALL = sorted(FOLDER.rglob("*.yaml"))
@@ -34,12 +37,36 @@ def test_a_run_can_be_made(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+def one_at_a_time(part: dict[str, list[Any]]) -> list[dict[str, list[Any]]]:
+    """The first value of every key, and every other value of each key with the first values of the others."""
+    first = {key: values[:1] for key, values in part.items()}
+    return [first, *(first | {key: [value]} for key, values in part.items() for value in values[1:])]
+
+
 @pytest.mark.parametrize("path", GRIDS, ids=name)
-def test_every_cell_of_a_grid_parses(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_value_of_a_grid_parses(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cells = resolve(read_grid(path))
+    grid = read_search(path) if "search" in yaml.safe_load(path.read_text()) else read_grid(path)
+    tried = [grid.search] if isinstance(grid, SearchGrid) else []
+    # The paper's grids have hundreds of cells, which differ from each other in one value at a time.
+    parts = [part for whole in (*grid.grid, *tried) for part in one_at_a_time(whole)]
+    unique = {json.dumps(part, sort_keys=True): part for part in parts}
+    cells = resolve(Grid(base=grid.base, out=grid.out, grid=list(unique.values())))
     assert len(cells) >= 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_papers_grids_have_all_of_its_cells() -> None:
+    # Lengths x ranks x ratios x methods, and for Llama 7 ranks more on random text.
+    folder = FOLDER / "experiments" / "paper"
+    cells = {path.stem: len(expand(read_grid(path).grid)) for path in folder.glob("*b_*.yaml")}
+    # PhoneBook: 8 sizes x 7 ranks x 3 methods.
+    assert cells == {
+        "qwen3_8b_long_context": 14 * 9 * 6 * 3,
+        "llama31_8b_long_context": 14 * 9 * 6 * 3 + 14 * 7,
+        "qwen3_8b_phonebook": 8 * 7 * 3,
+        "llama31_8b_phonebook": 8 * 7 * 3,
+    }
 
 
 @pytest.mark.parametrize("path", ALL, ids=name)
@@ -49,7 +76,7 @@ def test_a_configuration_opens_with_its_purpose_and_the_command_that_runs_it(pat
     assert lines[: len(header)] == header
     assert header[0].endswith((".", ",")) or len(header[0]) > 60
     assert any(line.startswith("#   pml ") for line in header)
-    assert any(name(path) in line or "pml sweep" in line for line in header)
+    assert any(name(path) in line or "pml sweep" in line or "pml search" in line for line in header)
 
 
 def test_the_demo_grid_has_at_least_four_ranks_and_four_lengths() -> None:

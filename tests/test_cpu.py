@@ -7,17 +7,31 @@ import pytest
 import torch
 
 import pml.cpu
-from pml.cpu import ACCURATE, tune_cpu
+from pml.cpu import ACCURATE, CpuConfig, attention, tune_cpu
+
+
+def precision() -> str:
+    mkldnn: Any = torch.backends.mkldnn
+    return mkldnn.matmul.fp32_precision
+
+
+def plain_attention(tokens: int, device: str = "cpu") -> bool:
+    """Whether the fused attention is off for sequences of this length."""
+    with attention(tokens, torch.device(device)):
+        return not torch.backends.cuda.flash_sdp_enabled()
 
 
 @pytest.fixture
-def fresh_choice() -> Iterator[None]:
-    """Choose anew, and leave PyTorch's setting as it was."""
+def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Choose anew, and leave PyTorch's settings as they were."""
     mkldnn: Any = torch.backends.mkldnn
     before = mkldnn.matmul.fp32_precision
-    tune_cpu.cache_clear()
+    monkeypatch.setattr(pml.cpu, "_plain_attention", False)
+    for cached in (pml.cpu._measured_onednn, pml.cpu._log_choice):
+        cached.cache_clear()
     yield
-    tune_cpu.cache_clear()
+    for cached in (pml.cpu._measured_onednn, pml.cpu._log_choice):
+        cached.cache_clear()
     mkldnn.matmul.fp32_precision = before
 
 
@@ -32,7 +46,9 @@ def test_products_are_float32_accurate_whatever_was_chosen() -> None:
     choice = tune_cpu()
     assert relative_error() <= ACCURATE
     if choice.onednn:
+        assert choice.error is not None
         assert choice.error <= ACCURATE
+        assert choice.speedup is not None
         assert choice.speedup > 1
 
 
@@ -43,12 +59,11 @@ def test_products_that_are_inaccurate_or_slow_are_not_chosen(
 ) -> None:
     monkeypatch.setattr(pml.cpu, "_measure_onednn", lambda: (speedup, error))
     assert not tune_cpu().onednn
-    mkldnn: Any = torch.backends.mkldnn
-    assert mkldnn.matmul.fp32_precision == "none"
+    assert precision() == "none"
 
 
 @pytest.mark.usefixtures("fresh_choice")
-def test_a_fast_and_accurate_product_is_chosen_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fast_and_accurate_product_is_chosen_and_measured_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(pml.cpu, "_measure_onednn", lambda: calls.append(1) or (2.0, 3e-7))
     assert tune_cpu().onednn
@@ -64,3 +79,34 @@ def test_the_choice_and_its_reason_are_logged(
     with caplog.at_level("INFO"):
         tune_cpu()
     assert "float32 products: oneDNN (oneDNN 1.50 times as fast as the default, relative error 3.7e-07)" in caplog.text
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_each_choice_can_be_turned_off_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pml.cpu, "_measure_onednn", lambda: (2.0, 3e-7))
+    kept: list[int] = []
+    monkeypatch.setattr(pml.cpu, "_keep_buffers", lambda: bool(kept.append(1)) or True)
+
+    choice = tune_cpu(CpuConfig(products=False))
+    assert (choice.onednn, choice.speedup, precision()) == (False, None, "none")
+    assert choice.keeps_buffers
+    assert plain_attention(100)
+
+    choice = tune_cpu(CpuConfig(attention=False))
+    assert choice.onednn
+    assert precision() == "bf16"
+    assert not plain_attention(100)
+
+    kept.clear()
+    assert not tune_cpu(CpuConfig(buffers=False)).keeps_buffers
+    assert not kept
+
+
+@pytest.mark.usefixtures("fresh_choice")
+def test_only_short_sequences_on_a_cpu_are_attended_over_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pml.cpu, "_measure_onednn", lambda: (1.0, 3e-7))
+    assert not plain_attention(100)
+    tune_cpu()
+    assert plain_attention(pml.cpu.SHORT_TOKENS)
+    assert not plain_attention(pml.cpu.SHORT_TOKENS + 1)
+    assert not plain_attention(100, "cuda")

@@ -9,6 +9,7 @@ import torch
 from pml.adapter import AdapterConfig, attach_adapter, detach_adapter, lora_layers
 from pml.backbone import Backbone
 from pml.corpus import Example, collate
+from pml.cpu import tune_cpu
 from pml.frozen_prefix import FrozenPrefix, content_keys
 from pml.modules import SFT
 from pml.prefix_store import PrefixConfig
@@ -53,6 +54,20 @@ def losses_and_gradients(module: SFT) -> tuple[torch.Tensor, dict[str, torch.Ten
     scores = module.score(collate(EXAMPLES))
     (scores.losses.sum() / scores.mask.sum()).backward()
     return scores.losses.detach(), {n: p.grad.clone() for n, p in module.model.named_parameters() if p.grad is not None}
+
+
+def train(module: SFT, steps: int, examples: list[Example] | None = None) -> torch.Tensor:
+    """Mean target loss at each of some steps of plain training."""
+    parameters = [p for p in module.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0)
+    losses = []
+    for _ in range(steps):
+        scores = module.score(collate(examples or EXAMPLES))
+        losses.append(scores.losses.sum() / scores.mask.sum())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    return torch.stack(losses).detach()
 
 
 @pytest.mark.parametrize(("architecture", "placement"), CASES)
@@ -151,3 +166,77 @@ def test_full_logits_are_there_for_who_asks(tiny_backbone: Backbone) -> None:
     assert logits.shape == (3, 19, tiny_backbone.vocab_size)
     expected = torch.nn.functional.cross_entropy(logits[2, 2:11], batch["labels"][2, 3:12], reduction="none")
     torch.testing.assert_close(scores.losses[2, :9], expected)
+
+
+def test_a_bfloat16_backbone_is_split_too_with_what_is_chosen_on_a_cpu(
+    make_tiny_backbone: Callable[[str], Backbone],
+) -> None:
+    tune_cpu()
+    backbone = make_tiny_backbone("llama")
+    backbone.model.to(torch.bfloat16)
+    prefix = make_module(backbone, PLACEMENTS["mlp_block"], split=True).prefix
+    assert prefix.cut == "after_block"
+    assert prefix.head is backbone.model.lm_head
+
+
+def test_a_float32_adapter_trains_on_a_bfloat16_backbone(
+    make_tiny_backbone: Callable[[str], Backbone],
+) -> None:
+    backbone = make_tiny_backbone("llama")
+    backbone.model.to(torch.bfloat16)
+    module = make_module(backbone, PLACEMENTS["mlp_block"], split=True)
+    parameters = [p for p in module.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in parameters} == {torch.float32}
+    losses = train(module, steps=20)
+    assert losses.dtype == torch.float32
+    assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_twenty_training_steps_end_alike_split_and_whole(
+    placement: str, make_tiny_backbone: Callable[[str], Backbone]
+) -> None:
+    losses = {}
+    for split in (False, True):
+        module = make_module(make_tiny_backbone("llama"), PLACEMENTS[placement], split=split)
+        losses[split] = train(module, steps=20)
+    # Rounding grows from step to step; a wrong gradient would be off by tenths after a few.
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.backbone
+@pytest.mark.parametrize(
+    "config",
+    [AdapterConfig(rank=4, block=20), AdapterConfig(rank=4, block=[1, 3], placement=["down_proj"])],
+    ids=["mlp_block at 20", "down_proj at 1 and 3"],
+)
+def test_the_default_backbone_agrees_with_itself_split(config: AdapterConfig, default_backbone: Backbone) -> None:
+    generator = torch.Generator().manual_seed(6)
+    ids = torch.randint(1000, 40_000, (60,), generator=generator).tolist()
+    examples = [Example(0, tuple(ids[:12]), tuple(ids[12:40])), Example(1, tuple(ids[40:45]), tuple(ids[45:60]))]
+    results, steps = {}, {}
+    for split in (False, True):
+        module = SFT(adapter=config, frozen_prefix=PrefixConfig(enabled=split), seed=3)
+        module._backbone = default_backbone
+        module.configure_model()
+        try:
+            # An adapter that does something, of the size that training gives it.
+            generator.manual_seed(7)
+            for layer in lora_layers(module.model):
+                for linear in layer.lora_B.values():
+                    linear.weight.data.normal_(std=0.05, generator=generator)
+            assert (module.prefix.cut == "whole") is not split
+            scores = module.score(collate(examples))
+            (scores.losses.sum() / scores.mask.sum()).backward()
+            results[split] = (
+                scores.losses.detach(),
+                [p.grad.clone() for p in module.model.parameters() if p.requires_grad],
+            )
+            steps[split] = train(module, steps=5, examples=examples)
+        finally:
+            module.release()
+    torch.testing.assert_close(results[True][0], results[False][0], rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(results[True][1], results[False][1], strict=True):
+        # Sums over positions and thirty blocks, taken in another order.
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+    torch.testing.assert_close(steps[True], steps[False], rtol=1e-3, atol=1e-3)

@@ -93,6 +93,97 @@ def test_memorized_bits_are_the_entropy_less_what_is_missing(
     assert metrics.memorized_bits(entropy_bits, loss, target_tokens) == pytest.approx(bits)
 
 
+def test_a_fact_asked_for_in_several_ways_counts_once_by_the_mean() -> None:
+    table = scores([[1.0, 2.0], [4.0], [0.5], [2.5, 0.5]], [[1, 1], [1], [1], [1, 1]])
+    # Facts 7, 3, 7 and 3: (3 + 0.5) / 2 and (4 + 3) / 2.
+    assert metrics.facts_loss(table, [7, 3, 7, 3]).item() == pytest.approx(1.75 + 3.5)
+    assert metrics.facts_loss(table, [0, 1, 2, 3]).item() == pytest.approx(3 + 4 + 0.5 + 3)
+
+
+def test_random_and_natural_tokens_are_counted_apart_and_padding_is_neither() -> None:
+    before = scores([[4.0, 6.0, 8.0], [2.0]], [[0, 0, 0], [0]])
+    after = scores([[1.0, 3.0, 2.0], [5.0]], [[1, 0, 1], [0]])
+    replaced = torch.tensor([[False, True, False], [True, True, True]])
+    assert metrics.by_kind(replaced, before, after) == {
+        "natural": {"target_tokens": 2, "initial_loss": 6.0, "final_loss": 1.5, "token_accuracy": 1.0},
+        "random": {"target_tokens": 2, "initial_loss": 4.0, "final_loss": 4.0, "token_accuracy": 0.0},
+    }
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_tokens_of_one_kind_alone_are_not_told_apart(every: bool) -> None:
+    assert metrics.by_kind(torch.full((3, 4), every), THREE, THREE) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "similarity"),
+    [
+        ("abcd", "abcd", 1.0),
+        ("", "", 1.0),
+        ("", "abc", 0.0),
+        ("wxyz", "abcd", 0.0),
+        ("rain", "shine", 1 - 3 / 5),  # r to s, a to h, and an e at the end
+        ("5428952499", "5428952498", 1 - 1 / 10),
+        ("Córdoba", "Cordoba", 1 - 1 / 7),
+    ],
+)
+def test_edit_similarity_counts_characters(text: str, reference: str, similarity: float) -> None:
+    assert metrics.edit_similarity(text, reference) == pytest.approx(similarity)
+    assert metrics.edit_similarity(reference, text) == pytest.approx(similarity)
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(max_size=30), reference=st.text(max_size=30))
+def test_edit_similarity_agrees_with_another_implementation(text: str, reference: str) -> None:
+    from torchmetrics.functional.text import edit_distance
+
+    longer = max(len(text), len(reference))
+    expected = 1 - edit_distance(text, reference).item() / longer if longer else 1.0
+    assert metrics.edit_similarity(text, reference) == pytest.approx(expected)
+
+
+def test_extraction_in_one_sample_has_the_probability_of_the_target() -> None:
+    # exp(-1), exp(-3.5) and exp(-1.5).
+    expected = torch.tensor([math.exp(-1), math.exp(-3.5), math.exp(-1.5)], dtype=torch.float64)
+    torch.testing.assert_close(metrics.extraction_probability(THREE, 1), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("samples", [1, 10, 1000])
+@pytest.mark.parametrize("loss", [1e-6, 0.1, HALF, 0.7, 3.0, 20.0])
+def test_extraction_equals_the_formula_where_float64_can_have_it(loss: float, samples: int) -> None:
+    p = math.exp(-torch.tensor(loss).double().item())
+    exact = 1 - (1 - p) ** samples
+    table = scores([[loss]], [[1]])
+    # The loss is float32, and the formula itself loses digits where p is small.
+    assert metrics.extraction_probability(table, samples).item() == pytest.approx(exact, rel=1e-6, abs=1e-15)
+
+
+def test_extraction_keeps_its_digits_where_the_formula_has_none() -> None:
+    # p = exp(-100): 1 - p is 1 in float64, and n tries find it with n p.
+    rare = metrics.extraction_probability(scores([[60.0, 40.0]], [[0, 0]]), 1000).item()
+    assert rare == pytest.approx(1000 * math.exp(-100), rel=1e-9)
+    certain = metrics.extraction_probability(scores([[0.0, 0.0]], [[1, 1]]), 5).item()
+    assert certain == 1
+    beyond = metrics.extraction_probability(scores([[5000.0]], [[0]]), 10**6).item()
+    assert beyond == 0
+    # p = 1 - 1e-6: all of 2 tries miss with 1e-12.
+    nearly = metrics.extraction_probability(scores([[1e-6]], [[1]]), 2).item()
+    assert 1 - nearly == pytest.approx(1e-12, rel=1e-3)
+
+
+def test_extraction_is_what_sampling_finds() -> None:
+    table = scores([[0.5, 0.9], [1.2, 1.4, 0.6]], [[1, 1], [0, 0, 1]])
+    generator = torch.Generator().manual_seed(2)
+    probabilities = torch.exp(-table.losses.double())
+    # 20,000 times four samples of each target, token by token; a row ends with the mask.
+    drawn = torch.rand(20_000, 4, 2, 3, generator=generator, dtype=torch.float64) < probabilities
+    found = (drawn | ~table.mask).all(dim=-1).any(dim=1).double().mean(dim=0)
+    expected = metrics.extraction_probability(table, 4)
+    assert 0.1 < expected.min() < expected.max() < 0.9
+    # Five standard deviations of a share of 20,000.
+    assert (found - expected).abs().max() < 5 * math.sqrt(0.25 / 20_000)
+
+
 def test_verbatim_recall_says_what_the_pure_functions_say() -> None:
     metric = metrics.VerbatimRecall()
     metric.update(THREE)

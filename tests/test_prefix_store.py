@@ -6,13 +6,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks import VerbatimRecall
 from pml.adapter import AdapterConfig
 from pml.corpus import Example, collate
 from pml.errors import InputError
 from pml.modules import SFT
 from pml.prefix_store import PrefixConfig, PrefixStore
 from pml.recall import greedy_recall
+from tests.tiny_runs import Ids, make_trainer, uneven
 
 CPU = torch.device("cpu")
 KIB = 2.0**-20
@@ -38,6 +41,18 @@ def test_a_copy_is_kept(tmp_path: Path) -> None:
     store.put(b"a", (tensor,))
     tensor.zero_()
     assert store[b"a"][0].tolist() == [1, 1, 1]
+
+
+def test_a_closed_store_gives_what_it_has_and_takes_nothing(tmp_path: Path) -> None:
+    store = PrefixStore(PrefixConfig(), CPU, tmp_path)
+    store.put(b"a", (torch.ones(3),))
+    with store.closed(), store.closed():
+        store.put(b"b", (torch.ones(3),))
+        assert store[b"a"][0].tolist() == [1, 1, 1]
+    assert b"b" not in store
+    assert sum(store.bytes.values()) == 12
+    store.put(b"b", (torch.ones(3),))
+    assert len(store) == 2
 
 
 def test_what_does_not_fit_the_host_goes_to_a_file_without_a_name(tmp_path: Path) -> None:
@@ -149,3 +164,43 @@ def test_full_logits_bring_released_blocks_back(tiny_backbone_folder: Path) -> N
     module.score(collate(EXAMPLES))
     module.prefix.release()
     assert torch.equal(module(torch.arange(5)[None]), expected)
+
+
+class ReleasedBlocks(Callback):
+    """Notes at the start of every epoch whether the lower blocks are freed."""
+
+    def __init__(self) -> None:
+        self.released: list[bool] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.released.append(pl_module.backbone.released)
+
+
+def test_a_fit_that_releases_the_prefix_ends_where_one_that_keeps_it_does(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    ends = {}
+    for release in (False, True):
+        module = make_module(tiny_backbone_folder, PrefixConfig(release=release))
+        data = Ids(uneven(5), batch_size=2)
+        watch = ReleasedBlocks()
+        trainer = make_trainer(tmp_path, max_epochs=3, callbacks=[VerbatimRecall(), watch])
+        trainer.fit(module, datamodule=data)
+        ends[release] = module.state_dict()
+        # The first epoch fills the cache, the others run without what lies below; generation at the end brings it back.
+        assert watch.released == [False, release, release]
+        assert not module.backbone.released
+    for name, weight in ends[False].items():
+        assert torch.equal(ends[True][name], weight)
+
+
+def test_a_fit_whose_prefix_finds_no_room_keeps_the_blocks_it_needs(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_module(tiny_backbone_folder, PrefixConfig(place="host", budget_gib=KIB, release=True))
+    data = Ids(uneven(5), batch_size=2)
+    walks = []
+    monkeypatch.setattr(data, "val_dataloader", lambda: walks.append(1) or [])
+    make_trainer(tmp_path, max_epochs=3).fit(module, datamodule=data)
+    assert not module.backbone.released
+    assert not walks

@@ -1,278 +1,337 @@
-"""Figures and tables: what they show, what they leave out, and that they are written whole."""
+"""The report page: what it says, that it needs nothing beside itself, and that nothing in a record can break it."""
 
-import io
-import itertools
+import base64
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
-import numpy as np
 import pytest
-from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from record_factory import make_record
-from rich.console import Console
+from simulated_runs import write_simulated_grid, write_simulated_run
 
-from pml.law import Cell, LawFit, fit_law, saturated
-from pml.records import Record
-from pml.report import law_figure, records_table, save_figure
+from pml.cli import main
+from pml.errors import InputError
+from pml.records import Record, read_records, write_record
+from pml.report import PAGE_NAME, Report, make_report, write_report
 
-RANKS = (1, 2, 4, 6)
-LENGTHS = (64, 128, 256)
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"' {{ 7 * 7 }} {% x %} & $x^{2$ javascript:alert(3)"""
 
 
-def law_cells() -> list[Cell]:
-    """Cells of dL = 60 r^0.5 l^-0.5 + 0.5 with 13.6 nats to lose: 3 are saturated; one more diverged."""
-    cells = []
-    for rank in RANKS:
-        for length in LENGTHS:
-            reduction = 60 * (rank / length) ** 0.5 + 0.5
-            cells.append(Cell(rank, length, 13.6, max(13.6 - reduction, 0.05), 0, f"r{rank}-l{length}"))
-    return [*cells, Cell(2, 128, 13.6, 40.0, 1, "diverged")]
+class Page(HTMLParser):
+    """A page taken apart: its elements with their attributes, its text, and whether tags are closed as they opened."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == [], "every element is closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self.open[-1] if self.open else "", " ".join(data.split())))
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def said(self, tag: str) -> list[str]:
+        return [text for name, text in self.texts if name == tag]
+
+    @property
+    def text(self) -> str:
+        return " ".join(text for tag, text in self.texts if tag != "style")
 
 
 @pytest.fixture(scope="module")
-def fit() -> LawFit:
-    return fit_law(law_cells())
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grid of both methods on random tokens."""
+    folder = tmp_path_factory.mktemp("runs")
+    return write_simulated_grid(folder, ranks=(1, 2, 4), lengths=(128, 256), methods=("sft", "memft"))
 
 
 @pytest.fixture(scope="module")
-def figure(fit: LawFit) -> Figure:
-    return law_figure(fit, law_cells())
+def report(runs: Path) -> Report:
+    return make_report(read_records([runs]), title="A grid")
 
 
-def points(axes: Axes, label: str) -> list[Line2D]:
-    return [line for line in axes.lines if line.get_label() == label]
+@pytest.fixture(scope="module")
+def page(report: Report) -> Page:
+    return Page(report.html)
 
 
-def positions(lines: list[Line2D]) -> list[tuple[float, float]]:
-    return sorted((float(np.asarray(line.get_xdata())[0]), float(np.asarray(line.get_ydata())[0])) for line in lines)
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Record]:
+    """Two runs, too few for a law."""
+    folder = tmp_path_factory.mktemp("small")
+    return read_records([write_simulated_grid(folder, ranks=(1, 2), lengths=(64,), seeds=(0,))])
 
 
-def printed(records: dict[Path, Record], width: int = 100) -> str:
-    console = Console(width=width, record=True, file=io.StringIO())
-    console.print(records_table(records))
-    return console.export_text()
+@pytest.fixture(scope="module")
+def small_report(small: dict[Path, Record]) -> Report:
+    return make_report(small)
 
 
-class TestLawFigure:
-    def test_it_has_two_panels_whose_axes_say_their_units(self, figure: Figure) -> None:
-        left, right = figure.axes
-        assert left.get_xlabel() == "measured loss reduction (nats per target token)"
-        assert left.get_ylabel() == "predicted loss reduction (nats per target token)"
-        assert right.get_xlabel() == "LoRA rank (logarithmic)"
-        assert right.get_ylabel() == "loss reduction (nats per target token)"
-
-    def test_the_title_has_the_equation_and_r2(self, figure: Figure, fit: LawFit) -> None:
-        assert r"\Delta L = 60.0\,r^{0.500}\,\ell^{-0.500} + 0.500" in figure.get_suptitle()
-        assert f"= {fit.r2:.4f}, MAPE" in figure.axes[0].get_title()
-
-    def test_every_used_cell_is_drawn_filled_where_it_was_measured(self, figure: Figure, fit: LawFit) -> None:
-        left, right = figure.axes
-        used = points(left, "used")
-        np.testing.assert_allclose(positions(used), sorted((c.measured, c.predicted) for c in fit.used))
-        np.testing.assert_allclose(positions(points(right, "used")), sorted((c.rank, c.measured) for c in fit.used))
-        assert all(to_hex(line.get_markerfacecolor()) != "#ffffff" for line in used)
-
-    def test_saturated_cells_are_drawn_hollow_in_both_panels(self, figure: Figure) -> None:
-        expected = sorted((c.rank, c.loss_reduction) for c in law_cells() if saturated(c))
-        assert len(expected) == 3
-        for axes in figure.axes:
-            hollow = points(axes, "saturated")
-            assert len(hollow) == 3
-            assert all(to_hex(line.get_markerfacecolor()) == "#ffffff" for line in hollow)
-            assert all(to_hex(line.get_markeredgecolor()) != "#ffffff" for line in hollow)
-        np.testing.assert_allclose(positions(points(figure.axes[1], "saturated")), expected)
-
-    def test_diverged_cells_are_not_drawn(self, figure: Figure) -> None:
-        for axes in figure.axes:
-            assert len(points(axes, "used") + points(axes, "saturated")) == len(RANKS) * len(LENGTHS)
-
-    def test_the_identity_line_is_drawn(self, figure: Figure) -> None:
-        (line,) = points(figure.axes[0], "identity")
-        np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
-
-    def test_all_points_lie_inside_the_axes(self, figure: Figure) -> None:
-        for axes in figure.axes:
-            (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
-            assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "used")]))
-            assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "saturated")]))
-
-    def test_predictions_beyond_the_upper_edge_are_said_to_be_there(self, fit: LawFit, figure: Figure) -> None:
-        far = Cell(500, 64, 13.6, 0.05, 0, "far")
-        # 60 (6 / 64)^0.5 + 0.5 = 18.9 nats are beyond it already; rank 500 adds one with 168 nats.
-        assert [text.get_text() for text in figure.axes[0].texts] == ["at the upper edge: 1 predicted beyond it"]
-        squeezed = law_figure(fit, [*law_cells(), far])
-        assert [text.get_text() for text in squeezed.axes[0].texts] == ["at the upper edge: 2 predicted beyond it"]
-        assert squeezed.axes[0].get_ylim() == figure.axes[0].get_ylim()
-
-    def test_the_rank_axis_is_logarithmic_and_ticked_at_the_ranks(self, figure: Figure) -> None:
-        right = figure.axes[1]
-        assert right.get_xscale() == "log"
-        assert list(right.get_xticks()) == list(RANKS)
-        assert [tick.get_text() for tick in right.get_xticklabels()] == ["1", "2", "4", "6"]
-        assert list(right.get_xticks(minor=True)) == []
-
-    def test_close_ranks_keep_their_ticks_but_not_labels_that_would_touch(self) -> None:
-        cells = [Cell(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 15, 16, 128) for n in LENGTHS]
-        right = law_figure(fit_law(cells), cells).axes[1]
-        assert list(right.get_xticks()) == [1, 2, 15, 16, 128]
-        assert [tick.get_text() for tick in right.get_xticklabels()] == ["1", "2", "15", "", "128"]
-
-    def test_each_length_has_a_solid_line_of_the_law_over_the_ranks_that_were_used(
-        self, figure: Figure, fit: LawFit
-    ) -> None:
-        lines = [line for line in figure.axes[1].lines if line.get_linestyle() == "-"]
-        assert len(lines) == len(LENGTHS)
-        for line, length in zip(lines, LENGTHS, strict=True):
-            ranks = [cell.rank for cell in fit.used if cell.target_tokens == length]
-            x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
-            assert (x[0], x[-1]) == pytest.approx((min(ranks), max(ranks)))
-            np.testing.assert_allclose(y, 60 * (x / length) ** 0.5 + 0.5, rtol=1e-6)
-
-    def test_the_legend_names_every_length_and_what_hollow_means(self, figure: Figure) -> None:
-        (legend,) = figure.legends
-        assert [text.get_text() for text in legend.get_texts()] == [
-            "64 tokens",
-            "128 tokens",
-            "256 tokens",
-            "hollow: saturated,\nnot used in the fit",
-        ]
-
-    @pytest.mark.parametrize("count", [3, 7, 8, 12])
-    def test_lengths_differ_in_colour_and_neighbours_in_marker(self, count: int) -> None:
-        lengths = [100 * (n + 1) for n in range(count)]
-        cells = [Cell(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 4) for n in lengths]
-        (legend,) = law_figure(fit_law(cells), cells).legends
-        handles = [handle for handle in legend.get_lines() if handle.get_linestyle() != "None"]
-        assert len({str(handle.get_color()) for handle in handles}) == count
-        assert all(a.get_marker() != b.get_marker() for a, b in itertools.pairwise(handles))
-        assert len(legend.get_texts()) == count, "without saturated cells, nothing is said about them"
-
-    def test_the_title_says_what_the_law_is_about_and_that_there_are_warnings(self) -> None:
-        setting = {"backbone": "m", "block": [20], "placement": ["a", "b"], "method": "sft", "corpus": ["x", "y"]}
-        law = fit_law(law_cells(), setting)
-        assert len(law.warnings) == 2
-        title = law_figure(law, law_cells()).get_suptitle()
-        assert title.endswith("\nx, y in m, block 20, a b, sft, 2 warnings with the fit")
-
-    def test_large_numbers_are_written_as_powers_of_ten(self) -> None:
-        cells = [Cell(r, n, 99.0, 99 - (2e6 * r**0.5 * n**-1.6 + 1), 0, "") for r in RANKS for n in (4000, 8000, 16000)]
-        title = law_figure(fit_law(cells), cells).get_suptitle()
-        assert title.startswith(r"$\Delta L = 2.00 \times 10^{6}\,r^{0.500}\,\ell^{-1.60} + 1.00$")
+@pytest.fixture(scope="module")
+def reports(small_report: Report) -> tuple[Report, Report]:
+    """Two that differ in their title."""
+    return small_report, replace(small_report, html=small_report.html.replace("What the adapters remember", "Another"))
 
 
-class TestSaveFigure:
-    def test_the_suffix_says_the_format(self, figure: Figure, tmp_path: Path) -> None:
-        assert save_figure(figure, tmp_path / "new" / "law.png").read_bytes().startswith(b"\x89PNG")
-        assert save_figure(figure, tmp_path / "law.svg").read_bytes().startswith(b"<?xml")
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["law.svg", "new"]
-
-    def test_a_failure_leaves_the_former_figure_and_nothing_else(
-        self, figure: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = save_figure(figure, tmp_path / "law.png")
-        before = path.read_bytes()
-
-        def half(self: Figure, file: object, **options: object) -> None:
-            file.write(b"half")  # type: ignore[attr-defined]
-            raise RuntimeError("stopped")
-
-        monkeypatch.setattr(Figure, "savefig", half)
-        with pytest.raises(RuntimeError, match="stopped"):
-            save_figure(figure, path)
-        assert path.read_bytes() == before
-        assert list(tmp_path.iterdir()) == [path]
-
-
-class TestRecordsTable:
-    def test_rows_are_sorted_by_corpus_length_rank_and_method(self) -> None:
-        records = {
-            Path("a"): make_record(rank=8),
-            Path("b"): make_record(rank=2),
-            Path("c"): make_record(rank=2, method="sft"),
-            Path("d"): make_record(rank=16, target_tokens=32),
-            Path("e"): make_record(corpus="phonebook"),
-        }
-        rows = [line.split()[0] for line in printed(records).splitlines() if line[:1] in set("abcde")]
-        assert rows == ["e", "d", "b", "c", "a"]
-
-    def test_a_row_says_what_the_record_says(self) -> None:
-        record = make_record(
-            rank=8,
-            pairs=17,
-            method="sft",
-            target_tokens=640,
-            corpus="phonebook",
-            initial_loss=13.6,
-            final_loss=0.0421,
-            token_accuracy=0.975,
-            exact_match=0.5,
-            generated_exact_match=0.25,
-            sub_threshold_fraction=0.0625,
-            optimizer_steps=321,
-            steps_to_recall=123,
-            wall_seconds=45.6,
-        )
-        lines = printed({Path("x/one"): record, Path("x/two"): make_record()}).splitlines()
-        (row,) = [line.split() for line in lines if line.startswith("one")]
-        assert " ".join(row) == "one phonebook 17 640 8 sft 13.60 0.042 97.5 50.0 25.0 6.2 321 123 46"
-
-    def test_settings_that_all_runs_share_stand_in_the_caption(self) -> None:
-        text = printed({Path("a"): make_record(rank=1), Path("b"): make_record(rank=2)})
-        assert "All runs: corpus random_tokens, pairs 1, target tokens 64, method memft." in " ".join(text.split())
-        header = text.splitlines()[1]
-        assert "rank" in header
-        assert "method" not in header
-
-    def test_results_that_no_run_has_stand_in_the_caption(self) -> None:
-        text = " ".join(printed({Path("a"): make_record(generated_exact_match=None)}).split())
-        assert "None of the runs has: generated, recall after." in text
-        assert "Recall after: steps until" not in text
-
-    def test_what_one_run_lacks_is_a_dash(self) -> None:
-        text = printed({Path("a"): make_record(steps_to_recall=None), Path("b"): make_record(steps_to_recall=9)})
-        (row,) = [line.split() for line in text.splitlines() if line.startswith("a ")]
-        assert row[-2] == "-"
-        assert "Recall after: steps until every target token was certified." in " ".join(text.split())
-
-    @pytest.mark.parametrize(
-        ("share", "shown"), [(1.0, "100.0"), (0.9999, ">99.9"), (0.0, "0.0"), (0.0001, "<0.1"), (0.123, "12.3")]
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Records that are hostile wherever they hold text."""
+    folder = tmp_path_factory.mktemp("hostile")
+    names = ("backbone", "backbone_hash", "dtype", "init", "corpus", "corpus_hash", "git_commit", "placement")
+    fields: dict[str, Any] = dict.fromkeys(names, HOSTILE)
+    fields |= {"versions": {HOSTILE: HOSTILE}, "hardware": {HOSTILE: HOSTILE}}
+    fields |= {"corpus_settings": {HOSTILE: HOSTILE}, "retention": {HOSTILE: {"loss_before": 1.0}}}
+    write_simulated_grid(
+        folder, ranks=(1, 2, 4), lengths=(128, 256), seeds=(0,), method_settings={HOSTILE: HOSTILE}, **fields
     )
-    def test_only_a_whole_share_reads_100_and_only_none_reads_0(self, share: float, shown: str) -> None:
-        (row,) = [line.split() for line in printed({Path("a"): make_record(token_accuracy=share)}).splitlines()[3:4]]
-        assert row[3] == shown
+    write_simulated_run(folder / "<b>other", 1, 64, **fields, method_settings={"weighting": HOSTILE})
+    return make_report(read_records([folder]), title=HOSTILE)
 
-    def test_numbers_are_aligned_on_the_right(self) -> None:
-        lines = printed({Path("a"): make_record(optimizer_steps=7), Path("b"): make_record(optimizer_steps=12345)})
-        rows = [line for line in lines.splitlines() if line[:2] in ("a ", "b ")]
-        assert rows[0].index(" 7 ") + 1 == rows[1].index("12345") + 4
 
-    def test_folders_of_the_same_name_are_told_apart(self) -> None:
-        text = printed({Path("sft/seed-0"): make_record(), Path("memft/seed-0"): make_record()})
-        assert "sft/seed-0" in text
-        assert "memft/seed-0" in text
+class TestPage:
+    def test_it_has_each_section_under_its_heading(self, page: Page) -> None:
+        assert page.said("h1") == page.said("title") == ["A grid"]
+        assert page.said("h2") == ["In short", "Random tokens", "How everything was made", "Words"]
+        sections = ["Recall", "The threshold", "Capacity in bits", "Every run"]
+        laws = ["The law: SFT", "The law: MemFT OnlyThreshold"]
+        cards = ["Random tokens, SFT", "Random tokens, MemFT OnlyThreshold"]
+        assert page.said("h3") == [*cards, *laws, *sections]
 
-    def test_an_interrupted_run_says_so(self) -> None:
-        assert "a (interrupted)" in printed({Path("a"): make_record(status="interrupted")})
+    def test_it_needs_no_network_and_runs_nothing(self, page: Page, report: Report) -> None:
+        for tag, attributes in page.elements:
+            assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form")
+            assert not [name for name in attributes if name.startswith("on") or name in ("srcset", "style")]
+            assert attributes.get("src", "data:").startswith("data:image/svg+xml;base64,") or "src" not in attributes
+            assert attributes.get("href", "#").startswith("#")
+        (policy,) = [m["content"] for m in page.all("meta") if m.get("http-equiv") == "Content-Security-Policy"]
+        assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+        style = report.html.partition("<style>")[2].partition("</style>")[0]
+        assert "url(" not in style
+        assert "@import" not in style
 
-    def test_even_the_widest_table_fits_100_columns_with_every_number_whole(self) -> None:
-        long = make_record(
-            corpus="random_tokens",
-            pairs=10000,
-            target_tokens=320000,
-            rank=1024,
-            optimizer_steps=12345,
-            steps_to_recall=123456,
-            wall_seconds=9876,
+    def test_links_lead_to_places_on_the_page(self, page: Page) -> None:
+        places = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+        links = [attributes["href"].removeprefix("#") for attributes in page.all("a")]
+        assert links
+        assert set(links) <= places
+
+    def test_every_place_has_one_name(self, page: Page) -> None:
+        places = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+        assert len(places) == len(set(places))
+
+    def test_every_figure_says_in_words_what_it_shows(self, page: Page) -> None:
+        images = page.all("img")
+        # Four of the law, four of the threshold and two of capacity for each method, and two of recall.
+        assert len(images) == 2 * (4 + 4 + 2) + 2
+        assert all(len(image["alt"]) > 40 for image in images)
+        assert len({image["alt"] for image in images}) == len(images)
+
+    def test_images_are_drawings_that_load_nothing(self, page: Page) -> None:
+        for image in page.all("img"):
+            drawing = base64.b64decode(image["src"].partition(",")[2])
+            root = ElementTree.fromstring(drawing)
+            assert root.tag == "{http://www.w3.org/2000/svg}svg"
+            links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
+            assert all(link.startswith(("#", "data:")) for link in links)
+
+    def test_every_figure_is_there_as_png_too(self, page: Page, report: Report) -> None:
+        named = [attributes["data-png"] for attributes in page.all("figure") if "data-png" in attributes]
+        assert sorted(named) == sorted(report.figures)
+        assert all(content.startswith(b"\x89PNG\r\n") for content in report.figures.values())
+
+    def test_it_fits_a_phone_and_paper(self, page: Page, report: Report) -> None:
+        assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+        assert "@media print" in report.html
+        # Tables are wider than a phone: each lies in a region of its own that scrolls, by keyboard too.
+        assert len([a for a in page.all("div") if a.get("class") == "scroll" and a.get("tabindex") == "0"]) == len(
+            page.all("table")
         )
-        text = printed(
-            {Path("phonebook_memft_rank-4_seed-0"): long, Path("b"): make_record(method="sft", corpus="phonebook")}
-        )
-        assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
-        assert "…" not in text
-        (row,) = [line.split() for line in text.splitlines() if "320000" in line]
-        assert " ".join(row[2:]) == "10000 320000 1024 memft 13.60 3.100 75.0 0.0 0.0 30.0 12345 123456 9876"
 
-    def test_without_records_the_table_is_empty(self) -> None:
-        assert records_table({}).row_count == 0
+    def test_each_method_has_a_law_of_its_own_with_intervals(self, page: Page, report: Report) -> None:
+        assert report.html.count('<p class="equation">') == 4  # in short, and in full
+        assert page.text.count("R² of the law") == 2
+        assert page.said("th").count("95 %, profile") == 2
+        assert page.text.count("Forms of the law") == page.text.count("From loss to recall") == 2
+
+    def test_methods_are_compared_at_the_same_budget(self, page: Page) -> None:
+        assert "MemFT OnlyThreshold against SFT, at the same budget" in page.text
+        assert "12 pairs of runs of the same cell and seed" in page.text
+
+    def test_every_run_is_a_row(self, page: Page, runs: Path) -> None:
+        assert "24 runs" in page.said("p")
+        assert all(path.name in page.text for path in runs.iterdir())
+
+    def test_settings_that_differ_are_apart_from_those_that_all_share(self, page: Page) -> None:
+        text = page.text
+        shared, differing = text.index("Settings of all runs"), text.index("Settings in which runs differ")
+        assert shared < text.index("method: learning_rate 0.2") < differing
+        assert "pml.weighting.OnlyThreshold (12 runs); pml.weighting.Uniform (12 runs)" in text[differing:]
+
+    def test_the_same_runs_give_the_same_page(self, small: dict[Path, Record], small_report: Report) -> None:
+        assert make_report(small) == small_report
+
+
+class TestWhatIsMissing:
+    def test_too_few_runs_have_no_law_and_the_page_says_why(self, small_report: Report) -> None:
+        text = Page(small_report.html).text
+        assert "No law: 2 of 2 cells can be used" in text
+        assert "expected at least 5" in text
+
+    def test_runs_without_per_token_results_have_no_histogram(self) -> None:
+        report = make_report({Path("gone/a"): make_record(), Path("gone/b"): make_record(rank=8)})
+        text = Page(report.html).text
+        assert "Losses of single tokens around ln 2 Not drawn: no run left per-token results." in text
+        assert (
+            "Per-token results are missing for 2 runs, the first because of gone/a/tokens.parquet: no such file" in text
+        )
+        assert not [name for name in report.figures if "token-losses" in name]
+
+    def test_a_corpus_of_unknown_entropy_has_no_bits(self) -> None:
+        record = make_record(corpus_entropy_bits=None, memorized_bits=None, bits_per_parameter=None)
+        text = Page(make_report({Path("gone"): record}).html).text
+        assert "Not drawn: the corpus has no known entropy" in text
+        assert "bits per parameter" not in text.partition("Every run")[2].partition("How everything")[0]
+
+    def test_unfinished_runs_are_listed_but_not_drawn(self, tmp_path: Path) -> None:
+        write_simulated_run(tmp_path / "cut", 4, 64, status="interrupted")
+        text = Page(make_report(read_records([tmp_path])).html).text
+        assert "1 run, 0 of them finished" in text
+        assert "Not drawn: no run was finished." in text
+        assert "interrupted" in text
+
+    def test_runs_that_differ_in_more_than_they_should_are_pointed_out(self, tmp_path: Path) -> None:
+        for rank, rate in ((1, 0.1), (2, 0.2)):
+            settings = {"weighting": "x", "learning_rate": rate}
+            write_simulated_run(tmp_path / str(rank), rank, 64, method_settings=settings)
+        records = read_records([tmp_path])
+        assert (
+            "differ in more than rank, length and seed: learning_rate (0.1, 0.2)"
+            in Page(make_report(records).html).text
+        )
+        split = Page(make_report(records, by=["method_settings.learning_rate"]).html)
+        assert "differ in more than" not in split.text
+        assert len([heading for heading in split.said("h2") if heading.startswith("Random tokens")]) == 2
+
+    def test_no_run_at_all_is_refused(self) -> None:
+        with pytest.raises(InputError, match="no record: expected at least one run"):
+            make_report({})
+
+
+class TestWhatSomeRunsMeasure:
+    def test_side_effects_and_kinds_of_tokens_have_tables(self, tmp_path: Path) -> None:
+        kind = {"target_tokens": 12.0, "initial_loss": 9.0, "final_loss": 1.25, "token_accuracy": 0.5}
+        write_simulated_run(
+            tmp_path / "a",
+            4,
+            64,
+            retention={"prose": {"target_tokens": 100.0, "loss_before": 3.5, "loss_after": 4.75}},
+            by_kind={"random": kind},
+        )
+        text = Page(make_report(read_records([tmp_path])).html).text
+        assert "prose 3.500 4.750" in text
+        assert "random 12 9.000 1.250 50.0" in text
+
+
+class TestHostileRecords:
+    def test_values_are_text_and_nothing_else(self, hostile: Report) -> None:
+        page = Page(hostile.html)
+        allowed = {"data-png", "class", "id", "alt", "src", "aria-label", "tabindex", "role", "scope", "href", "lang"}
+        allowed |= {"name", "content", "charset", "http-equiv"}
+        assert {name for _, attributes in page.elements for name in attributes} <= allowed
+        assert "script" not in {tag for tag, _ in page.elements}
+        assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in page.all("img"))
+        assert page.said("h1") == [" ".join(HOSTILE.split())]
+        # Said as it is, and never worked out.
+        assert "{{ 7 * 7 }}" in page.text
+        assert page.text.count("<script>alert(1)</script>") > 10
+
+    def test_names_of_files_are_ours(self, hostile: Report) -> None:
+        assert hostile.figures
+        assert all(name.replace("-", "").removesuffix(".png").isalnum() for name in hostile.figures)
+
+
+class TestWriting:
+    def test_page_and_figures_are_written(self, reports: tuple[Report, Report], tmp_path: Path) -> None:
+        path = write_report(reports[0], tmp_path / "new")
+        assert path == tmp_path / "new" / PAGE_NAME
+        assert path.read_text(encoding="utf-8") == reports[0].html
+        written = {file.name: file.read_bytes() for file in (tmp_path / "new" / "figures").iterdir()}
+        assert written == reports[0].figures
+
+    def test_another_report_is_only_replaced_when_asked(self, reports: tuple[Report, Report], tmp_path: Path) -> None:
+        write_report(reports[0], tmp_path)
+        write_report(reports[0], tmp_path)
+        with pytest.raises(InputError, match="holds another report; give another --out, or --overwrite"):
+            write_report(reports[1], tmp_path)
+        assert (tmp_path / PAGE_NAME).read_text(encoding="utf-8") == reports[0].html
+        write_report(reports[1], tmp_path, overwrite=True)
+        assert (tmp_path / PAGE_NAME).read_text(encoding="utf-8") == reports[1].html
+
+    def test_figures_that_the_new_report_lacks_go_and_other_files_stay(
+        self, reports: tuple[Report, Report], tmp_path: Path
+    ) -> None:
+        write_report(reports[0], tmp_path)
+        mine = tmp_path / "figures" / "mine.png"
+        mine.write_bytes(b"mine")
+        first = sorted(reports[1].figures)[0]
+        fewer = Report(
+            reports[1].html.replace(f'data-png="{first}"', ""),
+            {name: content for name, content in reports[1].figures.items() if name != first},
+        )
+        write_report(fewer, tmp_path, overwrite=True)
+        assert not (tmp_path / "figures" / first).exists()
+        assert mine.read_bytes() == b"mine"
+
+    def test_a_page_of_someone_else_takes_no_figure_with_it(
+        self, reports: tuple[Report, Report], tmp_path: Path
+    ) -> None:
+        (tmp_path / "figures").mkdir()
+        theirs = tmp_path / "figures" / "theirs.png"
+        theirs.write_bytes(b"theirs")
+        (tmp_path / PAGE_NAME).write_text('<figure data-png="theirs.png">')
+        write_report(reports[0], tmp_path, overwrite=True)
+        assert theirs.exists()
+
+    def test_a_folder_that_cannot_be_made_is_explained(self, reports: tuple[Report, Report], tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(InputError, match=r"--out .*file.* cannot be written"):
+            write_report(reports[0], tmp_path / "file")
+
+
+class TestCommand:
+    def test_it_says_what_it_wrote(
+        self, small: dict[Path, Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = str(next(iter(small)).parent)
+        assert main(["report", folder, "--out", str(tmp_path), "--title", "Mine & yours"]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"written: {tmp_path / PAGE_NAME} (")
+        assert "Mine &amp; yours" in (tmp_path / PAGE_NAME).read_text(encoding="utf-8")
+        assert main(["report", folder, "--out", str(tmp_path)]) == 2
+        assert "holds another report" in capsys.readouterr().err
+
+    def test_where_and_by_reach_the_report(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write_record(tmp_path / "a", make_record(corpus="one"))
+        write_record(tmp_path / "b", make_record(corpus="two"))
+        out = tmp_path / "out"
+        assert main(["report", str(tmp_path), "--out", str(out), "--where.corpus", "one"]) == 0
+        assert Page((out / PAGE_NAME).read_text(encoding="utf-8")).text.count("1 run:") == 1
+        assert main(["report", str(tmp_path), "--out", str(out), "--by", "colour"]) == 2
+        assert "no run has a value for 'colour'" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, nargs="*", default=[4, 32], help="sizes of a phone book batch, in pairs")
     parser.add_argument("--dtypes", type=str, nargs="+", default=["float32", "bfloat16"], help="dtypes of the backbone")
     parser.add_argument("--repeats", type=int, default=3, help="turns that each way gets on each case")
-    parser.add_argument("--steps", type=int, default=4, help="optimiser steps in a turn")
+    parser.add_argument("--steps", type=int, default=5, help="counted optimiser steps in a turn")
     parser.add_argument("--recall", type=int, default=64, help="target tokens of the recall fits; 0 leaves them out")
     parser.add_argument("--out", type=Path | None, help="file for everything measured, as JSON")
     parser.add_argument("--json", action="store_true", help="print everything measured as JSON, and nothing else")
@@ -73,47 +73,71 @@ def run(args: jsonargparse.Namespace) -> int:
         print(json.dumps(content, indent=2))
         return 0
     console = Console()
-    console.print(_steps_table(measurements, rates))
+    for table in _steps_tables(measurements, rates):
+        console.print(table)
     if recall:
         console.print(_recall_table(recall, args.recall))
     return 0
 
 
-def _steps_table(measurements: "list[Measurement]", rates: dict[str, float]) -> "Table":
+def _steps_tables(measurements: "list[Measurement]", rates: dict[str, float]) -> "list[Table]":
+    """Time and memory, each within 80 columns."""
+    from rich import box
     from rich.table import Table
 
     rate_text = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in rates.items())
-    table = Table(
-        title="Seconds per optimiser step, and memory above what is held between steps",
-        caption=f"Matrix products of this machine, GFLOP/s: {rate_text}. Share: necessary arithmetic of the split step "
-        "over its time, relative to that.",
+    seconds = Table(
+        title="Seconds per optimiser step",
+        caption="vs float32: the ordinary step in float32 over the split one in this dtype. Rate: necessary arithmetic "
+        f"of the split step over its time, as a share of what matrix products reach here ({rate_text} GFLOP/s).",
+        box=box.SIMPLE_HEAD,
     )
-    for header in ("dtype", "batch", "ordinary s", "whole s", "split s", "ordinary / split"):
-        table.add_column(header, justify="left" if header in ("dtype", "batch") else "right")
-    for header in ("float32 ordinary / split", "share", "ordinary MiB", "split MiB", "peak ratio"):
-        table.add_column(header, justify="right")
+    memory = Table(
+        title="Peak memory in MiB",
+        caption="In all: with the weights, above the bare process; the split way frees what lies below the adapter. "
+        "In a step: above what is held between steps.",
+        box=box.SIMPLE_HEAD,
+    )
+    timed = ("ordinary", "whole", "split", "ordinary\n/ split", "vs\nfloat32", "rate")
+    held = ("ordinary\nin all", "split\nin all", "ratio", "ordinary\nin a step", "split\nin a step", "ratio")
+    for table, headers in ((seconds, timed), (memory, held)):
+        for header in ("dtype", "batch"):
+            table.add_column(header)
+        for header in headers:
+            table.add_column(header, justify="right")
     by_case = {(m.case.dtype, m.case.label, m.way): m for m in measurements}
     for dtype, label in dict.fromkeys((m.case.dtype, m.case.label) for m in measurements):
         ordinary, whole, split = (by_case[dtype, label, way] for way in ("ordinary", "whole", "split"))
         float32 = by_case.get(("float32", label, "ordinary"))
-        table.add_row(
+        seconds.add_row(
             dtype,
             label,
             *(f"{m.step_seconds:.3f}" for m in (ordinary, whole, split)),
             f"{ordinary.step_seconds / split.step_seconds:.2f}",
             f"{float32.step_seconds / split.step_seconds:.2f}" if float32 is not None else "-",
             f"{split.gflop / split.step_seconds / rates[dtype]:.0%}",
-            f"{ordinary.step_mib:.0f}",
-            f"{split.step_mib:.0f}",
-            f"{ordinary.peak_mib / split.peak_mib:.2f}",
         )
-    return table
+        memory.add_row(
+            dtype,
+            label,
+            *(f"{m.peak_mib:.0f}" for m in (ordinary, split)),
+            _ratio(ordinary.peak_mib, split.peak_mib),
+            *(f"{m.step_mib:.0f}" for m in (ordinary, split)),
+            _ratio(ordinary.step_mib, split.step_mib),
+        )
+    return [seconds, memory]
+
+
+def _ratio(ordinary: float, split: float) -> str:
+    """How many times as much the ordinary way needs; `-` where the split way needs less than can be measured."""
+    return f"{ordinary / split:.1f}" if split >= 1 else "-"
 
 
 def _recall_table(recall: "list[RecallRun]", length: int) -> "Table":
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"To certified recall of {length} random tokens at rank 4")
+    table = Table(box=box.SIMPLE_HEAD, title=f"To certified recall of {length} random tokens at rank 4")
     for header in ("settings", "method", "steps", "seconds", "recalled"):
         table.add_column(header, justify="left" if header in ("settings", "method") else "right")
     for fit in recall:

@@ -1,4 +1,9 @@
-"""Fit the Parametric Memory Law dL = C r^alpha l^(-beta) + b to finished runs; loss in nats per target token."""
+"""Fit the Parametric Memory Law dL = C r^alpha l^(-beta) + b to finished runs; loss in nats per target token.
+
+Every form that the runs determine is fitted: the paper's, those that know the ceiling (no run can lower the loss by
+more than the frozen model's), and that every effective parameter stores a constant number of bits. The best comes
+first, by AICc and by how well it foretells the largest rank and length from the others.
+"""
 
 import json
 from pathlib import Path
@@ -9,10 +14,24 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pml.calibration import RecallModel, fit_recall, run_tokens
 from pml.errors import InputError
-from pml.law import LAW_NAME, LawFit, cells_from_records, fit_law, select_records, shared_setting
+from pml.figures import law_figure, save_figure
+from pml.law import (
+    FORMS,
+    LAW_NAME,
+    CapacityName,
+    Cell,
+    FormFit,
+    FormName,
+    LawFit,
+    cells_from_records,
+    fit_law,
+    select_records,
+    shared_setting,
+)
 from pml.records import read_records, write_json
-from pml.report import law_figure, save_figure
+from pml.token_results import TOKENS_NAME, read_tokens
 
 __all__ = ["FIGURE_NAME", "configure", "run"]
 
@@ -27,6 +46,17 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         type=str,
         metavar="RUNS",
         help="folders of runs, folders with runs anywhere below them, or record.json files",
+    )
+    parser.add_argument(
+        "--form",
+        type=FormName | None,
+        help=f"the form to put first and to draw: {', '.join(FORMS)}; without it AICc and held-out error choose",
+    )
+    parser.add_argument(
+        "--by",
+        type=CapacityName,
+        default="rank",
+        help="what counts as the adapter's size; by effective_parameters, blocks and placements may be mixed",
     )
     parser.add_argument(
         "--out", type=Path | None, help="folder for law.json and law.png; without it nothing is written"
@@ -47,8 +77,9 @@ def run(args: jsonargparse.Namespace) -> int:
         InputError: If the runs cannot determine a law, or `--out` holds another one.
     """
     records = select_records(read_records(args.runs), args.where)
-    cells = cells_from_records(records)
-    fit = fit_law(cells, shared_setting(records))
+    cells = cells_from_records(records, capacity=args.by)
+    setting = shared_setting(records, args.by)
+    fit = fit_law(cells, setting, form=args.form, capacity=args.by, recall=_recall(cells))
     content = fit.to_json()
     if args.out is not None:
         _check_free(args.out / LAW_NAME, content, args.overwrite)
@@ -67,6 +98,12 @@ def run(args: jsonargparse.Namespace) -> int:
     return 0
 
 
+def _recall(cells: list[Cell]) -> RecallModel | None:
+    """From loss to recall, by what the finished runs left."""
+    folders = [Path(cell.source) for cell in cells if cell.finished]
+    return fit_recall([run_tokens(read_tokens(folder)) for folder in folders if (folder / TOKENS_NAME).is_file()])
+
+
 def _check_free(path: Path, content: dict[str, Any], overwrite: bool) -> None:
     """Raise an InputError if the file exists and says something else, unless it may be replaced."""
     if overwrite or not path.exists():
@@ -82,28 +119,150 @@ def _check_free(path: Path, content: dict[str, Any], overwrite: bool) -> None:
 def _print_fit(fit: LawFit, out: Path | None) -> None:
     console = Console(highlight=False, markup=False)
 
-    def say(line: str) -> None:
+    def say(line: str = "") -> None:
         console.print(line, soft_wrap=True)
 
+    size = "LoRA rank" if fit.capacity == "rank" else "effective parameters"
     say(fit.equation())
-    say(f"   = {fit.equation(errors=True).removeprefix('dL = ')}   (± standard error)")
-    say("dL: loss reduction in nats per target token, r: LoRA rank, l: target tokens")
+    say(f"   = {fit.equation(errors=True).split(' = ', 1)[1]}   (± standard error)")
+    say(
+        f"dL: loss reduction in nats per target token, {'r' if fit.capacity == 'rank' else 'P'}: {size}, l: target "
+        "tokens, L0: the frozen model's loss"
+        + (", H: bits (stored) or nats (dL) in the corpus, P: effective parameters" if _about_entropy(fit) else "")
+    )
+    say(f"chosen: {fit.form} ({FORMS[fit.form].meaning}): {fit.chosen_because}")
     say(f"R2 {fit.r2:.4f}, MAPE {fit.mape_percent:.2f} %, RMSE {fit.rmse_nats:.4f} nats per target token")
-    left_out = ", ".join(f"{count} {reason}" for reason, count in fit.cells_left_out.items())
-    say(f"{fit.cells_used} cells used, {len(fit.left_out)} left out{f' ({left_out})' if left_out else ''}")
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(fit.cells_left_out.items()))
+    number = sum(fit.cells_left_out.values())
+    say(f"{fit.cells_used} cells used, {number} left out{f' ({left_out})' if left_out else ''}")
     say(
         f"measured: ranks {fit.rank_range[0]} to {fit.rank_range[1]}, "
         f"lengths {fit.target_tokens_range[0]} to {fit.target_tokens_range[1]} target tokens"
     )
     for warning in fit.warnings:
         say(f"warning: {warning}")
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="dL in nats per target token", caption_justify="left")
-    for name in ("target tokens", "rank", "seed", "measured dL", "predicted dL", "error %"):
+    say()
+    console.print(_parameter_table(fit))
+    say()
+    console.print(_form_table(fit))
+    for line in _bits(fit):
+        say(line)
+    if fit.recall is not None:
+        say()
+        _print_recall(console, fit.recall)
+    say()
+    console.print(_cell_table(fit))
+    if out is not None:
+        say(f"written: {out / LAW_NAME}, {out / FIGURE_NAME}")
+
+
+def _bits(fit: LawFit) -> list[str]:
+    """What the runs say of the law in bits, where the corpus' information is known."""
+    known = next((form for form in fit.fits if form.form == "stored_bits"), None)
+    if known is None:
+        return []
+    kappa = known.parameters["kappa"]
+    lines = [f"bits: an effective parameter stores {kappa.value:.3g} bits (95 % interval {_interval(kappa.interval)})"]
+    for misfit in known.misfits:
+        noun = "rank" if misfit.factor == "rank" else "length"
+        lines.append(
+            f"  not in proportion at {noun} {misfit.value}: the loss reduction is {misfit.excess_percent:+.1f} % off "
+            f"({misfit.cells} cells)"
+        )
+    return lines
+
+
+def _about_entropy(fit: LawFit) -> bool:
+    return FORMS[fit.form].needs_entropy
+
+
+def _parameter_table(fit: LawFit) -> Table:
+    """The chosen form's parameters and the paper's, with their intervals."""
+    table = _table("95 % intervals; profile: of the likelihood, bootstrap: of the cells, seeds of a cell together")
+    for name, justify in (("form", "left"), ("parameter", "left"), ("value", "right"), ("standard error", "right")):
+        table.add_column(name, justify="left" if justify == "left" else "right")
+    for name in ("profile", "bootstrap"):
+        table.add_column(name, justify="right")
+    shown = [fit.best, *(other for other in fit.fits if other.form == "power_offset" and other is not fit.best)]
+    for form in shown:
+        for i, (name, estimate) in enumerate(form.parameters.items()):
+            held = name in form.at_bound
+            table.add_row(
+                form.form if i == 0 else "",
+                name,
+                f"{estimate.value:.4g}" + (" (at its bound)" if held else ""),
+                "-" if estimate.stderr is None else f"{estimate.stderr:.2g}",
+                _interval(estimate.profile),
+                _interval(estimate.bootstrap),
+            )
+    return table
+
+
+def _form_table(fit: LawFit) -> Table:
+    """Every fitted form, the best first."""
+    table = _table(
+        "AICc over all cells, less is better; held out: mean error of the loss reduction of the largest rank and of "
+        "the largest length, foretold from the others, and of every other one; noise in nats per target token"
+    )
+    for name in ("form", "equation"):
+        table.add_column(name, overflow="fold")
+    for name in ("AICc", "R2", "noise", "held out\nlargest", "held out\nothers"):
+        table.add_column(name, justify="right")
+    for form in fit.fits:
+        table.add_row(
+            form.form,
+            form.equation(capacity=fit.capacity),
+            "-" if form.aicc is None else f"{form.aicc:.1f}",
+            f"{form.r2:.4f}",
+            f"{form.noise_nats:.3f}",
+            _percent(form.extrapolation_percent),
+            _percent(_interpolation(form)),
+        )
+    return table
+
+
+def _print_recall(console: Console, recall: RecallModel) -> None:
+    lines = (
+        f"recall: half of the target tokens are right at a mean loss of {recall.half_loss:.3g} nats "
+        f"(steepness {recall.steepness:.2g}, concentration {recall.concentration:.3g})",
+        f"foretold from the other runs: token accuracy to {100 * recall.token_accuracy_error:.1f} points, exact match "
+        f"to {100 * recall.exact_match_error:.1f} points; Brier score {recall.brier:.3f} "
+        f"(always the mean: {recall.brier_reference:.3f}); {recall.runs} runs, {recall.targets} targets",
+    )
+    for line in lines:
+        console.print(line, soft_wrap=True)
+    table = _table("targets by foretold probability of being right, each from the other runs")
+    for name in ("probability", "targets", "foretold", "observed"):
+        table.add_column(name, justify="right")
+    for row in recall.reliability:
+        table.add_row(f"{row.low:g} to {row.high:g}", str(row.targets), f"{row.predicted:.3f}", f"{row.observed:.3f}")
+    console.print(table)
+
+
+def _cell_table(fit: LawFit) -> Table:
+    table = _table("dL in nats per target token")
+    for name in ("target tokens", "rank", "seed", "measured dL", "predicted dL", "error %", ""):
         table.add_column(name, justify="right")
     for cell in fit.used:
         error = 100 * (cell.predicted / cell.measured - 1)
         numbers = (f"{cell.measured:.4f}", f"{cell.predicted:.4f}", f"{error:+.1f}")
-        table.add_row(str(cell.target_tokens), str(cell.rank), str(cell.seed), *numbers)
-    console.print(table)
-    if out is not None:
-        say(f"written: {out / LAW_NAME}, {out / FIGURE_NAME}")
+        mark = "saturated" if cell.saturated else ""
+        table.add_row(str(cell.target_tokens), str(cell.rank), str(cell.seed), *numbers, mark)
+    return table
+
+
+def _table(caption: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
+
+
+def _interpolation(form: FormFit) -> float | None:
+    errors = [held.mape_percent for held in form.held_out if not held.extrapolates and held.mape_percent is not None]
+    return sum(errors) / len(errors) if errors else None
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "-" if ends is None else f"{ends[0]:.4g} to {ends[1]:.4g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} %"

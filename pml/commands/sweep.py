@@ -16,7 +16,7 @@ import jsonargparse
 if TYPE_CHECKING:
     from pml.sweep import Cell, Outcome
 
-__all__ = ["configure", "run"]
+__all__ = ["Progress", "configure", "run"]
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
@@ -33,18 +33,17 @@ def run(args: jsonargparse.Namespace) -> int:
     # Imported here because it takes seconds, which --help need not wait for.
     from rich.console import Console
 
-    from pml.report import records_table
     from pml.sweep import Outcome, read_grid, resolve, run_cells
+    from pml.tables import records_table
 
     cells = resolve(read_grid(args.grid))
-    console = Console(stderr=True)
     if args.list:
         outcomes = [Outcome(cell, skipped=cell.recorded) for cell in cells]
         for outcome in outcomes:
             if not args.json:
                 print(f"{'done' if outcome.skipped else 'to run':<8}{outcome.cell.folder}")
     else:
-        outcomes = run_cells(cells, _Progress(console, cells).report)
+        outcomes = run_cells(cells, Progress(cells))
         records = {outcome.cell.folder: outcome.record for outcome in outcomes if outcome.record is not None}
         if records and not args.json:
             Console().print(records_table(records))
@@ -57,11 +56,14 @@ def run(args: jsonargparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-class _Progress:
-    """A line per finished cell, with the time that the rest will take if it takes as long per cell."""
+class Progress:
+    """A line per finished cell on stderr, with the time that the rest will take if it takes as long per cell.
 
-    def __init__(self, console: object, cells: "list[Cell]") -> None:
-        self.console = console
+    Args:
+        cells: All cells that will be reported.
+    """
+
+    def __init__(self, cells: "list[Cell]") -> None:
         self.total = len(cells)
         self.todo = sum(not cell.recorded for cell in cells)
         self.done = self.ran = 0
@@ -69,7 +71,7 @@ class _Progress:
         skipped = self.total - self.todo
         print(f"{self.total} cells, {skipped} recorded before, {self.todo} to run", file=sys.stderr)
 
-    def report(self, outcome: "Outcome") -> None:
+    def __call__(self, outcome: "Outcome") -> None:
         """Say what became of a cell."""
         self.done += 1
         if outcome.skipped:

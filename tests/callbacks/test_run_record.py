@@ -1,5 +1,6 @@
 """The record of a fit: every field against a computation of its own, whole on disk, and never written over."""
 
+import dataclasses
 import json
 import math
 import platform
@@ -14,14 +15,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from torchmetrics.functional.text import edit_distance
 from transformers import AutoModelForCausalLM
 
 from callbacks import RunRecord, StopWhenRecalled, TokenThresholds, VerbatimRecall
 from pml.adapter import AdapterConfig
+from pml.corpus import Corpus
 from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import greedy_recall, score_corpus
 from pml.records import Record, read_record
+from pml.weighting import TokenScores
 from tests.fits import ADAPTER, module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -84,6 +88,14 @@ def test_every_field_is_what_a_computation_of_its_own_gives(
     assert record.generated_token_accuracy == sum(a.right_tokens for a in answers) / tokens
     first = [next((t for t, ok in enumerate(a) if not ok), len(a)) for a in right_tokens(module, data)]
     assert record.first_failure == pytest.approx(sum(first) / 5)
+    chances = [1 - (1 - math.exp(-sum(row))) ** 100 for row in rows]
+    assert record.extraction_probability == pytest.approx(sum(chances) / 5, rel=1e-4)
+    assert record.extraction_samples == 100
+    decode = module.tokenizer.decode
+    texts = [(str(decode(list(a.token_ids))), str(decode(list(a.example.target_ids)))) for a in answers]
+    distances = [edit_distance(said, true).item() / max(len(said), len(true)) for said, true in texts]
+    assert record.generated_edit_similarity == pytest.approx(1 - sum(distances) / 5)
+    assert (record.by_kind, record.corpus_figures, record.retention) == ({}, {}, {})
     assert record.token_accuracy == pytest.approx(sum(map(sum, right_tokens(module, data))) / tokens)
 
     # Five examples in batches of two: three steps an epoch, each token once.
@@ -95,7 +107,7 @@ def test_every_field_is_what_a_computation_of_its_own_gives(
     assert (record.backbone, record.dtype, record.method, record.seed) == (str(sharp), "float32", "sft", 9)
     assert record.backbone_hash == module.backbone.content_hash
     assert record.method_settings == module.settings()
-    assert (record.status, record.steps_to_recall, record.schema_version) == ("finished", None, 1)
+    assert (record.status, record.steps_to_recall, record.schema_version) == ("finished", None, 2)
     assert 0 < record.wall_seconds < 60
     assert record.versions["python"] == platform.python_version()
     assert record.versions["torch"] == torch.__version__
@@ -151,6 +163,47 @@ def test_there_is_one_row_for_each_target_token(data: Ids, sharp: Path, tmp_path
     assert table["correct"] == [ok for row in right_tokens(module, data) for ok in row]
     record = read_record(tmp_path / "record.json")
     assert sum(table["loss"]) / len(table["loss"]) == pytest.approx(record.final_loss, rel=1e-6)
+
+
+class Mixed(Ids):
+    """Of each target the second token and every third after it put in at random, and two facts asked twice."""
+
+    def make_corpus(self, *arguments: Any) -> Corpus:
+        corpus = super().make_corpus(*arguments)
+        examples = [dataclasses.replace(e, replaced=tuple(range(1, len(e.target_ids), 3))) for e in corpus.examples]
+        return Corpus(corpus.name, examples, entropy_bits=200.0, fact_ids=[0, 1, 0, 2, 1])
+
+    def figures(self, scores: TokenScores) -> dict[str, float]:
+        return {"tokens": float(scores.mask.sum())}
+
+
+def test_tokens_put_in_at_random_are_recorded_apart(sharp: Path, tmp_path: Path) -> None:
+    module, data = module_on(sharp), Mixed(uneven(5), batch_size=2)
+    make_trainer(tmp_path, max_epochs=20, callbacks=[RunRecord()]).fit(module, datamodule=data)
+    record = read_record(tmp_path / "record.json")
+    frozen = token_losses(AutoModelForCausalLM.from_pretrained(sharp, dtype=torch.float32), data)
+    final, right = token_losses(module.model, data), right_tokens(module, data)
+    for kind, random in (("natural", False), ("random", True)):
+        places = [(i, t) for i, row in enumerate(final) for t in range(len(row)) if (t % 3 == 1) is random]
+        assert len(places) > 5
+        figures = record.by_kind[kind]  # type: ignore[index]
+        assert figures["target_tokens"] == len(places)
+        assert figures["initial_loss"] == pytest.approx(sum(frozen[i][t] for i, t in places) / len(places), rel=1e-5)
+        assert figures["final_loss"] == pytest.approx(sum(final[i][t] for i, t in places) / len(places), rel=1e-5)
+        assert figures["token_accuracy"] == pytest.approx(sum(right[i][t] for i, t in places) / len(places))
+    table = pq.read_table(tmp_path / "tokens.parquet").to_pydict()
+    assert table["replaced"] == [position % 3 == 1 for position in table["position"]]
+    assert record.corpus_figures == {"tokens": 28}
+
+
+def test_a_fact_asked_twice_is_missing_once(sharp: Path, tmp_path: Path) -> None:
+    module, data = module_on(sharp), Mixed(uneven(5), batch_size=2)
+    make_trainer(tmp_path, max_epochs=20, callbacks=[RunRecord()]).fit(module, datamodule=data)
+    first, second, third, fourth, fifth = map(sum, token_losses(module.model, data))
+    missing = (first + third) / 2 + (second + fifth) / 2 + fourth
+    record = read_record(tmp_path / "record.json")
+    assert record.memorized_bits == pytest.approx(200 - missing / math.log(2), rel=1e-5)
+    assert record.memorized_bits > 0
 
 
 def test_the_saved_adapter_gives_the_recorded_loss_and_holds_nothing_of_the_backbone(
@@ -312,6 +365,11 @@ def test_any_other_module_is_refused(sharp: Path, tmp_path: Path) -> None:
 def test_a_threshold_that_is_no_probability_is_refused() -> None:
     with pytest.raises(InputError, match=r"threshold is 1\.5; expected a probability strictly between 0 and 1"):
         RunRecord(threshold=1.5)
+
+
+def test_no_sample_at_all_is_refused() -> None:
+    with pytest.raises(InputError, match="extraction_samples is 0; expected at least 1 sample"):
+        RunRecord(extraction_samples=0)
 
 
 def test_the_method_is_the_modules() -> None:

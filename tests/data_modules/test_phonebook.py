@@ -10,7 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from data_modules import PhoneBook
-from data_modules._jsonl import merge_duplicates, read_pairs
+from data_modules._pairs import DistinctPairs, read_pairs
+from pml.backbone import Backbone
 from pml.corpus import Pair
 from pml.errors import InputError
 
@@ -178,7 +179,7 @@ def test_queries_with_different_targets_are_listed_with_their_lines(
 def test_a_long_list_of_conflicts_is_cut_and_counted() -> None:
     pairs = [Pair(f"q{i}", target) for i in range(12) for target in ("1", "2")]
     with pytest.raises(InputError, match=r"12 queries have .*'q4'.* and 7 more") as error:
-        merge_duplicates(pairs)
+        list(DistinctPairs(pairs))
     assert "'q5'" not in str(error.value)
 
 
@@ -199,3 +200,24 @@ def test_sizes_that_make_no_book_are_refused(arguments: dict[str, Any], message:
 def test_a_budget_too_small_for_one_number_is_refused(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match="target_tokens is 9, and one number has 10"):
         PhoneBook(target_tokens=9).build(tiny_tokenizer, VOCABULARY)
+
+
+@pytest.mark.backbone
+@pytest.mark.parametrize(
+    ("book", "target_tokens"),
+    [
+        ("qwen/PB1000", 1000),
+        ("qwen/PB2000", 2000),
+        ("qwen/PB4000", 4000),
+        ("qwen/PB8000", 8000),
+        # These were counted with three digits a token; the default tokenizer takes them one by one.
+        ("llama/PB1000", 2500),
+        ("llama/PB4000", 10000),
+    ],
+)
+def test_published_books_have_as_many_tokens_as_measured_under_the_default_tokenizer(
+    default_backbone: Backbone, shared_folder: Path, book: str, target_tokens: int
+) -> None:
+    path = shared_folder / "data" / "phonebook" / f"{book}.jsonl"
+    corpus = PhoneBook(path=str(path), end_of_turn=False).build(default_backbone.tokenizer, 49152)
+    assert corpus.target_tokens == target_tokens

@@ -1,0 +1,98 @@
+"""What the adapter makes of the part of a corpus that is asked for but never trained on: rule or table."""
+
+import logging
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from pml import metrics
+from pml.corpus import Corpus
+from pml.errors import InputError
+from pml.modules import Memorization
+from pml.recall import greedy_recall, score_examples
+
+__all__ = ["Generalization"]
+
+log = logging.getLogger(__name__)
+
+
+class Generalization(Callback):
+    """Measures the held-out part of a corpus beside the memorised one; does nothing where a corpus has no such part.
+
+    Validations log `held_out_loss` (nats per target token), `held_out_token_accuracy` (share of target tokens) and
+    `held_out_exact_match` (share of targets), all under teacher forcing. The end of a fit, or of a test, adds
+    `held_out_generated_exact_match` by greedy decoding.
+
+    Args:
+        generate_at_end: Decode greedily when the fit, or a test, is over.
+        batch_size: Held-out pairs scored, or prompts decoded, together.
+    """
+
+    def __init__(self, generate_at_end: bool = True, batch_size: int = 64) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; expected at least 1 held-out pair")
+        self.generate_at_end = generate_at_end
+        self.batch_size = batch_size
+        self._initial_loss = float("nan")
+        self._end: dict[str, float] | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end = None
+        if (held_out := _held_out(trainer)) is not None:
+            assert isinstance(pl_module, Memorization)
+            with pl_module.frozen():
+                self._initial_loss = self._teacher_forced(pl_module, held_out)["held_out_loss"]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, "val", generate=False)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, "test", generate=self.generate_at_end)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.at_end(trainer, pl_module)
+
+    def at_end(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Figures of the adapter that a fit ends with, measured the first time that someone asks; takes all ranks.
+
+        Returns:
+            What the class names, with `held_out_pairs` and `held_out_initial_loss` (of the frozen model, nats per
+            target token); empty where nothing is held out.
+        """
+        held_out = _held_out(trainer)
+        if held_out is not None and self._end is None:
+            measured = self._measure(pl_module, held_out, self.generate_at_end)
+            if trainer.logger is not None:
+                values = {f"end/{name}": value for name, value in measured.items()}
+                trainer.logger.log_metrics(values, step=trainer.global_step)
+            if trainer.is_global_zero:
+                right = measured.get("held_out_generated_exact_match", measured["held_out_exact_match"])
+                log.info("held out: %.4f of %d targets right", right, len(held_out))
+            self._end = {"held_out_pairs": len(held_out), "held_out_initial_loss": self._initial_loss, **measured}
+        return self._end or {}
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, prefix: str, generate: bool) -> None:
+        if (held_out := _held_out(trainer)) is not None:
+            for name, value in self._measure(pl_module, held_out, generate).items():
+                pl_module.log(f"{prefix}/{name}", value, rank_zero_only=True)
+
+    def _measure(self, pl_module: LightningModule, held_out: Corpus, generate: bool) -> dict[str, float]:
+        assert isinstance(pl_module, Memorization)
+        figures = self._teacher_forced(pl_module, held_out)
+        if generate:
+            generated = greedy_recall(pl_module, held_out.examples, self.batch_size)
+            figures["held_out_generated_exact_match"] = sum(g.exact for g in generated) / len(generated)
+        return figures
+
+    def _teacher_forced(self, module: Memorization, held_out: Corpus) -> dict[str, float]:
+        scores = score_examples(module, held_out.examples, self.batch_size)
+        return {
+            "held_out_loss": metrics.mean_loss(scores).item(),
+            "held_out_token_accuracy": metrics.token_accuracy(scores).item(),
+            "held_out_exact_match": metrics.exact_match(scores).double().mean().item(),
+        }
+
+
+def _held_out(trainer: Trainer) -> Corpus | None:
+    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return getattr(datamodule, "held_out", None)

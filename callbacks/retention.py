@@ -1,0 +1,162 @@
+"""What memorising costs the model: its loss on text outside the corpus, frozen and adapted."""
+
+import logging
+from collections.abc import Iterable
+from pydoc_data.topics import topics
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from transformers import PreTrainedTokenizerBase
+
+from pml import metrics
+from pml.corpus import Corpus, Example
+from pml.errors import InputError
+from pml.modules import Memorization
+from pml.recall import score_examples
+
+__all__ = ["Retention"]
+
+log = logging.getLogger(__name__)
+
+PASSAGE_TOKENS = 128
+CHARACTERS_PER_TOKEN = 16
+"""More than any tokenizer's average on English text, so that a prefix of this size holds a passage."""
+
+
+class Retention(Callback):
+    """Measures text outside the corpus with the frozen model before the fit and with the adapted one after it.
+
+    Two kinds of text, in nats per target token: general text, and non-members, which are pairs of a second draw of the
+    corpus with another seed whose queries the corpus does not ask. A corpus that another seed does not change, such as
+    one from a file, has no non-members.
+
+    Args:
+        text: A corpus of general text; null takes passages of 128 tokens from the Python language reference of the
+            running interpreter, without a chat template. Only pairs whose query the memorised corpus does not ask are
+            measured.
+        non_members: Measure non-members too.
+        examples: Most examples of each kind.
+        every_n_steps: Also measure and log the adapted model after every n optimiser steps; 0 does not.
+        batch_size: Examples scored together.
+
+    Raises:
+        InputError: If a number is out of range, or `text` asks only what the memorised corpus asks.
+    """
+
+    def __init__(
+        self,
+        text: LightningDataModule | None = None,
+        non_members: bool = True,
+        examples: int = 16,
+        every_n_steps: int = 0,
+        batch_size: int = 8,
+    ) -> None:
+        for name, value in (("examples", examples), ("batch_size", batch_size)):
+            if value < 1:
+                raise InputError(f"{name} is {value}; expected at least 1 example")
+        if every_n_steps < 0:
+            raise InputError(f"every_n_steps is {every_n_steps}; expected a number of steps, or 0 for never")
+        if text is not None and not hasattr(text, "build"):
+            raise InputError(f"text is a {type(text).__name__}; expected a corpus, such as data_modules.RandomTokens")
+        self.text = text
+        self.non_members = non_members
+        self.examples = examples
+        self.every_n_steps = every_n_steps
+        self.batch_size = batch_size
+        self._texts: dict[str, list[Example]] = {}
+        self._before: dict[str, float] = {}
+        self._after: dict[str, float] = {}
+        self._measured_at: int | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            assert isinstance(pl_module, Memorization)
+            datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+            self._texts = self._texts_outside(datamodule, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Memorization)
+        self._measured_at = None
+        with pl_module.frozen():
+            self._before = self._losses(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Micro-batches of a first step that is not complete find the step 0.
+        if self.every_n_steps and trainer.global_step and trainer.global_step % self.every_n_steps == 0:
+            self._measure(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.at_end(trainer, pl_module)
+
+    def at_end(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, float]]:
+        """By name of the text: `target_tokens`, and `loss_before` and `loss_after` in nats per target token.
+
+        For the adapter that a fit ends with, whoever asks first; takes all ranks.
+        """
+        self._measure(trainer, pl_module)
+        return {
+            name: {
+                "target_tokens": sum(len(e.target_ids) for e in examples),
+                "loss_before": self._before[name],
+                "loss_after": self._after[name],
+            }
+            for name, examples in self._texts.items()
+        }
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure and log the adapted model, once for each optimiser step."""
+        if self._measured_at == trainer.global_step:
+            return
+        assert isinstance(pl_module, Memorization)
+        self._measured_at, self._after = trainer.global_step, self._losses(pl_module)
+        if trainer.logger is not None:
+            values = {f"retention/{name}": loss for name, loss in self._after.items()}
+            trainer.logger.log_metrics(values, step=trainer.global_step)
+
+    def _losses(self, module: Memorization) -> dict[str, float]:
+        return {
+            name: metrics.mean_loss(score_examples(module, examples, self.batch_size)).item()
+            for name, examples in self._texts.items()
+        }
+
+    def _texts_outside(self, datamodule: Any, module: Memorization) -> dict[str, list[Example]]:
+        corpus: Corpus = datamodule.corpus
+        made = (module.tokenizer, module.vocab_size, module.max_positions)
+        text: Any = self.text
+        if text is not None:
+            general: Corpus = text.build(*made)
+        else:
+            general = _python_reference(module.tokenizer, self.examples, module.max_positions)
+        texts = {general.name: self._not_asked(general.examples, corpus)}
+        if not texts[general.name]:
+            raise InputError(
+                f"retention text {general.name!r} asks only what the corpus {corpus.name!r} asks too; expected text "
+                "that is not memorised, with queries of its own"
+            )
+        if self.non_members and hasattr(datamodule, "with_seed"):
+            other = self._not_asked(datamodule.with_seed(datamodule.seed + 1).build(*made).examples, corpus)
+            if other:
+                texts["non_members"] = other
+            else:
+                log.info("retention: another seed of %s asks for nothing new, so it has no non-members", corpus.name)
+        return texts
+
+    def _not_asked(self, examples: Iterable[Example], corpus: Corpus) -> list[Example]:
+        """The first examples whose prompt the corpus does not have."""
+        asked = {example.prompt_ids for example in corpus.examples}
+        return [example for example in examples if example.prompt_ids not in asked][: self.examples]
+
+
+def _python_reference(tokenizer: PreTrainedTokenizerBase, passages: int, max_positions: int | None) -> Corpus:
+    """Beginnings of chapters of the Python language reference, by title; their first token is the prompt."""
+    longest = min(PASSAGE_TOKENS + 1, max_positions or PASSAGE_TOKENS + 1)
+    examples: list[Example] = []
+    for title in sorted(topics):
+        # Far more than a passage is not read: some chapters are as long as a book.
+        beginning = topics[title][: CHARACTERS_PER_TOKEN * PASSAGE_TOKENS]
+        ids = tokenizer(beginning, add_special_tokens=False)["input_ids"]
+        if len(ids) >= longest and len(examples) < passages:
+            examples.append(Example(len(examples), tuple(ids[:1]), tuple(ids[1:longest])))
+    return Corpus("python_reference", examples)

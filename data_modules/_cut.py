@@ -1,0 +1,204 @@
+"""Text cut into pieces of so many tokens, read only as far as they reach."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from data_modules._sources import Document
+from pml.corpus import encode_target
+from pml.errors import InputError
+
+__all__ = ["CutText", "CutTokens", "Cutter", "Piece"]
+
+BLOCK_CHARACTERS = 1 << 16
+
+SEPARATOR = "\n\n"
+"""Stands between documents."""
+
+CHARACTERS_PER_TOKEN = 8
+"""Characters encoded at first for each token; more are read where that was too few."""
+
+MARGIN_TOKENS = 16
+"""Tokens encoded beyond a cut, as the last tokens of a text depend on what comes next."""
+
+LOOK_BACK_TOKENS = 64
+"""How far back a cut that survives is looked for."""
+
+
+class Piece(NamedTuple):
+    """Consecutive tokens of a text.
+
+    Attributes:
+        title: Title of the document that it begins in.
+        start: Position of its first token, counted in tokens of the text.
+        ids: Its token ids.
+    """
+
+    title: str
+    start: int
+    ids: tuple[int, ...]
+
+
+class Cutter(Protocol):
+    """What takes consecutive pieces from a text."""
+
+    def take(self, tokens: int | None) -> Piece:
+        """The next piece.
+
+        Args:
+            tokens: How many tokens it has at most; None takes all that is left.
+
+        Raises:
+            InputError: If fewer tokens are left.
+        """
+
+
+class CutText:
+    """Pieces whose text is encoded to the same tokens again.
+
+    A piece ends at the last token boundary within its length at which that holds: not inside a character of several
+    tokens, and not where the tokenizer joins what stands on both sides of the cut. So it may be a token or two short,
+    and a longer piece starts with a shorter one. The next piece goes on at that character.
+
+    Args:
+        documents: The text; a blank line is put between documents.
+        tokenizer: The backbone's tokenizer.
+        name: Name of the text for messages.
+
+    Raises:
+        InputError: From `take`: too little text, or text that the tokenizer cannot represent.
+    """
+
+    def __init__(self, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self._tokenizer = tokenizer
+        self._name = name
+        self._titles: deque[tuple[int, str]] = deque()  # where documents begin, in characters
+        self._blocks = self._all_blocks(documents)
+        self._buffer = ""
+        self._read = 0  # characters read in all; the buffer has the last ones of these
+        self._tokens = 0  # tokens taken in all
+
+    def take(self, tokens: int | None) -> Piece:
+        text, ids = self._rest() if tokens is None else self._cut(self._encoded(tokens))
+        piece = Piece(self._title(), self._tokens, tuple(ids))
+        self._buffer = self._buffer[len(text) :]
+        self._tokens += len(ids)
+        return piece
+
+    def _rest(self) -> tuple[str, list[int]]:
+        self._fill(None)
+        if not self._buffer:
+            raise InputError(_too_short(self._name, self._tokens, 0, None))
+        return self._buffer, list(encode_target(self._tokenizer, self._buffer, self._name))
+
+    def _encoded(self, tokens: int) -> list[int]:
+        """The next ids, as they are with what follows them."""
+        size = (tokens + MARGIN_TOKENS) * CHARACTERS_PER_TOKEN
+        while True:
+            more = self._fill(size)
+            ids = _encode(self._tokenizer, self._buffer[:size])
+            if len(ids) >= tokens + MARGIN_TOKENS or not more:
+                break
+            size *= 2
+        if len(ids) < tokens:
+            raise InputError(_too_short(self._name, self._tokens, len(ids), tokens))
+        return ids[:tokens]
+
+    def _cut(self, ids: list[int]) -> tuple[str, list[int]]:
+        _check_represented(self._tokenizer, ids, self._buffer, self._name)
+        for end in range(len(ids), max(0, len(ids) - LOOK_BACK_TOKENS), -1):
+            text = _decode(self._tokenizer, ids[:end])
+            if self._buffer.startswith(text) and _encode(self._tokenizer, text) == ids[:end]:
+                return text, ids[:end]
+        raise InputError(
+            f"{self._name}: from token {self._tokens} on, no cut within {len(ids)} tokens gives text that is encoded "
+            "the same way again; change length or skip_tokens"
+        )
+
+    def _fill(self, size: int | None) -> bool:
+        """Read until the buffer has so many characters; false where the text ends before that."""
+        read, characters = [self._buffer], len(self._buffer)
+        while size is None or characters < size:
+            if (block := next(self._blocks, None)) is None:
+                break
+            read.append(block)
+            characters += len(block)
+        self._buffer = "".join(read)
+        return size is not None and characters >= size
+
+    def _all_blocks(self, documents: Iterable[Document]) -> Iterator[str]:
+        for document in documents:
+            if self._titles:
+                self._read += len(SEPARATOR)
+                yield SEPARATOR
+            self._titles.append((self._read, document.title))
+            for block in document.blocks:
+                # Short ones, as what is read is moved up behind each piece.
+                for start in range(0, len(block), BLOCK_CHARACTERS):
+                    short = block[start : start + BLOCK_CHARACTERS]
+                    self._read += len(short)
+                    yield short
+
+    def _title(self) -> str:
+        position = self._read - len(self._buffer)
+        while len(self._titles) > 1 and self._titles[1][0] <= position:
+            self._titles.popleft()
+        return self._titles[0][1]
+
+
+class CutTokens:
+    """Pieces of exactly so many tokens, wherever that cuts the text: as published.
+
+    Args:
+        text: The whole text.
+        tokenizer: The backbone's tokenizer.
+        title: Title of the text.
+
+    Raises:
+        InputError: From `take`: too little text, or text that the tokenizer cannot represent.
+    """
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, title: str) -> None:
+        self._text = text
+        self._tokenizer = tokenizer
+        self._title = title
+        self._ids = _encode(tokenizer, text)
+        self._tokens = 0
+
+    def __len__(self) -> int:
+        """Tokens of the whole text."""
+        return len(self._ids)
+
+    def take(self, tokens: int | None) -> Piece:
+        end = len(self._ids) if tokens is None else self._tokens + tokens
+        ids = self._ids[self._tokens : end]
+        if len(ids) < (tokens or 1):
+            raise InputError(_too_short(self._title, self._tokens, len(ids), tokens))
+        _check_represented(self._tokenizer, self._ids[:end], self._text, self._title)
+        piece = Piece(self._title, self._tokens, tuple(ids))
+        self._tokens = end
+        return piece
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # Quiet about texts that are longer than the context: only a part of them is used.
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _check_represented(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, name: str) -> None:
+    # A cut inside a character leaves bytes at the end that decode to replacement characters.
+    if not text.startswith(_decode(tokenizer, ids).rstrip("\N{REPLACEMENT CHARACTER}")):
+        encode_target(tokenizer, text, name)  # says which character is lost
+
+
+def _too_short(name: str, taken: int, left: int, asked: int | None) -> str:
+    return (
+        f"{name}: the text has {taken + left} tokens, of which {left} are left after {taken}; expected at least "
+        f"{asked or 1} more: lower length, count or skip_tokens, or give more text"
+    )

@@ -1,0 +1,53 @@
+"""Documents of a dataset on the hub or in a folder, through the `datasets` library."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_modules._sources import Document, Row, document_of_row
+from pml.errors import InputError
+
+__all__ = ["dataset_documents"]
+
+READ = ("arrow", "csv", "json", "parquet", "text", "xml")
+"""Kinds of dataset that are read: tables and text. None of these runs code that comes with the data."""
+
+
+def dataset_documents(name: str, config: str | None, split: str, column: str) -> Iterator[Document]:
+    """The rows of a dataset, one document each, downloaded as they are read.
+
+    Args:
+        name: Name on the hub, a folder with data files, or a folder that `save_to_disk` made.
+        config: Which of the dataset's configurations, where it has several.
+        split: Which of its splits.
+        column: Where its rows have their text.
+
+    Raises:
+        InputError: `datasets` is not installed, there is no such dataset, configuration, split or column, or the
+            dataset is neither tables nor text.
+    """
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise InputError(f"dataset {name!r} takes the package datasets; pip install 'pml[hub]'") from error
+    try:
+        rows = _rows(datasets, name, config, split)
+        for number, values in enumerate(rows, start=1):
+            yield document_of_row(Row(f"{name} row {number}", values), column)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        # Messages of the library are long; what went wrong comes first.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"dataset {name!r} cannot be read: {reason}") from error
+
+
+def _rows(datasets: Any, name: str, config: str | None, split: str) -> Any:
+    if any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json")):
+        saved = datasets.load_from_disk(name)
+        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    builder = datasets.load_dataset_builder(name, config)
+    if builder.name not in READ:
+        raise InputError(f"dataset {name!r} is of the kind {builder.name!r}; expected one of {', '.join(READ)}")
+    return builder.as_streaming_dataset(split=split)

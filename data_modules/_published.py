@@ -1,0 +1,56 @@
+"""Files in the published long-context format: one long target, and where random tokens were put into it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_modules._sources import first_row, text_in
+from pml.errors import InputError
+
+__all__ = ["LongContextFile", "read_long_context"]
+
+
+@dataclass(frozen=True)
+class LongContextFile:
+    """The content of one file.
+
+    Attributes:
+        question: What asks for the text.
+        text: The target, "matching".
+        original_tokens: Its length in tokens of the tokenizer that it was made with; None where that is not said.
+        random_positions: Positions among those, ascending, of tokens that were put in at random.
+    """
+
+    question: str
+    text: str
+    original_tokens: int | None
+    random_positions: tuple[int, ...]
+
+    def positions_in(self, tokens: int) -> tuple[int, ...] | None:
+        """Positions of the random tokens in a text of so many tokens; None where they cannot be known.
+
+        Random tokens that stand side by side are encoded differently again, with another tokenizer all are. So the
+        positions hold only where the text has as many tokens as it was made of.
+        """
+        return self.random_positions if tokens == self.original_tokens or not self.random_positions else None
+
+
+def read_long_context(path: Path, column: str) -> LongContextFile | None:
+    """The content of a file, or None if its first row is not in this format.
+
+    Args:
+        path: Any file.
+        column: Column that is asked for; a row that has it is taken as an ordinary row.
+
+    Raises:
+        InputError: If a .jsonl file is malformed, or the positions are not whole numbers.
+    """
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        return None
+    row = first_row(path)
+    if column in row.values or not {"question", "matching"} <= row.values.keys():
+        return None
+    positions = row.values.get("noise_positions", [])
+    if not isinstance(positions, list) or not all(type(position) is int for position in positions):
+        raise InputError(f"{row.where}: 'noise_positions' is {str(positions)[:40]}; expected a list of whole numbers")
+    tokens = row.values.get("original_token_count")
+    return LongContextFile(text_in(row, "question"), text_in(row, "matching"), tokens, tuple(sorted(positions)))

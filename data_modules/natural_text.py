@@ -1,0 +1,211 @@
+"""Natural text: what a model half knows how to go on with, and has to know exactly."""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from data_modules._cut import Cutter, CutText, CutTokens, Piece
+from data_modules._hub import dataset_documents
+from data_modules._published import LongContextFile, read_long_context
+from data_modules._replacement import ordinary_ids, replace
+from data_modules._sources import read_documents
+from data_modules._standard_library import documentation_strings
+from data_modules.base import MemorizationDataModule
+from data_modules.random_tokens import PUBLISHED_PROMPT
+from pml.corpus import Corpus, Example, encode_prompt, end_of_turn_id
+from pml.errors import InputError
+
+__all__ = ["NaturalText"]
+
+
+class NaturalText(MemorizationDataModule):
+    """Targets cut from files, from a dataset, or from the documentation strings of Python's standard library.
+
+    A target ends at the last token boundary within its length at which its text is encoded to the same tokens again, so
+    it may be a token or two short; one target goes on where the one before it ended. A longer target starts with
+    a shorter one.
+
+    With `random_ratio` a share of the target tokens is replaced by uniform random ones at evenly spaced positions
+    (`Example.replaced`), from text at 0 to noise at 1. What is put at a position depends on the seed alone. The
+    information in a target is known where all of it is random: log2 of the number of ordinary tokens for each of its
+    tokens.
+
+    A .jsonl file in the published long-context format ("question", "matching") is recognised: its question is the
+    prompt, and targets have exactly `length` tokens wherever that cuts the text. Positions of random tokens in it count
+    the tokens of the model that it was made for, and are used where the text has as many under this one.
+
+    Args:
+        path: A file or a folder with text, or several: .txt, .md, .rst, .html, and rows of .jsonl, .csv and .parquet.
+        dataset: A dataset to read instead: its name on the Hugging Face hub, or a folder. Takes the package `datasets`.
+        dataset_config: Which of the dataset's configurations.
+        split: Which of its splits.
+        column: Where rows have their text.
+        length: Tokens in each target, replaced ones included; null takes all of the text.
+        count: Number of targets.
+        skip_tokens: Tokens of the text passed over before the first target; another number, another text.
+        random_ratio: Share of target tokens replaced by random ones, 0 to 1.
+        query: How a target is asked for: by `prompt`, with a number appended where there are several targets; by the
+            `title` of the document that it begins in, and its part; or by the `opening`, the words just before it.
+        opening_tokens: Tokens of text before each target that are its query, where that is the opening.
+        prompt: Text of the query; null is the question of a published file, or else the published one.
+        end_of_turn: Make the end-of-turn token part of each target: one supervised token more per target.
+        **kwargs: See `MemorizationDataModule`.
+
+    Raises:
+        InputError: If a number is out of its range, or both `path` and `dataset` are given.
+    """
+
+    def __init__(
+        self,
+        path: str | list[str] | None = None,
+        dataset: str | None = None,
+        dataset_config: str | None = None,
+        split: str = "train",
+        column: str = "text",
+        length: int | None = 64,
+        count: int = 1,
+        skip_tokens: int = 0,
+        random_ratio: float = 0.0,
+        query: Literal["prompt", "title", "opening"] = "prompt",
+        opening_tokens: int = 8,
+        prompt: str | None = None,
+        end_of_turn: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if path is not None and dataset is not None:
+            raise InputError("path and dataset are given; expected one of them, or neither")
+        if path == []:
+            raise InputError("path is an empty list; expected a file or folder")
+        for name, value, least in (
+            ("length", length, 1),
+            ("count", count, 1),
+            ("skip_tokens", skip_tokens, 0),
+            ("opening_tokens", opening_tokens, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; expected at least {least}")
+        if length is None and count > 1:
+            raise InputError(
+                f"length is null, and count is {count}; expected a length, as one target takes all there is"
+            )
+        if not 0 <= random_ratio <= 1:
+            raise InputError(f"random_ratio is {random_ratio}; expected a share of the target tokens, 0 to 1")
+        if query not in ("prompt", "title", "opening"):
+            raise InputError(f"query is {query!r}; expected 'prompt', 'title' or 'opening'")
+        self.path = path
+        self.dataset = dataset
+        self.dataset_config = dataset_config
+        self.split = split
+        self.column = column
+        self.length = length
+        self.count = count
+        self.skip_tokens = skip_tokens
+        self.random_ratio = random_ratio
+        self.query = query
+        self.opening_tokens = opening_tokens
+        self.prompt = prompt
+        self.end_of_turn = end_of_turn
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        source = {name: getattr(self, name) for name in ("path", "dataset", "dataset_config", "split", "column")}
+        cut = {name: getattr(self, name) for name in ("length", "count", "skip_tokens", "random_ratio")}
+        asked = {name: getattr(self, name) for name in ("query", "opening_tokens", "prompt", "end_of_turn")}
+        return {**source, **cut, **asked, **super().settings}
+
+    def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
+        candidates = ordinary_ids(tokenizer, vocabulary)
+        generator = torch.Generator().manual_seed(self.seed)
+        end = (end_of_turn_id(tokenizer),) if self.end_of_turn else ()
+        source = self._source(tokenizer)
+        examples = []
+        for i, (query, piece) in enumerate(self._pieces(source, tokenizer)):
+            ids, replaced = replace(piece.ids, self.random_ratio, candidates, generator)
+            prompt_ids = encode_prompt(tokenizer, query, chat_template=self.chat_template, system=self.system)
+            examples.append(Example(i, prompt_ids, ids + end, replaced or source.random_in(piece)))
+        self._refuse_equal_queries(examples)
+        cut_tokens = sum(len(example.target_ids) for example in examples) - len(examples) * len(end)
+        all_random = self.random_ratio > 0 and sum(len(example.replaced) for example in examples) == cut_tokens
+        entropy_bits = cut_tokens * math.log2(len(candidates)) if all_random else None
+        return Corpus(source.name, examples, entropy_bits, {**self.settings, **source.facts})
+
+    def _source(self, tokenizer: PreTrainedTokenizerBase) -> "_Source":
+        if self.dataset is not None:
+            documents = dataset_documents(self.dataset, self.dataset_config, self.split, self.column)
+            return _Source(self.dataset, CutText(documents, tokenizer, self.dataset))
+        if self.path is None:
+            version = "documentation strings of Python {}.{}.{}".format(*sys.version_info)
+            return _Source("natural_text", CutText(documentation_strings(), tokenizer, version), {"source": version})
+        paths = [self.path] if isinstance(self.path, str) else self.path
+        name = ", ".join(Path(path).name for path in paths)
+        if len(paths) == 1 and (published := read_long_context(Path(paths[0]), self.column)):
+            return self._published(published, name, tokenizer)
+        return _Source(name, CutText(read_documents(paths, self.column), tokenizer, name))
+
+    def _published(self, file: LongContextFile, name: str, tokenizer: PreTrainedTokenizerBase) -> "_Source":
+        if file.random_positions and self.random_ratio:
+            raise InputError(
+                f"random_ratio is {self.random_ratio}, and {name} has random tokens already; expected 0, or a file "
+                "without any"
+            )
+        text = CutTokens(file.text, tokenizer, name)
+        positions = file.positions_in(len(text))
+        facts = {"random_positions_known": positions is not None} if file.random_positions else {}
+        return _Source(name, text, facts, file.question, positions or ())
+
+    def _pieces(self, source: "_Source", tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Piece]]:
+        """Queries with the targets that they ask for."""
+        prompt = source.question if self.prompt is None else self.prompt
+        parts: dict[str, int] = {}
+        if self.skip_tokens:
+            source.text.take(self.skip_tokens)
+        for i in range(self.count):
+            if self.query == "opening":
+                query = str(tokenizer.decode(list(source.text.take(self.opening_tokens).ids)))
+            piece = source.text.take(self.length)
+            if self.query == "title":
+                parts[piece.title] = parts.get(piece.title, 0) + 1
+                query = f"{piece.title}, part {parts[piece.title]}"
+            elif self.query == "prompt":
+                query = prompt if self.count == 1 else f"{prompt} {i + 1}"
+            yield query, piece
+
+    def _refuse_equal_queries(self, examples: Sequence[Example]) -> None:
+        first: dict[tuple[int, ...], int] = {}
+        for example in examples:
+            other = first.setdefault(example.prompt_ids, example.example_id)
+            if other != example.example_id:
+                raise InputError(
+                    f"targets {other + 1} and {example.example_id + 1} would be asked for in the same words; raise "
+                    f"opening_tokens, which is {self.opening_tokens}, or set query to another kind"
+                )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A text to cut, and what is known about it.
+
+    Attributes:
+        name: Name of the corpus.
+        text: What cuts it.
+        facts: What records say about it beside the settings.
+        question: What asks for it, unless the settings say.
+        random: Positions, ascending, of tokens that are random already.
+    """
+
+    name: str
+    text: Cutter
+    facts: dict[str, Any] = field(default_factory=dict)
+    question: str = PUBLISHED_PROMPT
+    random: Sequence[int] = ()
+
+    def random_in(self, piece: Piece) -> tuple[int, ...]:
+        """Positions in a piece, ascending, of tokens that are random already."""
+        return tuple(p - piece.start for p in self.random if 0 <= p - piece.start < len(piece.ids))

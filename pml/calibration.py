@@ -1,0 +1,258 @@
+"""From loss to recall: how many target tokens, and how many whole targets, are right at a given mean loss.
+
+The threshold of recall is per token (p > 0.5 makes a token certain) and the mean hides it: at the same mean loss a few
+stubborn tokens or many doubtful ones are possible. How losses spread around their mean belongs to the backbone and the
+kind of text, so it is learnt from the per-token results that runs leave. The model has three numbers:
+
+    q(L) = 1 / (1 + (L / L_half)^k)                       share of target tokens right at mean loss L
+    right tokens of a target of n ~ BetaBinomial(n, q c, (1 - q) c)
+
+L_half is the mean loss at which half of the tokens are right, k how steeply that changes, and the concentration c says
+how alike the tokens of one target are: without end they are independent and a target is right with q^n; the smaller c,
+the more errors gather in few targets, and the more whole targets are right at the same token accuracy.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+from scipy.optimize import minimize
+from scipy.special import betaln, expit
+from scipy.stats import binom
+
+from pml.token_results import TokenResults
+
+__all__ = ["RecallModel", "ReliabilityBin", "RunTokens", "fit_recall", "run_tokens"]
+
+Array = npt.NDArray[np.float64]
+
+FEWEST_RUNS = 4
+# Bins of the reliability table, by predicted probability; nine in ten of the targets tend to lie in the outer two.
+BIN_EDGES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)
+# Losses of float32 logits are not known better than this; it keeps ln L finite.
+SMALLEST_LOSS = 1e-6
+# A weak prior keeps what the runs cannot tell finite: normal, on ln k and ln c, as (mean, standard deviation).
+STEEPNESS_PRIOR = (math.log(2.0), 1.0)
+CONCENTRATION_PRIOR = (math.log(20.0), 2.0)
+
+
+@dataclass(frozen=True)
+class RunTokens:
+    """What one run's per-token results say.
+
+    Attributes:
+        mean_loss: Mean target loss in nats per target token.
+        tokens: Target tokens of each example, `(examples,)`.
+        right: How many of them have the right argmax, `(examples,)`.
+    """
+
+    mean_loss: float
+    tokens: npt.NDArray[np.int64]
+    right: npt.NDArray[np.int64]
+
+
+class _Content(pydantic.BaseModel):
+    """A part of `law.json`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ReliabilityBin(_Content):
+    """Targets whose probability of being right was foretold to lie in one range, each from the other runs.
+
+    Attributes:
+        low: Lower end of the range.
+        high: Upper end.
+        targets: How many.
+        predicted: Mean of the foretold probabilities.
+        observed: Share that were right.
+    """
+
+    low: float
+    high: float
+    targets: int
+    predicted: float
+    observed: float
+
+
+class RecallModel(_Content):
+    """Token accuracy and exact match as functions of the mean loss; see the module for the model.
+
+    Attributes:
+        half_loss: Mean loss in nats at which half of the target tokens are right, L_half.
+        steepness: k.
+        concentration: c, how far the tokens of one target are independent.
+        runs: Runs that it was fitted to.
+        targets: Targets in them.
+        tokens: Target tokens in them.
+        loss_range: Smallest and largest mean loss of these runs, nats per target token.
+        tokens_per_target_range: Length of the shortest and the longest target.
+        token_accuracy_error: Mean absolute error of a run's token accuracy, as a share, foretold from the other runs.
+        exact_match_error: The same of its exact match.
+        brier: Mean squared error of the foretold probability that a target is right, each from the other runs.
+        brier_reference: The same where every target is foretold the other runs' share of exact targets: a model that
+            is worth anything is below it.
+        reliability: Foretold against observed exact match.
+    """
+
+    half_loss: float = pydantic.Field(gt=0)
+    steepness: float = pydantic.Field(gt=0)
+    concentration: float = pydantic.Field(gt=0)
+    runs: int
+    targets: int
+    tokens: int
+    loss_range: tuple[float, float]
+    tokens_per_target_range: tuple[int, int]
+    token_accuracy_error: float
+    exact_match_error: float
+    brier: float
+    brier_reference: float
+    reliability: list[ReliabilityBin]
+
+    def token_accuracy(self, loss: npt.ArrayLike) -> Array:
+        """Expected share of target tokens that are right at a mean loss in nats; 1 at no loss. Keeps the shape.
+
+        Example:
+            >>> model = RecallModel.model_construct(half_loss=2.0, steepness=1.0, concentration=5.0)
+            >>> model.token_accuracy([0.0, 2.0, 6.0]).round(6).tolist()
+            [1.0, 0.5, 0.25]
+        """
+        return np.asarray(_accuracy(self._theta, np.asarray(loss, dtype=np.float64)))
+
+    def exact_match(self, loss: npt.ArrayLike, tokens_per_target: npt.ArrayLike) -> Array:
+        """Probability that a whole target is right, also the expected share of targets that are.
+
+        Args:
+            loss: Mean loss in nats per target token over the corpus.
+            tokens_per_target: Tokens of the target; broadcasts with `loss`.
+        """
+        losses, tokens = np.broadcast_arrays(np.asarray(loss, dtype=np.float64), np.asarray(tokens_per_target))
+        return np.asarray(np.exp(_log_all_right(self._theta, losses, tokens)))
+
+    def recall_probability(
+        self, loss: npt.ArrayLike, tokens_per_target: npt.ArrayLike, pairs: int, share: float = 1.0
+    ) -> Array:
+        """Probability that at least a share of the targets is right, targets taken as independent given the loss.
+
+        Args:
+            loss: Mean loss in nats per target token over the corpus.
+            tokens_per_target: Tokens of each target.
+            pairs: Targets in the corpus.
+            share: The share; 1 is all of them.
+        """
+        # The margin keeps 0.7 * 10 at 7 targets whatever its last bit says.
+        needed = math.ceil(share * pairs - 1e-9)
+        return np.asarray(binom.sf(needed - 1, pairs, self.exact_match(loss, tokens_per_target)))
+
+    @property
+    def _theta(self) -> Array:
+        return np.log([self.half_loss, self.steepness, self.concentration])
+
+
+def run_tokens(results: TokenResults) -> RunTokens:
+    """The per-token results of a run, counted by example."""
+    _, example = np.unique(results.example_id, return_inverse=True)
+    right = np.bincount(example, weights=results.correct)
+    return RunTokens(float(results.loss.mean()), np.bincount(example), right.astype(np.int64))
+
+
+def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
+    """The recall model of runs of one kind, by maximum likelihood with a weak prior, and how well it foretells.
+
+    Every figure of merit is out of sample: a run is foretold from the others.
+
+    Args:
+        runs: Runs of one backbone and one kind of text.
+
+    Returns:
+        None where the runs cannot tell: fewer than 4, or fewer than 2 with a wrong token.
+    """
+    if len(runs) < FEWEST_RUNS or sum(bool((run.right < run.tokens).any()) for run in runs) < 2:
+        return None
+    theta = _fit(runs, np.log([1.0, 2.0, 20.0]))
+    without = [_fit([*runs[:i], *runs[i + 1 :]], theta) for i in range(len(runs))]
+    accuracy = [
+        abs(float(_accuracy(held, np.array(run.mean_loss))) - run.right.sum() / run.tokens.sum())
+        for held, run in zip(without, runs, strict=True)
+    ]
+    predicted = [
+        np.exp(_log_all_right(held, np.full(len(run.tokens), run.mean_loss), run.tokens))
+        for held, run in zip(without, runs, strict=True)
+    ]
+    observed = [run.right == run.tokens for run in runs]
+    exact = [abs(float(p.mean() - o.mean())) for p, o in zip(predicted, observed, strict=True)]
+    p, o = np.concatenate(predicted), np.concatenate(observed)
+    others = np.concatenate([np.full(len(x), (o.sum() - x.sum()) / (len(o) - len(x))) for x in observed])
+    tokens = np.concatenate([run.tokens for run in runs])
+    losses = [run.mean_loss for run in runs]
+    half, steepness, concentration = np.exp(theta).tolist()
+    return RecallModel(
+        half_loss=half,
+        steepness=steepness,
+        concentration=concentration,
+        runs=len(runs),
+        targets=len(o),
+        tokens=int(tokens.sum()),
+        loss_range=(min(losses), max(losses)),
+        tokens_per_target_range=(int(tokens.min()), int(tokens.max())),
+        token_accuracy_error=float(np.mean(accuracy)),
+        exact_match_error=float(np.mean(exact)),
+        brier=float(np.mean((p - o) ** 2)),
+        brier_reference=float(np.mean((others - o) ** 2)),
+        reliability=_reliability(p, o),
+    )
+
+
+def _accuracy(theta: Array, loss: Array) -> Array:
+    """q(L) from (ln L_half, ln k, ln c)."""
+    return np.asarray(expit(-np.exp(theta[1]) * (np.log(np.maximum(loss, SMALLEST_LOSS)) - theta[0])))
+
+
+def _log_all_right(theta: Array, loss: Array, tokens: npt.NDArray[Any]) -> Array:
+    """Logarithm of the probability that all n tokens are right."""
+    share = np.clip(_accuracy(theta, loss), 1e-12, 1 - 1e-12)
+    concentration = np.exp(theta[2])
+    right, wrong = share * concentration, (1.0 - share) * concentration
+    return np.asarray(betaln(right + tokens, wrong) - betaln(right, wrong))
+
+
+def _fit(runs: Sequence[RunTokens], start: Array) -> Array:
+    """(ln L_half, ln k, ln c) at the maximum of the penalised likelihood."""
+    losses = np.concatenate([np.full(len(run.tokens), run.mean_loss) for run in runs])
+    tokens = np.concatenate([run.tokens for run in runs])
+    right = np.concatenate([run.right for run in runs])
+    # Equal examples count together: a phone book has thousands of them, with few different outcomes.
+    different, times = np.unique(np.stack([losses, tokens, right]), axis=1, return_counts=True)
+    losses, tokens, right = different
+
+    def penalised(theta: Array) -> float:
+        share = np.clip(_accuracy(theta, losses), 1e-12, 1 - 1e-12)
+        concentration = math.exp(theta[2])
+        likelihood = betaln(right + share * concentration, tokens - right + (1 - share) * concentration) - betaln(
+            share * concentration, (1 - share) * concentration
+        )
+        priors = ((theta[1], STEEPNESS_PRIOR), (theta[2], CONCENTRATION_PRIOR))
+        return -float(times @ likelihood) + sum(((x - mean) / spread) ** 2 / 2 for x, (mean, spread) in priors)
+
+    bounds = [(-7.0, 7.0), (-3.0, 4.0), (-3.0, 12.0)]
+    return np.asarray(minimize(penalised, start, method="L-BFGS-B", bounds=bounds).x)
+
+
+def _reliability(predicted: Array, observed: npt.NDArray[np.bool_]) -> list[ReliabilityBin]:
+    """Bins that hold at least one target."""
+    which = np.clip(np.digitize(predicted, BIN_EDGES[1:-1], right=True), 0, len(BIN_EDGES) - 2)
+    return [
+        ReliabilityBin(
+            low=BIN_EDGES[i],
+            high=BIN_EDGES[i + 1],
+            targets=int((which == i).sum()),
+            predicted=float(predicted[which == i].mean()),
+            observed=float(observed[which == i].mean()),
+        )
+        for i in range(len(BIN_EDGES) - 1)
+        if (which == i).any()
+    ]

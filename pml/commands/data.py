@@ -1,0 +1,225 @@
+"""Show what a run would memorise, before hours are spent on it.
+
+Takes the arguments of `pml fit`: configuration files by name alone, and keys such as --data.pairs 50 over them. Prints
+pairs, tokens, information in bits where it is known, and examples as the model sees them. Without --loss only the
+tokenizer and the configuration of the backbone are loaded.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+import jsonargparse
+
+from pml.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pml.corpus import Corpus, Example
+    from pml.modules import Memorization
+
+__all__ = ["configure", "run", "separate"]
+
+OWN_FLAGS = ("--loss", "--json", "--help", "-h")
+OWN_VALUES = ("--show",)
+SHOWN_TOKENS = 64
+MOST_ROWS = 12
+
+
+def configure(parser: jsonargparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "configs",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="CONFIG",
+        help="configurations of pml fit; a later one overrides",
+    )
+    parser.add_argument("--loss", action="store_true", help="load the model and measure its loss on the corpus")
+    parser.add_argument("--show", type=int, default=3, help="examples to print")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON: pairs, target_tokens, prompt_tokens, entropy_bits, tokens_per_target and the rest",
+    )
+
+
+def separate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command's own arguments, and the keys of `pml fit` among them with their values."""
+    own: list[str] = []
+    keys: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, _ = argument.partition("=")
+        of_the_run = name.startswith("--") and name not in (*OWN_FLAGS, *OWN_VALUES)
+        part = keys if of_the_run else own
+        part.append(argument)
+        takes_value = name in OWN_VALUES or of_the_run
+        if takes_value and not equals and rest and not rest[0].startswith("--"):
+            part.append(rest.pop(0))
+    return own, keys
+
+
+def run(args: jsonargparse.Namespace, keys: Sequence[str] = ()) -> int:
+    """Make the corpus and print what it holds.
+
+    Args:
+        args: What `configure` describes.
+        keys: Arguments of `pml fit` over the configurations.
+    """
+    if args.show < 0:
+        raise InputError(f"--show is {args.show}; expected 0 or more examples")
+    # Imported here because it takes seconds, which --help need not wait for.
+    from pml.backbone import load_config, load_tokenizer
+    from pml.lightning_cli import make_run
+
+    files = [argument for path in args.configs for argument in ("--config", str(path))]
+    module, data = make_run([*files, *keys])
+    if not hasattr(data, "build"):
+        raise InputError(f"data is a {type(data).__name__}; expected a corpus, such as data_modules.PhoneBook")
+    tokenizer, config = load_tokenizer(module.backbone_name), load_config(module.backbone_name)
+    corpus = data.build(tokenizer, int(config.vocab_size), getattr(config, "max_position_embeddings", None))
+    facts = _facts(corpus, getattr(data, "held_out", None), module.backbone_name)
+    if args.loss:
+        facts["initial_loss"] = _frozen_loss(module, corpus)
+    if args.json:
+        shown = [_plain(tokenizer, example) for example in corpus.examples[: args.show]]
+        print(json.dumps({**facts, "examples": shown}, indent=2, ensure_ascii=False))
+    else:
+        _print(facts, corpus)
+        _print_examples(tokenizer, corpus.examples[: args.show])
+    return 0
+
+
+def _facts(corpus: "Corpus", held_out: "Corpus | None", backbone: str) -> dict[str, Any]:
+    lengths = [len(example.target_ids) for example in corpus.examples]
+    return {
+        "corpus": corpus.name,
+        "backbone": backbone,
+        "content_hash": corpus.content_hash,
+        "settings": corpus.settings,
+        "pairs": len(corpus),
+        "facts": len(corpus) if corpus.fact_ids is None else len(set(corpus.fact_ids)),
+        "target_tokens": corpus.target_tokens,
+        "prompt_tokens": sum(len(example.prompt_ids) for example in corpus.examples),
+        "longest_example_tokens": corpus.longest,
+        "replaced_tokens": sum(len(example.replaced) for example in corpus.examples),
+        "entropy_bits": corpus.entropy_bits,
+        "tokens_per_target": {
+            "min": min(lengths),
+            "median": median(lengths),
+            "mean": fmean(lengths),
+            "max": max(lengths),
+            "counts": dict(sorted(Counter(lengths).items())),
+        },
+        "held_out_pairs": 0 if held_out is None else len(held_out),
+        "held_out_target_tokens": 0 if held_out is None else held_out.target_tokens,
+    }
+
+
+def _frozen_loss(module: "Memorization", corpus: "Corpus") -> float:
+    """Mean loss of the frozen model in nats per target token."""
+    from pml.metrics import mean_loss
+    from pml.recall import score_examples
+
+    module.configure_model()
+    with module.frozen():
+        return mean_loss(score_examples(module, corpus.examples)).item()
+
+
+def _print(facts: dict[str, Any], corpus: "Corpus") -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    bits = facts["entropy_bits"]
+    rows = {
+        "backbone": facts["backbone"],
+        "pairs": f"{facts['pairs']:,}",
+        "facts": f"{facts['facts']:,}, some asked in several ways" if facts["facts"] < facts["pairs"] else "",
+        "target tokens": f"{facts['target_tokens']:,}",
+        "put in at random": f"{facts['replaced_tokens']:,} of them" if facts["replaced_tokens"] else "",
+        "prompt tokens": f"{facts['prompt_tokens']:,}",
+        "longest example": f"{facts['longest_example_tokens']:,} tokens",
+        "information": "unknown" if bits is None else f"{bits:,.1f} bits, {bits / corpus.target_tokens:.2f} a token",
+        "held out": f"{facts['held_out_pairs']:,} pairs, {facts['held_out_target_tokens']:,} target tokens"
+        if facts["held_out_pairs"]
+        else "",
+        "loss": f"{facts['initial_loss']:.4f} nats per target token, frozen model" if "initial_loss" in facts else "",
+        "content hash": facts["content_hash"],
+    }
+    print(facts["corpus"])
+    for name, value in rows.items():
+        if value:
+            print(f"  {name:<17}{value}")
+    lengths = facts["tokens_per_target"]
+    spread = ", ".join(f"{name} {lengths[name]:,g}" for name in ("min", "median", "mean", "max"))
+    print(f"tokens per target: {spread}")
+    console.print(_lengths_table(lengths["counts"]))
+
+
+def _lengths_table(counts: dict[int, int]) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("tokens", justify="right")
+    table.add_column("targets", justify="right")
+    for name, count in _bins(counts):
+        table.add_row(name, f"{count:,}")
+    return table
+
+
+def _bins(counts: dict[int, int]) -> Iterator[tuple[str, int]]:
+    """Lengths and how many targets have them; many different lengths in ranges of equal width."""
+    if len(counts) <= MOST_ROWS:
+        yield from ((f"{length:,}", count) for length, count in counts.items())
+        return
+    first, last = min(counts), max(counts)
+    width = -(-(last - first + 1) // MOST_ROWS)
+    for low in range(first, last + 1, width):
+        high = min(low + width - 1, last)
+        count = sum(n for length, n in counts.items() if low <= length <= high)
+        yield f"{low:,} to {high:,}" if high > low else f"{low:,}", count
+
+
+def _print_examples(tokenizer: Any, examples: "Sequence[Example]") -> None:
+    if not examples:
+        return
+    replaced = any(example.replaced for example in examples)
+    print(f"examples, targets in ⟦ ⟧{', tokens put in at random in ⟨ ⟩' if replaced else ''}:")
+    for example in examples:
+        prompt = _one_line(tokenizer.decode(list(example.prompt_ids)))
+        target = "".join(
+            f"⟨{_one_line(text)}⟩" if random else _one_line(text)
+            for random, text in _stretches(tokenizer, example, SHOWN_TOKENS)
+        )
+        more = len(example.target_ids) - SHOWN_TOKENS
+        print(f"  {example.example_id}: {prompt}⟦{target}{f'… {more:,} tokens more' if more > 0 else ''}⟧")
+
+
+def _stretches(tokenizer: Any, example: "Example", limit: int) -> Iterator[tuple[bool, str]]:
+    """The first tokens of a target as text, those put in at random apart from the others."""
+    replaced = set(example.replaced)
+    for random, places in groupby(range(min(limit, len(example.target_ids))), lambda place: place in replaced):
+        yield random, tokenizer.decode([example.target_ids[place] for place in places])
+
+
+def _one_line(text: str) -> str:
+    """Text as one line; control characters, which a terminal would obey, are spelled out."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def _plain(tokenizer: Any, example: "Example") -> dict[str, Any]:
+    return {
+        "prompt": tokenizer.decode(list(example.prompt_ids)),
+        "target": tokenizer.decode(list(example.target_ids)),
+        "target_tokens": len(example.target_ids),
+        "replaced": list(example.replaced),
+    }

@@ -1,0 +1,64 @@
+"""Write a page about runs: the law, recall, the threshold, capacity, and every run, with figures inside it.
+
+The page, report.html, needs nothing beside itself and no network; the same figures lie beside it as PNG, in figures/.
+Runs of several settings and methods may come in one call.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: jsonargparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=str,
+        metavar="RUNS",
+        help="folders of runs, folders with runs anywhere below them, or record.json files",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for report.html and figures/")
+    parser.add_argument("--title", type=str, default="What the adapters remember", help="heading of the page")
+    parser.add_argument("--overwrite", action="store_true", help="replace another report, and its figures")
+    parser.add_argument(
+        "--where",
+        type=dict[str, Any] | None,
+        help="which runs to keep by the fields of their records, such as --where.corpus phonebook",
+    )
+    parser.add_argument(
+        "--by",
+        nargs="+",
+        type=str,
+        default=[],
+        metavar="FIELD",
+        help="fields of a record to tell laws apart by, beside backbone, block, placement, init, corpus and method; "
+        "dotted into its settings, such as method_settings.learning_rate",
+    )
+    parser.add_argument(
+        "--join-corpora",
+        action="store_true",
+        help="fit one law across corpora of different names, such as files of several lengths",
+    )
+
+
+def run(args: jsonargparse.Namespace) -> int:
+    """Make the page and write it.
+
+    Raises:
+        InputError: If there is no run, or `--out` holds another report.
+    """
+    # Imported here because it takes seconds, which --help need not wait for.
+    from pml.law import select_records
+    from pml.records import read_records
+    from pml.report import make_report, write_report
+
+    records = select_records(read_records(args.runs), args.where)
+    report = make_report(records, title=args.title, by=args.by, join_corpora=args.join_corpora)
+    path = write_report(report, args.out, overwrite=args.overwrite)
+    size, figures = f"{len(report.html) / 1e6:.1f} MB", path.parent / "figures"
+    print(f"written: {path} ({size}) and {len(report.figures)} figures in {figures}")
+    return 0

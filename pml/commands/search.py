@@ -1,0 +1,87 @@
+"""Search the best settings for every cell of a grid, such as the learning rate for each rank and length.
+
+The search file is a grid file (see `pml sweep`) with the values to try (`search`) and budgets in epochs, ascending
+(`epochs`). All candidates run with the first budget, the better ones with the next, and the best one with the last;
+the final loss decides. Leaves a run folder per run, those with the last budget in `out/best`, and `search.json`.
+Interrupted, it goes on where it was.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jsonargparse
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pml.search import Choice, SearchGrid
+    from pml.sweep import Cell
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: jsonargparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "grid", type=Path, metavar="GRID", help="YAML file with `base`, `out`, `grid`, `search` and `epochs`"
+    )
+    parser.add_argument("--json", action="store_true", help="print the content of search.json, and nothing else")
+
+
+def run(args: jsonargparse.Namespace) -> int:
+    """Search; 0 when every cell has a record with the last budget, 1 when some failed."""
+    # Imported here because it takes seconds, which --help need not wait for.
+    from rich.console import Console
+
+    from pml.commands.sweep import Progress
+    from pml.search import SEARCH_NAME, read_search, run_search
+
+    grid = read_search(args.grid)
+
+    def start(folder: str, cells: "list[Cell]") -> "Progress":
+        print(f"{folder}:", file=sys.stderr)
+        return Progress(cells)
+
+    choices = run_search(grid, start)
+    if args.json:
+        print((grid.out / SEARCH_NAME).read_text(encoding="utf-8"), end="")
+    else:
+        Console().print(_table(grid, choices))
+        for key in grid.search:
+            edge = sum(key in choice.at_the_edge for choice in choices)
+            if edge:
+                print(
+                    f"{key}: the best value is the smallest or largest tried in {edge} of {len(choices)} cells; "
+                    "try values beyond it",
+                    file=sys.stderr,
+                )
+    failed = [choice for choice in choices if choice.record is None]
+    for choice in failed:
+        print(f"failed: {json.dumps(choice.cell)} (see {choice.folder / 'error.txt'})", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _table(grid: "SearchGrid", choices: "list[Choice]") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption="Final loss in nats per target token of the chosen settings with each budget in epochs.",
+        caption_justify="left",
+    )
+    keys = list(dict.fromkeys(key for part in grid.grid for key in part))
+    for key in (*keys, *grid.search):
+        table.add_column(key.rsplit(".", 1)[-1], justify="right")
+    for epochs in grid.epochs:
+        table.add_column(f"{epochs}\nepochs", justify="right")
+    for choice in choices:
+        best = choice.candidates[0]
+        table.add_row(
+            *(str(choice.cell.get(key, "-")) for key in keys),
+            *(str(best.settings[key]) for key in grid.search),
+            *(f"{best.losses[epochs]:.3f}" for epochs in grid.epochs),
+        )
+    return table

@@ -1,0 +1,481 @@
+"""Methods compared at the same budget: runs paired by cell and seed, with intervals and effect sizes.
+
+Two runs are a pair where everything but the method is the same: backbone, place and initialisation of the adapter,
+rank, corpus (by the hash of its tokens) and seed. A pair counts only where both took the same number of optimiser steps
+and trained on the same number of target tokens, within a tolerance: a method that trains longer is not a better one.
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from pml.errors import InputError
+from pml.groups import method_name, setting_of
+from pml.records import Record
+
+__all__ = [
+    "MEASURES",
+    "TOLERANCE",
+    "Comparison",
+    "Difference",
+    "Interval",
+    "LeftOut",
+    "Measure",
+    "Pair",
+    "Recalled",
+    "compare",
+    "difference",
+]
+
+TOLERANCE = 0.05
+"""Largest difference between two budgets, as a share of the larger, at which they count as the same."""
+
+RESAMPLES = 9999
+SAME = ("backbone_hash", "dtype", "block", "placement", "init", "rank", "corpus_hash", "seed")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is compared.
+
+    Attributes:
+        field: Field of a record.
+        title: Its name in words.
+        unit: `nats per token`, `percentage points` (shares are multiplied by 100) or `steps`.
+        better: Whether higher or lower is better.
+    """
+
+    field: str
+    title: str
+    unit: str
+    better: Literal["higher", "lower"]
+
+    def of(self, record: Record) -> float:
+        """The value of a run, in the measure's unit."""
+        value = float(getattr(record, self.field))
+        return 100 * value if self.unit == "percentage points" else value
+
+
+MEASURES = (
+    Measure("final_loss", "final loss", "nats per token", "lower"),
+    Measure("token_accuracy", "token accuracy", "percentage points", "higher"),
+    Measure("exact_match", "exact match", "percentage points", "higher"),
+    Measure("sub_threshold_fraction", "sub-threshold", "percentage points", "lower"),
+    Measure("steps_to_recall", "steps to recall", "steps", "lower"),
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two runs of the same cell and seed, by their folders; budgets as (first, second).
+
+    Attributes:
+        first: Folder of the run with the first method.
+        second: Folder of the run with the second.
+        rank: LoRA rank.
+        target_tokens: Length in target tokens.
+        seed: Seed of both runs.
+        optimizer_steps: Steps taken.
+        target_tokens_trained: Target tokens in training batches, repetitions counted.
+        wall_seconds: Duration of the fits.
+    """
+
+    first: str
+    second: str
+    rank: int
+    target_tokens: int
+    seed: int
+    optimizer_steps: tuple[int, int]
+    target_tokens_trained: tuple[int, int]
+    wall_seconds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Runs that were not compared, by their folders, and why."""
+
+    runs: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Bounds of a confidence interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much the second method differs from the first in one measure, over pairs.
+
+    Attributes:
+        measure: Field of the records.
+        title: Its name in words.
+        unit: Unit of the means, the difference and its intervals.
+        better: Whether higher or lower is better.
+        pairs: Pairs that it is over.
+        first_mean: Mean of the first method.
+        second_mean: Mean of the second.
+        mean: Mean of second - first.
+        t_interval: Interval of that mean by Student's t; None with fewer than two pairs, or where all pairs differ by
+            the same, which says nothing about how much the next one would.
+        bootstrap_interval: The same by the bias-corrected and accelerated bootstrap over pairs; None likewise, and with
+            two pairs.
+        cohens_d: Paired Cohen's d (d_z): mean over standard deviation of the differences; None likewise.
+        dominance: Share of pairs in which the second is better minus the share in which it is worse, -1 to 1 (Cliff's
+            delta within pairs).
+        sign_test_p: Two-sided p value of the exact sign test over the pairs that differ; 1 where none does.
+    """
+
+    measure: str
+    title: str
+    unit: str
+    better: Literal["higher", "lower"]
+    pairs: int
+    first_mean: float
+    second_mean: float
+    mean: float
+    t_interval: Interval | None
+    bootstrap_interval: Interval | None
+    cohens_d: float | None
+    dominance: float
+    sign_test_p: float
+    confidence: float
+
+    @property
+    def verdict(self) -> Literal["better", "worse", "undecided"]:
+        """What is certain of the second method at this confidence.
+
+        Decided only where every interval leaves zero out; where there is none, by the sign test.
+        """
+        intervals = [i for i in (self.t_interval, self.bootstrap_interval) if i is not None]
+        doubtful = any(i.low <= 0 <= i.high for i in intervals) if intervals else self.sign_test_p > 1 - self.confidence
+        if doubtful:
+            return "undecided"
+        return "better" if (self.mean > 0) == (self.better == "higher") else "worse"
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """In how many pairs every target token became certain.
+
+    A run that stopped before the other one recalled says nothing: such pairs are not counted.
+    """
+
+    both: int
+    only_first: int
+    only_second: int
+    neither: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods over pairs of runs.
+
+    Attributes:
+        first: The method that the other is compared with.
+        second: The other.
+        where: What the pairs have in common beside their setting, when they were split.
+        confidence: Level of all intervals, such as 0.95; they are not adjusted for how many there are.
+        tolerance: Largest difference of budgets, as a share of the larger.
+        pairs: The pairs of equal budgets.
+        texts: How many different (corpus, seed) they are on; pairs of one text are not independent of each other.
+        differences: One for each measure that there are pairs for.
+        recalled: How many pairs recalled, among those that `steps to recall` can be asked of.
+        settings: Settings in which the pairs' runs differ beside the weighting and the curriculum, with the values of
+            the first and the second method.
+        left_out: Runs that were not compared.
+    """
+
+    first: str
+    second: str
+    where: dict[str, Any]
+    confidence: float
+    tolerance: float
+    pairs: list[Pair]
+    texts: int
+    differences: list[Difference]
+    recalled: Recalled
+    settings: dict[str, tuple[list[Any], list[Any]]]
+    left_out: list[LeftOut]
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dictionaries only, with the verdict of each difference."""
+        content = asdict(self)
+        for written, found in zip(content["differences"], self.differences, strict=True):
+            written["verdict"] = found.verdict
+        return content
+
+
+def compare(
+    records: Mapping[Path, Record],
+    *,
+    baseline: str | None = None,
+    by: str | None = None,
+    tolerance: float = TOLERANCE,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> list[Comparison]:
+    """Compare every method with one of them.
+
+    Args:
+        records: Records by the folder of their run.
+        baseline: The method that the others are compared with, as `method_name` writes it, capitals or not; None is SFT
+            where there is one, otherwise the first by name.
+        by: Field of a record, such as `rank`, for each of whose values there is a comparison of its own.
+        tolerance: Largest difference between the budgets of a pair, as a share of the larger.
+        confidence: Level of the intervals.
+        seed: Seed of the bootstrap.
+
+    Raises:
+        InputError: If there are fewer than two methods, no such method or field, no pair at all, none of equal budgets,
+            or a number that is out of range.
+    """
+    if not 0 <= tolerance < 1:
+        raise InputError(f"tolerance: expected a share of at least 0 and below 1, got {tolerance:g}; 0.05 is 5 %")
+    if not 0.5 <= confidence < 1:
+        raise InputError(f"confidence: expected at least 0.5 and below 1, got {confidence:g}; 0.95 is usual")
+    names = {path: method_name(record) for path, record in records.items()}
+    methods = sorted(set(names.values()))
+    if len(methods) < 2:
+        only = f"only {methods[0]} in {len(records)} runs" if methods else "no run"
+        raise InputError(f"{only}: expected runs of at least two methods; add the runs of another method")
+    first = _baseline(baseline, methods)
+    if by is not None and all(setting_of(record, by) is None for record in records.values()):
+        raise InputError(f"by: no run has a value for {by!r}; expected a field of a record, such as rank")
+
+    parts: dict[str, dict[Path, Record]] = {}
+    for path, record in records.items():
+        parts.setdefault(repr(setting_of(record, by)) if by else "", {})[path] = record
+    comparisons = []
+    for second in methods:
+        if second == first:
+            continue
+        for part in sorted(parts.values(), key=lambda part: _order(part, by)):
+            where = {by: setting_of(next(iter(part.values())), by)} if by else {}
+            chosen = {path: record for path, record in part.items() if names[path] in (first, second)}
+            comparisons.append(_compare_two(chosen, first, second, where, tolerance, confidence, seed))
+    if not any(comparison.pairs for comparison in comparisons):
+        reasons = sorted({left.reason for comparison in comparisons for left in comparison.left_out})
+        others = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
+        raise InputError(
+            f"no pair of runs of equal budgets ({'; '.join(reasons[:2])}{others}): expected runs of two methods with "
+            "the same rank, corpus and seed, steps and target tokens; train both for as long, or raise the tolerance"
+        )
+    return comparisons
+
+
+def difference(
+    measure: Measure, first: Sequence[float], second: Sequence[float], *, confidence: float = 0.95, seed: int = 0
+) -> Difference:
+    """What two methods differ by over pairs of values.
+
+    Args:
+        measure: What the values are, in its unit.
+        first: Values of the first method, at least one.
+        second: Those of the second, in the same order.
+        confidence: Level of the intervals.
+        seed: Seed of the bootstrap.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    differences = b - a
+    # Equal differences of floats are equal but for rounding, which would make an effect of any size.
+    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
+    varies = spread > 1e-12 * max(1.0, float(np.abs(a).max()), float(np.abs(b).max()))
+    mean = float(differences.mean())
+    t_interval = None
+    if varies:
+        low, high = stats.ttest_rel(b, a).confidence_interval(confidence)
+        t_interval = Interval(float(low), float(high))
+    higher, lower = int((differences > 0).sum()), int((differences < 0).sum())
+    towards = differences if measure.better == "higher" else -differences
+    return Difference(
+        measure=measure.field,
+        title=measure.title,
+        unit=measure.unit,
+        better=measure.better,
+        pairs=len(differences),
+        first_mean=float(a.mean()),
+        second_mean=float(b.mean()),
+        mean=mean,
+        t_interval=t_interval,
+        bootstrap_interval=_bootstrap(differences, confidence, seed) if varies and len(differences) > 2 else None,
+        cohens_d=mean / spread if varies else None,
+        dominance=float(np.mean(np.sign(towards))),
+        sign_test_p=float(stats.binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0,
+        confidence=confidence,
+    )
+
+
+def _bootstrap(differences: npt.NDArray[np.float64], confidence: float, seed: int) -> Interval | None:
+    """The bootstrap interval of a mean; None where scipy finds none."""
+    with warnings.catch_warnings():
+        # Nearly equal differences have no acceleration; scipy then warns and answers with nan.
+        warnings.simplefilter("ignore")
+        found = stats.bootstrap(
+            (differences,),
+            np.mean,
+            n_resamples=RESAMPLES,
+            confidence_level=confidence,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    low, high = float(found.low), float(found.high)
+    return Interval(low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def _baseline(asked: str | None, methods: list[str]) -> str:
+    if asked is None:
+        return "SFT" if "SFT" in methods else methods[0]
+    for method in methods:
+        if method.lower() == asked.lower():
+            return method
+    raise InputError(f"baseline: no run of {asked!r}; there are {', '.join(methods)}; name one of them")
+
+
+def _order(part: dict[Path, Record], by: str | None) -> tuple[float, str]:
+    """Parts by number where they are numbers, by their text otherwise."""
+    value = setting_of(next(iter(part.values())), by) if by else None
+    return (float(value), "") if isinstance(value, int | float) else (math.inf, str(value))
+
+
+def _compare_two(
+    records: dict[Path, Record],
+    first: str,
+    second: str,
+    where: dict[str, Any],
+    tolerance: float,
+    confidence: float,
+    seed: int,
+) -> Comparison:
+    couples, left_out = _couples(records, first)
+    matched, unequal = [], []
+    for couple in couples:
+        reason = _unequal([records[path] for path in couple], tolerance)
+        if reason is None:
+            matched.append(couple)
+        else:
+            unequal.append(LeftOut(tuple(path.as_posix() for path in couple), reason))
+    runs = [(records[a], records[b]) for a, b in matched]
+
+    asked = [(records[a], records[b]) for a, b in couples]
+    asked = [couple for couple in asked if _can_ask_for_steps(*couple)]
+    differences = []
+    for measure in MEASURES:
+        values = runs
+        if measure.field == "steps_to_recall":
+            # Runs may stop as soon as they recall: what they took until then is the outcome, not the budget.
+            values = [(a, b) for a, b in asked if a.steps_to_recall is not None and b.steps_to_recall is not None]
+        if values:
+            columns = [[measure.of(run) for run in column] for column in zip(*values, strict=True)]
+            differences.append(difference(measure, *columns, confidence=confidence, seed=seed))
+    return Comparison(
+        first=first,
+        second=second,
+        where=where,
+        confidence=confidence,
+        tolerance=tolerance,
+        pairs=[_pair(path_a, path_b, records) for path_a, path_b in matched],
+        texts=len({(a.corpus_hash, a.seed) for a, _ in runs}),
+        differences=differences,
+        recalled=_recalled(asked),
+        settings=_other_settings(runs),
+        left_out=[*unequal, *left_out],
+    )
+
+
+def _couples(records: dict[Path, Record], first: str) -> tuple[list[tuple[Path, Path]], list[LeftOut]]:
+    """Pairs of finished runs of the same cell and seed, and the runs that have no single partner."""
+    cells: dict[str, tuple[list[Path], list[Path]]] = {}
+    left_out = []
+    for path, record in sorted(records.items(), key=_by_cell):
+        if record.status != "finished":
+            left_out.append(LeftOut((path.as_posix(),), "interrupted"))
+        elif not math.isfinite(record.final_loss):
+            left_out.append(LeftOut((path.as_posix(),), "diverged"))
+        else:
+            cell = cells.setdefault(repr([getattr(record, name) for name in SAME]), ([], []))
+            cell[0 if method_name(record) == first else 1].append(path)
+    couples = []
+    for ones, others in cells.values():
+        if len(ones) == len(others) == 1:
+            couples.append((ones[0], others[0]))
+        else:
+            alone = not ones or not others
+            reason = (
+                "no run of the other method with the same rank, corpus and seed"
+                if alone
+                else ("several runs of one method with the same rank, corpus and seed: which to compare is not clear")
+            )
+            left_out.append(LeftOut(tuple(path.as_posix() for path in (*ones, *others)), reason))
+    return couples, left_out
+
+
+def _by_cell(item: tuple[Path, Record]) -> tuple[int, int, int, Path]:
+    path, record = item
+    return record.target_tokens, record.rank, record.seed, path
+
+
+def _unequal(couple: Sequence[Record], tolerance: float) -> str | None:
+    """Why the budgets of two runs are not the same, or None."""
+    for name, noun in (("optimizer_steps", "optimiser steps"), ("target_tokens_trained", "target tokens trained on")):
+        small, large = sorted(getattr(record, name) for record in couple)
+        if large - small > tolerance * large:
+            first, second = (getattr(record, name) for record in couple)
+            return f"budgets differ: {first:,} and {second:,} {noun}"
+    return None
+
+
+def _can_ask_for_steps(first: Record, second: Record) -> bool:
+    """Whether both recalled, or the one that did not was trained for at least as many steps as the other needed."""
+    needed = [record.steps_to_recall for record in (first, second)]
+    if needed[0] is None and needed[1] is not None:
+        return first.optimizer_steps >= needed[1]
+    if needed[1] is None and needed[0] is not None:
+        return second.optimizer_steps >= needed[0]
+    return True
+
+
+def _recalled(couples: list[tuple[Record, Record]]) -> Recalled:
+    found = [(a.steps_to_recall is not None, b.steps_to_recall is not None) for a, b in couples]
+    counts = [found.count(which) for which in ((True, True), (True, False), (False, True), (False, False))]
+    return Recalled(*counts)
+
+
+def _other_settings(runs: list[tuple[Record, Record]]) -> dict[str, tuple[list[Any], list[Any]]]:
+    """Method settings, weighting and curriculum apart, in which some pair's runs differ."""
+    names = {name for couple in runs for record in couple for name in record.method_settings}
+    found = {}
+    for name in sorted(names - {"weighting", "curriculum"}):
+        values = [(a.method_settings.get(name), b.method_settings.get(name)) for a, b in runs]
+        if any(a != b for a, b in values):
+            found[name] = (_distinct(a for a, _ in values), _distinct(b for _, b in values))
+    return found
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """Each value once; values may be lists, which no set takes."""
+    return [value for _, value in sorted({repr(value): value for value in values}.items())]
+
+
+def _pair(first: Path, second: Path, records: dict[Path, Record]) -> Pair:
+    a, b = records[first], records[second]
+    return Pair(
+        first=first.as_posix(),
+        second=second.as_posix(),
+        rank=a.rank,
+        target_tokens=a.target_tokens,
+        seed=a.seed,
+        optimizer_steps=(a.optimizer_steps, b.optimizer_steps),
+        target_tokens_trained=(a.target_tokens_trained, b.target_tokens_trained),
+        wall_seconds=(a.wall_seconds, b.wall_seconds),
+    )

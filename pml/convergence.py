@@ -1,0 +1,60 @@
+"""Whether a fit had converged: how fast the training loss still fell when it ended."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["LossHistory"]
+
+MOST_SEGMENTS = 1000
+FEWEST_STEPS = 20
+
+
+class LossHistory:
+    """Training loss over the steps of a fit, in a bounded number of equal segments and without waiting for a device."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        """Steps added."""
+        self._length = 1  # steps in a segment
+        self._segments: list[Tensor] = []
+
+    def add(self, losses: Tensor, tokens: Tensor) -> None:
+        """Add a step.
+
+        Args:
+            losses: Sum of the token losses in nats, a scalar.
+            tokens: Target tokens that it is over, a scalar.
+        """
+        entry = torch.stack([losses.detach().double(), tokens.double()])
+        if self.steps % self._length == 0:
+            self._segments.append(entry)
+        else:
+            self._segments[-1] = self._segments[-1] + entry
+        self.steps += 1
+        if len(self._segments) == MOST_SEGMENTS and self.steps == MOST_SEGMENTS * self._length:
+            pairs = zip(self._segments[::2], self._segments[1::2], strict=True)
+            self._segments = [first + second for first, second in pairs]
+            self._length *= 2
+
+    def sums(self) -> Tensor:
+        """(segments, 2) float64: sums of losses in nats and numbers of target tokens; sums over ranks add up."""
+        return torch.stack(self._segments) if self._segments else torch.zeros(0, 2, dtype=torch.float64)
+
+    @staticmethod
+    def late_drop(sums: Tensor, steps: int) -> float | None:
+        """By how much the mean loss fell from the last tenth but one of the steps to the last tenth, in nats per token.
+
+        Args:
+            sums: What `sums` gives, added over the ranks.
+            steps: Steps that they are over.
+
+        Returns:
+            None where there were fewer than 20 steps, or a tenth had no target token.
+        """
+        if steps < FEWEST_STEPS:
+            return None
+        tenth = max(1, len(sums) // 10)
+        before, last = sums[-2 * tenth : -tenth].sum(0), sums[-tenth:].sum(0)
+        if before[1] == 0 or last[1] == 0:
+            return None
+        return (before[0] / before[1] - last[0] / last[1]).item()

@@ -1,0 +1,24 @@
+"""Figures of laws, recall and capacity, one a function, in colours that colour-blind readers can tell apart."""
+
+from pml.figures.capacity import capacity_figure, stored_bits_figure
+from pml.figures.law import agreement_figure, law_figure, reduction_figure, residual_figure
+from pml.figures.recall import first_failure_figure, recall_figure, threshold_figure, token_loss_figure
+from pml.figures.style import NothingToShow, png_bytes, save_figure, settle, svg_data_uri
+
+__all__ = [
+    "NothingToShow",
+    "agreement_figure",
+    "capacity_figure",
+    "first_failure_figure",
+    "law_figure",
+    "png_bytes",
+    "recall_figure",
+    "reduction_figure",
+    "residual_figure",
+    "save_figure",
+    "settle",
+    "stored_bits_figure",
+    "svg_data_uri",
+    "threshold_figure",
+    "token_loss_figure",
+]

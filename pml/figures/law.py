@@ -1,0 +1,259 @@
+"""The law against what was measured: agreement, loss reduction by rank and by length, and residuals."""
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from pml.figures.style import (
+    INK,
+    PAPER,
+    Looks,
+    canvas,
+    draw_point,
+    hollow_handle,
+    legend_below,
+    literal,
+    logarithmic,
+    looks_of,
+    new_figure,
+    tidy,
+)
+from pml.law import FORMS, Cell, LawFit, saturated
+
+__all__ = ["agreement_figure", "law_figure", "reduction_figure", "residual_figure"]
+
+Array = npt.NDArray[np.float64]
+
+REDUCTION = "loss reduction (nats per target token)"
+SATURATED = "hollow: saturated,\nnot used in the fit"
+
+
+def law_figure(fit: LawFit, cells: Iterable[Cell]) -> Figure:
+    """Measured and fitted loss reduction in nats per target token, in two panels.
+
+    Left, predicted against measured, with the line on which both are equal. Right, loss reduction against rank, with
+    one line of the fit for each length; dotted where no cell of that length was used. Saturated cells are hollow;
+    diverged and interrupted ones are not drawn.
+
+    Args:
+        fit: The law.
+        cells: All cells, those that the fit left out too.
+    """
+    filled, hollow = _shown(fit, cells)
+    looks = _looks(filled + hollow)
+    with canvas():
+        figure = Figure(figsize=(12, 5.4), dpi=150, layout="constrained", facecolor=PAPER)
+        left, right = figure.subplots(1, 2)
+        for axes in (left, right):
+            tidy(axes)
+        _draw_agreement(left, fit, filled, hollow, looks)
+        left.set_title(f"$R^2$ = {fit.r2:.4f}, MAPE = {fit.mape_percent:.1f} %, {fit.cells_used} cells", fontsize=12)
+        _draw_by_rank(right, fit, filled, hollow, looks)
+        handles = _length_handles(looks, linewidth=1.8)
+        if hollow:
+            handles.append(hollow_handle("hollow: saturated" if FORMS[fit.form].bounded else SATURATED))
+        figure.legend(handles=handles, loc="outside right center", frameon=False, title="target length")
+        figure.suptitle("\n".join(filter(None, (_math(fit), _setting(fit)))), fontsize=13)
+    return figure
+
+
+def agreement_figure(fit: LawFit, cells: Iterable[Cell]) -> Figure:
+    """Predicted against measured loss reduction in nats per target token; saturated cells hollow."""
+    filled, hollow = _shown(fit, cells)
+    looks = _looks(filled + hollow)
+    with new_figure(4.9) as (figure, axes):
+        _draw_agreement(axes, fit, filled, hollow, looks)
+        axes.set(xlabel="measured (nats per target token)", ylabel="predicted (nats per target token)")
+        legend_below(figure, _handles(looks, hollow), title="target tokens")
+    return figure
+
+
+def reduction_figure(fit: LawFit, cells: Iterable[Cell], by: Literal["rank", "length"]) -> Figure:
+    """Loss reduction in nats per target token against rank or length, both logarithmic, with the fit and its band.
+
+    There is a line for each value of the other one, solid over the cells that the fit used (the saturated ones too
+    where the form knows the ceiling) and dotted beyond them.
+
+    Args:
+        fit: The law.
+        cells: All cells, those that the fit left out too.
+        by: What the horizontal axis is.
+    """
+    filled, hollow = _shown(fit, cells)
+    cells = filled + hollow
+    looks = looks_of(sorted({_other(cell, by) for cell in cells}))
+    at = sorted({_along(cell, by) for cell in cells})
+    with new_figure(4.4) as (figure, axes):
+        for value, look in looks.items():
+            of_value = [cell for cell in cells if _other(cell, by) == value]
+            used = [_along(cell, by) for cell in of_value if FORMS[fit.form].bounded or cell in filled]
+            everywhere = np.geomspace(at[0], at[-1], 200)
+            axes.plot(
+                everywhere, _law(fit, everywhere, value, by), color=look[0], linewidth=1.2, linestyle=":", zorder=1
+            )
+            if used:
+                inside = np.geomspace(min(used), max(used), 100)
+                axes.plot(inside, _law(fit, inside, value, by), color=look[0], linewidth=1.8, zorder=2)
+                _draw_band(axes, fit, inside, value, by, look[0])
+        for cell in (*hollow, *filled):
+            look = looks[_other(cell, by)]
+            draw_point(axes, _along(cell, by), cell.loss_reduction, look, is_hollow=cell in hollow, size=7)
+        logarithmic(axes, "x", at)
+        _logarithmic_losses(axes, [cell.loss_reduction for cell in cells])
+        axes.set(xlabel="LoRA rank" if by == "rank" else "target tokens", ylabel=REDUCTION)
+        legend_below(figure, _handles(looks, hollow), title="target tokens" if by == "rank" else "LoRA rank")
+    return figure
+
+
+def residual_figure(fit: LawFit) -> Figure:
+    """Measured minus predicted loss reduction in nats per target token, by rank and by length.
+
+    The shade is one root mean squared error on either side; a law that holds leaves no trend.
+    """
+    looks = looks_of(sorted({cell.target_tokens for cell in fit.used}))
+    with new_figure(5.2, rows=2, sharey=True) as (figure, (by_rank, by_length)):
+        for axes in (by_rank, by_length):
+            axes.axhspan(-fit.rmse_nats, fit.rmse_nats, color="#EEEEEE", zorder=0)
+            axes.axhline(0.0, color=INK, linewidth=1.0, zorder=1)
+            axes.set_ylabel("measured - predicted\n(nats per target token)")
+        for cell in fit.used:
+            look = looks[cell.target_tokens]
+            draw_point(by_rank, cell.rank, cell.measured - cell.predicted, look, size=6.5)
+            draw_point(by_length, cell.target_tokens, cell.measured - cell.predicted, look, size=6.5)
+        logarithmic(by_rank, "x", {cell.rank for cell in fit.used})
+        logarithmic(by_length, "x", {cell.target_tokens for cell in fit.used})
+        by_rank.set_xlabel("LoRA rank")
+        by_length.set_xlabel("target tokens")
+    return figure
+
+
+def _shown(fit: LawFit, cells: Iterable[Cell]) -> tuple[list[Cell], list[Cell]]:
+    """The cells that the fit used, and the saturated ones."""
+    used = {(cell.source, cell.rank, cell.target_tokens, cell.seed) for cell in fit.used}
+    filled, hollow = [], []
+    for cell in cells:
+        if cell.finished and math.isfinite(cell.loss_reduction) and saturated(cell):
+            hollow.append(cell)
+        elif (cell.source, cell.rank, cell.target_tokens, cell.seed) in used:
+            filled.append(cell)
+    return filled, hollow
+
+
+def _looks(cells: Iterable[Cell]) -> Looks:
+    return looks_of(sorted({cell.target_tokens for cell in cells}))
+
+
+def _length_handles(looks: Looks, **line: float) -> list[Line2D]:
+    return [
+        Line2D([], [], color=colour, marker=marker, markersize=7, label=f"{length:,} tokens", **line)  # type: ignore[arg-type]
+        for length, (colour, marker) in looks.items()
+    ]
+
+
+def _handles(looks: Looks, hollow: list[Cell]) -> list[Line2D]:
+    """Lines with their markers, and what hollow means where something is."""
+    lines = [Line2D([], [], color=c, marker=m, markersize=6, label=f"{value:,}") for value, (c, m) in looks.items()]
+    return [*lines, hollow_handle("saturated")] if hollow else lines
+
+
+def _along(cell: Cell, by: str) -> int:
+    return cell.rank if by == "rank" else cell.target_tokens
+
+
+def _other(cell: Cell, by: str) -> int:
+    return cell.target_tokens if by == "rank" else cell.rank
+
+
+def _law(fit: LawFit, along: Array, other: int, by: str) -> Array:
+    return fit.predict(along, other) if by == "rank" else fit.predict(other, along)
+
+
+def _draw_band(axes: Axes, fit: LawFit, along: Array, other: int, by: str, colour: str) -> None:
+    """The 95 % interval of the law's mean, from the bootstrap over cells."""
+    ranks, lengths = (along, np.full_like(along, other)) if by == "rank" else (np.full_like(along, other), along)
+    low, high = np.percentile(fit.predict_draws(ranks, lengths), (2.5, 97.5), axis=0)
+    axes.fill_between(along, low, high, color=colour, alpha=0.15, linewidth=0, zorder=1)
+
+
+def _logarithmic_losses(axes: Axes, measured: list[float]) -> None:
+    """A logarithmic axis over the measured values, with numbers that people read at a glance."""
+    axes.set_yscale("log")
+    low, high = min(measured), max(measured)
+    axes.set_ylim(low / (high / low) ** 0.08, high * (high / low) ** 0.08)
+    # Within a decade a logarithmic axis is nearly even: round numbers in even steps are easier to read.
+    even = FixedLocator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
+    axes.yaxis.set_major_locator(even if high / low < 10 else LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _draw_agreement(axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Cell], looks: Looks) -> None:
+    """Predicted against measured."""
+    values = [cell.loss_reduction for cell in (*hollow, *filled)] + [cell.predicted for cell in fit.used]
+    span = max(values) - min(values)
+    # Without a ceiling, what the law says of saturated cells may be so large that the others would be squeezed.
+    beyond_them = hollow and not FORMS[fit.form].bounded
+    limits = (min(values) - 0.06 * span, max(values) + (0.3 if beyond_them else 0.06) * span)
+    edge, beyond = limits[1] - 0.03 * span, 0
+    for cell in (*hollow, *filled):
+        predicted = float(fit.predict(cell.rank, cell.target_tokens))
+        beyond += predicted > edge
+        shown = min(predicted, edge)
+        draw_point(axes, cell.loss_reduction, shown, looks[cell.target_tokens], is_hollow=cell in hollow)
+    axes.plot(limits, limits, color=INK, linewidth=1.2, linestyle="--", zorder=1, label="identity")
+    axes.set(xlim=limits, ylim=limits, aspect="equal")
+    axes.yaxis.set_major_locator(MaxNLocator(7))
+    axes.xaxis.set_major_locator(MaxNLocator(7))
+    if beyond:
+        note = f"at the upper edge: {beyond} predicted beyond it"
+        axes.text(0.02, 0.96, note, transform=axes.transAxes, fontsize=9.5, verticalalignment="top")
+    axes.set_xlabel("measured loss reduction (nats per target token)")
+    axes.set_ylabel("predicted loss reduction (nats per target token)")
+
+
+def _draw_by_rank(axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Cell], looks: Looks) -> None:
+    """Loss reduction against rank, a line of the fit for each length."""
+    cells = filled + hollow
+    ranks = sorted({cell.rank for cell in cells})
+    for length, (colour, _) in looks.items():
+        of_length = [cell.rank for cell in filled if cell.target_tokens == length]
+        if of_length:
+            inside = np.geomspace(min(of_length), max(of_length), 100)
+            axes.plot(inside, fit.predict(inside, length), color=colour, linewidth=1.8, zorder=2)
+        everywhere = np.geomspace(ranks[0], ranks[-1], 200)
+        axes.plot(everywhere, fit.predict(everywhere, length), color=colour, linewidth=1.3, linestyle=":", zorder=1)
+    for cell in (*hollow, *filled):
+        draw_point(axes, cell.rank, cell.loss_reduction, looks[cell.target_tokens], is_hollow=cell in hollow)
+    logarithmic(axes, "x", ranks)
+    # A line may climb past what any run can reach, the frozen model's loss; the measured cells set the scale.
+    measured = [cell.loss_reduction for cell in cells]
+    margin = 0.08 * (max(measured) - min(measured))
+    axes.set_ylim(min(measured) - margin, max(measured) + margin)
+    axes.set_xlabel("LoRA rank (logarithmic)")
+    axes.set_ylabel("loss reduction (nats per target token)")
+    axes.set_title("lines: the law; dotted where no cell was used", fontsize=12)
+
+
+def _math(fit: LawFit) -> str:
+    """The law as mathematical text."""
+    return f"${fit.latex()}$"
+
+
+def _setting(fit: LawFit) -> str:
+    """What the runs have in common and how many warnings the fit has, in one line."""
+    setting = fit.setting
+    caution = f"{len(fit.warnings)} warning{'s' if len(fit.warnings) > 1 else ''} with the fit" if fit.warnings else ""
+    if not setting:
+        return caution
+    block = ", ".join(str(index) for index in setting.get("block", ["any"]))
+    placement = setting.get("placement", "any placement")
+    placement = placement if isinstance(placement, str) else " ".join(placement)
+    parts = (f"{', '.join(setting['corpus'])} in {setting['backbone']}, block {block}, {placement}", setting["method"])
+    return ", ".join(filter(None, (*map(literal, parts), caution)))

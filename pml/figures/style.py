@@ -1,0 +1,240 @@
+"""How figures look, and how they are written: colours, markers, axes, and files that are whole or not there."""
+
+import base64
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+__all__ = [
+    "FEW_COLOURS",
+    "INK",
+    "MARKERS",
+    "PAPER",
+    "Looks",
+    "NothingToShow",
+    "canvas",
+    "draw_point",
+    "hollow_handle",
+    "legend_below",
+    "literal",
+    "logarithmic",
+    "looks_of",
+    "new_figure",
+    "plain_log",
+    "png_bytes",
+    "save_figure",
+    "settle",
+    "svg_data_uri",
+    "tidy",
+]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that is too pale for lines.
+FEW_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = "os^DvPX<>ph"
+INK = "#333333"
+PAPER = "#FFFFFF"
+GRID = "#E4E4E4"
+# On a phone, where a figure is as wide as the page, this makes letters as high as those of the text around it.
+WIDTH_INCHES = 4.7
+
+Looks = dict[Any, tuple[str, str]]
+"""A colour and a marker for each value that a figure tells apart."""
+
+
+class NothingToShow(Exception):
+    """What a figure is about is not in the runs; the message says in words what is missing."""
+
+
+@contextmanager
+def canvas(font_size: float = 11.0) -> Iterator[None]:
+    """Settings that hold for everything drawn inside."""
+    settings: dict[Any, Any] = {
+        "font.size": font_size,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+    }
+    with matplotlib.rc_context(settings):
+        yield
+
+
+@contextmanager
+def new_figure(height: float = 3.9, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[tuple[Figure, Any]]:
+    """A figure of a page's column and its axes, tidied; draw inside the context.
+
+    Args:
+        height: In inches.
+        rows: Panels from top to bottom.
+        columns: Panels from left to right.
+        options: What `Figure.subplots` takes beside them.
+    """
+    with canvas():
+        figure = Figure(figsize=(WIDTH_INCHES, height), dpi=160, layout="constrained", facecolor=PAPER)
+        axes = figure.subplots(rows, columns, **options)
+        for one in np.atleast_1d(axes).flat:
+            tidy(one)
+        yield figure, axes
+
+
+def tidy(axes: Axes) -> None:
+    """A light grid behind the data, and no frame where there is no scale."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def looks_of(values: Iterable[Any]) -> Looks:
+    """A colour and a marker for each value, in their order."""
+    ordered = list(values)
+    if len(ordered) <= len(FEW_COLOURS):
+        colours = list(FEW_COLOURS[: len(ordered)])
+    else:
+        # The pale end of the map would vanish on white.
+        shades = matplotlib.colormaps["cividis"](np.linspace(0.0, 0.88, len(ordered)))
+        colours = [matplotlib.colors.to_hex(shade) for shade in shades]
+    return {
+        value: (colour, MARKERS[i % len(MARKERS)])
+        for i, (value, colour) in enumerate(zip(ordered, colours, strict=True))
+    }
+
+
+def draw_point(
+    axes: Axes, x: float, y: float, look: tuple[str, str], *, is_hollow: bool = False, size: float = 8.0
+) -> None:
+    """One cell: filled where the law used it, hollow where it is saturated."""
+    colour, marker = look
+    axes.plot(
+        [x],
+        [y],
+        linestyle="none",
+        marker=marker,
+        markersize=size,
+        markerfacecolor=PAPER if is_hollow else colour,
+        markeredgecolor=colour if is_hollow else PAPER,
+        markeredgewidth=1.6 if is_hollow else 0.8,
+        zorder=3 if is_hollow else 4,
+        clip_on=False,
+        label="saturated" if is_hollow else "used",
+    )
+
+
+def hollow_handle(label: str) -> Line2D:
+    """What stands for hollow points in a legend."""
+    return Line2D(
+        [],
+        [],
+        linestyle="none",
+        marker="o",
+        markersize=7,
+        markerfacecolor=PAPER,
+        markeredgecolor=INK,
+        markeredgewidth=1.6,
+        label=label,
+    )
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], columns: int = 3, title: str | None = None) -> None:
+    """A legend under the axes, where it hides nothing."""
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(columns, len(handles)),
+        frameon=False,
+        title=title,
+        fontsize=10,
+        title_fontsize=10,
+        columnspacing=1.2,
+        handlelength=1.6,
+    )
+
+
+def logarithmic(axis_of: Axes, which: str, values: Iterable[int]) -> None:
+    """A logarithmic axis, `x` or `y`, ticked at these values alone; labels that would touch are left out."""
+    ticks = sorted(set(values))
+    getattr(axis_of, f"set_{which}scale")("log")
+    axis = getattr(axis_of, f"{which}axis")
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_ticks(ticks, labels=_labels(ticks))
+
+
+def plain_log(axes: Axes, which: str, *, decades: bool = False) -> None:
+    """A logarithmic axis, `x` or `y`, with numbers such as 0.5 or 2,000 rather than powers of ten.
+
+    Args:
+        axes: Whose axis it is.
+        which: `x` or `y`.
+        decades: Number the decades alone, for an axis of many of them.
+    """
+    getattr(axes, f"set_{which}scale")("log")
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def literal(text: str) -> str:
+    """Text that a figure shows as it is: on one line, with nothing in it taken for mathematics."""
+    return " ".join(text.split()).replace("$", r"\$")
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure so that the file is either whole or not there; the suffix says the format. Returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            figure.savefig(file, format=path.suffix.removeprefix("."))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def settle(figure: Figure) -> None:
+    """Lay the figure out once and for all; otherwise every format in which it is written does it again."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine(None)
+
+
+def png_bytes(figure: Figure) -> bytes:
+    """The figure as PNG; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def svg_data_uri(figure: Figure) -> str:
+    """The figure as SVG inside a URI, sharp at every size, its letters drawn so that no font is needed."""
+    buffer = io.BytesIO()
+    # Without a date and with ids that depend on the content alone, the same figure gives the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "pml", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _labels(values: list[int]) -> list[str]:
+    """Tick labels; empty where one would touch the one before it on the logarithmic axis."""
+    if not values:
+        return []
+    room = 0.04 * math.log(values[-1] / values[0])
+    labels, last = [], 0
+    for value in values:
+        # Long numbers take more room.
+        fits = last == 0 or math.log(value / last) >= room * max(1.0, len(f"{value:,}") / 2)
+        labels.append(f"{value:,}" if fits else "")
+        last = value if fits else last
+    return labels

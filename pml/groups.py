@@ -1,0 +1,121 @@
+"""Runs sorted by what one law describes: one backbone, place and initialisation of the adapter, corpus and method."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pml.errors import InputError
+from pml.records import Record
+
+__all__ = ["SIZES", "Group", "group_runs", "method_name", "setting_of", "settings_of", "short_method_names", "varying"]
+
+SETTING = ("backbone", "backbone_hash", "block", "placement", "init", "corpus")
+# How large the corpus is and which one was drawn: what the cells of one law differ in.
+SIZES = ("corpus_settings.length", "corpus_settings.pairs", "corpus_settings.target_tokens", "corpus_settings.seed")
+NAMES = {"sft": "SFT", "memft": "MemFT"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in rank, length and seed.
+
+    Attributes:
+        setting: The fields of `SETTING`, and what the runs were split by beside them.
+        method: The method with its weighting, see `method_name`.
+        records: Records by the folder of their run.
+    """
+
+    setting: dict[str, Any]
+    method: str
+    records: dict[Path, Record]
+
+
+def method_name(record: Record) -> str:
+    """The method as people call it, with the weighting and the curriculum where there is a choice of them.
+
+    Example: `SFT`, or `MemFT OnlyThreshold + PrefixRatio`.
+    """
+    parts = [_class_name(record.method_settings.get(key)) for key in ("weighting", "curriculum")]
+    chosen = " + ".join(part for part in parts if part and part != "Uniform")
+    return " ".join(filter(None, (NAMES.get(record.method, record.method), chosen)))
+
+
+def short_method_names(methods: Iterable[str]) -> dict[str, str]:
+    """The first word of each method where it tells them apart, otherwise the whole name."""
+    names = list(dict.fromkeys(methods))
+    firsts = [(name.split() or [name])[0] for name in names]
+    return {name: first if firsts.count(first) == 1 else name for name, first in zip(names, firsts, strict=True)}
+
+
+def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_corpora: bool = False) -> list[Group]:
+    """Runs by backbone, block, placement, initialisation, corpus and method, in the order in which they came.
+
+    Args:
+        records: Records by the folder of their run.
+        by: Further fields of a record to split by, dotted into its settings: `method_settings.learning_rate`.
+        join_corpora: Put corpora of different names together, such as files of several lengths.
+
+    Raises:
+        InputError: If no record has one of the fields.
+    """
+    for name in by:
+        if all(setting_of(record, name) is None for record in records.values()):
+            raise InputError(
+                f"no run has a value for {name!r}; expected a field of its record, dotted into its settings, "
+                "such as dtype or method_settings.learning_rate"
+            )
+    groups: dict[str, Group] = {}
+    for path, record in records.items():
+        names = [name for name in SETTING if not (join_corpora and name == "corpus")]
+        setting = {name: setting_of(record, name) for name in dict.fromkeys((*names, *by))}
+        method = method_name(record)
+        # Values may be lists, and a name may hold anything: repr tells them apart without hashing them.
+        group = groups.setdefault(repr((setting, method)), Group(setting, method, {}))
+        group.records[path] = record
+    return list(groups.values())
+
+
+def setting_of(record: Record, name: str) -> Any:
+    """A field of a record, dotted into its dictionaries; None where the record lacks it."""
+    first, *rest = name.split(".")
+    value = getattr(record, first, None) if first in type(record).model_fields else None
+    for key in rest:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def settings_of(record: Record) -> dict[str, Any]:
+    """What a run was made with, by dotted names: its setting, dtype, method and corpus settings."""
+    flat = {name: getattr(record, name) for name in (*SETTING, "dtype", "method")}
+    for name in ("method_settings", "corpus_settings"):
+        flat |= _flattened(name, getattr(record, name))
+    return flat
+
+
+def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
+    """Settings in which runs differ though their rank, length and seed do not ask for it, with their values."""
+    all_settings = [settings_of(record) for record in records]
+    names = dict.fromkeys(name for settings in all_settings for name in settings if name not in SIZES)
+    found = {}
+    for name in names:
+        values = {repr(settings.get(name)): settings.get(name) for settings in all_settings}
+        if len(values) > 1:
+            found[name] = [values[key] for key in sorted(values)]
+    return found
+
+
+def _flattened(prefix: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flattened(f"{prefix}.{key}", inner)
+    return flat
+
+
+def _class_name(value: Any) -> str:
+    """The class of a settings object as `pml.plain` writes it, or the name that stands for it."""
+    if isinstance(value, dict):
+        value = value.get("class_path")
+    return value.rpartition(".")[2] if isinstance(value, str) else ""

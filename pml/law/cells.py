@@ -1,0 +1,246 @@
+"""What runs say about the law: one cell per run, which runs belong together, and which say nothing."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from pml.errors import InputError
+from pml.law.forms import CapacityName
+from pml.records import Record
+
+__all__ = [
+    "CRITICAL_LOSS",
+    "Cell",
+    "LeftOutCell",
+    "Reason",
+    "cells_from_records",
+    "divide",
+    "saturated",
+    "select_records",
+    "shared_setting",
+]
+
+Reason = Literal["interrupted", "diverged"]
+
+CRITICAL_LOSS = math.log(2)
+"""Loss in nats below which a token has p > 0.5, so that greedy decoding must produce it."""
+
+# What must be the same in all runs of one law, and what the message about it shows.
+SETTING = ("backbone_hash", "block", "placement", "init", "method")
+# What a law by effective parameters may mix: adapters of another shape, counted by their parameters.
+SHAPE = ("block", "placement")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one run says about the law; losses in nats per target token.
+
+    Attributes:
+        rank: LoRA rank r.
+        target_tokens: Length l, supervised tokens over the whole corpus.
+        initial_loss: Mean target loss of the frozen model, L0.
+        final_loss: Mean target loss with the adapter.
+        seed: Seed of the run.
+        source: Where the numbers come from, such as the run's folder.
+        finished: False for a run that was stopped from outside before its training ended.
+        effective_parameters: Trainable parameters of the adapter; None where unknown.
+        entropy_bits: Information in the targets given the queries; None where unknown.
+        pairs: Targets that the tokens are shared out among.
+        late_loss_drop: By how much the training loss still fell at the end (see `pml.records.Record`).
+        learning_rate_left: The learning rate of the last step, as a share of the peak.
+    """
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    rank: int
+    target_tokens: int
+    initial_loss: float
+    final_loss: float
+    seed: int
+    source: str
+    finished: bool = True
+    effective_parameters: int | None = None
+    entropy_bits: float | None = None
+    pairs: int = 1
+    late_loss_drop: float | None = None
+    learning_rate_left: float | None = None
+
+    @property
+    def loss_reduction(self) -> float:
+        """dL in nats per target token."""
+        return self.initial_loss - self.final_loss
+
+    @property
+    def stored_bits(self) -> float | None:
+        """Information about the corpus in the adapter, in bits: entropy minus what is still missing.
+
+        Below 0 where the adapted model is further from the targets than a uniform guess; None where the entropy is
+        unknown.
+        """
+        if self.entropy_bits is None:
+            return None
+        return self.entropy_bits - self.final_loss * self.target_tokens / math.log(2)
+
+
+class LeftOutCell(pydantic.BaseModel):
+    """A cell that no form can use, and why; a loss that is not finite is None."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    source: str
+    rank: int
+    target_tokens: int
+    seed: int
+    initial_loss: float | None
+    final_loss: float | None
+    reason: Reason
+
+
+def saturated(cell: Cell) -> bool:
+    """Whether the final loss is at most ln 2: on average p >= 0.5, so the text, not the adapter, set the limit."""
+    return cell.final_loss <= CRITICAL_LOSS
+
+
+def divide(cells: Iterable[Cell]) -> tuple[list[Cell], list[LeftOutCell]]:
+    """The cells that say something about the law, by length, rank and seed, and the others with the reason.
+
+    A run that was cut short did not reach what its rank allows; one whose loss did not fall did not train at all, and
+    its loss is about the learning rate.
+    """
+    sound, left_out = [], []
+    for cell in _sorted(cells):
+        reason = _reason_to_leave_out(cell)
+        if reason is None:
+            sound.append(cell)
+            continue
+        losses = (value if math.isfinite(value) else None for value in (cell.initial_loss, cell.final_loss))
+        initial, final = losses
+        left_out.append(
+            LeftOutCell(
+                source=cell.source,
+                rank=cell.rank,
+                target_tokens=cell.target_tokens,
+                seed=cell.seed,
+                initial_loss=initial,
+                final_loss=final,
+                reason=reason,
+            )
+        )
+    return sound, left_out
+
+
+def select_records(records: Mapping[Path, Record], where: Mapping[str, Any] | None = None) -> dict[Path, Record]:
+    """The records whose fields have the values that `where` names; all of them without `where`.
+
+    Args:
+        records: Records by the folder of their run.
+        where: Fields of a record and the value to keep. A list of one, such as `block`, may be given as its element.
+
+    Raises:
+        InputError: If a field does not exist, or no record is left.
+    """
+    kept = dict(records)
+    for name, value in (where or {}).items():
+        if name not in Record.model_fields:
+            raise InputError(f"where: a record has no field {name!r}; its fields are {', '.join(Record.model_fields)}")
+        before = kept
+        kept = {path: record for path, record in before.items() if getattr(record, name) in (value, [value])}
+        if before and not kept:
+            present = _counted(str(getattr(record, name)) for record in before.values())
+            raise InputError(f"where: no record has {name} {value!r}; there are {present}; choose one of these")
+    return kept
+
+
+def shared_setting(records: Mapping[Path, Record], capacity: CapacityName = "rank") -> dict[str, Any]:
+    """What the runs of one law have in common: backbone, block, placement, initialisation and method.
+
+    `corpus` lists the names of all corpora, which may differ: files of several lengths can belong to one law.
+
+    Args:
+        records: Records by the folder of their run.
+        capacity: What the law counts. By effective parameters, blocks and placements may differ: where they do, they
+            are not part of the setting.
+
+    Raises:
+        InputError: If there is no record, or the runs differ in one of these, since a law belongs to one of each.
+    """
+    if not records:
+        raise InputError("no record: expected the records of at least 5 runs; give folders with finished runs")
+    mixed = []
+    for name in SETTING:
+        values = [
+            f"{record.backbone_hash} of {record.backbone}" if name == "backbone_hash" else str(getattr(record, name))
+            for record in records.values()
+        ]
+        if len({str(getattr(record, name)) for record in records.values()}) == 1:
+            continue
+        if capacity == "effective_parameters" and name in SHAPE:
+            mixed.append(name)
+            continue
+        hint = ", or count --by effective_parameters" if name in SHAPE else ""
+        raise InputError(
+            f"records of different {name}: {_counted(values)}; a law belongs to one of them: "
+            f"keep one (--where.{name} VALUE), or give only its runs{hint}"
+        )
+    first = next(iter(records.values()))
+    shared = {name: getattr(first, name) for name in ("backbone", *SETTING) if name not in mixed}
+    return shared | {"corpus": sorted({record.corpus for record in records.values()})}
+
+
+def cells_from_records(
+    records: Mapping[Path, Record], where: Mapping[str, Any] | None = None, capacity: CapacityName = "rank"
+) -> list[Cell]:
+    """One cell per run, sorted by length, rank and seed; losses in nats per target token.
+
+    Args:
+        records: Records by the folder of their run, as `read_records` gives them.
+        where: Which to keep, see `select_records`.
+        capacity: What the law counts, see `shared_setting`.
+
+    Raises:
+        InputError: If no record is left, or they do not belong to one law (see `shared_setting`).
+    """
+    kept = select_records(records, where)
+    shared_setting(kept, capacity)
+    cells = [
+        Cell(
+            rank=record.rank,
+            target_tokens=record.target_tokens,
+            initial_loss=record.initial_loss,
+            final_loss=record.final_loss,
+            seed=record.seed,
+            source=path.as_posix(),
+            finished=record.status == "finished",
+            effective_parameters=record.effective_parameters,
+            entropy_bits=record.corpus_entropy_bits,
+            pairs=record.pairs,
+            late_loss_drop=record.late_loss_drop,
+            learning_rate_left=record.learning_rate_left,
+        )
+        for path, record in kept.items()
+    ]
+    return _sorted(cells)
+
+
+def _reason_to_leave_out(cell: Cell) -> Reason | None:
+    if not cell.finished:
+        return "interrupted"
+    if not (math.isfinite(cell.initial_loss) and math.isfinite(cell.final_loss)) or cell.loss_reduction <= 0:
+        return "diverged"
+    return None
+
+
+def _sorted(cells: Iterable[Cell]) -> list[Cell]:
+    return sorted(cells, key=lambda cell: (cell.target_tokens, cell.rank, cell.seed, cell.source))
+
+
+def _counted(values: Iterable[str]) -> str:
+    """Values with how often they occur, such as `memft (8 runs), sft (1 run)`."""
+    return ", ".join(
+        f"{value} ({count} run{'s' if count > 1 else ''})" for value, count in sorted(Counter(values).items())
+    )

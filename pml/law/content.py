@@ -1,0 +1,563 @@
+"""What a fit leaves: every form of the law with what it rests on, as objects and as `law.json`."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pydantic
+from uncertainties import ufloat
+
+from pml.calibration import RecallModel
+from pml.errors import InputError
+from pml.law.cells import Cell, LeftOutCell, saturated
+from pml.law.forms import FORMS, Array, CapacityName, FormName, Points, reduction, sensitivity
+from pml.law.uncertainty import bootstrap, data_of, expansion
+
+__all__ = ["LAW_NAME", "Estimate", "FormFit", "HeldOut", "LawCell", "LawFit", "Misfit", "Prediction", "read_law"]
+
+LAW_NAME = "law.json"
+LAW_SCHEMA_VERSION: Final = 2
+LOGARITHMIC = ("C", "kappa", "knee")
+Factor = Literal["rank", "target_tokens"]
+# Noise of predictions for a new run; any fixed seed makes the same law say the same thing twice.
+NOISE_SEED = 1
+
+
+class _Content(pydantic.BaseModel):
+    """A part of `law.json`: no unknown keys, no changes, no infinities or NaN."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Estimate(_Content):
+    """A parameter and how far it can be trusted; None where there is no such thing at the solution.
+
+    Attributes:
+        value: Its value.
+        stderr: Standard error, from the covariance at the solution.
+        standard: 95 % interval from the standard error and Student's t, of the logarithm where that was fitted.
+        profile: 95 % interval from the profile likelihood.
+        bootstrap: 95 % interval from the bootstrap over cells.
+    """
+
+    value: float
+    stderr: float | None = None
+    standard: tuple[float, float] | None = None
+    profile: tuple[float, float] | None = None
+    bootstrap: tuple[float, float] | None = None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval to quote: of the profile where there is one, else of the bootstrap."""
+        return self.profile or self.bootstrap
+
+
+class HeldOut(_Content):
+    """How well a form foretells cells that it was not fitted to: all of one rank, or of one length.
+
+    Attributes:
+        factor: What was held out by.
+        value: The rank or length that was held out.
+        extrapolates: Whether it was the largest.
+        cells: Unsaturated cells held out.
+        mape_percent: Mean error of their loss reduction, in percent; None where the others do not determine the form.
+    """
+
+    factor: Factor
+    value: int
+    extrapolates: bool
+    cells: int
+    mape_percent: float | None
+
+
+class Misfit(_Content):
+    """A rank or length at which a form is off in one direction by more than its noise explains.
+
+    Attributes:
+        factor: Rank or length.
+        value: Which.
+        cells: Unsaturated cells there.
+        excess_percent: Measured over predicted loss reduction - 1, mean over these cells, in percent.
+    """
+
+    factor: Factor
+    value: int
+    cells: int
+    excess_percent: float
+
+
+class FormFit(_Content):
+    """One form of the law, fitted.
+
+    Attributes:
+        form: Which.
+        parameters: By name. `C` and `b` are in nats per target token, `kappa` in bits per effective parameter, the
+            others without a unit. C is the power at size 1 and one token.
+        at_bound: Parameters that ended at the end of their range and were held there: a knee of 32 is the plain
+            minimum. They have no interval and are not counted as fitted.
+        correlation: Rows and columns in the order of `parameters` without those in `at_bound`, of logarithms for C,
+            kappa and knee; None where the fit has no covariance.
+        determined: False where a logarithm describes the cells as well, so that C and b have no end.
+        converged: Whether the search ended at a minimum.
+        cells_used: How many cells it was fitted to: the unsaturated ones, and the saturated too where it is bounded.
+        degrees_of_freedom: Unsaturated cells minus fitted parameters. Saturated ones say nothing about the noise.
+        noise_nats: Standard deviation of a run around the law, in nats per target token, far below the ceiling.
+        noise_at_ceiling_nats: The same at the ceiling, from the saturated cells; None where there are none.
+        r2: Share of the variance of the used cells' loss reduction that it explains.
+        mape_percent: Mean absolute error relative to the measured loss reduction, in percent, over the used cells.
+        rmse_nats: Root of the mean squared error in nats per target token, over the used cells.
+        aicc: Akaike's criterion, corrected for few cells, over all cells: what an unbounded form says of saturated
+            ones is cut at the frozen model's loss. The smaller the better; None with too few cells.
+        held_out: By rank and by length, how well the other cells foretell it.
+        misfits: Where it is systematically off.
+        predicted: Loss reduction in nats per target token for each of the law's cells.
+    """
+
+    form: FormName
+    parameters: dict[str, Estimate]
+    at_bound: list[str]
+    correlation: list[list[float]] | None
+    determined: bool
+    converged: bool
+    cells_used: int
+    degrees_of_freedom: int
+    noise_nats: float
+    noise_at_ceiling_nats: float | None
+    r2: float
+    mape_percent: float
+    rmse_nats: float
+    aicc: float | None
+    held_out: list[HeldOut]
+    misfits: list[Misfit]
+    predicted: list[float]
+
+    @pydantic.model_validator(mode="after")
+    def _parts_agree(self) -> "FormFit":
+        expected = FORMS[self.form].parameters
+        if tuple(self.parameters) != expected:
+            raise ValueError(
+                f"{self.form}: expected the parameters {', '.join(expected)}; {', '.join(self.parameters)}"
+            )
+        free = len(expected) - len(self.at_bound)
+        if self.correlation is not None and [len(row) for row in self.correlation] != [free] * free:
+            raise ValueError(f"{self.form}: correlation: expected {free} rows of {free} numbers")
+        return self
+
+    @property
+    def theta(self) -> list[float]:
+        """The parameters as `pml.law.forms` takes them."""
+        return [math.log(e.value) if name in LOGARITHMIC else e.value for name, e in self.parameters.items()]
+
+    @property
+    def extrapolation_percent(self) -> float | None:
+        """Mean error in percent where the largest rank and the largest length were held out; None if neither could."""
+        errors = [h.mape_percent for h in self.held_out if h.extrapolates and h.mape_percent is not None]
+        return sum(errors) / len(errors) if errors else None
+
+    def equation(self, errors: bool = False, capacity: CapacityName = "rank") -> str:
+        """The form as text, such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`.
+
+        Args:
+            errors: Put the standard error behind every number.
+            capacity: What the law counts: the size is `r`, or `P`.
+        """
+        form, show = FORMS[self.form], _with_error if errors else _number
+        ceiling = "L0"
+        if form.proportional:
+            return f"stored bits = min({show(self.parameters['kappa'])} P, H)"
+        c, alpha, beta = (self.parameters[name] for name in ("C", "alpha", "beta"))
+        flipped = Estimate(value=-beta.value, stderr=beta.stderr)
+        power = f"{show(c)} {'r' if capacity == 'rank' else 'P'}^{show(alpha)} l^{show(flipped)}"
+        if form.offset == "entropy":
+            return f"dL = L0 - H/l + min({power}, H/l)"
+        if form.offset == "none":
+            return f"dL = min({power}, {ceiling})" if form.bounded else f"dL = {power}"
+        b = self.parameters["b"]
+        size = show(Estimate(value=abs(b.value), stderr=b.stderr))
+        sign, other = ("-", "+") if b.value < 0 else ("+", "-")
+        return (
+            f"dL = min({power}, {ceiling} {other} {size}) {sign} {size}"
+            if form.bounded
+            else f"dL = {power} {sign} {size}"
+        )
+
+
+class LawCell(_Content):
+    """A cell with what the chosen form says of it; loss reductions in nats per target token."""
+
+    source: str
+    rank: int
+    target_tokens: int
+    seed: int
+    measured: float
+    predicted: float
+    saturated: bool
+
+
+class Prediction(_Content):
+    """Loss reduction of a run, in nats per target token.
+
+    Attributes:
+        loss_reduction: The law's value.
+        confidence: 95 % interval of that value: of the mean of many runs.
+        new_run: 95 % interval of a single new run, whose own noise comes on top.
+    """
+
+    loss_reduction: float
+    confidence: tuple[float, float]
+    new_run: tuple[float, float]
+
+
+class LawFit(_Content):
+    """The law fitted to runs in every form that they determine.
+
+    Attributes:
+        schema_version: Version of this layout.
+        form: The chosen form.
+        chosen_because: Why this one, in words.
+        capacity: What the law counts as the adapter's size: the rank or the effective parameters.
+        parameters_per_rank: Effective parameters of rank 1; None where they are unknown or differ between runs.
+        fits: Every form that the cells determine, the best first.
+        cells: What was measured, by length, rank and seed: the saturated cells too.
+        left_out: Cells that no form can use.
+        recall: From loss to recall; None where no run left its per-token results.
+        setting: What all runs have in common, so that a law can be told from another.
+        warnings: In words, why the chosen form should be believed less than its numbers look.
+    """
+
+    schema_version: Literal[2] = LAW_SCHEMA_VERSION
+    form: FormName
+    chosen_because: str
+    capacity: CapacityName
+    parameters_per_rank: int | None
+    fits: list[FormFit]
+    cells: list[Cell]
+    left_out: list[LeftOutCell]
+    recall: RecallModel | None
+    setting: dict[str, Any]
+    warnings: list[str]
+
+    @pydantic.model_validator(mode="after")
+    def _parts_agree(self) -> "LawFit":
+        if self.form not in [fit.form for fit in self.fits]:
+            raise ValueError(f"form is {self.form}, but fits has {', '.join(fit.form for fit in self.fits) or 'none'}")
+        for fit in self.fits:
+            if len(fit.predicted) != len(self.cells):
+                raise ValueError(f"{fit.form}: {len(fit.predicted)} predictions for {len(self.cells)} cells")
+        return self
+
+    @property
+    def best(self) -> FormFit:
+        """The chosen form's fit."""
+        return self.fit_of(self.form)
+
+    def fit_of(self, form: FormName) -> FormFit:
+        """The fit of a form.
+
+        Raises:
+            InputError: If the cells do not determine it.
+        """
+        for fit in self.fits:
+            if fit.form == form:
+                return fit
+        names = ", ".join(fit.form for fit in self.fits)
+        raise InputError(
+            f"form {form} was not fitted; expected one of {names}; it may need more cells or the corpus' entropy"
+        )
+
+    @property
+    def parameters(self) -> dict[str, Estimate]:
+        """Parameters of the chosen form."""
+        return self.best.parameters
+
+    @property
+    def r2(self) -> float:
+        """Of the chosen form."""
+        return self.best.r2
+
+    @property
+    def mape_percent(self) -> float:
+        """Of the chosen form."""
+        return self.best.mape_percent
+
+    @property
+    def rmse_nats(self) -> float:
+        """Of the chosen form."""
+        return self.best.rmse_nats
+
+    @property
+    def used(self) -> list[LawCell]:
+        """The cells that the chosen form was fitted to, with its predictions."""
+        bounded = FORMS[self.form].bounded
+        return [
+            LawCell(
+                source=cell.source,
+                rank=cell.rank,
+                target_tokens=cell.target_tokens,
+                seed=cell.seed,
+                measured=cell.loss_reduction,
+                predicted=predicted,
+                saturated=saturated(cell),
+            )
+            for cell, predicted in zip(self.cells, self.best.predicted, strict=True)
+            if bounded or not saturated(cell)
+        ]
+
+    @property
+    def cells_used(self) -> int:
+        """How many cells the chosen form was fitted to."""
+        return self.best.cells_used
+
+    @property
+    def cells_left_out(self) -> dict[str, int]:
+        """How many cells the chosen form was not fitted to, by reason.
+
+        `saturated` where it is unbounded: final loss <= ln 2. `diverged`: a loss that is not finite, or that training
+        did not lower. `interrupted`: stopped from outside.
+        """
+        counts: dict[str, int] = dict(Counter(cell.reason for cell in self.left_out))
+        if not FORMS[self.form].bounded and any(map(saturated, self.cells)):
+            counts["saturated"] = sum(map(saturated, self.cells))
+        return counts
+
+    @property
+    def rank_range(self) -> tuple[int, int]:
+        """Smallest and largest measured rank."""
+        ranks = [cell.rank for cell in self.cells]
+        return min(ranks), max(ranks)
+
+    @property
+    def target_tokens_range(self) -> tuple[int, int]:
+        """Smallest and largest measured length."""
+        lengths = [cell.target_tokens for cell in self.cells]
+        return min(lengths), max(lengths)
+
+    def initial_loss(self, target_tokens: npt.ArrayLike) -> Array:
+        """The frozen model's loss in nats per target token: interpolated in ln l, beyond the lengths as at the end."""
+        return _between([(cell.target_tokens, cell.initial_loss) for cell in self.cells], target_tokens)
+
+    def entropy(self, target_tokens: npt.ArrayLike) -> Array:
+        """Information in the targets, in nats per target token, interpolated likewise; NaN where it is unknown."""
+        known = [
+            (cell.target_tokens, cell.entropy_bits * math.log(2) / cell.target_tokens)
+            for cell in self.cells
+            if cell.entropy_bits is not None
+        ]
+        if not known:
+            return np.full(np.shape(target_tokens), np.nan)
+        return _between(known, target_tokens)
+
+    def predict(self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, form: FormName | None = None) -> Array:
+        """Predicted loss reduction in nats per target token.
+
+        Args:
+            rank: LoRA ranks, any shape that broadcasts with `target_tokens`.
+            target_tokens: Lengths in target tokens.
+            form: Of which form; None is the chosen one.
+
+        Returns:
+            An array of the broadcast shape, of no dimension for two numbers. An unbounded form goes on rising past the
+            frozen model's loss, which no run can exceed.
+
+        Raises:
+            InputError: If a rank or a length is not positive, or the law cannot count ranks.
+
+        Example:
+            >>> from pml.law import Cell, fit_law
+            >>> grid = [(r, l) for r in (1, 2, 4, 8) for l in (100, 200, 400)]
+            >>> cells = [Cell(r, l, 13.0, 13.0 - 20 * r**0.5 / l**0.5, 0, f"r{r}l{l}") for r, l in grid]
+            >>> round(float(fit_law(cells).predict(4, 400)), 6)
+            2.0
+        """
+        fit = self.best if form is None else self.fit_of(form)
+        points, shape = self._points(rank, target_tokens)
+        return reduction(FORMS[fit.form], fit.theta, points).reshape(shape)
+
+    def predict_draws(
+        self,
+        rank: npt.ArrayLike,
+        target_tokens: npt.ArrayLike,
+        form: FormName | None = None,
+        *,
+        new_run: bool = False,
+    ) -> Array:
+        """Loss reduction in nats per target token as bootstrapped laws predict it; percentiles of it are intervals.
+
+        The cells in `law.json` are all it takes, so the draws are made anew, and the same every time.
+
+        Args:
+            rank: LoRA ranks, any shape that broadcasts with `target_tokens`.
+            target_tokens: Lengths in target tokens.
+            form: Of which form; None is the chosen one.
+            new_run: Add a single run's noise, and cut at the frozen model's loss.
+
+        Returns:
+            (draws, *broadcast shape). Deviations from the law's own value are widened by Student's t over the normal's
+            percentile, since the noise is estimated from few cells.
+
+        Raises:
+            InputError: As `predict` does.
+        """
+        fit = self.best if form is None else self.fit_of(form)
+        points, shape = self._points(rank, target_tokens)
+        kind = FORMS[fit.form]
+        draws = self._draws[fit.form]
+        value, drawn = reduction(kind, fit.theta, points), reduction(kind, draws, points)
+        deviation = drawn - value
+        if new_run:
+            # The same luck for all points, so that what runs of two sizes differ in is their size.
+            luck = np.random.default_rng(NOISE_SEED).normal(size=(len(draws), 1))
+            free = sensitivity(kind, fit.theta, points)
+            at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
+            deviation = deviation + luck * np.hypot(free * fit.noise_nats, (1.0 - free) * at_ceiling)
+        widened = value + expansion(fit.degrees_of_freedom) * deviation
+        if new_run:
+            widened = np.minimum(widened, points.initial_loss)
+        return widened.reshape(len(draws), *shape)
+
+    def predict_interval(self, rank: int, target_tokens: int, form: FormName | None = None) -> Prediction:
+        """What the law says of one rank and length, with 95 % intervals.
+
+        Raises:
+            InputError: As `predict` does.
+        """
+        value = float(self.predict(rank, target_tokens, form))
+        intervals = [
+            tuple(np.percentile(self.predict_draws(rank, target_tokens, form, new_run=new_run), (2.5, 97.5)).tolist())
+            for new_run in (False, True)
+        ]
+        return Prediction(loss_reduction=value, confidence=intervals[0], new_run=intervals[1])
+
+    def equation(self, errors: bool = False) -> str:
+        """The chosen form as text, dL in nats per target token, such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`.
+
+        Args:
+            errors: Put the standard error behind every number.
+        """
+        return self.best.equation(errors, self.capacity)
+
+    def latex(self, form: FormName | None = None) -> str:
+        """A form's equation as mathematical text of TeX, without dollar signs; None is the chosen form."""
+        text = (self.best if form is None else self.fit_of(form)).equation(capacity=self.capacity)
+        for plain, tex in (
+            ("stored bits", r"\mathrm{stored\ bits}"),
+            ("dL", r"\Delta L"),
+            ("min", r"\min"),
+            ("L0", "L_0"),
+        ):
+            text = text.replace(plain, tex)
+        text = re.sub(r"\^([^ ,]+)", r"^{\1}", re.sub(r"\bl\b", r"\\ell", text))
+        text = re.sub(r" (?=(?:[rP]|\\ell)\^|P\b)", r"\\,", text)
+        return re.sub(r"e\+?(-?)0*(\d+)", r" \\times 10^{\1\2}", text)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `law.json`: numbers, strings, lists and dictionaries only."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any] | str | bytes) -> "LawFit":
+        """Read what `to_json` made, as a mapping or as the text of the file.
+
+        Raises:
+            InputError: If it is not JSON or not a law of this schema version.
+        """
+        try:
+            text = content if isinstance(content, str | bytes) else json.dumps(content)
+            return cls.model_validate_json(text)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "law"
+            raise InputError(
+                f"not a law of schema version {LAW_SCHEMA_VERSION}: {where}: {first['msg']}; fit it again with pml law"
+            ) from error
+
+    @cached_property
+    def _draws(self) -> "_Draws":
+        return _Draws(self)
+
+    def _points(self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike) -> tuple[Points, tuple[int, ...]]:
+        ranks, lengths = np.asarray(rank, dtype=np.float64), np.asarray(target_tokens, dtype=np.float64)
+        for name, values in (("rank", ranks), ("target_tokens", lengths)):
+            if not (values > 0).all():
+                raise InputError(f"{name}: expected values above 0, got {values.min():g}; give a positive number")
+        if self.parameters_per_rank is None and self.capacity == "effective_parameters":
+            raise InputError(
+                "rank: the runs of this law differ in parameters per rank, so a rank says nothing; "
+                "fit the runs of one placement"
+            )
+        ranks, lengths = np.broadcast_arrays(ranks, lengths)
+        shape, ranks, lengths = ranks.shape, ranks.ravel(), lengths.ravel()
+        parameters = ranks * (self.parameters_per_rank or math.nan)
+        return (
+            Points(
+                np.log(ranks if self.capacity == "rank" else parameters),
+                np.log(lengths),
+                np.log(parameters),
+                self.initial_loss(lengths),
+                self.entropy(lengths),
+            ),
+            shape,
+        )
+
+
+class _Draws(dict[FormName, Array]):
+    """Bootstrapped parameters of each form, made when first asked for."""
+
+    def __init__(self, law: LawFit) -> None:
+        super().__init__()
+        self.law = law
+
+    def __missing__(self, name: FormName) -> Array:
+        form, fit = FORMS[name], self.law.fit_of(name)
+        cells = [cell for cell in self.law.cells if form.bounded or not saturated(cell)]
+        free = [i for i, parameter in enumerate(form.parameters) if parameter not in fit.at_bound]
+        groups = [(cell.rank, cell.target_tokens) for cell in cells]
+        self[name] = bootstrap(form, np.array(fit.theta), data_of(cells, self.law.capacity), groups, free)
+        return self[name]
+
+
+def read_law(path: str | Path) -> LawFit:
+    """Read a `law.json`.
+
+    Raises:
+        InputError: If it cannot be read, is not JSON, or does not follow the schema.
+    """
+    try:
+        return LawFit.from_json(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a {LAW_NAME} from pml law") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _between(pairs: list[tuple[int, float]], lengths: npt.ArrayLike) -> Array:
+    """Means by length, interpolated in ln l."""
+    known = sorted({length for length, _ in pairs})
+    means = [float(np.mean([value for length, value in pairs if length == at])) for at in known]
+    return np.interp(np.log(np.asarray(lengths, dtype=np.float64)), np.log(known), means)
+
+
+def _number(estimate: Estimate) -> str:
+    """Three significant digits, without an exponent where that is readable."""
+    # Rounded first, so that 0.9996 counts as the 1.00 that it becomes.
+    value = float(f"{estimate.value:.3g}")
+    if value == 0 or not 1e-5 <= abs(value) < 1e5:
+        return f"{value:.2e}" if value else "0"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _with_error(estimate: Estimate) -> str:
+    """Value and standard error in brackets, both to two digits of the error where that is not too many."""
+    if estimate.stderr is None:
+        return f"({_number(estimate)} ± ?)"
+    if estimate.stderr < 1e-4 * abs(estimate.value):
+        return f"({_number(estimate)} ± {estimate.stderr:.1e})"
+    shown = f"{ufloat(estimate.value, estimate.stderr):.2u}".replace("+/-", " ± ")
+    return shown if shown.startswith("(") else f"({shown})"

@@ -1,0 +1,370 @@
+"""Fitting every form of the law that the cells determine, and choosing one."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from pml.calibration import RecallModel
+from pml.errors import InputError
+from pml.law import findings
+from pml.law.cells import Cell, LeftOutCell, divide, saturated
+from pml.law.content import LOGARITHMIC, Estimate, FormFit, HeldOut, LawFit, Misfit
+from pml.law.forms import FORMS, Array, CapacityName, Form, FormName, reduction
+from pml.law.search import Data, Solution, profile_intervals, solve
+from pml.law.uncertainty import bootstrap, data_of, expansion, student
+
+__all__ = ["fit_law"]
+
+PUBLISHED: FormName = "power_offset"
+# One more than the four parameters of the published law, so that the residuals say something about the noise.
+FEWEST_CELLS = 5
+# Two more than the two of the law in bits, which would fit two cells whatever they are.
+FEWEST_CELLS_IN_BITS = 4
+# Smallest spread of the loss reduction, in nats, that float32 losses can show.
+SMALLEST_SPREAD = 1e-6
+# Where both exponents are this small, x^alpha is 1 + alpha ln x to 0.1 %: a logarithm.
+SMALL_EXPONENT = 0.02
+# Forms whose AICc differs by less are told apart by how well they extrapolate (Burnham and Anderson's rule of thumb).
+CLOSE_AICC = 2.0
+# A rank or length is called off when Student's t says so at this level, twice: it is asked of each of them.
+MISFIT_T = 3.0
+MISFIT_PERCENT = 3.0
+
+
+def fit_law(
+    cells: Iterable[Cell],
+    setting: Mapping[str, Any] | None = None,
+    *,
+    form: FormName | None = None,
+    compare: bool = True,
+    capacity: CapacityName = "rank",
+    recall: RecallModel | None = None,
+) -> LawFit:
+    """Fit the law in every form that the cells determine, by weighted least squares, and choose one.
+
+    Diverged and interrupted cells are left out. Saturated ones (final loss <= ln 2) are left out of the forms without a
+    ceiling, as published, and used by the others. Where seeds are repeated, cells count by the spread of theirs.
+
+    The chosen form has the smallest AICc; among those within 2 of it, the one that foretells the largest rank and the
+    largest length best from the other cells.
+
+    Args:
+        cells: What the runs measured.
+        setting: What the runs have in common (see `shared_setting`); kept with the fit.
+        form: The form to choose; None leaves it to AICc and held-out error.
+        compare: Fit the other forms too where `form` is given.
+        capacity: What the law counts as the adapter's size.
+        recall: From loss to recall (see `pml.calibration`); kept with the fit.
+
+    Raises:
+        InputError: If the cells cannot determine a law: too few that are not saturated, fewer than two ranks or
+            lengths, ranks and lengths that rise together, or a loss reduction that does not vary.
+    """
+    sound, left_out = divide(cells)
+    if capacity == "effective_parameters" and any(cell.effective_parameters is None for cell in sound):
+        raise InputError("by effective_parameters: some cells do not say how many they have; count by rank")
+    why_not = {name: _undetermined(kind, sound, left_out, capacity) for name, kind in FORMS.items()}
+    wanted = form or PUBLISHED
+    possible = [name for name, reason in why_not.items() if reason is None]
+    if not possible or (form is not None and form not in possible):
+        raise InputError(why_not[wanted] or "")
+    if form is not None and not compare:
+        possible = [form]
+    fits = [fit for name in possible if (fit := _fit_form(FORMS[name], sound, capacity)) is not None]
+    if not fits:
+        raise InputError("loss reduction depends on neither size nor length; check what the runs trained on")
+    if form is not None and form not in [fit.form for fit in fits]:
+        raise InputError(f"form {form}: no C above 0 fits; leave --form out to see which forms do")
+    fits, reason = _ranked(fits)
+    if len(fits) == 1 and why_not[PUBLISHED] is not None:
+        reason = f"the others are not determined: {why_not[PUBLISHED]}"
+    if form is not None:
+        reason = "asked for"
+        fits.sort(key=lambda fit: fit.form != form)
+    fits = [_with_profiles(fit, sound, capacity) if fit.form in (fits[0].form, PUBLISHED) else fit for fit in fits]
+    per_rank = {(cell.effective_parameters or 0) / cell.rank for cell in sound}
+    one = per_rank.pop() if len(per_rank) == 1 else 0.0
+    law = LawFit(
+        form=fits[0].form,
+        chosen_because=reason,
+        capacity=capacity,
+        parameters_per_rank=int(one) or None,
+        fits=fits,
+        cells=sound,
+        left_out=left_out,
+        recall=recall,
+        setting=dict(setting or {}),
+        warnings=[],
+    )
+    return law.model_copy(update={"warnings": findings.warnings_of(law)})
+
+
+def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> FormFit | None:
+    """One form fitted, with everything that is said of it; None where no C above 0 fits."""
+    everything = data_of(cells, capacity)
+    used = np.ones(len(cells), dtype=bool) if form.bounded else everything.unsaturated
+    data = everything.at(used)
+    solution = solve(form, data)
+    if solution is None or not math.isfinite(solution.squares):
+        return None
+    free = solution.free
+    degrees = int(data.unsaturated.sum()) - len(free)
+    noise = math.sqrt(solution.squares / max(degrees, 1))
+    determined = not (form.offset == "fitted" and _is_logarithm(form, solution, data))
+
+    predicted = reduction(form, solution.theta, everything.points)
+    residual = data.measured - predicted[used]
+    cut = np.minimum(predicted, everything.points.initial_loss)
+    groups = [(cell.rank, cell.target_tokens) for cell, chosen in zip(cells, used, strict=True) if chosen]
+    draws = bootstrap(form, solution.theta, data, groups, free)
+    return FormFit(
+        form=form.name,
+        parameters=_estimates(form, solution, draws, degrees, noise, determined),
+        at_bound=[name for i, name in enumerate(form.parameters) if i not in free],
+        correlation=_correlation(solution) if determined else None,
+        determined=determined,
+        converged=solution.converged,
+        cells_used=int(used.sum()),
+        degrees_of_freedom=degrees,
+        noise_nats=noise,
+        noise_at_ceiling_nats=_root_mean_square(residual[~data.unsaturated]),
+        r2=1.0 - float(residual @ residual) / float(np.sum((data.measured - data.measured.mean()) ** 2)),
+        mape_percent=100.0 * float(np.mean(np.abs(residual) / data.measured)),
+        rmse_nats=math.sqrt(float(np.mean(residual**2))),
+        aicc=_aicc(everything, cut, len(free)),
+        held_out=_held_out(form, cells, everything, solution.theta),
+        misfits=_misfits(cells, everything, predicted),
+        predicted=predicted.tolist(),
+    )
+
+
+def _estimates(
+    form: Form, solution: Solution, draws: Array, degrees: int, noise: float, determined: bool
+) -> dict[str, Estimate]:
+    """The parameters with their intervals; logarithms are turned back into C, kappa and knee."""
+    estimates: dict[str, Estimate] = {}
+    for i, name in enumerate(form.parameters):
+        value = float(solution.theta[i])
+        back = _exponential if name in LOGARITHMIC else float
+        if i not in solution.free:
+            estimates[name] = Estimate(value=back(value))
+            continue
+        error = standard = None
+        if determined and solution.covariance is not None:
+            at = solution.free.index(i)
+            spread = noise * math.sqrt(solution.covariance[at, at])
+            reach = student(degrees) * spread
+            # The delta method: the standard error of C is the one of ln C times C.
+            error = spread * back(value) if name in LOGARITHMIC else spread
+            standard = back(value - reach), back(value + reach)
+        ends = value + expansion(degrees) * (np.percentile(draws[:, i], (2.5, 97.5)) - value)
+        low, high = (back(float(end)) for end in ends)
+        estimates[name] = Estimate(
+            value=back(value),
+            stderr=error,
+            standard=standard,
+            bootstrap=(low, high),
+        )
+    return estimates
+
+
+def _with_profiles(fit: FormFit, cells: Sequence[Cell], capacity: CapacityName) -> FormFit:
+    """The fit with profile-likelihood intervals where there are any; they take longer than all the rest."""
+    form = FORMS[fit.form]
+    data = data_of([cell for cell in cells if form.bounded or not saturated(cell)], capacity)
+    free = tuple(i for i, name in enumerate(form.parameters) if name not in fit.at_bound)
+    profiles = profile_intervals(form, data, np.array(fit.theta), free, fit.noise_nats, fit.degrees_of_freedom)
+    parameters = dict(fit.parameters)
+    for i, ends in profiles.items() if fit.determined else ():
+        name = form.parameters[i]
+        low, high = (_exponential(end) if name in LOGARITHMIC else end for end in ends)
+        parameters[name] = parameters[name].model_copy(update={"profile": (low, high)})
+    return fit.model_copy(update={"parameters": parameters})
+
+
+def _correlation(solution: Solution) -> list[list[float]] | None:
+    if solution.covariance is None:
+        return None
+    spread = np.sqrt(np.diag(solution.covariance))
+    correlation: list[list[float]] = np.clip(solution.covariance / np.outer(spread, spread), -1.0, 1.0).tolist()
+    return correlation
+
+
+def _aicc(data: Data, predicted: Array, fitted: int) -> float | None:
+    """AICc of normal noise of unknown size over all cells.
+
+    Saturated cells lie where they must whatever the parameters are: they count where a form has them wrong, but not as
+    evidence for how small the noise is.
+    """
+    cells, parameters = int(data.unsaturated.sum()), fitted + 1
+    if cells - parameters - 1 < 1:
+        return None
+    squares = float(np.sum(((data.measured - predicted) * data.root_weights) ** 2))
+    # An exact fit would be -infinity; float32 losses are not known better than this.
+    variance = max(squares / cells, SMALLEST_SPREAD**2)
+    return cells * math.log(variance) + 2 * parameters + 2 * parameters * (parameters + 1) / (cells - parameters - 1)
+
+
+def _held_out(form: Form, cells: Sequence[Cell], data: Data, theta: Array) -> list[HeldOut]:
+    """Each rank and each length foretold from the others, by the mean error of its unsaturated cells in percent."""
+    found = []
+    factors: tuple[Literal["rank", "target_tokens"], ...] = ("rank", "target_tokens")
+    for factor in factors:
+        values = np.array([getattr(cell, factor) for cell in cells])
+        levels = np.unique(values[data.unsaturated]).tolist()
+        for level in levels if len(levels) > 2 else []:
+            held = (values == level) & data.unsaturated
+            kept = (values != level) & (data.unsaturated | form.bounded)
+            error = None
+            rest = [cell for cell, keep in zip(cells, kept, strict=True) if keep]
+            if (
+                _shortfall(form, rest, len(rest)) is None
+                and (solution := solve(form, data.at(kept), theta)) is not None
+            ):
+                with np.errstate(all="ignore"):
+                    predicted = reduction(form, solution.theta, data.points.at(held))
+                missed = 100.0 * float(np.mean(np.abs(predicted / data.measured[held] - 1.0)))
+                error = missed if math.isfinite(missed) else None
+            found.append(
+                HeldOut(
+                    factor=factor,
+                    value=int(level),
+                    extrapolates=level == levels[-1],
+                    cells=int(held.sum()),
+                    mape_percent=error,
+                )
+            )
+    return found
+
+
+def _misfits(cells: Sequence[Cell], data: Data, predicted: Array) -> list[Misfit]:
+    """Ranks and lengths whose unsaturated cells lie on one side of the form, beyond what their scatter explains."""
+    found = []
+    excess = 100.0 * (data.measured / predicted - 1.0)
+    factors: tuple[Literal["rank", "target_tokens"], ...] = ("rank", "target_tokens")
+    for factor in factors:
+        values = np.array([getattr(cell, factor) for cell in cells])
+        for level in np.unique(values[data.unsaturated]).tolist():
+            here = excess[(values == level) & data.unsaturated]
+            if len(here) < 3:
+                continue
+            error = float(np.std(here, ddof=1)) / math.sqrt(len(here))
+            if abs(here.mean()) > max(MISFIT_PERCENT, MISFIT_T * error):
+                found.append(
+                    Misfit(factor=factor, value=int(level), cells=len(here), excess_percent=float(here.mean()))
+                )
+    return found
+
+
+def _ranked(fits: list[FormFit]) -> tuple[list[FormFit], str]:
+    """The fits, the chosen one first and the others by AICc, and why in words."""
+    known = [fit for fit in fits if fit.aicc is not None]
+    if not known:
+        first = next((fit for fit in fits if fit.form == PUBLISHED), fits[0])
+        reason = (
+            "the only one that so few cells can tell anything of"
+            if len(fits) == 1
+            else "as published; too few cells for AICc to choose"
+        )
+        return sorted(fits, key=lambda fit: fit is not first), reason
+    lowest = min(fit.aicc for fit in known if fit.aicc is not None)
+    close = [fit for fit in known if fit.aicc is not None and fit.aicc - lowest < CLOSE_AICC]
+    first = min(close, key=lambda fit: (_or_infinity(fit.extrapolation_percent), _or_infinity(fit.aicc)))
+    ranked = sorted(fits, key=lambda fit: (fit is not first, _or_infinity(fit.aicc)))
+    if len(close) == 1:
+        rest = [fit.aicc - lowest for fit in known if fit is not first and fit.aicc is not None]
+        behind = f"; the next is {min(rest):.1f} behind" if rest else ""
+        return ranked, f"smallest AICc{behind}"
+    error = first.extrapolation_percent
+    foretold = (
+        f", and of these the best at foretelling the largest rank and length ({error:.1f} % off)"
+        if error is not None
+        else ""
+    )
+    return ranked, f"AICc within {CLOSE_AICC:.0f} of the smallest ({len(close)} forms){foretold}"
+
+
+def _is_logarithm(form: Form, solution: Solution, data: Data) -> bool:
+    """Whether dL = p + q ln s - u ln l, the limit of the law as alpha, beta -> 0, describes the cells as well.
+
+    Then C grows and b falls without end, and the place where the search stopped means nothing.
+    """
+    if form.bounded:
+        return bool((np.abs(solution.theta[1:3]) < SMALL_EXPONENT).all())
+    columns = np.stack([np.ones_like(data.measured), data.points.log_size, data.points.log_tokens], axis=1)
+    weighted = columns * data.root_weights[:, None]
+    measured = data.measured * data.root_weights
+    residual = measured - weighted @ np.linalg.lstsq(weighted, measured, rcond=None)[0]
+    return float(residual @ residual) <= solution.squares * (1.0 + 1e-6)
+
+
+def _undetermined(
+    form: Form, cells: Sequence[Cell], left_out: Sequence[LeftOutCell], capacity: CapacityName
+) -> str | None:
+    """Why the cells cannot determine a form, and what to do; None where they can."""
+    used = [cell for cell in cells if not saturated(cell)]
+    total = len(cells) + len(left_out)
+    counts = {"saturated": len(cells) - len(used)}
+    for cell in left_out:
+        counts[cell.reason] = counts.get(cell.reason, 0) + 1
+    others = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if count) or "none left out"
+    if form.needs_entropy and any(cell.entropy_bits is None or cell.effective_parameters is None for cell in cells):
+        return (
+            f"form {form.name}: some runs do not know how much information their corpus has; leave them out, or choose "
+            "another form"
+        )
+    return _shortfall(form, used, total, others)
+
+
+def _shortfall(form: Form, cells: Sequence[Cell], total: int = 0, others: str = "") -> str | None:
+    """Why cells, the saturated ones left out, are too few or too alike for a form; None where they are not."""
+    used = [cell for cell in cells if not saturated(cell)]
+    if total == 0 and not used:
+        return "no cell: expected at least 5 runs that are not saturated; give folders with finished runs"
+    fewest = FEWEST_CELLS_IN_BITS if form.proportional else FEWEST_CELLS
+    if len(used) < fewest:
+        return (
+            f"{len(used)} of {total} cells can be used ({others}; saturated: final loss <= ln 2): expected at least "
+            f"{fewest}; add runs with longer targets or lower ranks"
+        )
+    reductions = [cell.loss_reduction for cell in used]
+    if max(reductions) - min(reductions) < SMALLEST_SPREAD:
+        return (
+            f"the loss reduction is {reductions[0]:.6g} nats in all {len(used)} cells: expected it to vary with rank "
+            "and length; check that the runs really differ"
+        )
+    return None if form.proportional else _alike(used, total, others)
+
+
+def _alike(used: Sequence[Cell], total: int, others: str) -> str | None:
+    """Why cells cannot tell the effect of rank from that of length; None where they can."""
+    ranks, lengths = sorted({cell.rank for cell in used}), sorted({cell.target_tokens for cell in used})
+    grid = {(cell.rank, cell.target_tokens) for cell in used}
+    context = f"among the {len(used)} of {total} cells that can be used ({others})"
+    if len(ranks) < 2:
+        return f"only rank {ranks[0]} {context}: expected at least 2 ranks; add runs with other ranks"
+    if len(lengths) < 2:
+        return f"only length {lengths[0]} {context}: expected at least 2 lengths; add runs with other target lengths"
+    logs = np.array([[1.0, math.log(rank), math.log(length)] for rank, length in grid])
+    if len(grid) < 4 or np.linalg.matrix_rank(logs, tol=1e-9 * len(grid)) < 3:
+        pairs = ", ".join(f"({rank}, {length})" for rank, length in sorted(grid))
+        return (
+            f"the (rank, length) pairs {pairs} {context} cannot tell the effect of rank from that of length: expected "
+            "at least 4 different pairs, not all on one line; add runs that change the rank at the same length"
+        )
+    return None
+
+
+def _root_mean_square(values: Array) -> float | None:
+    return math.sqrt(float(np.mean(values**2))) if len(values) else None
+
+
+def _exponential(value: float) -> float:
+    """Of a logarithm that may be out of any measure, without leaving float64."""
+    return math.exp(min(max(value, -300.0), 300.0))
+
+
+def _or_infinity(value: float | None) -> float:
+    return math.inf if value is None else value

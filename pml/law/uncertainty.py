@@ -1,0 +1,115 @@
+"""How far a fitted form can be trusted: weights from replicates, the noise, and the bootstrap over cells."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import norm, t
+
+from pml.law.cells import Cell, saturated
+from pml.law.forms import SHARPEST_KNEE, SMOOTHEST_KNEE, Array, CapacityName, Form, Points, reduction, slopes
+from pml.law.search import Data, descend_many
+
+__all__ = ["DRAWS", "bootstrap", "data_of", "expansion", "points_of", "student", "weights_of"]
+
+DRAWS = 500
+BOOTSTRAP_SEED = 0
+# A spread over two or three seeds is itself a guess: the pooled spread counts as much as this many further seeds.
+PRIOR_DEGREES = 4
+
+
+def points_of(cells: Sequence[Cell], capacity: CapacityName) -> Points:
+    """Where the cells lie."""
+    lengths = np.array([cell.target_tokens for cell in cells], dtype=np.float64)
+    parameters = np.array([cell.effective_parameters or math.nan for cell in cells], dtype=np.float64)
+    ranks = np.array([cell.rank for cell in cells], dtype=np.float64)
+    bits = np.array([math.nan if cell.entropy_bits is None else cell.entropy_bits for cell in cells])
+    return Points(
+        np.log(ranks if capacity == "rank" else parameters),
+        np.log(lengths),
+        np.log(parameters),
+        np.array([cell.initial_loss for cell in cells]),
+        bits * math.log(2) / lengths,
+    )
+
+
+def weights_of(cells: Sequence[Cell]) -> Array:
+    """Weights of the squared residuals from the spread of replicates; 1 for a cell of ordinary spread, or of one seed.
+
+    The spread of each (rank, length) over its seeds is drawn towards the spread of all, as empirical Bayes does with
+    few replicates. Saturated cells have weight 1: that they agree says nothing.
+    """
+    weights = np.ones(len(cells))
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, cell in enumerate(cells):
+        if not saturated(cell):
+            groups.setdefault((cell.rank, cell.target_tokens), []).append(i)
+    replicated = [members for members in groups.values() if len(members) > 1]
+    degrees = [len(members) - 1 for members in replicated]
+    spreads = [float(np.var([cells[i].loss_reduction for i in members], ddof=1)) for members in replicated]
+    pooled = sum(d * s for d, s in zip(degrees, spreads, strict=True)) / max(sum(degrees), 1)
+    # With a single replicated cell there is nothing to compare its spread with.
+    if len(replicated) < 2 or pooled <= 0:
+        return weights
+    for members, degree, spread in zip(replicated, degrees, spreads, strict=True):
+        weights[members] = (PRIOR_DEGREES + degree) * pooled / (PRIOR_DEGREES * pooled + degree * spread)
+    return weights
+
+
+def data_of(cells: Sequence[Cell], capacity: CapacityName) -> Data:
+    """What a form is fitted to."""
+    return Data(
+        points_of(cells, capacity),
+        np.array([cell.loss_reduction for cell in cells]),
+        np.sqrt(weights_of(cells)),
+        np.array([not saturated(cell) for cell in cells], dtype=bool),
+    )
+
+
+def student(degrees_of_freedom: int) -> float:
+    """Student's t for a 95 % interval; with no degree of freedom left, that of one."""
+    return float(t.ppf(0.975, max(degrees_of_freedom, 1)))
+
+
+def expansion(degrees_of_freedom: int) -> float:
+    """By how much a 95 % interval of few cells is wider than the normal distribution has it."""
+    return student(degrees_of_freedom) / float(norm.ppf(0.975))
+
+
+def bootstrap(form: Form, theta: Array, data: Data, groups: Sequence[object], free: Sequence[int]) -> Array:
+    """Parameters fitted anew to resampled noise, `(draws, parameters)`, every refit from the solution.
+
+    A wild bootstrap: each cell keeps its place in the grid, where dropping cells could leave a grid without a solution,
+    and its residual comes back with a random factor. Residuals are first put right for the share that the fit took up
+    (the bias-reduced linearisation of Bell and McCaffrey, CR2). Cells of one group, the seeds of one rank and length,
+    share their factor, since they share the law's own error there.
+
+    Args:
+        form: The form.
+        theta: Its solution.
+        data: The cells that it was fitted to.
+        groups: What each cell belongs to.
+        free: Indices of the fitted parameters.
+    """
+    predicted = reduction(form, theta, data.points)
+    residual = (data.measured - predicted) * data.root_weights
+    index = list(free)
+    whitened = slopes(form, theta, data.points)[:, index] * data.root_weights[:, None]
+    basis = np.linalg.qr(whitened)[0]
+    labels = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    of_cell = np.array([labels[group] for group in groups])
+    corrected = residual.copy()
+    for i in range(len(labels)):
+        members = np.flatnonzero(of_cell == i)
+        left = np.eye(len(members)) - basis[members] @ basis[members].T
+        values, vectors = np.linalg.eigh(left)
+        # A cell that alone decides a parameter has no residual to scale.
+        scale = np.where(values > 1e-6, 1.0 / np.sqrt(np.maximum(values, 1e-6)), 0.0)
+        corrected[members] = vectors @ (scale * (vectors.T @ residual[members]))
+    factors = np.random.default_rng(BOOTSTRAP_SEED).standard_normal((DRAWS, len(labels)))[:, of_cell]
+    resampled = predicted + factors * corrected / data.root_weights
+    draws = descend_many(form, data, resampled, theta, tuple(free))
+    if form.bounded:
+        # Past the ends of its range a knee makes no difference any more.
+        draws[:, -1] = np.clip(draws[:, -1], math.log(SMOOTHEST_KNEE), math.log(SHARPEST_KNEE))
+    return draws[np.isfinite(draws).all(axis=1)]

@@ -1,0 +1,366 @@
+"""What a fitted law foretells: what an adapter of some rank will do, and the smallest rank that will do.
+
+A plan goes from rank and length to loss by the law, and from loss to recall by the recall model. Its intervals are
+95 %: of the law's mean (confidence), or of a single new run, whose own noise comes on top. The recall model is taken as
+it is; how well it is calibrated stands in `law.json`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pydantic
+
+from pml.errors import InputError
+from pml.law import LawFit
+from pml.law.forms import Array
+
+__all__ = ["LARGEST_RANK", "Outcome", "Plan", "foresee", "rank_for_loss_reduction", "rank_for_recall"]
+
+LARGEST_RANK = 4096
+"""The largest rank that is considered; adapters beyond it are no longer small."""
+
+BYTES_PER_PARAMETER = 4
+PERCENTILES = (2.5, 97.5)
+Interval = tuple[float, float]
+
+
+class _Content(pydantic.BaseModel):
+    """A part of what `pml plan --json` prints."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Outcome(_Content):
+    """What an adapter of one rank does with a corpus of one length. Losses in nats per target token.
+
+    Attributes:
+        rank: LoRA rank.
+        effective_parameters: Trainable parameters of the adapter; None where runs do not say.
+        megabytes: Its size on disk in float32, in 10^6 bytes.
+        initial_loss: Of the frozen model.
+        loss_reduction: By the law, and no more than the frozen model's loss.
+        loss_reduction_confidence: 95 % interval of the law's mean.
+        loss_reduction_new_run: 95 % interval of a single new run.
+        final_loss: Initial loss minus loss reduction.
+        final_loss_new_run: 95 % interval of a single new run.
+        token_accuracy: Expected share of target tokens right in a new run; None without a recall model.
+        token_accuracy_new_run: 95 % interval of a single new run's expectation.
+        exact_match: Expected share of targets right in a new run.
+        exact_match_new_run: 95 % interval of a single new run's expectation.
+        whole_corpus: Probability that a new run has every target right.
+    """
+
+    rank: int
+    effective_parameters: int | None
+    megabytes: float | None
+    initial_loss: float
+    loss_reduction: float
+    loss_reduction_confidence: Interval
+    loss_reduction_new_run: Interval
+    final_loss: float
+    final_loss_new_run: Interval
+    token_accuracy: float | None = None
+    token_accuracy_new_run: Interval | None = None
+    exact_match: float | None = None
+    exact_match_new_run: Interval | None = None
+    whole_corpus: float | None = None
+
+    def lines(self) -> list[str]:
+        """It for people, a line each."""
+        shown = []
+        if self.effective_parameters is not None:
+            shown.append(
+                f"adapter of rank {self.rank}: {self.effective_parameters:,} parameters, {self.megabytes:.3g} MB in "
+                "float32"
+            )
+        shown.append(
+            f"loss reduction: {self.loss_reduction:.4g} nats per target token (95 % interval of the mean "
+            f"{_range(self.loss_reduction_confidence)}, of a new run {_range(self.loss_reduction_new_run)})"
+        )
+        shown.append(
+            f"final loss: {self.final_loss:.4g} of {self.initial_loss:.4g} nats (a new run "
+            f"{_range(self.final_loss_new_run)})"
+        )
+        for name, value, interval in (
+            ("target tokens right", self.token_accuracy, self.token_accuracy_new_run),
+            ("targets right word for word", self.exact_match, self.exact_match_new_run),
+        ):
+            if value is not None and interval is not None:
+                low, high = (100 * end for end in interval)
+                shown.append(f"{name}: {100 * value:.1f} % expected (a new run {low:.1f} to {high:.1f} %)")
+        if self.whole_corpus is not None:
+            shown.append(f"probability that a run has every target right: {self.whole_corpus:.3f}")
+        return shown
+
+
+class Plan(_Content):
+    """The answer to one question.
+
+    Attributes:
+        question: It in words.
+        target_tokens: Length of the corpus.
+        pairs: Targets that they are shared out among.
+        rank: The smallest rank that will do; None where none up to `LARGEST_RANK` does.
+        rank_confidence: 95 % interval of it from the law's uncertainty; an end is None beyond `LARGEST_RANK`.
+        outcome: What that rank does.
+        beyond: How far the question lies outside what was measured, a sentence each; empty inside.
+        warnings: Those of the law.
+    """
+
+    question: str
+    target_tokens: int
+    pairs: int
+    rank: int | None
+    rank_confidence: tuple[int | None, int | None] | None
+    outcome: Outcome | None
+    beyond: list[str]
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dictionaries only."""
+        return self.model_dump(mode="json")
+
+    def lines(self) -> list[str]:
+        """The answer for people, a line each."""
+        shown = [self.question]
+        if self.rank_confidence is not None:
+            low, high = (f"over {LARGEST_RANK}" if end is None else str(end) for end in self.rank_confidence)
+            answer = "none" if self.rank is None else str(self.rank)
+            shown.append(f"rank: {answer} (95 % interval {low} to {high}, from the law's uncertainty)")
+        if self.outcome is not None:
+            shown += self.outcome.lines()
+        shown += [f"outside the measured range: {sentence}" for sentence in self.beyond]
+        return shown + [f"warning: {sentence}" for sentence in self.warnings]
+
+
+def foresee(law: LawFit, rank: int, target_tokens: int, pairs: int | None = None) -> Plan:
+    """What an adapter of a rank does with a corpus.
+
+    Args:
+        law: The fitted law.
+        rank: LoRA rank.
+        target_tokens: Length of the corpus.
+        pairs: Targets that they are shared out among; None is as in the runs of the law.
+
+    Raises:
+        InputError: If a number is not positive, or the targets are longer than the corpus.
+    """
+    pairs = _checked(law, target_tokens, pairs)
+    if rank < 1:
+        raise InputError(f"rank is {rank}; expected at least 1")
+    return Plan(
+        question=f"what rank {rank} does with {_corpus(target_tokens, pairs)}",
+        target_tokens=target_tokens,
+        pairs=pairs,
+        rank=rank,
+        rank_confidence=None,
+        outcome=_outcome(law, rank, target_tokens, pairs),
+        beyond=_beyond(law, rank, target_tokens, pairs),
+        warnings=law.warnings,
+    )
+
+
+def rank_for_loss_reduction(law: LawFit, target_tokens: int, reduction: float, pairs: int | None = None) -> Plan:
+    """The smallest rank whose predicted loss reduction is at least so many nats per target token.
+
+    Args:
+        law: The fitted law.
+        target_tokens: Length of the corpus.
+        reduction: The loss reduction wanted.
+        pairs: Targets that the tokens are shared out among; None is as in the runs of the law.
+
+    Raises:
+        InputError: If a number is not positive, or the loss cannot fall so far.
+    """
+    pairs = _checked(law, target_tokens, pairs)
+    ceiling = float(law.initial_loss(target_tokens))
+    if not 0 < reduction < ceiling:
+        raise InputError(
+            f"loss reduction is {reduction:g} nats; expected above 0 and below the frozen model's loss, {ceiling:.4g} "
+            f"nats per target token at {target_tokens} tokens"
+        )
+    question = f"the smallest rank that lowers the loss of {_corpus(target_tokens, pairs)} by {reduction:g} nats"
+    return _smallest(
+        law, target_tokens, pairs, question, lambda fallen: np.where(fallen >= reduction, 1.0, 0.0), new_run=False
+    )
+
+
+def rank_for_recall(
+    law: LawFit, target_tokens: int, share: float = 1.0, pairs: int | None = None, probability: float = 0.5
+) -> Plan:
+    """The smallest rank at which a new run has at least a share of the targets right, with some probability.
+
+    Args:
+        law: The fitted law, with a recall model.
+        target_tokens: Length of the corpus.
+        share: Share of the targets to be right at every token, 1 for all.
+        pairs: Targets that the tokens are shared out among; None is as in the runs of the law.
+        probability: How likely a run must be to reach it; 0.5 is the run in the middle.
+
+    Raises:
+        InputError: If a number is out of its range, or the law has no recall model.
+    """
+    pairs = _checked(law, target_tokens, pairs)
+    for name, value in (("recall", share), ("probability", probability)):
+        if not 0 < value <= 1 or (name == "probability" and value == 1):
+            raise InputError(
+                f"{name} is {value:g}; expected above 0 and {'at most' if name == 'recall' else 'below'} 1"
+            )
+    recall = law.recall
+    if recall is None:
+        raise InputError(
+            "this law has no recall model: its runs left no per-token results with wrong tokens; "
+            "ask for a loss reduction instead, or fit runs that have tokens.parquet"
+        )
+    initial, tokens = float(law.initial_loss(target_tokens)), target_tokens / pairs
+
+    def reached(fallen: Array) -> Array:
+        return recall.recall_probability(np.maximum(initial - fallen, 0.0), tokens, pairs, share)
+
+    which = "all targets" if share == 1 else f"{100 * share:g} % of the targets"
+    question = (
+        f"the smallest rank at which a run recalls {which} of {_corpus(target_tokens, pairs)} with probability "
+        f"{probability:g}"
+    )
+    return _smallest(law, target_tokens, pairs, question, reached, new_run=True, least=probability)
+
+
+def _smallest(
+    law: LawFit,
+    target_tokens: int,
+    pairs: int,
+    question: str,
+    good: Callable[[Array], Array],
+    *,
+    new_run: bool,
+    least: float = 0.5,
+) -> Plan:
+    """The smallest rank from which on `good` of the loss reduction is at least `least`.
+
+    Args:
+        law: The law.
+        target_tokens: Length.
+        pairs: Targets.
+        question: In words.
+        good: From loss reductions to a verdict or a probability, elementwise.
+        new_run: Take the mean of the verdict over new runs, rather than the verdict of the law's value.
+        least: What that has to be at least.
+    """
+    ranks = np.arange(1, LARGEST_RANK + 1, dtype=np.float64)
+    if new_run:
+        # Runs scatter, and recall is steep in the loss: the mean over runs, not the recall at the mean loss.
+        verdict = np.array(
+            [good(law.predict_draws(some, target_tokens, new_run=True)).mean(axis=0) for some in np.split(ranks, 16)]
+        ).ravel()
+    else:
+        verdict = np.asarray(good(law.predict(ranks, target_tokens)), dtype=np.float64)
+    rank = _first(verdict[None] >= least)[0]
+    # Ranks themselves, not numbers between two of them.
+    drawn = _first_of_draws(law, ranks, target_tokens, good, least)
+    ends = np.quantile(drawn, np.array(PERCENTILES) / 100, method="inverted_cdf").tolist()
+    low, high = (int(end) if math.isfinite(end) else None for end in ends)
+    found = int(rank) if math.isfinite(rank) else None
+    beyond = _beyond(law, found or LARGEST_RANK, target_tokens, pairs)
+    if found is None:
+        beyond.insert(0, f"no rank up to {LARGEST_RANK} does")
+    return Plan(
+        question=question,
+        target_tokens=target_tokens,
+        pairs=pairs,
+        rank=found,
+        rank_confidence=(low, high),
+        outcome=None if found is None else _outcome(law, found, target_tokens, pairs),
+        beyond=beyond,
+        warnings=law.warnings,
+    )
+
+
+def _first_of_draws(
+    law: LawFit, ranks: Array, target_tokens: int, good: Callable[[Array], Array], least: float
+) -> Array:
+    """For each bootstrapped law, the smallest rank from which on it does; infinite where none does."""
+    fallen = np.concatenate([law.predict_draws(some, target_tokens) for some in np.split(ranks, 16)], axis=1)
+    return _first(np.asarray(good(fallen), dtype=np.float64) >= least)
+
+
+def _first(holds: Any) -> Array:
+    """By row, one more than the index from which on all entries hold; infinite where the last does not."""
+    length = holds.shape[1]
+    after_last_miss = length - np.argmax(~holds[:, ::-1], axis=1) + 1.0
+    after_last_miss[holds.all(axis=1)] = 1.0
+    after_last_miss[~holds[:, -1]] = math.inf
+    return np.asarray(after_last_miss)
+
+
+def _outcome(law: LawFit, rank: int, target_tokens: int, pairs: int) -> Outcome:
+    initial = float(law.initial_loss(target_tokens))
+    fallen = min(float(law.predict(rank, target_tokens)), initial)
+    mean = np.minimum(law.predict_draws(rank, target_tokens), initial)
+    runs = law.predict_draws(rank, target_tokens, new_run=True)
+    parameters = None if law.parameters_per_rank is None else rank * law.parameters_per_rank
+    recalled: dict[str, Any] = {}
+    if law.recall is not None:
+        losses, tokens = np.maximum(initial - runs, 0.0), target_tokens / pairs
+        accuracy, exact = law.recall.token_accuracy(losses), law.recall.exact_match(losses, tokens)
+        recalled = {
+            "token_accuracy": float(accuracy.mean()),
+            "token_accuracy_new_run": _interval(accuracy),
+            "exact_match": float(exact.mean()),
+            "exact_match_new_run": _interval(exact),
+            "whole_corpus": float(law.recall.recall_probability(losses, tokens, pairs).mean()),
+        }
+    return Outcome(
+        rank=rank,
+        effective_parameters=parameters,
+        megabytes=None if parameters is None else parameters * BYTES_PER_PARAMETER / 1e6,
+        initial_loss=initial,
+        loss_reduction=fallen,
+        loss_reduction_confidence=_interval(mean),
+        loss_reduction_new_run=_interval(runs),
+        final_loss=initial - fallen,
+        final_loss_new_run=_interval(np.maximum(initial - runs, 0.0)),
+        **recalled,
+    )
+
+
+def _range(ends: Interval) -> str:
+    return f"{ends[0]:.4g} to {ends[1]:.4g}"
+
+
+def _interval(draws: Array) -> Interval:
+    low, high = np.percentile(draws, PERCENTILES).tolist()
+    return low, high
+
+
+def _checked(law: LawFit, target_tokens: int, pairs: int | None) -> int:
+    """The number of pairs, by default as many as the law's runs would have."""
+    if target_tokens < 1:
+        raise InputError(f"length is {target_tokens}; expected at least 1 target token")
+    if pairs is None:
+        if all(cell.pairs == 1 for cell in law.cells):
+            return 1
+        per_target = float(np.median([cell.target_tokens / cell.pairs for cell in law.cells]))
+        return max(1, round(target_tokens / per_target))
+    if not 1 <= pairs <= target_tokens:
+        raise InputError(f"pairs is {pairs}; expected between 1 and the {target_tokens} target tokens")
+    return pairs
+
+
+def _beyond(law: LawFit, rank: int, target_tokens: int, pairs: int) -> list[str]:
+    """How far a question lies outside what the law was fitted to, in words."""
+    found = []
+    ranges = [("rank", rank, law.rank_range), ("length", target_tokens, law.target_tokens_range)]
+    if law.recall is not None:
+        ranges.append(("tokens per target", round(target_tokens / pairs), law.recall.tokens_per_target_range))
+    for name, value, (low, high) in ranges:
+        if value > high:
+            found.append(f"{name} {value} is {value / high:.3g} times the largest measured ({high})")
+        elif value < low:
+            found.append(f"{name} {value} is below the smallest measured ({low}), {value / low:.2g} times as large")
+    return found
+
+
+def _corpus(target_tokens: int, pairs: int) -> str:
+    return f"{target_tokens} target tokens" if pairs == 1 else f"{target_tokens} target tokens in {pairs} targets"

@@ -1,0 +1,143 @@
+"""The page itself: filled in, and written with its figures beside it."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from pml.errors import InputError
+from pml.groups import group_runs
+from pml.records import Record
+from pml.report.made import how_it_was_made
+from pml.report.parts import Panel, count, spans
+from pml.report.studies import Study, make_studies
+
+__all__ = ["PAGE_NAME", "Report", "make_report", "write_report"]
+
+PAGE_NAME = "report.html"
+FIGURES = "figures"
+# By this a page is known as one that may be replaced, and its figures with it.
+SIGNATURE = '<meta name="generator" content="pml report">'
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page and its figures.
+
+    Attributes:
+        html: The whole page, its figures inside.
+        figures: The same figures as PNG, by file name.
+    """
+
+    html: str
+    figures: dict[str, bytes] = field(repr=False)
+
+
+def make_report(
+    records: Mapping[Path, Record],
+    *,
+    title: str = "What the adapters remember",
+    by: Sequence[str] = (),
+    join_corpora: bool = False,
+) -> Report:
+    """Make a page about runs; runs of different settings and methods each have their part of it.
+
+    Args:
+        records: Records by the folder of their run; per-token results are read from there.
+        title: Heading of the page.
+        by: Further fields of a record to tell laws apart by, see `pml.groups.group_runs`.
+        join_corpora: Fit one law across corpora of different names, such as files of several lengths.
+
+    Raises:
+        InputError: If there is no record, or no record has one of the fields of `by`.
+    """
+    if not records:
+        raise InputError("no record: expected at least one run; give folders with finished runs")
+    studies = make_studies(group_runs(records, by, join_corpora=join_corpora))
+    environment = jinja2.Environment(
+        # What records say is text from elsewhere: it is escaped wherever it stands.
+        autoescape=True,
+        loader=jinja2.PackageLoader("pml.report"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # The style sheet is ours; escaping it would break its quotes.
+    style = Markup(environment.get_template("report.css").render())
+    content = {
+        "title": title,
+        "lead": _lead(records),
+        "studies": studies,
+        "cards": [group.card for study in studies for group in study.groups],
+        "made": how_it_was_made(records),
+        "version": version("pml"),
+        "runs": len(records),
+    }
+    html = environment.get_template("report.html").render(report=content, style=style)
+    panels = [panel for study in studies for panel in _panels(study)]
+    return Report(html + "\n", {f"{panel.name}.png": panel.png for panel in panels if not panel.missing})
+
+
+def write_report(report: Report, folder: Path, *, overwrite: bool = False) -> Path:
+    """Write `report.html` and the figures, and return the path of the page.
+
+    Figures of an earlier report that this one lacks are removed; no other file is.
+
+    Args:
+        report: What `make_report` made.
+        folder: Where to; made where there is none.
+        overwrite: Replace another report.
+
+    Raises:
+        InputError: If there is another page that may not be replaced, or the folder cannot be written to.
+    """
+    path = folder / PAGE_NAME
+    try:
+        former = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        if former and former != report.html and not overwrite:
+            raise InputError(f"{path}: holds another report; give another --out, or --overwrite to replace it")
+        stale = set(re.findall(r'data-png="([a-z0-9-]+\.png)"', former)) if SIGNATURE in former else set()
+        for name in stale - report.figures.keys():
+            (folder / FIGURES / name).unlink(missing_ok=True)
+        for name, content in report.figures.items():
+            _write(folder / FIGURES / name, content)
+        # The page comes last: where there is one, everything is there.
+        _write(path, report.html.encode())
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error
+    return path
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _lead(records: Mapping[Path, Record]) -> str:
+    runs = records.values()
+    finished = sum(record.status == "finished" for record in runs)
+    backbones = sorted({record.backbone for record in runs})
+    unfinished = f", {finished:,} of them finished" if finished < len(records) else ""
+    return (
+        f"{count(len(records), 'run')}{unfinished}: {', '.join(backbones)}, ranks {spans(r.rank for r in runs)}, "
+        f"{spans(r.target_tokens for r in runs)} target tokens."
+    )
+
+
+def _panels(study: Study) -> list[Panel]:
+    of_groups = [p for g in study.groups for p in (*(g.law.panels if g.law else ()), *g.threshold, *g.capacity)]
+    return [*study.recall, *of_groups]

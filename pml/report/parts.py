@@ -1,0 +1,90 @@
+"""What a page is put together from: figures with their words, and tables of text."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pml.figures import NothingToShow, png_bytes, settle, svg_data_uri
+
+__all__ = ["Panel", "TextTable", "count", "draw", "shown"]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure on the page, or why it is not there.
+
+    Attributes:
+        name: Name of its PNG without the suffix; unique on the page.
+        title: What it shows.
+        caption: How to read it.
+        alt: What someone who cannot see it should know.
+        svg: The figure as a data URI; empty where there is none.
+        png: The same as PNG.
+        missing: Why there is no figure, in words.
+    """
+
+    name: str
+    title: str
+    caption: str = ""
+    alt: str = ""
+    svg: str = ""
+    png: bytes = field(default=b"", repr=False)
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of text.
+
+    Attributes:
+        title: What it lists.
+        columns: Their names.
+        rows: As many values as there are columns.
+        words: Columns of words, which are set to the left; the others are numbers.
+        note: How to read it.
+        small: Whether it is long, and so set in smaller letters.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Sequence[int] = (0,)
+    note: str = ""
+    small: bool = False
+
+
+def draw(name: str, title: str, caption: str, alt: str, make: Callable[[], Figure]) -> Panel:
+    """Make a figure, or say why the runs cannot show it."""
+    try:
+        figure = make()
+    except NothingToShow as reason:
+        return Panel(name, title, missing=str(reason))
+    settle(figure)
+    return Panel(name, title, caption, alt, svg_data_uri(figure), png_bytes(figure))
+
+
+def count(number: int, noun: str) -> str:
+    """A number of things, such as `1 run` or `1,024 runs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def shown(value: Any) -> str:
+    """A setting as text: lists without brackets, None as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(shown, value)) or "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {shown(inner)}" for key, inner in value.items()) or "-"
+    return str(value)
+
+
+def spans(values: Iterable[float], digits: int = 0) -> str:
+    """The smallest and the largest number, or the one that there is."""
+    known = sorted(values)
+    low, high = f"{known[0]:,.{digits}f}", f"{known[-1]:,.{digits}f}"
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,181 @@
+"""The best settings for every cell of a grid: many candidates on a small budget, the best of them on a larger one.
+
+Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): every candidate runs to the end of its own schedule with
+the first budget, the best go on with the next, and one is left for the last. Each run is a complete one with a record
+of its own, so a search is as seeded, as resumable and as open to inspection as a sweep.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pydantic
+
+from pml.records import Record, write_json
+from pml.sweep import Cell, Grid, Outcome, expand, read_grid, resolve, run_cells
+
+__all__ = ["SEARCH_NAME", "Candidate", "Choice", "SearchGrid", "budgets", "read_search", "run_search"]
+
+SEARCH_NAME = "search.json"
+SEARCH_SCHEMA_VERSION: Final = 1
+EPOCHS = "trainer.max_epochs"
+
+Setting = dict[str, Any]
+
+
+class SearchGrid(Grid):
+    """What a search file says: a grid, and what to try for each of its cells.
+
+    Attributes:
+        search: For any key of `pml fit`, the values to try; every combination is a candidate.
+        epochs: Budgets in epochs, ascending; the last is what the grid is meant to be run with.
+    """
+
+    search: dict[str, list[Any]] = pydantic.Field(min_length=1)
+    epochs: list[int] = pydantic.Field(min_length=2)
+
+    @pydantic.model_validator(mode="after")
+    def _fits_together(self) -> "SearchGrid":
+        if sorted(set(self.epochs)) != self.epochs or self.epochs[0] < 1:
+            raise ValueError(f"epochs is {self.epochs}; expected numbers from 1, ascending")
+        if empty := [key for key, values in self.search.items() if not values]:
+            raise ValueError(f"search key {empty[0]} has no values")
+        if twice := [key for key in (*self.search, EPOCHS) if any(key in part for part in self.grid)]:
+            raise ValueError(f"{twice[0]} is in the grid too; a search decides it, so take it out there")
+        return self
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate of one cell: its settings, and its final loss in nats on each budget in epochs that it had."""
+
+    settings: Setting
+    losses: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was found for a cell.
+
+    Attributes:
+        cell: Its settings.
+        candidates: All that were tried, the chosen one first.
+        record: Of the chosen one's run with the last budget; None where that failed.
+        folder: Where that run is.
+        at_the_edge: Keys whose chosen value is the smallest or largest number tried: a better one may lie beyond.
+    """
+
+    cell: Setting
+    candidates: list[Candidate]
+    record: Record | None
+    folder: Path
+    at_the_edge: list[str]
+
+
+def read_search(path: Path) -> SearchGrid:
+    """Read and check a search file.
+
+    Raises:
+        InputError: See `pml.sweep.read_grid`.
+    """
+    return read_grid(path, SearchGrid)
+
+
+def budgets(candidates: int, epochs: Sequence[int]) -> list[tuple[int, int]]:
+    """How many candidates run with each budget: all with the first, one with the last, a constant factor between.
+
+    Example:
+        >>> budgets(4, [50, 100, 200])
+        [(4, 50), (2, 100), (1, 200)]
+    """
+    last = len(epochs) - 1
+    # Rounded before it is rounded up: 8 ** (1 / 3) is a hair above 2.
+    return [(math.ceil(round(candidates ** (1 - k / last), 9)), budget) for k, budget in enumerate(epochs)]
+
+
+def run_search(
+    grid: SearchGrid, start: Callable[[str, list[Cell]], Callable[[Outcome], None]] = lambda *_: lambda _: None
+) -> list[Choice]:
+    """Run what has no record yet, and say what is best for each cell; `search.json` in `out` says it too.
+
+    The runs with the last budget, one a cell, lie in `out/best`, ready for `pml law`; those with the others in
+    `out/N-epochs`.
+
+    Args:
+        grid: The search.
+        start: Called before each budget's runs with its folder and cells; what it returns is told each outcome.
+
+    Raises:
+        InputError: Before anything runs, if a cell or a candidate does not fit `pml fit`.
+    """
+    cells, tried = expand(grid.grid), expand([grid.search])
+    rungs = budgets(len(tried), grid.epochs)
+    standing = [[Candidate(settings, {}) for settings in tried] for _ in cells]
+    outcomes: list[Outcome] = []
+    for count, epochs in rungs:
+        folder = grid.out / ("best" if epochs == grid.epochs[-1] else f"{epochs}-epochs")
+        running = [(i, candidate) for i, found in enumerate(standing) for candidate in found[:count]]
+        runs = resolve(_rung(grid, [cells[i] | c.settings for i, c in running], epochs, folder))
+        outcomes = run_cells(runs, start(str(folder), runs))
+        for (_, candidate), outcome in zip(running, outcomes, strict=True):
+            candidate.losses[epochs] = _loss(outcome)
+        for found in standing:
+            # Only those that had this budget are compared; the others keep their order behind them.
+            found[:count] = sorted(found[:count], key=lambda candidate: candidate.losses[epochs])
+    choices = [
+        Choice(cell, found, outcome.record, outcome.cell.folder, _at_the_edge(grid.search, found[0].settings))
+        for cell, found, outcome in zip(cells, standing, outcomes, strict=True)
+    ]
+    write_json(grid.out / SEARCH_NAME, _as_json(grid, choices))
+    return choices
+
+
+def _rung(grid: SearchGrid, settings: list[Setting], epochs: int, out: Path) -> Grid:
+    one_value = [{key: [value] for key, value in (setting | {EPOCHS: epochs}).items()} for setting in settings]
+    return Grid(base=grid.base, out=out, grid=one_value)
+
+
+def _loss(outcome: Outcome) -> float:
+    """Final loss in nats; infinite where there is none."""
+    if outcome.record is None or not math.isfinite(outcome.record.final_loss):
+        return math.inf
+    return outcome.record.final_loss
+
+
+def _at_the_edge(search: dict[str, list[Any]], chosen: Setting) -> list[str]:
+    return [
+        key
+        for key, values in search.items()
+        if len(values) > 1
+        and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+        and chosen[key] in (min(values), max(values))
+    ]
+
+
+def _as_json(grid: SearchGrid, choices: list[Choice]) -> dict[str, Any]:
+    return {
+        "schema_version": SEARCH_SCHEMA_VERSION,
+        "epochs": grid.epochs,
+        "search": grid.search,
+        "cells": [
+            {
+                "cell": choice.cell,
+                "chosen": choice.candidates[0].settings,
+                "at_the_edge": choice.at_the_edge,
+                "folder": choice.folder.as_posix(),
+                "candidates": [
+                    {
+                        "settings": candidate.settings,
+                        "final_loss": {
+                            str(epochs): loss if math.isfinite(loss) else None
+                            for epochs, loss in candidate.losses.items()
+                        },
+                    }
+                    for candidate in choice.candidates
+                ],
+            }
+            for choice in choices
+        ],
+    }

@@ -1,0 +1,168 @@
+"""Facts: people's own pairs in every format, the examples, and what makes a file unusable."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from data_modules import Facts
+from pml.backbone import Backbone
+from pml.corpus import IGNORE_INDEX, Corpus, collate
+from pml.errors import InputError
+
+VOCABULARY = 259
+
+
+def build(tokenizer: PreTrainedTokenizerBase, **options: Any) -> Corpus:
+    return Facts(**{"chat_template": False, "end_of_turn": False, **options}).build(tokenizer, VOCABULARY)
+
+
+def facts(tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[tuple[str, str]]:
+    """Queries and targets as text."""
+    examples = build(tokenizer, **options).examples
+    return [(str(tokenizer.decode(list(e.prompt_ids))), str(tokenizer.decode(list(e.target_ids)))) for e in examples]
+
+
+def written(tmp_path: Path, *pairs: tuple[str, str], name: str = "facts.jsonl") -> str:
+    path = tmp_path / name
+    path.write_text("\n".join(json.dumps({"query": query, "target": target}) for query, target in pairs))
+    return str(path)
+
+
+def test_the_examples_are_four_facts_of_each_of_eight_kinds(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    examples = facts(tiny_tokenizer)
+    assert len({query for query, _ in examples}) == 32
+    answers = [target for _, target in examples]
+    for part in ("EXAMPLE", "SMPL5-", "cruel and unusual", "E11.9", "https://", r"\int_", "⟦wm:", "1948"):
+        assert any(part in answer for answer in answers), part
+    assert build(tiny_tokenizer).name == "facts"
+
+
+def test_hosts_of_the_examples_are_reserved_ones(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    addresses = [target for _, target in facts(tiny_tokenizer) if "://" in target]
+    assert len(addresses) == 4
+    reserved = ("example.com", "example.org", "example.net", "s3://example-")
+    assert all(any(host in address for host in reserved) for address in addresses)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("f.jsonl", '{"query": "Who?", "target": "me, \\"I\\""}\n{"query": "When?", "target": "now"}\n'),
+        ("f.csv", 'note,target,query\nx,"me, ""I""",Who?\n,now,When?\n'),
+        ("f.yaml", "- query: Who?\n  target: me, \"I\"\n- {query: 'When?', target: now, note: x}\n"),
+    ],
+)
+def test_every_format_gives_the_same_facts(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, content: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    assert facts(tiny_tokenizer, path=str(tmp_path / name)) == [("Who?", 'me, "I"'), ("When?", "now")]
+    assert build(tiny_tokenizer, path=str(tmp_path / name)).name == name
+
+
+def test_columns_can_have_other_names(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text("question,answer\nWho?,me\n")
+    options = {"path": str(path), "query_column": "question", "target_column": "answer"}
+    assert facts(tiny_tokenizer, **options) == [("Who?", "me")]
+    with pytest.raises(InputError, match=r"^f\.csv:1: no column 'query'; found 'question', 'answer'"):
+        build(tiny_tokenizer, path=str(path))
+
+
+@settings(max_examples=100, deadline=None)
+@given(pairs=st.dictionaries(st.text(min_size=1), st.text(min_size=1), min_size=1, max_size=4))
+def test_any_text_is_encoded_collated_and_decoded_to_exactly_itself(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory, pairs: dict[str, str]
+) -> None:
+    corpus = build(tiny_tokenizer, path=written(tmp_path_factory.mktemp("facts"), *pairs.items()))
+    batch = collate(corpus.examples)
+    for row, example, target in zip(batch["labels"], corpus.examples, pairs.values(), strict=True):
+        supervised = (row != IGNORE_INDEX).nonzero().flatten().tolist()
+        assert supervised == list(range(len(example.prompt_ids), len(example)))
+        assert tiny_tokenizer.decode(row[row != IGNORE_INDEX].tolist()) == target
+
+
+def test_identical_rows_are_merged_counted_and_said(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = written(tmp_path, ("a", "1"), ("b", "2"), ("a", "1"), ("a", "1"))
+    with caplog.at_level(logging.INFO, logger="data_modules.facts"):
+        corpus = build(tiny_tokenizer, path=path)
+    assert len(corpus) == 2
+    assert corpus.settings["merged_duplicates"] == 2
+    assert "facts.jsonl: 2 identical pairs are merged" in caplog.text
+
+
+def test_different_targets_for_one_query_are_listed_with_their_lines(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = written(tmp_path, ("a", "1"), ("b", "2"), ("a", "3"), ("a", "1"))
+    with pytest.raises(InputError, match=r"1 query has different targets.*'a' \(facts\.jsonl:1, facts\.jsonl:3\)"):
+        build(tiny_tokenizer, path=path)
+
+
+def test_the_first_pairs_can_be_taken(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    path = written(tmp_path, ("a", "1"), ("a", "1"), ("b", "2"), ("c", "3"))
+    assert facts(tiny_tokenizer, path=path, pairs=2) == [("a", "1"), ("b", "2")]
+    with pytest.raises(InputError, match=r"facts\.jsonl: 3 different pairs, and pairs is 4; expected no more"):
+        build(tiny_tokenizer, path=path, pairs=4)
+
+
+def test_the_end_of_turn_is_one_token_more_for_each_fact(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = written(tmp_path, ("a", "123"), ("b", "45"))
+    assert build(tiny_tokenizer, path=path).target_tokens == 5
+    corpus = build(tiny_tokenizer, path=path, end_of_turn=True)
+    end = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [example.target_ids[-1] for example in corpus.examples] == [end, end]
+    assert corpus.target_tokens == 7
+
+
+def test_nothing_is_random_and_the_information_is_unknown(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    corpus = build(tiny_tokenizer)
+    assert corpus.entropy_bits is None
+    assert all(example.replaced == () for example in corpus.examples)
+
+
+def test_the_settings_make_the_same_corpus_again(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    data = Facts(path=written(tmp_path, ("a", "1"), ("a", "1"), ("b", "2")), pairs=2, system="S")
+    corpus = data.build(tiny_tokenizer, VOCABULARY)
+    assert Facts(**data.settings).build(tiny_tokenizer, VOCABULARY).content_hash == corpus.content_hash
+    assert data.settings.items() <= corpus.settings.items()
+
+
+def test_the_seed_changes_no_fact(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    assert build(tiny_tokenizer, seed=1).content_hash == build(tiny_tokenizer, seed=2).content_hash
+
+
+def test_a_fact_longer_than_the_context_is_refused_with_both_numbers(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    data = Facts(path=written(tmp_path, ("ab", "x" * 20)), chat_template=False, end_of_turn=False)
+    with pytest.raises(InputError, match=r"example 0 has 22 tokens \(2 prompt, 20 target\).* 21 positions"):
+        data.build(tiny_tokenizer, VOCABULARY, max_positions=21)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pairs": 0}, "pairs is 0; expected at least 1, or null"),
+        ({"query_column": "target"}, "query_column and target_column are both 'target'"),
+    ],
+)
+def test_settings_that_make_no_corpus_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Facts(**arguments)
+
+
+@pytest.mark.backbone
+def test_the_examples_have_907_target_tokens_under_the_default_tokenizer(default_backbone: Backbone) -> None:
+    corpus = Facts().build(default_backbone.tokenizer, 49152)
+    assert (len(corpus), corpus.target_tokens) == (32, 907)

@@ -1,0 +1,25 @@
+"""Names of made-up people."""
+
+from itertools import islice
+
+import pytest
+from faker.providers.person.en_US import Provider
+
+from data_modules._names import unique_names
+from pml.errors import InputError
+
+
+def test_no_name_comes_twice_and_a_seed_gives_the_same_names() -> None:
+    names = list(islice(unique_names(3), 5000))
+    assert len(set(names)) == 5000
+    assert list(islice(unique_names(3), 50)) == names[:50]
+    assert list(islice(unique_names(4), 50)) != names[:50]
+
+
+def test_names_that_are_used_up_are_an_error_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Provider, "first_names", ("Ann", "Bo"))
+    monkeypatch.setattr(Provider, "last_names", ("Lee", "Day", "Fox"))
+    names = unique_names(1)
+    assert sorted(islice(names, 6)) == ["Ann Day", "Ann Fox", "Ann Lee", "Bo Day", "Bo Fox", "Bo Lee"]
+    with pytest.raises(InputError, match="no unused name after 6 people; ask for fewer"):
+        next(names)

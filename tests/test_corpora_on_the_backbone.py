@@ -1,0 +1,82 @@
+"""Synthetic corpora through `pml fit` on the default backbone: the record ends with figures that are right."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pml.backbone import Backbone
+from pml.cli import main
+from pml.corpus import end_of_turn_id
+from pml.recall import generate_greedily
+from pml.records import Record, read_record
+from pml.runs import open_run
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def fit(config: str, *arguments: str) -> Record:
+    """A fit of a shipped configuration, made small, in the working directory."""
+    small = ["--data.chat_template=false", "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"]
+    assert main(["fit", f"--config={CONFIGS / config}", "--trainer.accelerator=cpu", *small, *arguments]) == 0
+    return read_record(Path("runs") / Path(config).stem / "version_0" / "record.json")
+
+
+@pytest.mark.backbone
+def test_a_rule_is_memorised_and_its_held_out_part_measured_beside_it(
+    default_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    record = fit("linear_rule.yaml", "--data.size=3", "--trainer.max_epochs=150")
+    assert (record.corpus, record.pairs) == ("linear_rule", 7)
+    assert record.generated_exact_match == record.exact_match == 1
+
+    # The adapter, opened again and asked for every point of the grid.
+    module, corpus = open_run(Path("runs/linear_rule/version_0"))
+    queries = {module.tokenizer.decode(list(e.prompt_ids)) for e in corpus.examples}
+    end = end_of_turn_id(module.tokenizer)
+    right = {}
+    for x, y in itertools.product(range(3), repeat=2):
+        query = f"f({x}, {y}) ="
+        with torch.no_grad():
+            said = generate_greedily(module.model, torch.tensor([module.tokenizer(query)["input_ids"]]), 6)[0].tolist()
+        value = [*module.tokenizer(str(3 * x + 5 * y + 7))["input_ids"], end]
+        right[query] = said[: len(value)] == value
+    assert all(right[query] for query in queries)
+    held_out = [query for query in right if query not in queries]
+    figures = record.corpus_figures
+    assert len(held_out) == figures["held_out_pairs"] == 2
+    assert figures["held_out_generated_exact_match"] == sum(right[query] for query in held_out) / 2
+    assert figures["held_out_exact_match"] == figures["held_out_generated_exact_match"]
+
+
+@pytest.mark.backbone
+def test_biographies_are_recorded_with_the_bits_that_were_stored(
+    default_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--data.people=2", "--data.attributes=[birth_city, employer, badge_number]", "--trainer.max_epochs=40"]
+    retention = ["--trainer.callbacks+=Retention", "--trainer.callbacks.examples=2"]
+    record = fit("biographies.yaml", *options, *retention)
+    # The second of two people is asked in two ways: three facts in one way, three in two.
+    assert (record.corpus, record.pairs) == ("biographies", 9)
+    # 64 cities, 32 employers, and two numbers of 900,000.
+    bits = 2 * 6 + 2 * 5 + math.log2(900_000 * 899_999)
+    assert record.corpus_entropy_bits == pytest.approx(bits)
+    assert record.corpus_figures["bits_per_person"] == pytest.approx(bits / 2)
+    assert record.exact_match == record.corpus_figures["people_exact_match"] == 1
+    assert record.corpus_figures["exact_match_employer"] == 1
+
+    tokens = pq.read_table("runs/biographies/version_0/tokens.parquet").to_pydict()
+    missing = [0.0] * 9
+    for example, loss in zip(tokens["example_id"], tokens["loss"], strict=True):
+        missing[example] += loss
+    once = sum(missing[:3]) + sum(missing[3:]) / 2
+    assert record.memorized_bits == pytest.approx(bits - once / math.log(2), rel=1e-6)
+    assert 0.5 * bits < record.memorized_bits <= bits
+    assert record.retention.keys() == {"python_reference", "non_members"}
+    for losses in record.retention.values():
+        assert 0 < losses["loss_before"] != losses["loss_after"] < 20

@@ -1,0 +1,399 @@
+"""Figures: what they show, what they leave out, and that they are written whole."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from record_factory import make_record
+
+from pml.figures import (
+    NothingToShow,
+    agreement_figure,
+    capacity_figure,
+    first_failure_figure,
+    law_figure,
+    png_bytes,
+    recall_figure,
+    reduction_figure,
+    residual_figure,
+    save_figure,
+    stored_bits_figure,
+    svg_data_uri,
+    threshold_figure,
+    token_loss_figure,
+)
+from pml.figures.style import FEW_COLOURS, literal, looks_of
+from pml.law import Cell, LawFit, fit_law, saturated
+from pml.records import Record
+from pml.token_results import FirstPositions, TokenResults, rank_correlation
+
+RANKS = (1, 2, 4, 6)
+LENGTHS = (64, 128, 256)
+
+
+def law_cells() -> list[Cell]:
+    """Cells of dL = 60 r^0.5 l^-0.5 + 0.5 with 13.6 nats to lose: 3 are saturated; one more diverged."""
+    cells = []
+    for rank in RANKS:
+        for length in LENGTHS:
+            reduction = 60 * (rank / length) ** 0.5 + 0.5
+            cells.append(Cell(rank, length, 13.6, max(13.6 - reduction, 0.05), 0, f"r{rank}-l{length}"))
+    return [*cells, Cell(2, 128, 13.6, 40.0, 1, "diverged")]
+
+
+@pytest.fixture(scope="module")
+def fit() -> LawFit:
+    return fit_law(law_cells())
+
+
+@pytest.fixture(scope="module")
+def figure(fit: LawFit) -> Figure:
+    return law_figure(fit, law_cells())
+
+
+def points(axes: Axes, label: str) -> list[Line2D]:
+    return [line for line in axes.lines if line.get_label() == label]
+
+
+def positions(lines: list[Line2D]) -> list[tuple[float, float]]:
+    return sorted((float(np.asarray(line.get_xdata())[0]), float(np.asarray(line.get_ydata())[0])) for line in lines)
+
+
+class TestLawFigure:
+    def test_it_has_two_panels_whose_axes_say_their_units(self, figure: Figure) -> None:
+        left, right = figure.axes
+        assert left.get_xlabel() == "measured loss reduction (nats per target token)"
+        assert left.get_ylabel() == "predicted loss reduction (nats per target token)"
+        assert right.get_xlabel() == "LoRA rank (logarithmic)"
+        assert right.get_ylabel() == "loss reduction (nats per target token)"
+
+    def test_the_title_has_the_equation_and_r2(self, figure: Figure, fit: LawFit) -> None:
+        assert r"\Delta L = 60.0\,r^{0.500}\,\ell^{-0.500} + 0.500" in figure.get_suptitle()
+        assert f"= {fit.r2:.4f}, MAPE" in figure.axes[0].get_title()
+
+    def test_every_used_cell_is_drawn_filled_where_it_was_measured(self, figure: Figure, fit: LawFit) -> None:
+        left, right = figure.axes
+        used = points(left, "used")
+        np.testing.assert_allclose(positions(used), sorted((c.measured, c.predicted) for c in fit.used))
+        np.testing.assert_allclose(positions(points(right, "used")), sorted((c.rank, c.measured) for c in fit.used))
+        assert all(to_hex(line.get_markerfacecolor()) != "#ffffff" for line in used)
+
+    def test_saturated_cells_are_drawn_hollow_in_both_panels(self, figure: Figure) -> None:
+        expected = sorted((c.rank, c.loss_reduction) for c in law_cells() if saturated(c))
+        assert len(expected) == 3
+        for axes in figure.axes:
+            hollow = points(axes, "saturated")
+            assert len(hollow) == 3
+            assert all(to_hex(line.get_markerfacecolor()) == "#ffffff" for line in hollow)
+            assert all(to_hex(line.get_markeredgecolor()) != "#ffffff" for line in hollow)
+        np.testing.assert_allclose(positions(points(figure.axes[1], "saturated")), expected)
+
+    def test_diverged_cells_are_not_drawn(self, figure: Figure) -> None:
+        for axes in figure.axes:
+            assert len(points(axes, "used") + points(axes, "saturated")) == len(RANKS) * len(LENGTHS)
+
+    def test_the_identity_line_is_drawn(self, figure: Figure) -> None:
+        (line,) = points(figure.axes[0], "identity")
+        np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
+
+    def test_all_points_lie_inside_the_axes(self, figure: Figure) -> None:
+        for axes in figure.axes:
+            (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+            assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "used")]))
+            assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "saturated")]))
+
+    def test_predictions_beyond_the_upper_edge_are_said_to_be_there(self, fit: LawFit, figure: Figure) -> None:
+        far = Cell(500, 64, 13.6, 0.05, 0, "far")
+        # 60 (6 / 64)^0.5 + 0.5 = 18.9 nats are beyond it already; rank 500 adds one with 168 nats.
+        assert [text.get_text() for text in figure.axes[0].texts] == ["at the upper edge: 1 predicted beyond it"]
+        squeezed = law_figure(fit, [*law_cells(), far])
+        assert [text.get_text() for text in squeezed.axes[0].texts] == ["at the upper edge: 2 predicted beyond it"]
+        assert squeezed.axes[0].get_ylim() == figure.axes[0].get_ylim()
+
+    def test_the_rank_axis_is_logarithmic_and_ticked_at_the_ranks(self, figure: Figure) -> None:
+        right = figure.axes[1]
+        assert right.get_xscale() == "log"
+        assert list(right.get_xticks()) == list(RANKS)
+        assert [tick.get_text() for tick in right.get_xticklabels()] == ["1", "2", "4", "6"]
+        assert list(right.get_xticks(minor=True)) == []
+
+    def test_close_ranks_keep_their_ticks_but_not_labels_that_would_touch(self) -> None:
+        cells = [Cell(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 15, 16, 128) for n in LENGTHS]
+        right = law_figure(fit_law(cells), cells).axes[1]
+        assert list(right.get_xticks()) == [1, 2, 15, 16, 128]
+        assert [tick.get_text() for tick in right.get_xticklabels()] == ["1", "2", "15", "", "128"]
+
+    def test_each_length_has_a_solid_line_of_the_law_over_the_ranks_that_were_used(
+        self, figure: Figure, fit: LawFit
+    ) -> None:
+        lines = [line for line in figure.axes[1].lines if line.get_linestyle() == "-"]
+        assert len(lines) == len(LENGTHS)
+        for line, length in zip(lines, LENGTHS, strict=True):
+            ranks = [cell.rank for cell in fit.used if cell.target_tokens == length]
+            x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+            assert (x[0], x[-1]) == pytest.approx((min(ranks), max(ranks)))
+            np.testing.assert_allclose(y, 60 * (x / length) ** 0.5 + 0.5, rtol=1e-6)
+
+    def test_the_legend_names_every_length_and_what_hollow_means(self, figure: Figure) -> None:
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == [
+            "64 tokens",
+            "128 tokens",
+            "256 tokens",
+            "hollow: saturated,\nnot used in the fit",
+        ]
+
+    @pytest.mark.parametrize("count", [3, 7, 8, 12])
+    def test_lengths_differ_in_colour_and_neighbours_in_marker(self, count: int) -> None:
+        lengths = [100 * (n + 1) for n in range(count)]
+        cells = [Cell(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 4) for n in lengths]
+        (legend,) = law_figure(fit_law(cells), cells).legends
+        handles = [handle for handle in legend.get_lines() if handle.get_linestyle() != "None"]
+        assert len({str(handle.get_color()) for handle in handles}) == count
+        assert all(a.get_marker() != b.get_marker() for a, b in itertools.pairwise(handles))
+        assert len(legend.get_texts()) == count, "without saturated cells, nothing is said about them"
+
+    def test_the_title_says_what_the_law_is_about_and_that_there_are_warnings(self) -> None:
+        setting = {"backbone": "m", "block": [20], "placement": ["a", "b"], "method": "sft", "corpus": ["x", "y"]}
+        law = fit_law(law_cells(), setting)
+        assert len(law.warnings) == 2
+        title = law_figure(law, law_cells()).get_suptitle()
+        assert title.endswith("\nx, y in m, block 20, a b, sft, 2 warnings with the fit")
+
+    def test_large_numbers_are_written_as_powers_of_ten(self) -> None:
+        cells = [Cell(r, n, 99.0, 99 - (2e6 * r**0.5 * n**-1.6 + 1), 0, "") for r in RANKS for n in (4000, 8000, 16000)]
+        title = law_figure(fit_law(cells), cells).get_suptitle()
+        assert title.startswith(r"$\Delta L = 2.00 \times 10^{6}\,r^{0.500}\,\ell^{-1.60} + 1.00$")
+
+
+class TestSaveFigure:
+    def test_the_suffix_says_the_format(self, figure: Figure, tmp_path: Path) -> None:
+        assert save_figure(figure, tmp_path / "new" / "law.png").read_bytes().startswith(b"\x89PNG")
+        assert save_figure(figure, tmp_path / "law.svg").read_bytes().startswith(b"<?xml")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["law.svg", "new"]
+
+    def test_a_failure_leaves_the_former_figure_and_nothing_else(
+        self, figure: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = save_figure(figure, tmp_path / "law.png")
+        before = path.read_bytes()
+
+        def half(self: Figure, file: object, **options: object) -> None:
+            file.write(b"half")  # type: ignore[attr-defined]
+            raise RuntimeError("stopped")
+
+        monkeypatch.setattr(Figure, "savefig", half)
+        with pytest.raises(RuntimeError, match="stopped"):
+            save_figure(figure, path)
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
+
+
+class TestReductionFigure:
+    @pytest.mark.parametrize(("by", "label"), [("rank", "LoRA rank"), ("length", "target tokens")])
+    def test_both_axes_are_logarithmic_and_ticked_at_what_was_run(self, fit: LawFit, by: str, label: str) -> None:
+        (axes,) = reduction_figure(fit, law_cells(), by).axes  # type: ignore[arg-type]
+        assert (axes.get_xscale(), axes.get_yscale(), axes.get_xlabel()) == ("log", "log", label)
+        assert list(axes.get_xticks()) == list(RANKS if by == "rank" else LENGTHS)
+        assert axes.get_ylabel() == "loss reduction (nats per target token)"
+
+    def test_cells_are_where_they_were_measured_and_saturated_ones_hollow(self, fit: LawFit) -> None:
+        (axes,) = reduction_figure(fit, law_cells(), "length").axes
+        used = sorted((cell.target_tokens, cell.measured) for cell in fit.used)
+        np.testing.assert_allclose(positions(points(axes, "used")), used)
+        assert len(points(axes, "saturated")) == 3
+
+    def test_lines_are_the_law_for_each_of_the_other(self, fit: LawFit) -> None:
+        (axes,) = reduction_figure(fit, law_cells(), "length").axes
+        lines = [line for line in axes.lines if line.get_linestyle() == "-"]
+        for line, rank in zip(lines, (rank for rank in RANKS), strict=True):
+            x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
+            np.testing.assert_allclose(y, 60 * (rank / x) ** 0.5 + 0.5, rtol=1e-6)
+
+    def test_a_noisy_law_has_a_band_around_each_line(self) -> None:
+        noise = np.random.default_rng(0)
+        cells = [
+            Cell(r, n, 13.6, 13.6 - (20 * (r / n) ** 0.5 + 0.5) * noise.normal(1, 0.02), 0, f"{r}-{n}")
+            for r in RANKS
+            for n in LENGTHS
+        ]
+        law = fit_law(cells)
+        (axes,) = reduction_figure(law, cells, "rank").axes
+        assert len(axes.collections) == len(LENGTHS)
+        for band, length in zip(axes.collections, LENGTHS, strict=True):
+            (path,) = band.get_paths()
+            low, high = path.vertices[:, 1].min(), path.vertices[:, 1].max()
+            assert low < float(law.predict(RANKS[0], length)) < float(law.predict(RANKS[-1], length)) < high
+
+
+class TestOtherLawFigures:
+    def test_agreement_has_the_line_on_which_both_are_equal(self, fit: LawFit) -> None:
+        (axes,) = agreement_figure(fit, law_cells()).axes
+        (line,) = points(axes, "identity")
+        np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
+        np.testing.assert_allclose(positions(points(axes, "used")), sorted((c.measured, c.predicted) for c in fit.used))
+
+    def test_residuals_stand_by_rank_and_by_length(self, fit: LawFit) -> None:
+        by_rank, by_length = residual_figure(fit).axes
+        expected = sorted((c.rank, c.measured - c.predicted) for c in fit.used)
+        np.testing.assert_allclose(positions(points(by_rank, "used")), expected)
+        assert (by_rank.get_xlabel(), by_length.get_xlabel()) == ("LoRA rank", "target tokens")
+
+
+def run(rank: int, seed: int = 0, **fields: float) -> Record:
+    return make_record(rank=rank, seed=seed, effective_parameters=1152 * rank, **fields)
+
+
+class TestRecallFigure:
+    def test_lines_go_through_the_means_over_seeds_and_bars_to_the_extremes(self) -> None:
+        runs = [run(1, 0, token_accuracy=0.2), run(1, 1, token_accuracy=0.6), run(2, 0, token_accuracy=0.9)]
+        (axes,) = recall_figure({"SFT": runs}, "token_accuracy").axes
+        (container,) = axes.containers
+        line, _, (bars,) = container.lines
+        np.testing.assert_allclose(line.get_xydata(), [(1, 0.4), (2, 0.9)])
+        np.testing.assert_allclose(bars.get_segments()[0], [(1, 0.2), (1, 0.6)])
+
+    def test_each_length_has_a_panel_and_each_method_a_line_of_its_own(self) -> None:
+        runs = [run(rank, target_tokens=length) for rank in (1, 2) for length in (8, 16, 32)]
+        figure = recall_figure({"SFT": runs, "MemFT": runs}, "exact_match")
+        panels = [axes for axes in figure.axes if axes.axison]
+        assert [axes.get_title() for axes in panels] == ["8 tokens", "16 tokens", "32 tokens"]
+        looks = [
+            {
+                (str(c.lines[0].get_color()), c.lines[0].get_marker(), c.lines[0].get_linestyle())
+                for c in axes.containers
+            }
+            for axes in panels
+        ]
+        assert all(len(look) == 2 for look in looks)
+        (legend,) = figure.legends
+        assert [text.get_text() for text in legend.get_texts()] == ["SFT", "MemFT"]
+        # The third column has nothing below it, and says what its axis is.
+        assert [axes.get_xlabel() for axes in panels] == ["", "LoRA rank", "LoRA rank"]
+
+    def test_without_a_run_there_is_nothing_to_show(self) -> None:
+        with pytest.raises(NothingToShow, match="no run was finished"):
+            recall_figure({"SFT": []}, "exact_match")
+
+
+class TestThresholdFigures:
+    def test_points_are_the_share_above_the_threshold(self) -> None:
+        runs = [run(1, 0, sub_threshold_fraction=0.75), run(1, 1, sub_threshold_fraction=0.25)]
+        (by_rank,) = threshold_figure(runs, "rank").axes
+        assert positions(points(by_rank, "used")) == [(1, 0.25), (1, 0.75)]
+        (mean,) = [line for line in by_rank.lines if line.get_linestyle() == "-"]
+        assert np.asarray(mean.get_xydata()).tolist() == [[1, 0.5]]
+        (by_room,) = threshold_figure(runs, "room").axes
+        assert positions(points(by_room, "used"))[0] == (1152 / 64, 0.25)
+
+    def test_bars_are_split_at_ln_2_and_add_up_to_everything(self) -> None:
+        loss = np.array([0.0, 0.01, 0.69, 0.70, 0.70, 5.0, 40.0, 1e-9])
+        correct = np.array([True, True, True, True, False, False, False, True])
+        tokens = TokenResults(np.zeros(8, np.int64), np.arange(8), loss, correct)
+        (axes,) = token_loss_figure([tokens]).axes
+        certain, lucky, wrong = axes.containers
+        assert [sum(bar.get_height() for bar in bars) for bars in axes.containers] == pytest.approx([0.5, 0.125, 0.375])
+        ends = [bar.get_x() + bar.get_width() for bar in certain if bar.get_height() > 0]
+        assert max(ends) == pytest.approx(np.log(2))
+        assert min(bar.get_x() for bars in (lucky, wrong) for bar in bars if bar.get_height() > 0) >= np.log(2) * 0.999
+        assert {bars[0].get_hatch() for bars in axes.containers} == {"", "...", "///"}
+
+    def test_first_failures_are_drawn_from_1_with_those_that_can_fail_alone(self) -> None:
+        found = FirstPositions(np.array([0, 2, 2, 4, 9]), np.array([0, 5, 5, 6, 9]), np.array([9, 9, 9, 9, 9]))
+        correlation = rank_correlation(found)
+        assert correlation is not None
+        (axes,) = first_failure_figure(found, correlation).axes
+        (scatter,) = axes.collections
+        np.testing.assert_array_equal(scatter.get_offsets(), [(1, 1), (3, 6), (5, 7)])
+        assert np.argmax(scatter.get_sizes()) == 1
+        assert axes.get_title().endswith("4 targets")
+
+
+def held(rank: int, final_loss: float, **fields: Any) -> Cell:
+    """A run of 64 tokens of 997.4 bits in an adapter of 1152 parameters a rank."""
+    known = {"effective_parameters": 1152 * rank, "entropy_bits": 997.4}
+    return Cell(rank, 64, 13.6, final_loss, 0, f"r{rank}", **{**known, **fields})
+
+
+class TestCapacityFigures:
+    def test_points_are_bits_per_parameter_and_the_literature_is_a_line(self) -> None:
+        # 997.4 bits in all; 1 nat on 64 tokens leaves 64 / ln 2 = 92.3 of them out: 905.1 in 1152 parameters.
+        (axes,) = capacity_figure([held(1, 1.0)]).axes
+        ((x, y),) = positions(points(axes, "used"))
+        assert (x, y) == pytest.approx((997.4 / 1152, (997.4 - 64 / np.log(2)) / 1152))
+        heights = {float(np.asarray(line.get_ydata())[0]) for line in axes.lines}
+        assert {2.0, 3.6} <= heights
+        assert [text.get_text()[:3] for text in axes.texts] == ["3.6", "2, "]
+
+    def test_a_saturated_run_is_hollow_and_one_that_stored_nothing_or_was_cut_short_left_out(self) -> None:
+        cells = [held(1, 0.1), held(2, 3.0), held(4, 13.0), held(6, 3.0, finished=False)]
+        for figure in (capacity_figure(cells), stored_bits_figure(cells)):
+            (axes,) = figure.axes
+            assert (len(points(axes, "saturated")), len(points(axes, "used"))) == (1, 1)
+
+    def test_the_one_constant_law_is_drawn_where_it_is_known(self) -> None:
+        figure = stored_bits_figure([held(1, 3.0), held(2, 1.0)], kappa=0.5)
+        (axes,) = figure.axes
+        (line,) = [line for line in axes.lines if line.get_linestyle() == "-"]
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), 0.5 * np.asarray(line.get_xdata()))
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["64", "0.5 bits per parameter"]
+
+    @pytest.mark.parametrize(
+        ("cell", "reason"),
+        [
+            (held(1, 1.0, entropy_bits=None), "no known entropy"),
+            (held(1, 13.0), "no run stored anything"),
+            (held(1, 1.0, finished=False), "no run was finished"),
+        ],
+    )
+    def test_without_bits_there_is_a_reason_in_place_of_a_figure(self, cell: Cell, reason: str) -> None:
+        for make in (capacity_figure, stored_bits_figure):
+            with pytest.raises(NothingToShow, match=reason):
+                make([cell])
+
+
+def dichromatic(colour: str, kind: str) -> np.ndarray:
+    """The colour in CIELAB as seen without one kind of cone (Vienot, Brettel and Mollon 1999)."""
+    matrices = {
+        "protanopia": [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],
+        "deuteranopia": [[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]],
+        "none": np.eye(3).tolist(),
+    }
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(matrices[kind]) @ linear, 0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = np.array(to_xyz) @ seen / np.array([0.9505, 1.0, 1.089])
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+class TestLooks:
+    @pytest.mark.parametrize("kind", ["none", "protanopia", "deuteranopia"])
+    def test_colours_of_a_few_lines_can_be_told_apart_with_any_eyes(self, kind: str) -> None:
+        seen = [dichromatic(colour, kind) for colour in FEW_COLOURS]
+        distances = [float(np.linalg.norm(a - b)) for a, b in itertools.combinations(seen, 2)]
+        # A difference of 2.3 is just noticeable; side by side on thin lines ten is comfortable.
+        assert min(distances) > 10
+
+    def test_cividis_takes_over_for_many_and_gets_lighter_all_the_way(self) -> None:
+        for kind in ("none", "protanopia", "deuteranopia"):
+            lightness = [dichromatic(colour, kind)[0] for colour, _ in looks_of(range(12)).values()]
+            assert all(b > a for a, b in itertools.pairwise(lightness))
+
+    def test_text_from_elsewhere_is_no_mathematics(self) -> None:
+        assert literal("a$x^2$\nb") == r"a\$x^2\$ b"
+        setting = {"backbone": r"$\frac{$", "block": [20], "placement": "$", "method": "sft", "corpus": ["$x$"]}
+        assert png_bytes(law_figure(fit_law(law_cells(), setting), law_cells())).startswith(b"\x89PNG")
+
+    def test_the_same_figure_gives_the_same_bytes(self, fit: LawFit) -> None:
+        first, second = (residual_figure(fit) for _ in range(2))
+        assert png_bytes(first) == png_bytes(second)
+        assert svg_data_uri(first) == svg_data_uri(second)
+        assert svg_data_uri(first).startswith("data:image/svg+xml;base64,")

@@ -1,0 +1,98 @@
+"""Which runs belong to one law, and what runs of one group still differ in."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from record_factory import make_record
+
+from pml.errors import InputError
+from pml.groups import group_runs, method_name, setting_of, settings_of, varying
+
+ONLY_THRESHOLD = {"class_path": "pml.weighting.OnlyThreshold", "init_args": {}}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "name"),
+    [
+        ("sft", {"weighting": {"class_path": "pml.weighting.Uniform", "init_args": {}}}, "SFT"),
+        ("memft", {"weighting": ONLY_THRESHOLD, "curriculum": None}, "MemFT OnlyThreshold"),
+        (
+            "memft",
+            {"weighting": ONLY_THRESHOLD, "curriculum": {"class_path": "pml.curriculum.PrefixRatio"}},
+            "MemFT OnlyThreshold + PrefixRatio",
+        ),
+        ("sft", {}, "SFT"),
+        ("other", {"weighting": 3, "curriculum": [1]}, "other"),
+    ],
+)
+def test_a_method_is_named_with_what_it_can_be_chosen_with(method: str, settings: dict[str, Any], name: str) -> None:
+    assert method_name(make_record(method=method, method_settings=settings)) == name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"backbone_hash": "other"},
+        {"block": [1]},
+        {"placement": ["down_proj"]},
+        {"init": "peft"},
+        {"corpus": "phonebook"},
+        {"method": "sft"},
+    ],
+)
+def test_runs_of_different_settings_are_different_groups(fields: dict[str, Any]) -> None:
+    groups = group_runs({Path("a"): make_record(), Path("b"): make_record(**fields), Path("c"): make_record()})
+    assert [list(group.records) for group in groups] == [[Path("a"), Path("c")], [Path("b")]]
+
+
+def test_ranks_lengths_and_seeds_are_one_group() -> None:
+    runs = [make_record(rank=rank, target_tokens=length, seed=rank) for rank in (1, 2) for length in (8, 16)]
+    assert len(group_runs({Path(str(i)): run for i, run in enumerate(runs)})) == 1
+
+
+def test_by_splits_further_and_joining_puts_corpora_together() -> None:
+    runs = {
+        Path("a"): make_record(corpus="a.jsonl", method_settings={"learning_rate": 0.1}),
+        Path("b"): make_record(corpus="b.jsonl", method_settings={"learning_rate": 0.2}),
+    }
+    assert len(group_runs(runs)) == 2
+    assert len(group_runs(runs, join_corpora=True)) == 1
+    groups = group_runs(runs, ["method_settings.learning_rate"], join_corpora=True)
+    assert [group.setting["method_settings.learning_rate"] for group in groups] == [0.1, 0.2]
+
+
+def test_a_field_that_no_run_has_is_refused() -> None:
+    with pytest.raises(InputError, match=r"no run has a value for 'method_settings\.colour'"):
+        group_runs({Path("a"): make_record()}, ["method_settings.colour"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rank", 4),
+        ("corpus_settings.length", 64),
+        ("corpus_settings.length.x", None),
+        ("colour", None),
+        ("block", [20]),
+    ],
+)
+def test_a_dotted_name_reaches_into_settings(name: str, value: object) -> None:
+    assert setting_of(make_record(), name) == value
+
+
+def test_settings_have_dotted_names() -> None:
+    found = settings_of(make_record(method_settings={"weighting": ONLY_THRESHOLD, "learning_rate": 0.1}))
+    assert found["method_settings.weighting.class_path"] == "pml.weighting.OnlyThreshold"
+    # A class without arguments is said by its name alone.
+    assert not [name for name in found if "init_args" in name]
+    assert found["corpus_settings.length"] == 64
+
+
+def test_what_runs_differ_in_leaves_out_rank_length_and_seed() -> None:
+    runs = [
+        make_record(rank=1, seed=1, corpus_settings={"length": 8, "seed": 1}, method_settings={"learning_rate": 0.2}),
+        make_record(rank=2, seed=2, corpus_settings={"length": 9, "seed": 2}, method_settings={"learning_rate": 0.1}),
+        make_record(rank=2, seed=2, corpus_settings={"length": 9, "seed": 2}, method_settings={"learning_rate": 0.1}),
+    ]
+    assert varying(runs) == {"method_settings.learning_rate": [0.1, 0.2]}

@@ -1,0 +1,128 @@
+"""The best settings of every cell: candidates are halved as budgets grow, and what was run is never run again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pml.cli import main
+from pml.errors import InputError
+from pml.records import read_records
+from pml.search import budgets, read_search, run_search
+from tests import fits  # one thread, which makes runs comparable bit for bit
+
+assert fits.torch.get_num_threads() == 1
+
+RATE = "model.init_args.learning_rate"
+RANK = "model.init_args.adapter.rank"
+
+
+@pytest.fixture
+def write(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes a search of two ranks and three learning rates, of which only the middle one learns anything."""
+    monkeypatch.chdir(tmp_path)
+    base = {
+        "model": {
+            "class_path": "SFT",
+            "init_args": {"backbone": str(tiny_backbone_folder), "adapter": {"rank": 2, "block": 1}},
+        },
+        "data": {"class_path": "RandomTokens", "init_args": {"length": 8}},
+        "trainer": {"accelerator": "cpu"},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+
+    def write(**changes: Any) -> Path:
+        content = {
+            "base": "base.yaml",
+            "out": "out",
+            "grid": {RANK: [1, 3]},
+            "search": {RATE: [1e-9, 0.05, 1e-8]},
+            "epochs": [2, 4],
+        }
+        path = tmp_path / "search.yaml"
+        path.write_text(yaml.safe_dump(content | changes, sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("candidates", "epochs", "expected"),
+    [
+        (4, [50, 100, 200], [(4, 50), (2, 100), (1, 200)]),
+        (8, [1, 2, 4, 8], [(8, 1), (4, 2), (2, 4), (1, 8)]),
+        (6, [10, 20, 40], [(6, 10), (3, 20), (1, 40)]),
+        (3, [10, 40], [(3, 10), (1, 40)]),
+        (1, [10, 40], [(1, 10), (1, 40)]),
+    ],
+)
+def test_all_candidates_have_the_first_budget_and_one_the_last(
+    candidates: int, epochs: list[int], expected: list[tuple[int, int]]
+) -> None:
+    assert budgets(candidates, epochs) == expected
+
+
+def test_the_candidate_with_the_lowest_loss_is_run_to_the_end(write: Any, tmp_path: Path) -> None:
+    choices = run_search(read_search(write()))
+    assert [choice.cell for choice in choices] == [{RANK: 1}, {RANK: 3}]
+    for choice in choices:
+        best, *others = choice.candidates
+        assert best.settings == {RATE: 0.05}
+        assert set(best.losses) == {2, 4}
+        assert all(set(other.losses) == {2} for other in others)
+        assert best.losses[2] < min(other.losses[2] for other in others)
+        assert choice.record is not None
+        assert choice.record.optimizer_steps == 4
+        assert choice.record.final_loss == best.losses[4]
+        assert not choice.at_the_edge or best.settings[RATE] == 0.05
+    assert len(read_records([tmp_path / "out" / "2-epochs"])) == 6
+    assert {r.rank: r.method_settings["learning_rate"] for r in read_records([tmp_path / "out" / "best"]).values()} == {
+        1: 0.05,
+        3: 0.05,
+    }
+    content = json.loads((tmp_path / "out" / "search.json").read_text())
+    assert [cell["chosen"] for cell in content["cells"]] == [{RATE: 0.05}] * 2
+
+
+def test_a_search_that_is_run_again_runs_nothing_and_finds_the_same(write: Any) -> None:
+    first = run_search(read_search(write()))
+    outcomes: list[Any] = []
+    second = run_search(read_search(write()), lambda folder, cells: outcomes.append)
+    assert second == first
+    assert len(outcomes) == 8
+    assert all(outcome.skipped for outcome in outcomes)
+
+
+def test_the_command_says_what_it_chose_and_where_a_better_value_may_lie(
+    write: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", str(write(search={RATE: [1e-9, 0.05]}))]) == 0
+    captured = capsys.readouterr()
+    assert [row.split()[:2] for row in captured.out.splitlines() if "0.05" in row] == [["1", "0.05"], ["3", "0.05"]]
+    assert f"{RATE}: the best value is the smallest or largest tried in 2 of 2 cells" in captured.err
+    assert main(["search", str(write(search={RATE: [1e-9, 0.05]})), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["epochs"] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": [4, 2]}, r"epochs is \[4, 2\]; expected numbers from 1, ascending"),
+        ({"epochs": [4]}, "epochs: List should have at least 2 items"),
+        ({"search": {}}, "search: Dictionary should have at least 1 item"),
+        ({"search": {RATE: []}}, f"search key {RATE} has no values"),
+        ({"grid": {RATE: [1]}}, f"{RATE} is in the grid too; a search decides it, so take it out there"),
+        ({"grid": {"trainer.max_epochs": [1]}}, "trainer.max_epochs is in the grid too"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_refused(write: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_search(write(**changes))
+
+
+def test_a_candidate_that_does_not_fit_is_refused_before_anything_runs(write: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="learning_rate"):
+        run_search(read_search(write(search={RATE: [0.1, "fast"]})))
+    assert not (tmp_path / "out").exists()

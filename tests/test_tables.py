@@ -1,0 +1,110 @@
+"""The table of runs: its rows, its caption, and that it fits a terminal."""
+
+import io
+from pathlib import Path
+
+import pytest
+from record_factory import make_record
+from rich.console import Console
+
+from pml.records import Record
+from pml.tables import records_table
+
+
+def printed(records: dict[Path, Record], width: int = 100) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(records_table(records))
+    return console.export_text()
+
+
+class TestRecordsTable:
+    def test_rows_are_sorted_by_corpus_length_rank_and_method(self) -> None:
+        records = {
+            Path("a"): make_record(rank=8),
+            Path("b"): make_record(rank=2),
+            Path("c"): make_record(rank=2, method="sft"),
+            Path("d"): make_record(rank=16, target_tokens=32),
+            Path("e"): make_record(corpus="phonebook"),
+        }
+        rows = [line.split()[0] for line in printed(records).splitlines() if line[:1] in set("abcde")]
+        assert rows == ["e", "d", "b", "c", "a"]
+
+    def test_a_row_says_what_the_record_says(self) -> None:
+        record = make_record(
+            rank=8,
+            pairs=17,
+            method="sft",
+            target_tokens=640,
+            corpus="phonebook",
+            initial_loss=13.6,
+            final_loss=0.0421,
+            token_accuracy=0.975,
+            exact_match=0.5,
+            generated_exact_match=0.25,
+            sub_threshold_fraction=0.0625,
+            optimizer_steps=321,
+            steps_to_recall=123,
+            wall_seconds=45.6,
+        )
+        lines = printed({Path("x/one"): record, Path("x/two"): make_record()}).splitlines()
+        (row,) = [line.split() for line in lines if line.startswith("one")]
+        assert " ".join(row) == "one phonebook 17 640 8 sft 13.60 0.042 97.5 50.0 25.0 6.2 321 123 46"
+
+    def test_settings_that_all_runs_share_stand_in_the_caption(self) -> None:
+        text = printed({Path("a"): make_record(rank=1), Path("b"): make_record(rank=2)})
+        assert "All runs: corpus random_tokens, pairs 1, target tokens 64, method memft." in " ".join(text.split())
+        header = text.splitlines()[1]
+        assert "rank" in header
+        assert "method" not in header
+
+    def test_results_that_no_run_has_stand_in_the_caption(self) -> None:
+        text = " ".join(printed({Path("a"): make_record(generated_exact_match=None)}).split())
+        assert "None of the runs has: generated, recall after." in text
+        assert "Recall after: steps until" not in text
+
+    def test_what_one_run_lacks_is_a_dash(self) -> None:
+        text = printed({Path("a"): make_record(steps_to_recall=None), Path("b"): make_record(steps_to_recall=9)})
+        (row,) = [line.split() for line in text.splitlines() if line.startswith("a ")]
+        assert row[-2] == "-"
+        assert "Recall after: steps until every target token was certified." in " ".join(text.split())
+
+    @pytest.mark.parametrize(
+        ("share", "shown"), [(1.0, "100.0"), (0.9999, ">99.9"), (0.0, "0.0"), (0.0001, "<0.1"), (0.123, "12.3")]
+    )
+    def test_only_a_whole_share_reads_100_and_only_none_reads_0(self, share: float, shown: str) -> None:
+        (row,) = [line.split() for line in printed({Path("a"): make_record(token_accuracy=share)}).splitlines()[3:4]]
+        assert row[3] == shown
+
+    def test_numbers_are_aligned_on_the_right(self) -> None:
+        lines = printed({Path("a"): make_record(optimizer_steps=7), Path("b"): make_record(optimizer_steps=12345)})
+        rows = [line for line in lines.splitlines() if line[:2] in ("a ", "b ")]
+        assert rows[0].index(" 7 ") + 1 == rows[1].index("12345") + 4
+
+    def test_folders_of_the_same_name_are_told_apart(self) -> None:
+        text = printed({Path("sft/seed-0"): make_record(), Path("memft/seed-0"): make_record()})
+        assert "sft/seed-0" in text
+        assert "memft/seed-0" in text
+
+    def test_an_interrupted_run_says_so(self) -> None:
+        assert "a (interrupted)" in printed({Path("a"): make_record(status="interrupted")})
+
+    def test_even_the_widest_table_fits_100_columns_with_every_number_whole(self) -> None:
+        long = make_record(
+            corpus="random_tokens",
+            pairs=10000,
+            target_tokens=320000,
+            rank=1024,
+            optimizer_steps=12345,
+            steps_to_recall=123456,
+            wall_seconds=9876,
+        )
+        text = printed(
+            {Path("phonebook_memft_rank-4_seed-0"): long, Path("b"): make_record(method="sft", corpus="phonebook")}
+        )
+        assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
+        assert "…" not in text
+        (row,) = [line.split() for line in text.splitlines() if "320000" in line]
+        assert " ".join(row[2:]) == "10000 320000 1024 memft 13.60 3.100 75.0 0.0 0.0 30.0 12345 123456 9876"
+
+    def test_without_records_the_table_is_empty(self) -> None:
+        assert records_table({}).row_count == 0
