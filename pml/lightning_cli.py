@@ -73,10 +73,13 @@ ATTEMPTS = re.compile(
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the configuration of fits alone: evaluating in a run's folder leaves the configuration of the run there."""
+    """Saves the configuration of fits alone: evaluating in a run's folder leaves the configuration of the run there.
+
+    A fit without a logger has no folder of its own; Lightning would write into the current one.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
+        if stage == "fit" and trainer.logger is not None:
             super().setup(trainer, pl_module, stage)
 
 

@@ -201,8 +201,8 @@ class TestRecovery:
         deviations = np.sqrt(np.diag(covariance))
         assert list(values(fit).values()) == pytest.approx(expected, rel=1e-6)
         assert list(stderrs(fit).values()) == pytest.approx(deviations, rel=1e-5)
-        assert fit.correlation is not None
-        np.testing.assert_allclose(fit.correlation, covariance / np.outer(deviations, deviations), atol=1e-5)
+        assert fit.best.correlation is not None
+        np.testing.assert_allclose(fit.best.correlation, covariance / np.outer(deviations, deviations), atol=1e-5)
 
     def test_r2_mape_and_rmse_follow_from_the_listed_cells(self) -> None:
         fit = published(shifted(grid(), np.random.default_rng(2).normal(scale=0.1, size=16)))
@@ -212,10 +212,10 @@ class TestRecovery:
         assert fit.rmse_nats == pytest.approx(math.sqrt(((y - p) ** 2).mean()), rel=1e-12)
         assert p == pytest.approx(fit.predict([c.rank for c in fit.used], [c.target_tokens for c in fit.used]))
 
-    def test_the_measured_range_is_the_one_of_the_used_cells(self) -> None:
-        far_but_saturated = Cell(64, 32, 13.6, 0.1, 0, "far")
-        fit = published([*grid(), far_but_saturated])
-        assert (fit.rank_range, fit.target_tokens_range) == ((1, 8), (64, 512))
+    def test_the_measured_range_has_the_saturated_cells_and_not_those_that_no_form_can_use(self) -> None:
+        saturated_cell, diverged = Cell(64, 32, 13.6, 0.1, 0, "far"), Cell(128, 16, 13.6, 20.0, 0, "worse")
+        fit = published([*grid(), saturated_cell, diverged])
+        assert (fit.rank_range, fit.target_tokens_range) == ((1, 64), (32, 512))
 
 
 class TestPrediction:
@@ -249,7 +249,7 @@ class TestPrediction:
     def test_the_equation_with_errors_shows_both_to_two_digits_of_the_error(self) -> None:
         content = published(grid()).to_json()
         numbers = {"C": (3.2123, 0.4), "alpha": (0.4712, 0.021), "beta": (0.43, 0.02), "b": (-3.6, 4.1)}
-        content["parameters"] = {name: {"value": v, "stderr": s} for name, (v, s) in numbers.items()}
+        content["fits"][0]["parameters"] = {name: {"value": v, "stderr": s} for name, (v, s) in numbers.items()}
         assert LawFit.from_json(content).equation(errors=True) == (
             "dL = (3.21 ± 0.40) r^(0.471 ± 0.021) l^(-0.430 ± 0.020) - (3.6 ± 4.1)"
         )
@@ -266,7 +266,6 @@ class TestLeavingOut:
         ]
         fit = published([*grid(), *odd])
         assert {cell.source: cell.reason for cell in fit.left_out} == {
-            "learned all": "saturated",
             "got worse": "diverged",
             "did not move": "diverged",
             "not a number": "diverged",
@@ -330,14 +329,14 @@ class TestWarnings:
         fit = published(cells)
         assert fit.warnings[0].startswith("C and b are not determined: dL = p + q ln r - s ln l")
         assert [fit.parameters[name].stderr for name in PARAMETERS] == [None] * 4
-        assert fit.correlation is None
+        assert fit.best.correlation is None
         assert "± ?" in fit.equation(errors=True)
         assert float(fit.predict(4, 128)) == pytest.approx(8 + 1.5 * math.log(4) - math.log(128), abs=0.05)
         assert LawFit.from_json(fit.to_json()) == fit
 
     def test_few_cells(self) -> None:
         cells = grid((1, 2, 4), (64, 128))
-        assert any(w.startswith("only 6 cells for 4 parameters") for w in published(cells).warnings)
+        assert any(w.startswith("only 6 unsaturated cells for 4 parameters") for w in published(cells).warnings)
         assert not any("cells for 4 parameters" in w for w in published(grid((1, 2, 4, 8), (64, 128))).warnings)
 
     def test_two_lengths(self) -> None:
@@ -349,8 +348,8 @@ class TestWarnings:
         # A flat law on a narrow grid: the curvature that separates alpha from b hardly shows.
         noise = np.random.default_rng(0).normal(scale=0.005, size=9)
         fit = published(shifted(grid((2, 3, 4), (100, 150, 200), C=20.0, alpha=0.3, beta=0.3), noise))
-        assert fit.correlation is not None
-        alpha_b = fit.correlation[1][3]
+        assert fit.best.correlation is not None
+        alpha_b = fit.best.correlation[1][3]
         assert abs(alpha_b) > 0.98
         assert any("b trades off" in w and f"alpha {alpha_b:+.3f}" in w for w in fit.warnings)
 
@@ -397,37 +396,43 @@ class TestJson:
         assert again.predict(3, 100) == fit.predict(3, 100)
 
     def test_the_content_names_what_a_reader_needs(self) -> None:
-        content = published([*grid(), Cell(8, 32, 13.6, 0.1, 3, "runs/s")]).to_json()
+        content = published([*grid(), Cell(8, 32, 13.6, 20.0, 3, "runs/s")]).to_json()
         assert content["schema_version"] == 2
-        assert content["parameters"]["alpha"]["value"] == pytest.approx(0.5)
-        assert content["cells_used"] == 16
-        assert content["left_out"] == [
-            {
-                "source": "runs/s",
-                "rank": 8,
-                "target_tokens": 32,
-                "seed": 3,
-                "initial_loss": 13.6,
-                "final_loss": 0.1,
-                "reason": "saturated",
-            }
-        ]
+        (form,) = content["fits"]
+        assert form["form"] == content["form"] == "power_offset"
+        assert form["parameters"]["alpha"]["value"] == pytest.approx(0.5)
+        assert form["cells_used"] == len(form["predicted"]) == len(content["cells"]) == 16
+        (left_out,) = content["left_out"]
+        expected = {"source": "runs/s", "rank": 8, "target_tokens": 32, "seed": 3, "reason": "diverged"}
+        assert left_out.items() >= expected.items()
 
     @pytest.mark.parametrize(
         ("change", "named"),
         [
             ({"schema_version": 1}, "schema_version"),
             ({"surprise": 1}, "surprise"),
-            ({"r2": "high"}, "r2"),
-            ({"cells_used": 3}, "cells_used is 3, but used lists 16 cells"),
-            ({"cells_left_out": {"saturated": 1}}, "but left_out lists {}"),
-            ({"parameters": {"C": {"value": 1.0, "stderr": None}}}, "missing alpha, beta, b"),
-            ({"correlation": [[1.0]]}, "expected 4 rows of 4 numbers"),
+            ({"form": "stored_bits"}, "form is stored_bits, but fits has power_offset"),
+            ({"cells": []}, "power_offset: 16 predictions for 0 cells"),
         ],
     )
     def test_what_is_not_a_law_is_named(self, change: dict[str, Any], named: str) -> None:
         with pytest.raises(InputError, match="not a law of schema version 2") as caught:
             LawFit.from_json(published(grid()).to_json() | change)
+        assert named in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"r2": "high"}, "r2"),
+            ({"parameters": {"C": {"value": 1.0}}}, "expected the parameters C, alpha, beta, b; C"),
+            ({"correlation": [[1.0]]}, "correlation: expected 4 rows of 4 numbers"),
+        ],
+    )
+    def test_what_is_not_a_form_is_named(self, change: dict[str, Any], named: str) -> None:
+        content = published(grid()).to_json()
+        content["fits"][0] |= change
+        with pytest.raises(InputError, match="not a law of schema version 2") as caught:
+            LawFit.from_json(content)
         assert named in str(caught.value)
 
     def test_a_file_that_is_no_law_is_named(self, tmp_path: Path) -> None:
@@ -442,7 +447,9 @@ class TestRecords:
     def test_cells_carry_what_the_records_say(self) -> None:
         record = make_record(rank=2, target_tokens=96, initial_loss=13.0, final_loss=4.0, seed=7, status="interrupted")
         cells = cells_from_records({Path("runs/a"): record, Path("runs/b"): make_record(target_tokens=32)})
-        assert cells[1] == Cell(2, 96, 13.0, 4.0, 7, "runs/a", finished=False)
+        assert cells[1] == Cell(
+            2, 96, 13.0, 4.0, 7, "runs/a", finished=False, effective_parameters=4608, entropy_bits=997.4
+        )
         assert cells[0].finished
 
     @pytest.mark.parametrize(
@@ -570,14 +577,14 @@ class TestCommand:
             law(runs, "--out", out)
         assert {path: path.read_bytes() for path in out.iterdir()} == before
         assert law(runs, "--out", out, "--overwrite") == 0
-        assert read_law(out / "law.json").cells_used == 14
+        assert len(read_law(out / "law.json").cells) == 17
 
     def test_where_chooses_the_runs(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_run(runs / "sft", method="sft")
         with pytest.raises(InputError, match="records of different method"):
             law(runs)
         assert law(runs, "--where.method", "memft", "--json") == 0
-        assert json.loads(capsys.readouterr().out)["cells_used"] == 13
+        assert len(json.loads(capsys.readouterr().out)["cells"]) == 16
 
     def test_an_out_that_is_a_file_is_an_error(self, runs: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")

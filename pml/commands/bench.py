@@ -102,7 +102,7 @@ def _steps_tables(measurements: "list[Measurement]", rates: dict[str, float]) ->
     held = ("ordinary\nin all", "split\nin all", "ratio", "ordinary\nin a step", "split\nin a step", "ratio")
     for table, headers in ((seconds, timed), (memory, held)):
         for header in ("dtype", "batch"):
-            table.add_column(header)
+            table.add_column(header, no_wrap=True)
         for header in headers:
             table.add_column(header, justify="right")
     by_case = {(m.case.dtype, m.case.label, m.way): m for m in measurements}
