@@ -128,6 +128,10 @@ class Backbone:
         for parameter in self._lower_parameters().values():
             # Empty rather than on the meta device, from which moving the model would fail.
             parameter.data = parameter.data.new_empty(0)
+        # Weights of a CPU lie in one mapping of their file, which stays in memory as long as any of them is used.
+        for parameter in self.model.parameters():
+            if parameter.device.type == "cpu" and not parameter.requires_grad:
+                parameter.data = parameter.data.clone()
         log.info("the weights of the lowest %d of %d blocks are freed", self._released, len(self.blocks))
 
     def restore(self) -> None:

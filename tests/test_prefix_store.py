@@ -1,6 +1,8 @@
 """Where kept states go: places, budgets, and blocks that are freed and come back."""
 
+import gc
 import logging
+import shutil
 from pathlib import Path
 
 import psutil
@@ -147,6 +149,18 @@ def test_released_blocks_are_not_needed_for_scores_and_come_back_for_generation(
         assert greedy_recall(module, EXAMPLES) == answers
     assert f"loading the lowest {len(freed)} blocks" in caplog.text
     assert all(torch.equal(p, weights[name]) for name, p in module.model.named_parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's mappings")
+def test_released_blocks_leave_no_mapping_of_their_file_in_memory(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_backbone_folder, tmp_path / "backbone")
+    module = make_module(folder, PrefixConfig())
+    # Detached: the graph would hold weights for the way back.
+    before = module.score(collate(EXAMPLES)).losses.detach()
+    module.prefix.release()
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert torch.equal(module.score(collate(EXAMPLES)).losses, before)
 
 
 def test_a_new_example_brings_released_blocks_back(tiny_backbone_folder: Path) -> None:
