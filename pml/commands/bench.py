@@ -91,12 +91,14 @@ def _steps_tables(measurements: "list[Measurement]", rates: dict[str, float]) ->
         caption="vs float32: the ordinary step in float32 over the split one in this dtype. Rate: necessary arithmetic "
         f"of the split step over its time, as a share of what matrix products reach here ({rate_text} GFLOP/s).",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     memory = Table(
         title="Peak memory in MiB",
         caption="In all: with the weights, above the bare process; the split way frees what lies below the adapter. "
         "In a step: above what is held between steps.",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     timed = ("ordinary", "whole", "split", "ordinary\n/ split", "vs\nfloat32", "rate")
     held = ("ordinary\nin all", "split\nin all", "ratio", "ordinary\nin a step", "split\nin a step", "ratio")
