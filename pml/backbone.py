@@ -124,7 +124,9 @@ class Backbone:
 
     def release(self, blocks: int) -> None:
         """Free the weights of the lowest blocks, and the input embeddings where the head does not share them."""
-        self._released = max(self._released, blocks)
+        if blocks <= self._released:
+            return
+        self._released = blocks
         for parameter in self._lower_parameters().values():
             # Empty rather than on the meta device, from which moving the model would fail.
             parameter.data = parameter.data.new_empty(0)

@@ -9,7 +9,6 @@ import multiprocessing
 import platform
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -143,10 +142,9 @@ def _ask(pipe: Connection, request: tuple[str, Any]) -> Any:
 
 def _worker(way: Way, pipe: Connection) -> None:
     """Serves one way of stepping until the pipe is closed."""
-    from pml.lightning_cli import NOISE
+    from pml.lightning_cli import ignore_noise
 
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message)
+    ignore_noise()
     stepper: _Stepper | None = None
     while True:
         try:

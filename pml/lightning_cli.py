@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pml.errors import InputError
 from pml.modules import Memorization
 
-__all__ = ["MemorizationCLI", "make_run", "parse_run", "prepare", "reason"]
+__all__ = ["MemorizationCLI", "ignore_noise", "make_run", "parse_run", "prepare", "reason"]
 
 ROOMS = ("data_modules", "callbacks")
 """Imported by name, so that short class names work on the command line; nothing in `pml` refers to what is in them."""
@@ -207,10 +207,15 @@ def prepare() -> None:
         if not any(isinstance(handler, _ToStderr) for handler in own.handlers):
             own.setLevel(logging.INFO)
             own.addHandler(_ToStderr())
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message)
+    ignore_noise()
     for room in ROOMS:
         importlib.import_module(room)
+
+
+def ignore_noise() -> None:
+    """Do not show what libraries warn of and is meant."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):

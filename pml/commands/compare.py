@@ -13,10 +13,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pml.commands._runs import add_runs, add_where, chosen_records
 from pml.compare import Comparison, Difference, Interval, compare
 from pml.groups import short_method_names
-from pml.law import select_records
-from pml.records import read_records
 
 __all__ = ["configure", "run"]
 
@@ -25,13 +24,7 @@ UNITS = {"nats per token": "nats", "percentage points": "%"}
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=str,
-        metavar="RUNS",
-        help="folders of runs, folders with runs anywhere below them, or record.json files",
-    )
+    add_runs(parser)
     parser.add_argument(
         "--baseline", type=str | None, help="method that the others are compared with; SFT where there is one"
     )
@@ -41,11 +34,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument("--confidence", type=float, default=0.95, help="level of the intervals")
     parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap")
-    parser.add_argument(
-        "--where",
-        type=dict[str, Any] | None,
-        help="which runs to keep by the fields of their records, such as --where.corpus phonebook",
-    )
+    add_where(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per comparison, and nothing else")
 
 
@@ -56,7 +45,7 @@ def run(args: jsonargparse.Namespace) -> int:
         InputError: If there are no two methods, or no pair of runs of equal budgets.
     """
     comparisons = compare(
-        select_records(read_records(args.runs), args.where),
+        chosen_records(args),
         baseline=args.baseline,
         by=args.by,
         tolerance=args.tolerance,

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pml.calibration import RecallModel, fit_recall, run_tokens
+from pml.commands._runs import add_runs, add_where, chosen_records
 from pml.errors import InputError
 from pml.figures import law_figure, save_figure
 from pml.law import (
@@ -27,10 +28,9 @@ from pml.law import (
     LawFit,
     cells_from_records,
     fit_law,
-    select_records,
     shared_setting,
 )
-from pml.records import read_records, write_json
+from pml.records import write_json
 from pml.token_results import TOKENS_NAME, read_tokens
 
 __all__ = ["FIGURE_NAME", "configure", "run"]
@@ -40,13 +40,7 @@ FIGURE_NAME = "law.png"
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=str,
-        metavar="RUNS",
-        help="folders of runs, folders with runs anywhere below them, or record.json files",
-    )
+    add_runs(parser)
     parser.add_argument(
         "--form",
         type=FormName | None,
@@ -63,11 +57,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the content of law.json, and nothing else")
     parser.add_argument("--overwrite", action="store_true", help="replace a law.json that says something else")
-    parser.add_argument(
-        "--where",
-        type=dict[str, Any] | None,
-        help="which runs to keep by the fields of their records, such as --where.method memft",
-    )
+    add_where(parser)
 
 
 def run(args: jsonargparse.Namespace) -> int:
@@ -76,7 +66,7 @@ def run(args: jsonargparse.Namespace) -> int:
     Raises:
         InputError: If the runs cannot determine a law, or `--out` holds another one.
     """
-    records = select_records(read_records(args.runs), args.where)
+    records = chosen_records(args)
     cells = cells_from_records(records, capacity=args.by)
     setting = shared_setting(records, args.by)
     fit = fit_law(cells, setting, form=args.form, capacity=args.by, recall=_recall(cells))

@@ -5,30 +5,21 @@ Runs of several settings and methods may come in one call.
 """
 
 from pathlib import Path
-from typing import Any
 
 import jsonargparse
+
+from pml.commands._runs import add_runs, add_where, chosen_records
 
 __all__ = ["configure", "run"]
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=str,
-        metavar="RUNS",
-        help="folders of runs, folders with runs anywhere below them, or record.json files",
-    )
+    add_runs(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for report.html and figures/")
     parser.add_argument("--title", type=str, default="What the adapters remember", help="heading of the page")
     parser.add_argument("--overwrite", action="store_true", help="replace another report, and its figures")
-    parser.add_argument(
-        "--where",
-        type=dict[str, Any] | None,
-        help="which runs to keep by the fields of their records, such as --where.corpus phonebook",
-    )
+    add_where(parser)
     parser.add_argument(
         "--by",
         nargs="+",
@@ -52,12 +43,9 @@ def run(args: jsonargparse.Namespace) -> int:
         InputError: If there is no run, or `--out` holds another report.
     """
     # Imported here because it takes seconds, which --help need not wait for.
-    from pml.law import select_records
-    from pml.records import read_records
     from pml.report import make_report, write_report
 
-    records = select_records(read_records(args.runs), args.where)
-    report = make_report(records, title=args.title, by=args.by, join_corpora=args.join_corpora)
+    report = make_report(chosen_records(args), title=args.title, by=args.by, join_corpora=args.join_corpora)
     path = write_report(report, args.out, overwrite=args.overwrite)
     size, figures = f"{len(report.html) / 1e6:.1f} MB", path.parent / "figures"
     print(f"written: {path} ({size}) and {len(report.figures)} figures in {figures}")
