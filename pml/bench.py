@@ -235,6 +235,8 @@ class _Stepper:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
+            # As trainers do; the graph would stay through the next step's forward pass.
+            del loss
         return seconds[1:]
 
     def memory(self) -> tuple[float, float]:

@@ -19,20 +19,48 @@ def problem() -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
     return torch.randn(70, 24, requires_grad=True), head, torch.randint(300, (70,))
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 4 * 300 * 33, 2**30])
-def test_losses_and_gradients_equal_cross_entropy_whatever_the_chunk(
-    chunk_bytes: int, problem: tuple[torch.Tensor, nn.Linear, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("above", [None, -1.0], ids=["by vocabulary", "by rows"])
+@pytest.mark.parametrize("piece_bytes", [1, 4 * 70 * 33, 2**30])
+def test_losses_and_gradients_equal_cross_entropy_whatever_the_piece(
+    piece_bytes: int,
+    above: float | None,
+    problem: tuple[torch.Tensor, nn.Linear, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pml.token_loss, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(pml.token_loss, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pml.token_loss, "ROWS_BYTES", piece_bytes)
+    monkeypatch.setattr(pml.token_loss, "LEAST_COLUMNS", 7)
     hidden, head, targets = problem
     weights = torch.rand(70)
-    losses, correct = token_losses(hidden, head, targets)
+    losses, correct = token_losses(hidden, head, targets, above)
     (gradient,) = torch.autograd.grad((losses * weights).sum(), hidden)
     expected = plain(hidden, head, targets)
     (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), hidden)
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
     assert torch.equal(correct, head(hidden).argmax(-1) == targets)
+
+
+def test_of_two_equal_logits_the_first_is_the_argmax_across_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pml.token_loss, "PIECE_BYTES", 1)
+    monkeypatch.setattr(pml.token_loss, "LEAST_COLUMNS", 2)
+    head = nn.Linear(2, 6, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.tensor([[0.0, 0], [3, 0], [1, 0], [3, 0], [0, 0], [3, 0]]))
+    losses, correct = token_losses(torch.tensor([[1.0, 0], [1, 0]]), head, torch.tensor([1, 3]))
+    # exp: 1, e^3, e, e^3, 1, e^3 -> -log(e^3 / (2 + e + 3 e^3)) = log(3 + (2 + e) / e^3)
+    torch.testing.assert_close(losses, torch.full((2,), 1.1740009))
+    assert correct.tolist() == [True, False]
+
+
+def test_logits_far_beyond_what_float32_can_exponentiate_give_finite_losses() -> None:
+    head = nn.Linear(1, 3, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.tensor([[1.0], [-1.0], [2.0]]))
+    hidden = torch.tensor([[1000.0]], requires_grad=True)
+    losses, _ = token_losses(hidden, head, torch.tensor([0]))
+    losses.sum().backward()
+    assert losses.item() == 1000.0
+    assert hidden.grad is not None
+    assert hidden.grad.item() == 1.0  # softmax W - W[target] = 2 - 1
 
 
 def test_a_head_with_bias_is_no_different(problem: tuple[torch.Tensor, nn.Linear, torch.Tensor]) -> None:
