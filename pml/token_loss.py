@@ -15,8 +15,8 @@ LEAST_COLUMNS = 1024
 """Fewest entries of the vocabulary in a piece, however many tokens there are; narrower products are slower."""
 
 ROWS_BYTES = 64 * 2**20
-"""Size of the piece of float32 logits that is held where tokens are taken piece by piece. Each piece reads the whole head
-from memory, so much smaller ones are slower; larger ones are not faster."""
+"""Size of the piece of float32 logits that is held where tokens are taken piece by piece. Each piece reads the whole
+head from memory, so much smaller ones are slower; larger ones are not faster."""
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -35,6 +35,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         targets: Tensor,
         gradient_above: float | None,
     ) -> tuple[Tensor, Tensor]:
+        gradient: Tensor | None
         if ctx.needs_input_grad[0] and gradient_above is not None:
             losses, best, gradient = _by_rows(hidden, weight, bias, targets, gradient_above)
         else:
@@ -108,12 +109,12 @@ def _by_rows(
         exponentials = logits.sub_(highest).exp_()
         total = exponentials.sum(dim=-1, keepdim=True)
         losses[piece] = (total.log() - target_logit).squeeze(-1)
-        chosen: Tensor | slice = (losses[piece] > gradient_above).nonzero().squeeze(-1)
+        chosen: Tensor | slice = slice(None)
+        active = (losses[piece] > gradient_above).nonzero().squeeze(-1)
         # Picking rows copies them; with most of them active the copy costs more than it saves.
-        if len(chosen) < 0.75 * len(exponentials):
-            exponentials, total = exponentials[chosen], total[chosen]
-        else:
-            chosen = slice(None)
+        if len(active) < 0.75 * len(exponentials):
+            chosen = active
+            exponentials, total = exponentials[active], total[active]
         expected = (exponentials.to(weight.dtype) @ weight).float() / total
         gradient[piece][chosen] = (expected - weight[targets[piece][chosen]]).to(gradient.dtype)
         del logits, exponentials
