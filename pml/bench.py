@@ -75,7 +75,7 @@ class Measurement:
             was before the backbone was loaded, or allocated memory of the GPU.
         step_mib: How far that is above what was held between steps.
         cut: Where the frozen prefix was cut.
-        gflop: Arithmetic that the split step needs, in 10^9 operations: see `step_flops`.
+        gflop: Arithmetic that this way of stepping takes, in 10^9 operations: see `step_flops`.
     """
 
     case: Case
@@ -214,7 +214,7 @@ class _Stepper:
             parameters = adapter_parameters(module.model)
         self.parameters = list(parameters.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
-        self.facts = {"cut": cut, "gflop": step_flops(backbone, corpus, adapter) / 1e9}
+        self.facts = {"cut": cut, "gflop": step_flops(backbone, corpus, adapter, way) / 1e9}
         if way == "split":
             self._loss()  # everything below the adapter is kept from here on, so its weights can go
             module.prefix.release()
@@ -265,22 +265,28 @@ def _corpus(case: Case, backbone: Backbone) -> Corpus:
     return data.build(backbone.tokenizer, backbone.vocab_size, backbone.max_positions)
 
 
-def step_flops(backbone: Backbone, corpus: Corpus, adapter: AdapterConfig) -> float:
-    """Floating-point operations that a split step on a whole corpus needs.
+def step_flops(backbone: Backbone, corpus: Corpus, adapter: AdapterConfig, way: Way = "split") -> float:
+    """Floating-point operations that a step on a whole corpus takes; those of the split one nothing can do without.
 
-    Two for each weight of the blocks above the adapted one and each input token (padding not counted), as many again
-    to go back to the activations; for attention, the products with keys and values, likewise; two for each weight of
-    the head and each target token, and as many to go back. The adapter itself and everything elementwise is left out:
-    below a hundredth of this.
+    Forward, two for each weight of the blocks (the split way: of those above the adapted one) and each input token
+    (padding not counted), and for attention the products with keys and values; backward, as many again through the
+    blocks above the adapted one. Both ways two for each weight of the head and each target token (the ordinary way:
+    each input token). The adapter itself and everything elementwise is left out: below a hundredth of this.
     """
-    above = backbone.blocks[max(adapter.block_indices(len(backbone.blocks))) + 1 :]
-    weights = sum(m.weight.numel() for block in above for m in block.modules() if isinstance(m, nn.Linear))
-    head = backbone.model.get_output_embeddings().weight.numel()
+    first_above = max(adapter.block_indices(len(backbone.blocks))) + 1
     tokens = sum(len(e) - 1 for e in corpus.examples)
     # Causal: each token meets half of the others on average; keys and values are met once each.
-    attention = sum((len(e) - 1) ** 2 for e in corpus.examples) * _attention_width(backbone) * len(above)
-    forward = 2 * (weights * tokens + head * corpus.target_tokens) + 2 * attention
-    return 2.0 * forward
+    attention = sum((len(e) - 1) ** 2 for e in corpus.examples) * _attention_width(backbone)
+
+    def once_through(blocks: Sequence[nn.Module]) -> float:
+        weights = sum(m.weight.numel() for block in blocks for m in block.modules() if isinstance(m, nn.Linear))
+        return 2.0 * (weights * tokens + attention * len(blocks))
+
+    head = 2.0 * backbone.model.get_output_embeddings().weight.numel()
+    head *= tokens if way == "ordinary" else corpus.target_tokens
+    above = list(backbone.blocks)[first_above:]
+    forward = above if way == "split" else list(backbone.blocks)
+    return once_through(forward) + once_through(above) + 2 * head
 
 
 def _attention_width(backbone: Backbone) -> int:

@@ -21,6 +21,11 @@ def test_the_arithmetic_of_a_step_by_hand(tiny_backbone: Backbone) -> None:
     attention = (4**2 + 1**2) * 32
     expected = 2 * (2 * (weights * tokens + 259 * 32 * targets) + 2 * attention)
     assert step_flops(tiny_backbone, corpus, AdapterConfig(block=2)) == expected
+    # The other two go forward through the three blocks up to the adapter as well, the ordinary one with a longer head.
+    below = 3 * (2 * weights * tokens + 2 * attention)
+    assert step_flops(tiny_backbone, corpus, AdapterConfig(block=2), "whole") == expected + below
+    longer = 2 * 2 * 259 * 32 * (tokens - targets)
+    assert step_flops(tiny_backbone, corpus, AdapterConfig(block=2), "ordinary") == expected + below + longer
 
 
 def test_bench_measures_every_way_on_every_case(

@@ -88,8 +88,9 @@ def _steps_tables(measurements: "list[Measurement]", rates: dict[str, float]) ->
     rate_text = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in rates.items())
     seconds = Table(
         title="Seconds per optimiser step",
-        caption="vs float32: the ordinary step in float32 over the split one in this dtype. Rate: necessary arithmetic "
-        f"of the split step over its time, as a share of what matrix products reach here ({rate_text} GFLOP/s).",
+        caption="ordinary / split: of their seconds, and of the arithmetic that they take. vs float32: the ordinary "
+        "step in float32 over the split one in this dtype. Rate: arithmetic of the split step over its time, as a "
+        f"share of what matrix products reach here ({rate_text} GFLOP/s).",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -100,7 +101,7 @@ def _steps_tables(measurements: "list[Measurement]", rates: dict[str, float]) ->
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    timed = ("ordinary", "whole", "split", "ordinary\n/ split", "vs\nfloat32", "rate")
+    timed = ("ordinary", "whole", "split", "ordinary\n/ split", "arith-\nmetic", "vs\nfloat32", "rate")
     held = ("ordinary\nin all", "split\nin all", "ratio", "ordinary\nin a step", "split\nin a step", "ratio")
     for table, headers in ((seconds, timed), (memory, held)):
         for header in ("dtype", "batch"):
@@ -116,6 +117,7 @@ def _steps_tables(measurements: "list[Measurement]", rates: dict[str, float]) ->
             label,
             *(f"{m.step_seconds:.3f}" for m in (ordinary, whole, split)),
             f"{ordinary.step_seconds / split.step_seconds:.2f}",
+            f"{ordinary.gflop / split.gflop:.2f}",
             f"{float32.step_seconds / split.step_seconds:.2f}" if float32 is not None else "-",
             f"{split.gflop / split.step_seconds / rates[dtype]:.0%}",
         )
