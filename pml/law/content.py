@@ -55,8 +55,10 @@ class Estimate(_Content):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval to quote: of the profile where there is one, else of the bootstrap."""
-        return self.profile or self.bootstrap
+        """The 95 % interval to quote: of the bootstrap, which noise that grows with dL does not mislead, else of the
+        profile.
+        """
+        return self.bootstrap or self.profile
 
 
 class HeldOut(_Content):
