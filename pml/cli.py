@@ -1,6 +1,7 @@
 """The `pml` command: LightningCLI's own subcommands, and the commands around a run."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,24 +20,37 @@ FIT_COMMANDS = {
 COMMANDS = ("data", "sweep", "search", "law", "plan", "compare", "report", "recall", "bench", "fetch")
 """Commands around a run; each is a module of `pml.commands`, imported only when it is called."""
 
+BROKEN_PIPE = 128 + 13
+"""What shells say of a program that SIGPIPE ended."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pml`; returns the exit code: 0 done, 1 something in a sweep failed, 2 wrong input."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help"):
-        print(_overview())
-        return 0
     try:
-        if command in FIT_COMMANDS:
-            return _run_lightning(arguments)
-        if command in COMMANDS:
-            return _run_command(command, arguments[1:])
-        raise InputError(f"unknown command {command!r}; expected one of {', '.join((*FIT_COMMANDS, *COMMANDS))}")
+        code = _dispatch(command, arguments)
+        sys.stdout.flush()
+        return code
     except (InputError, jsonargparse.ArgumentError) as error:
         where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
         print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Who reads the output, such as `head`, has seen enough. What is left in the buffer must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+def _dispatch(command: str, arguments: Sequence[str]) -> int:
+    if command in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if command in FIT_COMMANDS:
+        return _run_lightning(arguments)
+    if command in COMMANDS:
+        return _run_command(command, arguments[1:])
+    raise InputError(f"unknown command {command!r}; expected one of {', '.join((*FIT_COMMANDS, *COMMANDS))}")
 
 
 def _run_lightning(arguments: Sequence[str]) -> int:

@@ -419,3 +419,14 @@ def test_wrong_input_to_a_process_is_one_line_too(
     done = pml(*arguments(tiny_backbone_folder, files), cwd=cwd)
     check_refused(done.returncode, done.stderr, name, message, cwd)
     assert done.stdout == ""
+
+
+def test_output_that_nobody_reads_any_more_is_no_traceback(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as unread:
+        command = [sys.executable, "-m", "pml", "--help"]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=ENVIRONMENT, stdout=unread, stderr=subprocess.PIPE, timeout=120, check=False
+        )
+    assert (done.returncode, done.stderr) == (141, b"")

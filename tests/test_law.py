@@ -21,6 +21,10 @@ from pml.law import (
     CRITICAL_LOSS,
     FORMS,
     Cell,
+    Estimate,
+    FormFit,
+    FormName,
+    HeldOut,
     LawFit,
     cells_from_records,
     fit_law,
@@ -29,6 +33,7 @@ from pml.law import (
     select_records,
     shared_setting,
 )
+from pml.law.fitting import _ranked
 
 PARAMETERS = FORMS["power_offset"].parameters
 RANKS = (1, 2, 4, 8)
@@ -266,6 +271,29 @@ class TestPrediction:
         assert LawFit.from_json(content).equation(errors=True) == (
             "dL = (3.21 ± 0.40) r^(0.471 ± 0.021) l^(-0.430 ± 0.020) - (3.6 ± 4.1)"
         )
+
+
+class TestChoice:
+    @staticmethod
+    def ranked(*forms: tuple[FormName, float, float]) -> list[str]:
+        """Names in order of choice, from (form, AICc, error in percent of the largest rank and length held out)."""
+        fits = []
+        for form, aicc, error in forms:
+            held = HeldOut(factor="rank", value=8, extrapolates=True, cells=4, mape_percent=error)
+            parameters = dict.fromkeys(FORMS[form].parameters, Estimate(value=1.0))
+            fits.append(
+                FormFit.model_construct(form=form, parameters=parameters, at_bound=[], aicc=aicc, held_out=[held])
+            )
+        return [fit.form for fit in _ranked(fits)[0]]
+
+    def test_the_smallest_aicc_wins_by_more_than_2_whatever_is_foretold(self) -> None:
+        assert self.ranked(("power", -60.0, 1.0), ("ceiling_offset", -62.5, 9.0)) == ["ceiling_offset", "power"]
+
+    def test_within_2_the_better_at_foretelling_wins(self) -> None:
+        assert self.ranked(("ceiling", -62.0, 3.0), ("ceiling_offset", -60.5, 1.5)) == ["ceiling_offset", "ceiling"]
+
+    def test_where_both_foretell_as_well_to_a_point_the_simpler_wins(self) -> None:
+        assert self.ranked(("ceiling_offset", -62.0, 0.6), ("ceiling", -60.5, 1.5)) == ["ceiling", "ceiling_offset"]
 
 
 class TestLeavingOut:

@@ -55,9 +55,7 @@ class Estimate(_Content):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval to quote: of the bootstrap, which noise that grows with dL does not mislead, else of the
-        profile.
-        """
+        """The 95 % interval to quote: the bootstrap's, as it allows for noise that grows with dL, or the profile's."""
         return self.bootstrap or self.profile
 
 

@@ -28,6 +28,8 @@ SMALLEST_SPREAD = 1e-6
 SMALL_EXPONENT = 0.02
 # Forms whose AICc differs by less are told apart by how well they extrapolate (Burnham and Anderson's rule of thumb).
 CLOSE_AICC = 2.0
+# Held-out errors that differ by less, in percentage points, tell nothing apart: they rest on a handful of cells.
+CLOSE_PERCENT = 1.0
 # A rank or length is called off when Student's t says so at this level, twice: it is asked of each of them.
 MISFIT_T = 3.0
 MISFIT_PERCENT = 3.0
@@ -47,8 +49,8 @@ def fit_law(
     Diverged and interrupted cells are left out. Saturated ones (final loss <= ln 2) are left out of the forms without a
     ceiling, as published, and used by the others. Where seeds are repeated, cells count by the spread of theirs.
 
-    The chosen form has the smallest AICc; among those within 2 of it, the one that foretells the largest rank and the
-    largest length best from the other cells.
+    The chosen form has the smallest AICc; among those within 2 of it, the simplest of those that foretell the largest
+    rank and the largest length from the other cells as well as the best, to a percentage point.
 
     Args:
         cells: What the runs measured.
@@ -271,7 +273,9 @@ def _ranked(fits: list[FormFit]) -> tuple[list[FormFit], str]:
         return sorted(fits, key=lambda fit: fit is not first), reason
     lowest = min(fit.aicc for fit in known if fit.aicc is not None)
     close = [fit for fit in known if fit.aicc is not None and fit.aicc - lowest < CLOSE_AICC]
-    first = min(close, key=lambda fit: (_or_infinity(fit.extrapolation_percent), _or_infinity(fit.aicc)))
+    best = min(_or_infinity(fit.extrapolation_percent) for fit in close)
+    foretelling = [fit for fit in close if _or_infinity(fit.extrapolation_percent) <= best + CLOSE_PERCENT]
+    first = min(foretelling, key=lambda fit: (len(fit.parameters) - len(fit.at_bound), _or_infinity(fit.aicc)))
     ranked = sorted(fits, key=lambda fit: (fit is not first, _or_infinity(fit.aicc)))
     if len(close) == 1:
         rest = [fit.aicc - lowest for fit in known if fit is not first and fit.aicc is not None]
@@ -279,7 +283,7 @@ def _ranked(fits: list[FormFit]) -> tuple[list[FormFit], str]:
         return ranked, f"smallest AICc{behind}"
     error = first.extrapolation_percent
     foretold = (
-        f", and of these the best at foretelling the largest rank and length ({error:.1f} % off)"
+        f", and of these the simplest of the best at foretelling the largest rank and length ({error:.1f} % off)"
         if error is not None
         else ""
     )
