@@ -34,7 +34,8 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "installing into .venv with $$("$$found" --version), a few minutes the first time"; \
 	"$$found" -m venv --clear .venv
 	@.venv/bin/python -m pip install -qq -c constraints.txt pip
-	@.venv/bin/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@# Compiling all of torch and transformers takes longer than installing them; Python compiles what it imports.
+	@.venv/bin/python -m pip install -qq --no-compile -c constraints.txt -e '.[dev]'
 	@touch $@
 
 .PHONY: fetch

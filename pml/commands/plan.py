@@ -3,6 +3,7 @@
     pml plan LAW.json --length 512                          the smallest rank that recalls it all
     pml plan LAW.json --length 512 --loss-reduction 6       the smallest rank that lowers the loss by 6 nats per token
     pml plan LAW.json --length 512 --rank 8                 what rank 8 does
+    pml plan LAW.json --length 512 --initial-loss 2.3       for a text that the frozen model knows this well
 
 Answers come with 95 % intervals, and say where the question lies outside what was measured.
 """
@@ -37,6 +38,12 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         "--loss-reduction", type=float | None, help="ask for this loss reduction, in nats per target token, instead"
     )
     parser.add_argument("--rank", type=int | None, help="ask what this rank does instead")
+    parser.add_argument(
+        "--initial-loss",
+        type=float | None,
+        help="the frozen model's loss on this very text, in nats per target token, as pml data CONFIG --loss prints "
+        "it; by default the mean over the law's texts",
+    )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON, and nothing else")
 
 
@@ -55,6 +62,8 @@ def run(args: jsonargparse.Namespace) -> int:
         given = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise InputError(f"{given}: expected one question at a time; leave out all but one")
     law = read_law(args.law / LAW_NAME if args.law.is_dir() else args.law)
+    if args.initial_loss is not None:
+        law = law.about_text(args.initial_loss)
     if args.rank is not None:
         plan = foresee(law, args.rank, args.length, args.pairs)
     elif args.loss_reduction is not None:

@@ -243,6 +243,7 @@ class LawFit(_Content):
     recall: RecallModel | None
     setting: dict[str, Any]
     warnings: list[str]
+    _text_loss: float | None = pydantic.PrivateAttr(default=None)
 
     @pydantic.model_validator(mode="after")
     def _parts_agree(self) -> "LawFit":
@@ -339,8 +340,28 @@ class LawFit(_Content):
         lengths = [cell.target_tokens for cell in self.cells]
         return min(lengths), max(lengths)
 
+    def about_text(self, initial_loss: float) -> "LawFit":
+        """The same law, asked about one text on which the frozen model's loss is known, in nats per target token.
+
+        Texts of one length differ in that loss by some tenths of a nat, which is more than what is left of it after a
+        fit; without it, the law speaks of its own texts' mean.
+
+        Raises:
+            InputError: If the loss is not a number above 0.
+        """
+        if not (math.isfinite(initial_loss) and initial_loss > 0):
+            raise InputError(f"initial loss is {initial_loss:g}; expected nats per target token above 0")
+        other = self.model_copy()
+        other._text_loss = initial_loss
+        return other
+
     def initial_loss(self, target_tokens: npt.ArrayLike) -> Array:
-        """The frozen model's loss in nats per target token: interpolated in ln l, beyond the lengths as at the end."""
+        """The frozen model's loss in nats per target token: the text's own where `about_text` was told it.
+
+        Otherwise interpolated in ln l, beyond the measured lengths as at the end.
+        """
+        if self._text_loss is not None:
+            return np.full(np.shape(target_tokens), self._text_loss)
         return _between([(cell.target_tokens, cell.initial_loss) for cell in self.cells], target_tokens)
 
     def entropy(self, target_tokens: npt.ArrayLike) -> Array:

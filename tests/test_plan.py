@@ -1,0 +1,124 @@
+"""Plans: the law turned round, by hand-worked numbers, and what is said beyond what was measured."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pml.calibration import RecallModel
+from pml.cli import main
+from pml.errors import InputError
+from pml.law import LAW_NAME, Cell, LawFit, fit_law
+from pml.plan import LARGEST_RANK, Plan, foresee, rank_for_loss_reduction, rank_for_recall
+from pml.records import write_json
+
+INITIAL = 13.0
+
+
+def reduction(rank: float, length: float) -> float:
+    return 40 * rank**0.5 / length**0.5 + 1
+
+
+# Half of the tokens are right at a final loss of 2.1 nats, which is a loss reduction of 10.9.
+RECALL = RecallModel(
+    half_loss=2.1,
+    steepness=10.0,
+    concentration=1e9,
+    runs=4,
+    targets=4,
+    tokens=4,
+    loss_range=(0.0, 5.0),
+    tokens_per_target_range=(1, 1),
+    token_accuracy_error=0.0,
+    exact_match_error=0.0,
+    brier=0.0,
+    brier_reference=1.0,
+    reliability=[],
+)
+
+
+@pytest.fixture(scope="module")
+def law() -> LawFit:
+    cells = [
+        Cell(r, n, INITIAL, INITIAL - reduction(r, n), 0, f"r{r}-l{n}", effective_parameters=100 * r)
+        for r in (1, 2, 4, 8)
+        for n in (256, 400, 1024, 2048)
+    ]
+    return fit_law(cells, form="power_offset", compare=False, recall=RECALL)
+
+
+def test_the_smallest_rank_for_a_loss_reduction_by_hand(law: LawFit) -> None:
+    # 40 sqrt(r) / sqrt(400) + 1 = 2 sqrt(r) + 1 >= 6 from r = 6.25 on
+    plan = rank_for_loss_reduction(law, 400, 6.0)
+    assert (plan.rank, plan.rank_confidence) == (7, (7, 7))
+    assert plan.outcome is not None
+    assert plan.outcome.loss_reduction == pytest.approx(2 * 7**0.5 + 1)
+    assert plan.outcome.final_loss == pytest.approx(INITIAL - 2 * 7**0.5 - 1)
+    assert (plan.outcome.effective_parameters, plan.outcome.megabytes) == (700, 0.0028)
+    # The recall model has seen targets of one token only.
+    assert plan.beyond == ["tokens per target 400 is 400 times the largest measured (1)"]
+
+
+def test_the_smallest_rank_for_recall_by_hand(law: LawFit) -> None:
+    # With one token a target, half of them are right at 2.1 nats: 2 sqrt(r) + 1 >= 10.9 from r = 24.5 on.
+    plan = rank_for_recall(law, 400, share=0.5, pairs=400)
+    assert plan.rank == 25
+    assert plan.beyond == ["rank 25 is 3.12 times the largest measured (8)"]
+    below = foresee(law, 24, 400, pairs=400).outcome
+    assert below is not None
+    assert below.token_accuracy is not None
+    assert below.token_accuracy < 0.5
+
+
+def test_where_no_rank_will_do_that_is_the_answer(law: LawFit) -> None:
+    # 40 * 64 / sqrt(10^8) + 1 = 1.256 at the largest rank that is considered
+    plan = rank_for_loss_reduction(law, 10**8, 1.3)
+    assert (plan.rank, plan.outcome) == (None, None)
+    assert plan.beyond[0] == f"no rank up to {LARGEST_RANK} does"
+    assert "rank: none" in plan.lines()[1]
+
+
+def test_a_text_that_the_model_knows_better_needs_no_more_than_its_own_loss(law: LawFit) -> None:
+    known = law.about_text(4.0)
+    assert float(known.initial_loss(400)) == 4.0
+    assert float(law.initial_loss(400)) == INITIAL
+    outcome = foresee(known, 8, 400).outcome
+    assert outcome is not None
+    # 2 sqrt(8) + 1 = 6.66 is more than there is to lower.
+    assert (outcome.initial_loss, outcome.loss_reduction, outcome.final_loss) == (4.0, 4.0, 0.0)
+    assert outcome.final_loss_new_run == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_text_has_a_loss_above_zero(law: LawFit, loss: float) -> None:
+    with pytest.raises(InputError, match="initial loss is"):
+        law.about_text(loss)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (lambda law: foresee(law, 0, 400), "rank is 0; expected at least 1"),
+        (lambda law: foresee(law, 1, 0), "length is 0; expected at least 1 target token"),
+        (lambda law: foresee(law, 1, 10, pairs=11), "pairs is 11; expected between 1 and the 10 target tokens"),
+        (lambda law: rank_for_loss_reduction(law, 400, 13.0), "loss reduction is 13 nats; expected above 0 and below"),
+        (lambda law: rank_for_recall(law, 400, share=1.5), "recall is 1.5; expected above 0 and at most 1"),
+        (lambda law: rank_for_recall(law, 400, probability=1.0), "probability is 1; expected above 0 and below 1"),
+        (lambda law: rank_for_recall(law.model_copy(update={"recall": None}), 400), "this law has no recall model"),
+    ],
+)
+def test_questions_without_an_answer_are_refused(law: LawFit, question: Callable[[LawFit], Plan], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        question(law)
+
+
+def test_the_command_answers_from_a_file(law: LawFit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_json(tmp_path / LAW_NAME, law.to_json())
+    asked = ["plan", str(tmp_path), "--length", "400"]
+    assert main([*asked, "--loss-reduction", "6", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rank"] == 7
+    assert main([*asked, "--rank", "8", "--initial-loss", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["outcome"]["final_loss"] == 0.0
+    assert main([*asked, "--rank", "8", "--recall", "1"]) == 2
+    assert "--recall and --rank: expected one question at a time" in capsys.readouterr().err
