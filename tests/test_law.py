@@ -290,10 +290,10 @@ class TestChoice:
         assert self.ranked(("power", -60.0, 1.0), ("ceiling_offset", -62.5, 9.0)) == ["ceiling_offset", "power"]
 
     def test_within_2_the_better_at_foretelling_wins(self) -> None:
-        assert self.ranked(("ceiling", -62.0, 3.0), ("ceiling_offset", -60.5, 1.5)) == ["ceiling_offset", "ceiling"]
+        assert self.ranked(("ceiling", -62.0, 3.0), ("ceiling_offset", -60.5, 1.9)) == ["ceiling_offset", "ceiling"]
 
-    def test_where_both_foretell_as_well_to_a_point_the_simpler_wins(self) -> None:
-        assert self.ranked(("ceiling_offset", -62.0, 0.6), ("ceiling", -60.5, 1.5)) == ["ceiling", "ceiling_offset"]
+    def test_where_both_foretell_about_as_well_the_simpler_wins(self) -> None:
+        assert self.ranked(("ceiling_offset", -62.0, 0.6), ("ceiling", -60.5, 0.8)) == ["ceiling", "ceiling_offset"]
 
 
 class TestLeavingOut:

@@ -28,8 +28,8 @@ SMALLEST_SPREAD = 1e-6
 SMALL_EXPONENT = 0.02
 # Forms whose AICc differs by less are told apart by how well they extrapolate (Burnham and Anderson's rule of thumb).
 CLOSE_AICC = 2.0
-# Held-out errors that differ by less, in percentage points, tell nothing apart: they rest on a handful of cells.
-CLOSE_PERCENT = 1.0
+# Held-out errors within this factor tell nothing apart: they rest on a handful of cells.
+CLOSE_FACTOR = 1.5
 # A rank or length is called off when Student's t says so at this level, twice: it is asked of each of them.
 MISFIT_T = 3.0
 MISFIT_PERCENT = 3.0
@@ -50,7 +50,7 @@ def fit_law(
     ceiling, as published, and used by the others. Where seeds are repeated, cells count by the spread of theirs.
 
     The chosen form has the smallest AICc; among those within 2 of it, the simplest of those that foretell the largest
-    rank and the largest length from the other cells as well as the best, to a percentage point.
+    rank and the largest length from the other cells with an error up to 1.5 times the smallest.
 
     Args:
         cells: What the runs measured.
@@ -274,7 +274,7 @@ def _ranked(fits: list[FormFit]) -> tuple[list[FormFit], str]:
     lowest = min(fit.aicc for fit in known if fit.aicc is not None)
     close = [fit for fit in known if fit.aicc is not None and fit.aicc - lowest < CLOSE_AICC]
     best = min(_or_infinity(fit.extrapolation_percent) for fit in close)
-    foretelling = [fit for fit in close if _or_infinity(fit.extrapolation_percent) <= best + CLOSE_PERCENT]
+    foretelling = [fit for fit in close if _or_infinity(fit.extrapolation_percent) <= CLOSE_FACTOR * best]
     first = min(foretelling, key=lambda fit: (len(fit.parameters) - len(fit.at_bound), _or_infinity(fit.aicc)))
     ranked = sorted(fits, key=lambda fit: (fit is not first, _or_infinity(fit.aicc)))
     if len(close) == 1:
