@@ -8,12 +8,24 @@ from typing import Any
 from pml.errors import InputError
 from pml.records import Record
 
-__all__ = ["SIZES", "Group", "group_runs", "method_name", "setting_of", "settings_of", "short_method_names", "varying"]
+__all__ = [
+    "SIZES",
+    "Group",
+    "differing",
+    "group_runs",
+    "method_name",
+    "setting_of",
+    "settings_of",
+    "short_method_names",
+    "varying",
+]
 
 SETTING = ("backbone", "backbone_hash", "block", "placement", "init", "corpus")
 # How large the corpus is and which one was drawn: what the cells of one law differ in.
 SIZES = ("corpus_settings.length", "corpus_settings.pairs", "corpus_settings.target_tokens", "corpus_settings.seed")
 NAMES = {"sft": "SFT", "memft": "MemFT"}
+# Not a field of a record: where the run lies, such as the sweep it is of.
+FOLDER = "folder"
 
 
 @dataclass(frozen=True)
@@ -53,27 +65,34 @@ def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_c
 
     Args:
         records: Records by the folder of their run.
-        by: Further fields of a record to split by, dotted into its settings: `method_settings.learning_rate`.
+        by: Further fields of a record to split by, dotted into its settings: `method_settings.learning_rate`; and
+            `folder`, the name of the folder that a run's own folder lies in, which tells sweeps apart.
         join_corpora: Put corpora of different names together, such as files of several lengths.
 
     Raises:
         InputError: If no record has one of the fields.
     """
     for name in by:
-        if all(setting_of(record, name) is None for record in records.values()):
+        if all(_value(path, record, name) is None for path, record in records.items()):
             raise InputError(
-                f"no run has a value for {name!r}; expected a field of its record, dotted into its settings, "
-                "such as dtype or method_settings.learning_rate"
+                f"no run has a value for {name!r}; expected {FOLDER}, or a field of its record, dotted into its "
+                "settings, such as dtype or method_settings.learning_rate"
             )
     groups: dict[str, Group] = {}
     for path, record in records.items():
         names = [name for name in SETTING if not (join_corpora and name == "corpus")]
-        setting = {name: setting_of(record, name) for name in dict.fromkeys((*names, *by))}
+        setting = {name: _value(path, record, name) for name in dict.fromkeys((*names, *by))}
         method = method_name(record)
         # Values may be lists, and a name may hold anything: repr tells them apart without hashing them.
         group = groups.setdefault(repr((setting, method)), Group(setting, method, {}))
         group.records[path] = record
     return list(groups.values())
+
+
+def differing(groups: Sequence[Group]) -> list[str]:
+    """Names of the settings that tell groups apart, in their order; the method, which has no name there, is not one."""
+    names = dict.fromkeys(name for group in groups for name in group.setting)
+    return [name for name in names if len({repr(group.setting.get(name)) for group in groups}) > 1]
 
 
 def setting_of(record: Record, name: str) -> Any:
@@ -103,6 +122,10 @@ def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
         if len(values) > 1:
             found[name] = [values[key] for key in sorted(values)]
     return found
+
+
+def _value(path: Path, record: Record, name: str) -> Any:
+    return path.resolve().parent.name if name == FOLDER else setting_of(record, name)
 
 
 def _flattened(prefix: str, value: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from record_factory import make_record
 
 from pml.errors import InputError
-from pml.groups import group_runs, method_name, setting_of, settings_of, varying
+from pml.groups import differing, group_runs, method_name, setting_of, settings_of, varying
 
 ONLY_THRESHOLD = {"class_path": "pml.weighting.OnlyThreshold", "init_args": {}}
 
@@ -49,6 +49,20 @@ def test_runs_of_different_settings_are_different_groups(fields: dict[str, Any])
 def test_ranks_lengths_and_seeds_are_one_group() -> None:
     runs = [make_record(rank=rank, target_tokens=length, seed=rank) for rank in (1, 2) for length in (8, 16)]
     assert len(group_runs({Path(str(i)): run for i, run in enumerate(runs)})) == 1
+
+
+def test_sweeps_are_told_apart_by_the_folder_that_their_runs_lie_in() -> None:
+    runs = {Path(f"runs/{sweep}/rank={rank}"): make_record(rank=rank) for sweep in ("old", "new") for rank in (1, 2)}
+    groups = group_runs(runs, ["folder"])
+    assert [group.setting["folder"] for group in groups] == ["old", "new"]
+    assert [len(group.records) for group in groups] == [2, 2]
+    assert differing(groups) == ["folder"]
+
+
+def test_what_groups_have_in_common_does_not_tell_them_apart() -> None:
+    groups = group_runs({Path("a"): make_record(), Path("b"): make_record(block=[10]), Path("c"): make_record()})
+    assert differing(groups) == ["block"]
+    assert differing(groups[:1]) == []
 
 
 def test_by_splits_further_and_joining_puts_corpora_together() -> None:

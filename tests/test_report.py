@@ -112,7 +112,7 @@ class TestPage:
         sections = ["Recall", "The threshold", "Capacity in bits", "Every run"]
         laws = ["The law: SFT", "The law: MemFT OnlyThreshold"]
         cards = ["Random tokens, SFT", "Random tokens, MemFT OnlyThreshold"]
-        assert page.said("h3") == [*cards, *laws, *sections]
+        assert page.said("h3") == [*cards, "Side by side", *laws, *sections]
 
     def test_it_needs_no_network_and_runs_nothing(self, page: Page, report: Report) -> None:
         for tag, attributes in page.elements:
@@ -138,8 +138,8 @@ class TestPage:
 
     def test_every_figure_says_in_words_what_it_shows(self, page: Page) -> None:
         images = page.all("img")
-        # Four of the law, four of the threshold and two of capacity for each method, and two of recall.
-        assert len(images) == 2 * (4 + 4 + 2) + 2
+        # Four of the law, four of the threshold and two of capacity for each method, two of recall, one of both laws.
+        assert len(images) == 2 * (4 + 4 + 2) + 2 + 1
         assert all(len(image["alt"]) > 40 for image in images)
         assert len({image["alt"] for image in images}) == len(images)
 

@@ -148,12 +148,11 @@ def _print_fit(fit: LawFit, out: Path | None) -> None:
 
 def _bits(fit: LawFit) -> list[str]:
     """What the runs say of the law in bits, where the corpus' information is known."""
-    known = next((form for form in fit.fits if form.form == "stored_bits"), None)
-    if known is None:
+    kappa = fit.kappa
+    if kappa is None:
         return []
-    kappa = known.parameters["kappa"]
     lines = [f"bits: an effective parameter stores {kappa.value:.3g} bits (95 % interval {_interval(kappa.interval)})"]
-    for misfit in known.misfits:
+    for misfit in fit.fit_of("stored_bits").misfits:
         noun = "rank" if misfit.factor == "rank" else "length"
         lines.append(
             f"  not in proportion at {noun} {misfit.value}: the loss reduction is {misfit.excess_percent:+.1f} % off "

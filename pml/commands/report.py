@@ -27,7 +27,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         default=[],
         metavar="FIELD",
         help="fields of a record to tell laws apart by, beside backbone, block, placement, init, corpus and method; "
-        "dotted into its settings, such as method_settings.learning_rate",
+        "dotted into its settings, such as method_settings.learning_rate; folder tells sweeps apart",
     )
     parser.add_argument(
         "--join-corpora",

@@ -17,6 +17,7 @@ from pml.law.cells import (
     saturated,
     select_records,
     shared_setting,
+    unconverged,
 )
 from pml.law.content import LAW_NAME, Estimate, FormFit, HeldOut, LawCell, LawFit, Misfit, Prediction, read_law
 from pml.law.fitting import fit_law
@@ -45,4 +46,5 @@ __all__ = [
     "saturated",
     "select_records",
     "shared_setting",
+    "unconverged",
 ]

@@ -23,12 +23,17 @@ __all__ = [
     "saturated",
     "select_records",
     "shared_setting",
+    "unconverged",
 ]
 
 Reason = Literal["interrupted", "diverged"]
 
 CRITICAL_LOSS = math.log(2)
 """Loss in nats below which a token has p > 0.5, so that greedy decoding must produce it."""
+
+# A run had not converged when a tenth of its steps still took off this share of what all of them did, with the learning
+# rate up: at that pace, ten more tenths would change dL by a tenth.
+LATE_DROP_SHARE = 0.01
 
 # What must be the same in all runs of one law, and what the message about it shows.
 SETTING = ("backbone_hash", "block", "placement", "init", "method")
@@ -104,6 +109,12 @@ class LeftOutCell(pydantic.BaseModel):
 def saturated(cell: Cell) -> bool:
     """Whether the final loss is at most ln 2: on average p >= 0.5, so the text, not the adapter, set the limit."""
     return cell.final_loss <= CRITICAL_LOSS
+
+
+def unconverged(cell: Cell) -> bool:
+    """Whether an unsaturated run was cut short: a hundredth of its loss reduction, or more, came in the last tenth."""
+    drop = cell.late_loss_drop
+    return not saturated(cell) and drop is not None and drop > LATE_DROP_SHARE * cell.loss_reduction
 
 
 def divide(cells: Iterable[Cell]) -> tuple[list[Cell], list[LeftOutCell]]:

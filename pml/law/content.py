@@ -279,6 +279,11 @@ class LawFit(_Content):
         return self.best.parameters
 
     @property
+    def kappa(self) -> Estimate | None:
+        """Bits per effective parameter, of the law of one constant; None where the corpus has no known entropy."""
+        return next((fit.parameters["kappa"] for fit in self.fits if fit.form == "stored_bits"), None)
+
+    @property
     def r2(self) -> float:
         """Of the chosen form."""
         return self.best.r2

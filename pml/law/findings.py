@@ -1,6 +1,6 @@
 """What to say of a fitted law in words: why its numbers should be believed less than they look."""
 
-from pml.law.cells import Cell, saturated
+from pml.law.cells import saturated, unconverged
 from pml.law.content import FormFit, LawFit
 from pml.law.forms import FORMS
 
@@ -13,9 +13,6 @@ LARGE_MAPE_PERCENT = 10.0
 SMALL_R2 = 0.9
 # Exponents measured so far are between 0.4 and 1.1; at 5, doubling the rank would multiply the reduction by 32.
 STEEP_EXPONENT = 5.0
-# A run had not converged when a tenth of its steps still took off this share of what all of them did, with the learning
-# rate up: at that pace, ten more tenths would change dL by a tenth.
-LATE_DROP_SHARE = 0.01
 
 
 def warnings_of(law: LawFit) -> list[str]:
@@ -125,7 +122,7 @@ def _of_the_agreement(fit: FormFit) -> list[str]:
 
 def _of_the_runs(law: LawFit) -> list[str]:
     """Runs that were still improving when they ended."""
-    moving = [cell for cell in law.cells if not saturated(cell) and _was_moving(cell)]
+    moving = [cell for cell in law.cells if unconverged(cell)]
     if not moving:
         return []
     drops = [cell.late_loss_drop for cell in moving if cell.late_loss_drop is not None]
@@ -134,7 +131,3 @@ def _of_the_runs(law: LawFit) -> list[str]:
         f"training loss still fell by up to {max(drops):.2g} nats over the last tenth of the steps; the law is one of "
         "this budget, so train longer before comparing it with another"
     ]
-
-
-def _was_moving(cell: Cell) -> bool:
-    return cell.late_loss_drop is not None and cell.late_loss_drop > LATE_DROP_SHARE * cell.loss_reduction

@@ -60,12 +60,6 @@ class LawPart:
     warnings: list[str]
     panels: list[Panel]
 
-    @property
-    def kappa(self) -> Estimate | None:
-        """Bits per parameter of the one-constant law; None where the corpus has no known entropy."""
-        found = [form.parameters["kappa"] for form in self.fit.fits if form.form == "stored_bits"]
-        return found[0] if found else None
-
 
 def law_part(
     cells: list[Cell], setting: dict[str, Any], tokens: Iterable[TokenResults], name: str, of: str

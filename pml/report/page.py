@@ -15,7 +15,8 @@ from pml.groups import group_runs
 from pml.records import Record
 from pml.report.made import how_it_was_made
 from pml.report.parts import Panel, count, spans
-from pml.report.studies import Study, make_studies
+from pml.report.side_by_side import side_by_side
+from pml.report.studies import Study, laws_by_name, make_studies
 
 __all__ = ["PAGE_NAME", "Report", "make_report", "write_report"]
 
@@ -69,17 +70,19 @@ def make_report(
     )
     # The style sheet is ours; escaping it would break its quotes.
     style = Markup(environment.get_template("report.css").render())
+    beside = side_by_side(laws_by_name(studies))
     content = {
         "title": title,
         "lead": _lead(records),
         "studies": studies,
         "cards": [group.card for study in studies for group in study.groups],
+        "side_by_side": beside,
         "made": how_it_was_made(records),
         "version": version("pml"),
         "runs": len(records),
     }
     html = environment.get_template("report.html").render(report=content, style=style)
-    panels = [panel for study in studies for panel in _panels(study)]
+    panels = [panel for study in studies for panel in _panels(study)] + ([beside.panel] if beside else [])
     return Report(html + "\n", {f"{panel.name}.png": panel.png for panel in panels if not panel.missing})
 
 

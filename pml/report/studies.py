@@ -1,7 +1,7 @@
 """Runs as a page tells of them: a study for each setting, and in it a part for each method."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ from pml.figures import (
     token_loss_figure,
 )
 from pml.figures.capacity import CAPACITIES
-from pml.groups import Group, short_method_names, varying
-from pml.law import CRITICAL_LOSS, Cell, cells_from_records, saturated, shared_setting
+from pml.groups import Group, differing, short_method_names, varying
+from pml.law import CRITICAL_LOSS, Cell, LawFit, cells_from_records, saturated, shared_setting
 from pml.records import Record
 from pml.report.law_part import LawPart, interval_text, law_part
 from pml.report.parts import Panel, TextTable, count, draw, shown, spans
 from pml.tables import show_loss, show_percent
 from pml.token_results import FirstPositions, TokenResults, first_positions, rank_correlation, read_tokens
 
-__all__ = ["Card", "MethodPart", "Study", "make_studies"]
+__all__ = ["Card", "MethodPart", "Study", "laws_by_name", "make_studies"]
 
 UNITS = {"nats per token": "nats", "percentage points": "%"}
 CORPORA = {"random_tokens": "Random tokens", "phonebook": "Phone book"}
@@ -71,7 +71,7 @@ class Study:
 
     Attributes:
         anchor: Its place on the page.
-        title: The corpus, and the backbone where it has to be said.
+        title: The corpus, and in what else the setting differs from the others of the page.
         setting: Backbone, place and initialisation of the adapter in one line.
         notes: What runs differ in though one law is fitted to them, and per-token results that could not be read.
         groups: A part for each method.
@@ -99,8 +99,31 @@ def make_studies(groups: list[Group]) -> list[Study]:
     settings: dict[str, list[Group]] = {}
     for group in groups:
         settings.setdefault(repr(group.setting), []).append(group)
-    several = len(settings) > 1
-    return [_study(i + 1, sorted(same, key=_method_first), several) for i, same in enumerate(settings.values())]
+    names = differing(groups)
+    return [_study(i + 1, sorted(same, key=_method_first), names) for i, same in enumerate(settings.values())]
+
+
+def laws_by_name(studies: list[Study]) -> dict[str, LawFit]:
+    """The laws of a page by what tells them apart, a part of the title of the study and the method."""
+    laws = [((*study.title.split(", "), g.method), g.law.fit) for study in studies for g in study.groups if g.law]
+    # What all of them begin or end with tells nothing apart.
+    told = [names for names, _ in laws]
+    while told and len(told[0]) > 1 and len({names[0] for names in told}) == 1:
+        told = [names[1:] for names in told]
+    while told and len(told[0]) > 1 and len({names[-1] for names in told}) == 1:
+        told = [names[:-1] for names in told]
+    return {", ".join(names): fit for names, (_, fit) in zip(told, laws, strict=True)}
+
+
+def _title(setting: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The corpus, and in what else the setting differs from the others of the page."""
+    corpus = shown(setting.get("corpus", "several corpora"))
+    others = [f"{name.rpartition('.')[2]} {_short(name, setting.get(name))}" for name in names if name != "corpus"]
+    return ", ".join((CORPORA.get(corpus, corpus), *others))
+
+
+def _short(name: str, value: Any) -> str:
+    return shown(value)[:8] if name == "backbone_hash" else shown(value)
 
 
 def _method_first(group: Group) -> tuple[bool, str]:
@@ -108,21 +131,22 @@ def _method_first(group: Group) -> tuple[bool, str]:
     return group.method != "SFT", group.method
 
 
-def _study(number: int, groups: list[Group], several: bool) -> Study:
-    anchor = f"s{number}"
+def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
+    anchor, title = f"s{number}", _title(groups[0].setting, names)
     records = {path: record for group in groups for path, record in group.records.items()}
     tokens, unread = _tokens(records)
     parts = [
-        _method_part(f"{anchor}-{i + 1}", group, {path: tokens[path] for path in group.records if path in tokens})
+        _method_part(
+            f"{anchor}-{i + 1}",
+            f"{title}, {group.method}",
+            group,
+            {path: tokens[path] for path in group.records if path in tokens},
+        )
         for i, group in enumerate(groups)
     ]
     methods = {group.method: _finished(group.records) for group in groups}
     comparisons, comparison_notes = _comparisons(records) if len(groups) > 1 else ([], [])
     notes = [note for group in groups for note in _mixed(group, len(groups) > 1)]
-    setting = groups[0].setting
-    title = CORPORA.get(str(setting.get("corpus")), shown(setting.get("corpus", "several corpora")))
-    if several:
-        title = f"{title}, {setting['backbone']}, block {shown(setting['block'])}"
     return Study(
         anchor=anchor,
         title=title,
@@ -178,15 +202,14 @@ def _tokens(records: Mapping[Path, Record]) -> tuple[dict[Path, TokenResults], l
     return found, [f"Per-token results are missing for {count(len(unread), 'run')}, the first because of {unread[0]}."]
 
 
-def _method_part(anchor: str, group: Group, tokens: Mapping[Path, TokenResults]) -> MethodPart:
+def _method_part(anchor: str, whose: str, group: Group, tokens: Mapping[Path, TokenResults]) -> MethodPart:
     records = _finished(group.records)
-    whose = _whose(group)
     cells = cells_from_records(group.records)
     law = law_part(cells, shared_setting(group.records), tokens.values(), anchor, whose)
     return MethodPart(
         anchor=anchor,
         method=group.method,
-        card=_card(group, law if isinstance(law, LawPart) else None, records, cells),
+        card=_card(whose, group, law if isinstance(law, LawPart) else None, records, cells),
         law=law if isinstance(law, LawPart) else None,
         no_law=f"{law}." if isinstance(law, str) else "",
         threshold=_threshold_panels(anchor, whose, records, tokens),
@@ -194,12 +217,7 @@ def _method_part(anchor: str, group: Group, tokens: Mapping[Path, TokenResults])
     )
 
 
-def _whose(group: Group) -> str:
-    corpus = shown(group.setting.get("corpus", "several corpora"))
-    return f"{CORPORA.get(corpus, corpus)}, {group.method}"
-
-
-def _card(group: Group, law: LawPart | None, records: list[Record], cells: list[Cell]) -> Card:
+def _card(whose: str, group: Group, law: LawPart | None, records: list[Record], cells: list[Cell]) -> Card:
     facts = [("runs", f"{len(group.records):,}")]
     if law is not None:
         facts.append(("R² of the law", f"{law.fit.r2:.4f}"))
@@ -208,11 +226,11 @@ def _card(group: Group, law: LawPart | None, records: list[Record], cells: list[
     if records:
         whole = sum(record.exact_match == 1 for record in records)
         facts.append(("everything recalled", f"{whole:,} of {count(len(records), 'run')}"))
-        kappa = law.kappa if law is not None else None
+        kappa = law.fit.kappa if law is not None else None
         if kappa is not None:
             facts.append(("bits per parameter, kappa", f"{kappa.value:.3g} ({interval_text(kappa.interval)})"))
     equation = law.equation if law is not None else Markup("")
-    return Card(_whose(group), equation, facts)
+    return Card(whose, equation, facts)
 
 
 # Figures -------------------------------------------------------------------------------------------------------------
@@ -332,7 +350,7 @@ def _capacity_panels(anchor: str, of: str, cells: list[Cell], law: LawPart | Non
     below = sum(bits <= 0 for bits in per_parameter)
     hidden = f" {count(below, 'run')} with nothing stored: not drawn." if below else ""
     most = f"at most {max(per_parameter):.3g} bits per parameter" if per_parameter else ""
-    kappa = law.kappa if law is not None else None
+    kappa = law.fit.kappa if law is not None else None
     line = (
         f" Solid: {kappa.value:.3g} bits per parameter (95 % interval {interval_text(kappa.interval)})."
         if kappa

@@ -1,0 +1,110 @@
+"""Several laws beside each other: in which form they are compared, and what the page says of them."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from simulated_runs import write_simulated_run
+
+from pml.figures import NothingToShow, side_by_side_figure
+from pml.law import Cell, Estimate, LawFit, fit_law
+from pml.records import read_records
+from pml.report.page import make_report
+from pml.report.side_by_side import common_form, side_by_side
+
+
+def law(alpha: float, beta: float, entropy: bool = True, moving: int = 0) -> LawFit:
+    """The law of 12 cells that follow dL = min(60 r^alpha l^-beta, 13.6), the first of them still `moving`."""
+    cells = []
+    for i, (rank, length) in enumerate((r, n) for r in (1, 2, 3, 4) for n in (64, 128, 256)):
+        noise = math.exp(0.01 * math.sin(17.0 * i))
+        left = max(13.6 - 60 * rank**alpha * length**-beta * noise, 0.05)
+        bits = length * math.log2(49152) if entropy else None
+        late = 1.0 if i < moving else 0.0
+        cells.append(Cell(rank, length, 13.6, left, 0, f"{i}", True, 1152 * rank, bits, late_loss_drop=late))
+    return fit_law(cells)
+
+
+@pytest.fixture(scope="module")
+def laws() -> dict[str, LawFit]:
+    return {"50 steps": law(0.4, 0.5, moving=3), "200 steps": law(0.6, 0.6)}
+
+
+DRAWN = {
+    "a": {"alpha": Estimate(value=0.5, bootstrap=(0.4, 0.7)), "kappa": Estimate(value=0.9)},
+    "b": {"alpha": Estimate(value=0.6, bootstrap=(0.55, 0.65))},
+}
+
+
+class TestForm:
+    def test_it_is_one_that_all_laws_have_with_the_smallest_total_of_aicc(self, laws: dict[str, LawFit]) -> None:
+        name = common_form(laws)
+        assert name is not None
+        totals = {
+            fit.form: sum(law.fit_of(fit.form).aicc or math.inf for law in laws.values())
+            for fit in laws["50 steps"].fits
+            if "alpha" in fit.parameters
+        }
+        assert totals[name] == min(totals.values())
+
+    def test_a_form_that_one_of_them_lacks_is_not_used(self, laws: dict[str, LawFit]) -> None:
+        without = law(0.4, 0.5, entropy=False)
+        assert "entropy_power" not in [fit.form for fit in without.fits]
+        assert common_form({**laws, "unknown bits": without}) in [fit.form for fit in without.fits]
+
+    def test_one_law_has_nothing_beside_it(self, laws: dict[str, LawFit]) -> None:
+        assert side_by_side({"50 steps": laws["50 steps"]}) is None
+        assert side_by_side({}) is None
+
+
+class TestTable:
+    def test_it_has_the_exponents_of_the_common_form_with_their_intervals(self, laws: dict[str, LawFit]) -> None:
+        found = side_by_side(laws)
+        form = common_form(laws)
+        assert found is not None
+        assert form is not None
+        for row, (label, fitted) in zip(found.table.rows, laws.items(), strict=True):
+            alpha = fitted.fit_of(form).parameters["alpha"]
+            assert alpha.interval is not None
+            assert row[0] == label
+            assert row[1] == f"{alpha.value:.3g} ({alpha.interval[0]:.3g} to {alpha.interval[1]:.3g})"
+        # A change of the exponent from 0.4 to 0.6 is far outside what noise of 1 % leaves open.
+        assert [float(row[1].split()[0]) for row in found.table.rows] == pytest.approx([0.4, 0.6], abs=0.05)
+
+    def test_it_counts_runs_that_had_not_converged(self, laws: dict[str, LawFit]) -> None:
+        found = side_by_side(laws)
+        assert found is not None
+        assert [row[-1] for row in found.table.rows] == ["3", "0"]
+
+    def test_capacity_is_a_dash_where_the_bits_are_unknown(self, laws: dict[str, LawFit]) -> None:
+        found = side_by_side({**laws, "unknown bits": law(0.4, 0.5, entropy=False)})
+        assert found is not None
+        assert [row[3] == "-" for row in found.table.rows] == [False, False, True]
+
+
+class TestFigure:
+    def test_a_panel_for_each_parameter_that_all_laws_have_the_first_law_on_top(self) -> None:
+        figure = side_by_side_figure(DRAWN, {"alpha": "alpha", "kappa": "kappa"})
+        (axes,) = figure.axes
+        assert axes.get_xlabel() == "alpha"
+        assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+        assert axes.get_ylim()[0] > axes.get_ylim()[1]
+        drawn = [(list(np.asarray(line.get_xdata())), list(np.asarray(line.get_ydata()))) for line in axes.lines]
+        assert drawn == [([0.4, 0.7], [0, 0]), ([0.5], [0]), ([0.55, 0.65], [1, 1]), ([0.6], [1])]
+
+    def test_nothing_in_common_is_said(self) -> None:
+        with pytest.raises(NothingToShow, match="no parameter in common"):
+            side_by_side_figure(DRAWN, {"beta": "beta"})
+
+
+def test_sweeps_with_other_budgets_are_laws_of_their_own_named_by_what_differs(tmp_path: Path) -> None:
+    for steps in (50, 200):
+        for rank in (1, 2, 3):
+            for length in (128, 256):
+                folder = tmp_path / f"steps-{steps}-rank-{rank}-length-{length}"
+                write_simulated_run(folder, rank, length, optimizer_steps=steps)
+    html = make_report(read_records([tmp_path]), by=["optimizer_steps"]).html
+    table = html.partition('aria-label="Laws side by side"')[2].partition("</table>")[0]
+    assert 'class="word">optimizer_steps 50</th>' in table
+    assert 'class="word">optimizer_steps 200</th>' in table
