@@ -1,6 +1,7 @@
 """Several laws beside each other: in which form they are compared, and what the page says of them."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -99,12 +100,14 @@ class TestFigure:
 
 
 def test_sweeps_with_other_budgets_are_laws_of_their_own_named_by_what_differs(tmp_path: Path) -> None:
-    for steps in (50, 200):
+    for steps in (50, 100):
         for rank in (1, 2, 3):
             for length in (128, 256):
                 folder = tmp_path / f"steps-{steps}-rank-{rank}-length-{length}"
                 write_simulated_run(folder, rank, length, optimizer_steps=steps)
     html = make_report(read_records([tmp_path]), by=["optimizer_steps"]).html
     table = html.partition('aria-label="Laws side by side"')[2].partition("</table>")[0]
-    assert 'class="word">optimizer_steps 50</th>' in table
-    assert 'class="word">optimizer_steps 200</th>' in table
+    # By size, not by the alphabet.
+    assert re.findall(r'<th scope="row" class="word">(.*?)</th>', table) == [
+        f"optimizer_steps {n}" for n in (50, 100, 200)
+    ]

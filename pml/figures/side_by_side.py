@@ -34,7 +34,7 @@ def side_by_side_figure(laws: Mapping[str, Mapping[str, Estimate]], symbols: Map
             # The first law on top, as in a table.
             axes.set_ylim(len(laws) - 0.5, -0.5)
             axes.set_xlabel(symbols[name])
-            axes.xaxis.set_major_locator(MaxNLocator(6))
+            axes.xaxis.set_major_locator(MaxNLocator(4))
     return figure
 
 

@@ -100,7 +100,14 @@ def make_studies(groups: list[Group]) -> list[Study]:
     for group in groups:
         settings.setdefault(repr(group.setting), []).append(group)
     names = differing(groups)
-    return [_study(i + 1, sorted(same, key=_method_first), names) for i, same in enumerate(settings.values())]
+    ordered = sorted(settings.values(), key=lambda same: [_order(same[0].setting.get(name)) for name in names])
+    return [_study(i + 1, sorted(same, key=_method_first), names) for i, same in enumerate(ordered)]
+
+
+def _order(value: Any) -> tuple[float, str]:
+    """Numbers by their size and before words, a list by its first element."""
+    first = value[0] if isinstance(value, list) and value else value
+    return (float(first), "") if isinstance(first, int | float) else (math.inf, str(first))
 
 
 def laws_by_name(studies: list[Study]) -> dict[str, LawFit]:
