@@ -361,7 +361,7 @@ class TestWarnings:
     def test_a_clean_fit_has_none(self) -> None:
         assert published(shifted(grid(), np.random.default_rng(0).normal(scale=0.02, size=16))).warnings == []
 
-    def test_data_that_follow_a_logarithm_get_no_standard_errors(self) -> None:
+    def test_data_that_follow_a_logarithm_get_no_standard_errors_and_no_intervals(self) -> None:
         # The limit of the law for small exponents: every smaller alpha with a larger C fits better still.
         cells = [
             Cell(c.rank, c.target_tokens, 20.0, 12.0 - 1.5 * math.log(c.rank) + 1.0 * math.log(c.target_tokens), 0, "")
@@ -370,6 +370,7 @@ class TestWarnings:
         fit = published(cells)
         assert fit.warnings[0].startswith("C and b are not determined: dL = p + q ln r - s ln l")
         assert [fit.parameters[name].stderr for name in PARAMETERS] == [None] * 4
+        assert [fit.parameters[name].interval for name in PARAMETERS] == [None] * 4
         assert fit.best.correlation is None
         assert "± ?" in fit.equation(errors=True)
         assert float(fit.predict(4, 128)) == pytest.approx(8 + 1.5 * math.log(4) - math.log(128), abs=0.05)

@@ -54,6 +54,19 @@ class TestForm:
         assert "entropy_power" not in [fit.form for fit in without.fits]
         assert common_form({**laws, "unknown bits": without}) in [fit.form for fit in without.fits]
 
+    def test_laws_that_determine_no_exponent_are_compared_by_bits_per_parameter(self, laws: dict[str, LawFit]) -> None:
+        in_bits = {
+            label: law.model_copy(update={"fits": [law.fit_of("stored_bits")], "form": "stored_bits"})
+            for label, law in laws.items()
+        }
+        assert common_form(in_bits) == "stored_bits"
+        found = side_by_side(in_bits)
+        assert found is not None
+        assert found.table.columns[1].endswith("in bits (95 %)")
+        exact = laws["50 steps"].fit_of("ceiling").model_copy(update={"determined": False})
+        undetermined = laws["50 steps"].model_copy(update={"fits": [exact], "form": "ceiling"})
+        assert common_form({**laws, "undetermined": undetermined}) is None
+
     def test_one_law_has_nothing_beside_it(self, laws: dict[str, LawFit]) -> None:
         assert side_by_side({"50 steps": laws["50 steps"]}) is None
         assert side_by_side({}) is None

@@ -167,7 +167,8 @@ def _estimates(
             value=back(value),
             stderr=error,
             standard=standard,
-            bootstrap=(low, high),
+            # Without a place where the search would have to stop, draws around the place where it did say nothing.
+            bootstrap=(low, high) if determined else None,
         )
     return estimates
 

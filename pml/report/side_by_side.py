@@ -28,23 +28,24 @@ class SideBySide:
 
 
 def common_form(laws: Mapping[str, LawFit]) -> FormName | None:
-    """The form in which laws are best compared: of those with exponents that all have, the one with the smallest AICc.
+    """The form in which laws are best compared: of those whose exponents all laws determine, with the smallest AICc.
 
-    The laws are of different cells, so their criteria add up. None where they have no such form in common.
+    The laws are of different cells, so their criteria add up. Where there is no such form, it is the one of bits per
+    parameter if all have that, and None otherwise.
     """
-    fits = [{fit.form: fit for fit in law.fits} for law in laws.values()]
+    fits = [{fit.form: fit for fit in law.fits if fit.determined} for law in laws.values()]
     shared = [name for name, form in FORMS.items() if not form.proportional and all(name in found for found in fits)]
 
     def criterion(name: FormName) -> float:
         return sum(math.inf if (value := found[name].aicc) is None else value for found in fits)
 
-    return min(shared, key=criterion, default=None)
+    of_bits: FormName | None = "stored_bits" if all("stored_bits" in found for found in fits) else None
+    return min(shared, key=criterion, default=of_bits)
 
 
 def side_by_side(laws: Mapping[str, LawFit]) -> SideBySide | None:
     """Compare laws by what they are called; None where there are fewer than two, or they have no form in common."""
-    form = common_form(laws)
-    if len(laws) < 2 or form is None:
+    if len(laws) < 2 or (form := common_form(laws)) is None:
         return None
     fits = {label: law.fit_of(form) for label, law in laws.items()}
     names = [name for name in ("alpha", "beta") if name in FORMS[form].parameters]
@@ -56,7 +57,7 @@ def side_by_side(laws: Mapping[str, LawFit]) -> SideBySide | None:
     symbols = {name: SYMBOLS[name] + UNITS.get(name, "") for name in (*names, "kappa")}
     return SideBySide(
         note=f"In one form, so that numbers can be compared: {NAMES[form]}, {FORMS[form].text}. Of the forms that all "
-        "have, its AICc is the smallest over all of their runs.",
+        "determine, its AICc is the smallest over all of their runs.",
         panel=draw(
             "side-by-side",
             "Parameters of the laws",
