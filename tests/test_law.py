@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,16 @@ class TestRecovery:
                 inside[name] += interval[0] <= TRUTH[name] <= interval[1]
         # 190 expected, with a standard deviation of 3; resampling 30 cells falls a little short: 180 to 188 measured.
         assert all(178 <= count <= 198 for count in inside.values()), inside
+
+    def test_as_many_sizes_as_parameters_have_bootstrap_intervals_from_the_spread_of_their_seeds(self) -> None:
+        # The fit goes through the mean of both seeds of each size, so no size has an error of its own to resample.
+        first = grid((1, 2), (64, 128))
+        noise = np.array([0.04, -0.03, 0.05, -0.02])
+        fit = published([*shifted(first, noise), *(replace(c, seed=1) for c in shifted(first, -noise))])
+        for name in PARAMETERS:
+            interval = fit.parameters[name].bootstrap
+            assert interval is not None
+            assert interval[1] - interval[0] > 0.01 * abs(TRUTH[name])
 
     def test_saturated_cells_change_nothing_but_their_count(self) -> None:
         # With 13.6 nats to lose, rank 8 would take more than there is from the shortest target.

@@ -82,7 +82,8 @@ def bootstrap(form: Form, theta: Array, data: Data, groups: Sequence[object], fr
     A wild bootstrap: each cell keeps its place in the grid, where dropping cells could leave a grid without a solution,
     and its residual comes back with a random factor. Residuals are first put right for the share that the fit took up
     (the bias-reduced linearisation of Bell and McCaffrey, CR2). Cells of one group, the seeds of one rank and length,
-    share their factor, since they share the law's own error there.
+    share their factor, since they share the law's own error there. Where there are no more groups than parameters the
+    fit goes through the mean of each, and what is left is the spread within groups: then each cell has its own factor.
 
     Args:
         form: The form.
@@ -96,6 +97,8 @@ def bootstrap(form: Form, theta: Array, data: Data, groups: Sequence[object], fr
     index = list(free)
     whitened = slopes(form, theta, data.points)[:, index] * data.root_weights[:, None]
     basis = np.linalg.qr(whitened)[0]
+    if len(set(groups)) <= len(index):
+        groups = range(len(groups))
     labels = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     of_cell = np.array([labels[group] for group in groups])
     corrected = residual.copy()
