@@ -1,7 +1,6 @@
 """Several laws beside each other: in which form they are compared, and what the page says of them."""
 
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,11 @@ import pytest
 from simulated_runs import write_simulated_run
 
 from pml.figures import NothingToShow, side_by_side_figure
+from pml.groups import group_runs
 from pml.law import Cell, Estimate, LawFit, fit_law
 from pml.records import read_records
-from pml.report.page import make_report
 from pml.report.side_by_side import common_form, side_by_side
+from pml.report.studies import laws_by_name, make_studies
 
 
 def law(alpha: float, beta: float, entropy: bool = True, moving: int = 0) -> LawFit:
@@ -118,8 +118,16 @@ def test_sweeps_with_other_budgets_are_laws_of_their_own_named_by_what_differs(t
             for length in (128, 256):
                 folder = tmp_path / f"steps-{steps}-rank-{rank}-length-{length}"
                 write_simulated_run(folder, rank, length, optimizer_steps=steps)
-    html = make_report(read_records([tmp_path]), by=["optimizer_steps"]).html
-    table = html.partition('aria-label="Laws side by side"')[2].partition("</table>")[0]
+    studies = make_studies(group_runs(read_records([tmp_path]), ["optimizer_steps"]))
     # By size, not by the alphabet.
-    names = re.findall(r'<th scope="row" class="word">(.*?)</th>', table)
-    assert names == ["optimizer_steps 50", "optimizer_steps 100"]
+    assert list(laws_by_name(studies)) == ["optimizer_steps 50", "optimizer_steps 100"]
+
+
+def test_a_list_of_layers_is_one_name(tmp_path: Path) -> None:
+    for placement in (["q_proj"], ["q_proj", "v_proj"]):
+        for rank in (1, 2, 4):
+            for length in (128, 256):
+                folder = tmp_path / f"{len(placement)}-rank-{rank}-length-{length}"
+                write_simulated_run(folder, rank, length, placement=placement)
+    studies = make_studies(group_runs(read_records([tmp_path])))
+    assert list(laws_by_name(studies)) == ["placement q_proj", "placement q_proj, v_proj"]

@@ -72,6 +72,7 @@ class Study:
     Attributes:
         anchor: Its place on the page.
         title: The corpus, and in what else the setting differs from the others of the page.
+        label: The same without what all settings of the page share; empty where there is one setting.
         setting: Backbone, place and initialisation of the adapter in one line.
         notes: What runs differ in though one law is fitted to them, and per-token results that could not be read.
         groups: A part for each method.
@@ -84,6 +85,7 @@ class Study:
 
     anchor: str
     title: str
+    label: str
     setting: str
     notes: list[str]
     groups: list[MethodPart]
@@ -111,22 +113,24 @@ def _order(value: Any) -> tuple[float, str]:
 
 
 def laws_by_name(studies: list[Study]) -> dict[str, LawFit]:
-    """The laws of a page by what tells them apart, a part of the title of the study and the method."""
-    laws = [((*study.title.split(", "), g.method), g.law.fit) for study in studies for g in study.groups if g.law]
-    # What all of them begin or end with tells nothing apart.
-    told = [names for names, _ in laws]
-    while told and len(told[0]) > 1 and len({names[0] for names in told}) == 1:
-        told = [names[1:] for names in told]
-    while told and len(told[0]) > 1 and len({names[-1] for names in told}) == 1:
-        told = [names[:-1] for names in told]
-    return {", ".join(names): fit for names, (_, fit) in zip(told, laws, strict=True)}
+    """The laws of a page by what tells them apart: the setting of the study, and the method where there are several."""
+    several = len({group.method for study in studies for group in study.groups}) > 1
+    return {
+        ", ".join(filter(None, (study.label, group.method if several else ""))) or study.title: group.law.fit
+        for study in studies
+        for group in study.groups
+        if group.law is not None
+    }
 
 
-def _title(setting: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The corpus, and in what else the setting differs from the others of the page."""
+def _corpus(setting: Mapping[str, Any]) -> str:
     corpus = shown(setting.get("corpus", "several corpora"))
-    others = [f"{name.rpartition('.')[2]} {_short(name, setting.get(name))}" for name in names if name != "corpus"]
-    return ", ".join((CORPORA.get(corpus, corpus), *others))
+    return CORPORA.get(corpus, corpus)
+
+
+def _label(setting: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The settings of these names with their values."""
+    return ", ".join(f"{name.rpartition('.')[2]} {_short(name, setting.get(name))}" for name in names)
 
 
 def _short(name: str, value: Any) -> str:
@@ -139,7 +143,9 @@ def _method_first(group: Group) -> tuple[bool, str]:
 
 
 def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
-    anchor, title = f"s{number}", _title(groups[0].setting, names)
+    anchor, setting = f"s{number}", groups[0].setting
+    others = _label(setting, [name for name in names if name != "corpus"])
+    title = ", ".join(filter(None, (_corpus(setting), others)))
     records = {path: record for group in groups for path, record in group.records.items()}
     tokens, unread = _tokens(records)
     parts = [
@@ -157,6 +163,7 @@ def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
     return Study(
         anchor=anchor,
         title=title,
+        label=title if "corpus" in names else others,
         setting=_setting(groups, records),
         notes=[*notes, *unread],
         groups=parts,
