@@ -72,8 +72,13 @@ def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_c
     Raises:
         InputError: If no record has one of the fields.
     """
+    folders = _folder_names(records)
+
+    def value(path: Path, record: Record, name: str) -> Any:
+        return folders[path] if name == FOLDER else setting_of(record, name)
+
     for name in by:
-        if all(_value(path, record, name) is None for path, record in records.items()):
+        if all(value(path, record, name) is None for path, record in records.items()):
             raise InputError(
                 f"no run has a value for {name!r}; expected {FOLDER}, or a field of its record, dotted into its "
                 "settings, such as dtype or method_settings.learning_rate"
@@ -81,7 +86,7 @@ def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_c
     groups: dict[str, Group] = {}
     for path, record in records.items():
         names = [name for name in SETTING if not (join_corpora and name == "corpus")]
-        setting = {name: _value(path, record, name) for name in dict.fromkeys((*names, *by))}
+        setting = {name: value(path, record, name) for name in dict.fromkeys((*names, *by))}
         method = method_name(record)
         # Values may be lists, and a name may hold anything: repr tells them apart without hashing them.
         group = groups.setdefault(repr((setting, method)), Group(setting, method, {}))
@@ -124,8 +129,15 @@ def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
     return found
 
 
-def _value(path: Path, record: Record, name: str) -> Any:
-    return path.resolve().parent.name if name == FOLDER else setting_of(record, name)
+def _folder_names(paths: Iterable[Path]) -> dict[Path, str]:
+    """For each run's folder what the one around it is called, with as many folders before it as tell them apart."""
+    around = {path: path.resolve().parent for path in paths}
+    deepest = max((len(folder.parts) for folder in around.values()), default=0)
+    for depth in range(1, deepest + 1):
+        names = {path: "/".join(folder.parts[-depth:]) for path, folder in around.items()}
+        if len(set(names.values())) == len(set(around.values())):
+            return names
+    return {}
 
 
 def _flattened(prefix: str, value: Any) -> dict[str, Any]:

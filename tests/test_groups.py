@@ -59,6 +59,11 @@ def test_sweeps_are_told_apart_by_the_folder_that_their_runs_lie_in() -> None:
     assert differing(groups) == ["folder"]
 
 
+def test_folders_of_the_same_name_are_told_apart_by_what_they_lie_in() -> None:
+    runs = {Path(f"{search}/best/rank={rank}"): make_record(rank=rank) for search in ("a", "b") for rank in (1, 2)}
+    assert [group.setting["folder"] for group in group_runs(runs, ["folder"])] == ["a/best", "b/best"]
+
+
 def test_what_groups_have_in_common_does_not_tell_them_apart() -> None:
     groups = group_runs({Path("a"): make_record(), Path("b"): make_record(block=[10]), Path("c"): make_record()})
     assert differing(groups) == ["block"]
