@@ -22,6 +22,8 @@ LARGEST_RANK = 4096
 """The largest rank that is considered; adapters beyond it are no longer small."""
 
 BYTES_PER_PARAMETER = 4
+# Texts of one kind differ by less: random tokens of one length by up to a twentieth.
+FAR_LOSS = 1.1
 PERCENTILES = (2.5, 97.5)
 Interval = tuple[float, float]
 
@@ -359,6 +361,12 @@ def _beyond(law: LawFit, rank: int, target_tokens: int, pairs: int) -> list[str]
             found.append(f"{name} {value} is {value / high:.3g} times the largest measured ({high})")
         elif value < low:
             found.append(f"{name} {value} is below the smallest measured ({low}), {value / low:.2g} times as large")
+    loss, measured = float(law.initial_loss(target_tokens)), [cell.initial_loss for cell in law.cells]
+    if not min(measured) / FAR_LOSS <= loss <= max(measured) * FAR_LOSS:
+        found.append(
+            f"the frozen model's loss is {loss:.3g} nats per target token, that of the law's texts "
+            f"{min(measured):.3g} to {max(measured):.3g}: this is another kind of text, of which the law says nothing"
+        )
     return found
 
 

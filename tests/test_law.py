@@ -595,6 +595,18 @@ class TestCommand:
         assert fit.setting["method"] == "memft"
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["law.json", "law.png"]
 
+    def test_runs_of_different_placements_have_a_law_and_a_figure_by_their_parameters(self, tmp_path: Path) -> None:
+        for placement, per_rank in ("mlp_block", 1152), (["down_proj"], 2112):
+            for rank in (1, 2, 3):
+                for length in (256, 512):
+                    left = 13.6 - 0.2 * (per_rank * rank) ** 0.5 * (256 / length) ** 0.5
+                    fields = {"placement": placement, "effective_parameters": per_rank * rank, "final_loss": left}
+                    name = f"{per_rank}-{rank}-{length}"
+                    write_run(tmp_path / "runs" / name, rank=rank, target_tokens=length, initial_loss=13.6, **fields)
+        assert law(tmp_path / "runs", "--by", "effective_parameters", "--out", tmp_path / "out") == 0
+        assert read_law(tmp_path / "out" / "law.json").parameters_per_rank is None
+        assert (tmp_path / "out" / "law.png").read_bytes().startswith(b"\x89PNG")
+
     def test_warnings_are_printed(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         law(runs, "--where.corpus", "random_tokens")
         assert "warning:" not in capsys.readouterr().out

@@ -48,6 +48,15 @@ def law() -> LawFit:
     return fit_law(cells, form="power_offset", compare=False, recall=RECALL)
 
 
+def test_a_text_that_the_frozen_model_knows_far_better_than_those_of_the_law_is_pointed_out(law: LawFit) -> None:
+    within, beyond = (foresee(law.about_text(loss), 400, 4).beyond for loss in (12.0, 2.3))
+    assert not any("another kind of text" in sentence for sentence in within)
+    assert beyond[-1] == (
+        "the frozen model's loss is 2.3 nats per target token, that of the law's texts 13 to 13: this is another kind "
+        "of text, of which the law says nothing"
+    )
+
+
 def test_the_smallest_rank_for_a_loss_reduction_by_hand(law: LawFit) -> None:
     # 40 sqrt(r) / sqrt(400) + 1 = 2 sqrt(r) + 1 >= 6 from r = 6.25 on
     plan = rank_for_loss_reduction(law, 400, 6.0)

@@ -3,7 +3,7 @@
     pml plan LAW.json --length 512                          the smallest rank that recalls it all
     pml plan LAW.json --length 512 --loss-reduction 6       the smallest rank that lowers the loss by 6 nats per token
     pml plan LAW.json --length 512 --rank 8                 what rank 8 does
-    pml plan LAW.json --length 512 --initial-loss 2.3       for a text that the frozen model knows this well
+    pml plan LAW.json --length 512 --initial-loss 13.1      for a text that the frozen model knows this well
 
 Answers come with 95 % intervals, and say where the question lies outside what was measured.
 """

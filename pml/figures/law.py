@@ -141,9 +141,13 @@ def _shown(fit: LawFit, cells: Iterable[Cell]) -> tuple[list[Cell], list[Cell]]:
     for cell in cells:
         if cell.finished and math.isfinite(cell.loss_reduction) and saturated(cell):
             hollow.append(cell)
-        elif (cell.source, cell.rank, cell.target_tokens, cell.seed) in used:
+        elif _key(cell) in used:
             filled.append(cell)
     return filled, hollow
+
+
+def _key(cell: Cell) -> tuple[str, int, int, int]:
+    return cell.source, cell.rank, cell.target_tokens, cell.seed
 
 
 def _looks(cells: Iterable[Cell]) -> Looks:
@@ -202,8 +206,12 @@ def _draw_agreement(axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Ce
     beyond_them = hollow and not FORMS[fit.form].bounded
     limits = (min(values) - 0.06 * span, max(values) + (0.3 if beyond_them else 0.06) * span)
     edge, beyond = limits[1] - 0.03 * span, 0
+    # What the law says of each run with that run's own frozen loss, as everywhere else that errors are counted.
+    foretold = dict(zip(map(_key, fit.cells), fit.best.predicted, strict=True))
     for cell in (*hollow, *filled):
-        predicted = float(fit.predict(cell.rank, cell.target_tokens))
+        predicted = foretold.get(_key(cell))
+        if predicted is None:
+            predicted = float(fit.predict(cell.rank, cell.target_tokens))
         beyond += predicted > edge
         shown = min(predicted, edge)
         draw_point(axes, cell.loss_reduction, shown, looks[cell.target_tokens], is_hollow=cell in hollow)
@@ -222,8 +230,11 @@ def _draw_by_rank(axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Cell
     """Loss reduction against rank, a line of the fit for each length."""
     cells = filled + hollow
     ranks = sorted({cell.rank for cell in cells})
-    for length, (colour, _) in looks.items():
-        of_length = [cell.rank for cell in filled if cell.target_tokens == length]
+    # Where a rank is not a number of parameters, the law is no line over ranks.
+    has_lines = fit.capacity == "rank" or fit.parameters_per_rank is not None
+    for length, (colour, _) in looks.items() if has_lines else ():
+        in_fit = cells if FORMS[fit.form].bounded else filled
+        of_length = [cell.rank for cell in in_fit if cell.target_tokens == length]
         if of_length:
             inside = np.geomspace(min(of_length), max(of_length), 100)
             axes.plot(inside, fit.predict(inside, length), color=colour, linewidth=1.8, zorder=2)
@@ -238,7 +249,8 @@ def _draw_by_rank(axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Cell
     axes.set_ylim(min(measured) - margin, max(measured) + margin)
     axes.set_xlabel("LoRA rank (logarithmic)")
     axes.set_ylabel("loss reduction (nats per target token)")
-    axes.set_title("lines: the law; dotted where no cell was used", fontsize=12)
+    lines = "lines: the law; dotted where no cell was used" if has_lines else "no lines: parameters per rank differ"
+    axes.set_title(lines, fontsize=12)
 
 
 def _math(fit: LawFit) -> str:
