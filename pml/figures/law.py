@@ -25,7 +25,7 @@ from pml.figures.style import (
     new_figure,
     tidy,
 )
-from pml.law import FORMS, Cell, LawFit, saturated
+from pml.law import FORMS, Cell, LawCell, LawFit, saturated
 
 __all__ = ["agreement_figure", "law_figure", "reduction_figure", "residual_figure"]
 
@@ -136,7 +136,7 @@ def residual_figure(fit: LawFit) -> Figure:
 
 def _shown(fit: LawFit, cells: Iterable[Cell]) -> tuple[list[Cell], list[Cell]]:
     """The cells that the fit used, and the saturated ones."""
-    used = {(cell.source, cell.rank, cell.target_tokens, cell.seed) for cell in fit.used}
+    used = set(map(_key, fit.used))
     filled, hollow = [], []
     for cell in cells:
         if cell.finished and math.isfinite(cell.loss_reduction) and saturated(cell):
@@ -146,7 +146,7 @@ def _shown(fit: LawFit, cells: Iterable[Cell]) -> tuple[list[Cell], list[Cell]]:
     return filled, hollow
 
 
-def _key(cell: Cell) -> tuple[str, int, int, int]:
+def _key(cell: Cell | LawCell) -> tuple[str, int, int, int]:
     return cell.source, cell.rank, cell.target_tokens, cell.seed
 
 
@@ -230,9 +230,7 @@ def _draw_by_rank(axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Cell
     """Loss reduction against rank, a line of the fit for each length."""
     cells = filled + hollow
     ranks = sorted({cell.rank for cell in cells})
-    # Where a rank is not a number of parameters, the law is no line over ranks.
-    has_lines = fit.capacity == "rank" or fit.parameters_per_rank is not None
-    for length, (colour, _) in looks.items() if has_lines else ():
+    for length, (colour, _) in looks.items() if fit.knows_ranks else ():
         in_fit = cells if FORMS[fit.form].bounded else filled
         of_length = [cell.rank for cell in in_fit if cell.target_tokens == length]
         if of_length:
@@ -249,7 +247,9 @@ def _draw_by_rank(axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Cell
     axes.set_ylim(min(measured) - margin, max(measured) + margin)
     axes.set_xlabel("LoRA rank (logarithmic)")
     axes.set_ylabel("loss reduction (nats per target token)")
-    lines = "lines: the law; dotted where no cell was used" if has_lines else "no lines: parameters per rank differ"
+    lines = (
+        "lines: the law; dotted where no cell was used" if fit.knows_ranks else "no lines: parameters per rank differ"
+    )
     axes.set_title(lines, fontsize=12)
 
 

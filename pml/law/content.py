@@ -279,6 +279,11 @@ class LawFit(_Content):
         return self.best.parameters
 
     @property
+    def knows_ranks(self) -> bool:
+        """Whether a rank says something: False where the law counts parameters, and ranks differ in how many."""
+        return self.capacity == "rank" or self.parameters_per_rank is not None
+
+    @property
     def kappa(self) -> Estimate | None:
         """Bits per effective parameter, of the law of one constant; None where the corpus has no known entropy."""
         return next((fit.parameters["kappa"] for fit in self.fits if fit.form == "stored_bits"), None)
@@ -513,7 +518,7 @@ class LawFit(_Content):
         for name, values in (("rank", ranks), ("target_tokens", lengths)):
             if not (values > 0).all():
                 raise InputError(f"{name}: expected values above 0, got {values.min():g}; give a positive number")
-        if self.parameters_per_rank is None and self.capacity == "effective_parameters":
+        if not self.knows_ranks:
             raise InputError(
                 "rank: the runs of this law differ in parameters per rank, so a rank says nothing; "
                 "fit the runs of one placement"
