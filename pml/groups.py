@@ -22,7 +22,10 @@ __all__ = [
 
 SETTING = ("backbone", "backbone_hash", "block", "placement", "init", "corpus")
 # How large the corpus is and which one was drawn: what the cells of one law differ in.
-SIZES = ("corpus_settings.length", "corpus_settings.pairs", "corpus_settings.target_tokens", "corpus_settings.seed")
+SIZES = tuple(
+    f"corpus_settings.{name}"
+    for name in ("length", "count", "pairs", "people", "size", "target_tokens", "path", "seed")
+)
 NAMES = {"sft": "SFT", "memft": "MemFT"}
 # Not a field of a record: where the run lies, such as the sweep it is of.
 FOLDER = "folder"
@@ -118,14 +121,25 @@ def settings_of(record: Record) -> dict[str, Any]:
 
 
 def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
-    """Settings in which runs differ though their rank, length and seed do not ask for it, with their values."""
-    all_settings = [settings_of(record) for record in records]
+    """Settings in which runs differ though their rank, length and seed do not ask for it, with their values.
+
+    Among them `optimizer_steps`, where runs of one size that did not recall it all ended after different numbers.
+    """
+    known = list(records)
+    all_settings = [settings_of(record) for record in known]
     names = dict.fromkeys(name for settings in all_settings for name in settings if name not in SIZES)
-    found = {}
+    found: dict[str, list[Any]] = {}
     for name in names:
         values = {repr(settings.get(name)): settings.get(name) for settings in all_settings}
         if len(values) > 1:
             found[name] = [values[key] for key in sorted(values)]
+    steps: dict[tuple[int, int], set[int]] = {}
+    for record in known:
+        # A run that recalled may have stopped for it; one that was stopped from outside had another budget.
+        if record.steps_to_recall is None and record.status == "finished":
+            steps.setdefault((record.target_tokens, record.pairs), set()).add(record.optimizer_steps)
+    if any(len(of_size) > 1 for of_size in steps.values()):
+        found["optimizer_steps"] = sorted(set().union(*steps.values()))
     return found
 
 

@@ -1,19 +1,20 @@
 """What a fitted law foretells: what an adapter of some rank will do, and the smallest rank that will do.
 
 A plan goes from rank and length to loss by the law, and from loss to recall by the recall model. Its intervals are
-95 %: of the law's mean (confidence), or of a single new run, whose own noise comes on top. The recall model is taken as
-it is; how well it is calibrated stands in `law.json`.
+95 %: of the law's mean (confidence), or of a single new run, whose own noise comes on top, and its text's where the law
+was not told how well the frozen model knows it. The recall model is taken as it is; how well it is calibrated stands in
+`law.json`.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pydantic
 
 from pml.errors import InputError
-from pml.law import LawFit
+from pml.law import LawFit, RunDraws, percentiles
 from pml.law.forms import Array
 
 __all__ = ["LARGEST_RANK", "Outcome", "Plan", "foresee", "rank_for_loss_reduction", "rank_for_recall"]
@@ -24,7 +25,10 @@ LARGEST_RANK = 4096
 BYTES_PER_PARAMETER = 4
 # Texts of one kind differ by less: random tokens of one length by up to a twentieth.
 FAR_LOSS = 1.1
-PERCENTILES = (2.5, 97.5)
+RANKS = np.arange(1.0, LARGEST_RANK + 1)
+# For the interval of a rank for recall: bootstrapped laws, runs by each, and ranks, all up to 50 and then 3 % apart.
+LAWS, RUNS = 100, 48
+FEWER_RANKS = np.unique(np.geomspace(1, LARGEST_RANK, 360).round())
 Interval = tuple[float, float]
 
 
@@ -105,7 +109,8 @@ class Plan(_Content):
         target_tokens: Length of the corpus.
         pairs: Targets that they are shared out among.
         rank: The smallest rank that will do; None where none up to `LARGEST_RANK` does.
-        rank_confidence: 95 % interval of it from the law's uncertainty; an end is None beyond `LARGEST_RANK`.
+        rank_confidence: 95 % interval of it from the law's uncertainty, to 3 % above 50, and never without `rank`
+            itself; an end is None beyond `LARGEST_RANK`.
         outcome: What that rank does.
         beyond: How far the question lies outside what was measured, a sentence each; empty inside.
         warnings: Those of the law.
@@ -184,9 +189,9 @@ def rank_for_loss_reduction(law: LawFit, target_tokens: int, reduction: float, p
             f"nats per target token at {target_tokens} tokens"
         )
     question = f"the smallest rank that lowers the loss of {_corpus(target_tokens, pairs)} by {reduction:g} nats"
-    return _smallest(
-        law, target_tokens, pairs, question, lambda fallen: np.where(fallen >= reduction, 1.0, 0.0), new_run=False
-    )
+    enough = law.predict(RANKS, target_tokens)[None] >= reduction
+    of_laws = law.predict_draws(RANKS, target_tokens) >= reduction
+    return _smallest(law, target_tokens, pairs, question, _first(enough, RANKS)[0], _first(of_laws, RANKS))
 
 
 def rank_for_recall(
@@ -216,53 +221,45 @@ def rank_for_recall(
             "this law has no recall model: its runs left no per-token results with wrong tokens; "
             "ask for a loss reduction instead, or fit runs that have tokens.parquet"
         )
-    initial, tokens = float(law.initial_loss(target_tokens)), target_tokens / pairs
 
-    def reached(fallen: Array) -> Array:
-        return recall.recall_probability(np.maximum(initial - fallen, 0.0), tokens, pairs, share)
+    def reached(draws: RunDraws) -> Array:
+        return recall.recall_probability(draws.final_loss, target_tokens / pairs, pairs, share)
 
     which = "all targets" if share == 1 else f"{100 * share:g} % of the targets"
     question = (
         f"the smallest rank at which a run recalls {which} of {_corpus(target_tokens, pairs)} with probability "
         f"{probability:g}"
     )
-    return _smallest(law, target_tokens, pairs, question, reached, new_run=True, least=probability)
+    # Runs scatter, and recall is steep in the loss: the mean over runs, not the recall at the mean loss.
+    likely = np.concatenate(
+        [reached(law.new_run_draws(some, target_tokens)).mean(axis=(0, 1)) for some in np.split(RANKS, 16)]
+    )
+    by_law = np.concatenate(
+        [
+            reached(law.new_run_draws(some, target_tokens, laws=LAWS, runs=RUNS)).mean(axis=1)
+            for some in np.array_split(FEWER_RANKS, 8)
+        ],
+        axis=1,
+    )
+    rank = _first(likely[None] >= probability, RANKS)[0]
+    return _smallest(law, target_tokens, pairs, question, rank, _first(by_law >= probability, FEWER_RANKS))
 
 
-def _smallest(
-    law: LawFit,
-    target_tokens: int,
-    pairs: int,
-    question: str,
-    good: Callable[[Array], Array],
-    *,
-    new_run: bool,
-    least: float = 0.5,
-) -> Plan:
-    """The smallest rank from which on `good` of the loss reduction is at least `least`.
+def _smallest(law: LawFit, target_tokens: int, pairs: int, question: str, rank: float, of_laws: Array) -> Plan:
+    """The answer to the question for a smallest rank.
 
     Args:
         law: The law.
         target_tokens: Length.
         pairs: Targets.
         question: In words.
-        good: From loss reductions to a verdict or a probability, elementwise.
-        new_run: Take the mean of the verdict over new runs, rather than the verdict of the law's value.
-        least: What that has to be at least.
+        rank: The answer, infinite where no rank will do.
+        of_laws: That of each bootstrapped law.
     """
-    ranks = np.arange(1, LARGEST_RANK + 1, dtype=np.float64)
-    if new_run:
-        # Runs scatter, and recall is steep in the loss: the mean over runs, not the recall at the mean loss.
-        verdict = np.array(
-            [good(law.predict_draws(some, target_tokens, new_run=True)).mean(axis=0) for some in np.split(ranks, 16)]
-        ).ravel()
-    else:
-        verdict = np.asarray(good(law.predict(ranks, target_tokens)), dtype=np.float64)
-    rank = _first(verdict[None] >= least)[0]
     # Ranks themselves, not numbers between two of them.
-    drawn = _first_of_draws(law, ranks, target_tokens, good, least)
-    ends = np.quantile(drawn, np.array(PERCENTILES) / 100, method="inverted_cdf").tolist()
-    low, high = (int(end) if math.isfinite(end) else None for end in ends)
+    ends = np.quantile(of_laws, (0.025, 0.975), method="inverted_cdf").tolist()
+    # What few laws in a hundred say still counts in the answer where nearly all runs must succeed.
+    low, high = (int(end) if math.isfinite(end) else None for end in (min(ends[0], rank), max(ends[1], rank)))
     found = int(rank) if math.isfinite(rank) else None
     beyond = _beyond(law, found or LARGEST_RANK, target_tokens, pairs)
     if found is None:
@@ -279,38 +276,28 @@ def _smallest(
     )
 
 
-def _first_of_draws(
-    law: LawFit, ranks: Array, target_tokens: int, good: Callable[[Array], Array], least: float
-) -> Array:
-    """For each bootstrapped law, the smallest rank from which on it does; infinite where none does."""
-    fallen = np.concatenate([law.predict_draws(some, target_tokens) for some in np.split(ranks, 16)], axis=1)
-    return _first(np.asarray(good(fallen), dtype=np.float64) >= least)
-
-
-def _first(holds: Any) -> Array:
-    """By row, one more than the index from which on all entries hold; infinite where the last does not."""
-    length = holds.shape[1]
-    after_last_miss = length - np.argmax(~holds[:, ::-1], axis=1) + 1.0
-    after_last_miss[holds.all(axis=1)] = 1.0
-    after_last_miss[~holds[:, -1]] = math.inf
-    return np.asarray(after_last_miss)
+def _first(holds: npt.NDArray[np.bool_], ranks: Array) -> Array:
+    """By row, the rank from which on all entries hold; infinite where the last does not."""
+    beyond_last_miss = holds.shape[1] - np.argmax(~holds[:, ::-1], axis=1)
+    beyond_last_miss[holds.all(axis=1)] = 0
+    return np.asarray(np.append(ranks, math.inf)[beyond_last_miss])
 
 
 def _outcome(law: LawFit, rank: int, target_tokens: int, pairs: int) -> Outcome:
     initial = float(law.initial_loss(target_tokens))
     fallen = min(float(law.predict(rank, target_tokens)), initial)
     mean = np.minimum(law.predict_draws(rank, target_tokens), initial)
-    runs = law.predict_draws(rank, target_tokens, new_run=True)
+    runs = law.new_run_draws(rank, target_tokens)
     parameters = None if law.parameters_per_rank is None else rank * law.parameters_per_rank
     recalled: dict[str, Any] = {}
     if law.recall is not None:
-        losses, tokens = np.maximum(initial - runs, 0.0), target_tokens / pairs
+        losses, tokens = runs.final_loss, target_tokens / pairs
         accuracy, exact = law.recall.token_accuracy(losses), law.recall.exact_match(losses, tokens)
         recalled = {
             "token_accuracy": float(accuracy.mean()),
-            "token_accuracy_new_run": _interval(accuracy),
+            "token_accuracy_new_run": percentiles(accuracy),
             "exact_match": float(exact.mean()),
-            "exact_match_new_run": _interval(exact),
+            "exact_match_new_run": percentiles(exact),
             "whole_corpus": float(law.recall.recall_probability(losses, tokens, pairs).mean()),
         }
     return Outcome(
@@ -319,21 +306,16 @@ def _outcome(law: LawFit, rank: int, target_tokens: int, pairs: int) -> Outcome:
         megabytes=None if parameters is None else parameters * BYTES_PER_PARAMETER / 1e6,
         initial_loss=initial,
         loss_reduction=fallen,
-        loss_reduction_confidence=_interval(mean),
-        loss_reduction_new_run=_interval(runs),
+        loss_reduction_confidence=percentiles(mean),
+        loss_reduction_new_run=percentiles(runs.loss_reduction),
         final_loss=initial - fallen,
-        final_loss_new_run=_interval(np.maximum(initial - runs, 0.0)),
+        final_loss_new_run=percentiles(runs.final_loss),
         **recalled,
     )
 
 
 def _range(ends: Interval) -> str:
     return f"{ends[0]:.4g} to {ends[1]:.4g}"
-
-
-def _interval(draws: Array) -> Interval:
-    low, high = np.percentile(draws, PERCENTILES).tolist()
-    return low, high
 
 
 def _checked(law: LawFit, target_tokens: int, pairs: int | None) -> int:

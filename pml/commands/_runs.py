@@ -26,7 +26,8 @@ def add_where(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument(
         "--where",
         type=dict[str, Any] | None,
-        help="which runs to keep by the fields of their records, such as --where.method memft",
+        help="which runs to keep by the fields of their records, such as --where.method memft or "
+        "--where.method_settings.learning_rate 0.1",
     )
 
 

@@ -7,7 +7,7 @@ first, by AICc and by how well it foretells the largest rank and length from the
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 from rich import box
@@ -36,6 +36,7 @@ from pml.token_results import TOKENS_NAME, read_tokens
 __all__ = ["FIGURE_NAME", "configure", "run"]
 
 FIGURE_NAME = "law.png"
+FACTORS: dict[Literal["rank", "target_tokens"], str] = {"rank": "rank", "target_tokens": "length"}
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
@@ -119,6 +120,7 @@ def _print_fit(fit: LawFit, out: Path | None) -> None:
         f"dL: loss reduction in nats per target token, {'r' if fit.capacity == 'rank' else 'P'}: {size}, l: target "
         "tokens, L0: the frozen model's loss"
         + (", H: bits (stored) or nats (dL) in the corpus, P: effective parameters" if _about_entropy(fit) else "")
+        + (", min_p: smooth minimum (x^-p + y^-p)^(-1/p)" if "min_" in fit.equation() else "")
     )
     say(f"chosen: {fit.form} ({FORMS[fit.form].meaning}): {fit.chosen_because}")
     say(f"R2 {fit.r2:.4f}, MAPE {fit.mape_percent:.2f} %, RMSE {fit.rmse_nats:.4f} nats per target token")
@@ -190,24 +192,35 @@ def _parameter_table(fit: LawFit) -> Table:
 def _form_table(fit: LawFit) -> Table:
     """Every fitted form, the best first."""
     table = _table(
-        "AICc over all cells, less is better; held out: mean error of the loss reduction of the largest rank and of "
-        "the largest length, foretold from the others, and of every other one; noise in nats per target token"
+        "AICc over the unsaturated cells, less is better; R2 over all cells; noise of a run in nats per target token; "
+        "held out: mean error of the loss reduction of these cells, and of all saturated ones beyond them left out "
+        "too, foretold from the smaller ones; others: of every other rank and length"
     )
     for name in ("form", "equation"):
         table.add_column(name, overflow="fold")
-    for name in ("AICc", "R2", "noise", "held out\nlargest", "held out\nothers"):
+    for name in ("AICc", "R2", "noise", *_held_out_titles(fit.best), "held out\nothers"):
         table.add_column(name, justify="right")
     for form in fit.fits:
         table.add_row(
             form.form,
             form.equation(capacity=fit.capacity),
             "-" if form.aicc is None else f"{form.aicc:.1f}",
-            f"{form.r2:.4f}",
+            f"{form.r2_all:.4f}",
             f"{form.noise_nats:.3f}",
-            _percent(form.extrapolation_percent),
-            _percent(_interpolation(form)),
+            *(_percent(held.mape_percent if (held := form.largest(factor)) else None) for factor in FACTORS),
+            _percent(form.interpolation_percent),
         )
     return table
+
+
+def _held_out_titles(form: FormFit) -> list[str]:
+    """What was held out at the end of the grid, such as `held out rank >= 4 (2 cells)`."""
+    titles = []
+    for factor, noun in FACTORS.items():
+        held = form.largest(factor)
+        what = f"{noun} >= {held.value}\n({held.cells} cell{'s' if held.cells > 1 else ''})" if held else noun
+        titles.append(f"held out\n{what}")
+    return titles
 
 
 def _print_recall(console: Console, recall: RecallModel) -> None:
@@ -242,11 +255,6 @@ def _cell_table(fit: LawFit) -> Table:
 
 def _table(caption: str) -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=caption, caption_justify="left")
-
-
-def _interpolation(form: FormFit) -> float | None:
-    errors = [held.mape_percent for held in form.held_out if not held.extrapolates and held.mape_percent is not None]
-    return sum(errors) / len(errors) if errors else None
 
 
 def _interval(ends: tuple[float, float] | None) -> str:

@@ -30,9 +30,8 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--recall", type=float | None, help="share of the targets to recall word for word; default 1.0")
     parser.add_argument(
         "--probability",
-        type=float,
-        default=0.5,
-        help="how likely a run must be to reach --recall; 0.5 is the run in the middle",
+        type=float | None,
+        help="how likely a run must be to reach --recall; default 0.5, the run in the middle",
     )
     parser.add_argument(
         "--loss-reduction", type=float | None, help="ask for this loss reduction, in nats per target token, instead"
@@ -42,7 +41,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         "--initial-loss",
         type=float | None,
         help="the frozen model's loss on this very text, in nats per target token, as pml data CONFIG --loss prints "
-        "it; by default the mean over the law's texts",
+        "it; without it intervals allow for how the law's texts differ",
     )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON, and nothing else")
 
@@ -61,6 +60,10 @@ def run(args: jsonargparse.Namespace) -> int:
     if len(asked) > 1:
         given = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise InputError(f"{given}: expected one question at a time; leave out all but one")
+    if args.probability is not None and asked not in ([], ["recall"]):
+        raise InputError(
+            f"--probability and --{asked[0].replace('_', '-')}: a probability belongs to --recall; leave one out"
+        )
     law = read_law(args.law / LAW_NAME if args.law.is_dir() else args.law)
     if args.initial_loss is not None:
         law = law.about_text(args.initial_loss)
@@ -70,7 +73,8 @@ def run(args: jsonargparse.Namespace) -> int:
         plan = rank_for_loss_reduction(law, args.length, args.loss_reduction, args.pairs)
     else:
         share = 1.0 if args.recall is None else args.recall
-        plan = rank_for_recall(law, args.length, share, args.pairs, args.probability)
+        probability = 0.5 if args.probability is None else args.probability
+        plan = rank_for_recall(law, args.length, share, args.pairs, probability)
     if args.json:
         print(json.dumps(plan.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
     else:

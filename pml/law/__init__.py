@@ -19,7 +19,19 @@ from pml.law.cells import (
     shared_setting,
     unconverged,
 )
-from pml.law.content import LAW_NAME, Estimate, FormFit, HeldOut, LawCell, LawFit, Misfit, Prediction, read_law
+from pml.law.content import (
+    LAW_NAME,
+    Estimate,
+    FormFit,
+    HeldOut,
+    LawCell,
+    LawFit,
+    Misfit,
+    Prediction,
+    RunDraws,
+    percentiles,
+    read_law,
+)
 from pml.law.fitting import fit_law
 from pml.law.forms import FORMS, CapacityName, Form, FormName
 
@@ -40,8 +52,10 @@ __all__ = [
     "Misfit",
     "Prediction",
     "Reason",
+    "RunDraws",
     "cells_from_records",
     "fit_law",
+    "percentiles",
     "read_law",
     "saturated",
     "select_records",

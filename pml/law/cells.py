@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pydantic
 
 from pml.errors import InputError
+from pml.groups import setting_of, varying
 from pml.law.forms import CapacityName
 from pml.records import Record
 
@@ -150,19 +151,21 @@ def select_records(records: Mapping[Path, Record], where: Mapping[str, Any] | No
 
     Args:
         records: Records by the folder of their run.
-        where: Fields of a record and the value to keep. A list of one, such as `block`, may be given as its element.
+        where: Fields of a record, dotted into its settings (`method_settings.learning_rate`), and the value to keep. A
+            list of one, such as `block`, may be given as its element.
 
     Raises:
         InputError: If a field does not exist, or no record is left.
     """
     kept = dict(records)
     for name, value in (where or {}).items():
-        if name not in Record.model_fields:
-            raise InputError(f"where: a record has no field {name!r}; its fields are {', '.join(Record.model_fields)}")
+        field = name.split(".")[0]
+        if field not in Record.model_fields:
+            raise InputError(f"where: a record has no field {field!r}; its fields are {', '.join(Record.model_fields)}")
         before = kept
-        kept = {path: record for path, record in before.items() if getattr(record, name) in (value, [value])}
+        kept = {path: record for path, record in before.items() if setting_of(record, name) in (value, [value])}
         if before and not kept:
-            present = _counted(str(getattr(record, name)) for record in before.values())
+            present = _counted(str(setting_of(record, name)) for record in before.values())
             raise InputError(f"where: no record has {name} {value!r}; there are {present}; choose one of these")
     return kept
 
@@ -170,7 +173,8 @@ def select_records(records: Mapping[Path, Record], where: Mapping[str, Any] | No
 def shared_setting(records: Mapping[Path, Record], capacity: CapacityName = "rank") -> dict[str, Any]:
     """What the runs of one law have in common: backbone, block, placement, initialisation and method.
 
-    `corpus` lists the names of all corpora, which may differ: files of several lengths can belong to one law.
+    `corpus` lists the names of all corpora, which may differ: files of several lengths can belong to one law. `pooled`,
+    where there is such a thing, has what else they differ in (see `pml.groups.varying`), with the values.
 
     Args:
         records: Records by the folder of their run.
@@ -200,7 +204,15 @@ def shared_setting(records: Mapping[Path, Record], capacity: CapacityName = "ran
         )
     first = next(iter(records.values()))
     shared = {name: getattr(first, name) for name in ("backbone", *SETTING) if name not in mixed}
-    return shared | {"corpus": sorted({record.corpus for record in records.values()})}
+    shared["corpus"] = sorted({record.corpus for record in records.values()})
+    # Of different corpora every setting may differ; that there are several is said by itself.
+    apart = "corpus_settings." if len(shared["corpus"]) > 1 else None
+    pooled = {
+        name: values
+        for name, values in varying(records.values()).items()
+        if name not in ("backbone", "corpus", *SHAPE) and not (apart and name.startswith(apart))
+    }
+    return shared | ({"pooled": pooled} if pooled else {})
 
 
 def cells_from_records(

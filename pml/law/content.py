@@ -4,7 +4,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,15 +18,29 @@ from uncertainties import ufloat
 from pml.calibration import RecallModel
 from pml.errors import InputError
 from pml.law.cells import Cell, LeftOutCell, saturated
-from pml.law.forms import FORMS, Array, CapacityName, FormName, Points, reduction, sensitivity
-from pml.law.uncertainty import bootstrap, data_of, expansion
+from pml.law.forms import FORMS, SHARPEST_KNEE, Array, CapacityName, FormName, Points, reduction, sensitivity
+from pml.law.uncertainty import bootstrap, data_of, expansion, sizes_of
 
-__all__ = ["LAW_NAME", "Estimate", "FormFit", "HeldOut", "LawCell", "LawFit", "Misfit", "Prediction", "read_law"]
+__all__ = [
+    "LAW_NAME",
+    "Estimate",
+    "FormFit",
+    "HeldOut",
+    "LawCell",
+    "LawFit",
+    "Misfit",
+    "Prediction",
+    "RunDraws",
+    "percentiles",
+    "read_law",
+]
 
 LAW_NAME = "law.json"
-LAW_SCHEMA_VERSION: Final = 2
+LAW_SCHEMA_VERSION: Final = 3
 LOGARITHMIC = ("C", "kappa", "knee")
 Factor = Literal["rank", "target_tokens"]
+# As many say how texts scatter around a line and leave two to spare.
+FEWEST_TEXTS = 4
 # Noise of predictions for a new run; any fixed seed makes the same law say the same thing twice.
 NOISE_SEED = 1
 
@@ -65,7 +80,7 @@ class HeldOut(_Content):
     Attributes:
         factor: What was held out by.
         value: The rank or length that was held out.
-        extrapolates: Whether it was the largest.
+        extrapolates: Whether it was the largest with unsaturated cells. Saturated cells beyond it are held out too.
         cells: Unsaturated cells held out.
         mape_percent: Mean error of their loss reduction, in percent; None where the others do not determine the form.
     """
@@ -107,14 +122,18 @@ class FormFit(_Content):
         determined: False where a logarithm describes the cells as well, so that C and b have no end.
         converged: Whether the search ended at a minimum.
         cells_used: How many cells it was fitted to: the unsaturated ones, and the saturated too where it is bounded.
-        degrees_of_freedom: Unsaturated cells minus fitted parameters. Saturated ones say nothing about the noise.
+        degrees_of_freedom: Of the noise: unsaturated sizes, a rank and a length each, minus fitted parameters. Seeds
+            of one size share what the form has wrong there, and saturated cells say nothing about the noise.
         noise_nats: Standard deviation of a run around the law, in nats per target token, far below the ceiling.
         noise_at_ceiling_nats: The same at the ceiling, from the saturated cells; None where there are none.
         r2: Share of the variance of the used cells' loss reduction that it explains.
+        r2_all: The same over all cells, whether it was fitted to them or not, so that forms can be compared: what an
+            unbounded form says of saturated ones is cut at the frozen model's loss.
         mape_percent: Mean absolute error relative to the measured loss reduction, in percent, over the used cells.
         rmse_nats: Root of the mean squared error in nats per target token, over the used cells.
-        aicc: Akaike's criterion, corrected for few cells, over all cells: what an unbounded form says of saturated
-            ones is cut at the frozen model's loss. The smaller the better; None with too few cells.
+        aicc: Akaike's criterion, corrected for few cells, over the unsaturated cells, which every form describes. The
+            smaller the better; None with too few cells. A bounded form had to describe the saturated ones as well,
+            which can only raise it.
         held_out: By rank and by length, how well the other cells foretell it.
         misfits: Where it is systematically off.
         predicted: Loss reduction in nats per target token for each of the law's cells.
@@ -131,6 +150,7 @@ class FormFit(_Content):
     noise_nats: float
     noise_at_ceiling_nats: float | None
     r2: float
+    r2_all: float
     mape_percent: float
     rmse_nats: float
     aicc: float | None
@@ -145,7 +165,7 @@ class FormFit(_Content):
             raise ValueError(
                 f"{self.form}: expected the parameters {', '.join(expected)}; {', '.join(self.parameters)}"
             )
-        free = len(expected) - len(self.at_bound)
+        free = len(self.free)
         if self.correlation is not None and [len(row) for row in self.correlation] != [free] * free:
             raise ValueError(f"{self.form}: correlation: expected {free} rows of {free} numbers")
         return self
@@ -156,37 +176,58 @@ class FormFit(_Content):
         return [math.log(e.value) if name in LOGARITHMIC else e.value for name, e in self.parameters.items()]
 
     @property
+    def free(self) -> list[str]:
+        """Names of the fitted parameters, those held at a bound left out."""
+        return [name for name in self.parameters if name not in self.at_bound]
+
+    def largest(self, factor: Factor) -> HeldOut | None:
+        """The largest rank or length, foretold from the smaller ones; None where there are fewer than three."""
+        return next((held for held in self.held_out if held.factor == factor and held.extrapolates), None)
+
+    @property
     def extrapolation_percent(self) -> float | None:
-        """Mean error in percent where the largest rank and the largest length were held out; None if neither could."""
-        errors = [h.mape_percent for h in self.held_out if h.extrapolates and h.mape_percent is not None]
-        return sum(errors) / len(errors) if errors else None
+        """Mean error in percent of the cells of the largest rank and length, foretold; None if neither could be."""
+        return _mean_error(held for held in self.held_out if held.extrapolates)
+
+    @property
+    def interpolation_percent(self) -> float | None:
+        """Mean error in percent of the cells of all other ranks and lengths, each foretold from the rest."""
+        return _mean_error(held for held in self.held_out if not held.extrapolates)
 
     def equation(self, errors: bool = False, capacity: CapacityName = "rank") -> str:
-        """The form as text, such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`.
+        """The form as text, such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`, or `dL = min_2.1(135 r^0.75 l^-0.60, L0)`.
+
+        The number behind `min` is the knee of the smooth minimum (see `pml.law.forms`).
 
         Args:
             errors: Put the standard error behind every number.
             capacity: What the law counts: the size is `r`, or `P`.
         """
         form, show = FORMS[self.form], _with_error if errors else _number
-        ceiling = "L0"
+        ceiling, least = "L0", self._minimum
         if form.proportional:
-            return f"stored bits = min({show(self.parameters['kappa'])} P, H)"
+            return f"stored bits = {least}({show(self.parameters['kappa'])} P, H)"
         c, alpha, beta = (self.parameters[name] for name in ("C", "alpha", "beta"))
         flipped = Estimate(value=-beta.value, stderr=beta.stderr)
         power = f"{show(c)} {'r' if capacity == 'rank' else 'P'}^{show(alpha)} l^{show(flipped)}"
         if form.offset == "entropy":
-            return f"dL = L0 - H/l + min({power}, H/l)"
+            return f"dL = L0 - H/l + {least}({power}, H/l)"
         if form.offset == "none":
-            return f"dL = min({power}, {ceiling})" if form.bounded else f"dL = {power}"
+            return f"dL = {least}({power}, {ceiling})" if form.bounded else f"dL = {power}"
         b = self.parameters["b"]
         size = show(Estimate(value=abs(b.value), stderr=b.stderr))
         sign, other = ("-", "+") if b.value < 0 else ("+", "-")
         return (
-            f"dL = min({power}, {ceiling} {other} {size}) {sign} {size}"
+            f"dL = {least}({power}, {ceiling} {other} {size}) {sign} {size}"
             if form.bounded
             else f"dL = {power} {sign} {size}"
         )
+
+    @property
+    def _minimum(self) -> str:
+        """The smooth minimum with its knee, such as `min_2.1`; at the sharpest knee it is the plain one."""
+        knee = self.parameters.get("knee")
+        return "min" if knee is None or round(knee.value) >= SHARPEST_KNEE else f"min_{knee.value:.2g}"
 
 
 class LawCell(_Content):
@@ -207,12 +248,30 @@ class Prediction(_Content):
     Attributes:
         loss_reduction: The law's value.
         confidence: 95 % interval of that value: of the mean of many runs.
-        new_run: 95 % interval of a single new run, whose own noise comes on top.
+        new_run: 95 % interval of a single new run, whose own noise and text come on top.
     """
 
     loss_reduction: float
     confidence: tuple[float, float]
     new_run: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RunDraws:
+    """Single new runs as a law foretells them, `(laws, runs, ...)`, in nats per target token.
+
+    Attributes:
+        initial_loss: The frozen model's, of each run's text.
+        loss_reduction: No more than that.
+    """
+
+    initial_loss: Array
+    loss_reduction: Array
+
+    @property
+    def final_loss(self) -> Array:
+        """What is left."""
+        return self.initial_loss - self.loss_reduction
 
 
 class LawFit(_Content):
@@ -232,7 +291,7 @@ class LawFit(_Content):
         warnings: In words, why the chosen form should be believed less than its numbers look.
     """
 
-    schema_version: Literal[2] = LAW_SCHEMA_VERSION
+    schema_version: Literal[3] = LAW_SCHEMA_VERSION
     form: FormName
     chosen_because: str
     capacity: CapacityName
@@ -365,6 +424,22 @@ class LawFit(_Content):
         other._text_loss = initial_loss
         return other
 
+    @property
+    def text_spread(self) -> float:
+        """By how much texts of one length differ in the frozen model's loss, a standard deviation in nats per token.
+
+        The measured texts scatter around a straight line in ln l by it; 0 with fewer than 4 texts, which cannot tell,
+        and where `about_text` was told the text's own loss.
+        """
+        # Runs on one text agree in it but for rounding.
+        texts = sorted({(cell.target_tokens, round(cell.initial_loss, 3)) for cell in self.cells})
+        if self._text_loss is not None or len(texts) < FEWEST_TEXTS:
+            return 0.0
+        lengths, losses = np.array(texts).T
+        line = np.stack([np.ones(len(texts)), np.log(lengths)], axis=1)
+        residual = losses - line @ np.linalg.lstsq(line, losses, rcond=None)[0]
+        return math.sqrt(float(residual @ residual) / (len(texts) - 2))
+
     def initial_loss(self, target_tokens: npt.ArrayLike) -> Array:
         """The frozen model's loss in nats per target token: the text's own where `about_text` was told it.
 
@@ -411,14 +486,7 @@ class LawFit(_Content):
         points, shape = self._points(rank, target_tokens)
         return reduction(FORMS[fit.form], fit.theta, points).reshape(shape)
 
-    def predict_draws(
-        self,
-        rank: npt.ArrayLike,
-        target_tokens: npt.ArrayLike,
-        form: FormName | None = None,
-        *,
-        new_run: bool = False,
-    ) -> Array:
+    def predict_draws(self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, form: FormName | None = None) -> Array:
         """Loss reduction in nats per target token as bootstrapped laws predict it; percentiles of it are intervals.
 
         The cells in `law.json` are all it takes, so the draws are made anew, and the same every time.
@@ -427,10 +495,9 @@ class LawFit(_Content):
             rank: LoRA ranks, any shape that broadcasts with `target_tokens`.
             target_tokens: Lengths in target tokens.
             form: Of which form; None is the chosen one.
-            new_run: Add a single run's noise, and cut at the frozen model's loss.
 
         Returns:
-            (draws, *broadcast shape). Deviations from the law's own value are widened by Student's t over the normal's
+            (laws, *broadcast shape). Deviations from the law's own value are widened by Student's t over the normal's
             percentile, since the noise is estimated from few cells.
 
         Raises:
@@ -438,20 +505,48 @@ class LawFit(_Content):
         """
         fit = self.best if form is None else self.fit_of(form)
         points, shape = self._points(rank, target_tokens)
-        kind = FORMS[fit.form]
-        draws = self._draws[fit.form]
-        value, drawn = reduction(kind, fit.theta, points), reduction(kind, draws, points)
-        deviation = drawn - value
-        if new_run:
-            # The same luck for all points, so that what runs of two sizes differ in is their size.
-            luck = np.random.default_rng(NOISE_SEED).normal(size=(len(draws), 1))
-            free = sensitivity(kind, fit.theta, points)
-            at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
-            deviation = deviation + luck * np.hypot(free * fit.noise_nats, (1.0 - free) * at_ceiling)
-        widened = value + expansion(fit.degrees_of_freedom) * deviation
-        if new_run:
-            widened = np.minimum(widened, points.initial_loss)
+        draws, kind = self._draws[fit.form], FORMS[fit.form]
+        value = reduction(kind, fit.theta, points)
+        widened = value + expansion(fit.degrees_of_freedom) * (reduction(kind, draws, points) - value)
         return widened.reshape(len(draws), *shape)
+
+    def new_run_draws(
+        self,
+        rank: npt.ArrayLike,
+        target_tokens: npt.ArrayLike,
+        form: FormName | None = None,
+        *,
+        laws: int | None = None,
+        runs: int = 1,
+    ) -> "RunDraws":
+        """Single new runs by bootstrapped laws, each with a run's noise, on a text that is drawn too.
+
+        Texts of one length differ in the frozen model's loss (`text_spread`), except where `about_text` was told it.
+
+        Args:
+            rank: LoRA ranks, any shape that broadcasts with `target_tokens`.
+            target_tokens: Lengths in target tokens.
+            form: Of which form; None is the chosen one.
+            laws: How many bootstrapped laws; None is all of them.
+            runs: How many runs by each.
+
+        Raises:
+            InputError: As `predict` does.
+        """
+        fit = self.best if form is None else self.fit_of(form)
+        points, shape = self._points(rank, target_tokens)
+        kind = FORMS[fit.form]
+        draws = self._draws[fit.form][:laws, None]
+        # The same luck and the same text for all points, so that what runs of two sizes differ in is their size.
+        luck, text = np.random.default_rng(NOISE_SEED).normal(size=(2, len(draws), runs, 1))
+        initial = np.maximum(points.initial_loss + self.text_spread * text, 0.0)
+        points = replace(points, initial_loss=initial)
+        value, free = reduction(kind, fit.theta, points), sensitivity(kind, fit.theta, points)
+        at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
+        noise = luck * np.hypot(free * fit.noise_nats, (1.0 - free) * at_ceiling)
+        fallen = value + expansion(fit.degrees_of_freedom) * (reduction(kind, draws, points) - value + noise)
+        whole = (len(draws), runs, *shape)
+        return RunDraws(initial.reshape(whole), np.minimum(fallen, initial).reshape(whole))
 
     def predict_interval(self, rank: int, target_tokens: int, form: FormName | None = None) -> Prediction:
         """What the law says of one rank and length, with 95 % intervals.
@@ -459,12 +554,13 @@ class LawFit(_Content):
         Raises:
             InputError: As `predict` does.
         """
-        value = float(self.predict(rank, target_tokens, form))
-        intervals = [
-            tuple(np.percentile(self.predict_draws(rank, target_tokens, form, new_run=new_run), (2.5, 97.5)).tolist())
-            for new_run in (False, True)
-        ]
-        return Prediction(loss_reduction=value, confidence=intervals[0], new_run=intervals[1])
+        of_the_mean = self.predict_draws(rank, target_tokens, form)
+        of_a_run = self.new_run_draws(rank, target_tokens, form).loss_reduction
+        return Prediction(
+            loss_reduction=float(self.predict(rank, target_tokens, form)),
+            confidence=percentiles(of_the_mean),
+            new_run=percentiles(of_a_run),
+        )
 
     def equation(self, errors: bool = False) -> str:
         """The chosen form as text, dL in nats per target token, such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`.
@@ -480,10 +576,10 @@ class LawFit(_Content):
         for plain, tex in (
             ("stored bits", r"\mathrm{stored\ bits}"),
             ("dL", r"\Delta L"),
-            ("min", r"\min"),
             ("L0", "L_0"),
         ):
             text = text.replace(plain, tex)
+        text = re.sub(r"min_([\d.]+)", r"\\min_{\1}", text).replace("min(", r"\min(")
         text = re.sub(r"\^([^ ,]+)", r"^{\1}", re.sub(r"\bl\b", r"\\ell", text))
         text = re.sub(r" (?=(?:[rP]|\\ell)\^|P\b)", r"\\,", text)
         return re.sub(r"e\+?(-?)0*(\d+)", r" \\times 10^{\1\2}", text)
@@ -548,9 +644,8 @@ class _Draws(dict[FormName, Array]):
     def __missing__(self, name: FormName) -> Array:
         form, fit = FORMS[name], self.law.fit_of(name)
         cells = [cell for cell in self.law.cells if form.bounded or not saturated(cell)]
-        free = [i for i, parameter in enumerate(form.parameters) if parameter not in fit.at_bound]
-        groups = [(cell.rank, cell.target_tokens) for cell in cells]
-        self[name] = bootstrap(form, np.array(fit.theta), data_of(cells, self.law.capacity), groups, free)
+        free = [form.parameters.index(parameter) for parameter in fit.free]
+        self[name] = bootstrap(form, np.array(fit.theta), data_of(cells, self.law.capacity), sizes_of(cells), free)
         return self[name]
 
 
@@ -573,6 +668,18 @@ def _between(pairs: list[tuple[int, float]], lengths: npt.ArrayLike) -> Array:
     known = sorted({length for length, _ in pairs})
     means = [float(np.mean([value for length, value in pairs if length == at])) for at in known]
     return np.interp(np.log(np.asarray(lengths, dtype=np.float64)), np.log(known), means)
+
+
+def percentiles(draws: Array) -> tuple[float, float]:
+    """The 95 % interval that draws span."""
+    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
+    return low, high
+
+
+def _mean_error(held: Iterable[HeldOut]) -> float | None:
+    """Mean error in percent over the cells of all that could be foretold."""
+    known = [(part.cells, part.mape_percent) for part in held if part.mape_percent is not None]
+    return sum(cells * error for cells, error in known) / sum(cells for cells, _ in known) if known else None
 
 
 def _number(estimate: Estimate) -> str:

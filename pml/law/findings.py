@@ -19,7 +19,7 @@ def warnings_of(law: LawFit) -> list[str]:
     """Why the chosen form should be believed less than its R2 suggests, most serious first."""
     fit = law.best
     return [
-        *_of_the_solution(fit),
+        *_of_the_solution(fit, sum(not saturated(cell) for cell in law.cells)),
         *_of_the_parameters(fit),
         *_of_the_grid(law),
         *_of_the_agreement(fit),
@@ -27,7 +27,7 @@ def warnings_of(law: LawFit) -> list[str]:
     ]
 
 
-def _of_the_solution(fit: FormFit) -> list[str]:
+def _of_the_solution(fit: FormFit, unsaturated: int) -> list[str]:
     found = []
     if not fit.determined:
         found.append(
@@ -36,23 +36,21 @@ def _of_the_solution(fit: FormFit) -> list[str]:
         )
     elif not fit.converged or fit.correlation is None:
         found.append("the fit did not settle on one solution, so there are no trustworthy standard errors; add cells")
-    unsaturated = fit.degrees_of_freedom + len(fit.parameters) - len(fit.at_bound)
     if unsaturated < FEW_CELLS:
         found.append(
-            f"only {unsaturated} unsaturated cells for {len(fit.parameters) - len(fit.at_bound)} parameters: the "
-            f"intervals are themselves uncertain; {FEW_CELLS} or more are better"
+            f"only {unsaturated} unsaturated cells for {len(fit.free)} parameters: the intervals are themselves "
+            f"uncertain; {FEW_CELLS} or more are better"
         )
     return found
 
 
 def _of_the_parameters(fit: FormFit) -> list[str]:
     found = []
-    free = [name for name in fit.parameters if name not in fit.at_bound]
-    if fit.correlation is not None and "b" in free:
-        row = fit.correlation[free.index("b")]
+    if fit.correlation is not None and "b" in fit.free:
+        row = fit.correlation[fit.free.index("b")]
         strong = [
             f"{name} {value:+.3f}"
-            for name, value in zip(free, row, strict=True)
+            for name, value in zip(fit.free, row, strict=True)
             if name in ("C", "alpha", "beta") and abs(value) > STRONG_CORRELATION
         ]
         if strong:
@@ -60,7 +58,7 @@ def _of_the_parameters(fit: FormFit) -> list[str]:
                 f"b trades off against other parameters (correlation with {', '.join(strong)}): other values fit "
                 "almost as well, so trust predictions inside the measured range more than the parameters"
             )
-    for name in free:
+    for name in fit.free:
         value, stderr = fit.parameters[name].value, fit.parameters[name].stderr
         if stderr is not None and stderr > abs(value):
             found.append(
@@ -94,6 +92,13 @@ def _of_the_grid(law: LawFit) -> list[str]:
         found.append(
             f"the runs are of different corpora ({', '.join(corpora)}): a law belongs to one kind of text, "
             "keep one of them (--where.corpus NAME) unless they are"
+        )
+    pooled = law.setting.get("pooled", {})
+    if pooled:
+        names = "; ".join(f"{name} ({', '.join(map(str, values))})" for name, values in pooled.items())
+        found.append(
+            f"the runs differ in more than rank, length and seed: {names}; one law for them may mean nothing, so keep "
+            f"one value (--where.{next(iter(pooled))} VALUE) unless each was chosen for its size"
         )
     return found
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from pml.calibration import RecallModel
 from pml.errors import InputError
@@ -13,7 +14,7 @@ from pml.law.cells import Cell, LeftOutCell, divide, saturated
 from pml.law.content import LOGARITHMIC, Estimate, FormFit, HeldOut, LawFit, Misfit
 from pml.law.forms import FORMS, Array, CapacityName, Form, FormName, reduction
 from pml.law.search import Data, Solution, profile_intervals, solve
-from pml.law.uncertainty import bootstrap, data_of, expansion, student
+from pml.law.uncertainty import Scatter, bootstrap, data_of, expansion, scatter, sizes_of, student
 
 __all__ = ["fit_law"]
 
@@ -28,8 +29,11 @@ SMALLEST_SPREAD = 1e-6
 SMALL_EXPONENT = 0.02
 # Forms whose AICc differs by less are told apart by how well they extrapolate (Burnham and Anderson's rule of thumb).
 CLOSE_AICC = 2.0
-# Held-out errors within this factor tell nothing apart: they rest on a handful of cells.
+# Held-out errors within this factor, or of fewer cells, tell nothing apart.
 CLOSE_FACTOR = 1.5
+FEWEST_HELD_OUT = 4
+# With fewer cells a difference in AICc is little more than that of the penalties.
+FEWEST_FOR_A_GAP = 10
 # A rank or length is called off when Student's t says so at this level, twice: it is asked of each of them.
 MISFIT_T = 3.0
 MISFIT_PERCENT = 3.0
@@ -49,8 +53,9 @@ def fit_law(
     Diverged and interrupted cells are left out. Saturated ones (final loss <= ln 2) are left out of the forms without a
     ceiling, as published, and used by the others. Where seeds are repeated, cells count by the spread of theirs.
 
-    The chosen form has the smallest AICc; among those within 2 of it, the simplest of those that foretell the largest
-    rank and the largest length from the other cells with an error up to 1.5 times the smallest.
+    The chosen form has the smallest AICc over the unsaturated cells, which all forms describe; among those within 2 of
+    it, the simplest of those that foretell the largest rank and the largest length from the other cells with an error
+    of up to 1.5 times the smallest; where these are fewer than 4 cells, the simplest.
 
     Args:
         cells: What the runs measured.
@@ -79,7 +84,7 @@ def fit_law(
         raise InputError("loss reduction depends on neither size nor length; check what the runs trained on")
     if form is not None and form not in [fit.form for fit in fits]:
         raise InputError(f"form {form}: no C above 0 fits; leave --form out to see which forms do")
-    fits, reason = _ranked(fits)
+    fits, reason = _ranked(fits, sum(not saturated(cell) for cell in sound))
     if len(fits) == 1 and why_not[PUBLISHED] is not None:
         reason = f"the others are not determined: {why_not[PUBLISHED]}"
     if form is not None:
@@ -112,39 +117,36 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
     if solution is None or not math.isfinite(solution.squares):
         return None
     free = solution.free
-    degrees = int(data.unsaturated.sum()) - len(free)
-    noise = math.sqrt(solution.squares / max(degrees, 1))
+    sizes = sizes_of([cell for cell, chosen in zip(cells, used, strict=True) if chosen])
+    spread = scatter(form, solution.theta, data, sizes, len(free))
     determined = not (form.offset == "fitted" and _is_logarithm(form, solution, data))
 
     predicted = reduction(form, solution.theta, everything.points)
     residual = data.measured - predicted[used]
-    cut = np.minimum(predicted, everything.points.initial_loss)
-    groups = [(cell.rank, cell.target_tokens) for cell, chosen in zip(cells, used, strict=True) if chosen]
-    draws = bootstrap(form, solution.theta, data, groups, free)
+    draws = bootstrap(form, solution.theta, data, sizes, free)
     return FormFit(
         form=form.name,
-        parameters=_estimates(form, solution, draws, degrees, noise, determined),
+        parameters=_estimates(form, solution, draws, spread, determined),
         at_bound=[name for i, name in enumerate(form.parameters) if i not in free],
         correlation=_correlation(solution) if determined else None,
         determined=determined,
         converged=solution.converged,
         cells_used=int(used.sum()),
-        degrees_of_freedom=degrees,
-        noise_nats=noise,
+        degrees_of_freedom=spread.degrees_of_freedom,
+        noise_nats=spread.of_a_run,
         noise_at_ceiling_nats=_root_mean_square(residual[~data.unsaturated]),
-        r2=1.0 - float(residual @ residual) / float(np.sum((data.measured - data.measured.mean()) ** 2)),
+        r2=_r2(data.measured, predicted[used]),
+        r2_all=_r2(everything.measured, np.minimum(predicted, everything.points.initial_loss)),
         mape_percent=100.0 * float(np.mean(np.abs(residual) / data.measured)),
         rmse_nats=math.sqrt(float(np.mean(residual**2))),
-        aicc=_aicc(everything, cut, len(free)),
+        aicc=_aicc(everything, predicted, len(free)),
         held_out=_held_out(form, cells, everything, solution.theta),
         misfits=_misfits(cells, everything, predicted),
         predicted=predicted.tolist(),
     )
 
 
-def _estimates(
-    form: Form, solution: Solution, draws: Array, degrees: int, noise: float, determined: bool
-) -> dict[str, Estimate]:
+def _estimates(form: Form, solution: Solution, draws: Array, spread: Scatter, determined: bool) -> dict[str, Estimate]:
     """The parameters with their intervals; logarithms are turned back into C, kappa and knee."""
     estimates: dict[str, Estimate] = {}
     for i, name in enumerate(form.parameters):
@@ -156,12 +158,12 @@ def _estimates(
         error = standard = None
         if determined and solution.covariance is not None:
             at = solution.free.index(i)
-            spread = noise * math.sqrt(solution.covariance[at, at])
-            reach = student(degrees) * spread
+            of_value = spread.of_the_fit * math.sqrt(solution.covariance[at, at])
+            reach = student(spread.degrees_of_freedom) * of_value
             # The delta method: the standard error of C is the one of ln C times C.
-            error = spread * back(value) if name in LOGARITHMIC else spread
+            error = of_value * back(value) if name in LOGARITHMIC else of_value
             standard = back(value - reach), back(value + reach)
-        ends = value + expansion(degrees) * (np.percentile(draws[:, i], (2.5, 97.5)) - value)
+        ends = value + expansion(spread.degrees_of_freedom) * (np.percentile(draws[:, i], (2.5, 97.5)) - value)
         low, high = (back(float(end)) for end in ends)
         estimates[name] = Estimate(
             value=back(value),
@@ -176,9 +178,11 @@ def _estimates(
 def _with_profiles(fit: FormFit, cells: Sequence[Cell], capacity: CapacityName) -> FormFit:
     """The fit with profile-likelihood intervals where there are any; they take longer than all the rest."""
     form = FORMS[fit.form]
-    data = data_of([cell for cell in cells if form.bounded or not saturated(cell)], capacity)
-    free = tuple(i for i, name in enumerate(form.parameters) if name not in fit.at_bound)
-    profiles = profile_intervals(form, data, np.array(fit.theta), free, fit.noise_nats, fit.degrees_of_freedom)
+    used = [cell for cell in cells if form.bounded or not saturated(cell)]
+    data, theta = data_of(used, capacity), np.array(fit.theta)
+    free = tuple(form.parameters.index(name) for name in fit.free)
+    spread = scatter(form, theta, data, sizes_of(used), len(free))
+    profiles = profile_intervals(form, data, theta, free, spread.of_the_fit, spread.degrees_of_freedom)
     parameters = dict(fit.parameters)
     for i, ends in profiles.items() if fit.determined else ():
         name = form.parameters[i]
@@ -195,16 +199,21 @@ def _correlation(solution: Solution) -> list[list[float]] | None:
     return correlation
 
 
-def _aicc(data: Data, predicted: Array, fitted: int) -> float | None:
-    """AICc of normal noise of unknown size over all cells.
+def _r2(measured: Array, predicted: Array) -> float:
+    return 1.0 - float(np.sum((measured - predicted) ** 2)) / float(np.sum((measured - measured.mean()) ** 2))
 
-    Saturated cells lie where they must whatever the parameters are: they count where a form has them wrong, but not as
-    evidence for how small the noise is.
+
+def _aicc(data: Data, predicted: Array, fitted: int) -> float | None:
+    """AICc of normal noise of unknown size over the unsaturated cells, the same ones for every form.
+
+    Saturated cells lie where they must whatever the parameters are, and their small residuals are no evidence of how
+    small the noise is. A bounded form has been fitted to them as well and pays for it here, if it pays at all.
     """
-    cells, parameters = int(data.unsaturated.sum()), fitted + 1
+    chosen, parameters = data.unsaturated, fitted + 1
+    cells = int(chosen.sum())
     if cells - parameters - 1 < 1:
         return None
-    squares = float(np.sum(((data.measured - predicted) * data.root_weights) ** 2))
+    squares = float(np.sum(((data.measured - predicted) * data.root_weights)[chosen] ** 2))
     # An exact fit would be -infinity; float32 losses are not known better than this.
     variance = max(squares / cells, SMALLEST_SPREAD**2)
     return cells * math.log(variance) + 2 * parameters + 2 * parameters * (parameters + 1) / (cells - parameters - 1)
@@ -218,28 +227,39 @@ def _held_out(form: Form, cells: Sequence[Cell], data: Data, theta: Array) -> li
         values = np.array([getattr(cell, factor) for cell in cells])
         levels = np.unique(values[data.unsaturated]).tolist()
         for level in levels if len(levels) > 2 else []:
-            held = (values == level) & data.unsaturated
-            kept = (values != level) & (data.unsaturated | form.bounded)
-            error = None
-            rest = [cell for cell, keep in zip(cells, kept, strict=True) if keep]
-            if (
-                _shortfall(form, rest, len(rest)) is None
-                and (solution := solve(form, data.at(kept), theta)) is not None
-            ):
-                with np.errstate(all="ignore"):
-                    predicted = reduction(form, solution.theta, data.points.at(held))
-                missed = 100.0 * float(np.mean(np.abs(predicted / data.measured[held] - 1.0)))
-                error = missed if math.isfinite(missed) else None
+            extrapolates = level == levels[-1]
+            # Beyond the largest there may be saturated cells: to foretell is to know nothing of them either.
+            away = values >= level if extrapolates else values == level
+            held = away & data.unsaturated
+            error = _foretold(form, cells, data, theta, ~away & (data.unsaturated | form.bounded), held)
             found.append(
                 HeldOut(
                     factor=factor,
                     value=int(level),
-                    extrapolates=level == levels[-1],
+                    extrapolates=extrapolates,
                     cells=int(held.sum()),
                     mape_percent=error,
                 )
             )
     return found
+
+
+def _foretold(
+    form: Form,
+    cells: Sequence[Cell],
+    data: Data,
+    theta: Array,
+    kept: npt.NDArray[np.bool_],
+    held: npt.NDArray[np.bool_],
+) -> float | None:
+    """Mean error in percent of the held cells' loss reduction, by the kept ones; None where they determine no form."""
+    rest = [cell for cell, keep in zip(cells, kept, strict=True) if keep]
+    if _shortfall(form, rest, len(rest)) is not None or (solution := solve(form, data.at(kept), theta)) is None:
+        return None
+    with np.errstate(all="ignore"):
+        predicted = reduction(form, solution.theta, data.points.at(held))
+    missed = 100.0 * float(np.mean(np.abs(predicted / data.measured[held] - 1.0)))
+    return missed if math.isfinite(missed) else None
 
 
 def _misfits(cells: Sequence[Cell], data: Data, predicted: Array) -> list[Misfit]:
@@ -261,7 +281,7 @@ def _misfits(cells: Sequence[Cell], data: Data, predicted: Array) -> list[Misfit
     return found
 
 
-def _ranked(fits: list[FormFit]) -> tuple[list[FormFit], str]:
+def _ranked(fits: list[FormFit], unsaturated: int) -> tuple[list[FormFit], str]:
     """The fits, the chosen one first and the others by AICc, and why in words."""
     known = [fit for fit in fits if fit.aicc is not None]
     if not known:
@@ -274,21 +294,29 @@ def _ranked(fits: list[FormFit]) -> tuple[list[FormFit], str]:
         return sorted(fits, key=lambda fit: fit is not first), reason
     lowest = min(fit.aicc for fit in known if fit.aicc is not None)
     close = [fit for fit in known if fit.aicc is not None and fit.aicc - lowest < CLOSE_AICC]
-    best = min(_or_infinity(fit.extrapolation_percent) for fit in close)
-    foretelling = [fit for fit in close if _or_infinity(fit.extrapolation_percent) <= CLOSE_FACTOR * best]
-    first = min(foretelling, key=lambda fit: (len(fit.parameters) - len(fit.at_bound), _or_infinity(fit.aicc)))
+    best = min(map(_decisive_error, close))
+    foretelling = [fit for fit in close if _decisive_error(fit) <= CLOSE_FACTOR * best]
+    first = min(foretelling, key=lambda fit: (len(fit.free), _or_infinity(fit.aicc)))
     ranked = sorted(fits, key=lambda fit: (fit is not first, _or_infinity(fit.aicc)))
     if len(close) == 1:
         rest = [fit.aicc - lowest for fit in known if fit is not first and fit.aicc is not None]
         behind = f"; the next is {min(rest):.1f} behind" if rest else ""
+        if rest and unsaturated < FEWEST_FOR_A_GAP:
+            behind = f", mostly for having few parameters: {unsaturated} unsaturated cells tell forms hardly apart"
         return ranked, f"smallest AICc{behind}"
-    error = first.extrapolation_percent
+    error = _decisive_error(first)
     foretold = (
         f", and of these the simplest of the best at foretelling the largest rank and length ({error:.1f} % off)"
-        if error is not None
-        else ""
+        if math.isfinite(error)
+        else ", and of these the simplest"
     )
     return ranked, f"AICc within {CLOSE_AICC:.0f} of the smallest ({len(close)} forms){foretold}"
+
+
+def _decisive_error(fit: FormFit) -> float:
+    """Error of extrapolation in percent, infinite where too few cells were held out to choose by it."""
+    cells = sum(held.cells for held in fit.held_out if held.extrapolates and held.mape_percent is not None)
+    return _or_infinity(fit.extrapolation_percent) if cells >= FEWEST_HELD_OUT else math.inf
 
 
 def _is_logarithm(form: Form, solution: Solution, data: Data) -> bool:

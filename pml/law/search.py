@@ -188,8 +188,8 @@ def profile_intervals(
         data: The cells.
         theta: The solution.
         free: Indices of the fitted parameters.
-        noise: Standard deviation of the residuals, in nats.
-        degrees_of_freedom: Of the residuals, for the F test.
+        noise: Standard deviation that goes with the covariance of unit noise, in nats.
+        degrees_of_freedom: That it rests on, for the F test.
     """
     covariance = _covariance(form, data, theta, free)
     # lmfit needs two parameters, and residuals above the rounding error to compare with.
@@ -211,8 +211,8 @@ def profile_intervals(
         return slopes(form, values, data.points)[:, vary] * data.root_weights[:, None]
 
     def probability(best: lmfit.minimizer.MinimizerResult, other: lmfit.minimizer.MinimizerResult) -> float:
-        rise = max(other.chisqr / best.chisqr - 1.0, 0.0)
-        return float(f_distribution.cdf(rise * degrees_of_freedom, 1, degrees_of_freedom))
+        rise = max(other.chisqr - best.chisqr, 0.0)
+        return float(f_distribution.cdf(rise / noise**2, 1, degrees_of_freedom))
 
     minimizer = lmfit.Minimizer(residual, parameters, max_nfev=2000, Dfun=jacobian)
     with np.errstate(all="ignore"), warnings.catch_warnings():

@@ -1,7 +1,8 @@
 """How far a fitted form can be trusted: weights from replicates, the noise, and the bootstrap over cells."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import norm, t
@@ -10,12 +11,43 @@ from pml.law.cells import Cell, saturated
 from pml.law.forms import SHARPEST_KNEE, SMOOTHEST_KNEE, Array, CapacityName, Form, Points, reduction, slopes
 from pml.law.search import Data, descend_many
 
-__all__ = ["DRAWS", "bootstrap", "data_of", "expansion", "points_of", "student", "weights_of"]
+__all__ = [
+    "DRAWS",
+    "Scatter",
+    "bootstrap",
+    "data_of",
+    "expansion",
+    "points_of",
+    "scatter",
+    "sizes_of",
+    "student",
+    "weights_of",
+]
 
 DRAWS = 500
 BOOTSTRAP_SEED = 0
 # A spread over two or three seeds is itself a guess: the pooled spread counts as much as this many further seeds.
 PRIOR_DEGREES = 4
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """How far cells lie from a form, in nats per target token; the weight of an ordinary cell is 1.
+
+    Attributes:
+        of_a_run: Standard deviation of a single run around the form, its size's share of that included.
+        of_the_fit: Standard deviation to multiply the covariance of unit noise with.
+        degrees_of_freedom: That the latter rests on.
+    """
+
+    of_a_run: float
+    of_the_fit: float
+    degrees_of_freedom: int
+
+
+def sizes_of(cells: Sequence[Cell]) -> list[tuple[int, int]]:
+    """Rank and length of each cell; cells that share both are replicates."""
+    return [(cell.rank, cell.target_tokens) for cell in cells]
 
 
 def points_of(cells: Sequence[Cell], capacity: CapacityName) -> Points:
@@ -41,9 +73,9 @@ def weights_of(cells: Sequence[Cell]) -> Array:
     """
     weights = np.ones(len(cells))
     groups: dict[tuple[int, int], list[int]] = {}
-    for i, cell in enumerate(cells):
+    for i, (cell, size) in enumerate(zip(cells, sizes_of(cells), strict=True)):
         if not saturated(cell):
-            groups.setdefault((cell.rank, cell.target_tokens), []).append(i)
+            groups.setdefault(size, []).append(i)
     replicated = [members for members in groups.values() if len(members) > 1]
     degrees = [len(members) - 1 for members in replicated]
     spreads = [float(np.var([cells[i].loss_reduction for i in members], ddof=1)) for members in replicated]
@@ -66,6 +98,43 @@ def data_of(cells: Sequence[Cell], capacity: CapacityName) -> Data:
     )
 
 
+def scatter(form: Form, theta: Array, data: Data, groups: Sequence[Hashable], fitted: int) -> Scatter:
+    """How far the unsaturated cells lie from a form; those at the ceiling say nothing of it.
+
+    The seeds of one size share what the form has wrong there, so a parameter is known as well as there are sizes, not
+    runs: the noise of the fit is that of the sizes' means. A run's own noise is what sizes and seeds scatter by,
+    together (a one-way analysis of variance). With no more sizes than parameters, where a fit goes through all means,
+    only the seeds are left.
+
+    Args:
+        form: The form.
+        theta: Its solution.
+        data: The cells that it was fitted to.
+        groups: The size of each cell.
+        fitted: Number of fitted parameters.
+    """
+    chosen = data.unsaturated
+    weights = data.root_weights[chosen] ** 2
+    residual = (data.measured - reduction(form, theta, data.points))[chosen]
+    sizes_there = _unsaturated(groups, data)
+    labels = {group: i for i, group in enumerate(dict.fromkeys(sizes_there))}
+    of_cell = np.array([labels[group] for group in sizes_there], dtype=np.intp)
+    cells, sizes = len(residual), len(labels)
+    squares = float(np.sum(weights * residual**2))
+    if sizes <= fitted:
+        degrees = max(cells - fitted, 1)
+        noise = math.sqrt(squares / degrees)
+        return Scatter(noise, noise, degrees)
+    heavy = np.bincount(of_cell, weights)
+    of_means = float(np.sum(np.bincount(of_cell, weights * residual) ** 2 / heavy))
+    between = of_means / (sizes - fitted)
+    if cells == sizes:
+        return Scatter(math.sqrt(between), math.sqrt(between), sizes - fitted)
+    within = max(squares - of_means, 0.0) / (cells - sizes)
+    of_sizes = max(between - within, 0.0) * sizes / cells
+    return Scatter(math.sqrt(within + of_sizes), math.sqrt(between), sizes - fitted)
+
+
 def student(degrees_of_freedom: int) -> float:
     """Student's t for a 95 % interval; with no degree of freedom left, that of one."""
     return float(t.ppf(0.975, max(degrees_of_freedom, 1)))
@@ -76,14 +145,15 @@ def expansion(degrees_of_freedom: int) -> float:
     return student(degrees_of_freedom) / float(norm.ppf(0.975))
 
 
-def bootstrap(form: Form, theta: Array, data: Data, groups: Sequence[object], free: Sequence[int]) -> Array:
+def bootstrap(form: Form, theta: Array, data: Data, groups: Sequence[Hashable], free: Sequence[int]) -> Array:
     """Parameters fitted anew to resampled noise, `(draws, parameters)`, every refit from the solution.
 
     A wild bootstrap: each cell keeps its place in the grid, where dropping cells could leave a grid without a solution,
     and its residual comes back with a random factor. Residuals are first put right for the share that the fit took up
     (the bias-reduced linearisation of Bell and McCaffrey, CR2). Cells of one group, the seeds of one rank and length,
-    share their factor, since they share the law's own error there. Where there are no more groups than parameters the
-    fit goes through the mean of each, and what is left is the spread within groups: then each cell has its own factor.
+    share their factor, since they share the law's own error there. Where there are no more groups with unsaturated
+    cells than parameters the fit goes through the mean of each, and what is left is the spread within groups: then each
+    cell has its own factor.
 
     Args:
         form: The form.
@@ -97,7 +167,7 @@ def bootstrap(form: Form, theta: Array, data: Data, groups: Sequence[object], fr
     index = list(free)
     whitened = slopes(form, theta, data.points)[:, index] * data.root_weights[:, None]
     basis = np.linalg.qr(whitened)[0]
-    if len(set(groups)) <= len(index):
+    if len(set(_unsaturated(groups, data))) <= len(index):
         groups = range(len(groups))
     labels = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     of_cell = np.array([labels[group] for group in groups])
@@ -116,3 +186,8 @@ def bootstrap(form: Form, theta: Array, data: Data, groups: Sequence[object], fr
         # Past the ends of its range a knee makes no difference any more.
         draws[:, -1] = np.clip(draws[:, -1], math.log(SMOOTHEST_KNEE), math.log(SHARPEST_KNEE))
     return draws[np.isfinite(draws).all(axis=1)]
+
+
+def _unsaturated(groups: Sequence[Hashable], data: Data) -> list[Hashable]:
+    """The groups of the unsaturated cells, one entry a cell."""
+    return [group for group, unsaturated in zip(groups, data.unsaturated, strict=True) if unsaturated]

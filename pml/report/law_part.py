@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
@@ -97,6 +97,7 @@ def _html(form: FormFit, fit: LawFit) -> Markup:
     """A form with its numbers as HTML: numbers of our own making, nothing of it from a record."""
     text = re.sub(r"\b([rPlH])\b", r"<i>\1</i>", form.equation(capacity=fit.capacity).replace("-", MINUS))
     text = re.sub(r"\^(\S+?)(?=[ ,)]|$)", r"<sup>\1</sup>", text)
+    text = re.sub(r"min_([\d.]+)", r"min<sub>\1</sub>", text)
     return Markup(text.replace("dL", "Δ<i>L</i>").replace("L0", "<i>L</i><sub>0</sub>"))
 
 
@@ -145,21 +146,32 @@ def _forms(fit: LawFit) -> TextTable:
             NAMES[form.form],
             _html(form, fit),
             "-" if form.aicc is None else f"{form.aicc:.1f}",
-            f"{form.r2:.4f}",
+            f"{form.r2_all:.4f}",
             f"{form.noise_nats:.3f}",
-            _percent(form.extrapolation_percent),
-            _percent(_interpolation(form)),
+            _held_out(form, "rank"),
+            _held_out(form, "target_tokens"),
+            _percent(form.interpolation_percent),
         )
         for form in fit.fits
     ]
     return TextTable(
         "Forms of the law",
-        ("form", "equation", "AICc", "R²", "noise (nats)", "held out: largest", "held out: others"),
+        (
+            "form",
+            "equation",
+            "AICc",
+            "R², all runs",
+            "noise (nats)",
+            "largest rank held out",
+            "largest length held out",
+            "others held out",
+        ),
         rows,
         words=(0, 1),
         note="r: rank, P: adapter parameters, l: target tokens, L0: loss of the frozen model, H: bits (stored) or nats "
-        "(loss) in the corpus. AICc: less is better. Held out: mean error of the loss reduction where the largest rank "
-        "and the largest length, or each of the others, are foretold from the rest.",
+        "(loss) in the corpus; a number at min is the knee of a smooth minimum. AICc over the unsaturated runs, less "
+        "is better. Held out: mean error of the loss reduction where unsaturated runs of the largest rank or length, "
+        "with everything beyond them left out, or those of each of the others, are foretold from the rest.",
     )
 
 
@@ -184,14 +196,16 @@ def _error(estimate: Estimate) -> str:
     return "-" if estimate.stderr is None else f"{estimate.stderr:.2g}"
 
 
+def _held_out(form: FormFit, factor: Literal["rank", "target_tokens"]) -> str:
+    """How well the largest is foretold, and of what and how many runs that speaks."""
+    held = form.largest(factor)
+    if held is None:
+        return "-"
+    return f"{_percent(held.mape_percent)} (from {held.value:,} on, {count(held.cells, 'run')})"
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f} %"
-
-
-def _interpolation(form: FormFit) -> float | None:
-    """Mean error in percent over the ranks and lengths that were held out, the largest apart."""
-    errors = [held.mape_percent for held in form.held_out if not held.extrapolates and held.mape_percent is not None]
-    return sum(errors) / len(errors) if errors else None
 
 
 def _panels(fit: LawFit, cells: list[Cell], name: str, of: str) -> list[Panel]:

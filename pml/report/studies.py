@@ -19,7 +19,7 @@ from pml.figures import (
     token_loss_figure,
 )
 from pml.figures.capacity import CAPACITIES
-from pml.groups import Group, differing, short_method_names, varying
+from pml.groups import Group, differing, short_method_names
 from pml.law import CRITICAL_LOSS, Cell, LawFit, cells_from_records, saturated, shared_setting
 from pml.records import Record
 from pml.report.law_part import LawPart, interval_text, law_part
@@ -74,7 +74,7 @@ class Study:
         title: The corpus, and in what else the setting differs from the others of the page.
         label: The same without what all settings of the page share; empty where there is one setting.
         setting: Backbone, place and initialisation of the adapter in one line.
-        notes: What runs differ in though one law is fitted to them, and per-token results that could not be read.
+        notes: Per-token results that could not be read.
         groups: A part for each method.
         recall: Figures of recall with all methods.
         comparisons: Tables of methods against each other.
@@ -159,13 +159,12 @@ def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
     ]
     methods = {group.method: _finished(group.records) for group in groups}
     comparisons, comparison_notes = _comparisons(records) if len(groups) > 1 else ([], [])
-    notes = [note for group in groups for note in _mixed(group, len(groups) > 1)]
     return Study(
         anchor=anchor,
         title=title,
         label=title if "corpus" in names else others,
         setting=_setting(groups, records),
-        notes=[*notes, *unread],
+        notes=unread,
         groups=parts,
         recall=_recall_panels(anchor, methods),
         comparisons=comparisons,
@@ -186,15 +185,6 @@ def _setting(groups: list[Group], records: Mapping[Path, Record]) -> str:
         f"{spans(r.rank for r in runs)}, {spans(r.target_tokens for r in runs)} target tokens, "
         f"{count(len({r.seed for r in runs}), 'seed')}; {', '.join(group.method for group in groups)}."
     )
-
-
-def _mixed(group: Group, several: bool) -> list[str]:
-    found = varying(group.records.values())
-    if not found:
-        return []
-    names = "; ".join(f"{name.split('.', 1)[-1]} ({shown(values)})" for name, values in found.items())
-    whose = f" of {group.method}" if several else ""
-    return [f"The runs{whose} differ in more than rank, length and seed: {names}. One law for them may be meaningless."]
 
 
 def _finished(records: Mapping[Path, Record]) -> list[Record]:
