@@ -1,9 +1,13 @@
 """From loss to recall: hand-worked values, and what a fit gets back from runs of a known model."""
 
+import math
+
 import numpy as np
 import pytest
+from scipy.optimize import approx_fprime, minimize
+from scipy.stats import betabinom
 
-from pml.calibration import RecallModel, RunTokens, fit_recall, run_tokens
+from pml.calibration import RecallModel, RunTokens, _Likelihood, fit_recall, run_tokens
 from pml.token_results import TokenResults
 
 
@@ -20,6 +24,36 @@ def runs_of(half_loss: float, steepness: float, concentration: float, seed: int 
         chances = generator.beta(share * concentration, (1 - share) * concentration, size=60)
         runs.append(RunTokens(float(loss), np.full(60, 8), generator.binomial(8, chances)))
     return runs
+
+
+def runs_of_all_lengths(count: int = 6) -> list[RunTokens]:
+    """Runs of different sizes, of targets of 1 to 9 tokens, from hardly anything right to everything."""
+    generator = np.random.default_rng(1)
+    runs = []
+    for i, loss in enumerate(np.geomspace(0.05, 6.0, count)):
+        tokens = generator.integers(1, 10, size=40 + i % 5)
+        chances = generator.beta(20 / (1 + loss**2), 20 * loss**2 / (1 + loss**2), size=len(tokens))
+        runs.append(RunTokens(float(loss), tokens, generator.binomial(tokens, chances)))
+    runs[0] = RunTokens(runs[0].mean_loss, runs[0].tokens, runs[0].tokens)
+    return runs
+
+
+def plain_likelihood(theta: np.ndarray, runs: list[RunTokens]) -> float:
+    """Minus the logarithm of likelihood times prior, target by target."""
+    half_loss, steepness, concentration = np.exp(theta)
+    total = ((theta[1] - math.log(2)) / 1) ** 2 / 2 + ((theta[2] - math.log(20)) / 2) ** 2 / 2
+    for run in runs:
+        share = 1 / (1 + (run.mean_loss / half_loss) ** steepness)
+        total -= betabinom.logpmf(run.right, run.tokens, share * concentration, (1 - share) * concentration).sum()
+    return float(total)
+
+
+def plain_fit(runs: list[RunTokens]) -> RecallModel:
+    options = {"xatol": 1e-7, "fatol": 1e-10}
+    half_loss, steepness, concentration = np.exp(
+        minimize(plain_likelihood, np.log([1.0, 2.0, 20.0]), (runs,), "Nelder-Mead", options=options).x
+    )
+    return model(half_loss, steepness, concentration)
 
 
 def test_token_accuracy_by_hand() -> None:
@@ -56,6 +90,71 @@ def test_a_fit_gets_back_the_model_that_runs_were_drawn_from() -> None:
     for row in fitted.reliability:
         spread = (row.predicted * (1 - row.predicted) / row.targets) ** 0.5
         assert abs(row.observed - row.predicted) < 4 * spread + 0.01
+
+
+@pytest.mark.parametrize("theta", [(0.0, 0.7, 3.0), (0.8, 0.1, 1.0), (-1.0, 1.5, 6.0)])
+@pytest.mark.parametrize("left_out", [(), (2,), (0, 5)])
+def test_the_likelihood_and_its_gradient_are_those_of_every_target_by_itself(
+    theta: tuple[float, ...], left_out: tuple[int, ...]
+) -> None:
+    runs, at, start = runs_of_all_lengths(), np.array(theta), np.zeros(3)
+    kept = [i for i in range(len(runs)) if i not in left_out]
+    likelihood, weights = _Likelihood.of(runs), np.isin(np.arange(len(runs)), kept).astype(float)
+    value, gradient = likelihood.penalised(at, weights)
+    others = [runs[i] for i in kept]
+    # The plain one has the binomial coefficients too, which no parameter changes.
+    change = plain_likelihood(at, others) - plain_likelihood(start, others)
+    assert value - likelihood.penalised(start, weights)[0] == pytest.approx(change, rel=1e-9)
+    # Forward differences are known to about the square root of the precision of a likelihood of hundreds.
+    np.testing.assert_allclose(gradient, approx_fprime(at, plain_likelihood, 1e-6, others), rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_is_foretold_by_a_plain_fit_to_the_others() -> None:
+    runs = runs_of_all_lengths()
+    fitted, whole = fit_recall(runs), plain_fit(runs)
+    assert fitted is not None
+    for name in ("half_loss", "steepness", "concentration"):
+        assert getattr(fitted, name) == pytest.approx(getattr(whole, name), rel=1e-4)
+    accuracy, exact, squared, reference = [], [], [], []
+    for i, run in enumerate(runs):
+        others = [*runs[:i], *runs[i + 1 :]]
+        held, is_right = plain_fit(others), run.right == run.tokens
+        predicted = held.exact_match(run.mean_loss, run.tokens)
+        accuracy.append(abs(float(held.token_accuracy(run.mean_loss)) - run.right.sum() / run.tokens.sum()))
+        exact.append(abs(predicted.mean() - is_right.mean()))
+        squared.extend((predicted - is_right) ** 2)
+        reference.extend((np.concatenate([o.right == o.tokens for o in others]).mean() - is_right) ** 2)
+    assert fitted.token_accuracy_error == pytest.approx(np.mean(accuracy), rel=1e-4)
+    assert fitted.exact_match_error == pytest.approx(np.mean(exact), rel=1e-4)
+    assert fitted.brier == pytest.approx(np.mean(squared), rel=1e-4)
+    assert fitted.brier_reference == pytest.approx(np.mean(reference), rel=1e-9)
+
+
+def test_the_maximum_without_one_run_is_found_among_many_targets() -> None:
+    runs = [RunTokens(run.mean_loss, np.tile(run.tokens, 200), np.tile(run.right, 200)) for run in runs_of(1.5, 2, 30)]
+    likelihood = _Likelihood.of(runs)
+    theta = likelihood.most_likely(np.log([1.0, 2.0, 20.0]))
+    for i in range(len(runs)):
+        kept = np.arange(len(runs)) != i
+        _, gradient = likelihood.penalised(likelihood.most_likely(theta, kept), kept.astype(float))
+        # It starts at up to a thousand; a search that stops at the usual tolerance leaves up to 30.
+        assert np.abs(gradient).max() < 1
+
+
+def test_of_more_runs_than_folds_those_of_one_fold_are_left_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pml.calibration.MOST_FOLDS", 4)
+    runs = runs_of_all_lengths()
+    fitted = fit_recall(runs)
+    assert fitted is not None
+    errors, reference = [], []
+    for i, run in enumerate(runs):
+        # Runs 0 and 4 go together, and 1 and 5.
+        others = [other for j, other in enumerate(runs) if j % 4 != i % 4]
+        errors.append(abs(float(plain_fit(others).token_accuracy(run.mean_loss)) - run.right.sum() / run.tokens.sum()))
+        exact = np.concatenate([other.right == other.tokens for other in others])
+        reference.extend((exact.mean() - (run.right == run.tokens)) ** 2)
+    assert fitted.token_accuracy_error == pytest.approx(np.mean(errors), rel=1e-4)
+    assert fitted.brier_reference == pytest.approx(np.mean(reference), rel=1e-9)
 
 
 def test_runs_that_cannot_tell_give_no_model() -> None:

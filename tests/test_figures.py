@@ -1,6 +1,7 @@
 """Figures: what they show, what they leave out, and that they are written whole."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pml.figures import (
     token_loss_figure,
 )
 from pml.figures.style import FEW_COLOURS, literal, looks_of
-from pml.law import Cell, LawFit, fit_law, saturated
+from pml.law import Cell, FormName, LawFit, fit_law, saturated
 from pml.records import Record
 from pml.token_results import FirstPositions, TokenResults, rank_correlation
 
@@ -45,6 +46,13 @@ def law_cells() -> list[Cell]:
             reduction = 60 * (rank / length) ** 0.5 + 0.5
             cells.append(Cell(rank, length, 13.6, max(13.6 - reduction, 0.05), 0, f"r{rank}-l{length}"))
     return [*cells, Cell(2, 128, 13.6, 40.0, 1, "diverged")]
+
+
+def noisy_cells(factor: float = 60) -> list[Cell]:
+    """Cells of dL = factor r^0.5 l^-0.5 + 0.5 with 2 % noise, of 13.6 nats to lose; none is saturated at 20."""
+    noise = np.random.default_rng(0)
+    reductions = {(r, n): (factor * (r / n) ** 0.5 + 0.5) * noise.normal(1, 0.02) for r in RANKS for n in LENGTHS}
+    return [Cell(r, n, 13.6, max(13.6 - fell, 0.05), 0, f"{r}-{n}") for (r, n), fell in reductions.items()]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +78,7 @@ class TestLawFigure:
         left, right = figure.axes
         assert left.get_xlabel() == "measured loss reduction (nats per target token)"
         assert left.get_ylabel() == "predicted loss reduction (nats per target token)"
-        assert right.get_xlabel() == "LoRA rank (logarithmic)"
+        assert right.get_xlabel() == "LoRA rank"
         assert right.get_ylabel() == "loss reduction (nats per target token)"
 
     def test_the_title_has_the_equation_and_r2(self, figure: Figure, fit: LawFit) -> None:
@@ -217,12 +225,7 @@ class TestReductionFigure:
             np.testing.assert_allclose(y, 60 * (rank / x) ** 0.5 + 0.5, rtol=1e-6)
 
     def test_a_noisy_law_has_a_band_around_each_line(self) -> None:
-        noise = np.random.default_rng(0)
-        cells = [
-            Cell(r, n, 13.6, 13.6 - (20 * (r / n) ** 0.5 + 0.5) * noise.normal(1, 0.02), 0, f"{r}-{n}")
-            for r in RANKS
-            for n in LENGTHS
-        ]
+        cells = noisy_cells(20)
         law = fit_law(cells)
         (axes,) = reduction_figure(law, cells, "rank").axes
         assert len(axes.collections) == len(LENGTHS)
@@ -230,6 +233,53 @@ class TestReductionFigure:
             (path,) = band.get_paths()
             low, high = path.vertices[:, 1].min(), path.vertices[:, 1].max()
             assert low < float(law.predict(RANKS[0], length)) < float(law.predict(RANKS[-1], length)) < high
+
+    @pytest.mark.parametrize("form", ["power_offset", "ceiling"])
+    def test_by_rank_it_shows_what_the_law_figure_shows(self, form: FormName) -> None:
+        law, cells = fit_law(noisy_cells(), form=form), noisy_cells()
+        (alone,), (_, beside) = reduction_figure(law, cells, "rank").axes, law_figure(law, cells).axes
+        assert any(map(saturated, cells))
+        styles = [[line.get_linestyle() for line in axes.lines] for axes in (alone, beside)]
+        assert styles[0] == styles[1]
+        assert {"-", ":"} <= set(styles[0])
+        for one, other in zip(alone.lines, beside.lines, strict=True):
+            np.testing.assert_array_equal(one.get_xydata(), other.get_xydata())
+            assert one.get_color() == other.get_color()
+        assert len(alone.collections) == len(LENGTHS)
+        for band, same in zip(alone.collections, beside.collections, strict=True):
+            np.testing.assert_array_equal(band.get_paths()[0].vertices, same.get_paths()[0].vertices)
+        assert (alone.get_ylim(), alone.get_yscale()) == (beside.get_ylim(), beside.get_yscale())
+
+    def test_a_line_past_what_a_run_can_reach_does_not_squeeze_the_cells(self, fit: LawFit) -> None:
+        far = Cell(500, 64, 13.6, 0.05, 0, "far")
+        for axes in (
+            reduction_figure(fit, [*law_cells(), far], "rank").axes[0],
+            law_figure(fit, [far, *law_cells()]).axes[1],
+        ):
+            assert max(np.asarray(line.get_ydata()).max() for line in axes.lines) > 160
+            assert axes.get_ylim()[1] < 20
+
+    def test_a_law_that_does_not_know_ranks_has_no_lines_and_says_so(self) -> None:
+        cells = [
+            replace(cell, effective_parameters=1152 * cell.rank * (1 + (cell.target_tokens > 64)))
+            for cell in law_cells()
+        ]
+        law = fit_law(cells, capacity="effective_parameters")
+        assert not law.knows_ranks
+        by_rank, by_length = (reduction_figure(law, cells, by).axes[0] for by in ("rank", "length"))
+        for axes in (by_rank, by_length, law_figure(law, cells).axes[1]):
+            assert axes.get_title() == "no lines: parameters per rank differ"
+            assert len(axes.lines) == len(RANKS) * len(LENGTHS)
+            assert not axes.collections
+
+    def test_a_saturated_run_whose_loss_did_not_fall_is_not_drawn(self, fit: LawFit) -> None:
+        knew_it = Cell(4, 64, 0.2, 0.3, 0, "knew-it")
+        for figure in (
+            reduction_figure(fit, [*law_cells(), knew_it], "rank"),
+            law_figure(fit, [*law_cells(), knew_it]),
+        ):
+            for axes in figure.axes:
+                assert len(points(axes, "saturated")) == 3
 
 
 class TestOtherLawFigures:

@@ -38,9 +38,8 @@ SATURATED = "hollow: saturated,\nnot used in the fit"
 def law_figure(fit: LawFit, cells: Iterable[Cell]) -> Figure:
     """Measured and fitted loss reduction in nats per target token, in two panels.
 
-    Left, predicted against measured, with the line on which both are equal. Right, loss reduction against rank, with
-    one line of the fit for each length; dotted where no cell of that length was used. Saturated cells are hollow;
-    diverged and interrupted ones are not drawn.
+    Left, predicted against measured, with the line on which both are equal. Right, loss reduction against rank, as
+    `reduction_figure` has it. Saturated cells are hollow; diverged and interrupted ones are not drawn.
 
     Args:
         fit: The law.
@@ -55,7 +54,9 @@ def law_figure(fit: LawFit, cells: Iterable[Cell]) -> Figure:
             tidy(axes)
         _draw_agreement(left, fit, filled, hollow, looks)
         left.set_title(f"$R^2$ = {fit.r2:.4f}, MAPE = {fit.mape_percent:.1f} %, {fit.cells_used} cells", fontsize=12)
-        _draw_by_rank(right, fit, filled, hollow, looks)
+        _draw_reduction(right, fit, filled, hollow, looks, "rank")
+        if fit.knows_ranks:
+            right.set_title("law and 95 % band; dotted where no cell was used", fontsize=12)
         handles = _length_handles(looks, linewidth=1.8)
         if hollow:
             handles.append(hollow_handle("hollow: saturated" if FORMS[fit.form].bounded else SATURATED))
@@ -79,7 +80,8 @@ def reduction_figure(fit: LawFit, cells: Iterable[Cell], by: Literal["rank", "le
     """Loss reduction in nats per target token against rank or length, both logarithmic, with the fit and its band.
 
     There is a line for each value of the other one, solid over the cells that the fit used (the saturated ones too
-    where the form knows the ceiling) and dotted beyond them.
+    where the form knows the ceiling) and dotted beyond them. A law that does not know ranks has no lines, and the title
+    says so.
 
     Args:
         fit: The law.
@@ -87,27 +89,9 @@ def reduction_figure(fit: LawFit, cells: Iterable[Cell], by: Literal["rank", "le
         by: What the horizontal axis is.
     """
     filled, hollow = _shown(fit, cells)
-    cells = filled + hollow
-    looks = looks_of(sorted({_other(cell, by) for cell in cells}))
-    at = sorted({_along(cell, by) for cell in cells})
+    looks = looks_of(sorted({_other(cell, by) for cell in filled + hollow}))
     with new_figure(4.4) as (figure, axes):
-        for value, look in looks.items():
-            of_value = [cell for cell in cells if _other(cell, by) == value]
-            used = [_along(cell, by) for cell in of_value if FORMS[fit.form].bounded or cell in filled]
-            everywhere = np.geomspace(at[0], at[-1], 200)
-            axes.plot(
-                everywhere, _law(fit, everywhere, value, by), color=look[0], linewidth=1.2, linestyle=":", zorder=1
-            )
-            if used:
-                inside = np.geomspace(min(used), max(used), 100)
-                axes.plot(inside, _law(fit, inside, value, by), color=look[0], linewidth=1.8, zorder=2)
-                _draw_band(axes, fit, inside, value, by, look[0])
-        for cell in (*hollow, *filled):
-            look = looks[_other(cell, by)]
-            draw_point(axes, _along(cell, by), cell.loss_reduction, look, is_hollow=cell in hollow, size=7)
-        logarithmic(axes, "x", at)
-        _logarithmic_losses(axes, [cell.loss_reduction for cell in cells])
-        axes.set(xlabel="LoRA rank" if by == "rank" else "target tokens", ylabel=REDUCTION)
+        _draw_reduction(axes, fit, filled, hollow, looks, by)
         legend_below(figure, _handles(looks, hollow), title="target tokens" if by == "rank" else "LoRA rank")
     return figure
 
@@ -139,7 +123,7 @@ def _shown(fit: LawFit, cells: Iterable[Cell]) -> tuple[list[Cell], list[Cell]]:
     used = set(map(_key, fit.used))
     filled, hollow = [], []
     for cell in cells:
-        if cell.finished and math.isfinite(cell.loss_reduction) and saturated(cell):
+        if cell.finished and 0 < cell.loss_reduction < math.inf and saturated(cell):
             hollow.append(cell)
         elif _key(cell) in used:
             filled.append(cell)
@@ -165,6 +149,33 @@ def _handles(looks: Looks, hollow: list[Cell]) -> list[Line2D]:
     """Lines with their markers, and what hollow means where something is."""
     lines = [Line2D([], [], color=c, marker=m, markersize=6, label=f"{value:,}") for value, (c, m) in looks.items()]
     return [*lines, hollow_handle("saturated")] if hollow else lines
+
+
+def _draw_reduction(
+    axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Cell], looks: Looks, by: Literal["rank", "length"]
+) -> None:
+    """Loss reduction against rank or length, with a line of the fit and its band for each value of the other one."""
+    cells = filled + hollow
+    in_fit = cells if FORMS[fit.form].bounded else filled
+    at = sorted({_along(cell, by) for cell in cells})
+    everywhere = np.geomspace(at[0], at[-1], 200)
+    for value, (colour, _) in looks.items() if fit.knows_ranks else ():
+        axes.plot(everywhere, _law(fit, everywhere, value, by), color=colour, linewidth=1.2, linestyle=":", zorder=1)
+        used = [_along(cell, by) for cell in in_fit if _other(cell, by) == value]
+        if used:
+            inside = np.geomspace(min(used), max(used), 100)
+            axes.plot(inside, _law(fit, inside, value, by), color=colour, linewidth=1.8, zorder=2)
+            _draw_band(axes, fit, inside, value, by, colour)
+    for group in (hollow, filled):
+        for cell in group:
+            look = looks[_other(cell, by)]
+            draw_point(axes, _along(cell, by), cell.loss_reduction, look, is_hollow=group is hollow, size=7)
+    logarithmic(axes, "x", at)
+    # A line may climb past what any run can reach, the frozen model's loss; the measured cells set the scale.
+    _logarithmic_losses(axes, [cell.loss_reduction for cell in cells])
+    axes.set(xlabel="LoRA rank" if by == "rank" else "target tokens", ylabel=REDUCTION)
+    if not fit.knows_ranks:
+        axes.set_title("no lines: parameters per rank differ", fontsize=12)
 
 
 def _along(cell: Cell, by: str) -> int:
@@ -224,33 +235,6 @@ def _draw_agreement(axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Ce
         axes.text(0.02, 0.96, note, transform=axes.transAxes, fontsize=9.5, verticalalignment="top")
     axes.set_xlabel("measured loss reduction (nats per target token)")
     axes.set_ylabel("predicted loss reduction (nats per target token)")
-
-
-def _draw_by_rank(axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Cell], looks: Looks) -> None:
-    """Loss reduction against rank, a line of the fit for each length."""
-    cells = filled + hollow
-    ranks = sorted({cell.rank for cell in cells})
-    for length, (colour, _) in looks.items() if fit.knows_ranks else ():
-        in_fit = cells if FORMS[fit.form].bounded else filled
-        of_length = [cell.rank for cell in in_fit if cell.target_tokens == length]
-        if of_length:
-            inside = np.geomspace(min(of_length), max(of_length), 100)
-            axes.plot(inside, fit.predict(inside, length), color=colour, linewidth=1.8, zorder=2)
-        everywhere = np.geomspace(ranks[0], ranks[-1], 200)
-        axes.plot(everywhere, fit.predict(everywhere, length), color=colour, linewidth=1.3, linestyle=":", zorder=1)
-    for cell in (*hollow, *filled):
-        draw_point(axes, cell.rank, cell.loss_reduction, looks[cell.target_tokens], is_hollow=cell in hollow)
-    logarithmic(axes, "x", ranks)
-    # A line may climb past what any run can reach, the frozen model's loss; the measured cells set the scale.
-    measured = [cell.loss_reduction for cell in cells]
-    margin = 0.08 * (max(measured) - min(measured))
-    axes.set_ylim(min(measured) - margin, max(measured) + margin)
-    axes.set_xlabel("LoRA rank (logarithmic)")
-    axes.set_ylabel("loss reduction (nats per target token)")
-    lines = (
-        "lines: the law; dotted where no cell was used" if fit.knows_ranks else "no lines: parameters per rank differ"
-    )
-    axes.set_title(lines, fontsize=12)
 
 
 def _math(fit: LawFit) -> str:
