@@ -399,9 +399,7 @@ def _couples(records: dict[Path, Record], first: str) -> tuple[list[tuple[Path, 
     left_out = []
     for path, record in sorted(records.items(), key=_by_cell):
         if record.status != "finished":
-            left_out.append(LeftOut((path.as_posix(),), "interrupted"))
-        elif not math.isfinite(record.final_loss):
-            left_out.append(LeftOut((path.as_posix(),), "diverged"))
+            left_out.append(LeftOut((path.as_posix(),), record.status))
         else:
             cell = cells.setdefault(repr([getattr(record, name) for name in SAME]), ([], []))
             cell[0 if method_name(record) == first else 1].append(path)

@@ -149,7 +149,7 @@ class TestPairs:
     def test_interrupted_and_diverged_runs_are_left_out(self) -> None:
         records = pairs([5.0, 5.0, 5.0], [4.0, 4.0, 4.0])
         records[Path("mem-1")] = memft(seed=1, status="interrupted")
-        records[Path("sft-2")] = sft(seed=2, final_loss=math.nan)
+        records[Path("sft-2")] = sft(seed=2, final_loss=None)
         (found,) = compare(records)
         assert len(found.pairs) == 1
         reasons = {left.runs[0]: left.reason for left in found.left_out}

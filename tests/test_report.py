@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 from record_factory import make_record
-from simulated_runs import write_simulated_grid, write_simulated_run
+from simulated_runs import write_diverged_run, write_simulated_grid, write_simulated_run
 
 from pml.cli import main
 from pml.errors import InputError
@@ -215,6 +215,24 @@ class TestWhatIsMissing:
         assert "1 run, 0 of them finished" in text
         assert "Not drawn: no run was finished." in text
         assert "interrupted" in text
+
+    def test_a_diverged_run_is_in_the_tables_and_in_no_figure(self, tmp_path: Path) -> None:
+        write_simulated_run(tmp_path / "kept", 4, 64)
+        write_diverged_run(
+            tmp_path / "lost", 4, 64, seed=1, retention={"prose": {"loss_before": 3.5, "loss_after": None}}
+        )
+        text = Page(make_report(read_records([tmp_path])).html).text
+        assert "2 runs, 1 of them finished" in text
+        assert "64 4 1 13.60 - - 0.0 0.0 100.0 - - diverged" in text.partition("Every run")[2]
+        assert "lost diverged 1 200" in text
+        assert "prose 3.500 -" in text
+        assert " nan " not in text
+
+    def test_diverged_runs_alone_have_a_page_too(self, tmp_path: Path) -> None:
+        write_diverged_run(tmp_path / "lost", 4, 64)
+        text = Page(make_report(read_records([tmp_path])).html).text
+        assert "1 run, 0 of them finished" in text
+        assert text.count("Not drawn: no run was finished.") == 6
 
     def test_runs_that_differ_in_more_than_they_should_are_pointed_out(self, tmp_path: Path) -> None:
         for rank, rate in ((1, 0.1), (2, 0.2)):

@@ -198,7 +198,7 @@ def _mixed(group: Group, several: bool) -> list[str]:
 
 
 def _finished(records: Mapping[Path, Record]) -> list[Record]:
-    return [r for r in records.values() if r.status == "finished" and math.isfinite(r.final_loss)]
+    return [record for record in records.values() if record.status == "finished"]
 
 
 def _tokens(records: Mapping[Path, Record]) -> tuple[dict[Path, TokenResults], list[str]]:
@@ -553,14 +553,15 @@ def _more(records: Mapping[Path, Record]) -> list[TextTable]:
     return [table for table in tables if table.rows]
 
 
-def _before_after(found: Mapping[str, float]) -> tuple[float, float]:
-    return found.get("loss_before", math.nan), found.get("loss_after", math.nan)
+def _before_after(found: Mapping[str, float | None]) -> tuple[float | None, float | None]:
+    return found.get("loss_before"), found.get("loss_after")
 
 
 def _kind(found: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    tokens = found.get("target_tokens")
     return (
-        f"{found.get('target_tokens', math.nan):,.0f}",
-        show_loss(found.get("initial_loss", math.nan)),
-        show_loss(found.get("final_loss", math.nan)),
+        "-" if tokens is None else f"{tokens:,.0f}",
+        show_loss(found.get("initial_loss")),
+        show_loss(found.get("final_loss")),
         show_percent(found.get("token_accuracy")),
     )
