@@ -173,6 +173,24 @@ class TestPage:
     def test_methods_are_compared_at_the_same_budget(self, page: Page) -> None:
         assert "MemFT OnlyThreshold against SFT, at the same budget" in page.text
         assert "12 pairs of runs of the same cell and seed" in page.text
+        assert "Every token certain: both 0, only SFT 0, only MemFT OnlyThreshold 0, neither 12." in page.text
+        assert "steps to recall" not in page.text
+
+    def test_methods_whose_runs_stop_at_recall_are_compared_by_their_steps_and_by_no_equal_budget(
+        self, tmp_path: Path
+    ) -> None:
+        for seed, steps in enumerate(((150, 100), (160, 90), (170, 80), (300, 70))):
+            for method, needed in zip(("sft", "memft"), steps, strict=True):
+                recalled = {"optimizer_steps": needed, "steps_to_recall": needed if needed < 300 else None}
+                write_simulated_run(tmp_path / f"{method}-{seed}", 4, 64, seed, method, **recalled)
+        text = Page(make_report(read_records([tmp_path])).html).text
+        assert "MemFT OnlyThreshold against SFT, by steps to recall, whatever the budget" in text
+        assert "3 pairs of runs of the same cell and seed in which both recalled" in text
+        assert "steps to recall 160.0 90.0 -70.0" in text
+        assert "at the same budget" not in text
+        assert "Every token certain: both 3, only SFT 0, only MemFT OnlyThreshold 1, neither 0." in text
+        assert "No pair has equal budgets; only recall is compared of 4 pairs (budgets differ: 150 and 100" in text
+        assert "Methods are not compared" not in text
 
     def test_every_run_is_a_row(self, page: Page, runs: Path) -> None:
         assert "24 runs" in page.said("p")
