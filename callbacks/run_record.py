@@ -1,6 +1,7 @@
 """One record per fit: what was run and what came out, beside the adapter and the per-token results."""
 
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -10,7 +11,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,7 +30,7 @@ from pml.corpus import Corpus
 from pml.errors import InputError
 from pml.modules import Memorization
 from pml.recall import Generated, score_corpus
-from pml.records import RECORD_NAME, Record, write_record
+from pml.records import RECORD_NAME, Record, Status, write_record
 from pml.weighting import TokenScores, critical_loss
 
 __all__ = ["RunRecord"]
@@ -119,19 +120,19 @@ class RunRecord(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
-        self._write(trainer, pl_module, "finished")
+        self._write(trainer, pl_module, ended=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, KeyboardInterrupt) or not self._started or self.record is not None:
             return
         assert isinstance(pl_module, Memorization)
         if trainer.world_size == 1:
-            self._write(trainer, pl_module, "interrupted")
+            self._write(trainer, pl_module, ended=False)
         elif trainer.is_global_zero:
             # Measuring takes all ranks, and some may be gone; what was learnt is kept all the same.
             pl_module.model.save_pretrained(str(self._folder / "adapter"), save_embedding_layers=False)
 
-    def _write(self, trainer: Trainer, pl_module: Memorization, status: Literal["finished", "interrupted"]) -> None:
+    def _write(self, trainer: Trainer, pl_module: Memorization, ended: bool) -> None:
         # Up to the last epoch: other callbacks may have decoded the whole corpus since.
         wall_seconds = self._trained - self._started
         scores = self._score(trainer, pl_module)
@@ -139,18 +140,23 @@ class RunRecord(Callback):
             torch.tensor(pl_module.tokens_trained, device=pl_module.device), reduce_op="sum"
         )
         history = trainer.strategy.reduce(self._history.sums().to(pl_module.device), reduce_op="sum").cpu()
-        held_out, retention = self._outside_the_corpus(trainer, pl_module) if status == "finished" else ({}, {})
+        held_out, retention = self._outside_the_corpus(trainer, pl_module) if ended else ({}, {})
         if not trainer.is_global_zero:
             return
         folder = self._folder
         corpus: Corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
-        self.record = self._record(trainer, pl_module, corpus, scores, status, int(trained), wall_seconds).model_copy(
-            update={
-                "late_loss_drop": LossHistory.late_drop(history, self._history.steps),
-                "learning_rate_left": self._last_rate / pl_module.learning_rate,
-                "corpus_figures": trainer.datamodule.figures(scores) | held_out,  # type: ignore[attr-defined]
-                "retention": retention,
-            }
+        self.record = self._record(
+            trainer,
+            pl_module,
+            corpus,
+            scores,
+            status=_status(scores) if ended else "interrupted",
+            target_tokens_trained=int(trained),
+            wall_seconds=wall_seconds,
+            late_loss_drop=LossHistory.late_drop(history, self._history.steps),
+            learning_rate_left=self._last_rate / pl_module.learning_rate,
+            corpus_figures=trainer.datamodule.figures(scores) | held_out,  # type: ignore[attr-defined]
+            retention=retention,
         )
         _write_tokens(folder / "tokens.parquet", corpus, scores)
         pl_module.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
@@ -158,7 +164,13 @@ class RunRecord(Callback):
         path = write_record(folder, self.record)
         if isinstance(trainer.logger, TensorBoardLogger):
             _log_hyperparameters(trainer.logger, self.record)
+        status = self.record.status
         log.info("record: %s%s", path, "" if status == "finished" else f" ({status})")
+        if status == "diverged":
+            log.warning(
+                "diverged: the final loss is not a finite number; lower the learning rate of %g, or warm it up",
+                pl_module.learning_rate,
+            )
 
     @staticmethod
     def _outside_the_corpus(
@@ -183,10 +195,9 @@ class RunRecord(Callback):
         module: Memorization,
         corpus: Corpus,
         scores: TokenScores,
-        status: Literal["finished", "interrupted"],
-        trained: int,
-        wall_seconds: float,
+        **measured: Any,
     ) -> Record:
+        """The record of the corpus' scores, with what was measured elsewhere."""
         parameters = sum(p.numel() for p in adapter_parameters(module.model).values())
         assert self._initial is not None
         initial_loss, final_loss = metrics.mean_loss(self._initial).item(), metrics.mean_loss(scores).item()
@@ -199,7 +210,6 @@ class RunRecord(Callback):
         similarity = _edit_similarity(module, recall.generated) if generated and recall is not None else None
         replaced = _replaced(corpus, scores)
         record = Record(
-            status=status,
             backbone=module.backbone.name,
             backbone_hash=module.backbone.content_hash,
             dtype=module.dtype_name,
@@ -218,7 +228,6 @@ class RunRecord(Callback):
             method_settings=module.settings(),
             seed=module.seed,
             optimizer_steps=trainer.global_step - module.skipped_steps,
-            target_tokens_trained=trained,
             initial_loss=initial_loss,
             final_loss=final_loss,
             loss_reduction=initial_loss - final_loss,
@@ -236,10 +245,10 @@ class RunRecord(Callback):
             memorized_bits=bits,
             bits_per_parameter=bits / parameters if bits is not None else None,
             steps_to_recall=stop.steps_to_recall if stop is not None else None,
-            wall_seconds=wall_seconds,
             versions=self._versions,
             hardware=_hardware(trainer, module),
             git_commit=_git_commit(),
+            **measured,
         )
         if record.generated_exact_match is not None and record.generated_exact_match != record.exact_match:
             log.info(
@@ -248,6 +257,11 @@ class RunRecord(Callback):
                 record.exact_match,
             )
         return record
+
+
+def _status(scores: TokenScores) -> Status:
+    """What a fit that ended with these scores is called."""
+    return "finished" if math.isfinite(metrics.mean_loss(scores).item()) else "diverged"
 
 
 def _memorized_bits(corpus: Corpus, scores: TokenScores) -> float | None:
@@ -302,10 +316,19 @@ def _log_hyperparameters(logger: TensorBoardLogger, record: Record) -> None:
     """One HParams row per run: TensorBoard takes its metrics only with the first call."""
     optimiser = {key: record.method_settings[key] for key in ("learning_rate", "schedule", "dropout")}
     names = ("method", "rank", "target_tokens", "pairs", "corpus", "seed", "init", "dtype", "effective_parameters")
-    results = ("initial_loss", "final_loss", "token_accuracy", "exact_match", "sub_threshold_fraction", "wall_seconds")
+    names_of_results = (
+        "initial_loss",
+        "final_loss",
+        "token_accuracy",
+        "exact_match",
+        "sub_threshold_fraction",
+        "wall_seconds",
+    )
+    results = {name: getattr(record, name) for name in names_of_results}
     logger.log_hyperparams(
         {name: getattr(record, name) for name in names} | optimiser | {"placement": str(record.placement)},
-        {f"end/{name}": getattr(record, name) for name in results},
+        # A metric has to be a number here; TensorBoard shows this one as NaN.
+        {f"end/{name}": math.nan if value is None else value for name, value in results.items()},
     )
 
 

@@ -1,8 +1,10 @@
-"""Methods compared at the same budget: runs paired by cell and seed, with intervals and effect sizes.
+"""Methods compared at the same budget, and by the steps they take to recall; with intervals and effect sizes.
 
 Two runs are a pair where everything but the method is the same: backbone, place and initialisation of the adapter,
-rank, corpus (by the hash of its tokens) and seed. A pair counts only where both took the same number of optimiser steps
-and trained on the same number of target tokens, within a tolerance: a method that trains longer is not a better one.
+rank, corpus (by the hash of its tokens) and seed. Losses and shares are compared only where both took the same number
+of optimiser steps and trained on the same number of target tokens, within a tolerance: a method that trains longer is
+not a better one. Steps to recall are compared whatever the budget: where runs stop as soon as they recall, how long
+they trained is the outcome.
 """
 
 import math
@@ -22,6 +24,7 @@ from pml.records import Record
 
 __all__ = [
     "MEASURES",
+    "STEPS_TO_RECALL",
     "TOLERANCE",
     "Comparison",
     "Difference",
@@ -68,8 +71,11 @@ MEASURES = (
     Measure("token_accuracy", "token accuracy", "percentage points", "higher"),
     Measure("exact_match", "exact match", "percentage points", "higher"),
     Measure("sub_threshold_fraction", "sub-threshold", "percentage points", "lower"),
-    Measure("steps_to_recall", "steps to recall", "steps", "lower"),
 )
+"""What is compared at the same budget."""
+
+STEPS_TO_RECALL = Measure("steps_to_recall", "steps to recall", "steps", "lower")
+"""What is compared whatever the budget, over pairs in which both recalled."""
 
 
 @dataclass(frozen=True)
@@ -166,15 +172,26 @@ class Difference:
 
 @dataclass(frozen=True)
 class Recalled:
-    """In how many pairs every target token became certain.
+    """In how many pairs every target token became certain, whatever the budgets, and after how many steps.
 
-    A run that stopped before the other one recalled says nothing: such pairs are not counted.
+    A run that stopped before the other one recalled says nothing, nor do two of different budgets of which neither
+    recalled: such pairs are not counted.
+
+    Attributes:
+        both: Pairs in which both recalled.
+        only_first: Pairs in which only the first method did.
+        only_second: Pairs in which only the second did.
+        neither: Pairs of equal budgets in which neither did.
+        texts: How many different (corpus, seed) the pairs of `both` are on.
+        steps: Steps to recall over the pairs of `both`; None where there is none.
     """
 
     both: int
     only_first: int
     only_second: int
     neither: int
+    texts: int
+    steps: Difference | None
 
 
 @dataclass(frozen=True)
@@ -189,10 +206,11 @@ class Comparison:
         tolerance: Largest difference of budgets, as a share of the larger.
         pairs: The pairs of equal budgets.
         texts: How many different (corpus, seed) they are on; pairs of one text are not independent of each other.
-        differences: One for each measure that there are pairs for.
-        recalled: How many pairs recalled, among those that `steps to recall` can be asked of.
+        differences: One for each measure over these pairs; empty where no budgets are equal.
+        recalled: Who recalled and when, over these pairs and those of `other_budgets`.
         settings: Settings in which the pairs' runs differ beside the weighting and the curriculum, with the values of
             the first and the second method.
+        other_budgets: Pairs that only recall is compared of, because their budgets differ.
         left_out: Runs that were not compared.
     """
 
@@ -206,13 +224,39 @@ class Comparison:
     differences: list[Difference]
     recalled: Recalled
     settings: dict[str, tuple[list[Any], list[Any]]]
+    other_budgets: list[LeftOut]
     left_out: list[LeftOut]
+
+    @property
+    def shares_texts(self) -> bool:
+        """Whether several pairs are on the same (corpus, seed), which makes the intervals too narrow."""
+        return self.texts < len(self.pairs) or self.recalled.texts < self.recalled.both
+
+    def budgets_in_words(self) -> str:
+        """What is compared of pairs whose budgets differ; empty where there is none."""
+        if not self.other_budgets:
+            return ""
+        number = len(self.other_budgets)
+        pairs = f"{number:,} pair{'' if number == 1 else 's'}"
+        example = self.other_budgets[0].reason
+        alone = "" if self.pairs else "no pair has equal budgets; "
+        return f"{alone}only recall is compared of {pairs} ({example}{', for example' if number > 1 else ''})"
+
+    def recall_in_words(self) -> str:
+        """In how many pairs every target token became certain."""
+        found = self.recalled
+        return (
+            f"every token certain: both {found.both}, only {self.first} {found.only_first}, only {self.second} "
+            f"{found.only_second}, neither {found.neither}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Numbers, strings, lists and dictionaries only, with the verdict of each difference."""
         content = asdict(self)
         for written, found in zip(content["differences"], self.differences, strict=True):
             written["verdict"] = found.verdict
+        if self.recalled.steps is not None:
+            content["recalled"]["steps"]["verdict"] = self.recalled.steps.verdict
         return content
 
 
@@ -237,8 +281,8 @@ def compare(
         seed: Seed of the bootstrap.
 
     Raises:
-        InputError: If there are fewer than two methods, no such method or field, no pair at all, none of equal budgets,
-            or a number that is out of range.
+        InputError: If there are fewer than two methods, no such method or field, no pair of equal budgets nor one that
+            recall can be compared of, or a number that is out of range.
     """
     if not 0 <= tolerance < 1:
         raise InputError(f"tolerance: expected a share of at least 0 and below 1, got {tolerance:g}; 0.05 is 5 %")
@@ -264,12 +308,13 @@ def compare(
             where = {by: setting_of(next(iter(part.values())), by)} if by else {}
             chosen = {path: record for path, record in part.items() if names[path] in (first, second)}
             comparisons.append(_compare_two(chosen, first, second, where, tolerance, confidence, seed))
-    if not any(comparison.pairs for comparison in comparisons):
+    if not any(comparison.pairs or comparison.other_budgets for comparison in comparisons):
         reasons = sorted({left.reason for comparison in comparisons for left in comparison.left_out})
         others = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
         raise InputError(
-            f"no pair of runs of equal budgets ({'; '.join(reasons[:2])}{others}): expected runs of two methods with "
-            "the same rank, corpus and seed, steps and target tokens; train both for as long, or raise the tolerance"
+            f"no pair of runs of equal budgets ({'; '.join(reasons[:2])}{others}), and none of which one recalled: "
+            "expected runs of two methods with the same rank, corpus and seed, steps and target tokens; train both for "
+            "as long, or until they recall (callbacks.StopWhenRecalled), or raise the tolerance"
         )
     return comparisons
 
@@ -358,26 +403,25 @@ def _compare_two(
     seed: int,
 ) -> Comparison:
     couples, left_out = _couples(records, first)
-    matched, unequal = [], []
+    matched: list[tuple[Path, Path]] = []
+    unequal: list[LeftOut] = []
+    other_budgets: list[LeftOut] = []
+    compared, asked = [], []
     for couple in couples:
-        reason = _unequal([records[path] for path in couple], tolerance)
+        runs = records[couple[0]], records[couple[1]]
+        reason = _unequal(runs, tolerance)
+        says_who_recalls = _says_who_recalls(*runs, equal=reason is None)
         if reason is None:
             matched.append(couple)
         else:
-            unequal.append(LeftOut(tuple(path.as_posix() for path in couple), reason))
-    runs = [(records[a], records[b]) for a, b in matched]
+            left = LeftOut(tuple(path.as_posix() for path in couple), reason)
+            (other_budgets if says_who_recalls else unequal).append(left)
+        if says_who_recalls:
+            asked.append(runs)
+        if reason is None or says_who_recalls:
+            compared.append(runs)
 
-    asked = [(records[a], records[b]) for a, b in couples]
-    asked = [couple for couple in asked if _can_ask_for_steps(*couple)]
-    differences = []
-    for measure in MEASURES:
-        values = runs
-        if measure.field == "steps_to_recall":
-            # Runs may stop as soon as they recall: what they took until then is the outcome, not the budget.
-            values = [(a, b) for a, b in asked if a.steps_to_recall is not None and b.steps_to_recall is not None]
-        if values:
-            columns = [[measure.of(run) for run in column] for column in zip(*values, strict=True)]
-            differences.append(difference(measure, *columns, confidence=confidence, seed=seed))
+    same_budget = [(records[a], records[b]) for a, b in matched]
     return Comparison(
         first=first,
         second=second,
@@ -385,10 +429,11 @@ def _compare_two(
         confidence=confidence,
         tolerance=tolerance,
         pairs=[_pair(path_a, path_b, records) for path_a, path_b in matched],
-        texts=len({(a.corpus_hash, a.seed) for a, _ in runs}),
-        differences=differences,
-        recalled=_recalled(asked),
-        settings=_other_settings(runs),
+        texts=_texts(same_budget),
+        differences=[_over(measure, same_budget, confidence, seed) for measure in MEASURES if same_budget],
+        recalled=_recalled(asked, confidence, seed),
+        settings=_other_settings(compared),
+        other_budgets=other_budgets,
         left_out=[*unequal, *left_out],
     )
 
@@ -399,9 +444,7 @@ def _couples(records: dict[Path, Record], first: str) -> tuple[list[tuple[Path, 
     left_out = []
     for path, record in sorted(records.items(), key=_by_cell):
         if record.status != "finished":
-            left_out.append(LeftOut((path.as_posix(),), "interrupted"))
-        elif not math.isfinite(record.final_loss):
-            left_out.append(LeftOut((path.as_posix(),), "diverged"))
+            left_out.append(LeftOut((path.as_posix(),), record.status))
         else:
             cell = cells.setdefault(repr([getattr(record, name) for name in SAME]), ([], []))
             cell[0 if method_name(record) == first else 1].append(path)
@@ -435,20 +478,37 @@ def _unequal(couple: Sequence[Record], tolerance: float) -> str | None:
     return None
 
 
-def _can_ask_for_steps(first: Record, second: Record) -> bool:
-    """Whether both recalled, or the one that did not was trained for at least as many steps as the other needed."""
+def _says_who_recalls(first: Record, second: Record, *, equal: bool) -> bool:
+    """Whether it is known of both whether they recall with what the other needed; `equal`: whether budgets are."""
     needed = [record.steps_to_recall for record in (first, second)]
     if needed[0] is None and needed[1] is not None:
         return first.optimizer_steps >= needed[1]
     if needed[1] is None and needed[0] is not None:
         return second.optimizer_steps >= needed[0]
-    return True
+    return equal or needed[0] is not None
 
 
-def _recalled(couples: list[tuple[Record, Record]]) -> Recalled:
+def _recalled(couples: list[tuple[Record, Record]], confidence: float, seed: int) -> Recalled:
     found = [(a.steps_to_recall is not None, b.steps_to_recall is not None) for a, b in couples]
-    counts = [found.count(which) for which in ((True, True), (True, False), (False, True), (False, False))]
-    return Recalled(*counts)
+    both = [couple for couple, which in zip(couples, found, strict=True) if all(which)]
+    return Recalled(
+        both=len(both),
+        only_first=found.count((True, False)),
+        only_second=found.count((False, True)),
+        neither=found.count((False, False)),
+        texts=_texts(both),
+        steps=_over(STEPS_TO_RECALL, both, confidence, seed) if both else None,
+    )
+
+
+def _over(measure: Measure, couples: list[tuple[Record, Record]], confidence: float, seed: int) -> Difference:
+    columns = [[measure.of(run) for run in column] for column in zip(*couples, strict=True)]
+    return difference(measure, *columns, confidence=confidence, seed=seed)
+
+
+def _texts(couples: list[tuple[Record, Record]]) -> int:
+    """How many different (corpus, seed) pairs are on."""
+    return len({(a.corpus_hash, a.seed) for a, _ in couples})
 
 
 def _other_settings(runs: list[tuple[Record, Record]]) -> dict[str, tuple[list[Any], list[Any]]]:

@@ -59,8 +59,11 @@ def first_failure(scores: TokenScores) -> Tensor:
 
 
 def below_threshold(scores: TokenScores, threshold: float = 0.5) -> Tensor:
-    """(B, L) bool, target tokens with probability <= threshold: greedy decoding may miss them."""
-    return (scores.losses >= -math.log(threshold)) & scores.mask
+    """(B, L) bool, target tokens with probability <= threshold: greedy decoding may miss them.
+
+    A token whose loss is not a number is one of them: nothing is certain of it.
+    """
+    return ~(scores.losses < -math.log(threshold)) & scores.mask
 
 
 def sub_threshold_fraction(scores: TokenScores, threshold: float = 0.5) -> Tensor:
@@ -76,12 +79,15 @@ def min_target_probability(scores: TokenScores) -> Tensor:
 def memorized_bits(entropy_bits: float, loss: float, target_tokens: int) -> float:
     """Information about the corpus in the adapted model, in bits: entropy minus what is still missing, at least 0.
 
+    Not a number where the loss is none.
+
     Args:
         entropy_bits: Information content of the targets given the queries.
         loss: Mean loss of the adapted model in nats per target token.
         target_tokens: Number of target tokens that the mean was taken over.
     """
-    return max(0.0, entropy_bits - loss * target_tokens / math.log(2))
+    stored = entropy_bits - loss * target_tokens / math.log(2)
+    return stored if math.isnan(stored) else max(0.0, stored)
 
 
 def facts_loss(scores: TokenScores, fact_ids: Sequence[int]) -> Tensor:

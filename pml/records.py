@@ -1,27 +1,53 @@
 """One run, one record: what was run and what came out; written atomically, read back with its schema checked."""
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import pydantic
 
 from pml.errors import InputError
 
-__all__ = ["RECORD_NAME", "SCHEMA_VERSION", "Record", "read_record", "read_records", "write_json", "write_record"]
+__all__ = [
+    "RECORD_NAME",
+    "SCHEMA_VERSION",
+    "Measured",
+    "Record",
+    "Status",
+    "read_record",
+    "read_records",
+    "write_json",
+    "write_record",
+]
 
 RECORD_NAME = "record.json"
 SCHEMA_VERSION: Final = 2
+
+Status = Literal["finished", "diverged", "interrupted"]
+
+
+def _finite(value: Any) -> Any:
+    """None in place of a float that is not finite, which JSON has no number for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Measured = Annotated[float | None, pydantic.BeforeValidator(_finite)]
+"""A loss, or a number that follows from losses: null where it is not finite, as after a fit that diverged."""
 
 
 class Record(pydantic.BaseModel):
     """What was run and what came out. Losses are in nats per target token, everything else says its unit.
 
+    A loss, and what follows from one, is null where it is not a finite number; each is of type `Measured`. Shares and
+    counts are always numbers: a token whose loss is not a number counts as below the threshold.
+
     Attributes:
         schema_version: Version of this layout; version 1 lacks the fields that have a default here.
-        status: `finished` once every measurement below was taken; `interrupted` when the fit was stopped from outside.
+        status: `finished` once every measurement below was taken; `diverged` where the same holds but the final loss
+            is not a finite number; `interrupted` when the fit was stopped from outside.
         backbone: Name, folder or hub id that was loaded.
         backbone_hash: Hash of its weights and configuration.
         dtype: Floating-point type of the frozen weights.
@@ -42,7 +68,8 @@ class Record(pydantic.BaseModel):
         optimizer_steps: Steps taken.
         target_tokens_trained: Target tokens that were in training batches, repetitions counted.
         initial_loss: Mean target loss of the frozen model.
-        final_loss: Mean target loss with the adapter, dropout off.
+        final_loss: Mean target loss with the adapter, dropout off; never null where the run is finished, always where
+            it diverged.
         loss_reduction: `initial_loss - final_loss`.
         token_accuracy: Share of target tokens whose argmax is right under teacher forcing.
         exact_match: Share of targets that are right at every token under teacher forcing.
@@ -78,7 +105,7 @@ class Record(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
-    status: Literal["finished", "interrupted"]
+    status: Status
     backbone: str
     backbone_hash: str
     dtype: str
@@ -98,31 +125,40 @@ class Record(pydantic.BaseModel):
     seed: int
     optimizer_steps: int
     target_tokens_trained: int
-    initial_loss: float
-    final_loss: float
-    loss_reduction: float
+    initial_loss: Measured
+    final_loss: Measured
+    loss_reduction: Measured
     token_accuracy: float
     exact_match: float
     generated_exact_match: float | None
     generated_token_accuracy: float | None
     sub_threshold_fraction: float
-    min_target_probability: float
+    min_target_probability: Measured
     first_failure: float
-    memorized_bits: float | None
-    bits_per_parameter: float | None
+    memorized_bits: Measured
+    bits_per_parameter: Measured
     steps_to_recall: int | None
     wall_seconds: float
     versions: dict[str, str]
     hardware: dict[str, Any]
     git_commit: str | None
-    late_loss_drop: float | None = None
+    late_loss_drop: Measured = None
     learning_rate_left: float | None = None
-    by_kind: dict[Literal["natural", "random"], dict[str, float]] = {}
-    corpus_figures: dict[str, float] = {}
-    retention: dict[str, dict[str, float]] = {}
+    by_kind: Mapping[Literal["natural", "random"], Mapping[str, Measured]] = {}
+    corpus_figures: Mapping[str, Measured] = {}
+    retention: Mapping[str, Mapping[str, Measured]] = {}
     generated_edit_similarity: float | None = None
-    extraction_probability: float | None = None
+    extraction_probability: Measured = None
     extraction_samples: int | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _says_whether_it_diverged(self) -> "Record":
+        if self.status != "interrupted" and (self.final_loss is None) != (self.status == "diverged"):
+            raise ValueError(
+                f"status is {self.status} and final_loss is {self.final_loss}; expected the status diverged where the "
+                "final loss of a fit that ended is not a finite number, and nowhere else"
+            )
+        return self
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -61,8 +61,8 @@ class Choice:
 
     Attributes:
         cell: Its settings.
-        candidates: All that were tried, the chosen one first.
-        record: Of the chosen one's run with the last budget; None where that failed.
+        candidates: All that were tried, the best first.
+        record: Of the first one's run with the last budget; None where that failed.
         folder: Where that run is.
         at_the_edge: Keys whose chosen value is the smallest or largest number tried: a better one may lie beyond.
     """
@@ -72,6 +72,13 @@ class Choice:
     record: Record | None
     folder: Path
     at_the_edge: list[str]
+
+    @property
+    def chosen(self) -> Setting | None:
+        """The best settings; None where their run with the last budget failed or diverged."""
+        if self.record is None or self.record.status == "diverged":
+            return None
+        return self.candidates[0].settings
 
 
 def read_search(path: Path) -> SearchGrid:
@@ -125,7 +132,13 @@ def run_search(
             # Only those that had this budget are compared; the others keep their order behind them.
             found[:count] = sorted(found[:count], key=lambda candidate: candidate.losses[epochs])
     choices = [
-        Choice(cell, found, outcome.record, outcome.cell.folder, _at_the_edge(grid.search, found[0].settings))
+        Choice(
+            cell,
+            found,
+            outcome.record,
+            outcome.cell.folder,
+            _at_the_edge(grid.search, found[0].settings) if math.isfinite(_loss(outcome)) else [],
+        )
         for cell, found, outcome in zip(cells, standing, outcomes, strict=True)
     ]
     write_json(grid.out / SEARCH_NAME, _as_json(grid, choices))
@@ -138,10 +151,9 @@ def _rung(grid: SearchGrid, settings: list[Setting], epochs: int, out: Path) -> 
 
 
 def _loss(outcome: Outcome) -> float:
-    """Final loss in nats; infinite where there is none."""
-    if outcome.record is None or not math.isfinite(outcome.record.final_loss):
-        return math.inf
-    return outcome.record.final_loss
+    """Final loss in nats; infinite where there is none, so that what failed or diverged comes last."""
+    loss = outcome.record.final_loss if outcome.record is not None else None
+    return math.inf if loss is None else loss
 
 
 def _at_the_edge(search: dict[str, list[Any]], chosen: Setting) -> list[str]:
@@ -162,7 +174,7 @@ def _as_json(grid: SearchGrid, choices: list[Choice]) -> dict[str, Any]:
         "cells": [
             {
                 "cell": choice.cell,
-                "chosen": choice.candidates[0].settings,
+                "chosen": choice.chosen,
                 "at_the_edge": choice.at_the_edge,
                 "folder": choice.folder.as_posix(),
                 "candidates": [

@@ -64,10 +64,11 @@ class Cell:
     arguments: tuple[str, ...]
 
     @property
-    def recorded(self) -> bool:
-        """Whether it has been run to its end."""
+    def record(self) -> Record | None:
+        """Its record where it has been run to its end, diverged or not: to run it again would give the same."""
         path = self.folder / RECORD_NAME
-        return path.exists() and read_record(path).status == "finished"
+        record = read_record(path) if path.exists() else None
+        return None if record is None or record.status == "interrupted" else record
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class Outcome:
     record: Record | None = None
     error: str | None = None
     skipped: bool = False
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it ended with a loss that is not a finite number."""
+        return self.record is not None and self.record.status == "diverged"
 
 
 def read_grid(path: Path, kind: type[AnyGrid] = Grid) -> AnyGrid:  # type: ignore[assignment]
@@ -151,7 +157,7 @@ def resolve(grid: Grid) -> list[Cell]:
 
 
 def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[Outcome]:
-    """Run the cells that have no record, in this process, with every backbone loaded once.
+    """Run the cells that have no record of a fit that ended, in this process, with every backbone loaded once.
 
     A cell that fails leaves `error.txt` in its folder and the others go on. What an earlier, unfinished attempt left is
     moved aside, never deleted.
@@ -163,8 +169,8 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
     outcomes = []
     with shared_backbones():
         for cell in cells:
-            if cell.recorded:
-                outcome = Outcome(cell, read_record(cell.folder / RECORD_NAME), skipped=True)
+            if (record := cell.record) is not None:
+                outcome = Outcome(cell, record, skipped=True)
             else:
                 _set_aside(cell.folder)
                 outcome = _run_cell(cell)

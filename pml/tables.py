@@ -95,8 +95,10 @@ def show_percent(share: float | None) -> str:
     return "<0.1" if shown == "0.0" and share > 0 else shown
 
 
-def show_loss(nats: float) -> str:
-    """A loss in nats in five characters."""
+def show_loss(nats: float | None) -> str:
+    """A loss in nats in five characters; `-` where it was not measured, or is not a finite number."""
+    if nats is None:
+        return "-"
     return f"{nats:.2f}" if nats >= 10 else f"{nats:.3f}"
 
 

@@ -1,5 +1,6 @@
 """Valid records for tests, with any field overridden."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ __all__ = ["make_record", "write_run"]
 
 
 def make_record(**fields: Any) -> Record:
-    """A finished run of 64 random tokens at rank 4; `loss_reduction` follows from the losses unless it is given."""
+    """A run of 64 random tokens at rank 4, finished unless its final loss is not a finite number.
+
+    `status` and `loss_reduction` follow from the losses unless they are given.
+    """
     base: dict[str, Any] = {
-        "status": "finished",
         "backbone": "smollm2-135m",
         "backbone_hash": "b179c952",
         "dtype": "float32",
@@ -49,7 +52,9 @@ def make_record(**fields: Any) -> Record:
         "git_commit": None,
     }
     content = base | fields
-    content.setdefault("loss_reduction", content["initial_loss"] - content["final_loss"])
+    initial, final = (math.nan if content[name] is None else content[name] for name in ("initial_loss", "final_loss"))
+    content.setdefault("status", "finished" if math.isfinite(final) else "diverged")
+    content.setdefault("loss_reduction", initial - final)
     return Record(**content)
 
 

@@ -11,7 +11,7 @@ from record_factory import make_record
 
 from pml.records import write_record
 
-__all__ = ["write_simulated_grid", "write_simulated_run"]
+__all__ = ["write_diverged_run", "write_simulated_grid", "write_simulated_run"]
 
 VOCABULARY = 49152
 FROZEN_LOSS = 13.6
@@ -75,6 +75,19 @@ def write_simulated_run(
     }
     pq.write_table(pa.table(columns), folder / "tokens.parquet")
     write_record(folder, make_record(**(content | fields)))
+    return folder
+
+
+def write_diverged_run(folder: Path, rank: int, length: int, **fields: Any) -> Path:
+    """A run whose adapter gives no numbers any more: it has no loss, nor has any of its tokens."""
+    lost = ("final_loss", "loss_reduction", "min_target_probability", "memorized_bits", "bits_per_parameter")
+    shares = {"token_accuracy": 0.0, "exact_match": 0.0, "sub_threshold_fraction": 1.0}
+    without = {**dict.fromkeys(lost), "late_loss_drop": None, **shares, "status": "diverged"}
+    write_simulated_run(folder, rank, length, **{**without, **fields})
+    tokens = pq.read_table(folder / "tokens.parquet")
+    place = tokens.column_names.index("loss")
+    tokens = tokens.set_column(place, "loss", pa.array([math.nan] * length, pa.float32()))
+    pq.write_table(tokens, folder / "tokens.parquet")
     return folder
 
 

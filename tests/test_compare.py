@@ -11,11 +11,11 @@ from record_factory import make_record, write_run
 from scipy import stats
 
 from pml.cli import main
-from pml.compare import MEASURES, Difference, Interval, Measure, compare, difference
+from pml.compare import MEASURES, STEPS_TO_RECALL, Difference, Interval, Measure, compare, difference
 from pml.errors import InputError
-from pml.records import Record
+from pml.records import Record, write_record
 
-LOSS, ACCURACY, _, _, STEPS = MEASURES
+LOSS, ACCURACY, _, _ = MEASURES
 
 
 def sft(**fields: Any) -> Record:
@@ -33,6 +33,15 @@ def pairs(first: list[float], second: list[float], **fields: Any) -> dict[Path, 
     return found | {
         Path(f"mem-{seed}"): memft(seed=seed, final_loss=loss, **fields) for seed, loss in enumerate(second)
     }
+
+
+def stopped() -> dict[Path, Record]:
+    """Runs that stop when they recall, a seed each: three pairs recall, then one of the methods alone, each once."""
+    found = {}
+    for seed, (first, second) in enumerate(((150, 100), (160, 90), (170, 80), (120, None), (None, 70))):
+        for name, make, steps in (("s", sft, first), ("m", memft, second)):
+            found[Path(f"{name}{seed}")] = make(seed=seed, optimizer_steps=steps or 300, steps_to_recall=steps)
+    return found
 
 
 def of_measure(differences: list[Difference], measure: Measure) -> Difference:
@@ -149,7 +158,7 @@ class TestPairs:
     def test_interrupted_and_diverged_runs_are_left_out(self) -> None:
         records = pairs([5.0, 5.0, 5.0], [4.0, 4.0, 4.0])
         records[Path("mem-1")] = memft(seed=1, status="interrupted")
-        records[Path("sft-2")] = sft(seed=2, final_loss=math.nan)
+        records[Path("sft-2")] = sft(seed=2, final_loss=None)
         (found,) = compare(records)
         assert len(found.pairs) == 1
         reasons = {left.runs[0]: left.reason for left in found.left_out}
@@ -203,9 +212,13 @@ class TestBudgets:
             Path("m"): memft(seed=9, optimizer_steps=80, steps_to_recall=78),
         }
         (found,) = compare(records)
-        assert of_measure(found.differences, STEPS).mean == -78
+        assert found.recalled.steps is not None
+        assert (found.recalled.steps.measure, found.recalled.steps.mean) == (STEPS_TO_RECALL.field, -78)
+        assert [difference.measure for difference in found.differences] == [measure.field for measure in MEASURES]
         assert of_measure(found.differences, LOSS).pairs == 1
         assert (found.recalled.both, found.recalled.neither) == (1, 1)
+        assert [left.runs for left in found.other_budgets] == [("s", "m")]
+        assert found.left_out == []
 
     @pytest.mark.parametrize(("steps", "counted"), [(300, 1), (80, 0)])
     def test_who_stopped_before_the_other_recalled_did_not_lose(self, steps: int, counted: int) -> None:
@@ -216,6 +229,56 @@ class TestBudgets:
         (found,) = compare(records)
         assert found.recalled.only_second == counted
         assert found.recalled.only_first == 0
+
+    def test_where_every_run_stops_at_recall_steps_to_recall_are_all_that_is_compared(self) -> None:
+        (found,) = compare(stopped())
+        assert (found.pairs, found.differences, found.left_out) == ([], [], [])
+        recalled = found.recalled
+        assert (recalled.both, recalled.only_first, recalled.only_second, recalled.neither) == (3, 1, 1, 0)
+        assert recalled.steps is not None
+        # 150, 160 and 170 against 100, 90 and 80 steps; the other pairs have no steps to compare.
+        assert (recalled.steps.pairs, recalled.steps.first_mean, recalled.steps.second_mean) == (3, 160, 90)
+        assert recalled.steps.verdict == "better"
+        assert found.recall_in_words() == (
+            "every token certain: both 3, only SFT 1, only MemFT OnlyThreshold 1, neither 0"
+        )
+        assert found.budgets_in_words() == (
+            "no pair has equal budgets; only recall is compared of 5 pairs (budgets differ: 150 and 100 optimiser "
+            "steps, for example)"
+        )
+
+    def test_one_pair_of_equal_budgets_is_no_reason_to_hide_that_the_others_have_none(self) -> None:
+        (found,) = compare(stopped() | {Path("s9"): sft(seed=9), Path("m9"): memft(seed=9)})
+        assert of_measure(found.differences, LOSS).pairs == 1
+        assert found.recalled.neither == 1
+        assert found.budgets_in_words().startswith("only recall is compared of 5 pairs (")
+
+    def test_that_neither_recalls_with_unequal_budgets_says_nothing(self) -> None:
+        records = stopped() | {Path("s9"): sft(seed=9), Path("m9"): memft(seed=9, optimizer_steps=900)}
+        (found,) = compare(records)
+        assert found.recalled.neither == 0
+        assert [left.runs for left in found.left_out] == [("s9", "m9")]
+
+    def test_settings_in_which_pairs_of_other_budgets_differ_are_named(self) -> None:
+        (found,) = compare(
+            {
+                Path("a"): sft(optimizer_steps=50, steps_to_recall=50),
+                Path("b"): memft(
+                    optimizer_steps=20,
+                    steps_to_recall=20,
+                    method_settings={"weighting": "OnlyThreshold", "learning_rate": 0.1},
+                ),
+            }
+        )
+        assert found.settings == {"learning_rate": ([0.05], [0.1])}
+
+    def test_pairs_of_one_text_that_only_recall_is_compared_of_are_not_independent_either(self) -> None:
+        (found,) = compare(stopped())
+        assert not found.shares_texts
+        again = {Path(f"{path}-8"): record.model_copy(update={"rank": 8}) for path, record in stopped().items()}
+        (found,) = compare(stopped() | again)
+        assert found.shares_texts
+        assert (found.recalled.both, found.recalled.texts) == (6, 3)
 
 
 class TestRefusals:
@@ -262,6 +325,29 @@ class TestCommand:
         assert "final loss (nats) 3.100 2.250 -0.850" in out
         assert "left out: no run of the other method" in out
         assert "neither 4" in out
+
+    def test_where_no_budgets_are_equal_it_says_so_and_compares_steps_to_recall_under_their_own_heading(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "120")
+        for path, record in stopped().items():
+            write_record(tmp_path / path, record)
+        assert main(["compare", str(tmp_path)]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert out.startswith(
+            "MemFT OnlyThreshold against SFT no pair has equal budgets; only recall is compared of 5 pairs (budgets "
+            "differ: 150 and 100 optimiser steps, for example) steps to recall, whatever the budget, where both "
+            "recalled: 3 pairs on 3 corpus draws"
+        )
+        assert "steps to recall 160.0 90.0 -70.0" in out
+        assert "final loss" not in out
+        assert "every token certain: both 3, only SFT 1, only MemFT OnlyThreshold 1, neither 0" in out
+        assert "left out" not in out
+        assert main(["compare", str(tmp_path), "--json"]) == 0
+        (content,) = json.loads(capsys.readouterr().out)
+        assert (content["pairs"], content["differences"]) == ([], [])
+        steps = content["recalled"]["steps"]
+        assert (steps["mean"], steps["verdict"], content["recalled"]["both"]) == (-70, "better", 3)
 
     def test_json_has_the_same_numbers(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["compare", str(runs), "--json"]) == 0

@@ -63,6 +63,12 @@ def test_a_token_at_exactly_one_half_is_below_threshold_and_padding_never_is() -
     assert metrics.sub_threshold_fraction(table).item() == 3 / 4
 
 
+def test_a_token_whose_loss_is_not_a_number_is_certain_of_nothing() -> None:
+    table = scores([[math.nan, math.inf, 0.1], [9.0]], [[1, 1, 1], [1]])
+    assert metrics.below_threshold(table).tolist() == [[True, True, False], [True, False, False]]
+    assert metrics.sub_threshold_fraction(table).item() == 3 / 4
+
+
 def test_another_threshold_moves_the_line() -> None:
     table = scores([[-math.log(0.7), -math.log(0.9)]], [[1, 1]])
     assert metrics.below_threshold(table, 0.8).tolist() == [[True, False]]
@@ -91,6 +97,11 @@ def test_memorized_bits_are_the_entropy_less_what_is_missing(
     entropy_bits: float, loss: float, target_tokens: int, bits: float
 ) -> None:
     assert metrics.memorized_bits(entropy_bits, loss, target_tokens) == pytest.approx(bits)
+
+
+def test_a_loss_that_is_not_a_number_leaves_the_bits_unknown_and_an_infinite_one_leaves_none() -> None:
+    assert math.isnan(metrics.memorized_bits(64.0, math.nan, 8))
+    assert metrics.memorized_bits(64.0, math.inf, 8) == 0.0
 
 
 def test_a_fact_asked_for_in_several_ways_counts_once_by_the_mean() -> None:

@@ -1,6 +1,7 @@
 """Records: whole or absent on disk, the same when read back, and refused by name when they are not valid."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,28 @@ class TestWriting:
             write_json(path, {"a": float("nan")})
         assert json.loads(path.read_text()) == {"a": 1}
 
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_a_number_that_is_not_finite_is_null_in_the_file(self, tmp_path: Path, value: float) -> None:
+        names = ("final_loss", "loss_reduction", "min_target_probability", "memorized_bits", "bits_per_parameter")
+        names += ("late_loss_drop", "extraction_probability")
+        record = make_record(
+            **dict.fromkeys(names, value),
+            by_kind={"random": {"target_tokens": 8, "final_loss": value}},
+            corpus_figures={"held_out_loss": value, "held_out_pairs": 3},
+            retention={"prose": {"loss_before": 3.5, "loss_after": value}},
+        )
+        content = json.loads(write_record(tmp_path, record).read_text(), parse_constant=pytest.fail)
+        assert content["status"] == "diverged"
+        assert [content[name] for name in names] == [None] * 7
+        assert content["by_kind"] == {"random": {"target_tokens": 8, "final_loss": None}}
+        assert content["corpus_figures"] == {"held_out_loss": None, "held_out_pairs": 3}
+        assert content["retention"] == {"prose": {"loss_before": 3.5, "loss_after": None}}
+        assert read_record(tmp_path / "record.json") == record
+
+    def test_a_frozen_model_without_a_finite_loss_has_a_record_too(self, tmp_path: Path) -> None:
+        record = read_record(write_record(tmp_path, make_record(initial_loss=math.inf)))
+        assert (record.status, record.initial_loss, record.loss_reduction) == ("finished", None, None)
+
     def test_writing_again_replaces_the_record(self, tmp_path: Path) -> None:
         write_record(tmp_path, make_record(rank=1))
         assert read_record(write_record(tmp_path, make_record(rank=2))).rank == 2
@@ -62,7 +85,13 @@ class TestSchema:
             ({"schema_version": 3}, "schema_version: Input should be 1 or 2"),
             ({"rank": 0}, "rank: Input should be greater than or equal to 1"),
             ({"target_tokens": 0}, "target_tokens: Input should be greater than or equal to 1"),
-            ({"status": "failed"}, "status: Input should be 'finished' or 'interrupted'"),
+            ({"status": "failed"}, "status: Input should be 'finished', 'diverged' or 'interrupted'"),
+            ({"final_loss": None}, "file: Value error, status is finished and final_loss is None; expected the status"),
+            (
+                {"status": "diverged"},
+                "file: Value error, status is diverged and final_loss is 3.1; expected the status",
+            ),
+            ({"wall_seconds": None}, "wall_seconds: Input should be a valid number"),
             ({"final_loss": "low"}, "final_loss: Input should be a valid number"),
             ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ],

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 from record_factory import make_record
-from simulated_runs import write_simulated_grid, write_simulated_run
+from simulated_runs import write_diverged_run, write_simulated_grid, write_simulated_run
 
 from pml.cli import main
 from pml.errors import InputError
@@ -173,6 +173,24 @@ class TestPage:
     def test_methods_are_compared_at_the_same_budget(self, page: Page) -> None:
         assert "MemFT OnlyThreshold against SFT, at the same budget" in page.text
         assert "12 pairs of runs of the same cell and seed" in page.text
+        assert "Every token certain: both 0, only SFT 0, only MemFT OnlyThreshold 0, neither 12." in page.text
+        assert "steps to recall" not in page.text
+
+    def test_methods_whose_runs_stop_at_recall_are_compared_by_their_steps_and_by_no_equal_budget(
+        self, tmp_path: Path
+    ) -> None:
+        for seed, steps in enumerate(((150, 100), (160, 90), (170, 80), (300, 70))):
+            for method, needed in zip(("sft", "memft"), steps, strict=True):
+                recalled = {"optimizer_steps": needed, "steps_to_recall": needed if needed < 300 else None}
+                write_simulated_run(tmp_path / f"{method}-{seed}", 4, 64, seed, method, **recalled)
+        text = Page(make_report(read_records([tmp_path])).html).text
+        assert "MemFT OnlyThreshold against SFT, by steps to recall, whatever the budget" in text
+        assert "3 pairs of runs of the same cell and seed in which both recalled" in text
+        assert "steps to recall 160.0 90.0 -70.0" in text
+        assert "at the same budget" not in text
+        assert "Every token certain: both 3, only SFT 0, only MemFT OnlyThreshold 1, neither 0." in text
+        assert "No pair has equal budgets; only recall is compared of 4 pairs (budgets differ: 150 and 100" in text
+        assert "Methods are not compared" not in text
 
     def test_every_run_is_a_row(self, page: Page, runs: Path) -> None:
         assert "24 runs" in page.said("p")
@@ -215,6 +233,24 @@ class TestWhatIsMissing:
         assert "1 run, 0 of them finished" in text
         assert "Not drawn: no run was finished." in text
         assert "interrupted" in text
+
+    def test_a_diverged_run_is_in_the_tables_and_in_no_figure(self, tmp_path: Path) -> None:
+        write_simulated_run(tmp_path / "kept", 4, 64)
+        write_diverged_run(
+            tmp_path / "lost", 4, 64, seed=1, retention={"prose": {"loss_before": 3.5, "loss_after": None}}
+        )
+        text = Page(make_report(read_records([tmp_path])).html).text
+        assert "2 runs, 1 of them finished" in text
+        assert "64 4 1 13.60 - - 0.0 0.0 100.0 - - diverged" in text.partition("Every run")[2]
+        assert "lost diverged 1 200" in text
+        assert "prose 3.500 -" in text
+        assert " nan " not in text
+
+    def test_diverged_runs_alone_have_a_page_too(self, tmp_path: Path) -> None:
+        write_diverged_run(tmp_path / "lost", 4, 64)
+        text = Page(make_report(read_records([tmp_path])).html).text
+        assert "1 run, 0 of them finished" in text
+        assert text.count("Not drawn: no run was finished.") == 6
 
     def test_runs_that_differ_in_more_than_they_should_are_pointed_out(self, tmp_path: Path) -> None:
         for rank, rate in ((1, 0.1), (2, 0.2)):

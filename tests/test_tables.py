@@ -88,6 +88,11 @@ class TestRecordsTable:
     def test_an_interrupted_run_says_so(self) -> None:
         assert "a (interrupted)" in printed({Path("a"): make_record(status="interrupted")})
 
+    def test_a_diverged_run_says_so_and_has_no_loss(self) -> None:
+        records = {Path("a"): make_record(final_loss=None), Path("b"): make_record()}
+        (row,) = [line.split() for line in printed(records).splitlines() if line.startswith("a ")]
+        assert row[:4] == ["a", "(diverged)", "13.60", "-"]
+
     def test_even_the_widest_table_fits_100_columns_with_every_number_whole(self) -> None:
         long = make_record(
             corpus="random_tokens",

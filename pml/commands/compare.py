@@ -1,7 +1,8 @@
-"""Compare methods over pairs of runs of the same cell, seed and budget, with intervals and effect sizes.
+"""Compare methods over pairs of runs of the same cell and seed, with intervals and effect sizes.
 
-Pairs have the same backbone, adapter place, rank, corpus and seed. Pairs whose optimiser steps or target tokens trained
-on differ by more than the tolerance are left out and listed.
+Pairs have the same backbone, adapter place, rank, corpus and seed. Losses and shares are compared at the same budget:
+pairs whose optimiser steps or target tokens trained on differ by more than the tolerance are not. Steps to recall are
+compared whatever the budget, over the pairs in which both recalled. What is left out is listed.
 """
 
 import json
@@ -42,7 +43,8 @@ def run(args: jsonargparse.Namespace) -> int:
     """Compare and print.
 
     Raises:
-        InputError: If there are no two methods, or no pair of runs of equal budgets.
+        InputError: If there are no two methods, or no pair of runs of equal budgets and none that recall can be
+            compared of.
     """
     comparisons = compare(
         chosen_records(args),
@@ -73,16 +75,20 @@ def _print(console: Console, comparison: Comparison) -> None:
     if comparison.pairs:
         pairs, draws = _count(len(comparison.pairs), "pair"), _count(comparison.texts, "corpus draw")
         say(f"{pairs} on {draws}: {_budget(comparison)}")
-    if comparison.differences:
-        console.print(_table(comparison))
     recalled = comparison.recalled
-    say(
-        f"every token certain: both {recalled.both}, only {comparison.first} {recalled.only_first}, only "
-        f"{comparison.second} {recalled.only_second}, neither {recalled.neither}"
-    )
+    if comparison.differences:
+        # One legend is enough for both tables, below the last.
+        console.print(_table(comparison, comparison.differences, legend=recalled.steps is None))
+    if budgets := comparison.budgets_in_words():
+        say(budgets)
+    if recalled.steps is not None:
+        pairs, draws = _count(recalled.both, "pair"), _count(recalled.texts, "corpus draw")
+        say(f"steps to recall, whatever the budget, where both recalled: {pairs} on {draws}")
+        console.print(_table(comparison, [recalled.steps]))
+    say(comparison.recall_in_words())
     for name, (first, second) in comparison.settings.items():
         say(f"warning: {name} differs too: {_values(first)} and {_values(second)}")
-    if comparison.texts < len(comparison.pairs):
+    if comparison.shares_texts:
         say("note: pairs on the same corpus draw are not independent of each other, so the intervals may be too narrow")
     for reason, count in Counter(left.reason for left in comparison.left_out).items():
         example = next(left for left in comparison.left_out if left.reason == reason)
@@ -90,7 +96,7 @@ def _print(console: Console, comparison: Comparison) -> None:
         say(f"left out: {reason} ({', '.join(example.runs)}{more})")
 
 
-def _table(comparison: Comparison) -> Table:
+def _table(comparison: Comparison, differences: list[Difference], *, legend: bool = True) -> Table:
     level = f"{100 * comparison.confidence:g} %"
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -102,7 +108,9 @@ def _table(comparison: Comparison) -> Table:
             "intervals of the mean change by Student's t and by the BCa bootstrap over pairs, not adjusted for "
             "their number. d: paired Cohen's d (mean / standard deviation of the changes). won: share of pairs "
             "better minus share worse, -1 to 1 (Cliff's delta within pairs)."
-        ),
+        )
+        if legend
+        else None,
         caption_justify="left",
     )
     table.add_column("", no_wrap=True)
@@ -110,7 +118,7 @@ def _table(comparison: Comparison) -> Table:
     for name in (*short.values(), "change", "t", "bootstrap", "d", "won", "pairs"):
         table.add_column(name, justify="right", overflow="fold")
     table.add_column("verdict", no_wrap=True)
-    for found in comparison.differences:
+    for found in differences:
         table.add_row(
             found.title if found.unit == "steps" else f"{found.title} ({UNITS[found.unit]})",
             _number(found.first_mean, found),

@@ -5,6 +5,7 @@ the adapter answers a text of your own.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,15 @@ def run(args: jsonargparse.Namespace) -> int:
     if args.show < 0 or args.tokens < 1:
         raise InputError(f"--show is {args.show}, --tokens is {args.tokens}; expected at least 0 and 1")
     folder = args.adapter.parent if args.adapter.name in ("adapter", RECORD_NAME) else args.adapter
-    folders = list(read_records([folder]))
+    records = read_records([folder])
+    for folder, record in records.items():
+        if record.status == "diverged":
+            print(
+                f"note: {folder} diverged: its final loss is not a finite number, so its answers mean nothing",
+                file=sys.stderr,
+            )
     with shared_backbones():
-        results = [_ask(folder, args) for folder in folders]
+        results = [_ask(folder, args) for folder in records]
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     else:

@@ -7,6 +7,7 @@ Interrupted, it goes on where it was.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Search; 0 when every cell has a record with the last budget, 1 when some failed."""
+    """Search; 0 when something was chosen for every cell, 1 when the last run of some failed or diverged."""
     # Imported here because it takes seconds, which --help need not wait for.
     from rich.console import Console
 
@@ -58,9 +59,16 @@ def run(args: jsonargparse.Namespace) -> int:
                     file=sys.stderr,
                 )
     failed = [choice for choice in choices if choice.record is None]
+    diverged = [choice for choice in choices if choice.record is not None and choice.chosen is None]
+    for choice in diverged:
+        print(
+            f"diverged: {json.dumps(choice.cell)}: the best of the candidates ended with a loss that is not a finite "
+            f"number; search other values (see {choice.folder})",
+            file=sys.stderr,
+        )
     for choice in failed:
         print(f"failed: {json.dumps(choice.cell)} (see {choice.folder / 'error.txt'})", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed or diverged else 0
 
 
 def _table(grid: "SearchGrid", choices: "list[Choice]") -> "Table":
@@ -69,7 +77,7 @@ def _table(grid: "SearchGrid", choices: "list[Choice]") -> "Table":
 
     table = Table(
         box=box.SIMPLE_HEAD,
-        caption="Final loss in nats per target token of the chosen settings with each budget in epochs.",
+        caption="Final loss in nats per target token of the best settings with each budget in epochs.",
         caption_justify="left",
     )
     keys = list(dict.fromkeys(key for part in grid.grid for key in part))
@@ -82,6 +90,6 @@ def _table(grid: "SearchGrid", choices: "list[Choice]") -> "Table":
         table.add_row(
             *(str(choice.cell.get(key, "-")) for key in keys),
             *(str(best.settings[key]) for key in grid.search),
-            *(f"{best.losses[epochs]:.3f}" for epochs in grid.epochs),
+            *(f"{loss:.3f}" if math.isfinite(loss := best.losses[epochs]) else "-" for epochs in grid.epochs),
         )
     return table

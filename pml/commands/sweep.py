@@ -2,7 +2,8 @@
 
 The grid file names the configurations that every cell starts from (`base`), the folder for the run folders (`out`) and,
 for any key of `pml fit`, the values it takes (`grid`). All cells are checked before the first one runs. A cell that
-fails does not stop the others; the exit code is then 1.
+fails does not stop the others; the exit code is then 1. A cell whose loss became infinite or not a number has diverged:
+it counts as done, since to run it again would give the same, and is named at the end.
 """
 
 import json
@@ -38,7 +39,8 @@ def run(args: jsonargparse.Namespace) -> int:
 
     cells = resolve(read_grid(args.grid))
     if args.list:
-        outcomes = [Outcome(cell, skipped=cell.recorded) for cell in cells]
+        records_of = [(cell, cell.record) for cell in cells]
+        outcomes = [Outcome(cell, record, skipped=record is not None) for cell, record in records_of]
         for outcome in outcomes:
             if not args.json:
                 print(f"{'done' if outcome.skipped else 'to run':<8}{outcome.cell.folder}")
@@ -49,6 +51,13 @@ def run(args: jsonargparse.Namespace) -> int:
             Console().print(records_table(records))
     if args.json:
         print(json.dumps([_plain(outcome) for outcome in outcomes], indent=2))
+    for outcome in outcomes:
+        if outcome.diverged:
+            print(
+                f"diverged: {outcome.cell.name}: its loss is not a finite number; a lower learning rate, which is "
+                f"another cell, may help (see {outcome.cell.folder})",
+                file=sys.stderr,
+            )
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
         where = outcome.cell.folder / "error.txt"
@@ -65,7 +74,7 @@ class Progress:
 
     def __init__(self, cells: "list[Cell]") -> None:
         self.total = len(cells)
-        self.todo = sum(not cell.recorded for cell in cells)
+        self.todo = sum(cell.record is None for cell in cells)
         self.done = self.ran = 0
         self.started = time.monotonic()
         skipped = self.total - self.todo
@@ -73,6 +82,8 @@ class Progress:
 
     def __call__(self, outcome: "Outcome") -> None:
         """Say what became of a cell."""
+        from pml.tables import show_loss
+
         self.done += 1
         if outcome.skipped:
             return
@@ -81,9 +92,11 @@ class Progress:
         record = outcome.record
         if record is None:
             result = f"FAILED {outcome.error}"
+        elif record.final_loss is None:
+            result = f"DIVERGED, {record.optimizer_steps} steps, {record.wall_seconds:.0f} s"
         else:
             result = (
-                f"loss {record.initial_loss:.2f} -> {record.final_loss:.3f} nats, "
+                f"loss {show_loss(record.initial_loss)} -> {record.final_loss:.3f} nats, "
                 f"exact match {record.exact_match:.2f}, {record.optimizer_steps} steps, {record.wall_seconds:.0f} s"
             )
         rest = f"; about {_duration(left)} left" if self.ran < self.todo else ""
@@ -99,6 +112,8 @@ def _duration(seconds: float) -> str:
 def _plain(outcome: "Outcome") -> dict[str, str | None]:
     if outcome.error is not None:
         status = "failed"
+    elif outcome.diverged:
+        status = "diverged"
     elif outcome.skipped:
         status = "recorded"
     else:

@@ -53,7 +53,7 @@ class Cell:
         final_loss: Mean target loss with the adapter.
         seed: Seed of the run.
         source: Where the numbers come from, such as the run's folder.
-        finished: False for a run that was stopped from outside before its training ended.
+        finished: False for a run that was stopped from outside before its training ended, or that diverged.
         effective_parameters: Trainable parameters of the adapter; None where unknown.
         entropy_bits: Information in the targets given the queries; None where unknown.
         pairs: Targets that the tokens are shared out among.
@@ -86,9 +86,9 @@ class Cell:
         """Information about the corpus in the adapter, in bits: entropy minus what is still missing.
 
         Below 0 where the adapted model is further from the targets than a uniform guess; None where the entropy is
-        unknown.
+        unknown, or the final loss is not a finite number.
         """
-        if self.entropy_bits is None:
+        if self.entropy_bits is None or not math.isfinite(self.final_loss):
             return None
         return self.entropy_bits - self.final_loss * self.target_tokens / math.log(2)
 
@@ -234,8 +234,8 @@ def cells_from_records(
         Cell(
             rank=record.rank,
             target_tokens=record.target_tokens,
-            initial_loss=record.initial_loss,
-            final_loss=record.final_loss,
+            initial_loss=_number(record.initial_loss),
+            final_loss=_number(record.final_loss),
             seed=record.seed,
             source=path.as_posix(),
             finished=record.status == "finished",
@@ -251,11 +251,16 @@ def cells_from_records(
 
 
 def _reason_to_leave_out(cell: Cell) -> Reason | None:
+    if not (math.isfinite(cell.initial_loss) and math.isfinite(cell.final_loss)):
+        return "diverged"
     if not cell.finished:
         return "interrupted"
-    if not (math.isfinite(cell.initial_loss) and math.isfinite(cell.final_loss)) or cell.loss_reduction <= 0:
-        return "diverged"
-    return None
+    return "diverged" if cell.loss_reduction <= 0 else None
+
+
+def _number(loss: float | None) -> float:
+    """A loss of a record, in which null stands for what is not a finite number."""
+    return math.nan if loss is None else loss
 
 
 def _sorted(cells: Iterable[Cell]) -> list[Cell]:

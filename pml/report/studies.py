@@ -188,7 +188,7 @@ def _setting(groups: list[Group], records: Mapping[Path, Record]) -> str:
 
 
 def _finished(records: Mapping[Path, Record]) -> list[Record]:
-    return [r for r in records.values() if r.status == "finished" and math.isfinite(r.final_loss)]
+    return [record for record in records.values() if record.status == "finished"]
 
 
 def _tokens(records: Mapping[Path, Record]) -> tuple[dict[Path, TokenResults], list[str]]:
@@ -384,20 +384,33 @@ def _capacity_panels(anchor: str, of: str, cells: list[Cell], law: LawPart | Non
 
 
 def _comparisons(records: Mapping[Path, Record]) -> tuple[list[TextTable], list[str]]:
-    """Methods against each other at the same budget, and what to know of it."""
+    """Methods against each other, at the same budget and by their steps to recall, and what to know of it."""
     try:
         found = compare(records)
     except InputError as error:
         return [], [f"Methods are not compared: {error}."]
     tables, notes = [], []
     for comparison in found:
+        against = f"{comparison.second} against {comparison.first}"
         if comparison.differences:
-            tables.append(_comparison_table(comparison))
+            note = (
+                f"{count(len(comparison.pairs), 'pair')} of runs of the same cell and seed whose optimiser steps and "
+                f"target tokens differ by at most {100 * comparison.tolerance:g} %."
+            )
+            title = f"{against}, at the same budget"
+            tables.append(_comparison_table(title, comparison, comparison.differences, note))
+        if (steps := comparison.recalled.steps) is not None:
+            note = (
+                f"{count(steps.pairs, 'pair')} of runs of the same cell and seed in which both recalled; runs may stop "
+                "when they recall, so their budgets may differ."
+            )
+            title = f"{against}, by steps to recall, whatever the budget"
+            tables.append(_comparison_table(title, comparison, [steps], note))
         notes += _comparison_notes(comparison)
     return tables, notes
 
 
-def _comparison_table(comparison: Comparison) -> TextTable:
+def _comparison_table(title: str, comparison: Comparison, differences: list[Difference], note: str) -> TextTable:
     level = f"{100 * comparison.confidence:g} %"
     columns = (
         "measure",
@@ -410,17 +423,15 @@ def _comparison_table(comparison: Comparison) -> TextTable:
         "pairs",
         "verdict",
     )
-    rows = [_comparison_row(found) for found in comparison.differences]
+    rows = [_comparison_row(found) for found in differences]
     return TextTable(
-        f"{comparison.second} against {comparison.first}, at the same budget",
+        title,
         columns,
         rows,
         words=(0, 9),
         note=(
-            f"{count(len(comparison.pairs), 'pair')} of runs of the same cell and seed whose optimiser steps and "
-            f"target tokens differ by at most {100 * comparison.tolerance:g} %. Intervals of the mean change by "
-            "Student's t and the BCa bootstrap over pairs, not adjusted for their number. Paired d: Cohen's d of the "
-            "changes. Won: share of pairs better minus share worse."
+            f"{note} Intervals of the mean change by Student's t and the BCa bootstrap over pairs, not adjusted for "
+            "their number. Paired d: Cohen's d of the changes. Won: share of pairs better minus share worse."
         ),
     )
 
@@ -446,11 +457,13 @@ def _comparison_row(found: Difference) -> tuple[str, ...]:
 
 
 def _comparison_notes(comparison: Comparison) -> list[str]:
-    notes = []
-    if comparison.texts < len(comparison.pairs):
+    words = (comparison.recall_in_words(), comparison.budgets_in_words())
+    notes = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in words if sentence]
+    if comparison.shares_texts:
+        texts = max(comparison.texts, comparison.recalled.texts)
         notes.append(
-            f"The pairs are on {count(comparison.texts, 'corpus draw')}; pairs on the same one are not independent of "
-            "each other, so the intervals may be too narrow."
+            f"The pairs are on {count(texts, 'corpus draw')}; pairs on the same one are not independent of each other, "
+            "so the intervals may be too narrow."
         )
     for name, (first, second) in comparison.settings.items():
         notes.append(f"{name} differs too: {shown(first)} and {shown(second)}.")
@@ -543,14 +556,15 @@ def _more(records: Mapping[Path, Record]) -> list[TextTable]:
     return [table for table in tables if table.rows]
 
 
-def _before_after(found: Mapping[str, float]) -> tuple[float, float]:
-    return found.get("loss_before", math.nan), found.get("loss_after", math.nan)
+def _before_after(found: Mapping[str, float | None]) -> tuple[float | None, float | None]:
+    return found.get("loss_before"), found.get("loss_after")
 
 
 def _kind(found: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    tokens = found.get("target_tokens")
     return (
-        f"{found.get('target_tokens', math.nan):,.0f}",
-        show_loss(found.get("initial_loss", math.nan)),
-        show_loss(found.get("final_loss", math.nan)),
+        "-" if tokens is None else f"{tokens:,.0f}",
+        show_loss(found.get("initial_loss")),
+        show_loss(found.get("final_loss")),
         show_percent(found.get("token_accuracy")),
     )

@@ -1,0 +1,171 @@
+"""A fit whose loss became infinite or not a number: it leaves a record, and everything that reads records copes."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from record_factory import make_record
+from simulated_runs import write_diverged_run, write_simulated_grid
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pml.cli import main
+from pml.law import cells_from_records, read_law
+from pml.law.cells import divide
+from pml.records import Record, read_record, read_records
+from pml.search import read_search, run_search
+from tests import fits  # one thread, which makes runs comparable bit for bit
+
+assert fits.torch.get_num_threads() == 1
+
+RATE = "model.init_args.learning_rate"
+# Two steps of this size overflow float32; the norms of the backbone hide any smaller one.
+TOO_HIGH = 1e37
+LOST = ("final_loss", "loss_reduction", "min_target_probability", "memorized_bits", "bits_per_parameter")
+
+
+@pytest.fixture
+def write(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes a grid of a sound learning rate and one that is too high; the working directory is `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    init = {"backbone": str(tiny_backbone_folder), "adapter": {"rank": 16, "block": 2}, "schedule": "constant"}
+    base = {
+        "model": {"class_path": "SFT", "init_args": init},
+        "data": {"class_path": "RandomTokens", "init_args": {"length": 8}},
+        "trainer": {"max_epochs": 20, "accelerator": "cpu"},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+
+    def write(**content: object) -> Path:
+        path = tmp_path / "grid.yaml"
+        path.write_text(yaml.safe_dump({"base": "base.yaml", "out": "out", **content}, sort_keys=False))
+        return path
+
+    return write
+
+
+def without_a_loss(folder: Path) -> Record:
+    """The record of a run that diverged; its file holds nothing that JSON has no number for."""
+    content = json.loads((folder / "record.json").read_text(), parse_constant=pytest.fail)
+    assert content["status"] == "diverged"
+    assert [content[name] for name in (*LOST, "late_loss_drop", "extraction_probability")] == [None] * 7
+    return read_record(folder / "record.json")
+
+
+def test_a_fit_that_diverges_leaves_a_record_its_adapter_and_its_curves_and_says_so(
+    write: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write()
+    with caplog.at_level("WARNING", logger="callbacks"):
+        assert main(["fit", "--config=base.yaml", f"--{RATE}={TOO_HIGH}", "--trainer.logger.name=lost"]) == 0
+    folder = tmp_path / "runs" / "lost" / "version_0"
+    record = without_a_loss(folder)
+    assert (record.optimizer_steps, record.steps_to_recall) == (20, None)
+    assert record.initial_loss is not None
+    assert record.initial_loss > 1
+    # No token is certain of anything.
+    assert (record.sub_threshold_fraction, record.exact_match) == (1.0, 0.0)
+    assert all(map(math.isnan, pq.read_table(folder / "tokens.parquet")["loss"].to_pylist()))
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    (end,) = EventAccumulator(str(folder)).Reload().Scalars("end/final_loss")
+    assert math.isnan(end.value)
+    (said,) = [message for message in caplog.messages if message.startswith("diverged: ")]
+    assert "lower the learning rate of 1e+37" in said
+
+
+def test_a_sweep_counts_a_diverged_cell_as_done_and_names_it_every_time(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write(grid={RATE: [0.05, TOO_HIGH]})
+    assert main(["sweep", str(grid), "--json"]) == 0
+    out, err = capsys.readouterr()
+    cells = json.loads(out)
+    assert [cell["status"] for cell in cells] == ["finished", "diverged"]
+    assert f"[2/2] {cells[1]['name']}: DIVERGED, 20 steps" in err
+    kept = without_a_loss(Path(cells[1]["folder"]))
+
+    def said(err: str) -> str:
+        (line,) = [line for line in err.splitlines() if line.startswith("diverged: ")]
+        return line
+
+    assert said(err).startswith(f"diverged: {cells[1]['name']}: its loss is not a finite number; a lower learning rate")
+    assert main(["sweep", str(grid)]) == 0
+    captured = capsys.readouterr()
+    assert "2 cells, 2 recorded before, 0 to run" in captured.err
+    assert said(captured.err) == said(err)
+    assert "(diverged)" in captured.out
+    assert main(["sweep", str(grid), "--list", "--json"]) == 0
+    out, listed = capsys.readouterr()
+    assert [cell["status"] for cell in json.loads(out)] == ["recorded", "diverged"]
+    assert said(listed) == said(err)
+    assert read_record(Path(cells[1]["folder"]) / "record.json") == kept
+    assert [path.name for path in Path("out").iterdir() if "unfinished" in path.name] == []
+
+
+def test_a_search_puts_a_diverged_candidate_behind_every_other(write: Callable[..., Path]) -> None:
+    grid = write(grid={"seed_everything": [1]}, search={RATE: [TOO_HIGH, 1e-9]}, epochs=[3, 5])
+    (choice,) = run_search(read_search(grid))
+    best, worst = choice.candidates
+    assert choice.chosen == best.settings == {RATE: 1e-9}
+    assert (worst.settings, worst.losses) == ({RATE: TOO_HIGH}, {3: math.inf})
+    (cell,) = json.loads(Path("out/search.json").read_text(), parse_constant=pytest.fail)["cells"]
+    assert cell["candidates"][1]["final_loss"] == {"3": None}
+
+
+def test_a_search_in_which_everything_diverges_chooses_nothing(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write(grid={"seed_everything": [1]}, search={RATE: [TOO_HIGH, 2 * TOO_HIGH]}, epochs=[3, 5])
+    assert main(["search", str(grid)]) == 1
+    assert 'diverged: {"seed_everything": 1}: the best of the candidates ended with a loss' in capsys.readouterr().err
+    (cell,) = json.loads(Path("out/search.json").read_text())["cells"]
+    assert (cell["chosen"], cell["at_the_edge"]) == (None, [])
+
+
+def test_a_diverged_adapter_answers_with_a_note_that_its_answers_mean_nothing(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["sweep", str(write(grid={RATE: [0.05, TOO_HIGH]})), "--json"])
+    sound, lost = (cell["folder"] for cell in json.loads(capsys.readouterr().out))
+    assert main(["recall", "out", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert sorted(result["run"] for result in json.loads(out)) == sorted((sound, lost))
+    assert err.count("note: ") == 1
+    assert f"note: {lost} diverged: " in err
+
+
+@pytest.mark.parametrize("status", ["diverged", "interrupted"])
+def test_a_law_leaves_a_run_without_a_finite_loss_out_as_diverged(status: str) -> None:
+    cells = cells_from_records({Path("a"): make_record(final_loss=None, status=status), Path("b"): make_record()})
+    assert cells[0].stored_bits is None
+    sound, (left_out,) = divide(cells)
+    assert [cell.source for cell in sound] == ["b"]
+    assert (left_out.source, left_out.reason, left_out.final_loss) == ("a", "diverged", None)
+
+
+def test_a_law_names_the_diverged_run_and_does_not_read_its_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_simulated_grid(tmp_path / "runs", seeds=(0,))
+    write_diverged_run(tmp_path / "runs" / "lost", 4, 128, seed=5)
+    assert main(["law", str(tmp_path / "runs"), "--out", str(tmp_path / "law")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\d+ left out \(1 diverged", printed)
+    assert "recall: half of the target tokens" in printed
+    (lost,) = [cell for cell in read_law(tmp_path / "law" / "law.json").left_out if cell.source.endswith("lost")]
+    assert (lost.reason, lost.final_loss, lost.initial_loss) == ("diverged", None, 13.6)
+
+
+def test_methods_are_compared_without_the_diverged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_simulated_grid(tmp_path, ranks=(1, 2), lengths=(64,), methods=("sft", "memft"))
+    lost = tmp_path / "sft-rank-2-length-64-seed-1"
+    write_diverged_run(lost, 2, 64, seed=1)
+    assert len(read_records([tmp_path])) == 8
+    assert main(["compare", str(tmp_path), "--json"]) == 0
+    (content,) = json.loads(capsys.readouterr().out)
+    assert len(content["pairs"]) == 3
+    assert {"runs": [lost.as_posix()], "reason": "diverged"} in content["left_out"]
