@@ -228,6 +228,7 @@ class RunRecord(Callback):
             method_settings=module.settings(),
             seed=module.seed,
             optimizer_steps=trainer.global_step - module.skipped_steps,
+            skipped_steps=module.skipped_steps,
             initial_loss=initial_loss,
             final_loss=final_loss,
             loss_reduction=initial_loss - final_loss,

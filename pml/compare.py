@@ -1,10 +1,10 @@
 """Methods compared at the same budget, and by the steps they take to recall; with intervals and effect sizes.
 
 Two runs are a pair where everything but the method is the same: backbone, place and initialisation of the adapter,
-rank, corpus (by the hash of its tokens) and seed. Losses and shares are compared only where both took the same number
-of optimiser steps and trained on the same number of target tokens, within a tolerance: a method that trains longer is
-not a better one. Steps to recall are compared whatever the budget: where runs stop as soon as they recall, how long
-they trained is the outcome.
+rank, corpus (by the hash of its tokens) and seed. Losses and shares are compared only where both were given the same
+number of optimiser steps and of target tokens, within a tolerance: a method that trains longer is not a better one.
+Steps that a method skips, having nothing left to train, were given to it too. Steps to recall are compared whatever the
+budget: where runs stop as soon as they recall, how long they trained is the outcome.
 """
 
 import math
@@ -88,7 +88,7 @@ class Pair:
         rank: LoRA rank.
         target_tokens: Length in target tokens.
         seed: Seed of both runs.
-        optimizer_steps: Steps taken.
+        optimizer_steps: Steps taken; those skipped are in the budget all the same.
         target_tokens_trained: Target tokens in training batches, repetitions counted.
         wall_seconds: Duration of the fits.
     """
@@ -182,16 +182,17 @@ class Recalled:
         only_first: Pairs in which only the first method did.
         only_second: Pairs in which only the second did.
         neither: Pairs of equal budgets in which neither did.
-        texts: How many different (corpus, seed) the pairs of `both` are on.
-        steps: Steps to recall over the pairs of `both`; None where there is none.
+        steps: Steps to recall over the pairs in which both were watched for it (`callbacks.StopWhenRecalled`) and
+            recalled; None where there is none.
+        texts: How many different (corpus, seed) these are on.
     """
 
     both: int
     only_first: int
     only_second: int
     neither: int
-    texts: int
     steps: Difference | None
+    texts: int
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,8 @@ class Comparison:
     @property
     def shares_texts(self) -> bool:
         """Whether several pairs are on the same (corpus, seed), which makes the intervals too narrow."""
-        return self.texts < len(self.pairs) or self.recalled.texts < self.recalled.both
+        steps = self.recalled.steps
+        return self.texts < len(self.pairs) or (steps is not None and self.recalled.texts < steps.pairs)
 
     def budgets_in_words(self) -> str:
         """What is compared of pairs whose budgets differ; empty where there is none."""
@@ -470,10 +472,11 @@ def _by_cell(item: tuple[Path, Record]) -> tuple[int, int, int, Path]:
 
 def _unequal(couple: Sequence[Record], tolerance: float) -> str | None:
     """Why the budgets of two runs are not the same, or None."""
-    for name, noun in (("optimizer_steps", "optimiser steps"), ("target_tokens_trained", "target tokens trained on")):
-        small, large = sorted(getattr(record, name) for record in couple)
-        if large - small > tolerance * large:
-            first, second = (getattr(record, name) for record in couple)
+    # Steps that a method could have taken and had no use for were in its budget: it got there with less.
+    steps = [record.optimizer_steps + record.skipped_steps for record in couple]
+    tokens = [record.target_tokens_trained for record in couple]
+    for (first, second), noun in ((steps, "optimiser steps"), (tokens, "target tokens trained on")):
+        if abs(first - second) > tolerance * max(first, second):
             return f"budgets differ: {first:,} and {second:,} {noun}"
     return None
 
@@ -488,16 +491,21 @@ def _says_who_recalls(first: Record, second: Record, *, equal: bool) -> bool:
     return equal or needed[0] is not None
 
 
+def _certain(record: Record) -> bool:
+    """Whether every target token became certain, by the run's own watch or by where it ended."""
+    return record.steps_to_recall is not None or record.sub_threshold_fraction == 0
+
+
 def _recalled(couples: list[tuple[Record, Record]], confidence: float, seed: int) -> Recalled:
-    found = [(a.steps_to_recall is not None, b.steps_to_recall is not None) for a, b in couples]
-    both = [couple for couple, which in zip(couples, found, strict=True) if all(which)]
+    found = [(_certain(a), _certain(b)) for a, b in couples]
+    timed = [(a, b) for a, b in couples if a.steps_to_recall is not None and b.steps_to_recall is not None]
     return Recalled(
-        both=len(both),
+        both=found.count((True, True)),
         only_first=found.count((True, False)),
         only_second=found.count((False, True)),
         neither=found.count((False, False)),
-        texts=_texts(both),
-        steps=_over(STEPS_TO_RECALL, both, confidence, seed) if both else None,
+        texts=_texts(timed),
+        steps=_over(STEPS_TO_RECALL, timed, confidence, seed) if timed else None,
     )
 
 

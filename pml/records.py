@@ -66,6 +66,7 @@ class Record(pydantic.BaseModel):
         method_settings: Weighting, curriculum and optimiser settings.
         seed: Seed of the run.
         optimizer_steps: Steps taken.
+        skipped_steps: Steps not taken because no token had a weight: MemFT had nothing left to train.
         target_tokens_trained: Target tokens that were in training batches, repetitions counted.
         initial_loss: Mean target loss of the frozen model.
         final_loss: Mean target loss with the adapter, dropout off; never null where the run is finished, always where
@@ -150,6 +151,7 @@ class Record(pydantic.BaseModel):
     generated_edit_similarity: float | None = None
     extraction_probability: Measured = None
     extraction_samples: int | None = None
+    skipped_steps: int = 0
 
     @pydantic.model_validator(mode="after")
     def _says_whether_it_diverged(self) -> "Record":

@@ -199,6 +199,22 @@ class TestBudgets:
         (found,) = compare(records, tolerance=0.5)
         assert len(found.pairs) == 2
 
+    def test_steps_that_a_method_had_no_use_for_were_in_its_budget(self) -> None:
+        records = {Path("s"): sft(optimizer_steps=200), Path("m"): memft(optimizer_steps=120, skipped_steps=80)}
+        (found,) = compare(records)
+        assert [pair.optimizer_steps for pair in found.pairs] == [(200, 120)]
+        records[Path("m")] = memft(optimizer_steps=120, skipped_steps=60)
+        with pytest.raises(InputError, match="budgets differ: 200 and 180 optimiser steps"):
+            compare(records)
+
+    def test_a_run_that_nobody_watched_recalled_where_no_token_ended_below_the_threshold(self) -> None:
+        records = {Path("s"): sft(sub_threshold_fraction=0.1), Path("m"): memft(sub_threshold_fraction=0.0)}
+        (found,) = compare(records)
+        assert found.recall_in_words() == (
+            "every token certain: both 0, only SFT 0, only MemFT OnlyThreshold 1, neither 0"
+        )
+        assert found.recalled.steps is None
+
     def test_without_any_pair_of_equal_budgets_the_comparison_is_refused(self) -> None:
         records = {Path("a"): sft(), Path("b"): memft(optimizer_steps=400)}
         with pytest.raises(
@@ -319,7 +335,7 @@ class TestCommand:
         assert main(["compare", str(runs)]) == 0
         out = " ".join(capsys.readouterr().out.split())
         assert out.startswith(
-            "MemFT OnlyThreshold against SFT 4 pairs on 4 corpus draws: 200 steps, 12,800 target tokens"
+            "MemFT OnlyThreshold against SFT 4 pairs on 4 combinations of text and seed: 200 steps, 12,800 target "
         )
         # 3.1 in all four runs of SFT; 2.25 on average with MemFT.
         assert "final loss (nats) 3.100 2.250 -0.850" in out
@@ -337,7 +353,7 @@ class TestCommand:
         assert out.startswith(
             "MemFT OnlyThreshold against SFT no pair has equal budgets; only recall is compared of 5 pairs (budgets "
             "differ: 150 and 100 optimiser steps, for example) steps to recall, whatever the budget, where both "
-            "recalled: 3 pairs on 3 corpus draws"
+            "recalled: 3 pairs on 3 combinations of text and seed"
         )
         assert "steps to recall 160.0 90.0 -70.0" in out
         assert "final loss" not in out

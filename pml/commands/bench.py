@@ -48,6 +48,7 @@ def run(args: jsonargparse.Namespace) -> int:
 
     from pml.backbone import DTYPES
     from pml.bench import Case, as_json, matmul_rate, measure_recall, measure_steps
+    from pml.commands._console import make_console
     from pml.records import write_json
 
     if unknown := set(args.dtypes) - set(DTYPES):
@@ -72,7 +73,7 @@ def run(args: jsonargparse.Namespace) -> int:
     if args.json:
         print(json.dumps(content, indent=2))
         return 0
-    console = Console()
+    console = make_console()
     for table in _steps_tables(measurements, rates):
         console.print(table)
     if recall:

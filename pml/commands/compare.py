@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pml.commands._console import make_console
 from pml.commands._runs import add_runs, add_where, chosen_records
 from pml.compare import Comparison, Difference, Interval, compare
 from pml.groups import short_method_names
@@ -58,7 +59,7 @@ def run(args: jsonargparse.Namespace) -> int:
         content = [comparison.to_json() for comparison in comparisons]
         print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
         return 0
-    console = Console(highlight=False, markup=False)
+    console = make_console(highlight=False, markup=False)
     for i, comparison in enumerate(comparisons):
         if i:
             console.print()
@@ -73,8 +74,8 @@ def _print(console: Console, comparison: Comparison) -> None:
     where = "".join(f", {name} {value}" for name, value in comparison.where.items())
     say(f"{comparison.second} against {comparison.first}{where}")
     if comparison.pairs:
-        pairs, draws = _count(len(comparison.pairs), "pair"), _count(comparison.texts, "corpus draw")
-        say(f"{pairs} on {draws}: {_budget(comparison)}")
+        pairs, draws = _count(len(comparison.pairs), "pair"), _count(comparison.texts, "combination")
+        say(f"{pairs} on {draws} of text and seed: {_budget(comparison)}")
     recalled = comparison.recalled
     if comparison.differences:
         # One legend is enough for both tables, below the last.
@@ -82,14 +83,14 @@ def _print(console: Console, comparison: Comparison) -> None:
     if budgets := comparison.budgets_in_words():
         say(budgets)
     if recalled.steps is not None:
-        pairs, draws = _count(recalled.both, "pair"), _count(recalled.texts, "corpus draw")
-        say(f"steps to recall, whatever the budget, where both recalled: {pairs} on {draws}")
+        pairs, draws = _count(recalled.steps.pairs, "pair"), _count(recalled.texts, "combination")
+        say(f"steps to recall, whatever the budget, where both recalled: {pairs} on {draws} of text and seed")
         console.print(_table(comparison, [recalled.steps]))
     say(comparison.recall_in_words())
     for name, (first, second) in comparison.settings.items():
         say(f"warning: {name} differs too: {_values(first)} and {_values(second)}")
     if comparison.shares_texts:
-        say("note: pairs on the same corpus draw are not independent of each other, so the intervals may be too narrow")
+        say("note: pairs of the same text and seed are not independent of each other, so intervals may be too narrow")
     for reason, count in Counter(left.reason for left in comparison.left_out).items():
         example = next(left for left in comparison.left_out if left.reason == reason)
         more = f", and {count - 1} more" if count > 1 else ""

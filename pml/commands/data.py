@@ -135,9 +135,9 @@ def _frozen_loss(module: "Memorization", corpus: "Corpus") -> float:
 
 
 def _print(facts: dict[str, Any], corpus: "Corpus") -> None:
-    from rich.console import Console
+    from pml.commands._console import make_console
 
-    console = Console(highlight=False)
+    console = make_console(highlight=False)
     bits = facts["entropy_bits"]
     rows = {
         "backbone": facts["backbone"],

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pml.calibration import RecallModel, fit_recall, run_tokens
+from pml.commands._console import make_console
 from pml.commands._runs import add_runs, add_where, chosen_records
 from pml.errors import InputError
 from pml.figures import law_figure, save_figure
@@ -108,7 +109,7 @@ def _check_free(path: Path, content: dict[str, Any], overwrite: bool) -> None:
 
 
 def _print_fit(fit: LawFit, out: Path | None) -> None:
-    console = Console(highlight=False, markup=False)
+    console = make_console(highlight=False, markup=False)
 
     def say(line: str = "") -> None:
         console.print(line, soft_wrap=True)

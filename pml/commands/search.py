@@ -34,8 +34,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 def run(args: jsonargparse.Namespace) -> int:
     """Search; 0 when something was chosen for every cell, 1 when the last run of some failed or diverged."""
     # Imported here because it takes seconds, which --help need not wait for.
-    from rich.console import Console
-
+    from pml.commands._console import make_console
     from pml.commands.sweep import Progress
     from pml.search import SEARCH_NAME, read_search, run_search
 
@@ -49,7 +48,7 @@ def run(args: jsonargparse.Namespace) -> int:
     if args.json:
         print((grid.out / SEARCH_NAME).read_text(encoding="utf-8"), end="")
     else:
-        Console().print(_table(grid, choices))
+        make_console().print(_table(grid, choices))
         for key in grid.search:
             edge = sum(key in choice.at_the_edge for choice in choices)
             if edge:

@@ -32,8 +32,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 def run(args: jsonargparse.Namespace) -> int:
     """Run the grid; 0 when every cell has a record, 1 when some failed."""
     # Imported here because it takes seconds, which --help need not wait for.
-    from rich.console import Console
-
+    from pml.commands._console import make_console
     from pml.sweep import Outcome, read_grid, resolve, run_cells
     from pml.tables import records_table
 
@@ -48,7 +47,7 @@ def run(args: jsonargparse.Namespace) -> int:
         outcomes = run_cells(cells, Progress(cells))
         records = {outcome.cell.folder: outcome.record for outcome in outcomes if outcome.record is not None}
         if records and not args.json:
-            Console().print(records_table(records))
+            make_console().print(records_table(records))
     if args.json:
         print(json.dumps([_plain(outcome) for outcome in outcomes], indent=2))
     for outcome in outcomes:

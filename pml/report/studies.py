@@ -462,8 +462,8 @@ def _comparison_notes(comparison: Comparison) -> list[str]:
     if comparison.shares_texts:
         texts = max(comparison.texts, comparison.recalled.texts)
         notes.append(
-            f"The pairs are on {count(texts, 'corpus draw')}; pairs on the same one are not independent of each other, "
-            "so the intervals may be too narrow."
+            f"The pairs are on {count(texts, 'combination')} of text and seed; pairs of the same one are not "
+            "independent of each other, so the intervals may be too narrow."
         )
     for name, (first, second) in comparison.settings.items():
         notes.append(f"{name} differs too: {shown(first)} and {shown(second)}.")
