@@ -115,3 +115,23 @@ def test_what_runs_differ_in_leaves_out_rank_length_and_seed() -> None:
         make_record(rank=2, seed=2, corpus_settings={"length": 9, "seed": 2}, method_settings={"learning_rate": 0.1}),
     ]
     assert varying(runs) == {"method_settings.learning_rate": [0.1, 0.2]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({}, {"optimizer_steps": [50, 200]}),
+        # Where a run recalled it may have stopped for that, and another size may want other steps.
+        ({"steps_to_recall": 50}, {}),
+        ({"status": "interrupted"}, {}),
+        ({"target_tokens": 96}, {}),
+    ],
+)
+def test_numbers_of_steps_are_told_where_runs_of_one_size_that_did_not_recall_differ_in_them(
+    fields: dict[str, Any], steps: dict[str, list[int]]
+) -> None:
+    runs = [
+        make_record(optimizer_steps=200, steps_to_recall=None),
+        make_record(**{"optimizer_steps": 50, "steps_to_recall": None} | fields),
+    ]
+    assert varying(runs) == steps

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pml.calibration import RecallModel
@@ -99,6 +100,46 @@ def test_a_text_that_the_model_knows_better_needs_no_more_than_its_own_loss(law:
     assert outcome.final_loss_new_run == (0.0, 0.0)
 
 
+@pytest.fixture(scope="module")
+def noisy() -> LawFit:
+    """A law whose runs scatter by 0.15 nats, on texts whose frozen losses differ by as much."""
+    noise = np.random.default_rng(0)
+    cells = []
+    for n, initial in zip((256, 400, 1024, 2048), (13.2, 12.9, 12.8, 13.1), strict=True):
+        for r in (1, 2, 4, 8):
+            fallen = reduction(r, n) + 0.15 * float(noise.normal())
+            cells.append(Cell(r, n, initial, initial - fallen, 0, f"r{r}-l{n}"))
+    return fit_law(cells, form="power_offset", compare=False, recall=RECALL)
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.9, 0.99])
+def test_the_rank_lies_in_its_own_interval(noisy: LawFit, probability: float) -> None:
+    plan = rank_for_recall(noisy, 400, share=0.5, pairs=40, probability=probability)
+    assert plan.rank is not None
+    assert plan.rank_confidence is not None
+    low, high = plan.rank_confidence
+    assert low is not None
+    assert high is not None
+    assert low <= plan.rank <= high
+
+
+def test_the_surer_a_run_must_be_the_larger_its_rank_and_all_of_its_interval(noisy: LawFit) -> None:
+    plans = [rank_for_recall(noisy, 400, share=0.5, pairs=40, probability=p) for p in (0.5, 0.99)]
+    ends = [(plan.rank, *plan.rank_confidence) for plan in plans if plan.rank is not None and plan.rank_confidence]
+    assert len(ends) == 2
+    assert all(some < more for some, more in zip(*ends, strict=True) if some is not None and more is not None)
+
+
+def test_a_text_whose_frozen_loss_is_not_given_widens_what_is_foretold(noisy: LawFit) -> None:
+    unknown, known = (foresee(law, 2, 400).outcome for law in (noisy, noisy.about_text(13.0)))
+    assert unknown is not None
+    assert known is not None
+    spread, run_alone = (outcome.final_loss_new_run[1] - outcome.final_loss_new_run[0] for outcome in (unknown, known))
+    assert spread > 1.2 * run_alone
+    # How much is lost does not depend on the text, far below the ceiling.
+    assert unknown.loss_reduction_new_run == pytest.approx(known.loss_reduction_new_run, abs=1e-9)
+
+
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_text_has_a_loss_above_zero(law: LawFit, loss: float) -> None:
     with pytest.raises(InputError, match="initial loss is"):
@@ -131,3 +172,7 @@ def test_the_command_answers_from_a_file(law: LawFit, tmp_path: Path, capsys: py
     assert json.loads(capsys.readouterr().out)["outcome"]["final_loss"] == 0.0
     assert main([*asked, "--rank", "8", "--recall", "1"]) == 2
     assert "--recall and --rank: expected one question at a time" in capsys.readouterr().err
+    assert main([*asked, "--rank", "8", "--probability", "0.9"]) == 2
+    assert "--probability and --rank: a probability belongs to --recall" in capsys.readouterr().err
+    assert main([*asked, "--recall", "0.5", "--pairs", "400", "--probability", "0.5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rank"] == 25

@@ -253,12 +253,12 @@ class TestWhatIsMissing:
         assert text.count("Not drawn: no run was finished.") == 6
 
     def test_runs_that_differ_in_more_than_they_should_are_pointed_out(self, tmp_path: Path) -> None:
-        for rank, rate in ((1, 0.1), (2, 0.2)):
+        for rate in (0.1, 0.2):
             settings = {"weighting": "x", "learning_rate": rate}
-            write_simulated_run(tmp_path / str(rank), rank, 64, method_settings=settings)
+            write_simulated_grid(tmp_path / str(rate), seeds=(0,), method_settings=settings)
         records = read_records([tmp_path])
         assert (
-            "differ in more than rank, length and seed: learning_rate (0.1, 0.2)"
+            "differ in more than rank, length and seed: method_settings.learning_rate (0.1, 0.2)"
             in Page(make_report(records).html).text
         )
         split = Page(make_report(records, by=["method_settings.learning_rate"]).html)

@@ -28,6 +28,8 @@ DRAWS = 500
 BOOTSTRAP_SEED = 0
 # A spread over two or three seeds is itself a guess: the pooled spread counts as much as this many further seeds.
 PRIOR_DEGREES = 4
+# Where the fit took up more of a group's residual than this leaves, what is left is rounding.
+LEAST_LEFT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -149,11 +151,12 @@ def bootstrap(form: Form, theta: Array, data: Data, groups: Sequence[Hashable], 
     """Parameters fitted anew to resampled noise, `(draws, parameters)`, every refit from the solution.
 
     A wild bootstrap: each cell keeps its place in the grid, where dropping cells could leave a grid without a solution,
-    and its residual comes back with a random factor. Residuals are first put right for the share that the fit took up
-    (the bias-reduced linearisation of Bell and McCaffrey, CR2). Cells of one group, the seeds of one rank and length,
-    share their factor, since they share the law's own error there. Where there are no more groups with unsaturated
-    cells than parameters the fit goes through the mean of each, and what is left is the spread within groups: then each
-    cell has its own factor.
+    and its residual comes back with a random factor. Residuals are first put right for the share that the fit took up:
+    each group's becomes what it would be had the fit not seen the group (the jackknife, CR3 of Bell and McCaffrey; with
+    few groups the milder CR2 covers the truth too rarely). Cells of one group, the seeds of one rank and length, share
+    their factor, since they share the law's own error there. Where there are no more groups with unsaturated cells than
+    parameters, the fit goes through the mean of each and what is left is the spread within groups: then each cell has
+    its own factor.
 
     Args:
         form: The form.
@@ -177,7 +180,7 @@ def bootstrap(form: Form, theta: Array, data: Data, groups: Sequence[Hashable], 
         left = np.eye(len(members)) - basis[members] @ basis[members].T
         values, vectors = np.linalg.eigh(left)
         # A cell that alone decides a parameter has no residual to scale.
-        scale = np.where(values > 1e-6, 1.0 / np.sqrt(np.maximum(values, 1e-6)), 0.0)
+        scale = np.where(values > LEAST_LEFT, 1.0 / np.maximum(values, LEAST_LEFT), 0.0)
         corrected[members] = vectors @ (scale * (vectors.T @ residual[members]))
     factors = np.random.default_rng(BOOTSTRAP_SEED).standard_normal((DRAWS, len(labels)))[:, of_cell]
     resampled = predicted + factors * corrected / data.root_weights

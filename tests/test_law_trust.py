@@ -1,0 +1,279 @@
+"""How far a fitted law can be trusted: noise, intervals, criteria and held-out errors against hand-worked numbers."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pml.law import FORMS, Cell, FormName, LawFit, fit_law, saturated
+from pml.law.forms import reduction
+from pml.law.uncertainty import data_of, points_of, scatter, sizes_of, weights_of
+
+HIGH_LOSS = 1000.0
+TRUTH = {"C": 40.0, "alpha": 0.5, "beta": 0.6, "b": 0.3}
+
+
+def fallen(rank: float, length: float) -> float:
+    return TRUTH["C"] * rank ** TRUTH["alpha"] / length ** TRUTH["beta"] + TRUTH["b"]
+
+
+def cell(rank: int, length: int, reduction: float, seed: int = 0, initial: float = HIGH_LOSS) -> Cell:
+    return Cell(rank, length, initial, initial - reduction, seed, f"r{rank}-l{length}-s{seed}")
+
+
+def grid(
+    noise: np.random.Generator,
+    ranks: tuple[int, ...] = (1, 2, 4),
+    lengths: tuple[int, ...] = (64, 128, 256),
+    seeds: int = 1,
+    of_size: float = 0.0,
+    of_seed: float = 0.0,
+) -> list[Cell]:
+    """Cells of the paper's law; each size has an error that its seeds share, and each seed one of its own, in nats."""
+    cells = []
+    for rank, length in itertools.product(ranks, lengths):
+        shared = fallen(rank, length) + of_size * noise.normal()
+        cells += [cell(rank, length, shared + of_seed * noise.normal(), seed) for seed in range(seeds)]
+    return cells
+
+
+def ceiling_cells(noise: np.random.Generator, spread: float = 0.1) -> list[Cell]:
+    """Cells of a law that is cut off at 13 nats; below the ceiling runs scatter, at it they hardly do."""
+    cells = []
+    for rank, length in itertools.product((1, 2, 3, 4, 6), (64, 96, 144, 216)):
+        power = 110.0 * rank**0.7 / length**0.6
+        reduction = (power**-4 + 13.0**-4) ** -0.25
+        free = (1 + (power / 13.0) ** 4) ** -1.25
+        cells.append(cell(rank, length, min(reduction + spread * free * noise.normal(), 12.99), initial=13.0))
+    return cells
+
+
+def published(cells: list[Cell]) -> LawFit:
+    return fit_law(cells, form="power_offset", compare=False)
+
+
+class TestScatter:
+    """Around a law that says 1 nat everywhere."""
+
+    FORM = FORMS["power"]
+    THETA = np.zeros(3)
+
+    def cells(self, by_size: list[list[float]]) -> list[Cell]:
+        return [cell(i + 1, 64, 1.0 + r, seed) for i, seeds in enumerate(by_size) for seed, r in enumerate(seeds)]
+
+    def of(self, cells: list[Cell], fitted: int) -> tuple[float, float, int]:
+        data = replace(data_of(cells, "rank"), root_weights=np.ones(len(cells)))
+        found = scatter(self.FORM, self.THETA, data, sizes_of(cells), fitted)
+        return found.of_a_run, found.of_the_fit, found.degrees_of_freedom
+
+    def test_with_one_seed_a_size_it_is_the_standard_deviation_of_the_residuals(self) -> None:
+        # (1 + 4 + 9 + 16) / (4 - 1) = 10
+        found = self.of(self.cells([[1.0], [-2.0], [3.0], [-4.0]]), fitted=1)
+        assert found == pytest.approx((math.sqrt(10), math.sqrt(10), 3))
+
+    def test_with_several_seeds_the_fit_is_known_as_well_as_there_are_sizes(self) -> None:
+        # Means 2, -2, 1: 2 (4 + 4 + 1) / (3 - 1) = 9. Within: (2 + 2 + 2) / (6 - 3) = 2. A size: (9 - 2) / 2 = 3.5.
+        found = self.of(self.cells([[1.0, 3.0], [-1.0, -3.0], [0.0, 2.0]]), fitted=1)
+        assert found == pytest.approx((math.sqrt(2 + 3.5), 3.0, 2))
+
+    def test_with_no_more_sizes_than_parameters_only_seeds_are_left(self) -> None:
+        # (1 + 1 + 4 + 4) / (4 - 2) = 5
+        found = self.of(self.cells([[1.0, -1.0], [2.0, -2.0]]), fitted=2)
+        assert found == pytest.approx((math.sqrt(5), math.sqrt(5), 2))
+
+    def test_saturated_cells_say_nothing_of_it(self) -> None:
+        cells = self.cells([[1.0], [-2.0], [3.0], [-4.0]])
+        at_the_ceiling = [Cell(9, n, 13.0, 0.01, 0, f"s{n}") for n in (64, 96)]
+        assert self.of([*cells, *at_the_ceiling], fitted=1) == pytest.approx(self.of(cells, fitted=1))
+
+    def test_the_noise_of_a_form_with_a_ceiling_is_that_of_runs_below_it(self) -> None:
+        fit = fit_law(ceiling_cells(np.random.default_rng(0)), form="ceiling", compare=False)
+        below = [
+            cell.loss_reduction - predicted
+            for cell, predicted in zip(fit.cells, fit.best.predicted, strict=True)
+            if not saturated(cell)
+        ]
+        assert len(below) < len(fit.cells)
+        assert fit.best.degrees_of_freedom == len(below) - 4
+        assert fit.best.noise_nats == pytest.approx(math.sqrt(sum(x * x for x in below) / (len(below) - 4)))
+
+
+class TestWeights:
+    def test_replicates_weigh_by_their_spread_drawn_towards_that_of_all(self) -> None:
+        # Variances 2 and 8 of one degree each: pooled 5. (4 + 1) 5 / (4 * 5 + 2) and (4 + 1) 5 / (4 * 5 + 8).
+        cells = [cell(1, 64, 5.0), cell(1, 64, 7.0, 1), cell(2, 64, 9.0), cell(2, 64, 13.0, 1), cell(4, 64, 20.0)]
+        assert weights_of(cells) == pytest.approx([25 / 22, 25 / 22, 25 / 28, 25 / 28, 1.0])
+
+    def test_a_size_whose_seeds_agree_pulls_the_law_more(self) -> None:
+        # Rank 4 has 0.6 nats too much. Its seeds agree and those of the others are far apart, or the reverse.
+        truth = {
+            size: fallen(*size) + (0.6 if size[0] == 4 else 0.0) for size in itertools.product((1, 2, 4), (64, 256))
+        }
+        missed = []
+        for of_rank_4, of_others in ((0.01, 1.0), (1.0, 0.01)):
+            spread = {size: of_rank_4 if size[0] == 4 else of_others for size in truth}
+            cells = [cell(*size, truth[size] + sign * spread[size], sign) for size in truth for sign in (-1, 1)]
+            missed.append(np.mean([abs(float(published(cells).predict(*s)) - truth[s]) for s in truth if s[0] == 4]))
+        assert missed[0] < 0.8 * missed[1]
+
+
+class TestIntervals:
+    def test_seeds_of_one_size_are_no_further_evidence_for_the_parameters(self) -> None:
+        # Errors that seeds share, and none of their own: the first grid is all that is known.
+        one = grid(np.random.default_rng(1), of_size=0.05)
+        five = [replace(cell, seed=seed) for cell in one for seed in range(5)]
+        for name in TRUTH:
+            alone, replicated = published(one).parameters[name], published(five).parameters[name]
+            assert replicated.stderr == pytest.approx(alone.stderr, rel=1e-6)
+            # Refits stop far below the spread of their draws.
+            assert replicated.bootstrap == pytest.approx(alone.bootstrap, rel=1e-4)
+            assert replicated.profile == pytest.approx(alone.profile, rel=1e-3)
+
+    def test_intervals_of_replicated_runs_cover_the_truth(self) -> None:
+        generator, draws = np.random.default_rng(0), 60
+        inside = dict.fromkeys(TRUTH, 0)
+        by_error = dict.fromkeys(TRUTH, 0)
+        for _ in range(draws):
+            fit = published(grid(generator, ranks=(1, 2, 4, 8), seeds=3, of_size=0.05, of_seed=0.03))
+            assert fit.best.degrees_of_freedom == 12 - 4
+            for name, truth in TRUTH.items():
+                estimate = fit.parameters[name]
+                assert estimate.bootstrap is not None
+                assert estimate.standard is not None
+                inside[name] += estimate.bootstrap[0] <= truth <= estimate.bootstrap[1]
+                by_error[name] += estimate.standard[0] <= truth <= estimate.standard[1]
+        # 57 expected, with a standard deviation of 1.7.
+        assert all(52 <= count <= 60 for count in (*inside.values(), *by_error.values())), (inside, by_error)
+
+    def test_a_new_run_lies_in_its_interval_as_often_as_it_says(self) -> None:
+        generator, draws, inside, size = np.random.default_rng(2), 60, 0, 0.1
+        for _ in range(draws):
+            fit = published(grid(generator, ranks=(1, 2, 4, 8), of_size=size))
+            low, high = fit.predict_interval(3, 100).new_run
+            inside += low <= fallen(3, 100) + size * generator.normal() <= high
+        assert 52 <= inside <= 60
+
+    def test_at_the_ceiling_runs_hardly_scatter(self) -> None:
+        fit = fit_law(ceiling_cells(np.random.default_rng(0)), form="ceiling", compare=False)
+        below, above = (fit.predict_interval(rank, 216).new_run for rank in (1, 64))
+        # Four standard deviations and more below, where runs have their own luck.
+        assert below[1] - below[0] > 4 * fit.best.noise_nats > 4 * (above[1] - above[0])
+
+
+class TestTexts:
+    def test_texts_scatter_around_a_line_in_the_logarithm_of_the_length(self) -> None:
+        # 13 + 0.5 log2(l / 64), and a pattern (1, -1, -1, 1) that no line through four even steps explains.
+        cells = [
+            cell(rank, 64 * 2**i, 5.0 + rank - i, initial=13.0 + 0.5 * i + 0.2 * sign)
+            for rank in (1, 2, 4)
+            for i, sign in enumerate((1, -1, -1, 1))
+        ]
+        # Four residuals of 0.2 with two degrees of freedom.
+        assert published(cells).text_spread == pytest.approx(math.sqrt(4 * 0.04 / 2))
+
+    def test_three_texts_cannot_tell_how_texts_differ(self) -> None:
+        cells = [cell(r, 64 * 2**i, 5.0 + r - i, initial=13.0 + i % 2) for r in (1, 2, 4) for i in range(3)]
+        assert published(cells).text_spread == 0.0
+
+    def test_what_a_run_leaves_over_is_less_certain_on_a_text_of_unknown_loss(self) -> None:
+        noise = np.random.default_rng(0)
+        cells = [
+            cell(rank, length, fallen(rank, length) + 0.01 * noise.normal(), initial=13.0 + shift)
+            for rank in (1, 2, 4)
+            for length, shift in zip((64, 96, 144, 216), (0.3, -0.3, -0.3, 0.3), strict=True)
+        ]
+        fit = published(cells)
+        unknown, known = (
+            np.ptp(np.percentile(law.new_run_draws(2, 100).final_loss, (2.5, 97.5)))
+            for law in (fit, fit.about_text(13.0))
+        )
+        assert known < 0.1
+        # 3.92 standard deviations of the texts.
+        assert unknown == pytest.approx(3.92 * fit.text_spread, rel=0.1)
+        assert fit.about_text(13.0).text_spread == 0.0
+
+
+class TestCriteria:
+    @pytest.mark.parametrize("name", ["power_offset", "ceiling"])
+    def test_aicc_is_that_of_the_unsaturated_cells_for_every_form(self, name: FormName) -> None:
+        fit = fit_law(ceiling_cells(np.random.default_rng(0))).fit_of(name)
+        law = fit_law(ceiling_cells(np.random.default_rng(0)))
+        squares = [
+            (cell.loss_reduction - predicted) ** 2
+            for cell, predicted in zip(law.cells, fit.predicted, strict=True)
+            if not saturated(cell)
+        ]
+        n, p = len(squares), len(fit.free) + 1
+        assert n < len(law.cells)
+        expected = n * math.log(sum(squares) / n) + 2 * p + 2 * p * (p + 1) / (n - p - 1)
+        assert fit.aicc == pytest.approx(expected, rel=1e-9)
+
+    def test_r2_over_all_cells_cuts_what_no_run_can_do(self) -> None:
+        law = fit_law(ceiling_cells(np.random.default_rng(0)))
+        fit = law.fit_of("power_offset")
+        measured = np.array([cell.loss_reduction for cell in law.cells])
+        cut = np.minimum(fit.predicted, 13.0)
+        assert (np.array(fit.predicted) > 13.0).any()
+        expected = 1 - np.sum((measured - cut) ** 2) / np.sum((measured - measured.mean()) ** 2)
+        assert fit.r2_all == pytest.approx(float(expected), rel=1e-9)
+        assert fit.r2_all != pytest.approx(fit.r2, rel=1e-6)
+
+    def test_of_few_unsaturated_cells_no_difference_in_aicc_is_quoted(self) -> None:
+        few = [c for c in ceiling_cells(np.random.default_rng(0), 0.01) if c.target_tokens >= 144 or c.rank > 3]
+        assert sum(not saturated(c) for c in few) < 10
+        assert "behind" not in fit_law(few).chosen_because
+
+
+class TestHeldOut:
+    def test_the_largest_length_is_foretold_from_the_others(self) -> None:
+        cells = grid(np.random.default_rng(4), ranks=(1, 2, 4, 8), of_size=0.2)
+        fit = published(cells)
+        rest = published([cell for cell in cells if cell.target_tokens < 256])
+        missed = [abs(float(rest.predict(c.rank, 256)) / c.loss_reduction - 1) for c in cells if c.target_tokens == 256]
+        held = fit.best.largest("target_tokens")
+        assert held is not None
+        assert (held.value, held.cells) == (256, 4)
+        assert held.mape_percent == pytest.approx(100 * float(np.mean(missed)), rel=1e-5)
+        assert held.mape_percent > 0.5
+
+    def test_saturated_cells_beyond_the_largest_rank_are_held_out_with_it(self) -> None:
+        cells = [c for c in ceiling_cells(np.random.default_rng(0)) if not (c.rank == 6 and c.target_tokens > 144)]
+        largest = max(c.rank for c in cells if not saturated(c))
+        assert any(c.rank > largest for c in cells)
+        held = fit_law(cells, form="ceiling", compare=False).best.largest("rank")
+        assert held is not None
+        assert held.value == largest
+        rest = fit_law([c for c in cells if c.rank < largest], form="ceiling", compare=False)
+        there = [c for c in cells if c.rank == largest and not saturated(c)]
+        theta, form = rest.best.theta, FORMS["ceiling"]
+        missed = np.abs(reduction(form, theta, points_of(there, "rank")) / [c.loss_reduction for c in there] - 1)
+        assert held.cells == len(there)
+        assert held.mape_percent == pytest.approx(100 * float(missed.mean()), rel=1e-4)
+
+    def test_errors_of_rank_and_length_are_averaged_over_their_cells(self) -> None:
+        fit = published(grid(np.random.default_rng(4), ranks=(1, 2, 4, 8), of_size=0.2)).best
+        by_rank, by_length = fit.largest("rank"), fit.largest("target_tokens")
+        assert by_rank is not None
+        assert by_length is not None
+        assert by_rank.mape_percent is not None
+        assert by_length.mape_percent is not None
+        expected = (3 * by_rank.mape_percent + 4 * by_length.mape_percent) / 7
+        assert fit.extrapolation_percent == pytest.approx(expected)
+
+
+class TestMisfits:
+    def test_a_rank_that_falls_short_everywhere_is_named(self) -> None:
+        noise = np.random.default_rng(0)
+        cells = grid(noise, ranks=(1, 2, 4, 8, 16), lengths=(64, 96, 128, 256), of_size=0.005)
+        short = [
+            replace(cell, final_loss=cell.final_loss + 0.2 * cell.loss_reduction) if cell.rank == 16 else cell
+            for cell in cells
+        ]
+        assert published(cells).best.misfits == []
+        found = {(misfit.factor, misfit.value): misfit for misfit in published(short).best.misfits}
+        assert ("rank", 16) in found
+        assert found["rank", 16].cells == 4
+        assert found["rank", 16].excess_percent < 0
+        assert any("at rank 16 runs reach" in warning for warning in published(short).warnings)
