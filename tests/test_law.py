@@ -286,16 +286,17 @@ class TestPrediction:
 
 class TestChoice:
     @staticmethod
-    def ranked(*forms: tuple[FormName, float, float]) -> list[str]:
-        """Names in order of choice, from (form, AICc, error in percent of the largest rank and length held out)."""
+    def ranked(*forms: tuple[FormName, float, float], held: int = 4, saturated: int = 0) -> list[str]:
+        """Names in order of choice, from (form, AICc, error in percent of the largest rank held out)."""
         fits = []
         for form, aicc, error in forms:
-            held = HeldOut(factor="rank", value=8, extrapolates=True, cells=4, mape_percent=error)
+            out = HeldOut(factor="rank", value=8, extrapolates=True, cells=held, mape_percent=error)
             parameters = dict.fromkeys(FORMS[form].parameters, Estimate(value=1.0))
             fits.append(
-                FormFit.model_construct(form=form, parameters=parameters, at_bound=[], aicc=aicc, held_out=[held])
+                FormFit.model_construct(form=form, parameters=parameters, at_bound=[], aicc=aicc, held_out=[out])
             )
-        return [fit.form for fit in _ranked(fits, unsaturated=20)[0]]
+        cells = [*grid(), *[Cell(9, 64, 13.0, 0.1, seed, "saturated") for seed in range(saturated)]]
+        return [fit.form for fit in _ranked(fits, cells)[0]]
 
     def test_the_smallest_aicc_wins_by_more_than_2_whatever_is_foretold(self) -> None:
         assert self.ranked(("power", -60.0, 1.0), ("ceiling_offset", -62.5, 9.0)) == ["ceiling_offset", "power"]
@@ -305,6 +306,16 @@ class TestChoice:
 
     def test_where_both_foretell_about_as_well_the_simpler_wins(self) -> None:
         assert self.ranked(("ceiling_offset", -62.0, 0.6), ("ceiling", -60.5, 0.8)) == ["ceiling", "ceiling_offset"]
+
+    def test_three_cells_held_out_are_too_few_to_choose_by(self) -> None:
+        forms: tuple[tuple[FormName, float, float], ...] = (("ceiling", -62.0, 3.0), ("ceiling_offset", -60.5, 1.0))
+        assert self.ranked(*forms, held=4) == ["ceiling_offset", "ceiling"]
+        assert self.ranked(*forms, held=3) == ["ceiling", "ceiling_offset"]
+
+    def test_where_cells_are_saturated_a_form_that_says_nothing_of_them_is_not_chosen(self) -> None:
+        forms: tuple[tuple[FormName, float, float], ...] = (("power", -70.0, 1.0), ("ceiling", -60.0, 3.0))
+        assert self.ranked(*forms) == ["power", "ceiling"]
+        assert self.ranked(*forms, saturated=1) == ["ceiling", "power"]
 
 
 class TestLeavingOut:
@@ -597,7 +608,7 @@ class TestCommand:
     def test_it_prints_the_law_and_writes_it(
         self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert law(runs, "--out", tmp_path / "out") == 0
+        assert law(runs, "--form", "power_offset", "--out", tmp_path / "out") == 0
         fit = read_law(tmp_path / "out" / "law.json")
         printed = capsys.readouterr().out
         assert printed.startswith(fit.equation() + "\n")

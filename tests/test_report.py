@@ -181,7 +181,9 @@ class TestPage:
     ) -> None:
         for seed, steps in enumerate(((150, 100), (160, 90), (170, 80), (300, 70))):
             for method, needed in zip(("sft", "memft"), steps, strict=True):
-                recalled = {"optimizer_steps": needed, "steps_to_recall": needed if needed < 300 else None}
+                recalled: dict[str, Any] = {"optimizer_steps": needed, "steps_to_recall": needed}
+                if needed == 300:
+                    recalled |= {"steps_to_recall": None, "sub_threshold_fraction": 0.1}
                 write_simulated_run(tmp_path / f"{method}-{seed}", 4, 64, seed, method, **recalled)
         text = Page(make_report(read_records([tmp_path])).html).text
         assert "MemFT OnlyThreshold against SFT, by steps to recall, whatever the budget" in text

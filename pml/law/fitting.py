@@ -55,7 +55,8 @@ def fit_law(
 
     The chosen form has the smallest AICc over the unsaturated cells, which all forms describe; among those within 2 of
     it, the simplest of those that foretell the largest rank and the largest length from the other cells with an error
-    of up to 1.5 times the smallest; where these are fewer than 4 cells, the simplest.
+    of up to 1.5 times the smallest; where these are fewer than 4 cells, the simplest. Where there are saturated cells,
+    it is one of the forms that know the ceiling: the others say nothing of these cells.
 
     Args:
         cells: What the runs measured.
@@ -84,7 +85,7 @@ def fit_law(
         raise InputError("loss reduction depends on neither size nor length; check what the runs trained on")
     if form is not None and form not in [fit.form for fit in fits]:
         raise InputError(f"form {form}: no C above 0 fits; leave --form out to see which forms do")
-    fits, reason = _ranked(fits, sum(not saturated(cell) for cell in sound))
+    fits, reason = _ranked(fits, sound)
     if len(fits) == 1 and why_not[PUBLISHED] is not None:
         reason = f"the others are not determined: {why_not[PUBLISHED]}"
     if form is not None:
@@ -281,9 +282,13 @@ def _misfits(cells: Sequence[Cell], data: Data, predicted: Array) -> list[Misfit
     return found
 
 
-def _ranked(fits: list[FormFit], unsaturated: int) -> tuple[list[FormFit], str]:
+def _ranked(fits: list[FormFit], cells: Sequence[Cell]) -> tuple[list[FormFit], str]:
     """The fits, the chosen one first and the others by AICc, and why in words."""
+    unsaturated = sum(not saturated(cell) for cell in cells)
     known = [fit for fit in fits if fit.aicc is not None]
+    if unsaturated < len(cells):
+        # Even a knee without end, a power cut off at the ceiling, is one of these: nothing is lost.
+        known = [fit for fit in known if FORMS[fit.form].bounded] or known
     if not known:
         first = next((fit for fit in fits if fit.form == PUBLISHED), fits[0])
         reason = (
