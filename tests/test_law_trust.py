@@ -119,6 +119,13 @@ class TestWeights:
         assert missed[0] < 0.8 * missed[1]
 
 
+    def test_runs_of_one_rank_and_other_parameters_are_no_replicates(self) -> None:
+        cells = [replace(cell(1, 64, 5.0 + seed, seed), effective_parameters=100 + seed) for seed in range(4)]
+        cells += [replace(cell(2, 64, 9.0 + 3 * seed, seed), effective_parameters=200 + seed) for seed in range(4)]
+        assert weights_of(cells) == pytest.approx([1.0] * 8)
+        assert len(set(sizes_of(cells))) == 8
+
+
 class TestIntervals:
     def test_seeds_of_one_size_are_no_further_evidence_for_the_parameters(self) -> None:
         # Errors that seeds share, and none of their own: the first grid is all that is known.

@@ -47,9 +47,9 @@ class Scatter:
     degrees_of_freedom: int
 
 
-def sizes_of(cells: Sequence[Cell]) -> list[tuple[int, int]]:
-    """Rank and length of each cell; cells that share both are replicates."""
-    return [(cell.rank, cell.target_tokens) for cell in cells]
+def sizes_of(cells: Sequence[Cell]) -> list[tuple[int, int | None, int]]:
+    """The size of each cell: rank, parameters (places differ in them) and length. Cells of one size are replicates."""
+    return [(cell.rank, cell.effective_parameters, cell.target_tokens) for cell in cells]
 
 
 def points_of(cells: Sequence[Cell], capacity: CapacityName) -> Points:
@@ -74,7 +74,7 @@ def weights_of(cells: Sequence[Cell]) -> Array:
     few replicates. Saturated cells have weight 1: that they agree says nothing.
     """
     weights = np.ones(len(cells))
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for i, (cell, size) in enumerate(zip(cells, sizes_of(cells), strict=True)):
         if not saturated(cell):
             groups.setdefault(size, []).append(i)
