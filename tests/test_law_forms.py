@@ -133,7 +133,7 @@ class TestWords:
 
     def test_the_knee_stands_at_the_minimum(self, fit: LawFit) -> None:
         assert fit.equation() == "stored bits = min_2.1(0.800 P, H)"
-        assert fit.latex() == r"\mathrm{stored\ bits} = \min_{2.1}(0.800\,P, H)"
+        assert fit.latex() == r"\mathrm{stored\ bits} = \mathrm{min}_{2.1}(0.800\,P, H)"
 
     def test_a_minimum_without_a_bend_has_none(self) -> None:
         fit = fit_law(cells_of(FORMS["stored_bits"], kappa=0.8, knee=33.0), form="stored_bits", compare=False)

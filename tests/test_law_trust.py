@@ -118,7 +118,6 @@ class TestWeights:
             missed.append(np.mean([abs(float(published(cells).predict(*s)) - truth[s]) for s in truth if s[0] == 4]))
         assert missed[0] < 0.8 * missed[1]
 
-
     def test_runs_of_one_rank_and_other_parameters_are_no_replicates(self) -> None:
         cells = [replace(cell(1, 64, 5.0 + seed, seed), effective_parameters=100 + seed) for seed in range(4)]
         cells += [replace(cell(2, 64, 9.0 + 3 * seed, seed), effective_parameters=200 + seed) for seed in range(4)]

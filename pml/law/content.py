@@ -579,7 +579,8 @@ class LawFit(_Content):
             ("L0", "L_0"),
         ):
             text = text.replace(plain, tex)
-        text = re.sub(r"min_([\d.]+)", r"\\min_{\1}", text).replace("min(", r"\min(")
+        # As a word, since under an operator the knee would touch the line below.
+        text = re.sub(r"min_([\d.]+)", r"\\mathrm{min}_{\1}", text).replace("min(", r"\min(")
         text = re.sub(r"\^([^ ,]+)", r"^{\1}", re.sub(r"\bl\b", r"\\ell", text))
         text = re.sub(r" (?=(?:[rP]|\\ell)\^|P\b)", r"\\,", text)
         return re.sub(r"e\+?(-?)0*(\d+)", r" \\times 10^{\1\2}", text)
