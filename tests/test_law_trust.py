@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import t
 
 from pml.law import FORMS, Cell, FormName, LawFit, fit_law, saturated
 from pml.law.forms import reduction
@@ -161,11 +162,13 @@ class TestIntervals:
             inside += low <= fallen(3, 100) + size * generator.normal() <= high
         assert 52 <= inside <= 60
 
-    def test_at_the_ceiling_runs_hardly_scatter(self) -> None:
+    def test_a_run_below_the_ceiling_has_its_own_luck_and_at_it_hardly_any(self) -> None:
         fit = fit_law(ceiling_cells(np.random.default_rng(0)), form="ceiling", compare=False)
-        below, above = (fit.predict_interval(rank, 216).new_run for rank in (1, 64))
-        # Four standard deviations and more below, where runs have their own luck.
-        assert below[1] - below[0] > 4 * fit.best.noise_nats > 4 * (above[1] - above[0])
+        below, above = (fit.predict_interval(rank, 216) for rank in (1, 64))
+        luck = 2 * float(t.ppf(0.975, fit.best.degrees_of_freedom)) * fit.best.noise_nats
+        # 500 draws know a percentile to some percent.
+        assert np.ptp(below.new_run) == pytest.approx(math.hypot(luck, np.ptp(below.confidence)), rel=0.1)
+        assert np.ptp(above.new_run) < 0.3 * luck
 
 
 class TestTexts:
