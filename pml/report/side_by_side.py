@@ -55,9 +55,13 @@ def side_by_side(laws: Mapping[str, LawFit]) -> SideBySide | None:
         for label, fit in fits.items()
     }
     symbols = {name: SYMBOLS[name] + UNITS.get(name, "") for name in (*names, "kappa")}
+    why = (
+        "No form with exponents is determined in all."
+        if FORMS[form].proportional
+        else "Of the forms with exponents that all determine, its AICc is the smallest over all of their runs."
+    )
     return SideBySide(
-        note=f"In one form, so that numbers can be compared: {NAMES[form]}, {FORMS[form].text}. Of the forms that all "
-        "determine, its AICc is the smallest over all of their runs.",
+        note=f"In one form, so that numbers can be compared: {NAMES[form]}, {FORMS[form].text}. {why}",
         panel=draw(
             "side-by-side",
             "Parameters of the laws",
