@@ -139,3 +139,9 @@ def default_backbone() -> Backbone:
             raise
         pytest.skip(str(error))
     return load_backbone()
+
+
+@pytest.fixture
+def no_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laws without profile intervals, which take most of a fit's time, for tests of hundreds of fits."""
+    monkeypatch.setattr("pml.law.fitting.profile_intervals", lambda *_: {})

@@ -136,6 +136,7 @@ class TestRecovery:
         # Noise of 2 % standard deviation has a mean absolute error of 1.6 %; four parameters take some of it up.
         assert 0.8 < fit.mape_percent < 2.4
 
+    @pytest.mark.usefixtures("no_profiles")
     def test_standard_errors_cover_the_truth_as_often_as_they_say(self) -> None:
         cells, generator, draws = grid(), np.random.default_rng(0), 100
         inside = dict.fromkeys(PARAMETERS, 0)
@@ -146,6 +147,7 @@ class TestRecovery:
         # 2.179 is Student's 97.5 % point for 12 degrees of freedom; 95 expected, 88 and 100 are 3 deviations away.
         assert all(88 <= count <= 100 for count in inside.values()), inside
 
+    @pytest.mark.usefixtures("no_profiles")
     def test_bootstrap_intervals_cover_the_truth_under_noise_that_grows_with_the_reduction(self) -> None:
         cells, generator, draws = grid((1, 2, 3, 4, 6, 8), (64, 96, 128, 256, 512)), np.random.default_rng(0), 200
         size = 0.02 * np.array([c.loss_reduction for c in cells])

@@ -138,6 +138,7 @@ class TestIntervals:
             assert replicated.bootstrap == pytest.approx(alone.bootstrap, rel=1e-4)
             assert replicated.profile == pytest.approx(alone.profile, rel=1e-3)
 
+    @pytest.mark.usefixtures("no_profiles")
     def test_intervals_of_replicated_runs_cover_the_truth(self) -> None:
         generator, draws = np.random.default_rng(0), 60
         inside = dict.fromkeys(TRUTH, 0)
@@ -154,6 +155,7 @@ class TestIntervals:
         # 57 expected, with a standard deviation of 1.7.
         assert all(52 <= count <= 60 for count in (*inside.values(), *by_error.values())), (inside, by_error)
 
+    @pytest.mark.usefixtures("no_profiles")
     def test_a_new_run_lies_in_its_interval_as_often_as_it_says(self) -> None:
         generator, draws, inside, size = np.random.default_rng(2), 60, 0, 0.1
         for _ in range(draws):
