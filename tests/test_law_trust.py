@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import t
 
 from pml.law import FORMS, Cell, FormName, LawFit, fit_law, saturated
-from pml.law.forms import reduction
+from pml.law.forms import reduction, sensitivity
 from pml.law.uncertainty import data_of, points_of, scatter, sizes_of, weights_of
 
 HIGH_LOSS = 1000.0
@@ -171,6 +171,22 @@ class TestIntervals:
         # 500 draws know a percentile to some percent.
         assert np.ptp(below.new_run) == pytest.approx(math.hypot(luck, np.ptp(below.confidence)), rel=0.1)
         assert np.ptp(above.new_run) < 0.3 * luck
+
+    def test_the_noise_at_the_ceiling_is_not_that_of_cells_on_the_way_to_it(self) -> None:
+        fit = fit_law(ceiling_cells(np.random.default_rng(0)), form="ceiling", compare=False)
+        saturated_ones = [
+            (cell, predicted) for cell, predicted in zip(fit.cells, fit.best.predicted, strict=True) if saturated(cell)
+        ]
+        free = sensitivity(FORMS["ceiling"], fit.best.theta, points_of([cell for cell, _ in saturated_ones], "rank"))
+        there = [cell.loss_reduction - p for (cell, p), f in zip(saturated_ones, free, strict=True) if f < 0.05]
+        assert 0 < len(there) < len(saturated_ones)
+        assert fit.best.noise_at_ceiling_nats == pytest.approx(math.sqrt(np.mean(np.square(there))))
+
+    def test_a_knee_has_no_interval_beyond_its_range(self) -> None:
+        fit = fit_law(ceiling_cells(np.random.default_rng(0), spread=0.6), form="ceiling", compare=False)
+        interval = fit.parameters["knee"].bootstrap
+        assert interval is not None
+        assert 0.5 * (1 - 1e-9) <= interval[0] < interval[1] <= 32 * (1 + 1e-9)
 
 
 class TestTexts:

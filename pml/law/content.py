@@ -125,7 +125,8 @@ class FormFit(_Content):
         degrees_of_freedom: Of the noise: unsaturated sizes, a rank and a length each, minus fitted parameters. Seeds
             of one size share what the form has wrong there, and saturated cells say nothing about the noise.
         noise_nats: Standard deviation of a run around the law, in nats per target token, far below the ceiling.
-        noise_at_ceiling_nats: The same at the ceiling, from the saturated cells; None where there are none.
+        noise_at_ceiling_nats: The same at the ceiling, from the saturated cells that no longer feel their size (all
+            saturated ones where there is none such); None where none is saturated.
         r2: Share of the variance of the used cells' loss reduction that it explains.
         r2_all: The same over all cells, whether it was fitted to them or not, so that forms can be compared: what an
             unbounded form says of saturated ones is cut at the frozen model's loss.
@@ -543,8 +544,10 @@ class LawFit(_Content):
         points = replace(points, initial_loss=initial)
         value, free = reduction(kind, fit.theta, points), sensitivity(kind, fit.theta, points)
         at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
-        noise = luck * np.hypot(free * fit.noise_nats, (1.0 - free) * at_ceiling)
-        fallen = value + expansion(fit.degrees_of_freedom) * (reduction(kind, draws, points) - value + noise)
+        # What is known from few sizes is widened; the noise at the ceiling is known from all the cells there.
+        widened = expansion(fit.degrees_of_freedom)
+        noise = luck * np.hypot(widened * free * fit.noise_nats, (1.0 - free) * at_ceiling)
+        fallen = value + widened * (reduction(kind, draws, points) - value) + noise
         whole = (len(draws), runs, *shape)
         return RunDraws(initial.reshape(whole), np.minimum(fallen, initial).reshape(whole))
 

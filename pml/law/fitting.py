@@ -12,7 +12,17 @@ from pml.errors import InputError
 from pml.law import findings
 from pml.law.cells import Cell, LeftOutCell, divide, saturated
 from pml.law.content import LOGARITHMIC, Estimate, FormFit, HeldOut, LawFit, Misfit
-from pml.law.forms import FORMS, Array, CapacityName, Form, FormName, reduction
+from pml.law.forms import (
+    FORMS,
+    SHARPEST_KNEE,
+    SMOOTHEST_KNEE,
+    Array,
+    CapacityName,
+    Form,
+    FormName,
+    reduction,
+    sensitivity,
+)
 from pml.law.search import Data, Solution, profile_intervals, solve
 from pml.law.uncertainty import Scatter, bootstrap, data_of, expansion, scatter, sizes_of, student
 
@@ -34,6 +44,8 @@ CLOSE_FACTOR = 1.5
 FEWEST_HELD_OUT = 4
 # With fewer cells a difference in AICc is little more than that of the penalties.
 FEWEST_FOR_A_GAP = 10
+# A cell is at the ceiling where less than this share of a run's luck gets through to its loss.
+AT_CEILING = 0.05
 # A rank or length is called off when Student's t says so at this level, twice: it is asked of each of them.
 MISFIT_T = 3.0
 MISFIT_PERCENT = 3.0
@@ -135,7 +147,7 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
         cells_used=int(used.sum()),
         degrees_of_freedom=spread.degrees_of_freedom,
         noise_nats=spread.of_a_run,
-        noise_at_ceiling_nats=_root_mean_square(residual[~data.unsaturated]),
+        noise_at_ceiling_nats=_noise_at_ceiling(form, solution, data, residual),
         r2=_r2(data.measured, predicted[used]),
         r2_all=_r2(everything.measured, np.minimum(predicted, everything.points.initial_loss)),
         mape_percent=100.0 * float(np.mean(np.abs(residual) / data.measured)),
@@ -165,6 +177,9 @@ def _estimates(form: Form, solution: Solution, draws: Array, spread: Scatter, de
             error = of_value * back(value) if name in LOGARITHMIC else of_value
             standard = back(value - reach), back(value + reach)
         ends = value + expansion(spread.degrees_of_freedom) * (np.percentile(draws[:, i], (2.5, 97.5)) - value)
+        if name == "knee":
+            # Past the ends of its range a knee makes no difference any more.
+            ends = np.clip(ends, math.log(SMOOTHEST_KNEE), math.log(SHARPEST_KNEE))
         low, high = (back(float(end)) for end in ends)
         estimates[name] = Estimate(
             value=back(value),
@@ -287,7 +302,7 @@ def _ranked(fits: list[FormFit], cells: Sequence[Cell]) -> tuple[list[FormFit], 
     unsaturated = sum(not saturated(cell) for cell in cells)
     known = [fit for fit in fits if fit.aicc is not None]
     if unsaturated < len(cells):
-        # Even a knee without end, a power cut off at the ceiling, is one of these: nothing is lost.
+        # A power that is cut off at the ceiling is one of these too, a knee without end.
         known = [fit for fit in known if FORMS[fit.form].bounded] or known
     if not known:
         first = next((fit for fit in fits if fit.form == PUBLISHED), fits[0])
@@ -303,19 +318,20 @@ def _ranked(fits: list[FormFit], cells: Sequence[Cell]) -> tuple[list[FormFit], 
     foretelling = [fit for fit in close if _decisive_error(fit) <= CLOSE_FACTOR * best]
     first = min(foretelling, key=lambda fit: (len(fit.free), _or_infinity(fit.aicc)))
     ranked = sorted(fits, key=lambda fit: (fit is not first, _or_infinity(fit.aicc)))
+    among = " of the forms that know the ceiling" if unsaturated < len(cells) and len(known) < len(fits) else ""
     if len(close) == 1:
         rest = [fit.aicc - lowest for fit in known if fit is not first and fit.aicc is not None]
         behind = f"; the next is {min(rest):.1f} behind" if rest else ""
         if rest and unsaturated < FEWEST_FOR_A_GAP:
             behind = f", mostly for having few parameters: {unsaturated} unsaturated cells tell forms hardly apart"
-        return ranked, f"smallest AICc{behind}"
+        return ranked, f"smallest AICc{among}{behind}"
     error = _decisive_error(first)
     foretold = (
         f", and of these the simplest of the best at foretelling the largest rank and length ({error:.1f} % off)"
         if math.isfinite(error)
         else ", and of these the simplest"
     )
-    return ranked, f"AICc within {CLOSE_AICC:.0f} of the smallest ({len(close)} forms){foretold}"
+    return ranked, f"AICc within {CLOSE_AICC:.0f} of the smallest{among} ({len(close)} forms){foretold}"
 
 
 def _decisive_error(fit: FormFit) -> float:
@@ -395,8 +411,15 @@ def _alike(used: Sequence[Cell], total: int, others: str) -> str | None:
     return None
 
 
-def _root_mean_square(values: Array) -> float | None:
-    return math.sqrt(float(np.mean(values**2))) if len(values) else None
+def _noise_at_ceiling(form: Form, solution: Solution, data: Data, residual: Array) -> float | None:
+    """Root mean square of the residuals of saturated cells that no longer feel their size, of all where none is such.
+
+    Cells between the power and the ceiling scatter by far more, and would have runs fail that never do.
+    """
+    saturated_ones = ~data.unsaturated
+    there = saturated_ones & (sensitivity(form, solution.theta, data.points) < AT_CEILING)
+    chosen = residual[there if there.any() else saturated_ones]
+    return math.sqrt(float(np.mean(chosen**2))) if len(chosen) else None
 
 
 def _exponential(value: float) -> float:
