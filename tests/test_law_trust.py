@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import t
 
 from pml.law import FORMS, Cell, FormName, LawFit, fit_law, saturated
+from pml.law.fitting import _noise_near_the_ceiling
 from pml.law.forms import reduction, sensitivity
 from pml.law.uncertainty import data_of, points_of, scatter, sizes_of, weights_of
 
@@ -181,6 +182,14 @@ class TestIntervals:
         there = [cell.loss_reduction - p for (cell, p), f in zip(saturated_ones, free, strict=True) if f < 0.05]
         assert 0 < len(there) < len(saturated_ones)
         assert fit.best.noise_at_ceiling_nats == pytest.approx(math.sqrt(np.mean(np.square(there))))
+
+    def test_what_cells_half_way_scatter_by_beyond_both_ends_is_counted_for_runs_there(self) -> None:
+        # Half of the luck of 0.2 gets through and half of the 0.1 at the ceiling: 0.01 + 0.0025. 0.09 - 0.0125 is left.
+        free, residual = np.array([1.0, 0.5, 0.5, 0.01]), np.array([0.2, 0.3, -0.3, 0.1])
+        found = _noise_near_the_ceiling(free, residual, np.array([True, False, False, False]), 0.2)
+        assert found == pytest.approx((0.1, math.sqrt(0.0775)))
+        # Nothing is left where cells scatter by less than both ends say.
+        assert _noise_near_the_ceiling(free, 0.1 * residual, np.array([True, False, False, False]), 0.2)[1] == 0.0
 
     def test_a_knee_has_no_interval_beyond_its_range(self) -> None:
         fit = fit_law(ceiling_cells(np.random.default_rng(0), spread=0.6), form="ceiling", compare=False)

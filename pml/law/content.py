@@ -127,6 +127,8 @@ class FormFit(_Content):
         noise_nats: Standard deviation of a run around the law, in nats per target token, far below the ceiling.
         noise_at_ceiling_nats: The same at the ceiling, from the saturated cells that no longer feel their size (all
             saturated ones where there is none such); None where none is saturated.
+        noise_at_knee_nats: What runs scatter by beyond these half-way between power and ceiling, where the form is
+            least sure. Where a share f of a run's luck gets through, the variance is 4 f (1 - f) times its square.
         r2: Share of the variance of the used cells' loss reduction that it explains.
         r2_all: The same over all cells, whether it was fitted to them or not, so that forms can be compared: what an
             unbounded form says of saturated ones is cut at the frozen model's loss.
@@ -150,6 +152,7 @@ class FormFit(_Content):
     degrees_of_freedom: int
     noise_nats: float
     noise_at_ceiling_nats: float | None
+    noise_at_knee_nats: float
     r2: float
     r2_all: float
     mape_percent: float
@@ -546,7 +549,8 @@ class LawFit(_Content):
         at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
         # What is known from few sizes is widened; the noise at the ceiling is known from all the cells there.
         widened = expansion(fit.degrees_of_freedom)
-        noise = luck * np.hypot(widened * free * fit.noise_nats, (1.0 - free) * at_ceiling)
+        ends = np.hypot(widened * free * fit.noise_nats, (1.0 - free) * at_ceiling)
+        noise = luck * np.hypot(ends, 2.0 * np.sqrt(free * (1.0 - free)) * fit.noise_at_knee_nats)
         fallen = value + widened * (reduction(kind, draws, points) - value) + noise
         whole = (len(draws), runs, *shape)
         return RunDraws(initial.reshape(whole), np.minimum(fallen, initial).reshape(whole))

@@ -136,6 +136,8 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
 
     predicted = reduction(form, solution.theta, everything.points)
     residual = data.measured - predicted[used]
+    gets_through = sensitivity(form, solution.theta, data.points)
+    at_ceiling, at_knee = _noise_near_the_ceiling(gets_through, residual, data.unsaturated, spread.of_a_run)
     draws = bootstrap(form, solution.theta, data, sizes, free)
     return FormFit(
         form=form.name,
@@ -147,7 +149,8 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
         cells_used=int(used.sum()),
         degrees_of_freedom=spread.degrees_of_freedom,
         noise_nats=spread.of_a_run,
-        noise_at_ceiling_nats=_noise_at_ceiling(form, solution, data, residual),
+        noise_at_ceiling_nats=at_ceiling,
+        noise_at_knee_nats=at_knee,
         r2=_r2(data.measured, predicted[used]),
         r2_all=_r2(everything.measured, np.minimum(predicted, everything.points.initial_loss)),
         mape_percent=100.0 * float(np.mean(np.abs(residual) / data.measured)),
@@ -411,15 +414,29 @@ def _alike(used: Sequence[Cell], total: int, others: str) -> str | None:
     return None
 
 
-def _noise_at_ceiling(form: Form, solution: Solution, data: Data, residual: Array) -> float | None:
-    """Root mean square of the residuals of saturated cells that no longer feel their size, of all where none is such.
+def _noise_near_the_ceiling(
+    free: Array, residual: Array, unsaturated: npt.NDArray[np.bool_], noise: float
+) -> tuple[float | None, float]:
+    """Noise at the ceiling and the excess of it half-way there, in nats (see `FormFit`).
 
-    Cells between the power and the ceiling scatter by far more, and would have runs fail that never do.
+    Args:
+        free: Share of a run's luck that gets through to its loss, by cell.
+        residual: Measured minus predicted.
+        unsaturated: Which cells are not saturated.
+        noise: Of a run far below the ceiling.
     """
-    saturated_ones = ~data.unsaturated
-    there = saturated_ones & (sensitivity(form, solution.theta, data.points) < AT_CEILING)
-    chosen = residual[there if there.any() else saturated_ones]
-    return math.sqrt(float(np.mean(chosen**2))) if len(chosen) else None
+    there = ~unsaturated & (free < AT_CEILING)
+    # Where no cell is at the ceiling, those on the way to it are all that is known.
+    at_ceiling = _root_mean_square(residual[there if there.any() else ~unsaturated])
+    between = (free >= AT_CEILING) & (free <= 1.0 - AT_CEILING)
+    explained = (free * noise) ** 2 + ((1.0 - free) * (at_ceiling or 0.0)) ** 2
+    excess = float(np.sum((residual**2 - explained)[between]))
+    weight = float(np.sum((4.0 * free * (1.0 - free))[between]))
+    return at_ceiling, math.sqrt(max(excess, 0.0) / weight) if weight > 0 else 0.0
+
+
+def _root_mean_square(values: Array) -> float | None:
+    return math.sqrt(float(np.mean(values**2))) if len(values) else None
 
 
 def _exponential(value: float) -> float:
