@@ -472,8 +472,7 @@ def _by_cell(item: tuple[Path, Record]) -> tuple[int, int, int, Path]:
 
 def _unequal(couple: Sequence[Record], tolerance: float) -> str | None:
     """Why the budgets of two runs are not the same, or None."""
-    # Steps that a method could have taken and had no use for were in its budget: it got there with less.
-    steps = [record.optimizer_steps + record.skipped_steps for record in couple]
+    steps = [_given_steps(record) for record in couple]
     tokens = [record.target_tokens_trained for record in couple]
     for (first, second), noun in ((steps, "optimiser steps"), (tokens, "target tokens trained on")):
         if abs(first - second) > tolerance * max(first, second):
@@ -485,10 +484,15 @@ def _says_who_recalls(first: Record, second: Record, *, equal: bool) -> bool:
     """Whether it is known of both whether they recall with what the other needed; `equal`: whether budgets are."""
     needed = [record.steps_to_recall for record in (first, second)]
     if needed[0] is None and needed[1] is not None:
-        return first.optimizer_steps >= needed[1]
+        return _given_steps(first) >= needed[1]
     if needed[1] is None and needed[0] is not None:
-        return second.optimizer_steps >= needed[0]
+        return _given_steps(second) >= needed[0]
     return equal or needed[0] is not None
+
+
+def _given_steps(record: Record) -> int:
+    """Steps in a run's budget: those that its method had no use for, too, since it got there with less."""
+    return record.optimizer_steps + record.skipped_steps
 
 
 def _certain(record: Record) -> bool:

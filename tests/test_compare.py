@@ -207,6 +207,14 @@ class TestBudgets:
         with pytest.raises(InputError, match="budgets differ: 200 and 180 optimiser steps"):
             compare(records)
 
+    def test_skipped_steps_were_given_to_a_run_that_did_not_recall(self) -> None:
+        records = {
+            Path("s"): sft(optimizer_steps=130, steps_to_recall=130),
+            Path("m"): memft(optimizer_steps=100, skipped_steps=60, steps_to_recall=None),
+        }
+        (found,) = compare(records)
+        assert (found.recalled.only_first, found.recalled.neither) == (1, 0)
+
     def test_a_run_that_nobody_watched_recalled_where_no_token_ended_below_the_threshold(self) -> None:
         records = {Path("s"): sft(sub_threshold_fraction=0.1), Path("m"): memft(sub_threshold_fraction=0.0)}
         (found,) = compare(records)
