@@ -7,7 +7,7 @@ first, by AICc and by how well it foretells the largest rank and length from the
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jsonargparse
 from rich import box
@@ -20,6 +20,7 @@ from pml.commands._runs import add_runs, add_where, chosen_records
 from pml.errors import InputError
 from pml.figures import law_figure, save_figure
 from pml.law import (
+    FACTORS,
     FORMS,
     LAW_NAME,
     CapacityName,
@@ -37,7 +38,6 @@ from pml.token_results import TOKENS_NAME, read_tokens
 __all__ = ["FIGURE_NAME", "configure", "run"]
 
 FIGURE_NAME = "law.png"
-FACTORS: dict[Literal["rank", "target_tokens"], str] = {"rank": "rank", "target_tokens": "length"}
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
@@ -156,7 +156,7 @@ def _bits(fit: LawFit) -> list[str]:
         return []
     lines = [f"bits: an effective parameter stores {kappa.value:.3g} bits (95 % interval {_interval(kappa.interval)})"]
     for misfit in fit.fit_of("stored_bits").misfits:
-        noun = "rank" if misfit.factor == "rank" else "length"
+        noun = FACTORS[misfit.factor]
         lines.append(
             f"  not in proportion at {noun} {misfit.value}: the loss reduction is {misfit.excess_percent:+.1f} % off "
             f"({misfit.cells} cells)"

@@ -20,8 +20,10 @@ from pml.law.cells import (
     unconverged,
 )
 from pml.law.content import (
+    FACTORS,
     LAW_NAME,
     Estimate,
+    Factor,
     FormFit,
     HeldOut,
     LawCell,
@@ -37,11 +39,13 @@ from pml.law.forms import FORMS, CapacityName, Form, FormName
 
 __all__ = [
     "CRITICAL_LOSS",
+    "FACTORS",
     "FORMS",
     "LAW_NAME",
     "CapacityName",
     "Cell",
     "Estimate",
+    "Factor",
     "Form",
     "FormFit",
     "FormName",

@@ -19,11 +19,13 @@ from pml.calibration import RecallModel
 from pml.errors import InputError
 from pml.law.cells import Cell, LeftOutCell, saturated
 from pml.law.forms import FORMS, SHARPEST_KNEE, Array, CapacityName, FormName, Points, reduction, sensitivity
-from pml.law.uncertainty import bootstrap, data_of, expansion, sizes_of
+from pml.law.uncertainty import bootstrap, data_of, expansion, fitted_cells, sizes_of
 
 __all__ = [
+    "FACTORS",
     "LAW_NAME",
     "Estimate",
+    "Factor",
     "FormFit",
     "HeldOut",
     "LawCell",
@@ -39,6 +41,8 @@ LAW_NAME = "law.json"
 LAW_SCHEMA_VERSION: Final = 3
 LOGARITHMIC = ("C", "kappa", "knee")
 Factor = Literal["rank", "target_tokens"]
+FACTORS: Final[dict[Factor, str]] = {"rank": "rank", "target_tokens": "length"}
+"""What cells differ in: fields of a cell, with what people call them."""
 # As many say how texts scatter around a line and leave two to spare.
 FEWEST_TEXTS = 4
 # Noise of predictions for a new run; any fixed seed makes the same law say the same thing twice.
@@ -651,7 +655,7 @@ class _Draws(dict[FormName, Array]):
 
     def __missing__(self, name: FormName) -> Array:
         form, fit = FORMS[name], self.law.fit_of(name)
-        cells = [cell for cell in self.law.cells if form.bounded or not saturated(cell)]
+        cells = fitted_cells(form, self.law.cells)
         free = [form.parameters.index(parameter) for parameter in fit.free]
         self[name] = bootstrap(form, np.array(fit.theta), data_of(cells, self.law.capacity), sizes_of(cells), free)
         return self[name]

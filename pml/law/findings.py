@@ -1,7 +1,7 @@
 """What to say of a fitted law in words: why its numbers should be believed less than they look."""
 
 from pml.law.cells import saturated, unconverged
-from pml.law.content import FormFit, LawFit
+from pml.law.content import FACTORS, FormFit, LawFit
 from pml.law.forms import FORMS
 
 __all__ = ["warnings_of"]
@@ -116,7 +116,7 @@ def _of_the_agreement(fit: FormFit) -> list[str]:
             "or some runs had not converged"
         )
     for misfit in fit.misfits:
-        noun = "rank" if misfit.factor == "rank" else "length"
+        noun = FACTORS[misfit.factor]
         side = "more" if misfit.excess_percent > 0 else "less"
         found.append(
             f"at {noun} {misfit.value} runs reach {abs(misfit.excess_percent):.1f} % {side} than the form says "

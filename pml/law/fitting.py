@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,11 +11,10 @@ from pml.calibration import RecallModel
 from pml.errors import InputError
 from pml.law import findings
 from pml.law.cells import Cell, LeftOutCell, divide, saturated
-from pml.law.content import LOGARITHMIC, Estimate, FormFit, HeldOut, LawFit, Misfit
+from pml.law.content import FACTORS, LOGARITHMIC, Estimate, FormFit, HeldOut, LawFit, Misfit
 from pml.law.forms import (
     FORMS,
-    SHARPEST_KNEE,
-    SMOOTHEST_KNEE,
+    KNEE_RANGE,
     Array,
     CapacityName,
     Form,
@@ -24,7 +23,7 @@ from pml.law.forms import (
     sensitivity,
 )
 from pml.law.search import Data, Solution, profile_intervals, solve
-from pml.law.uncertainty import Scatter, bootstrap, data_of, expansion, scatter, sizes_of, student
+from pml.law.uncertainty import Scatter, bootstrap, data_of, expansion, fitted_cells, scatter, sizes_of, student
 
 __all__ = ["fit_law"]
 
@@ -130,7 +129,7 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
     if solution is None or not math.isfinite(solution.squares):
         return None
     free = solution.free
-    sizes = sizes_of([cell for cell, chosen in zip(cells, used, strict=True) if chosen])
+    sizes = sizes_of(fitted_cells(form, cells))
     spread = scatter(form, solution.theta, data, sizes, len(free))
     determined = not (form.offset == "fitted" and _is_logarithm(form, solution, data))
 
@@ -181,8 +180,7 @@ def _estimates(form: Form, solution: Solution, draws: Array, spread: Scatter, de
             standard = back(value - reach), back(value + reach)
         ends = value + expansion(spread.degrees_of_freedom) * (np.percentile(draws[:, i], (2.5, 97.5)) - value)
         if name == "knee":
-            # Past the ends of its range a knee makes no difference any more.
-            ends = np.clip(ends, math.log(SMOOTHEST_KNEE), math.log(SHARPEST_KNEE))
+            ends = np.clip(ends, *KNEE_RANGE)
         low, high = (back(float(end)) for end in ends)
         estimates[name] = Estimate(
             value=back(value),
@@ -197,7 +195,7 @@ def _estimates(form: Form, solution: Solution, draws: Array, spread: Scatter, de
 def _with_profiles(fit: FormFit, cells: Sequence[Cell], capacity: CapacityName) -> FormFit:
     """The fit with profile-likelihood intervals where there are any; they take longer than all the rest."""
     form = FORMS[fit.form]
-    used = [cell for cell in cells if form.bounded or not saturated(cell)]
+    used = fitted_cells(form, cells)
     data, theta = data_of(used, capacity), np.array(fit.theta)
     free = tuple(form.parameters.index(name) for name in fit.free)
     spread = scatter(form, theta, data, sizes_of(used), len(free))
@@ -241,8 +239,7 @@ def _aicc(data: Data, predicted: Array, fitted: int) -> float | None:
 def _held_out(form: Form, cells: Sequence[Cell], data: Data, theta: Array) -> list[HeldOut]:
     """Each rank and each length foretold from the others, by the mean error of its unsaturated cells in percent."""
     found = []
-    factors: tuple[Literal["rank", "target_tokens"], ...] = ("rank", "target_tokens")
-    for factor in factors:
+    for factor in FACTORS:
         values = np.array([getattr(cell, factor) for cell in cells])
         levels = np.unique(values[data.unsaturated]).tolist()
         for level in levels if len(levels) > 2 else []:
@@ -285,8 +282,7 @@ def _misfits(cells: Sequence[Cell], data: Data, predicted: Array) -> list[Misfit
     """Ranks and lengths whose unsaturated cells lie on one side of the form, beyond what their scatter explains."""
     found = []
     excess = 100.0 * (data.measured / predicted - 1.0)
-    factors: tuple[Literal["rank", "target_tokens"], ...] = ("rank", "target_tokens")
-    for factor in factors:
+    for factor in FACTORS:
         values = np.array([getattr(cell, factor) for cell in cells])
         for level in np.unique(values[data.unsaturated]).tolist():
             here = excess[(values == level) & data.unsaturated]

@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 __all__ = [
     "FORMS",
+    "KNEE_RANGE",
     "SHARPEST_KNEE",
-    "SMOOTHEST_KNEE",
     "Array",
     "CapacityName",
     "Form",
@@ -41,6 +41,8 @@ CapacityName = Literal["rank", "effective_parameters"]
 SHARPEST_KNEE: Final = 32.0
 """From here on the smooth minimum is the plain one to 2 %, so cells cannot tell larger knees apart."""
 SMOOTHEST_KNEE: Final = 0.5
+KNEE_RANGE: Final = (math.log(SMOOTHEST_KNEE), math.log(SHARPEST_KNEE))
+"""Of ln knee; past its ends a knee makes no difference any more."""
 # Bounds the exponent while a start wanders, so that squares of residuals stay finite.
 LARGEST_EXPONENT: Final = 300.0
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.optimize import leastsq
 from scipy.stats import f as f_distribution
 
-from pml.law.forms import SHARPEST_KNEE, SMOOTHEST_KNEE, Array, Form, Points, reduction, slopes
+from pml.law.forms import KNEE_RANGE, Array, Form, Points, reduction, slopes
 
 __all__ = ["Data", "Solution", "descend", "descend_many", "profile_intervals", "solve"]
 
@@ -286,7 +286,7 @@ def _unshift(form: Form, theta: Array, shift: Array) -> Array:
 
 def _hold_knee(form: Form, data: Data, solution: Solution) -> Solution:
     """The same, or, where the knee left its range, the solution with the knee at the end of it."""
-    low, high = math.log(SMOOTHEST_KNEE), math.log(SHARPEST_KNEE)
+    low, high = KNEE_RANGE
     knee = float(solution.theta[-1])
     if low < knee < high and math.isfinite(solution.squares):
         return solution

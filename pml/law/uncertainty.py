@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import norm, t
 
 from pml.law.cells import Cell, saturated
-from pml.law.forms import SHARPEST_KNEE, SMOOTHEST_KNEE, Array, CapacityName, Form, Points, reduction, slopes
+from pml.law.forms import KNEE_RANGE, Array, CapacityName, Form, Points, reduction, slopes
 from pml.law.search import Data, descend_many
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "bootstrap",
     "data_of",
     "expansion",
+    "fitted_cells",
     "points_of",
     "scatter",
     "sizes_of",
@@ -45,6 +46,11 @@ class Scatter:
     of_a_run: float
     of_the_fit: float
     degrees_of_freedom: int
+
+
+def fitted_cells(form: Form, cells: Sequence[Cell]) -> list[Cell]:
+    """The cells that a form is fitted to: without a ceiling, those that are not saturated."""
+    return [cell for cell in cells if form.bounded or not saturated(cell)]
 
 
 def sizes_of(cells: Sequence[Cell]) -> list[tuple[int, int | None, int]]:
@@ -186,8 +192,7 @@ def bootstrap(form: Form, theta: Array, data: Data, groups: Sequence[Hashable], 
     resampled = predicted + factors * corrected / data.root_weights
     draws = descend_many(form, data, resampled, theta, tuple(free))
     if form.bounded:
-        # Past the ends of its range a knee makes no difference any more.
-        draws[:, -1] = np.clip(draws[:, -1], math.log(SMOOTHEST_KNEE), math.log(SHARPEST_KNEE))
+        draws[:, -1] = np.clip(draws[:, -1], *KNEE_RANGE)
     return draws[np.isfinite(draws).all(axis=1)]
 
 

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from markupsafe import Markup
 
 from pml.calibration import RecallModel, fit_recall, run_tokens
 from pml.errors import InputError
 from pml.figures import agreement_figure, reduction_figure, residual_figure
-from pml.law import FORMS, Cell, Estimate, FormFit, FormName, LawFit, fit_law, saturated
+from pml.law import FORMS, Cell, Estimate, Factor, FormFit, FormName, LawFit, fit_law, saturated
 from pml.report.parts import Panel, TextTable, count, draw, spans
 from pml.token_results import TokenResults
 
@@ -196,7 +196,7 @@ def _error(estimate: Estimate) -> str:
     return "-" if estimate.stderr is None else f"{estimate.stderr:.2g}"
 
 
-def _held_out(form: FormFit, factor: Literal["rank", "target_tokens"]) -> str:
+def _held_out(form: FormFit, factor: Factor) -> str:
     """How well the largest is foretold, and of what and how many runs that speaks."""
     held = form.largest(factor)
     if held is None:
