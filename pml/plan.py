@@ -16,6 +16,7 @@ import pydantic
 from pml.errors import InputError
 from pml.law import LawFit, RunDraws, percentiles
 from pml.law.forms import Array
+from pml.law.texts import OTHER_KIND
 
 __all__ = ["LARGEST_RANK", "Outcome", "Plan", "foresee", "rank_for_loss_reduction", "rank_for_recall"]
 
@@ -23,8 +24,6 @@ LARGEST_RANK = 4096
 """The largest rank that is considered; adapters beyond it are no longer small."""
 
 BYTES_PER_PARAMETER = 4
-# Texts of one kind differ by less: random tokens of one length by up to a twentieth.
-FAR_LOSS = 1.1
 RANKS = np.arange(1.0, LARGEST_RANK + 1)
 # For the interval of a rank for recall: bootstrapped laws, runs by each, and ranks, all up to 50 and then 3 % apart.
 LAWS, RUNS = 100, 48
@@ -344,7 +343,7 @@ def _beyond(law: LawFit, rank: int, target_tokens: int, pairs: int) -> list[str]
         elif value < low:
             found.append(f"{name} {value} is below the smallest measured ({low}), {value / low:.2g} times as large")
     loss, measured = float(law.initial_loss(target_tokens)), [cell.initial_loss for cell in law.cells]
-    if not min(measured) / FAR_LOSS <= loss <= max(measured) * FAR_LOSS:
+    if not min(measured) / (1 + OTHER_KIND) <= loss <= max(measured) * (1 + OTHER_KIND):
         found.append(
             f"the frozen model's loss is {loss:.3g} nats per target token, that of the law's texts "
             f"{min(measured):.3g} to {max(measured):.3g}: this is another kind of text, of which the law says nothing"

@@ -463,7 +463,7 @@ class TestJson:
 
     def test_the_content_names_what_a_reader_needs(self) -> None:
         content = published([*grid(), Cell(8, 32, 13.6, 20.0, 3, "runs/s")]).to_json()
-        assert content["schema_version"] == 3
+        assert content["schema_version"] == 4
         (form,) = content["fits"]
         assert form["form"] == content["form"] == "power_offset"
         assert form["parameters"]["alpha"]["value"] == pytest.approx(0.5)
@@ -482,7 +482,7 @@ class TestJson:
         ],
     )
     def test_what_is_not_a_law_is_named(self, change: dict[str, Any], named: str) -> None:
-        with pytest.raises(InputError, match="not a law of schema version 3") as caught:
+        with pytest.raises(InputError, match="not a law of schema version 4") as caught:
             LawFit.from_json(published(grid()).to_json() | change)
         assert named in str(caught.value)
 
@@ -497,13 +497,13 @@ class TestJson:
     def test_what_is_not_a_form_is_named(self, change: dict[str, Any], named: str) -> None:
         content = published(grid()).to_json()
         content["fits"][0] |= change
-        with pytest.raises(InputError, match="not a law of schema version 3") as caught:
+        with pytest.raises(InputError, match="not a law of schema version 4") as caught:
             LawFit.from_json(content)
         assert named in str(caught.value)
 
     def test_a_file_that_is_no_law_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "law.json").write_text("{")
-        with pytest.raises(InputError, match=r"law\.json: not a law of schema version 3"):
+        with pytest.raises(InputError, match=r"law\.json: not a law of schema version 4"):
             read_law(tmp_path / "law.json")
         with pytest.raises(InputError, match=r"none\.json: cannot be read \(No such file"):
             read_law(tmp_path / "none.json")
@@ -514,7 +514,16 @@ class TestRecords:
         record = make_record(rank=2, target_tokens=96, initial_loss=13.0, final_loss=4.0, seed=7, status="interrupted")
         cells = cells_from_records({Path("runs/a"): record, Path("runs/b"): make_record(target_tokens=32)})
         assert cells[1] == Cell(
-            2, 96, 13.0, 4.0, 7, "runs/a", finished=False, effective_parameters=4608, entropy_bits=997.4
+            2,
+            96,
+            13.0,
+            4.0,
+            7,
+            "runs/a",
+            finished=False,
+            effective_parameters=4608,
+            entropy_bits=997.4,
+            text="0f1e2d3c",
         )
         assert cells[0].finished
 

@@ -11,6 +11,7 @@ from scipy.stats import t
 from pml.law import FORMS, Cell, FormName, LawFit, fit_law, saturated
 from pml.law.fitting import _noise_near_the_ceiling
 from pml.law.forms import reduction, sensitivity
+from pml.law.texts import texts_of
 from pml.law.uncertainty import data_of, points_of, scatter, sizes_of, weights_of
 
 HIGH_LOSS = 1000.0
@@ -206,29 +207,86 @@ class TestTexts:
             for rank in (1, 2, 4)
             for i, sign in enumerate((1, -1, -1, 1))
         ]
-        # Four residuals of 0.2 with two degrees of freedom.
-        assert published(cells).text_spread == pytest.approx(math.sqrt(4 * 0.04 / 2))
+        law = published(cells)
+        # Four residuals of 0.2 with two degrees of freedom, and Student's t of two over the normal's percentile.
+        assert law.text_spread == pytest.approx(math.sqrt(4 * 0.04 / 2) * float(t.ppf(0.975, 2)) / 1.959964)
+        assert law.initial_loss([32, 64, 128, 4096]) == pytest.approx([13.0, 13.0, 13.5, 14.5])
+
+    def test_texts_of_one_length_scatter_around_their_mean(self) -> None:
+        texts = texts_of([cell(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
+        assert texts.spread == pytest.approx(math.sqrt(0.1 / 4) * float(t.ppf(0.975, 4)) / 1.959964)
+        assert texts.usual_loss(640) == pytest.approx(13.2)
+
+    def test_a_text_is_told_by_its_hash_and_without_one_by_its_loss(self) -> None:
+        same_loss = [cell(rank, 64, 5.0, seed, initial=13.0) for rank in (1, 2) for seed in (0, 1)]
+        assert texts_of(same_loss).of_cell.tolist() == [0, 0, 0, 0]
+        named = [replace(cell, text=f"text {cell.seed}") for cell in same_loss]
+        assert texts_of(named).of_cell.tolist() == [0, 1, 0, 1]
 
     def test_three_texts_cannot_tell_how_texts_differ(self) -> None:
         cells = [cell(r, 64 * 2**i, 5.0 + r - i, initial=13.0 + i % 2) for r in (1, 2, 4) for i in range(3)]
         assert published(cells).text_spread == 0.0
+        assert published(cells).best.text_share == (0.5, 0.5)
 
-    def test_what_a_run_leaves_over_is_less_certain_on_a_text_of_unknown_loss(self) -> None:
-        noise = np.random.default_rng(0)
+    @pytest.mark.parametrize("own", [0.0, 1.0])
+    def test_the_share_of_the_excess_that_is_learnt_is_read_off_the_residuals(self, own: float) -> None:
+        # Five texts of one length with excess -0.2 to 0.2, of which 0.7 shows, by half in runs half-way to the ceiling.
+        texts = texts_of([cell(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
+        free = np.array([1.0, 0.5, 1.0, 0.5, 1.0])
+        share, error = texts.share_learnt((0.7 - own) * free * texts.excess, free, np.full(5, True), own)
+        assert share == pytest.approx(0.7, abs=1e-6)
+        assert error < 1e-4
+
+    def test_a_share_of_few_noisy_texts_is_drawn_to_between_none_and_all(self) -> None:
+        # Excess (-3, 1, 1, 1) / 4; what is left is twice that and a pattern across it of 0.1 in all but the first.
+        cells = [replace(cell(1, 64, 5.0, initial=13.0 + min(i, 1)), text=f"text {i}") for i in range(4)]
+        texts = texts_of(cells)
+        pattern = np.array([0.0, 0.1, -0.1, 0.0])
+        share, error = texts.share_learnt(2.0 * texts.excess + pattern, np.ones(4), np.full(4, True), 0.0)
+        # Squares of the excess 0.75, noise 0.02 / 2 widened by Student's t of 2 (4.303) over 1.96.
+        evidence = 0.75 / (0.02 / 2 * (4.302653 / 1.959964) ** 2)
+        assert share == pytest.approx((0.5 / 0.25 + 2.0 * evidence) / (1 / 0.25 + evidence), rel=1e-6)
+        assert error == pytest.approx((1 / 0.25 + evidence) ** -0.5, rel=1e-6)
+
+    @staticmethod
+    def with_texts(noise: np.random.Generator, share: float) -> list[Cell]:
+        """Two texts of each length, whose frozen losses differ by 0.3 nats, of which a share is learnt away."""
+        cells = []
+        for length, seed in itertools.product((64, 96, 144, 216), (0, 1)):
+            excess = 0.3 * noise.normal()
+            for rank in (1, 2, 4, 8):
+                reduction = fallen(rank, length) + share * excess + 0.05 * noise.normal()
+                cells.append(cell(rank, length, reduction, seed, initial=HIGH_LOSS + excess))
+        return cells
+
+    @pytest.mark.usefixtures("no_profiles")
+    @pytest.mark.parametrize("share", [0.0, 0.7])
+    def test_a_run_on_a_new_text_lies_in_its_interval_told_its_frozen_loss_or_not(self, share: float) -> None:
+        generator, draws = np.random.default_rng(3), 60
+        inside, width = {"told": 0, "not told": 0}, {"told": 0.0, "not told": 0.0}
+        for _ in range(draws):
+            fit = published(self.with_texts(generator, share))
+            excess = 0.3 * generator.normal()
+            left = HIGH_LOSS + (1 - share) * excess - fallen(3, 100) - 0.05 * generator.normal()
+            for name, law in (("told", fit.about_text(HIGH_LOSS + excess)), ("not told", fit)):
+                low, high = np.percentile(law.new_run_draws(3, 100).final_loss, (2.5, 97.5))
+                inside[name] += low <= left <= high
+                width[name] += (high - low) / draws
+        assert all(53 <= count <= 60 for count in inside.values()), inside
+        # A run's own 0.05 and what little is not known; and what is left of the text's 0.3 beside it.
+        assert 0.2 < width["told"] < 0.4
+        of_text = 3.92 * math.hypot(0.3 * (1 - share), 0.05)
+        assert of_text < width["not told"] < 1.5 * of_text
+
+    def test_what_is_learnt_of_a_text_of_another_kind_is_not_made_up(self) -> None:
         cells = [
-            cell(rank, length, fallen(rank, length) + 0.01 * noise.normal(), initial=13.0 + shift)
-            for rank in (1, 2, 4)
-            for length, shift in zip((64, 96, 144, 216), (0.3, -0.3, -0.3, 0.3), strict=True)
+            replace(c, initial_loss=13.0, final_loss=13.0 - c.loss_reduction / 3)
+            for c in grid(np.random.default_rng(0))
         ]
-        fit = published(cells)
-        unknown, known = (
-            np.ptp(np.percentile(law.new_run_draws(2, 100).final_loss, (2.5, 97.5)))
-            for law in (fit, fit.about_text(13.0))
-        )
-        assert known < 0.1
-        # 3.92 standard deviations of the texts.
-        assert unknown == pytest.approx(3.92 * fit.text_spread, rel=0.1)
-        assert fit.about_text(13.0).text_spread == 0.0
+        law = published(cells)
+        usual, further, far = (float(law.about_text(loss).predict(4, 64)) for loss in (13.0, 13.0 - 1.3, 13.0 - 2.6))
+        assert further == pytest.approx(usual - 0.5 * 1.3)
+        assert far == pytest.approx(further)
 
 
 class TestCriteria:

@@ -136,8 +136,8 @@ def test_a_text_whose_frozen_loss_is_not_given_widens_what_is_foretold(noisy: La
     assert known is not None
     spread, run_alone = (outcome.final_loss_new_run[1] - outcome.final_loss_new_run[0] for outcome in (unknown, known))
     assert spread > 1.2 * run_alone
-    # How much is lost does not depend on the text, far below the ceiling.
-    assert unknown.loss_reduction_new_run == pytest.approx(known.loss_reduction_new_run, abs=1e-9)
+    # How much is lost depends little on the text, and what does is a part of how runs scatter.
+    assert np.ptp(unknown.loss_reduction_new_run) == pytest.approx(np.ptp(known.loss_reduction_new_run), rel=0.1)
 
 
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])

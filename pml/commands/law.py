@@ -140,6 +140,12 @@ def _print_fit(fit: LawFit, out: Path | None) -> None:
     console.print(_form_table(fit))
     for line in _bits(fit):
         say(line)
+    if fit.text_spread > 0:
+        share, error = fit.best.text_share
+        say(
+            f"texts: of one length they differ by {fit.text_spread:.2g} nats (standard deviation) in the frozen model's "
+            f"loss; of a nat more, {share:.2f} ± {error:.2f} is learnt away too"
+        )
     if fit.recall is not None:
         say()
         _print_recall(console, fit.recall)

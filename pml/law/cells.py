@@ -59,6 +59,7 @@ class Cell:
         pairs: Targets that the tokens are shared out among.
         late_loss_drop: By how much the training loss still fell at the end (see `pml.records.Record`).
         learning_rate_left: The learning rate of the last step, as a share of the peak.
+        text: Which text it was, by the hash of its token ids; None where unknown.
     """
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -75,6 +76,7 @@ class Cell:
     pairs: int = 1
     late_loss_drop: float | None = None
     learning_rate_left: float | None = None
+    text: str | None = None
 
     @property
     def loss_reduction(self) -> float:
@@ -244,6 +246,7 @@ def cells_from_records(
             pairs=record.pairs,
             late_loss_drop=record.late_loss_drop,
             learning_rate_left=record.learning_rate_left,
+            text=record.corpus_hash,
         )
         for path, record in kept.items()
     ]

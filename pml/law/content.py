@@ -19,6 +19,7 @@ from pml.calibration import RecallModel
 from pml.errors import InputError
 from pml.law.cells import Cell, LeftOutCell, saturated
 from pml.law.forms import FORMS, SHARPEST_KNEE, Array, CapacityName, FormName, Points, reduction, sensitivity
+from pml.law.texts import OTHER_KIND, Texts, texts_of
 from pml.law.uncertainty import bootstrap, data_of, expansion, fitted_cells, sizes_of
 
 __all__ = [
@@ -38,15 +39,13 @@ __all__ = [
 ]
 
 LAW_NAME = "law.json"
-LAW_SCHEMA_VERSION: Final = 3
+LAW_SCHEMA_VERSION: Final = 4
 LOGARITHMIC = ("C", "kappa", "knee")
 Factor = Literal["rank", "target_tokens"]
 FACTORS: Final[dict[Factor, str]] = {"rank": "rank", "target_tokens": "length"}
 """What cells differ in: fields of a cell, with what people call them."""
-# As many say how texts scatter around a line and leave two to spare.
-FEWEST_TEXTS = 4
 # Noise of predictions for a new run; any fixed seed makes the same law say the same thing twice.
-NOISE_SEED = 1
+NOISE_SEED, SHARE_SEED = 1, 2
 
 
 class _Content(pydantic.BaseModel):
@@ -129,6 +128,9 @@ class FormFit(_Content):
         degrees_of_freedom: Of the noise: unsaturated sizes, a rank and a length each, minus fitted parameters. Seeds
             of one size share what the form has wrong there, and saturated cells say nothing about the noise.
         noise_nats: Standard deviation of a run around the law, in nats per target token, far below the ceiling.
+        noise_beyond_text_nats: What is left of it once a text's share in it is taken off.
+        text_share: Of a nat that the frozen model's loss on a text lies above what is usual at its length, how much an
+            adapter takes off too, far below the ceiling (see `pml.law.texts`), and its standard error.
         noise_at_ceiling_nats: The same at the ceiling, from the saturated cells that no longer feel their size (all
             saturated ones where there is none such); None where none is saturated.
         noise_at_knee_nats: What runs scatter by beyond these half-way between power and ceiling, where the form is
@@ -155,6 +157,8 @@ class FormFit(_Content):
     cells_used: int
     degrees_of_freedom: int
     noise_nats: float
+    noise_beyond_text_nats: float
+    text_share: tuple[float, float]
     noise_at_ceiling_nats: float | None
     noise_at_knee_nats: float
     r2: float
@@ -299,7 +303,7 @@ class LawFit(_Content):
         warnings: In words, why the chosen form should be believed less than its numbers look.
     """
 
-    schema_version: Literal[3] = LAW_SCHEMA_VERSION
+    schema_version: Literal[4] = LAW_SCHEMA_VERSION
     form: FormName
     chosen_because: str
     capacity: CapacityName
@@ -421,7 +425,7 @@ class LawFit(_Content):
         """The same law, asked about one text on which the frozen model's loss is known, in nats per target token.
 
         Texts of one length differ in that loss by some tenths of a nat, which is more than what is left of it after a
-        fit; without it, the law speaks of its own texts' mean.
+        fit; without it, the law speaks of its own texts' mean. How much of the difference is learnt away is fitted.
 
         Raises:
             InputError: If the loss is not a number above 0.
@@ -436,29 +440,24 @@ class LawFit(_Content):
     def text_spread(self) -> float:
         """By how much texts of one length differ in the frozen model's loss, a standard deviation in nats per token.
 
-        The measured texts scatter around a straight line in ln l by it; 0 with fewer than 4 texts, which cannot tell,
-        and where `about_text` was told the text's own loss.
+        0 with fewer than 4 texts, which cannot tell, and where `about_text` was told the text's own loss.
         """
-        # Runs on one text agree in it but for rounding.
-        texts = sorted({(cell.target_tokens, round(cell.initial_loss, 3)) for cell in self.cells})
-        if self._text_loss is not None or len(texts) < FEWEST_TEXTS:
-            return 0.0
-        lengths, losses = np.array(texts).T
-        line = np.stack([np.ones(len(texts)), np.log(lengths)], axis=1)
-        residual = losses - line @ np.linalg.lstsq(line, losses, rcond=None)[0]
-        return math.sqrt(float(residual @ residual) / (len(texts) - 2))
+        return self._texts.spread if self._text_loss is None else 0.0
 
     def initial_loss(self, target_tokens: npt.ArrayLike) -> Array:
         """The frozen model's loss in nats per target token: the text's own where `about_text` was told it.
 
-        Otherwise interpolated in ln l, beyond the measured lengths as at the end.
+        Otherwise by a straight line in ln l through the law's texts, beyond the measured lengths as at the end.
         """
         if self._text_loss is not None:
             return np.full(np.shape(target_tokens), self._text_loss)
-        return _between([(cell.target_tokens, cell.initial_loss) for cell in self.cells], target_tokens)
+        return self._texts.usual_loss(target_tokens)
 
     def entropy(self, target_tokens: npt.ArrayLike) -> Array:
-        """Information in the targets, in nats per target token, interpolated likewise; NaN where it is unknown."""
+        """Information in the targets, in nats per target token; NaN where it is unknown.
+
+        Interpolated in ln l, beyond the measured lengths as at the end.
+        """
         known = [
             (cell.target_tokens, cell.entropy_bits * math.log(2) / cell.target_tokens)
             for cell in self.cells
@@ -492,7 +491,7 @@ class LawFit(_Content):
         """
         fit = self.best if form is None else self.fit_of(form)
         points, shape = self._points(rank, target_tokens)
-        return reduction(FORMS[fit.form], fit.theta, points).reshape(shape)
+        return self._foretold(fit, fit.theta, points, fit.text_share[0]).reshape(shape)
 
     def predict_draws(self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, form: FormName | None = None) -> Array:
         """Loss reduction in nats per target token as bootstrapped laws predict it; percentiles of it are intervals.
@@ -513,10 +512,8 @@ class LawFit(_Content):
         """
         fit = self.best if form is None else self.fit_of(form)
         points, shape = self._points(rank, target_tokens)
-        draws, kind = self._draws[fit.form], FORMS[fit.form]
-        value = reduction(kind, fit.theta, points)
-        widened = value + expansion(fit.degrees_of_freedom) * (reduction(kind, draws, points) - value)
-        return widened.reshape(len(draws), *shape)
+        draws = self._draws[fit.form]
+        return self._widened(fit, draws, points, self._shares(fit, len(draws))[:, None]).reshape(len(draws), *shape)
 
     def new_run_draws(
         self,
@@ -543,19 +540,18 @@ class LawFit(_Content):
         """
         fit = self.best if form is None else self.fit_of(form)
         points, shape = self._points(rank, target_tokens)
-        kind = FORMS[fit.form]
         draws = self._draws[fit.form][:laws, None]
         # The same luck and the same text for all points, so that what runs of two sizes differ in is their size.
         luck, text = np.random.default_rng(NOISE_SEED).normal(size=(2, len(draws), runs, 1))
         initial = np.maximum(points.initial_loss + self.text_spread * text, 0.0)
         points = replace(points, initial_loss=initial)
-        value, free = reduction(kind, fit.theta, points), sensitivity(kind, fit.theta, points)
+        free = sensitivity(FORMS[fit.form], fit.theta, points)
+        shares, below = (of_law[:, None, None] for of_law in self._shares_and_noise(fit, len(draws)))
+        # The noise at the ceiling is known from all the cells there, and needs no widening.
         at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
-        # What is known from few sizes is widened; the noise at the ceiling is known from all the cells there.
-        widened = expansion(fit.degrees_of_freedom)
-        ends = np.hypot(widened * free * fit.noise_nats, (1.0 - free) * at_ceiling)
+        ends = np.hypot(free * below, (1.0 - free) * at_ceiling)
         noise = luck * np.hypot(ends, 2.0 * np.sqrt(free * (1.0 - free)) * fit.noise_at_knee_nats)
-        fallen = value + widened * (reduction(kind, draws, points) - value) + noise
+        fallen = self._widened(fit, draws, points, shares) + noise
         whole = (len(draws), runs, *shape)
         return RunDraws(initial.reshape(whole), np.minimum(fallen, initial).reshape(whole))
 
@@ -617,9 +613,46 @@ class LawFit(_Content):
                 f"not a law of schema version {LAW_SCHEMA_VERSION}: {where}: {first['msg']}; fit it again with pml law"
             ) from error
 
+    def _foretold(self, fit: FormFit, theta: Array | list[float], points: Points, share: npt.ArrayLike) -> Array:
+        """Loss reduction on texts of which the frozen model's loss is known, with what it takes off of their excess."""
+        form = FORMS[fit.form]
+        usual = self._texts.usual_loss(np.exp(points.log_tokens))
+        # Of a text beyond that the share says nothing; only that it has no more to lose than it has.
+        excess = np.clip(points.initial_loss - usual, -OTHER_KIND * usual, OTHER_KIND * usual)
+        through = sensitivity(form, theta, points) * excess
+        return reduction(form, theta, points) + (np.asarray(share) - form.text_share) * through
+
+    def _widened(self, fit: FormFit, draws: Array, points: Points, shares: Array) -> Array:
+        """The same by bootstrapped laws: their distance from the law's own value is that of few cells."""
+        value = self._foretold(fit, fit.theta, points, fit.text_share[0])
+        return value + expansion(fit.degrees_of_freedom) * (self._foretold(fit, draws, points, shares) - value)
+
+    def _shares(self, fit: FormFit, laws: int) -> Array:
+        """What of a text's excess is taken off, as uncertain as it is, one for each bootstrapped law."""
+        share, error = fit.text_share
+        return share + error * np.random.default_rng(SHARE_SEED).normal(size=laws)
+
+    def _shares_and_noise(self, fit: FormFit, laws: int) -> tuple[Array, Array]:
+        """By bootstrapped law what is taken off of a text's excess, and a run's noise in nats beside it, `(laws,)`.
+
+        Of a text whose loss is not known the excess is a part of the noise, which is known without it: no larger, and
+        what is left belongs to the run.
+        """
+        shares, widened = self._shares(fit, laws), expansion(fit.degrees_of_freedom)
+        if self.text_spread == 0.0:
+            noise = fit.noise_nats if self._text_loss is None else fit.noise_beyond_text_nats
+            return shares, np.full(laws, widened * noise)
+        own, noise = FORMS[fit.form].text_share, widened * fit.noise_nats
+        of_text = np.clip((shares - own) * self.text_spread, -noise, noise)
+        return own + of_text / self.text_spread, np.sqrt(noise**2 - of_text**2)
+
     @cached_property
     def _draws(self) -> "_Draws":
         return _Draws(self)
+
+    @cached_property
+    def _texts(self) -> Texts:
+        return texts_of(self.cells)
 
     def _points(self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike) -> tuple[Points, tuple[int, ...]]:
         ranks, lengths = np.asarray(rank, dtype=np.float64), np.asarray(target_tokens, dtype=np.float64)

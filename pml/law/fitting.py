@@ -23,6 +23,7 @@ from pml.law.forms import (
     sensitivity,
 )
 from pml.law.search import Data, Solution, profile_intervals, solve
+from pml.law.texts import texts_of
 from pml.law.uncertainty import Scatter, bootstrap, data_of, expansion, fitted_cells, scatter, sizes_of, student
 
 __all__ = ["fit_law"]
@@ -137,6 +138,7 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
     residual = data.measured - predicted[used]
     gets_through = sensitivity(form, solution.theta, data.points)
     at_ceiling, at_knee = _noise_near_the_ceiling(gets_through, residual, data.unsaturated, spread.of_a_run)
+    share, beyond_text = _text_share(form, fitted_cells(form, cells), residual, gets_through, data.unsaturated)
     draws = bootstrap(form, solution.theta, data, sizes, free)
     return FormFit(
         form=form.name,
@@ -148,6 +150,8 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
         cells_used=int(used.sum()),
         degrees_of_freedom=spread.degrees_of_freedom,
         noise_nats=spread.of_a_run,
+        noise_beyond_text_nats=spread.of_a_run * beyond_text,
+        text_share=share,
         noise_at_ceiling_nats=at_ceiling,
         noise_at_knee_nats=at_knee,
         r2=_r2(data.measured, predicted[used]),
@@ -429,6 +433,27 @@ def _noise_near_the_ceiling(
     excess = float(np.sum((residual**2 - explained)[between]))
     weight = float(np.sum((4.0 * free * (1.0 - free))[between]))
     return at_ceiling, math.sqrt(max(excess, 0.0) / weight) if weight > 0 else 0.0
+
+
+def _text_share(
+    form: Form, cells: Sequence[Cell], residual: Array, free: Array, chosen: npt.NDArray[np.bool_]
+) -> tuple[tuple[float, float], float]:
+    """How much of a text's excess is taken off with its standard error, and what share of the noise that leaves.
+
+    Args:
+        form: The form.
+        cells: Those that it was fitted to.
+        residual: Measured minus predicted, by cell.
+        free: Share of a run's luck that gets through to its loss, by cell.
+        chosen: Which are not saturated.
+    """
+    texts = texts_of(cells)
+    share, error = texts.share_learnt(residual, free, chosen, form.text_share)
+    left = residual - (share - form.text_share) * free * texts.excess[texts.of_cell]
+    # Each cell alike: seeds may be far apart, and weigh little, just because their texts are.
+    before, after = (float(np.sum(values[chosen] ** 2)) for values in (residual, left))
+    # Where texts cannot tell, the prior may leave more than there was; a run is not luckier for it.
+    return (share, error), min(math.sqrt(after / before), 1.0) if before > 0 else 1.0
 
 
 def _root_mean_square(values: Array) -> float | None:

@@ -75,6 +75,11 @@ class Form:
         return power + (("b",) if self.offset == "fitted" else ()) + (("knee",) if self.bounded else ())
 
     @property
+    def text_share(self) -> float:
+        """Of a nat more that the frozen model loses on one text than on another, how much the form takes off."""
+        return 1.0 if self.offset == "entropy" else 0.0
+
+    @property
     def needs_entropy(self) -> bool:
         """Whether the corpus' information has to be known."""
         return self.offset == "entropy"
