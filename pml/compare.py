@@ -5,11 +5,14 @@ rank, corpus (by the hash of its tokens) and seed. Losses and shares are compare
 number of optimiser steps and of target tokens, within a tolerance: a method that trains longer is not a better one.
 Steps that a method skips, having nothing left to train, were given to it too. Steps to recall are compared whatever the
 budget: where runs stop as soon as they recall, how long they trained is the outcome.
+
+Pairs on the same text and seed, such as those of several ranks, share what is peculiar to it and are no further
+evidence of how methods differ elsewhere: they are averaged first, and each (corpus, seed) counts once.
 """
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +124,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much the second method differs from the first in one measure, over pairs.
+    """By how much the second method differs from the first in one measure, over texts: means of the pairs on each.
 
     Attributes:
         measure: Field of the records.
@@ -129,17 +132,18 @@ class Difference:
         unit: Unit of the means, the difference and its intervals.
         better: Whether higher or lower is better.
         pairs: Pairs that it is over.
-        first_mean: Mean of the first method.
+        texts: Different (corpus, seed) that they are on, n of all that follows.
+        first_mean: Mean over texts of the first method.
         second_mean: Mean of the second.
         mean: Mean of second - first.
-        t_interval: Interval of that mean by Student's t; None with fewer than two pairs, or where all pairs differ by
+        t_interval: Interval of that mean by Student's t; None with fewer than two texts, or where all texts differ by
             the same, which says nothing about how much the next one would.
-        bootstrap_interval: The same by the bias-corrected and accelerated bootstrap over pairs; None likewise, and with
-            two pairs.
-        cohens_d: Paired Cohen's d (d_z): mean over standard deviation of the differences; None likewise.
+        bootstrap_interval: The same by the bias-corrected and accelerated bootstrap over texts; None likewise, and with
+            two texts.
+        cohens_d: Paired Cohen's d (d_z): mean over standard deviation of the texts' differences; None likewise.
         dominance: Share of pairs in which the second is better minus the share in which it is worse, -1 to 1 (Cliff's
             delta within pairs).
-        sign_test_p: Two-sided p value of the exact sign test over the pairs that differ; 1 where none does.
+        sign_test_p: Two-sided p value of the exact sign test over the texts that differ; 1 where none does.
     """
 
     measure: str
@@ -147,6 +151,7 @@ class Difference:
     unit: str
     better: Literal["higher", "lower"]
     pairs: int
+    texts: int
     first_mean: float
     second_mean: float
     mean: float
@@ -184,7 +189,6 @@ class Recalled:
         neither: Pairs of equal budgets in which neither did.
         steps: Steps to recall over the pairs in which both were watched for it (`callbacks.StopWhenRecalled`) and
             recalled; None where there is none.
-        texts: How many different (corpus, seed) these are on.
     """
 
     both: int
@@ -192,7 +196,6 @@ class Recalled:
     only_second: int
     neither: int
     steps: Difference | None
-    texts: int
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class Comparison:
         confidence: Level of all intervals, such as 0.95; they are not adjusted for how many there are.
         tolerance: Largest difference of budgets, as a share of the larger.
         pairs: The pairs of equal budgets.
-        texts: How many different (corpus, seed) they are on; pairs of one text are not independent of each other.
+        texts: How many different (corpus, seed) they are on.
         differences: One for each measure over these pairs; empty where no budgets are equal.
         recalled: Who recalled and when, over these pairs and those of `other_budgets`.
         settings: Settings in which the pairs' runs differ beside the weighting and the curriculum, with the values of
@@ -227,12 +230,6 @@ class Comparison:
     settings: dict[str, tuple[list[Any], list[Any]]]
     other_budgets: list[LeftOut]
     left_out: list[LeftOut]
-
-    @property
-    def shares_texts(self) -> bool:
-        """Whether several pairs are on the same (corpus, seed), which makes the intervals too narrow."""
-        steps = self.recalled.steps
-        return self.texts < len(self.pairs) or (steps is not None and self.recalled.texts < steps.pairs)
 
     def budgets_in_words(self) -> str:
         """What is compared of pairs whose budgets differ; empty where there is none."""
@@ -322,18 +319,26 @@ def compare(
 
 
 def difference(
-    measure: Measure, first: Sequence[float], second: Sequence[float], *, confidence: float = 0.95, seed: int = 0
+    measure: Measure,
+    first: Sequence[float],
+    second: Sequence[float],
+    texts: Sequence[Hashable] | None = None,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> Difference:
-    """What two methods differ by over pairs of values.
+    """What two methods differ by over pairs of values, averaged by text.
 
     Args:
         measure: What the values are, in its unit.
         first: Values of the first method, at least one.
         second: Those of the second, in the same order.
+        texts: What text each pair is on; None is a text of its own for every pair.
         confidence: Level of the intervals.
         seed: Seed of the bootstrap.
     """
-    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    gains = np.subtract(second, first) if measure.better == "higher" else np.subtract(first, second)
+    a, b = (_by_text(values, range(len(values)) if texts is None else texts) for values in (first, second))
     differences = b - a
     # Equal differences of floats are equal but for rounding, which would make an effect of any size.
     spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
@@ -344,23 +349,31 @@ def difference(
         low, high = stats.ttest_rel(b, a).confidence_interval(confidence)
         t_interval = Interval(float(low), float(high))
     higher, lower = int((differences > 0).sum()), int((differences < 0).sum())
-    towards = differences if measure.better == "higher" else -differences
     return Difference(
         measure=measure.field,
         title=measure.title,
         unit=measure.unit,
         better=measure.better,
-        pairs=len(differences),
+        pairs=len(gains),
+        texts=len(differences),
         first_mean=float(a.mean()),
         second_mean=float(b.mean()),
         mean=mean,
         t_interval=t_interval,
         bootstrap_interval=_bootstrap(differences, confidence, seed) if varies and len(differences) > 2 else None,
         cohens_d=mean / spread if varies else None,
-        dominance=float(np.mean(np.sign(towards))),
+        dominance=float(np.mean(np.sign(gains))),
         sign_test_p=float(stats.binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0,
         confidence=confidence,
     )
+
+
+def _by_text(values: Sequence[float], texts: Sequence[Hashable]) -> npt.NDArray[np.float64]:
+    """The mean over the pairs of each text, in the order in which texts appear."""
+    groups: dict[Hashable, list[float]] = {}
+    for value, text in zip(values, texts, strict=True):
+        groups.setdefault(text, []).append(value)
+    return np.array([np.mean(group) for group in groups.values()], dtype=np.float64)
 
 
 def _bootstrap(differences: npt.NDArray[np.float64], confidence: float, seed: int) -> Interval | None:
@@ -431,7 +444,7 @@ def _compare_two(
         confidence=confidence,
         tolerance=tolerance,
         pairs=[_pair(path_a, path_b, records) for path_a, path_b in matched],
-        texts=_texts(same_budget),
+        texts=len(set(_texts(same_budget))),
         differences=[_over(measure, same_budget, confidence, seed) for measure in MEASURES if same_budget],
         recalled=_recalled(asked, confidence, seed),
         settings=_other_settings(compared),
@@ -508,19 +521,18 @@ def _recalled(couples: list[tuple[Record, Record]], confidence: float, seed: int
         only_first=found.count((True, False)),
         only_second=found.count((False, True)),
         neither=found.count((False, False)),
-        texts=_texts(timed),
         steps=_over(STEPS_TO_RECALL, timed, confidence, seed) if timed else None,
     )
 
 
 def _over(measure: Measure, couples: list[tuple[Record, Record]], confidence: float, seed: int) -> Difference:
-    columns = [[measure.of(run) for run in column] for column in zip(*couples, strict=True)]
-    return difference(measure, *columns, confidence=confidence, seed=seed)
+    first, second = ([measure.of(run) for run in column] for column in zip(*couples, strict=True))
+    return difference(measure, first, second, _texts(couples), confidence=confidence, seed=seed)
 
 
-def _texts(couples: list[tuple[Record, Record]]) -> int:
-    """How many different (corpus, seed) pairs are on."""
-    return len({(a.corpus_hash, a.seed) for a, _ in couples})
+def _texts(couples: list[tuple[Record, Record]]) -> list[tuple[str, int]]:
+    """The (corpus, seed) that each pair is on."""
+    return [(a.corpus_hash, a.seed) for a, _ in couples]
 
 
 def _other_settings(runs: list[tuple[Record, Record]]) -> dict[str, tuple[list[Any], list[Any]]]:

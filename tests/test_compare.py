@@ -77,6 +77,25 @@ class TestDifference:
         assert difference(ACCURACY, [50, 50, 50, 50], [60, 40, 70, 50]).dominance == pytest.approx((2 - 1) / 4)
         assert difference(LOSS, [5, 5, 5, 5], [6, 4, 7, 5]).dominance == pytest.approx(-(2 - 1) / 4)
 
+    def test_pairs_on_one_text_are_averaged_and_each_text_counts_once(self) -> None:
+        # Differences 1, 3 and 5 on the first text and 1 on the second: 3 and 1, mean 2, standard deviation sqrt 2.
+        found = difference(ACCURACY, [0, 0, 0, 10], [1, 3, 5, 11], ["a", "a", "a", "b"])
+        assert (found.pairs, found.texts, found.first_mean, found.second_mean, found.mean) == (4, 2, 5, 7, 2)
+        assert found.cohens_d == pytest.approx(math.sqrt(2))
+        assert found.t_interval is not None
+        # Standard error 1 and t(0.975, 1) = 12.7062.
+        assert (found.t_interval.low, found.t_interval.high) == pytest.approx((2 - 12.7062, 2 + 12.7062), rel=1e-5)
+        # Two texts in two are higher: 2 / 2^2; all four pairs are.
+        assert (found.sign_test_p, found.dominance) == (0.5, 1.0)
+
+    def test_copies_of_pairs_are_no_further_evidence(self) -> None:
+        first, second = [5.0, 4.0, 6.0], [4.0, 3.5, 4.5]
+        once = difference(LOSS, first, second)
+        twice = difference(LOSS, first * 2, second * 2, list("abcabc"))
+        assert (twice.pairs, twice.texts) == (6, 3)
+        same = ("mean", "t_interval", "bootstrap_interval", "cohens_d", "sign_test_p", "dominance")
+        assert all(getattr(once, name) == getattr(twice, name) for name in same)
+
     def test_one_pair_has_no_interval_and_decides_nothing(self) -> None:
         found = difference(LOSS, [5.0], [1.0])
         assert (found.t_interval, found.bootstrap_interval, found.cohens_d) == (None, None, None)
@@ -296,13 +315,14 @@ class TestBudgets:
         )
         assert found.settings == {"learning_rate": ([0.05], [0.1])}
 
-    def test_pairs_of_one_text_that_only_recall_is_compared_of_are_not_independent_either(self) -> None:
+    def test_steps_to_recall_of_one_text_at_several_ranks_count_once(self) -> None:
         (found,) = compare(stopped())
-        assert not found.shares_texts
         again = {Path(f"{path}-8"): record.model_copy(update={"rank": 8}) for path, record in stopped().items()}
-        (found,) = compare(stopped() | again)
-        assert found.shares_texts
-        assert (found.recalled.both, found.recalled.texts) == (6, 3)
+        (twice,) = compare(stopped() | again)
+        assert found.recalled.steps is not None
+        assert twice.recalled.steps is not None
+        assert (twice.recalled.both, twice.recalled.steps.pairs, twice.recalled.steps.texts) == (6, 6, 3)
+        assert twice.recalled.steps.t_interval == found.recalled.steps.t_interval
 
 
 class TestRefusals:

@@ -74,8 +74,7 @@ def _print(console: Console, comparison: Comparison) -> None:
     where = "".join(f", {name} {value}" for name, value in comparison.where.items())
     say(f"{comparison.second} against {comparison.first}{where}")
     if comparison.pairs:
-        pairs, draws = _count(len(comparison.pairs), "pair"), _count(comparison.texts, "combination")
-        say(f"{pairs} on {draws} of text and seed: {_budget(comparison)}")
+        say(f"{_evidence(len(comparison.pairs), comparison.texts)}: {_budget(comparison)}")
     recalled = comparison.recalled
     if comparison.differences:
         # One legend is enough for both tables, below the last.
@@ -83,14 +82,12 @@ def _print(console: Console, comparison: Comparison) -> None:
     if budgets := comparison.budgets_in_words():
         say(budgets)
     if recalled.steps is not None:
-        pairs, draws = _count(recalled.steps.pairs, "pair"), _count(recalled.texts, "combination")
-        say(f"steps to recall, whatever the budget, where both recalled: {pairs} on {draws} of text and seed")
+        evidence = _evidence(recalled.steps.pairs, recalled.steps.texts)
+        say(f"steps to recall, whatever the budget, where both recalled: {evidence}")
         console.print(_table(comparison, [recalled.steps]))
     say(comparison.recall_in_words())
     for name, (first, second) in comparison.settings.items():
         say(f"warning: {name} differs too: {_values(first)} and {_values(second)}")
-    if comparison.shares_texts:
-        say("note: pairs of the same text and seed are not independent of each other, so intervals may be too narrow")
     for reason, count in Counter(left.reason for left in comparison.left_out).items():
         example = next(left for left in comparison.left_out if left.reason == reason)
         more = f", and {count - 1} more" if count > 1 else ""
@@ -105,10 +102,11 @@ def _table(comparison: Comparison, differences: list[Difference], *, legend: boo
         pad_edge=False,
         padding=(0, 1, 0, 0),
         caption=(
-            f"Means over pairs; change: {comparison.second} minus {comparison.first}. t, bootstrap: {level} "
-            "intervals of the mean change by Student's t and by the BCa bootstrap over pairs, not adjusted for "
-            "their number. d: paired Cohen's d (mean / standard deviation of the changes). won: share of pairs "
-            "better minus share worse, -1 to 1 (Cliff's delta within pairs)."
+            "Means over combinations of text and seed, of the mean over the pairs on each; change: "
+            f"{comparison.second} minus {comparison.first}. t, bootstrap: {level} intervals of the mean change by "
+            "Student's t and by the BCa bootstrap over combinations, not adjusted for their number. d: paired Cohen's "
+            "d (mean / standard deviation of the changes). won: share of pairs better minus share worse, -1 to 1 "
+            "(Cliff's delta within pairs)."
         )
         if legend
         else None,
@@ -150,6 +148,10 @@ def _budget(comparison: Comparison) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _evidence(pairs: int, texts: int) -> str:
+    return f"{_count(pairs, 'pair')} on {_count(texts, 'combination')} of text and seed"
 
 
 def _values(values: list[Any]) -> str:

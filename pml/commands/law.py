@@ -143,8 +143,8 @@ def _print_fit(fit: LawFit, out: Path | None) -> None:
     if fit.text_spread > 0:
         share, error = fit.best.text_share
         say(
-            f"texts: of one length they differ by {fit.text_spread:.2g} nats (standard deviation) in the frozen model's "
-            f"loss; of a nat more, {share:.2f} ± {error:.2f} is learnt away too"
+            f"texts: the frozen model's loss on those of one length differs by {fit.text_spread:.2g} nats (standard "
+            f"deviation); of a nat more, {share:.2f} ± {error:.2f} is learnt away too"
         )
     if fit.recall is not None:
         say()

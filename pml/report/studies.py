@@ -430,8 +430,10 @@ def _comparison_table(title: str, comparison: Comparison, differences: list[Diff
         rows,
         words=(0, 9),
         note=(
-            f"{note} Intervals of the mean change by Student's t and the BCa bootstrap over pairs, not adjusted for "
-            "their number. Paired d: Cohen's d of the changes. Won: share of pairs better minus share worse."
+            f"{note} Pairs on one text with one seed are averaged first: means, intervals of the mean change "
+            "(Student's t and the BCa bootstrap, not adjusted for their number) and paired d (Cohen's, of the changes) "
+            f"are over {count(differences[0].texts, 'combination')} of text and seed. Won: share of pairs better minus "
+            "share worse."
         ),
     )
 
@@ -459,12 +461,6 @@ def _comparison_row(found: Difference) -> tuple[str, ...]:
 def _comparison_notes(comparison: Comparison) -> list[str]:
     words = (comparison.recall_in_words(), comparison.budgets_in_words())
     notes = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in words if sentence]
-    if comparison.shares_texts:
-        texts = max(comparison.texts, comparison.recalled.texts)
-        notes.append(
-            f"The pairs are on {count(texts, 'combination')} of text and seed; pairs of the same one are not "
-            "independent of each other, so the intervals may be too narrow."
-        )
     for name, (first, second) in comparison.settings.items():
         notes.append(f"{name} differs too: {shown(first)} and {shown(second)}.")
     if comparison.left_out:
