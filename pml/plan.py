@@ -26,7 +26,7 @@ LARGEST_RANK = 4096
 BYTES_PER_PARAMETER = 4
 RANKS = np.arange(1.0, LARGEST_RANK + 1)
 # For the interval of a rank for recall: bootstrapped laws, runs by each, and ranks, all up to 50 and then 3 % apart.
-LAWS, RUNS = 100, 48
+LAWS, RUNS = 100, 128
 FEWER_RANKS = np.unique(np.geomspace(1, LARGEST_RANK, 360).round())
 Interval = tuple[float, float]
 
@@ -132,13 +132,18 @@ class Plan(_Content):
         """The answer for people, a line each."""
         shown = [self.question]
         if self.rank_confidence is not None:
-            low, high = (f"over {LARGEST_RANK}" if end is None else str(end) for end in self.rank_confidence)
-            answer = "none" if self.rank is None else str(self.rank)
-            shown.append(f"rank: {answer} (95 % interval {low} to {high}, from the law's uncertainty)")
+            shown.append(f"rank: {self._rank_in_words(*self.rank_confidence)}")
         if self.outcome is not None:
             shown += self.outcome.lines()
         shown += [f"outside the measured range: {sentence}" for sentence in self.beyond]
         return shown + [f"warning: {sentence}" for sentence in self.warnings]
+
+    def _rank_in_words(self, low: int | None, high: int | None) -> str:
+        if self.rank is None:
+            from_law = f", though by the law's uncertainty it may be {low} (95 % interval)" if low is not None else ""
+            return f"none up to {LARGEST_RANK}{from_law}"
+        ends = f"{low} to {high}" if high is not None else f"{low} to more than {LARGEST_RANK}"
+        return f"{self.rank} (95 % interval {ends}, from the law's uncertainty; a run's own luck is not in it)"
 
 
 def foresee(law: LawFit, rank: int, target_tokens: int, pairs: int | None = None) -> Plan:

@@ -579,6 +579,11 @@ class TestRecords:
         assert list(select_records(records, {"method_settings.learning_rate": 0.2})) == [Path("0.2")]
         with pytest.raises(InputError, match=r"no record has method_settings.learning_rate 3; there are 0.1 \(1 run\)"):
             select_records(records, {"method_settings.learning_rate": 3})
+        missing = (
+            r"no record has a setting 'method_settings.lr'; those of method_settings are method_settings.learning_ra"
+        )
+        with pytest.raises(InputError, match=missing):
+            select_records(records, {"method_settings.lr": 3})
 
     def test_what_runs_differ_in_beside_their_size_is_kept_with_the_law(self) -> None:
         settings = [{"learning_rate": 0.1}, {"learning_rate": 0.2}]

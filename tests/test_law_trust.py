@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
+from pml.errors import InputError
 from pml.law import FORMS, Cell, FormName, LawFit, fit_law, saturated
 from pml.law.fitting import _noise_near_the_ceiling
 from pml.law.forms import reduction, sensitivity
@@ -145,6 +146,7 @@ class TestIntervals:
         generator, draws = np.random.default_rng(0), 60
         inside = dict.fromkeys(TRUTH, 0)
         by_error = dict.fromkeys(TRUTH, 0)
+        found: dict[str, list[list[float]]] = {name: [] for name in TRUTH}
         for _ in range(draws):
             fit = published(grid(generator, ranks=(1, 2, 4, 8), seeds=3, of_size=0.05, of_seed=0.03))
             assert fit.best.degrees_of_freedom == 12 - 4
@@ -154,17 +156,31 @@ class TestIntervals:
                 assert estimate.standard is not None
                 inside[name] += estimate.bootstrap[0] <= truth <= estimate.bootstrap[1]
                 by_error[name] += estimate.standard[0] <= truth <= estimate.standard[1]
+                # C is fitted as its logarithm, and its interval is that of the logarithm.
+                scale = np.log if name == "C" else np.asarray
+                found[name].append(
+                    [scale(estimate.value), *map(np.ptp, map(scale, (estimate.bootstrap, estimate.standard)))]
+                )
         # 57 expected, with a standard deviation of 1.7.
         assert all(52 <= count <= 60 for count in (*inside.values(), *by_error.values())), (inside, by_error)
+        # Nor are they wider than the estimates scatter, by Student's t of 8 and the jackknife's caution.
+        for name, numbers in found.items():
+            values, *widths = np.array(numbers).T
+            needed = 2 * float(t.ppf(0.975, 8)) * float(np.std(values, ddof=1))
+            typical = [float(np.median(width)) for width in widths]
+            assert all(0.7 * needed < width < 1.7 * needed for width in typical), (name, needed, typical)
 
     @pytest.mark.usefixtures("no_profiles")
     def test_a_new_run_lies_in_its_interval_as_often_as_it_says(self) -> None:
-        generator, draws, inside, size = np.random.default_rng(2), 60, 0, 0.1
+        generator, draws, inside, size, width = np.random.default_rng(2), 60, 0, 0.1, 0.0
         for _ in range(draws):
             fit = published(grid(generator, ranks=(1, 2, 4, 8), of_size=size))
             low, high = fit.predict_interval(3, 100).new_run
             inside += low <= fallen(3, 100) + size * generator.normal() <= high
+            width += (high - low) / draws
         assert 52 <= inside <= 60
+        # Student's t of 8 on the run's own scatter and, inside the grid, little more for the law's.
+        assert width == pytest.approx(2 * float(t.ppf(0.975, 8)) * size, rel=0.3)
 
     def test_a_run_below_the_ceiling_has_its_own_luck_and_at_it_hardly_any(self) -> None:
         fit = fit_law(ceiling_cells(np.random.default_rng(0)), form="ceiling", compare=False)
@@ -371,3 +387,57 @@ class TestMisfits:
         assert found["rank", 16].cells == 4
         assert found["rank", 16].excess_percent < 0
         assert any("at rank 16 runs reach" in warning for warning in published(short).warnings)
+
+
+class TestByParameters:
+    """Laws that count parameters: adapters of one rank in places of several sizes."""
+
+    @staticmethod
+    def cells(places: tuple[int, ...], ranks: tuple[int, ...], lengths: tuple[int, ...], short: int = 0) -> list[Cell]:
+        """Cells whose dL is 2 sqrt(parameters / tokens); adapters of `short` parameters reach a tenth less."""
+        noise = np.random.default_rng(0)
+        return [
+            replace(
+                cell(
+                    rank,
+                    length,
+                    2 * (per_rank * rank / length) ** 0.5 * (0.9 if per_rank * rank == short else 1.0)
+                    + 0.001 * noise.normal(),
+                ),
+                effective_parameters=per_rank * rank,
+                entropy_bits=15.0 * length,
+            )
+            for per_rank, rank, length in itertools.product(places, ranks, lengths)
+        ]
+
+    def test_one_rank_in_places_of_several_sizes_determines_a_law(self) -> None:
+        cells = self.cells((1000, 2000, 5000), (1,), (64, 128, 256))
+        law = fit_law(cells, form="power", compare=False, capacity="effective_parameters")
+        assert law.parameters["alpha"].value == pytest.approx(0.5, abs=0.01)
+        assert not any("only one" in warning for warning in law.warnings)
+        with pytest.raises(InputError, match="only rank 1 among the 9 of 9 cells"):
+            fit_law(cells, form="power")
+
+    def test_several_ranks_of_one_number_of_parameters_do_not(self) -> None:
+        cells = self.cells((2000,), (1,), (64, 128, 256)) + self.cells((1000,), (2,), (64, 128, 256))
+        with pytest.raises(InputError, match="expected at least 2 adapter sizes; add runs with other adapter sizes"):
+            fit_law(cells, form="power", capacity="effective_parameters")
+
+    def test_the_largest_number_of_parameters_is_held_out_and_one_that_is_off_is_named(self) -> None:
+        cells = self.cells((1000, 1500), (1, 2, 4), (64, 96, 128, 256), short=6000)
+        law = fit_law(cells, form="power", compare=False, capacity="effective_parameters")
+        held = law.best.largest("effective_parameters")
+        assert held is not None
+        assert (held.value, held.cells) == (6000, 4)
+        # Its cells have 0.9 of what the others say: 1 / 0.9 - 1.
+        assert held.mape_percent == pytest.approx(100 / 0.9 - 100, abs=0.5)
+        assert law.best.largest("rank") is None
+        assert ("effective_parameters", 6000) in {(misfit.factor, misfit.value) for misfit in law.best.misfits}
+        assert any("at adapter size 6000 runs reach" in warning for warning in law.warnings)
+
+    def test_a_form_that_counts_parameters_says_nothing_of_ranks_of_mixed_sizes(self) -> None:
+        law = fit_law(self.cells((1000, 1100), (1, 2, 4), (64, 128, 256)))
+        assert law.parameters_per_rank is None
+        assert float(law.predict(2, 100, form="power")) > 0
+        with pytest.raises(InputError, match="differ in parameters per rank, so a rank says nothing"):
+            law.predict(2, 100, form="stored_bits")

@@ -25,7 +25,6 @@ from pml.law import (
     LAW_NAME,
     CapacityName,
     Cell,
-    FormFit,
     FormName,
     LawFit,
     cells_from_records,
@@ -120,7 +119,8 @@ def _print_fit(fit: LawFit, out: Path | None) -> None:
     say(
         f"dL: loss reduction in nats per target token, {'r' if fit.capacity == 'rank' else 'P'}: {size}, l: target "
         "tokens, L0: the frozen model's loss"
-        + (", H: bits (stored) or nats (dL) in the corpus, P: effective parameters" if _about_entropy(fit) else "")
+        + (", H: bits (stored) or nats (dL) in the corpus" if FORMS[fit.form].needs_entropy else "")
+        + (", P: effective parameters" if FORMS[fit.form].proportional and fit.capacity == "rank" else "")
         + (", min_p: smooth minimum (x^-p + y^-p)^(-1/p)" if "min_" in fit.equation() else "")
     )
     say(f"chosen: {fit.form} ({FORMS[fit.form].meaning}): {fit.chosen_because}")
@@ -170,10 +170,6 @@ def _bits(fit: LawFit) -> list[str]:
     return lines
 
 
-def _about_entropy(fit: LawFit) -> bool:
-    return FORMS[fit.form].needs_entropy
-
-
 def _parameter_table(fit: LawFit) -> Table:
     """The chosen form's parameters and the paper's, with their intervals."""
     table = _table("95 % intervals; profile: of the likelihood, bootstrap: of the cells, seeds of a cell together")
@@ -205,7 +201,7 @@ def _form_table(fit: LawFit) -> Table:
     )
     for name in ("form", "equation"):
         table.add_column(name, overflow="fold")
-    for name in ("AICc", "R2", "noise", *_held_out_titles(fit.best), "held out\nothers"):
+    for name in ("AICc", "R2", "noise", *_held_out_titles(fit), "held out\nothers"):
         table.add_column(name, justify="right")
     for form in fit.fits:
         table.add_row(
@@ -214,17 +210,17 @@ def _form_table(fit: LawFit) -> Table:
             "-" if form.aicc is None else f"{form.aicc:.1f}",
             f"{form.r2_all:.4f}",
             f"{form.noise_nats:.3f}",
-            *(_percent(held.mape_percent if (held := form.largest(factor)) else None) for factor in FACTORS),
+            *(_percent(held.mape_percent if (held := form.largest(factor)) else None) for factor in fit.factors),
             _percent(form.interpolation_percent),
         )
     return table
 
 
-def _held_out_titles(form: FormFit) -> list[str]:
+def _held_out_titles(fit: LawFit) -> list[str]:
     """What was held out at the end of the grid, such as `held out rank >= 4 (2 cells)`."""
     titles = []
-    for factor, noun in FACTORS.items():
-        held = form.largest(factor)
+    for factor in fit.factors:
+        held, noun = fit.best.largest(factor), FACTORS[factor]
         what = f"{noun} >= {held.value}\n({held.cells} cell{'s' if held.cells > 1 else ''})" if held else noun
         titles.append(f"held out\n{what}")
     return titles

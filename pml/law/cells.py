@@ -10,7 +10,7 @@ from typing import Any, Literal
 import pydantic
 
 from pml.errors import InputError
-from pml.groups import setting_of, varying
+from pml.groups import setting_of, settings_of, varying
 from pml.law.forms import CapacityName
 from pml.records import Record
 
@@ -82,6 +82,10 @@ class Cell:
     def loss_reduction(self) -> float:
         """dL in nats per target token."""
         return self.initial_loss - self.final_loss
+
+    def size(self, capacity: CapacityName) -> int:
+        """What a law counts as the adapter's size; 0 where it counts parameters and they are unknown."""
+        return self.rank if capacity == "rank" else self.effective_parameters or 0
 
     @property
     def stored_bits(self) -> float | None:
@@ -167,7 +171,12 @@ def select_records(records: Mapping[Path, Record], where: Mapping[str, Any] | No
         before = kept
         kept = {path: record for path, record in before.items() if setting_of(record, name) in (value, [value])}
         if before and not kept:
-            present = _counted(str(setting_of(record, name)) for record in before.values())
+            found = [setting_of(record, name) for record in before.values()]
+            if "." in name and all(value is None for value in found):
+                names = {key for record in before.values() for key in settings_of(record)}
+                known = ", ".join(sorted(key for key in names if key.startswith(f"{field}.")))
+                raise InputError(f"where: no record has a setting {name!r}; those of {field} are {known or 'none'}")
+            present = _counted(map(str, found))
             raise InputError(f"where: no record has {name} {value!r}; there are {present}; choose one of these")
     return kept
 

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 import pydantic
+from scipy.stats import norm, qmc
 from uncertainties import ufloat
 
 from pml.calibration import RecallModel
@@ -34,6 +35,7 @@ __all__ = [
     "Misfit",
     "Prediction",
     "RunDraws",
+    "factors_of",
     "percentiles",
     "read_law",
 ]
@@ -41,9 +43,13 @@ __all__ = [
 LAW_NAME = "law.json"
 LAW_SCHEMA_VERSION: Final = 4
 LOGARITHMIC = ("C", "kappa", "knee")
-Factor = Literal["rank", "target_tokens"]
-FACTORS: Final[dict[Factor, str]] = {"rank": "rank", "target_tokens": "length"}
-"""What cells differ in: fields of a cell, with what people call them."""
+Factor = Literal["rank", "effective_parameters", "target_tokens"]
+FACTORS: Final[dict[Factor, str]] = {
+    "rank": "rank",
+    "effective_parameters": "adapter size",
+    "target_tokens": "length",
+}
+"""What cells differ in: fields of a cell, with what people call them. A law counts one of the first two."""
 # Noise of predictions for a new run; any fixed seed makes the same law say the same thing twice.
 NOISE_SEED, SHARE_SEED = 1, 2
 
@@ -82,7 +88,7 @@ class HeldOut(_Content):
 
     Attributes:
         factor: What was held out by.
-        value: The rank or length that was held out.
+        value: The rank, number of parameters or length that was held out.
         extrapolates: Whether it was the largest with unsaturated cells. Saturated cells beyond it are held out too.
         cells: Unsaturated cells held out.
         mape_percent: Mean error of their loss reduction, in percent; None where the others do not determine the form.
@@ -99,7 +105,7 @@ class Misfit(_Content):
     """A rank or length at which a form is off in one direction by more than its noise explains.
 
     Attributes:
-        factor: Rank or length.
+        factor: Rank, number of parameters or length.
         value: Which.
         cells: Unsaturated cells there.
         excess_percent: Measured over predicted loss reduction - 1, mean over these cells, in percent.
@@ -350,6 +356,11 @@ class LawFit(_Content):
         return self.best.parameters
 
     @property
+    def factors(self) -> tuple[Factor, Factor]:
+        """What the law's cells differ in: what it counts as the adapter's size, and the length."""
+        return factors_of(self.capacity)
+
+    @property
     def knows_ranks(self) -> bool:
         """Whether a rank says something: False where the law counts parameters, and ranks differ in how many."""
         return self.capacity == "rank" or self.parameters_per_rank is not None
@@ -480,7 +491,8 @@ class LawFit(_Content):
             frozen model's loss, which no run can exceed.
 
         Raises:
-            InputError: If a rank or a length is not positive, or the law cannot count ranks.
+            InputError: If a rank or a length is not positive, or the form counts parameters and the law's runs differ
+                in how many a rank has.
 
         Example:
             >>> from pml.law import Cell, fit_law
@@ -490,7 +502,7 @@ class LawFit(_Content):
             2.0
         """
         fit = self.best if form is None else self.fit_of(form)
-        points, shape = self._points(rank, target_tokens)
+        points, shape = self._points(rank, target_tokens, fit.form)
         return self._foretold(fit, fit.theta, points, fit.text_share[0]).reshape(shape)
 
     def predict_draws(self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, form: FormName | None = None) -> Array:
@@ -511,7 +523,7 @@ class LawFit(_Content):
             InputError: As `predict` does.
         """
         fit = self.best if form is None else self.fit_of(form)
-        points, shape = self._points(rank, target_tokens)
+        points, shape = self._points(rank, target_tokens, fit.form)
         draws = self._draws[fit.form]
         return self._widened(fit, draws, points, self._shares(fit, len(draws))[:, None]).reshape(len(draws), *shape)
 
@@ -533,16 +545,17 @@ class LawFit(_Content):
             target_tokens: Lengths in target tokens.
             form: Of which form; None is the chosen one.
             laws: How many bootstrapped laws; None is all of them.
-            runs: How many runs by each.
+            runs: How many runs by each. Several are spread evenly over what can happen, a power of 2 of them best, and
+                are the same for every law.
 
         Raises:
             InputError: As `predict` does.
         """
         fit = self.best if form is None else self.fit_of(form)
-        points, shape = self._points(rank, target_tokens)
+        points, shape = self._points(rank, target_tokens, fit.form)
         draws = self._draws[fit.form][:laws, None]
         # The same luck and the same text for all points, so that what runs of two sizes differ in is their size.
-        luck, text = np.random.default_rng(NOISE_SEED).normal(size=(2, len(draws), runs, 1))
+        luck, text = _normal_pairs(len(draws), runs)
         initial = np.maximum(points.initial_loss + self.text_spread * text, 0.0)
         points = replace(points, initial_loss=initial)
         free = sensitivity(FORMS[fit.form], fit.theta, points)
@@ -553,6 +566,7 @@ class LawFit(_Content):
         noise = luck * np.hypot(ends, 2.0 * np.sqrt(free * (1.0 - free)) * fit.noise_at_knee_nats)
         fallen = self._widened(fit, draws, points, shares) + noise
         whole = (len(draws), runs, *shape)
+        initial = np.broadcast_to(initial, fallen.shape)
         return RunDraws(initial.reshape(whole), np.minimum(fallen, initial).reshape(whole))
 
     def predict_interval(self, rank: int, target_tokens: int, form: FormName | None = None) -> Prediction:
@@ -654,12 +668,14 @@ class LawFit(_Content):
     def _texts(self) -> Texts:
         return texts_of(self.cells)
 
-    def _points(self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike) -> tuple[Points, tuple[int, ...]]:
+    def _points(
+        self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, form: FormName
+    ) -> tuple[Points, tuple[int, ...]]:
         ranks, lengths = np.asarray(rank, dtype=np.float64), np.asarray(target_tokens, dtype=np.float64)
         for name, values in (("rank", ranks), ("target_tokens", lengths)):
             if not (values > 0).all():
                 raise InputError(f"{name}: expected values above 0, got {values.min():g}; give a positive number")
-        if not self.knows_ranks:
+        if self.parameters_per_rank is None and (self.capacity != "rank" or FORMS[form].proportional):
             raise InputError(
                 "rank: the runs of this law differ in parameters per rank, so a rank says nothing; "
                 "fit the runs of one placement"
@@ -694,6 +710,11 @@ class _Draws(dict[FormName, Array]):
         return self[name]
 
 
+def factors_of(capacity: CapacityName) -> tuple[Factor, Factor]:
+    """What cells differ in, where the adapter's size is counted so."""
+    return capacity, "target_tokens"
+
+
 def read_law(path: str | Path) -> LawFit:
     """Read a `law.json`.
 
@@ -713,6 +734,15 @@ def _between(pairs: list[tuple[int, float]], lengths: npt.ArrayLike) -> Array:
     known = sorted({length for length, _ in pairs})
     means = [float(np.mean([value for length, value in pairs if length == at])) for at in known]
     return np.interp(np.log(np.asarray(lengths, dtype=np.float64)), np.log(known), means)
+
+
+def _normal_pairs(laws: int, runs: int) -> Array:
+    """Independent standard normal numbers for luck and text, `(2, laws or 1, runs, 1)`."""
+    if runs == 1:
+        return np.random.default_rng(NOISE_SEED).normal(size=(2, laws, 1, 1))
+    # Few runs have to show what happens once in a hundred: a Sobol sequence has no clusters and no gaps.
+    uniform = qmc.Sobol(2, rng=np.random.default_rng(NOISE_SEED)).random(runs)
+    return np.asarray(norm.ppf(uniform.T)[:, None, :, None])
 
 
 def percentiles(draws: Array) -> tuple[float, float]:

@@ -82,7 +82,8 @@ def _of_the_parameters(fit: FormFit) -> list[str]:
 def _of_the_grid(law: LawFit) -> list[str]:
     found = []
     used = [cell for cell in law.cells if not saturated(cell)]
-    for values, noun in (({cell.rank for cell in used}, "rank"), ({cell.target_tokens for cell in used}, "length")):
+    for factor in law.factors:
+        values, noun = {getattr(cell, factor) for cell in used}, FACTORS[factor]
         if len(values) == 1:
             found.append(f"only one {noun}: how the loss reduction depends on it was not measured")
         elif len(values) == 2:

@@ -11,7 +11,7 @@ from pml.calibration import RecallModel
 from pml.errors import InputError
 from pml.law import findings
 from pml.law.cells import Cell, LeftOutCell, divide, saturated
-from pml.law.content import FACTORS, LOGARITHMIC, Estimate, FormFit, HeldOut, LawFit, Misfit
+from pml.law.content import FACTORS, LOGARITHMIC, Estimate, FormFit, HeldOut, LawFit, Misfit, factors_of
 from pml.law.forms import (
     FORMS,
     KNEE_RANGE,
@@ -46,6 +46,8 @@ FEWEST_HELD_OUT = 4
 FEWEST_FOR_A_GAP = 10
 # A cell is at the ceiling where less than this share of a run's luck gets through to its loss.
 AT_CEILING = 0.05
+# An interval of a positive parameter that is wider than this factor says nothing of it.
+WIDEST = 1e6
 # A rank or length is called off when Student's t says so at this level, twice: it is asked of each of them.
 MISFIT_T = 3.0
 MISFIT_PERCENT = 3.0
@@ -159,8 +161,8 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
         mape_percent=100.0 * float(np.mean(np.abs(residual) / data.measured)),
         rmse_nats=math.sqrt(float(np.mean(residual**2))),
         aicc=_aicc(everything, predicted, len(free)),
-        held_out=_held_out(form, cells, everything, solution.theta),
-        misfits=_misfits(cells, everything, predicted),
+        held_out=_held_out(form, cells, everything, solution.theta, capacity),
+        misfits=_misfits(cells, everything, predicted, capacity),
         predicted=predicted.tolist(),
     )
 
@@ -181,7 +183,7 @@ def _estimates(form: Form, solution: Solution, draws: Array, spread: Scatter, de
             reach = student(spread.degrees_of_freedom) * of_value
             # The delta method: the standard error of C is the one of ln C times C.
             error = of_value * back(value) if name in LOGARITHMIC else of_value
-            standard = back(value - reach), back(value + reach)
+            standard = _said(name, back(value - reach), back(value + reach))
         ends = value + expansion(spread.degrees_of_freedom) * (np.percentile(draws[:, i], (2.5, 97.5)) - value)
         if name == "knee":
             ends = np.clip(ends, *KNEE_RANGE)
@@ -191,7 +193,7 @@ def _estimates(form: Form, solution: Solution, draws: Array, spread: Scatter, de
             stderr=error,
             standard=standard,
             # Without a place where the search would have to stop, draws around the place where it did say nothing.
-            bootstrap=(low, high) if determined else None,
+            bootstrap=_said(name, low, high) if determined else None,
         )
     return estimates
 
@@ -208,7 +210,7 @@ def _with_profiles(fit: FormFit, cells: Sequence[Cell], capacity: CapacityName) 
     for i, ends in profiles.items() if fit.determined else ():
         name = form.parameters[i]
         low, high = (_exponential(end) if name in LOGARITHMIC else end for end in ends)
-        parameters[name] = parameters[name].model_copy(update={"profile": (low, high)})
+        parameters[name] = parameters[name].model_copy(update={"profile": _said(name, low, high)})
     return fit.model_copy(update={"parameters": parameters})
 
 
@@ -240,10 +242,10 @@ def _aicc(data: Data, predicted: Array, fitted: int) -> float | None:
     return cells * math.log(variance) + 2 * parameters + 2 * parameters * (parameters + 1) / (cells - parameters - 1)
 
 
-def _held_out(form: Form, cells: Sequence[Cell], data: Data, theta: Array) -> list[HeldOut]:
-    """Each rank and each length foretold from the others, by the mean error of its unsaturated cells in percent."""
+def _held_out(form: Form, cells: Sequence[Cell], data: Data, theta: Array, capacity: CapacityName) -> list[HeldOut]:
+    """Each size and each length foretold from the others, by the mean error of its unsaturated cells in percent."""
     found = []
-    for factor in FACTORS:
+    for factor in factors_of(capacity):
         values = np.array([getattr(cell, factor) for cell in cells])
         levels = np.unique(values[data.unsaturated]).tolist()
         for level in levels if len(levels) > 2 else []:
@@ -251,7 +253,7 @@ def _held_out(form: Form, cells: Sequence[Cell], data: Data, theta: Array) -> li
             # Beyond the largest there may be saturated cells: to foretell is to know nothing of them either.
             away = values >= level if extrapolates else values == level
             held = away & data.unsaturated
-            error = _foretold(form, cells, data, theta, ~away & (data.unsaturated | form.bounded), held)
+            error = _foretold(form, cells, data, theta, ~away & (data.unsaturated | form.bounded), held, capacity)
             found.append(
                 HeldOut(
                     factor=factor,
@@ -271,10 +273,14 @@ def _foretold(
     theta: Array,
     kept: npt.NDArray[np.bool_],
     held: npt.NDArray[np.bool_],
+    capacity: CapacityName,
 ) -> float | None:
     """Mean error in percent of the held cells' loss reduction, by the kept ones; None where they determine no form."""
     rest = [cell for cell, keep in zip(cells, kept, strict=True) if keep]
-    if _shortfall(form, rest, len(rest)) is not None or (solution := solve(form, data.at(kept), theta)) is None:
+    if (
+        _shortfall(form, rest, capacity, len(rest)) is not None
+        or (solution := solve(form, data.at(kept), theta)) is None
+    ):
         return None
     with np.errstate(all="ignore"):
         predicted = reduction(form, solution.theta, data.points.at(held))
@@ -282,11 +288,11 @@ def _foretold(
     return missed if math.isfinite(missed) else None
 
 
-def _misfits(cells: Sequence[Cell], data: Data, predicted: Array) -> list[Misfit]:
-    """Ranks and lengths whose unsaturated cells lie on one side of the form, beyond what their scatter explains."""
+def _misfits(cells: Sequence[Cell], data: Data, predicted: Array, capacity: CapacityName) -> list[Misfit]:
+    """Sizes and lengths whose unsaturated cells lie on one side of the form, beyond what their scatter explains."""
     found = []
     excess = 100.0 * (data.measured / predicted - 1.0)
-    for factor in FACTORS:
+    for factor in factors_of(capacity):
         values = np.array([getattr(cell, factor) for cell in cells])
         for level in np.unique(values[data.unsaturated]).tolist():
             here = excess[(values == level) & data.unsaturated]
@@ -372,10 +378,12 @@ def _undetermined(
             f"form {form.name}: some runs do not know how much information their corpus has; leave them out, or choose "
             "another form"
         )
-    return _shortfall(form, used, total, others)
+    return _shortfall(form, used, capacity, total, others)
 
 
-def _shortfall(form: Form, cells: Sequence[Cell], total: int = 0, others: str = "") -> str | None:
+def _shortfall(
+    form: Form, cells: Sequence[Cell], capacity: CapacityName, total: int = 0, others: str = ""
+) -> str | None:
     """Why cells, the saturated ones left out, are too few or too alike for a form; None where they are not."""
     used = [cell for cell in cells if not saturated(cell)]
     if total == 0 and not used:
@@ -392,24 +400,26 @@ def _shortfall(form: Form, cells: Sequence[Cell], total: int = 0, others: str = 
             f"the loss reduction is {reductions[0]:.6g} nats in all {len(used)} cells: expected it to vary with rank "
             "and length; check that the runs really differ"
         )
-    return None if form.proportional else _alike(used, total, others)
+    return None if form.proportional else _alike(used, capacity, total, others)
 
 
-def _alike(used: Sequence[Cell], total: int, others: str) -> str | None:
-    """Why cells cannot tell the effect of rank from that of length; None where they can."""
-    ranks, lengths = sorted({cell.rank for cell in used}), sorted({cell.target_tokens for cell in used})
-    grid = {(cell.rank, cell.target_tokens) for cell in used}
+def _alike(used: Sequence[Cell], capacity: CapacityName, total: int, others: str) -> str | None:
+    """Why cells cannot tell the effect of the adapter's size from that of length; None where they can."""
+    grid = {(cell.size(capacity), cell.target_tokens) for cell in used}
     context = f"among the {len(used)} of {total} cells that can be used ({others})"
-    if len(ranks) < 2:
-        return f"only rank {ranks[0]} {context}: expected at least 2 ranks; add runs with other ranks"
-    if len(lengths) < 2:
-        return f"only length {lengths[0]} {context}: expected at least 2 lengths; add runs with other target lengths"
-    logs = np.array([[1.0, math.log(rank), math.log(length)] for rank, length in grid])
+    nouns = [FACTORS[factor] for factor in factors_of(capacity)]
+    hints = [f"other {nouns[0]}s", "other target lengths"]
+    for noun, hint, values in zip(nouns, hints, map(set, zip(*grid, strict=True)), strict=True):
+        if len(values) < 2:
+            return f"only {noun} {min(values)} {context}: expected at least 2 {noun}s; add runs with {hint}"
+    logs = np.array([[1.0, math.log(size), math.log(length)] for size, length in grid])
     if len(grid) < 4 or np.linalg.matrix_rank(logs, tol=1e-9 * len(grid)) < 3:
-        pairs = ", ".join(f"({rank}, {length})" for rank, length in sorted(grid))
+        pairs = ", ".join(f"({size}, {length})" for size, length in sorted(grid))
+        size = nouns[0]
         return (
-            f"the (rank, length) pairs {pairs} {context} cannot tell the effect of rank from that of length: expected "
-            "at least 4 different pairs, not all on one line; add runs that change the rank at the same length"
+            f"the ({size}, length) pairs {pairs} {context} cannot tell the effect of {size} from that of length: "
+            f"expected at least 4 different pairs, not all on one line; add runs that change the {size} at the same "
+            "length"
         )
     return None
 
@@ -458,6 +468,11 @@ def _text_share(
 
 def _root_mean_square(values: Array) -> float | None:
     return math.sqrt(float(np.mean(values**2))) if len(values) else None
+
+
+def _said(name: str, low: float, high: float) -> tuple[float, float] | None:
+    """An interval, unless it is one of a positive parameter that could as well be anything."""
+    return None if name in LOGARITHMIC and high > WIDEST * low else (low, high)
 
 
 def _exponential(value: float) -> float:
