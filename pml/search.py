@@ -1,8 +1,9 @@
 """The best settings for every cell of a grid: many candidates on a small budget, the best of them on a larger one.
 
 Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): every candidate runs to the end of its own schedule with
-the first budget, the best go on with the next, and one is left for the last. Each run is a complete one with a record
-of its own, so a search is as seeded, as resumable and as open to inspection as a sweep.
+the first budget, the best go on with the next, and one is left for the last, or the next best where that diverges. Each
+run is a complete one with a record of its own, so a search is as seeded, as resumable and as open to inspection as a
+sweep.
 """
 
 import math
@@ -107,8 +108,8 @@ def run_search(
 ) -> list[Choice]:
     """Run what has no record yet, and say what is best for each cell; `search.json` in `out` says it too.
 
-    The runs with the last budget, one a cell, lie in `out/best`, ready for `pml law`; those with the others in
-    `out/N-epochs`.
+    Where the best diverges with the last budget, the next best has it instead. The runs with the last budget, one a cell
+    and those that diverged, lie in `out/best`, ready for `pml law`; those with the others in `out/N-epochs`.
 
     Args:
         grid: The search.
@@ -118,19 +119,35 @@ def run_search(
         InputError: Before anything runs, if a cell or a candidate does not fit `pml fit`.
     """
     cells, tried = expand(grid.grid), expand([grid.search])
-    rungs = budgets(len(tried), grid.epochs)
     standing = [[Candidate(settings, {}) for settings in tried] for _ in cells]
-    outcomes: list[Outcome] = []
-    for count, epochs in rungs:
-        folder = grid.out / ("best" if epochs == grid.epochs[-1] else f"{epochs}-epochs")
-        running = [(i, candidate) for i, found in enumerate(standing) for candidate in found[:count]]
-        runs = resolve(_rung(grid, [cells[i] | c.settings for i, c in running], epochs, folder))
+    last = grid.epochs[-1]
+
+    def run(chosen: list[tuple[int, Candidate]], epochs: int) -> list[Outcome]:
+        """Run candidates of cells with one budget, and put down how they ended."""
+        folder = grid.out / ("best" if epochs == last else f"{epochs}-epochs")
+        runs = resolve(_rung(grid, [cells[i] | candidate.settings for i, candidate in chosen], epochs, folder))
         outcomes = run_cells(runs, start(str(folder), runs))
-        for (_, candidate), outcome in zip(running, outcomes, strict=True):
+        for (_, candidate), outcome in zip(chosen, outcomes, strict=True):
             candidate.losses[epochs] = _loss(outcome)
+        return outcomes
+
+    outcomes: list[Outcome] = []
+    for count, epochs in budgets(len(tried), grid.epochs):
+        outcomes = run([(i, candidate) for i, found in enumerate(standing) for candidate in found[:count]], epochs)
         for found in standing:
             # Only those that had this budget are compared; the others keep their order behind them.
             found[:count] = sorted(found[:count], key=lambda candidate: candidate.losses[epochs])
+    # What went well with less may diverge with the last budget, where the next best may not.
+    while behind := [
+        (i, other)
+        for i, (found, outcome) in enumerate(zip(standing, outcomes, strict=True))
+        if outcome.diverged and (other := _next_best(found, last)) is not None
+    ]:
+        for (i, other), outcome in zip(behind, run(behind, last), strict=True):
+            if not outcome.diverged:
+                outcomes[i] = outcome
+                standing[i].remove(other)
+                standing[i].insert(0, other)
     choices = [
         Choice(
             cell,
@@ -154,6 +171,11 @@ def _loss(outcome: Outcome) -> float:
     """Final loss in nats; infinite where there is none, so that what failed or diverged comes last."""
     loss = outcome.record.final_loss if outcome.record is not None else None
     return math.inf if loss is None else loss
+
+
+def _next_best(found: Sequence[Candidate], last: int) -> Candidate | None:
+    """The first that has not had the last budget and ended well with what it had; None where there is none."""
+    return next((c for c in found if last not in c.losses and all(map(math.isfinite, c.losses.values()))), None)
 
 
 def _at_the_edge(search: dict[str, list[Any]], chosen: Setting) -> list[str]:

@@ -1,16 +1,19 @@
 """The best settings of every cell: candidates are halved as budgets grow, and what was run is never run again."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from record_factory import make_record
 
 from pml.cli import main
 from pml.errors import InputError
 from pml.records import read_records
 from pml.search import budgets, read_search, run_search
+from pml.sweep import Cell, Outcome
 from tests import fits  # one thread, which makes runs comparable bit for bit
 
 assert fits.torch.get_num_threads() == 1
@@ -93,6 +96,36 @@ def test_a_search_that_is_run_again_runs_nothing_and_finds_the_same(write: Any) 
     assert second == first
     assert len(outcomes) == 8
     assert all(outcome.skipped for outcome in outcomes)
+
+
+@pytest.mark.parametrize(
+    ("diverging", "chosen", "ran"),
+    [({0.4}, 0.2, [0.4, 0.2]), ({0.4, 0.2}, 0.1, [0.4, 0.2, 0.1]), ({0.4, 0.2, 0.1}, None, [0.4, 0.2, 0.1])],
+)
+def test_where_the_best_diverges_with_the_last_budget_the_next_best_has_it(
+    diverging: set[float], chosen: float | None, ran: list[float], write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With little training higher rates end lower, but 0.8 diverges at once, and others with the last budget."""
+    with_last = []
+
+    def run_cells(cells: list[Cell], tell: Callable[[Outcome], None]) -> list[Outcome]:
+        outcomes = []
+        for cell in cells:
+            rate = float(next(value for value in cell.arguments if value.startswith(f"--{RATE}=")).split("=")[1])
+            last = "best" in cell.folder.parts
+            if last:
+                with_last.append(rate)
+            lost = rate == 0.8 or (last and rate in diverging)
+            fields: dict[str, Any] = {"final_loss": None, "status": "diverged"} if lost else {"final_loss": 1 / rate}
+            outcomes.append(Outcome(cell, make_record(**fields)))
+        return outcomes
+
+    monkeypatch.setattr("pml.search.run_cells", run_cells)
+    (choice,) = run_search(read_search(write(grid={RANK: [1]}, search={RATE: [0.1, 0.2, 0.4, 0.8]}, epochs=[2, 4])))
+    assert with_last == ran
+    assert choice.chosen == (None if chosen is None else {RATE: chosen})
+    assert choice.candidates[0].settings == {RATE: chosen or 0.4}
+    assert [candidate.losses.keys() for candidate in choice.candidates if candidate.settings == {RATE: 0.8}] == [{2}]
 
 
 def test_the_command_says_what_it_chose_and_where_a_better_value_may_lie(
