@@ -108,8 +108,8 @@ def run_search(
 ) -> list[Choice]:
     """Run what has no record yet, and say what is best for each cell; `search.json` in `out` says it too.
 
-    Where the best diverges with the last budget, the next best has it instead. The runs with the last budget, one a cell
-    and those that diverged, lie in `out/best`, ready for `pml law`; those with the others in `out/N-epochs`.
+    Where the best diverges with the last budget, the next best has it instead. The runs with that, one a cell and those
+    that diverged, lie in `out/best`, ready for `pml law`; those with the others in `out/N-epochs`.
 
     Args:
         grid: The search.

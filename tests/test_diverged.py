@@ -121,7 +121,7 @@ def test_a_search_in_which_everything_diverges_chooses_nothing(
 ) -> None:
     grid = write(grid={"seed_everything": [1]}, search={RATE: [TOO_HIGH, 2 * TOO_HIGH]}, epochs=[3, 5])
     assert main(["search", str(grid)]) == 1
-    assert 'diverged: {"seed_everything": 1}: the best of the candidates ended with a loss' in capsys.readouterr().err
+    assert 'diverged: {"seed_everything": 1}: every candidate ended with a loss that' in capsys.readouterr().err
     (cell,) = json.loads(Path("out/search.json").read_text())["cells"]
     assert (cell["chosen"], cell["at_the_edge"]) == (None, [])
 

@@ -61,8 +61,8 @@ def run(args: jsonargparse.Namespace) -> int:
     diverged = [choice for choice in choices if choice.record is not None and choice.chosen is None]
     for choice in diverged:
         print(
-            f"diverged: {json.dumps(choice.cell)}: the best of the candidates ended with a loss that is not a finite "
-            f"number; search other values (see {choice.folder})",
+            f"diverged: {json.dumps(choice.cell)}: every candidate ended with a loss that is not a finite number, with "
+            f"the last budget or before; search other values (see {choice.folder})",
             file=sys.stderr,
         )
     for choice in failed:
