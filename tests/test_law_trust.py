@@ -320,6 +320,34 @@ class TestCriteria:
         expected = n * math.log(sum(squares) / n) + 2 * p + 2 * p * (p + 1) / (n - p - 1)
         assert fit.aicc == pytest.approx(expected, rel=1e-9)
 
+    def test_seeds_of_one_size_are_no_further_evidence_for_a_form(self) -> None:
+        # All seeds lie where the only one of the first grid does.
+        cells = ceiling_cells(np.random.default_rng(0))
+        once, three_times = fit_law(cells), fit_law([replace(c, seed=seed) for c in cells for seed in range(3)])
+        assert {fit.form for fit in once.fits} >= {"power_offset", "ceiling", "ceiling_offset"}
+        apart = [
+            {fit.form: (fit.aicc or math.nan) - (law.fit_of("ceiling").aicc or math.nan) for fit in law.fits}
+            for law in (once, three_times)
+        ]
+        # Searches of other sums of squares end a little elsewhere; with each seed counted all would be three times as far.
+        assert apart[0] == pytest.approx(apart[1], rel=0.02)
+
+    def test_with_too_few_sizes_for_aicc_the_simplest_form_that_knows_the_ceiling_and_foretells_is_chosen(self) -> None:
+        noise, form = np.random.default_rng(0), FORMS["stored_bits"]
+        cells = []
+        for rank, length, seed in itertools.product((1, 2, 5), (72, 76, 120), range(4)):
+            empty = replace(cell(rank, length, 0.0, seed, initial=13.0), effective_parameters=1000 * rank)
+            empty = replace(empty, entropy_bits=15.0 * length)
+            there = float(reduction(form, [math.log(0.8), math.log(4.0)], points_of([empty], "rank"))[0])
+            spread = 0.05 if 13.0 - there > math.log(2) else 0.001
+            cells.append(replace(empty, final_loss=13.0 - there + spread * noise.normal()))
+        law = fit_law(cells)
+        assert {c.size("rank") * 1000 + c.target_tokens for c in cells if not saturated(c)} == {1072, 1076, 1120, 2120}
+        assert {fit.form for fit in law.fits} >= {"power_offset", "ceiling", "stored_bits"}
+        assert all(fit.aicc is None for fit in law.fits)
+        assert law.form == "stored_bits"
+        assert "too few sizes for AICc to choose" in law.chosen_because
+
     def test_r2_over_all_cells_cuts_what_no_run_can_do(self) -> None:
         law = fit_law(ceiling_cells(np.random.default_rng(0)))
         fit = law.fit_of("power_offset")
@@ -330,10 +358,19 @@ class TestCriteria:
         assert fit.r2_all == pytest.approx(float(expected), rel=1e-9)
         assert fit.r2_all != pytest.approx(fit.r2, rel=1e-6)
 
-    def test_of_few_unsaturated_cells_no_difference_in_aicc_is_quoted(self) -> None:
+    def test_of_few_unsaturated_sizes_no_difference_in_aicc_is_quoted(self) -> None:
         few = [c for c in ceiling_cells(np.random.default_rng(0), 0.01) if c.target_tokens >= 144 or c.rank > 3]
         assert sum(not saturated(c) for c in few) < 10
         assert "behind" not in fit_law(few).chosen_because
+        # Five seeds make no more sizes.
+        noise = np.random.default_rng(1)
+        seeds = [
+            replace(c, seed=seed, final_loss=c.final_loss + 0.01 * noise.normal() * (not saturated(c)))
+            for c in few
+            for seed in range(5)
+        ]
+        assert sum(not saturated(c) for c in seeds) > 10
+        assert "behind" not in fit_law(seeds).chosen_because
 
 
 class TestHeldOut:

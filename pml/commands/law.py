@@ -195,7 +195,8 @@ def _parameter_table(fit: LawFit) -> Table:
 def _form_table(fit: LawFit) -> Table:
     """Every fitted form, the best first."""
     table = _table(
-        "AICc over the unsaturated cells, less is better; R2 over all cells; noise of a run in nats per target token; "
+        "AICc over the unsaturated sizes (a rank and a length each), less is better; R2 over all cells; noise of a run "
+        "in nats per target token; "
         "held out: mean error of the loss reduction of these cells, and of all saturated ones beyond them left out "
         "too, foretold from the smaller ones; others: of every other rank and length"
     )

@@ -146,9 +146,9 @@ class FormFit(_Content):
             unbounded form says of saturated ones is cut at the frozen model's loss.
         mape_percent: Mean absolute error relative to the measured loss reduction, in percent, over the used cells.
         rmse_nats: Root of the mean squared error in nats per target token, over the used cells.
-        aicc: Akaike's criterion, corrected for few cells, over the unsaturated cells, which every form describes. The
-            smaller the better; None with too few cells. A bounded form had to describe the saturated ones as well,
-            which can only raise it.
+        aicc: Akaike's criterion, corrected for few sizes, over the means of the unsaturated sizes, which every form
+            describes. The smaller the better; None with too few sizes. A bounded form had to describe the saturated
+            ones as well, which can only raise it.
         held_out: By rank and by length, how well the other cells foretell it.
         misfits: Where it is systematically off.
         predicted: Loss reduction in nats per target token for each of the law's cells.

@@ -1,7 +1,7 @@
 """Fitting every form of the law that the cells determine, and choosing one."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,17 @@ from pml.law.forms import (
 )
 from pml.law.search import Data, Solution, profile_intervals, solve
 from pml.law.texts import texts_of
-from pml.law.uncertainty import Scatter, bootstrap, data_of, expansion, fitted_cells, scatter, sizes_of, student
+from pml.law.uncertainty import (
+    Scatter,
+    bootstrap,
+    data_of,
+    expansion,
+    fitted_cells,
+    means_of_sizes,
+    scatter,
+    sizes_of,
+    student,
+)
 
 __all__ = ["fit_law"]
 
@@ -42,7 +52,7 @@ CLOSE_AICC = 2.0
 # Held-out errors within this factor, or of fewer cells, tell nothing apart.
 CLOSE_FACTOR = 1.5
 FEWEST_HELD_OUT = 4
-# With fewer cells a difference in AICc is little more than that of the penalties.
+# With fewer sizes, a rank and a length each, a difference in AICc is little more than that of the penalties.
 FEWEST_FOR_A_GAP = 10
 # A cell is at the ceiling where less than this share of a run's luck gets through to its loss.
 AT_CEILING = 0.05
@@ -67,10 +77,11 @@ def fit_law(
     Diverged and interrupted cells are left out. Saturated ones (final loss <= ln 2) are left out of the forms without a
     ceiling, as published, and used by the others. Where seeds are repeated, cells count by the spread of theirs.
 
-    The chosen form has the smallest AICc over the unsaturated cells, which all forms describe; among those within 2 of
+    The chosen form has the smallest AICc over the unsaturated sizes, which all forms describe; among those within 2 of
     it, the simplest of those that foretell the largest rank and the largest length from the other cells with an error
     of up to 1.5 times the smallest; where these are fewer than 4 cells, the simplest. Where there are saturated cells,
-    it is one of the forms that know the ceiling: the others say nothing of these cells.
+    it is one of the forms that know the ceiling: the others say nothing of these cells. With too few sizes for AICc it
+    is the published one, or with saturated cells chosen from all of those likewise.
 
     Args:
         cells: What the runs measured.
@@ -160,7 +171,7 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
         r2_all=_r2(everything.measured, np.minimum(predicted, everything.points.initial_loss)),
         mape_percent=100.0 * float(np.mean(np.abs(residual) / data.measured)),
         rmse_nats=math.sqrt(float(np.mean(residual**2))),
-        aicc=_aicc(everything, predicted, len(free)),
+        aicc=_aicc(everything, predicted, len(free), sizes_of(cells)),
         held_out=_held_out(form, cells, everything, solution.theta, capacity),
         misfits=_misfits(cells, everything, predicted, capacity),
         predicted=predicted.tolist(),
@@ -226,20 +237,20 @@ def _r2(measured: Array, predicted: Array) -> float:
     return 1.0 - float(np.sum((measured - predicted) ** 2)) / float(np.sum((measured - measured.mean()) ** 2))
 
 
-def _aicc(data: Data, predicted: Array, fitted: int) -> float | None:
-    """AICc of normal noise of unknown size over the unsaturated cells, the same ones for every form.
+def _aicc(data: Data, predicted: Array, fitted: int, groups: Sequence[Hashable]) -> float | None:
+    """AICc of normal noise of unknown size over the means of the unsaturated sizes, the same ones for every form.
 
     Saturated cells lie where they must whatever the parameters are, and their small residuals are no evidence of how
-    small the noise is. A bounded form has been fitted to them as well and pays for it here, if it pays at all.
+    small the noise is. A bounded form has been fitted to them as well and pays for it here, if it pays at all. The
+    seeds of a size share what the form has wrong there, so they count once.
     """
-    chosen, parameters = data.unsaturated, fitted + 1
-    cells = int(chosen.sum())
-    if cells - parameters - 1 < 1:
+    squares, sizes = means_of_sizes(predicted, data, groups)
+    parameters = fitted + 1
+    if sizes - parameters - 1 < 1:
         return None
-    squares = float(np.sum(((data.measured - predicted) * data.root_weights)[chosen] ** 2))
     # An exact fit would be -infinity; float32 losses are not known better than this.
-    variance = max(squares / cells, SMALLEST_SPREAD**2)
-    return cells * math.log(variance) + 2 * parameters + 2 * parameters * (parameters + 1) / (cells - parameters - 1)
+    variance = max(squares / sizes, SMALLEST_SPREAD**2)
+    return sizes * math.log(variance) + 2 * parameters + 2 * parameters * (parameters + 1) / (sizes - parameters - 1)
 
 
 def _held_out(form: Form, cells: Sequence[Cell], data: Data, theta: Array, capacity: CapacityName) -> list[HeldOut]:
@@ -308,39 +319,42 @@ def _misfits(cells: Sequence[Cell], data: Data, predicted: Array, capacity: Capa
 
 def _ranked(fits: list[FormFit], cells: Sequence[Cell]) -> tuple[list[FormFit], str]:
     """The fits, the chosen one first and the others by AICc, and why in words."""
-    unsaturated = sum(not saturated(cell) for cell in cells)
-    known = [fit for fit in fits if fit.aicc is not None]
-    if unsaturated < len(cells):
-        # A power that is cut off at the ceiling is one of these too, a knee without end.
-        known = [fit for fit in known if FORMS[fit.form].bounded] or known
-    if not known:
+    unsaturated = [cell for cell in cells if not saturated(cell)]
+    # A power that is cut off at the ceiling is one of these too, a knee without end.
+    knowing = [fit for fit in fits if FORMS[fit.form].bounded] if len(unsaturated) < len(cells) else []
+    pool = knowing or fits
+    known = [fit for fit in pool if fit.aicc is not None]
+    if not known and not knowing:
         first = next((fit for fit in fits if fit.form == PUBLISHED), fits[0])
         reason = (
             "the only one that so few cells can tell anything of"
             if len(fits) == 1
-            else "as published; too few cells for AICc to choose"
+            else "as published; too few sizes for AICc to choose"
         )
         return sorted(fits, key=lambda fit: fit is not first), reason
-    lowest = min(fit.aicc for fit in known if fit.aicc is not None)
-    close = [fit for fit in known if fit.aicc is not None and fit.aicc - lowest < CLOSE_AICC]
+    lowest = min((fit.aicc for fit in known if fit.aicc is not None), default=math.inf)
+    close = [fit for fit in known if fit.aicc is not None and fit.aicc - lowest < CLOSE_AICC] or pool
     best = min(map(_decisive_error, close))
     foretelling = [fit for fit in close if _decisive_error(fit) <= CLOSE_FACTOR * best]
     first = min(foretelling, key=lambda fit: (len(fit.free), _or_infinity(fit.aicc)))
     ranked = sorted(fits, key=lambda fit: (fit is not first, _or_infinity(fit.aicc)))
-    among = " of the forms that know the ceiling" if unsaturated < len(cells) and len(known) < len(fits) else ""
-    if len(close) == 1:
-        rest = [fit.aicc - lowest for fit in known if fit is not first and fit.aicc is not None]
-        behind = f"; the next is {min(rest):.1f} behind" if rest else ""
-        if rest and unsaturated < FEWEST_FOR_A_GAP:
-            behind = f", mostly for having few parameters: {unsaturated} unsaturated cells tell forms hardly apart"
-        return ranked, f"smallest AICc{among}{behind}"
+    among = " of the forms that know the ceiling" if knowing and len(knowing) < len(fits) else ""
     error = _decisive_error(first)
     foretold = (
-        f", and of these the simplest of the best at foretelling the largest rank and length ({error:.1f} % off)"
+        f"the simplest of the best at foretelling the largest rank and length ({error:.1f} % off)"
         if math.isfinite(error)
-        else ", and of these the simplest"
+        else "the simplest"
     )
-    return ranked, f"AICc within {CLOSE_AICC:.0f} of the smallest{among} ({len(close)} forms){foretold}"
+    if not known:
+        return ranked, f"{foretold}{among}; too few sizes for AICc to choose"
+    if len(close) > 1:
+        within = f"AICc within {CLOSE_AICC:.0f} of the smallest{among} ({len(close)} forms)"
+        return ranked, f"{within}, and of these {foretold}"
+    rest = [fit.aicc - lowest for fit in known if fit is not first and fit.aicc is not None]
+    behind = f"; the next is {min(rest):.1f} behind" if rest else ""
+    if rest and (sizes := len(set(sizes_of(unsaturated)))) < FEWEST_FOR_A_GAP:
+        behind = f", mostly for having few parameters: {sizes} unsaturated sizes tell forms hardly apart"
+    return ranked, f"smallest AICc{among}{behind}"
 
 
 def _decisive_error(fit: FormFit) -> float:

@@ -18,6 +18,7 @@ __all__ = [
     "data_of",
     "expansion",
     "fitted_cells",
+    "means_of_sizes",
     "points_of",
     "scatter",
     "sizes_of",
@@ -121,26 +122,37 @@ def scatter(form: Form, theta: Array, data: Data, groups: Sequence[Hashable], fi
         groups: The size of each cell.
         fitted: Number of fitted parameters.
     """
-    chosen = data.unsaturated
-    weights = data.root_weights[chosen] ** 2
-    residual = (data.measured - reduction(form, theta, data.points))[chosen]
-    sizes_there = _unsaturated(groups, data)
-    labels = {group: i for i, group in enumerate(dict.fromkeys(sizes_there))}
-    of_cell = np.array([labels[group] for group in sizes_there], dtype=np.intp)
-    cells, sizes = len(residual), len(labels)
-    squares = float(np.sum(weights * residual**2))
+    predicted = reduction(form, theta, data.points)
+    of_means, sizes = means_of_sizes(predicted, data, groups)
+    cells = int(data.unsaturated.sum())
+    squares = float(np.sum((((data.measured - predicted) * data.root_weights)[data.unsaturated]) ** 2))
     if sizes <= fitted:
         degrees = max(cells - fitted, 1)
         noise = math.sqrt(squares / degrees)
         return Scatter(noise, noise, degrees)
-    heavy = np.bincount(of_cell, weights)
-    of_means = float(np.sum(np.bincount(of_cell, weights * residual) ** 2 / heavy))
     between = of_means / (sizes - fitted)
     if cells == sizes:
         return Scatter(math.sqrt(between), math.sqrt(between), sizes - fitted)
     within = max(squares - of_means, 0.0) / (cells - sizes)
     of_sizes = max(between - within, 0.0) * sizes / cells
     return Scatter(math.sqrt(within + of_sizes), math.sqrt(between), sizes - fitted)
+
+
+def means_of_sizes(predicted: Array, data: Data, groups: Sequence[Hashable]) -> tuple[float, int]:
+    """Weighted squares of the mean residuals of the sizes with unsaturated cells, and how many sizes there are.
+
+    Args:
+        predicted: Loss reduction of each cell.
+        data: The cells.
+        groups: The size of each.
+    """
+    chosen = data.unsaturated
+    weights = data.root_weights[chosen] ** 2
+    sizes = _unsaturated(groups, data)
+    labels = {size: i for i, size in enumerate(dict.fromkeys(sizes))}
+    of_cell = np.array([labels[size] for size in sizes], dtype=np.intp)
+    sums = np.bincount(of_cell, weights * (data.measured - predicted)[chosen])
+    return float(np.sum(sums**2 / np.bincount(of_cell, weights))), len(labels)
 
 
 def student(degrees_of_freedom: int) -> float:

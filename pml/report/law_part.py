@@ -169,7 +169,7 @@ def _forms(fit: LawFit) -> TextTable:
         rows,
         words=(0, 1),
         note="r: rank, P: adapter parameters, l: target tokens, L0: loss of the frozen model, H: bits (stored) or nats "
-        "(loss) in the corpus; a number at min is the knee of a smooth minimum. AICc over the unsaturated runs, less "
+        "(loss) in the corpus; a number at min is the knee of a smooth minimum. AICc over the unsaturated sizes, less "
         "is better. Held out: mean error of the loss reduction where unsaturated runs of the largest rank or length, "
         "with everything beyond them left out, or those of each of the others, are foretold from the rest.",
     )

@@ -30,14 +30,15 @@ class SideBySide:
 def common_form(laws: Mapping[str, LawFit]) -> FormName | None:
     """The form in which laws are best compared: of those whose exponents all laws determine, with the smallest AICc.
 
-    The laws are of different cells, so their criteria add up. Where there is no such form, it is the one of bits per
-    parameter if all have that, and None otherwise.
+    The laws are of different cells, so their criteria add up; where some law has too few sizes for one, the simplest is
+    taken. Where there is no such form, it is the one of bits per parameter if all have that, and None otherwise.
     """
     fits = [{fit.form: fit for fit in law.fits if fit.determined} for law in laws.values()]
     shared = [name for name, form in FORMS.items() if not form.proportional and all(name in found for found in fits)]
 
-    def criterion(name: FormName) -> float:
-        return sum(math.inf if (value := found[name].aicc) is None else value for found in fits)
+    def criterion(name: FormName) -> tuple[float, int]:
+        total = sum(math.inf if (value := found[name].aicc) is None else value for found in fits)
+        return total, len(FORMS[name].parameters)
 
     of_bits: FormName | None = "stored_bits" if all("stored_bits" in found for found in fits) else None
     return min(shared, key=criterion, default=of_bits)
@@ -55,11 +56,12 @@ def side_by_side(laws: Mapping[str, LawFit]) -> SideBySide | None:
         for label, fit in fits.items()
     }
     symbols = {name: SYMBOLS[name] + UNITS.get(name, "") for name in (*names, "kappa")}
-    why = (
-        "No form with exponents is determined in all."
-        if FORMS[form].proportional
-        else "Of the forms with exponents that all determine, its AICc is the smallest over all of their runs."
-    )
+    if FORMS[form].proportional:
+        why = "No form with exponents is determined in all."
+    elif any(fit.aicc is None for fit in fits.values()):
+        why = "Of the forms with exponents that all determine it is the simplest; some have too few sizes for AICc."
+    else:
+        why = "Of the forms with exponents that all determine, its AICc is the smallest over all of their runs."
     return SideBySide(
         note=f"In one form, so that numbers can be compared: {NAMES[form]}, {FORMS[form].text}. {why}",
         panel=draw(
