@@ -329,7 +329,7 @@ class TestCriteria:
             {fit.form: (fit.aicc or math.nan) - (law.fit_of("ceiling").aicc or math.nan) for fit in law.fits}
             for law in (once, three_times)
         ]
-        # Searches of other sums of squares end a little elsewhere; with each seed counted all would be three times as far.
+        # Searches end a little elsewhere; with each seed counted all differences would be three times as large.
         assert apart[0] == pytest.approx(apart[1], rel=0.02)
 
     def test_with_too_few_sizes_for_aicc_the_simplest_form_that_knows_the_ceiling_and_foretells_is_chosen(self) -> None:
