@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pydantic
 
+from pml.calibration import RecallModel
 from pml.errors import InputError
 from pml.law import LawFit, RunDraws, percentiles
 from pml.law.forms import Array
@@ -27,6 +28,12 @@ BYTES_PER_PARAMETER = 4
 RANKS = np.arange(1.0, LARGEST_RANK + 1)
 # For the interval of a rank for recall: bootstrapped laws, runs by each, and ranks, all up to 50 and then 3 % apart.
 LAWS, RUNS = 100, 128
+# Bounds the memory of their product.
+RANKS_AT_ONCE = 45
+# Probabilities of runs that are no further apart are the same.
+SAME_PROBABILITY = 0.002
+# The recall model is asked of losses this many times below the smallest that it has seen, and not further.
+FAR_BELOW = 2.0
 FEWER_RANKS = np.unique(np.geomspace(1, LARGEST_RANK, 360).round())
 Interval = tuple[float, float]
 
@@ -161,14 +168,15 @@ def foresee(law: LawFit, rank: int, target_tokens: int, pairs: int | None = None
     pairs = _checked(law, target_tokens, pairs)
     if rank < 1:
         raise InputError(f"rank is {rank}; expected at least 1")
+    outcome = _outcome(law, rank, target_tokens, pairs)
     return Plan(
         question=f"what rank {rank} does with {_corpus(target_tokens, pairs)}",
         target_tokens=target_tokens,
         pairs=pairs,
         rank=rank,
         rank_confidence=None,
-        outcome=_outcome(law, rank, target_tokens, pairs),
-        beyond=_beyond(law, rank, target_tokens, pairs),
+        outcome=outcome,
+        beyond=_beyond(law, outcome, target_tokens, pairs),
         warnings=law.warnings,
     )
 
@@ -234,22 +242,40 @@ def rank_for_recall(
         f"the smallest rank at which a run recalls {which} of {_corpus(target_tokens, pairs)} with probability "
         f"{probability:g}"
     )
-    # Runs scatter, and recall is steep in the loss: the mean over runs, not the recall at the mean loss.
-    likely = np.concatenate(
-        [reached(law.new_run_draws(some, target_tokens)).mean(axis=(0, 1)) for some in np.split(RANKS, 16)]
-    )
-    by_law = np.concatenate(
-        [
-            reached(law.new_run_draws(some, target_tokens, laws=LAWS, runs=RUNS)).mean(axis=1)
-            for some in np.array_split(FEWER_RANKS, 8)
-        ],
-        axis=1,
-    )
-    rank = _first(likely[None] >= probability, RANKS)[0]
-    return _smallest(law, target_tokens, pairs, question, rank, _first(by_law >= probability, FEWER_RANKS))
+
+    def by_law(ranks: Array) -> Array:
+        """Probability of it by law and rank: recall is steep in the loss, so it is a mean over runs, which scatter."""
+        parts = np.array_split(ranks, math.ceil(len(ranks) / RANKS_AT_ONCE))
+        draws = (law.new_run_draws(part, target_tokens, laws=LAWS, runs=RUNS) for part in parts)
+        return np.concatenate([reached(draw).mean(axis=1) for draw in draws], axis=1)
+
+    probabilities = by_law(FEWER_RANKS)
+    of_laws = _first(probabilities >= probability, FEWER_RANKS)
+    likely = probabilities.mean(axis=0)
+    rank = float(_first(likely[None] >= probability, FEWER_RANKS)[0])
+    if math.isinf(rank):
+        enough = FEWER_RANKS[np.argmax(likely >= likely.max() - SAME_PROBABILITY)]
+        none = (
+            f"no rank up to {LARGEST_RANK} does: from rank {enough:.0f} on the probability stays at "
+            f"{likely.max():.3g}, as far as {len(law.cells)} runs and their recall model can tell"
+        )
+        return _smallest(law, target_tokens, pairs, question, rank, of_laws, none)
+    # Between the ranks that were asked, the rank itself.
+    below = FEWER_RANKS.compress(rank > FEWER_RANKS).max(initial=0.0)
+    between = np.arange(below + 1, rank + 1)
+    rank = float(_first(by_law(between).mean(axis=0)[None] >= probability, between)[0])
+    return _smallest(law, target_tokens, pairs, question, rank, of_laws)
 
 
-def _smallest(law: LawFit, target_tokens: int, pairs: int, question: str, rank: float, of_laws: Array) -> Plan:
+def _smallest(
+    law: LawFit,
+    target_tokens: int,
+    pairs: int,
+    question: str,
+    rank: float,
+    of_laws: Array,
+    none: str = f"no rank up to {LARGEST_RANK} does",
+) -> Plan:
     """The answer to the question for a smallest rank.
 
     Args:
@@ -259,22 +285,22 @@ def _smallest(law: LawFit, target_tokens: int, pairs: int, question: str, rank: 
         question: In words.
         rank: The answer, infinite where no rank will do.
         of_laws: That of each bootstrapped law.
+        none: What to say where no rank will do.
     """
     # Ranks themselves, not numbers between two of them.
     ends = np.quantile(of_laws, (0.025, 0.975), method="inverted_cdf").tolist()
     # What few laws in a hundred say still counts in the answer where nearly all runs must succeed.
     low, high = (int(end) if math.isfinite(end) else None for end in (min(ends[0], rank), max(ends[1], rank)))
     found = int(rank) if math.isfinite(rank) else None
-    beyond = _beyond(law, found or LARGEST_RANK, target_tokens, pairs)
-    if found is None:
-        beyond.insert(0, f"no rank up to {LARGEST_RANK} does")
+    outcome = None if found is None else _outcome(law, found, target_tokens, pairs)
+    beyond = ([none] if found is None else []) + _beyond(law, outcome, target_tokens, pairs)
     return Plan(
         question=question,
         target_tokens=target_tokens,
         pairs=pairs,
         rank=found,
         rank_confidence=(low, high),
-        outcome=None if found is None else _outcome(law, found, target_tokens, pairs),
+        outcome=outcome,
         beyond=beyond,
         warnings=law.warnings,
     )
@@ -336,10 +362,12 @@ def _checked(law: LawFit, target_tokens: int, pairs: int | None) -> int:
     return pairs
 
 
-def _beyond(law: LawFit, rank: int, target_tokens: int, pairs: int) -> list[str]:
-    """How far a question lies outside what the law was fitted to, in words."""
+def _beyond(law: LawFit, outcome: Outcome | None, target_tokens: int, pairs: int) -> list[str]:
+    """How far a question and its answer lie outside what the law was fitted to, in words."""
     found = []
-    ranges = [("rank", rank, law.rank_range), ("length", target_tokens, law.target_tokens_range)]
+    ranges = [("length", target_tokens, law.target_tokens_range)]
+    if outcome is not None:
+        ranges.insert(0, ("rank", outcome.rank, law.rank_range))
     if law.recall is not None:
         ranges.append(("tokens per target", round(target_tokens / pairs), law.recall.tokens_per_target_range))
     for name, value, (low, high) in ranges:
@@ -352,6 +380,24 @@ def _beyond(law: LawFit, rank: int, target_tokens: int, pairs: int) -> list[str]
         found.append(
             f"the frozen model's loss is {loss:.3g} nats per target token, that of the law's texts "
             f"{min(measured):.3g} to {max(measured):.3g}: this is another kind of text, of which the law says nothing"
+        )
+    if law.recall is not None and outcome is not None:
+        found += _beyond_recall(law.recall, outcome.final_loss)
+    return found
+
+
+def _beyond_recall(recall: RecallModel, final_loss: float) -> list[str]:
+    """Why shares of right tokens and targets say less than they look."""
+    found = []
+    low, high = recall.loss_range
+    if final_loss < low / FAR_BELOW:
+        found.append(
+            f"a final loss of {final_loss:.3g} nats is below all that recall was learnt from ({low:.3g} to {high:.3g})"
+        )
+    if recall.brier >= recall.brier_reference:
+        found.append(
+            f"recall is foretold no better than by always saying the mean (Brier score {recall.brier:.3f}, "
+            f"{recall.brier_reference:.3f}): put no trust in the shares of right tokens and targets"
         )
     return found
 

@@ -101,6 +101,48 @@ def test_where_a_rank_might_do_within_the_law_s_uncertainty_it_says_which(law: L
     assert "(95 % interval 7 to more than 4096, " in endless.lines()[1]
 
 
+def test_where_more_rank_is_no_more_likely_to_do_it_says_from_where_and_how_likely_that_is(law: LawFit) -> None:
+    # Of targets that are right with 0.9 at the best no rank makes both of two right more often than with 0.81.
+    doubtful = RecallModel.model_construct(
+        **{**vars(RECALL), "half_loss": 1.0, "steepness": 1e-3, "concentration": 1e9}
+    )
+    plan = rank_for_recall(law.model_copy(update={"recall": doubtful}), 400, pairs=2, probability=0.99)
+    assert (plan.rank, plan.outcome) == (None, None)
+    assert "no rank up to 4096 does: from rank " in plan.beyond[0]
+    assert "on the probability stays at " in plan.beyond[0]
+    assert "as far as 16 runs and their recall model can tell" in plan.beyond[0]
+    assert not any(sentence.startswith("rank 4096 is") for sentence in plan.beyond)
+
+
+def test_where_recall_was_never_seen_or_is_not_foretold_it_says_so(law: LawFit) -> None:
+    # 2 sqrt(24) + 1 = 10.8: a final loss of 2.2 nats, and 3 sqrt ... of more than 13 at rank 64: none.
+    changed = {"loss_range": (5.0, 9.0), "brier": 0.2, "brier_reference": 0.1}
+    worse = law.model_copy(update={"recall": RECALL.model_copy(update=changed)})
+    found, usual = (foresee(which, 24, 400, pairs=400).beyond for which in (worse, law))
+    assert "a final loss of 2.2 nats is below all that recall was learnt from (5 to 9)" in found
+    assert any("foretold no better than by always saying the mean (Brier score 0.200, 0.100)" in s for s in found)
+    assert not any("recall" in sentence for sentence in usual)
+    # Half of the smallest loss is still near what was seen.
+    near = law.model_copy(update={"recall": RECALL.model_copy(update={"loss_range": (4.0, 9.0)})})
+    assert not any("recall" in sentence for sentence in foresee(near, 24, 400, pairs=400).beyond)
+
+
+def test_the_rank_and_its_interval_rest_on_the_same_runs_and_are_the_same_every_time(noisy: LawFit) -> None:
+    plans = [rank_for_recall(noisy, 2048, share=0.5, pairs=200, probability=0.9) for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert plans[0].rank is not None
+    # Ranks above 50 are asked 3 % apart first; the answer is a rank itself all the same.
+    assert plans[0].rank > 60
+
+    def right(rank: int) -> float:
+        outcome = foresee(noisy, rank, 2048, pairs=200).outcome
+        assert outcome is not None
+        assert outcome.exact_match is not None
+        return outcome.exact_match
+
+    assert right(plans[0].rank) > 0.5
+
+
 def test_a_text_that_the_model_knows_better_needs_no_more_than_its_own_loss(law: LawFit) -> None:
     known = law.about_text(4.0)
     assert float(known.initial_loss(400)) == 4.0
@@ -128,8 +170,7 @@ def noisy() -> LawFit:
 def test_the_interval_of_a_rank_covers_the_rank_that_is_needed(
     probability: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As of 4096 ranks, in a sixteenth of the time.
-    monkeypatch.setattr("pml.plan.RANKS", np.arange(1.0, 257.0))
+    # As of 360 ranks up to 4096, in less time.
     monkeypatch.setattr("pml.plan.FEWER_RANKS", np.arange(1.0, 81.0))
     luck = norm.ppf((np.arange(1000) + 0.5) / 1000)
     left = INITIAL - np.array([reduction(rank, 400) for rank in range(1, 129)])[:, None] - 0.15 * luck
@@ -168,7 +209,7 @@ def test_a_text_whose_frozen_loss_is_not_given_widens_what_is_foretold(noisy: La
     spread, run_alone = (outcome.final_loss_new_run[1] - outcome.final_loss_new_run[0] for outcome in (unknown, known))
     assert spread > 1.2 * run_alone
     # How much is lost depends little on the text, and what does is a part of how runs scatter.
-    assert np.ptp(unknown.loss_reduction_new_run) == pytest.approx(np.ptp(known.loss_reduction_new_run), rel=0.1)
+    assert np.ptp(unknown.loss_reduction_new_run) == pytest.approx(np.ptp(known.loss_reduction_new_run), rel=0.5)
 
 
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])

@@ -37,6 +37,8 @@ from pml.token_results import TOKENS_NAME, read_tokens
 __all__ = ["FIGURE_NAME", "configure", "run"]
 
 FIGURE_NAME = "law.png"
+# A share between none and all that is known no better than this was not measured.
+UNKNOWN_SHARE = 0.4
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
@@ -142,9 +144,14 @@ def _print_fit(fit: LawFit, out: Path | None) -> None:
         say(line)
     if fit.text_spread > 0:
         share, error = fit.best.text_share
+        learnt = (
+            f"{share:.2f} ± {error:.2f} of a nat more is learnt away too"
+            if error < UNKNOWN_SHARE
+            else "how much of it is learnt away too these runs cannot tell"
+        )
         say(
             f"texts: the frozen model's loss on those of one length differs by {fit.text_spread:.2g} nats (standard "
-            f"deviation); of a nat more, {share:.2f} ± {error:.2f} is learnt away too"
+            f"deviation); {learnt}"
         )
     if fit.recall is not None:
         say()
@@ -172,7 +179,9 @@ def _bits(fit: LawFit) -> list[str]:
 
 def _parameter_table(fit: LawFit) -> Table:
     """The chosen form's parameters and the paper's, with their intervals."""
-    table = _table("95 % intervals; profile: of the likelihood, bootstrap: of the cells, seeds of a cell together")
+    table = _table(
+        "95 % intervals; profile: of the likelihood, bootstrap: of the cells, those of one size or on one text together"
+    )
     for name, justify in (("form", "left"), ("parameter", "left"), ("value", "right"), ("standard error", "right")):
         table.add_column(name, justify="left" if justify == "left" else "right")
     for name in ("profile", "bootstrap"):

@@ -41,7 +41,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         "--initial-loss",
         type=float | None,
         help="the frozen model's loss on this very text, in nats per target token, as pml data CONFIG --loss prints "
-        "it; without it intervals allow for how the law's texts differ",
+        "it; without it intervals allow for how the law's texts differ, where there are 4 or more",
     )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON, and nothing else")
 

@@ -83,6 +83,11 @@ class Cell:
         """dL in nats per target token."""
         return self.initial_loss - self.final_loss
 
+    @property
+    def text_label(self) -> tuple[int, str | float]:
+        """The same for all runs on one text: where it is not named, runs on it agree in its loss but for rounding."""
+        return self.target_tokens, self.text or round(self.initial_loss, 3)
+
     def size(self, capacity: CapacityName) -> int:
         """What a law counts as the adapter's size; 0 where it counts parameters and they are unknown."""
         return self.rank if capacity == "rank" else self.effective_parameters or 0

@@ -21,7 +21,16 @@ from pml.errors import InputError
 from pml.law.cells import Cell, LeftOutCell, saturated
 from pml.law.forms import FORMS, SHARPEST_KNEE, Array, CapacityName, FormName, Points, reduction, sensitivity
 from pml.law.texts import OTHER_KIND, Texts, texts_of
-from pml.law.uncertainty import bootstrap, data_of, expansion, fitted_cells, sizes_of
+from pml.law.uncertainty import (
+    GroupedBy,
+    bootstrap,
+    bootstrap_groups,
+    data_of,
+    expansion,
+    fitted_cells,
+    groups_of,
+    scatter,
+)
 
 __all__ = [
     "FACTORS",
@@ -51,7 +60,7 @@ FACTORS: Final[dict[Factor, str]] = {
 }
 """What cells differ in: fields of a cell, with what people call them. A law counts one of the first two."""
 # Noise of predictions for a new run; any fixed seed makes the same law say the same thing twice.
-NOISE_SEED, SHARE_SEED = 1, 2
+NOISE_SEED, SHARE_SEED, LINE_SEED = 1, 2, 3
 
 
 class _Content(pydantic.BaseModel):
@@ -108,7 +117,8 @@ class Misfit(_Content):
         factor: Rank, number of parameters or length.
         value: Which.
         cells: Unsaturated cells there.
-        excess_percent: Measured over predicted loss reduction - 1, mean over these cells, in percent.
+        excess_percent: Measured over predicted loss reduction - 1, mean over these cells, in percent; what texts differ
+            by is taken off.
     """
 
     factor: Factor
@@ -131,8 +141,10 @@ class FormFit(_Content):
         determined: False where a logarithm describes the cells as well, so that C and b have no end.
         converged: Whether the search ended at a minimum.
         cells_used: How many cells it was fitted to: the unsaturated ones, and the saturated too where it is bounded.
-        degrees_of_freedom: Of the noise: unsaturated sizes, a rank and a length each, minus fitted parameters. Seeds
-            of one size share what the form has wrong there, and saturated cells say nothing about the noise.
+        grouped_by: What cells share errors by: the seeds of one size what the form has wrong there, the ranks on one
+            text what is peculiar to it; the one that leaves the form less certain.
+        degrees_of_freedom: Of the noise: unsaturated sizes, a rank and a length each, or texts, minus fitted
+            parameters. Saturated cells say nothing about the noise.
         noise_nats: Standard deviation of a run around the law, in nats per target token, far below the ceiling.
         noise_beyond_text_nats: What is left of it once a text's share in it is taken off.
         text_share: Of a nat that the frozen model's loss on a text lies above what is usual at its length, how much an
@@ -161,6 +173,7 @@ class FormFit(_Content):
     determined: bool
     converged: bool
     cells_used: int
+    grouped_by: GroupedBy
     degrees_of_freedom: int
     noise_nats: float
     noise_beyond_text_nats: float
@@ -451,9 +464,9 @@ class LawFit(_Content):
     def text_spread(self) -> float:
         """By how much texts of one length differ in the frozen model's loss, a standard deviation in nats per token.
 
-        0 with fewer than 4 texts, which cannot tell, and where `about_text` was told the text's own loss.
+        0 with fewer than 4 texts, which cannot tell.
         """
-        return self._texts.spread if self._text_loss is None else 0.0
+        return self._texts.spread
 
     def initial_loss(self, target_tokens: npt.ArrayLike) -> Array:
         """The frozen model's loss in nats per target token: the text's own where `about_text` was told it.
@@ -503,7 +516,7 @@ class LawFit(_Content):
         """
         fit = self.best if form is None else self.fit_of(form)
         points, shape = self._points(rank, target_tokens, fit.form)
-        return self._foretold(fit, fit.theta, points, fit.text_share[0]).reshape(shape)
+        return self._foretold(fit, fit.theta, points).reshape(shape)
 
     def predict_draws(self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, form: FormName | None = None) -> Array:
         """Loss reduction in nats per target token as bootstrapped laws predict it; percentiles of it are intervals.
@@ -525,7 +538,10 @@ class LawFit(_Content):
         fit = self.best if form is None else self.fit_of(form)
         points, shape = self._points(rank, target_tokens, fit.form)
         draws = self._draws[fit.form]
-        return self._widened(fit, draws, points, self._shares(fit, len(draws))[:, None]).reshape(len(draws), *shape)
+        usual = np.maximum(points.initial_loss + self._line_draws(points, len(draws.theta)), 0.0)
+        shares = self._shares(fit, len(draws.theta))[:, None]
+        found = self._widened(fit, draws, replace(points, initial_loss=usual), shares)
+        return found.reshape(len(found), *shape)
 
     def new_run_draws(
         self,
@@ -553,19 +569,21 @@ class LawFit(_Content):
         """
         fit = self.best if form is None else self.fit_of(form)
         points, shape = self._points(rank, target_tokens, fit.form)
-        draws = self._draws[fit.form][:laws, None]
+        draws = self._draws[fit.form].some(laws)
+        number = len(draws.theta)
         # The same luck and the same text for all points, so that what runs of two sizes differ in is their size.
-        luck, text = _normal_pairs(len(draws), runs)
-        initial = np.maximum(points.initial_loss + self.text_spread * text, 0.0)
+        luck, text = _normal_pairs(number, runs)
+        usual = points.initial_loss + self._line_draws(points, number)[:, None]
+        initial = np.maximum(usual + self._unknown_spread * text, 0.0)
         points = replace(points, initial_loss=initial)
         free = sensitivity(FORMS[fit.form], fit.theta, points)
-        shares, below = (of_law[:, None, None] for of_law in self._shares_and_noise(fit, len(draws)))
+        shares, below = (of_law[:, None, None] for of_law in self._shares_and_noise(fit, number))
         # The noise at the ceiling is known from all the cells there, and needs no widening.
         at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
         ends = np.hypot(free * below, (1.0 - free) * at_ceiling)
         noise = luck * np.hypot(ends, 2.0 * np.sqrt(free * (1.0 - free)) * fit.noise_at_knee_nats)
-        fallen = self._widened(fit, draws, points, shares) + noise
-        whole = (len(draws), runs, *shape)
+        fallen = self._widened(fit, replace(draws, theta=draws.theta[:, None]), points, shares) + noise
+        whole = (number, runs, *shape)
         initial = np.broadcast_to(initial, fallen.shape)
         return RunDraws(initial.reshape(whole), np.minimum(fallen, initial).reshape(whole))
 
@@ -627,19 +645,31 @@ class LawFit(_Content):
                 f"not a law of schema version {LAW_SCHEMA_VERSION}: {where}: {first['msg']}; fit it again with pml law"
             ) from error
 
-    def _foretold(self, fit: FormFit, theta: Array | list[float], points: Points, share: npt.ArrayLike) -> Array:
-        """Loss reduction on texts of which the frozen model's loss is known, with what it takes off of their excess."""
-        form = FORMS[fit.form]
+    def _excess(self, points: Points) -> Array:
+        """By how much the frozen model's loss lies above what is usual at each length."""
         usual = self._texts.usual_loss(np.exp(points.log_tokens))
         # Of a text beyond that the share says nothing; only that it has no more to lose than it has.
-        excess = np.clip(points.initial_loss - usual, -OTHER_KIND * usual, OTHER_KIND * usual)
-        through = sensitivity(form, theta, points) * excess
-        return reduction(form, theta, points) + (np.asarray(share) - form.text_share) * through
+        return np.clip(points.initial_loss - usual, -OTHER_KIND * usual, OTHER_KIND * usual)
 
-    def _widened(self, fit: FormFit, draws: Array, points: Points, shares: Array) -> Array:
-        """The same by bootstrapped laws: their distance from the law's own value is that of few cells."""
-        value = self._foretold(fit, fit.theta, points, fit.text_share[0])
-        return value + expansion(fit.degrees_of_freedom) * (self._foretold(fit, draws, points, shares) - value)
+    def _foretold(self, fit: FormFit, theta: Array | list[float], points: Points) -> Array:
+        """Loss reduction on texts of which the frozen model's loss is known, with what it takes off of their excess."""
+        form = FORMS[fit.form]
+        share = fit.text_share[0] - form.text_share
+        return reduction(form, theta, points) + share * sensitivity(form, theta, points) * self._excess(points)
+
+    def _widened(self, fit: FormFit, draws: "_Laws", points: Points, shares: Array) -> Array:
+        """The same by bootstrapped laws, whose distance from the law's own value is that of few cells, and shares."""
+        value = self._foretold(fit, fit.theta, points)
+        of_laws = draws.expansion * (self._foretold(fit, draws.theta, points) - value)
+        through = sensitivity(FORMS[fit.form], fit.theta, points) * self._excess(points)
+        # The error of a share is that of few texts already.
+        return value + of_laws + (shares - fit.text_share[0]) * through
+
+    def _line_draws(self, points: Points, laws: int) -> Array:
+        """By how much the usual loss may be off, `(laws, n)`; nothing where the text's own was told."""
+        if self._text_loss is not None:
+            return np.zeros((laws, 1))
+        return self._texts.usual_draws(points.log_tokens, np.random.default_rng(LINE_SEED).normal(size=(laws, 2)))
 
     def _shares(self, fit: FormFit, laws: int) -> Array:
         """What of a text's excess is taken off, as uncertain as it is, one for each bootstrapped law."""
@@ -653,12 +683,18 @@ class LawFit(_Content):
         what is left belongs to the run.
         """
         shares, widened = self._shares(fit, laws), expansion(fit.degrees_of_freedom)
-        if self.text_spread == 0.0:
+        if self._unknown_spread == 0.0:
             noise = fit.noise_nats if self._text_loss is None else fit.noise_beyond_text_nats
             return shares, np.full(laws, widened * noise)
-        own, noise = FORMS[fit.form].text_share, widened * fit.noise_nats
-        of_text = np.clip((shares - own) * self.text_spread, -noise, noise)
-        return own + of_text / self.text_spread, np.sqrt(noise**2 - of_text**2)
+        own, most = FORMS[fit.form].text_share, widened * fit.noise_nats / self._unknown_spread
+        shares = np.clip(shares, own - most, own + most)
+        of_text = (shares - own) * self.text_spread
+        return shares, widened * np.sqrt(np.maximum(fit.noise_nats**2 - of_text**2, 0.0))
+
+    @property
+    def _unknown_spread(self) -> float:
+        """By how much the frozen model's loss on a new text may differ from the usual; 0 where it was told."""
+        return self._texts.widened_spread if self._text_loss is None else 0.0
 
     @cached_property
     def _draws(self) -> "_Draws":
@@ -695,18 +731,47 @@ class LawFit(_Content):
         )
 
 
-class _Draws(dict[FormName, Array]):
-    """Bootstrapped parameters of each form, made when first asked for."""
+@dataclass(frozen=True)
+class _Laws:
+    """A form as bootstrapped laws have it.
+
+    Attributes:
+        theta: Their parameters, `(laws, parameters)`.
+        expansion: By how much their distance from the law's own value has to be widened.
+    """
+
+    theta: Array
+    expansion: float
+
+    def some(self, laws: int | None) -> "_Laws":
+        """The first of them; all for None."""
+        return replace(self, theta=self.theta[:laws])
+
+
+class _Draws(dict[FormName, _Laws]):
+    """Bootstrapped laws of each form, made when first asked for.
+
+    What texts differ by is taken off first: a prediction is for a text of known loss, or for the usual one, whose doubt
+    is added there. The intervals of the parameters leave it in.
+    """
 
     def __init__(self, law: LawFit) -> None:
         super().__init__()
         self.law = law
 
-    def __missing__(self, name: FormName) -> Array:
+    def __missing__(self, name: FormName) -> _Laws:
         form, fit = FORMS[name], self.law.fit_of(name)
-        cells = fitted_cells(form, self.law.cells)
+        cells, theta = fitted_cells(form, self.law.cells), np.array(fit.theta)
         free = [form.parameters.index(parameter) for parameter in fit.free]
-        self[name] = bootstrap(form, np.array(fit.theta), data_of(cells, self.law.capacity), sizes_of(cells), free)
+        data = data_of(cells, self.law.capacity)
+        of_texts = (fit.text_share[0] - form.text_share) * sensitivity(form, theta, data.points)
+        excess = np.array([cell.initial_loss for cell in cells]) - self.law._texts.usual_loss(
+            [cell.target_tokens for cell in cells]
+        )
+        data = replace(data, measured=data.measured - of_texts * excess)
+        groups = groups_of(cells, bootstrap_groups(form, theta, data, cells, free))
+        degrees = scatter(form, theta, data, groups, len(free)).degrees_of_freedom
+        self[name] = _Laws(bootstrap(form, theta, data, groups, free), expansion(degrees))
         return self[name]
 
 

@@ -3,6 +3,8 @@
 from pml.law.cells import saturated, unconverged
 from pml.law.content import FACTORS, FormFit, LawFit
 from pml.law.forms import FORMS
+from pml.law.texts import FEWEST_TEXTS
+from pml.law.uncertainty import SPARE_TEXTS, texts_to_spare
 
 __all__ = ["warnings_of"]
 
@@ -88,6 +90,18 @@ def _of_the_grid(law: LawFit) -> list[str]:
             found.append(f"only one {noun}: how the loss reduction depends on it was not measured")
         elif len(values) == 2:
             found.append(f"only 2 {noun}s: how the law bends between them cannot be checked")
+    fitted = len(law.best.free)
+    if texts_to_spare(used, fitted) < SPARE_TEXTS:
+        number = len({cell.text_label for cell in used})
+        unknown = (
+            ", nor for how texts of one length differ (tell pml plan the frozen model's loss, --initial-loss)"
+            if len({cell.text_label for cell in law.cells}) < FEWEST_TEXTS
+            else ""
+        )
+        found.append(
+            f"only {number} text{'s' if number > 1 else ''} for {fitted} parameters: what is peculiar to a text cannot "
+            f"be told from an effect of its length, and intervals do not allow for it{unknown}"
+        )
     corpora = law.setting.get("corpus", [])
     if len(corpora) > 1:
         found.append(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import t
 
 from pml.calibration import RecallModel
 from pml.errors import InputError
@@ -27,9 +28,11 @@ from pml.law.texts import texts_of
 from pml.law.uncertainty import (
     Scatter,
     bootstrap,
+    bootstrap_groups,
     data_of,
     expansion,
     fitted_cells,
+    groups_of,
     means_of_sizes,
     scatter,
     sizes_of,
@@ -58,9 +61,10 @@ FEWEST_FOR_A_GAP = 10
 AT_CEILING = 0.05
 # An interval of a positive parameter that is wider than this factor says nothing of it.
 WIDEST = 1e6
-# A rank or length is called off when Student's t says so at this level, twice: it is asked of each of them.
-MISFIT_T = 3.0
+# A size or length is called off with this chance of a false alarm in all of them together.
+MISFIT_ALARM = 0.05
 MISFIT_PERCENT = 3.0
+FEWEST_FOR_A_MISFIT = 3
 
 
 def fit_law(
@@ -142,17 +146,22 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
     solution = solve(form, data)
     if solution is None or not math.isfinite(solution.squares):
         return None
-    free = solution.free
-    sizes = sizes_of(fitted_cells(form, cells))
-    spread = scatter(form, solution.theta, data, sizes, len(free))
+    free, there = solution.free, fitted_cells(form, cells)
+    grouped_by = bootstrap_groups(form, solution.theta, data, there, free)
+    groups = groups_of(there, grouped_by)
+    spread = scatter(form, solution.theta, data, groups, len(free))
+    of_a_run = scatter(form, solution.theta, data, sizes_of(there), len(free)).of_a_run
     determined = not (form.offset == "fitted" and _is_logarithm(form, solution, data))
 
     predicted = reduction(form, solution.theta, everything.points)
     residual = data.measured - predicted[used]
     gets_through = sensitivity(form, solution.theta, data.points)
-    at_ceiling, at_knee = _noise_near_the_ceiling(gets_through, residual, data.unsaturated, spread.of_a_run)
-    share, beyond_text = _text_share(form, fitted_cells(form, cells), residual, gets_through, data.unsaturated)
-    draws = bootstrap(form, solution.theta, data, sizes, free)
+    at_ceiling, at_knee = _noise_near_the_ceiling(gets_through, residual, data.unsaturated, of_a_run)
+    share, beyond_text = _text_share(form, there, residual, gets_through, data.unsaturated)
+    draws = bootstrap(form, solution.theta, data, groups, free)
+    texts = texts_of(cells)
+    of_texts = (share[0] - form.text_share) * sensitivity(form, solution.theta, everything.points)
+    usual = everything.measured - of_texts * texts.excess[texts.of_cell]
     return FormFit(
         form=form.name,
         parameters=_estimates(form, solution, draws, spread, determined),
@@ -161,9 +170,10 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
         determined=determined,
         converged=solution.converged,
         cells_used=int(used.sum()),
+        grouped_by=grouped_by,
         degrees_of_freedom=spread.degrees_of_freedom,
-        noise_nats=spread.of_a_run,
-        noise_beyond_text_nats=spread.of_a_run * beyond_text,
+        noise_nats=of_a_run,
+        noise_beyond_text_nats=of_a_run * beyond_text,
         text_share=share,
         noise_at_ceiling_nats=at_ceiling,
         noise_at_knee_nats=at_knee,
@@ -173,7 +183,7 @@ def _fit_form(form: Form, cells: Sequence[Cell], capacity: CapacityName) -> Form
         rmse_nats=math.sqrt(float(np.mean(residual**2))),
         aicc=_aicc(everything, predicted, len(free), sizes_of(cells)),
         held_out=_held_out(form, cells, everything, solution.theta, capacity),
-        misfits=_misfits(cells, everything, predicted, capacity),
+        misfits=_misfits(cells, 100.0 * (usual / predicted - 1.0), everything.unsaturated, capacity),
         predicted=predicted.tolist(),
     )
 
@@ -215,7 +225,7 @@ def _with_profiles(fit: FormFit, cells: Sequence[Cell], capacity: CapacityName) 
     used = fitted_cells(form, cells)
     data, theta = data_of(used, capacity), np.array(fit.theta)
     free = tuple(form.parameters.index(name) for name in fit.free)
-    spread = scatter(form, theta, data, sizes_of(used), len(free))
+    spread = scatter(form, theta, data, groups_of(used, fit.grouped_by), len(free))
     profiles = profile_intervals(form, data, theta, free, spread.of_the_fit, spread.degrees_of_freedom)
     parameters = dict(fit.parameters)
     for i, ends in profiles.items() if fit.determined else ():
@@ -299,21 +309,31 @@ def _foretold(
     return missed if math.isfinite(missed) else None
 
 
-def _misfits(cells: Sequence[Cell], data: Data, predicted: Array, capacity: CapacityName) -> list[Misfit]:
-    """Sizes and lengths whose unsaturated cells lie on one side of the form, beyond what their scatter explains."""
-    found = []
-    excess = 100.0 * (data.measured / predicted - 1.0)
+def _misfits(
+    cells: Sequence[Cell], excess: Array, unsaturated: npt.NDArray[np.bool_], capacity: CapacityName
+) -> list[Misfit]:
+    """Sizes and lengths whose unsaturated cells lie on one side of the form, beyond what their scatter explains.
+
+    Args:
+        cells: All of them.
+        excess: Measured over predicted loss reduction - 1 in percent, what is peculiar to the text taken off.
+        unsaturated: Which are not saturated.
+        capacity: What the law counts.
+    """
+    levels = []
     for factor in factors_of(capacity):
         values = np.array([getattr(cell, factor) for cell in cells])
-        for level in np.unique(values[data.unsaturated]).tolist():
-            here = excess[(values == level) & data.unsaturated]
-            if len(here) < 3:
-                continue
-            error = float(np.std(here, ddof=1)) / math.sqrt(len(here))
-            if abs(here.mean()) > max(MISFIT_PERCENT, MISFIT_T * error):
-                found.append(
-                    Misfit(factor=factor, value=int(level), cells=len(here), excess_percent=float(here.mean()))
-                )
+        for level in np.unique(values[unsaturated]).tolist():
+            here = excess[(values == level) & unsaturated]
+            if len(here) >= FEWEST_FOR_A_MISFIT:
+                levels.append((factor, int(level), here))
+    found = []
+    for factor, level, here in levels:
+        # Student's t of both sides, and of as many levels as are asked: three cells may agree by chance.
+        certain = float(t.ppf(1.0 - MISFIT_ALARM / (2 * len(levels)), len(here) - 1))
+        error = float(np.std(here, ddof=1)) / math.sqrt(len(here))
+        if abs(here.mean()) > max(MISFIT_PERCENT, certain * error):
+            found.append(Misfit(factor=factor, value=level, cells=len(here), excess_percent=float(here.mean())))
     return found
 
 

@@ -18,7 +18,7 @@ from pml.law.cells import Cell
 from pml.law.forms import Array
 from pml.law.uncertainty import expansion
 
-__all__ = ["OTHER_KIND", "Texts", "texts_of"]
+__all__ = ["FEWEST_TEXTS", "OTHER_KIND", "Texts", "texts_of"]
 
 OTHER_KIND: Final = 0.1
 """A text on which the frozen model's loss is off by a larger share is of another kind.
@@ -29,8 +29,8 @@ Texts of one kind differ by less: random tokens of one length by up to a twentie
 PRIOR_SHARE, PRIOR_ERROR = 0.5, 0.5
 # Residuals of float32 losses are not known better, in nats; keeps the share of an exact law finite.
 SMALLEST_RESIDUAL = 1e-6
-# As many say how texts scatter around a line and leave two to spare.
-FEWEST_TEXTS = 4
+FEWEST_TEXTS: Final = 4
+"""As many say how texts scatter around a line and leave two to spare."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,16 @@ class Texts:
     def spread(self) -> float:
         """By how much texts of one length differ in the frozen model's loss, a standard deviation in nats per token.
 
-        Widened as an interval of few texts has to be; 0 with fewer than 4 texts, which cannot tell.
+        0 with fewer than 4 texts, which cannot tell.
         """
         if len(self.losses) < FEWEST_TEXTS:
             return 0.0
-        degrees = len(self.losses) - self._lines
-        return math.sqrt(float(self.excess @ self.excess) / degrees) * expansion(degrees)
+        return math.sqrt(float(self.excess @ self.excess) / self._degrees)
+
+    @property
+    def widened_spread(self) -> float:
+        """The same, as much larger as an interval has to be where it is known from few texts."""
+        return self.spread * expansion(self._degrees)
 
     @property
     def excess(self) -> Array:
@@ -70,6 +74,23 @@ class Texts:
         """
         logs = np.log(np.asarray(lengths, dtype=np.float64))
         return self._line(np.clip(logs, self.log_lengths.min(), self.log_lengths.max()))
+
+    def usual_draws(self, log_lengths: Array, normal: Array) -> Array:
+        """By how much the line may be off, being known from these texts alone, in nats per target token.
+
+        Args:
+            log_lengths: ln l, `(n,)`.
+            normal: Standard normal numbers, `(draws, 2)`.
+
+        Returns:
+            `(draws, n)`; 0 with fewer than 4 texts, which cannot tell.
+        """
+        if len(self.losses) < FEWEST_TEXTS:
+            return np.zeros((len(normal), len(log_lengths)))
+        measured = np.vander(self.log_lengths, self._lines)
+        root = np.linalg.inv(np.linalg.qr(measured)[1])
+        asked = np.vander(np.clip(log_lengths, self.log_lengths.min(), self.log_lengths.max()), self._lines)
+        return np.asarray(self.widened_spread * normal[:, : self._lines] @ (asked @ root).T)
 
     def share_learnt(
         self, residual: Array, free: Array, chosen: npt.NDArray[np.bool_], own: float
@@ -103,6 +124,11 @@ class Texts:
         return own + share, 1.0 / math.sqrt(weight)
 
     @property
+    def _degrees(self) -> int:
+        """Texts that the line leaves to spare."""
+        return len(self.losses) - self._lines
+
+    @property
     def _lines(self) -> int:
         """Parameters of the line: its level, and its slope where there is more than one length."""
         return 1 + int(np.ptp(self.log_lengths) > 0)
@@ -115,9 +141,7 @@ class Texts:
 def texts_of(cells: Sequence[Cell]) -> Texts:
     """The texts of cells; where a cell does not name its text, by the length and the frozen model's loss."""
     labels: dict[Hashable, int] = {}
-    # Runs on one text agree in its loss but for rounding.
-    keys = [cell.text or (cell.target_tokens, round(cell.initial_loss, 3)) for cell in cells]
-    of_cell = np.array([labels.setdefault(key, len(labels)) for key in keys], dtype=np.intp)
+    of_cell = np.array([labels.setdefault(cell.text_label, len(labels)) for cell in cells], dtype=np.intp)
     counts = np.bincount(of_cell)
     losses = np.bincount(of_cell, [cell.initial_loss for cell in cells]) / counts
     logs = np.bincount(of_cell, [math.log(cell.target_tokens) for cell in cells]) / counts

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Final, Literal
 
 import numpy as np
 from scipy.stats import norm, t
@@ -13,20 +14,29 @@ from pml.law.search import Data, descend_many
 
 __all__ = [
     "DRAWS",
+    "SPARE_TEXTS",
+    "GroupedBy",
     "Scatter",
     "bootstrap",
+    "bootstrap_groups",
     "data_of",
     "expansion",
     "fitted_cells",
+    "groups_of",
     "means_of_sizes",
     "points_of",
     "scatter",
     "sizes_of",
     "student",
+    "texts_to_spare",
     "weights_of",
 ]
 
 DRAWS = 500
+GroupedBy = Literal["size", "text"]
+GROUPED_BY: Final[tuple[GroupedBy, ...]] = ("size", "text")
+SPARE_TEXTS = 3
+"""With fewer texts to spare, what is peculiar to a text cannot be told from an effect of its length."""
 BOOTSTRAP_SEED = 0
 # A spread over two or three seeds is itself a guess: the pooled spread counts as much as this many further seeds.
 PRIOR_DEGREES = 4
@@ -52,6 +62,11 @@ class Scatter:
 def fitted_cells(form: Form, cells: Sequence[Cell]) -> list[Cell]:
     """The cells that a form is fitted to: without a ceiling, those that are not saturated."""
     return [cell for cell in cells if form.bounded or not saturated(cell)]
+
+
+def groups_of(cells: Sequence[Cell], grouped_by: GroupedBy) -> list[Hashable]:
+    """What each cell shares an error with: the other seeds of its size, or the other runs on its text."""
+    return [cell.text_label for cell in cells] if grouped_by == "text" else list(sizes_of(cells))
 
 
 def sizes_of(cells: Sequence[Cell]) -> list[tuple[int, int | None, int]]:
@@ -163,6 +178,37 @@ def student(degrees_of_freedom: int) -> float:
 def expansion(degrees_of_freedom: int) -> float:
     """By how much a 95 % interval of few cells is wider than the normal distribution has it."""
     return student(degrees_of_freedom) / float(norm.ppf(0.975))
+
+
+def bootstrap_groups(form: Form, theta: Array, data: Data, cells: Sequence[Cell], free: Sequence[int]) -> GroupedBy:
+    """By what the bootstrap has to group the cells.
+
+    The seeds of one size share what the form has wrong there, and the ranks on one text what is peculiar to it. Which
+    of the two is the larger the cells say: the grouping that leaves the law less certain of them. Texts can only tell
+    where there are enough of them.
+
+    Args:
+        form: The form.
+        theta: Its solution.
+        data: The cells that it was fitted to.
+        cells: The same.
+        free: Indices of the fitted parameters.
+    """
+    if texts_to_spare(cells, len(free)) < SPARE_TEXTS:
+        return "size"
+    points = data.points.at(data.unsaturated)
+    doubt: dict[GroupedBy, float] = {}
+    for grouped_by in GROUPED_BY:
+        groups = groups_of(cells, grouped_by)
+        draws = bootstrap(form, theta, data, groups, free)
+        widened = expansion(scatter(form, theta, data, groups, len(free)).degrees_of_freedom)
+        doubt[grouped_by] = widened**2 * float(np.mean(np.var(reduction(form, draws, points), axis=0)))
+    return max(GROUPED_BY, key=lambda grouped_by: doubt[grouped_by])
+
+
+def texts_to_spare(cells: Sequence[Cell], fitted: int) -> int:
+    """How many more texts there are, those of saturated cells left out, than fitted parameters."""
+    return len({cell.text_label for cell in cells if not saturated(cell)}) - fitted
 
 
 def bootstrap(form: Form, theta: Array, data: Data, groups: Sequence[Hashable], free: Sequence[int]) -> Array:
