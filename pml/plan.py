@@ -34,6 +34,7 @@ RANKS_AT_ONCE = 45
 SAME_PROBABILITY = 0.002
 # The recall model is asked of losses this many times below the smallest that it has seen, and not further.
 FAR_BELOW = 2.0
+NEARLY_ALL = 0.99
 FEWER_RANKS = np.unique(np.geomspace(1, LARGEST_RANK, 360).round())
 Interval = tuple[float, float]
 
@@ -390,7 +391,8 @@ def _beyond_recall(recall: RecallModel, final_loss: float) -> list[str]:
     """Why shares of right tokens and targets say less than they look."""
     found = []
     low, high = recall.loss_range
-    if final_loss < low / FAR_BELOW:
+    # Where runs got nearly every token right already, there is nothing below to be wrong about.
+    if final_loss < low / FAR_BELOW and recall.token_accuracy(low) < NEARLY_ALL:
         found.append(
             f"a final loss of {final_loss:.3g} nats is below all that recall was learnt from ({low:.3g} to {high:.3g})"
         )

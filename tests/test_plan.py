@@ -125,6 +125,9 @@ def test_where_recall_was_never_seen_or_is_not_foretold_it_says_so(law: LawFit) 
     # Half of the smallest loss is still near what was seen.
     near = law.model_copy(update={"recall": RECALL.model_copy(update={"loss_range": (4.0, 9.0)})})
     assert not any("recall" in sentence for sentence in foresee(near, 24, 400, pairs=400).beyond)
+    # Runs that ended at 0.5 nats had all tokens right: less is no less certain.
+    all_right = law.model_copy(update={"recall": RECALL.model_copy(update={"loss_range": (0.5, 9.0)})})
+    assert not any("recall" in sentence for sentence in foresee(all_right, 100, 400, pairs=400).beyond)
 
 
 def test_the_rank_and_its_interval_rest_on_the_same_runs_and_are_the_same_every_time(noisy: LawFit) -> None:
