@@ -171,9 +171,9 @@ class TestLawFigure:
     def test_the_title_says_what_the_law_is_about_and_that_there_are_warnings(self) -> None:
         setting = {"backbone": "m", "block": [20], "placement": ["a", "b"], "method": "sft", "corpus": ["x", "y"]}
         law = fit_law(law_cells(), setting, form="power_offset")
-        assert len(law.warnings) == 2
+        assert len(law.warnings) == 3
         title = law_figure(law, law_cells()).get_suptitle()
-        assert title.endswith("\nx, y in m, block 20, a b, sft, 2 warnings with the fit")
+        assert title.endswith("\nx, y in m, block 20, a b, sft, 3 warnings with the fit")
 
     def test_large_numbers_are_written_as_powers_of_ten(self) -> None:
         cells = [Cell(r, n, 99.0, 99 - (2e6 * r**0.5 * n**-1.6 + 1), 0, "") for r in RANKS for n in (4000, 8000, 16000)]
