@@ -55,8 +55,8 @@ demo: venv ## Write a phone book into an adapter and recall it, then fit the law
 	@echo "Every curve of every run:  .venv/bin/tensorboard --logdir runs/demo"
 
 .PHONY: test
-test: fetch ## Run all tests
-	@pytest -q
+test: fetch ## Run all tests, on all cores with one thread each
+	@OMP_NUM_THREADS=1 pytest -q -n auto --dist worksteal
 
 .PHONY: lint
 lint: venv ## Check format, lint and types
