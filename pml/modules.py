@@ -399,12 +399,23 @@ class Memorization(LightningModule):
             "weighting": self.weighting.state_dict(),
             "tokens_trained": self.tokens_trained,
             "skipped_steps": self.skipped_steps,
+            "corpus_hash": self._corpus_hash(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if state := checkpoint.get("pml"):
             self.weighting.load_state_dict(state["weighting"])
             self.tokens_trained, self.skipped_steps = state["tokens_trained"], state["skipped_steps"]
+            before, now = state.get("corpus_hash"), self._corpus_hash()
+            if self._trainer is not None and self._trainer.training and before and now and before != now:
+                raise InputError(
+                    f"this checkpoint is of a fit to other data: its corpus has the hash {before[:12]}, the one given "
+                    f"{now[:12]}; go on with the data that it was made with, or start anew"
+                )
+
+    def _corpus_hash(self) -> str | None:
+        datamodule: Any = getattr(self._trainer, "datamodule", None)
+        return datamodule.corpus.content_hash if hasattr(datamodule, "corpus") else None
 
 
 class SFT(Memorization):
