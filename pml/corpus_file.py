@@ -12,7 +12,7 @@ from pml.corpus import Corpus, Example
 from pml.errors import InputError
 from pml.parquet import write_table
 
-__all__ = ["CORPUS_NAME", "HELD_OUT_NAME", "read_corpus", "write_corpus"]
+__all__ = ["CORPUS_NAME", "HELD_OUT_NAME", "corpus_hash", "read_corpus", "write_corpus"]
 
 CORPUS_NAME = "corpus.parquet"
 HELD_OUT_NAME = "held_out.parquet"
@@ -80,6 +80,18 @@ def read_corpus(path: Path) -> Corpus:
     if corpus.content_hash != header["content_hash"]:
         raise InputError(f"{path}: its token ids are not those that it was written with; restore the file")
     return corpus
+
+
+def corpus_hash(path: Path) -> str:
+    """The content hash that a corpus was written with; nothing else of the file is read.
+
+    Raises:
+        InputError: If the file is not there, or is no corpus.
+    """
+    try:
+        return str(json.loads((pq.read_schema(path).metadata or {})[HEADER])["content_hash"])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not the corpus of a run; run it again, or restore the file") from error
 
 
 def _examples(table: pa.Table) -> Iterator[Example]:

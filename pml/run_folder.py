@@ -1,18 +1,20 @@
 """What a run leaves in its folder besides its results: its configuration, and its corpus as it was trained on."""
 
 import copy
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pml.corpus import Corpus
-from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, read_corpus
+from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, corpus_hash, read_corpus
 from pml.encoding import ENCODING_VERSION
 from pml.errors import InputError
 from pml.modules import Memorization
 from pml.records import RECORD_NAME, Record, read_record
 
-__all__ = ["CONFIG_NAME", "check_corpus", "run_folder", "use_corpus_of_run"]
+__all__ = ["CONFIG_NAME", "check_corpus", "check_records", "run_folder", "use_corpus_of_run"]
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,35 @@ def check_corpus(corpus: Corpus, record: Record, folder: Path) -> None:
         f"{corpus.content_hash[:12]}, the record {record.corpus_hash[:12]}{older}; restore the data, or run it again "
         "in another folder"
     )
+
+
+def check_records(records: Mapping[Path, Record]) -> list[str]:
+    """Refuse records beside another corpus than their own, and say which runs are of different versions of one corpus.
+
+    Args:
+        records: By the folder they are in.
+
+    Returns:
+        A sentence for each corpus that was edited between runs.
+
+    Raises:
+        InputError: If the corpus in a folder is not the one that its record is of.
+    """
+    versions: dict[str, dict[str, Path]] = {}
+    for folder, record in records.items():
+        if (folder / CORPUS_NAME).is_file() and corpus_hash(folder / CORPUS_NAME) != record.corpus_hash:
+            raise InputError(
+                f"{folder}: {CORPUS_NAME} is not the corpus that its record is of; leave this run out, or run it again"
+            )
+        made_with = [record.corpus, record.corpus_settings, record.corpus_encoding, record.backbone_hash]
+        version = versions.setdefault(json.dumps(made_with, sort_keys=True, default=str), {})
+        version.setdefault(record.corpus_hash, folder)
+    return [
+        f"the data of {' and '.join(map(str, folders.values()))} was changed between these runs; they are not on the "
+        "same corpus"
+        for folders in versions.values()
+        if len(folders) > 1
+    ]
 
 
 def _source_changed(data: Any, made: tuple[Any, ...]) -> bool:

@@ -117,3 +117,25 @@ def test_a_sweep_does_not_take_a_cell_for_done_that_was_run_on_other_data(
     assert {path: path.read_bytes() for path in records} == records
     written(path, BEFORE)
     assert main(["sweep", "grid.yaml"]) == 0
+
+
+def test_runs_on_two_versions_of_one_file_are_told_apart_by_whoever_compares_them(
+    run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *arguments(tiny_backbone_folder, run.parents[2] / "facts.jsonl")]) == 0
+    capsys.readouterr()
+    for command in (["report", "--out=page"], ["compare"], ["law"]):
+        main([command[0], "runs", *command[1:]])
+        err = capsys.readouterr().err
+        first, second = (f"runs/fit/version_{n}" for n in (0, 1))
+        assert f"the data of {first} and {second} was changed between these runs" in err, command
+
+
+def test_a_record_beside_another_corpus_is_no_evidence(
+    run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *arguments(tiny_backbone_folder, run.parents[2] / "facts.jsonl")]) == 0
+    shutil.copy(run.with_name("version_1") / "corpus.parquet", run)
+    for command in ("report", "compare", "law"):
+        assert main([command, "runs", *(["--out=page"] if command == "report" else [])]) == 2
+        assert "corpus.parquet is not the corpus that its record is of" in capsys.readouterr().err
