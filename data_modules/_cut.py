@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from data_modules._sources import Document
+from data_modules._documents import Document
 from pml.corpus import encode_target
 from pml.errors import InputError
 
