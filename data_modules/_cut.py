@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-from data_modules._sources import Document
+from data_modules._documents import Document
 from pml.encoding import Prompt, TextEncoder
 from pml.errors import InputError
 

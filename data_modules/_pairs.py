@@ -1,16 +1,23 @@
 """Pairs from files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_modules._sources import read_rows, text_in
+from data_modules._chat import ADVICE, CHAT_COLUMNS, read_chat
+from data_modules._rows import Columns, Row, fitting, read_rows, text_in
 from pml.corpus import Pair
+from pml.errors import InputError
 
 __all__ = ["read_pairs"]
+
+DEFAULT_COLUMNS = ("query", "target")
 
 
 def read_pairs(path: str | Path, query: str = "query", target: str = "target") -> Iterator[Pair]:
     """Pairs of a .jsonl, .csv, .parquet or .yaml file, in the file's order; `source` is "file.jsonl:12".
+
+    Where the columns have their default names and a row has not both of them, it may be in one of the formats that
+    chats are kept in: see `read_chat`. All rows of a file are of one kind.
 
     Args:
         path: The file; see `read_rows`.
@@ -18,7 +25,31 @@ def read_pairs(path: str | Path, query: str = "query", target: str = "target") -
         target: Column of the text to recall.
 
     Raises:
-        InputError: With file and line: a value that is not a string or is empty, and everything `read_rows` raises.
+        InputError: With file and line: a value that is not a string or is empty, a row of another kind than the first
+            one, and everything `read_rows` and `read_chat` raise.
     """
-    for row in read_rows(path, (query, target)):
-        yield Pair(text_in(row, query, "query"), text_in(row, target, "target"), source=row.where)
+    asked = Columns((query, target), advice=ADVICE)
+    alternatives = (asked, *CHAT_COLUMNS) if (query, target) == DEFAULT_COLUMNS else (asked,)
+    first: tuple[Columns, str] | None = None
+    for row in read_rows(path, *alternatives):
+        columns = _columns_of(row, alternatives)
+        first = first or (columns, row.where)
+        if columns is not first[0]:
+            raise InputError(
+                f"{row.where}: has {_names(columns)}, and {first[1]} has {_names(first[0])}; expected rows of one kind"
+            )
+        if columns is asked:
+            yield Pair(text_in(row, query, "query"), text_in(row, target, "target"), source=row.where)
+        else:
+            yield Pair(*read_chat(row, columns), source=row.where)
+
+
+def _columns_of(row: Row, alternatives: Sequence[Columns]) -> Columns:
+    found = fitting(row.where, row.values, alternatives)
+    if len(found) > 1:
+        raise InputError(f"{row.where}: has {', and also '.join(map(_names, found))}; {ADVICE}")
+    return found[0]
+
+
+def _names(columns: Columns) -> str:
+    return " with ".join(map(repr, columns.required))

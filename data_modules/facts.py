@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 class Facts(MemorizationDataModule):
     """Pairs from a .jsonl, .csv, .parquet or .yaml file, one row each.
 
+    A row has the two columns. With their default names, rows of chats will do too where they hold one question and one
+    answer: OpenAI's "messages", ShareGPT's "conversations", Alpaca's "instruction", "input" and "output", and "prompt"
+    and "completion".
+
     Without a file these are examples of what has to be remembered exactly: made-up credentials, licence keys, addresses
     and watermarks, and public wording of statutes, diagnosis codes, formulas and citations.
 

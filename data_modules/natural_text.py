@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data_modules._cut import Cutter, CutText, CutTokens, Piece
+from data_modules._documents import read_documents
 from data_modules._hub import dataset_documents
 from data_modules._published import LongContextFile, read_long_context
 from data_modules._replacement import ordinary_ids, replace
-from data_modules._sources import read_documents
 from data_modules._standard_library import documentation_strings
 from data_modules.base import MemorizationDataModule
 from data_modules.random_tokens import PUBLISHED_PROMPT

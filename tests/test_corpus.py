@@ -130,6 +130,12 @@ def test_different_targets_for_one_query_are_listed_with_where_they_stand(
         encode_pairs(pairs, TextEncoder(tiny_tokenizer))
 
 
+def test_a_conflict_before_the_limit_is_not_overlooked(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    pairs = [Pair("a", "1", "f:1"), Pair("a", "2", "f:2"), Pair("b", "3", "f:3")]
+    with pytest.raises(InputError, match=r"1 query has different targets.*'a' \(f:1, f:2\)"):
+        encode_pairs(pairs, TextEncoder(tiny_tokenizer), limit=2)
+
+
 @pytest.mark.parametrize(
     ("kind", "first", "second"),
     [
