@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -125,6 +126,7 @@ class MemorizationCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self._names_data = any(str(argument).startswith("--data") for argument in args or ())
+        _make_own_classes_importable(args or ())
         try:
             super().parse_arguments(parser, args)
         except jsonargparse.ArgumentError as error:
@@ -199,9 +201,12 @@ class MemorizationCLI(LightningCLI):
         return None
 
     def _build(self) -> None:
-        build = getattr(self.datamodule, "build", None)
-        if build is not None:
-            build(self.model.tokenizer, self.model.vocab_size, self.model.max_positions)
+        if missing := [name for name in ("build", "corpus", "held_out") if not hasattr(type(self.datamodule), name)]:
+            raise InputError(
+                f"data is a {type(self.datamodule).__name__}, which has no {' and no '.join(missing)}; derive it from "
+                "data_modules.MemorizationDataModule and write make_corpus"
+            )
+        self.datamodule.build(self.model.tokenizer, self.model.vocab_size, self.model.max_positions)
 
     def run_fit(self) -> None:
         """What `pml fit` does with what has been made."""
@@ -211,6 +216,15 @@ class MemorizationCLI(LightningCLI):
 
     before_fit = make_ready
     before_validate = before_test = before_predict = make_ready_to_evaluate
+
+
+def _make_own_classes_importable(args: Sequence[str]) -> None:
+    """Let people name classes of their own that lie in the working directory or beside a configuration."""
+    configs = [b if a == "--config" else a.removeprefix("--config=") for a, b in pairwise([*map(str, args), ""])]
+    named = [c for c, a in zip(configs, map(str, args), strict=True) if a.startswith("--config")]
+    for folder in (Path.cwd(), *(Path(config).resolve().parent for config in named)):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))  # last, so that nothing there hides a package
 
 
 def _refuse_missing(checkpoint: str | None) -> None:

@@ -217,7 +217,7 @@ def test_the_saved_adapter_gives_the_recorded_loss_and_holds_nothing_of_the_back
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 2 * 32 * 16 * 4 + 2000
 
 
-def test_nothing_is_left_but_the_record_the_tokens_the_corpus_and_the_adapter(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_corpus_record_tokens_and_adapter_alone(data: Ids, sharp: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     callbacks = [RunRecord(dirpath=str(out))]
     make_trainer(tmp_path, callbacks=callbacks).fit(module_on(sharp), datamodule=data)
