@@ -196,18 +196,21 @@ class Backbone:
 def _find_blocks(model: PreTrainedModel) -> str:
     """Dotted path of the list of decoder blocks: as long as the configuration says, and nearest to the top."""
     config = model.config.get_text_config()
+    # A block may hold two layers of attention, and the configuration count both as hidden layers.
+    depths = {getattr(config, name) for name in ("num_hidden_layers", "num_layers") if hasattr(config, name)}
+    # Not every model calls its decoder what it says it does.
+    base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     paths = []
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) != getattr(config, "num_hidden_layers", None):
-            continue
-        if path.startswith(f"{model.base_model_prefix}."):
+        if isinstance(module, nn.ModuleList) and len(module) in depths and path.startswith(base):
             # An image encoder may be as deep as the text model, but it has a configuration of another type.
             owner = model.get_submodule(path.rpartition(".")[0])
             paths.append((type(getattr(owner, "config", None)) is not type(config), path.count("."), path))
     if not paths:
         raise InputError(
-            f"{type(model).__name__} has no list of {getattr(config, 'num_hidden_layers', '?')} decoder blocks in "
-            f"{model.base_model_prefix!r}; expected a decoder-only model, such as Llama, Qwen, GPT-NeoX or GPT-2"
+            f"{type(model).__name__} has no list of {' or '.join(map(str, sorted(depths))) or '?'} decoder blocks"
+            f"{f' in {base[:-1]!r}' if base else ''}; expected a decoder-only model, such as Llama, Qwen, GPT-NeoX or "
+            "GPT-2"
         )
     return min(paths)[2]
 
