@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from pml.corpus import Example
 
-__all__ = ["PairCertificate", "certify", "greedy_answers", "largest_difference", "token_margins"]
+__all__ = [
+    "PairCertificate",
+    "certify",
+    "greedy_answers",
+    "largest_difference",
+    "log_probability",
+    "sampled_exactly",
+    "token_margins",
+]
 
 Verdict = Literal["certain", "right", "failing"]
 
@@ -138,6 +146,47 @@ def greedy_answers(
         rows = out[:, longest:].tolist()
         answers += [tuple(row[: len(e.target_ids)]) for row, e in zip(rows, batch, strict=True)]
     return answers
+
+
+def log_probability(model: nn.Module, example: Example, temperature: float = 1.0) -> float:
+    """Natural logarithm of the probability that a sample at some temperature is the whole target.
+
+    Args:
+        model: A causal LM, adapter and all, in evaluation mode.
+        example: The pair.
+        temperature: What logits are divided by.
+    """
+    logits = _forced(model, example)
+    targets = torch.tensor(example.target_ids, device=logits.device)
+    scores = (logits.float() / temperature).log_softmax(dim=-1)
+    return float(scores.gather(1, targets[:, None]).double().sum())
+
+
+def sampled_exactly(model: Any, example: Example, samples: int, temperature: float = 1.0) -> float:
+    """Share of samples that are the whole target, by transformers' own sampling from the whole distribution.
+
+    Args:
+        model: A causal LM of transformers, adapter and all, in evaluation mode.
+        example: The pair.
+        samples: How many are drawn; PyTorch's generator decides which.
+        temperature: What logits are divided by.
+    """
+    ids = torch.tensor([example.prompt_ids], device=model.device)
+    with torch.no_grad():
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=samples,
+            max_new_tokens=len(example.target_ids),
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    rows = out[:, ids.shape[1] :].tolist()
+    return sum(tuple(row) == example.target_ids for row in rows) / samples
 
 
 def _forced(model: nn.Module, example: Example) -> Tensor:

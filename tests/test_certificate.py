@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from callbacks import StopWhenRecalled
-from pml.certificate import certify, greedy_answers, largest_difference, token_margins
+from pml.certificate import (
+    certify,
+    greedy_answers,
+    largest_difference,
+    log_probability,
+    sampled_exactly,
+    token_margins,
+)
 from pml.cli import main
 from pml.corpus import Example
 from tests.fits import module_on, save_sharpened
@@ -84,6 +91,23 @@ def test_verdicts_agree_with_greedy_decoding_pair_by_pair(
                     if known.verdict == "failing":
                         assert answer[: known.position] == known.example.target_ids[: known.position]
                         assert answer[known.position] == known.rival
+    module.release()
+
+
+def test_samples_are_whole_targets_as_often_as_probabilities_say(folder: Path, tmp_path: Path) -> None:
+    module = module_on(folder)
+    data = Ids([((1, 2, 3), (5, 6))])
+    make_trainer(tmp_path, max_epochs=8, gradient_clip_val=1.0).fit(module, datamodule=data)
+    (example,) = data.corpus.examples
+    model = module.eval().model
+    logits = model(input_ids=torch.tensor([[1, 2, 3, 5]])).logits[0, 2:].double()
+    for temperature in (1.0, 0.7):
+        expected = (logits / temperature).log_softmax(dim=-1)[[0, 1], [5, 6]].sum().item()
+        assert log_probability(model, example, temperature) == pytest.approx(expected, rel=1e-4)
+        p, n = math.exp(expected), 400
+        share = sampled_exactly(model, example, n, temperature)
+        assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / n) + 1e-9  # four standard errors
+        assert 0.02 < p < 0.98  # so that the share could be wrong
     module.release()
 
 
