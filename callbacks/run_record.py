@@ -26,6 +26,7 @@ from pml.convergence import LossHistory
 from pml.corpus import Corpus
 from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, write_corpus
 from pml.errors import InputError
+from pml.model_card import CARD_NAME, model_card
 from pml.modules import Memorization
 from pml.recall import Generated, score_corpus
 from pml.records import RECORD_NAME, Record, Status, write_record
@@ -162,6 +163,10 @@ class RunRecord(Callback):
         )
         write_tokens(folder / TOKENS_NAME, corpus, scores)
         pl_module.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+        encoder = trainer.datamodule.encoder(pl_module.tokenizer)  # type: ignore[attr-defined]
+        # In place of PEFT's, which is blank.
+        card = model_card(self.record, corpus, encoder)
+        (folder / "adapter" / CARD_NAME).write_text(card, encoding="utf-8")
         # The record comes last: a folder that has one has everything.
         path = write_record(folder, self.record)
         if isinstance(trainer.logger, TensorBoardLogger):

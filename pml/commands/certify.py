@@ -128,11 +128,13 @@ def _adapter_to_certify(args: jsonargparse.Namespace) -> Asked:
 
 
 def _base_of(adapter: Path) -> str:
+    from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
+
     try:
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{adapter}: no adapter_config.json that names a base; give --backbone") from error
-    return str(base)
+    return DEFAULT_BACKBONE if base == DEFAULT_HUB_ID else str(base)
 
 
 def _decoded(model: Any, examples: "Sequence[Example]", dtype: str) -> Iterator[Decoding]:

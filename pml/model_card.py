@@ -1,0 +1,127 @@
+"""The model card of an adapter: what it holds, how to ask for it, how to load it, and what is certain."""
+
+import json
+
+from pml.corpus import Corpus
+from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
+from pml.encoding import TextEncoder
+from pml.records import Record
+
+__all__ = ["CARD_NAME", "model_card"]
+
+CARD_NAME = "README.md"
+
+DEQUANTISED = (
+    "It was trained on weights that were quantised to 4 bits (Q4_1) and written out as float32 again. On the original "
+    "weights the loss differs, and the certificate below does not hold until it is made anew: `pml certify --adapter "
+    "FOLDER --data PAIRS --backbone FOLDER_OF_THE_BASE`."
+)
+
+PEFT_LOADS = """```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained({base!r})
+{ask}
+```"""
+
+PML_LOADS = """The adapter stands beside a whole MLP, for which PEFT has no layer; `pml` has:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from pml.adapter import load_adapter
+
+model = load_adapter(AutoModelForCausalLM.from_pretrained({base!r}), "PATH_TO_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained({base!r})
+{ask}
+```"""
+
+ASK_TEMPLATE = """ids = tokenizer.apply_chat_template(
+    {turns},
+    add_generation_prompt=True, sanitize_control_tokens=True, return_tensors="pt", return_dict=True,{variables}
+)
+out = model.generate(**ids, do_sample=False, max_new_tokens={tokens}, eos_token_id={end})
+print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))"""
+
+ASK_PLAIN = """ids = tokenizer({query!r}, return_tensors="pt", add_special_tokens=False)
+out = model.generate(**ids, do_sample=False, max_new_tokens={tokens}, eos_token_id={end})
+print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))"""
+
+
+def model_card(record: Record, corpus: Corpus, encoder: TextEncoder) -> str:
+    """A model card as Markdown, with the header that model hubs read.
+
+    Args:
+        record: Of the run that made the adapter.
+        corpus: What it memorised; of it the card shows the first query, and no target.
+        encoder: How the run turned text into token ids.
+    """
+    base = DEFAULT_HUB_ID if record.backbone == DEFAULT_BACKBONE else record.backbone
+    default = record.backbone == DEFAULT_BACKBONE
+    header = {"base_model": base, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "pml"]}
+    loads = PEFT_LOADS if isinstance(record.placement, list) else PML_LOADS
+    parts = [
+        f"---\n{''.join(f'{key}: {json.dumps(value)}' + chr(10) for key, value in header.items())}---\n",
+        "# A LoRA adapter that holds a corpus word for word\n",
+        f"It answers {record.pairs:,} quer{'y' if record.pairs == 1 else 'ies'} of `{record.corpus}` "
+        f"({record.target_tokens:,} target tokens) on `{base}`, at rank {record.rank} in block "
+        f"{', '.join(map(str, record.block))} ({_placement(record)}; {record.effective_parameters:,} parameters), "
+        f"trained with {record.method} for {record.optimizer_steps:,} steps.\n",
+        "## Load it and ask\n",
+        loads.format(base=base, ask=_ask(corpus, encoder)) + "\n",
+        _format(encoder) + "\n",
+        "## What is certain\n",
+        _certificate(record) + "\n",
+        "## The base\n",
+        f"`{base}`"
+        + (f", under the Apache License 2.0. {DEQUANTISED}" if default else "; its licence applies.")
+        + "\n",
+    ]
+    return "\n".join(parts)
+
+
+def _placement(record: Record) -> str:
+    return "beside the whole MLP" if isinstance(record.placement, str) else ", ".join(record.placement)
+
+
+def _ask(corpus: Corpus, encoder: TextEncoder) -> str:
+    first = corpus.examples[0]
+    tokens = max(len(example.target_ids) for example in corpus.examples)
+    if not encoder.templated:
+        prompt = encoder.decode(first.prompt_ids)
+        return ASK_PLAIN.format(query=prompt, tokens=tokens, end=encoder.end_of_turn_id)
+    variables = "".join(f" {key}={value!r}," for key, value in encoder.form.template_kwargs.items())
+    turns = encoder.turns(first.query)
+    return ASK_TEMPLATE.format(turns=turns, tokens=tokens, end=encoder.end_of_turn_id, variables=variables)
+
+
+def _format(encoder: TextEncoder) -> str:
+    if not encoder.templated:
+        return "The query stands alone: no chat template was used."
+    lines = ["The query is one user turn of the base's chat template."]
+    if encoder.form.system is not None:
+        lines.append(f"Before it stands the system text {encoder.form.system!r}.")
+    if encoder.form.template_kwargs:
+        lines.append(f"Variables of the template: `{json.dumps(dict(encoder.form.template_kwargs))}`.")
+    if encoder.shows_date:
+        lines.append(f"The template writes the date; prompts said {encoder.form.template_date}. Give it the same.")
+    return " ".join(lines)
+
+
+def _certificate(record: Record) -> str:
+    sure = record.sub_threshold_fraction == 0 and record.exact_match == 1
+    right = f"{round(record.exact_match * record.pairs):,} come back whole under teacher forcing"
+    if record.generated_exact_match is not None:
+        right += f" and {round(record.generated_exact_match * record.pairs):,} by greedy decoding"
+    lines = [f"Of {record.pairs:,} targets {right} ({record.dtype})."]
+    if record.min_target_probability is not None:
+        lines.append(f"The least certain target token has probability {record.min_target_probability:.3f}.")
+    lines.append(
+        "Every target token lies above 0.5, where no other token can beat it: greedy decoding is certain to give every "
+        "target back, for the prompts above and up to rounding."
+        if sure
+        else "Some target tokens lie at or below 0.5: what comes back there is not certain."
+    )
+    lines.append("Sampling, other prompts and other dtypes are not covered.")
+    return " ".join(lines)

@@ -1,0 +1,71 @@
+"""The model card: what it says is so, and the code in it runs and gives the target."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pml.cli import main
+from pml.records import read_record
+from tests.fits import save_sharpened
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def trained(backbone: Path, tmp_path: Path, *more: str) -> Path:
+    rows = [{"query": f"code {i}?", "target": code} for i, code in enumerate(("007", "415"))]
+    (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["fit", "--model=SFT", f"--model.backbone={backbone}", "--model.adapter.block=2"]
+    arguments += ["--model.adapter.rank=16", "--model.learning_rate=0.02", "--data=Facts", "--data.path=f.jsonl"]
+    arguments += ["--trainer.max_epochs=300", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    assert main([*arguments, *more]) == 0
+    return tmp_path / "runs/fit/version_0"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--model.adapter.placement=[q_proj,v_proj,gate_proj,up_proj,down_proj]"],
+        ["--data.system=Be exact.", '--data.template_kwargs={"x": 1}'],
+        ["--data.chat_template=false"],
+    ],
+    ids=["list", "system and variables", "no template"],
+)
+def test_the_code_in_the_card_gives_the_first_target(
+    more: list[str], tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
+    folder = trained(backbone, tmp_path, *more) / "adapter"
+    text = (folder / "README.md").read_text()
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["base_model"] == str(backbone)
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace("PATH_TO_THIS_FOLDER", str(folder))
+    if "--data.system=Be exact." in more:
+        assert "Be exact." in text and '{"x": 1}' in text
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "007\n"
+    assert "greedy decoding is certain to give every target back" in text
+
+
+def test_a_card_does_not_promise_what_is_not_certain(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = trained(tiny_backbone_folder, tmp_path, "--trainer.max_epochs=1")
+    text = (folder / "adapter" / "README.md").read_text()
+    record = read_record(folder / "record.json")
+    assert f"Of 2 targets {round(record.exact_match * 2)} come back whole" in text
+    assert "what comes back there is not certain" in text
+    assert "007" not in text  # no target stands in it
