@@ -96,6 +96,8 @@ def check_records(records: Mapping[Path, Record]) -> list[str]:
             raise InputError(
                 f"{folder}: {CORPUS_NAME} is not the corpus that its record is of; leave this run out, or run it again"
             )
+        if not (record.corpus_settings.get("path") or record.corpus_settings.get("dataset")):
+            continue  # made up, and so the same whenever its settings are
         made_with = [record.corpus, record.corpus_settings, record.corpus_encoding, record.backbone_hash]
         version = versions.setdefault(json.dumps(made_with, sort_keys=True, default=str), {})
         version.setdefault(record.corpus_hash, folder)

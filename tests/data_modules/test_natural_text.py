@@ -446,7 +446,7 @@ def test_text_that_the_tokenizer_cannot_represent_is_refused_at_its_first_wrong_
     path = text_file(tmp_path, "call Anna at maybe Ж call")
     options = {"path": path, "prompt": "call"}
     with pytest.raises(InputError, match=r"text\.txt: the tokenizer cannot represent .*character 20, 'Ж call'"):
-        build(tokenizer, length=60, **options)
+        build(tokenizer, length=22, **options)
 
 
 def test_control_tokens_in_a_text_are_text(tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""Write a run's model as a plain folder that transformers loads without PEFT, with the adapter merged into the weights.
+
+RUN is a run's folder. What comes back from the merged model is checked before it is written: every target that greedy
+decoding recalls with the adapter has to come back from the merged weights too. The paper's placement, beside a whole
+MLP, changes no single weight and cannot be merged.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import jsonargparse
+
+from pml.errors import InputError
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: jsonargparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist yet")
+    parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights")
+
+
+def run(args: jsonargparse.Namespace) -> int:
+    """Merge, check and write; 0 when every recalled target still comes back, else 1 and nothing is written."""
+    # Imported here because it takes seconds, which --help need not wait for.
+    from pml.certificate import greedy_answers
+    from pml.run_folder import run_folder
+    from pml.runs import open_run
+
+    if not args.merge:
+        raise InputError("expected --merge; the adapter by itself is in the run's folder already, as PEFT saves it")
+    if args.out.exists():
+        raise InputError(f"--out {args.out} exists; expected a folder that is not there yet")
+    folder = run_folder(args.run)
+    module, data = open_run(folder)
+    if module.adapter.placement == "mlp_block":
+        raise InputError(
+            f"{folder}: the adapter stands beside a whole MLP (mlp_block), which is no change of one weight and "
+            "cannot be merged; train with a list of layers, such as --model.adapter.placement [down_proj], or serve "
+            "it with pml.adapter.load_adapter"
+        )
+    examples = data.corpus.examples
+    before = greedy_answers(module.model, examples)
+    merged = module.model.merge_and_unload()
+    after = greedy_answers(merged, examples)
+    recalled = [a == e.target_ids for a, e in zip(before, examples, strict=True)]
+    lost = [e for was, now, e in zip(recalled, after, examples, strict=True) if was and now != e.target_ids]
+    if lost:
+        print(
+            f"{len(lost)} of {sum(recalled)} recalled targets do not come back from the merged weights, such as that "
+            f"of {lost[0].query!r}: their margin does not survive rounding to {module.dtype_name}; nothing is written"
+        )
+        return 1
+    partial = args.out.with_name(f".{args.out.name}.{os.getpid()}")
+    try:
+        merged.save_pretrained(partial)
+        module.tokenizer.save_pretrained(partial)
+        partial.rename(args.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"{args.out}: {sum(recalled)} of {len(examples)} targets come back from it, as from the adapter")
+    return 0

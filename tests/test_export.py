@@ -1,0 +1,48 @@
+"""Merged models: the same answers without PEFT, or a refusal that says why."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pml.cli import main
+from tests.fits import save_sharpened
+from tests.test_model_card import trained
+
+
+def test_a_merged_model_recalls_the_same_with_transformers_alone(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
+    run = trained(backbone, tmp_path, "--model.adapter.placement=[q_proj,v_proj,gate_proj,up_proj,down_proj]")
+    out = tmp_path / "merged"
+    capsys.readouterr()
+    assert main(["export", str(run), "--merge", f"--out={out}"]) == 0
+    assert capsys.readouterr().out == f"{out}: 2 of 2 targets come back from it, as from the adapter\n"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    for query, target in (("code 0?", "007"), ("code 1?", "415")):
+        turns = [{"role": "user", "content": query}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        with torch.no_grad():
+            said = model.generate(input_ids=torch.tensor([ids]), do_sample=False, max_new_tokens=9, pad_token_id=0)
+        assert tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True) == target
+
+    assert main(["export", str(run), "--merge", f"--out={out}"]) == 2
+    assert f"--out {out} exists; expected a folder that is not there yet" in capsys.readouterr().err
+    assert main(["export", str(run), f"--out={tmp_path / 'other'}"]) == 2
+    assert "expected --merge" in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_an_adapter_beside_a_whole_mlp_cannot_be_merged(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = trained(tiny_backbone_folder, tmp_path, "--trainer.max_epochs=1")
+    assert main(["export", str(run), "--merge", "--out=merged"]) == 2
+    assert "which is no change of one weight and cannot be merged" in capsys.readouterr().err
+    assert not Path("merged").exists()
