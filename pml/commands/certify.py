@@ -1,4 +1,4 @@
-"""Certify pair by pair what an adapter is certain to recall, recalls, or fails at, where, and by what margin in logits.
+"""Certify pair by pair what an adapter is certain to recall, recalls, or fails at, with margins in logits.
 
 RUN is a run's folder: backbone, corpus and adapter are taken from there. For an adapter that somebody else trained,
 give --adapter, --data (a file of pairs) and --backbone instead. The pairs are also decoded by transformers' own greedy
