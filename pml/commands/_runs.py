@@ -10,14 +10,14 @@ from pml.records import Record, read_records
 __all__ = ["add_runs", "add_where", "chosen_records"]
 
 
-def add_runs(parser: jsonargparse.ArgumentParser) -> None:
-    """Add `runs`, one or several places with records."""
+def add_runs(parser: jsonargparse.ArgumentParser, others: str = "") -> None:
+    """Add `runs`, one or several places with records, or what `others` describes."""
     parser.add_argument(
         "runs",
         nargs="+",
         type=str,
         metavar="RUNS",
-        help="folders of runs, folders with runs anywhere below them, or record.json files",
+        help=f"folders of runs, folders with runs anywhere below them, or record.json files{others}",
     )
 
 

@@ -1,4 +1,4 @@
-"""What runs say about the law: one cell per run, which runs belong together, and which say nothing."""
+"""What a law is fitted to: one observation for each run, which runs belong together, and which cannot be used."""
 
 import math
 from collections import Counter
@@ -11,40 +11,40 @@ import pydantic
 
 from pml.errors import InputError
 from pml.groups import setting_of, settings_of, varying
-from pml.law.forms import CapacityName
+from pml.law.forms import AdapterSize
 from pml.records import Record
 
 __all__ = [
     "CRITICAL_LOSS",
-    "Cell",
-    "LeftOutCell",
+    "LeftOutRun",
+    "Observation",
     "Reason",
-    "cells_from_records",
-    "divide",
+    "observations_from_records",
     "saturated",
     "select_records",
     "shared_setting",
     "unconverged",
+    "usable",
 ]
 
-Reason = Literal["interrupted", "diverged"]
+Reason = Literal["diverged", "interrupted", "not_reduced"]
 
 CRITICAL_LOSS = math.log(2)
 """Loss in nats below which a token has p > 0.5, so that greedy decoding must produce it."""
 
-# A run had not converged when a tenth of its steps still took off this share of what all of them did, with the learning
-# rate up: at that pace, ten more tenths would change dL by a tenth.
+# A run had not converged if the last tenth of its steps still gave this share of its loss reduction: at that pace, ten
+# more tenths would change dL by a tenth.
 LATE_DROP_SHARE = 0.01
 
-# What must be the same in all runs of one law, and what the message about it shows.
+# What all runs of one law must share, and what the message about it shows.
 SETTING = ("backbone_hash", "block", "placement", "init", "method")
 # What a law by effective parameters may mix: adapters of another shape, counted by their parameters.
 SHAPE = ("block", "placement")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What one run says about the law; losses in nats per target token.
+class Observation:
+    """What one run measured; losses in nats per target token.
 
     Attributes:
         rank: LoRA rank r.
@@ -53,13 +53,13 @@ class Cell:
         final_loss: Mean target loss with the adapter.
         seed: Seed of the run.
         source: Where the numbers come from, such as the run's folder.
-        finished: False for a run that was stopped from outside before its training ended, or that diverged.
+        finished: False for a run that was stopped from outside, or that diverged.
         effective_parameters: Trainable parameters of the adapter; None where unknown.
         entropy_bits: Information in the targets given the queries; None where unknown.
-        pairs: Targets that the tokens are shared out among.
+        pairs: Number of targets.
         late_loss_drop: By how much the training loss still fell at the end (see `pml.records.Record`).
         learning_rate_left: The learning rate of the last step, as a share of the peak.
-        text: Which text it was, by the hash of its token ids; None where unknown.
+        text: Identifies the text, such as the hash of its token ids; None where unknown.
     """
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -85,27 +85,32 @@ class Cell:
 
     @property
     def text_label(self) -> tuple[int, str | float]:
-        """The same for all runs on one text: where it is not named, runs on it agree in its loss but for rounding."""
+        """Equal for runs on one text. Where texts are not named, equal losses of the frozen model identify them."""
         return self.target_tokens, self.text or round(self.initial_loss, 3)
 
-    def size(self, capacity: CapacityName) -> int:
+    @property
+    def grid_point(self) -> tuple[int, int | None, int]:
+        """Rank, effective parameters and length. Runs at one grid point are replicates."""
+        return self.rank, self.effective_parameters, self.target_tokens
+
+    def size(self, adapter_size: AdapterSize) -> int:
         """What a law counts as the adapter's size; 0 where it counts parameters and they are unknown."""
-        return self.rank if capacity == "rank" else self.effective_parameters or 0
+        return self.rank if adapter_size == "rank" else self.effective_parameters or 0
 
     @property
     def stored_bits(self) -> float | None:
-        """Information about the corpus in the adapter, in bits: entropy minus what is still missing.
+        """Information about the corpus in the adapter, in bits: the entropy minus what is still missing.
 
-        Below 0 where the adapted model is further from the targets than a uniform guess; None where the entropy is
-        unknown, or the final loss is not a finite number.
+        Negative where the adapted model predicts the targets worse than a uniform guess. None where the entropy is
+        unknown or the final loss is not finite.
         """
         if self.entropy_bits is None or not math.isfinite(self.final_loss):
             return None
         return self.entropy_bits - self.final_loss * self.target_tokens / math.log(2)
 
 
-class LeftOutCell(pydantic.BaseModel):
-    """A cell that no form can use, and why; a loss that is not finite is None."""
+class LeftOutRun(pydantic.BaseModel):
+    """A run that no form can use, and why; a loss that is not finite is None."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -118,43 +123,49 @@ class LeftOutCell(pydantic.BaseModel):
     reason: Reason
 
 
-def saturated(cell: Cell) -> bool:
-    """Whether the final loss is at most ln 2: on average p >= 0.5, so the text, not the adapter, set the limit."""
-    return cell.final_loss <= CRITICAL_LOSS
+def saturated(run: Observation) -> bool:
+    """Whether the final loss is at most ln 2: p >= 0.5 on average, so the text limits the run, not the adapter."""
+    return run.final_loss <= CRITICAL_LOSS
 
 
-def unconverged(cell: Cell) -> bool:
-    """Whether an unsaturated run was cut short: a hundredth of its loss reduction, or more, came in the last tenth."""
-    drop = cell.late_loss_drop
-    return not saturated(cell) and drop is not None and drop > LATE_DROP_SHARE * cell.loss_reduction
+def unconverged(run: Observation) -> bool:
+    """Whether an unsaturated run still gained a hundredth of its loss reduction in the last tenth of its steps."""
+    drop = run.late_loss_drop
+    return not saturated(run) and drop is not None and drop > LATE_DROP_SHARE * run.loss_reduction
 
 
-def divide(cells: Iterable[Cell]) -> tuple[list[Cell], list[LeftOutCell]]:
-    """The cells that say something about the law, by length, rank and seed, and the others with the reason.
+def usable(runs: Iterable[Observation]) -> tuple[list[Observation], list[LeftOutRun]]:
+    """The runs that inform the law, sorted by length, rank and seed, and the others with the reason.
 
-    A run that was cut short did not reach what its rank allows; one whose loss did not fall did not train at all, and
-    its loss is about the learning rate.
+    An interrupted run did not reach what its rank allows. A run whose loss did not fall learned nothing, and its loss
+    depends on the learning rate. A run whose loss is not finite diverged.
     """
-    sound, left_out = [], []
-    for cell in _sorted(cells):
-        reason = _reason_to_leave_out(cell)
+    kept, left_out = [], []
+    for run in _sorted(runs):
+        losses = run.initial_loss, run.final_loss
+        reason: Reason | None = None
+        if not all(map(math.isfinite, losses)):
+            reason = "diverged"
+        elif not run.finished:
+            reason = "interrupted"
+        elif run.loss_reduction <= 0:
+            reason = "not_reduced"
         if reason is None:
-            sound.append(cell)
+            kept.append(run)
             continue
-        losses = (value if math.isfinite(value) else None for value in (cell.initial_loss, cell.final_loss))
-        initial, final = losses
+        initial, final = (loss if math.isfinite(loss) else None for loss in losses)
         left_out.append(
-            LeftOutCell(
-                source=cell.source,
-                rank=cell.rank,
-                target_tokens=cell.target_tokens,
-                seed=cell.seed,
+            LeftOutRun(
+                source=run.source,
+                rank=run.rank,
+                target_tokens=run.target_tokens,
+                seed=run.seed,
                 initial_loss=initial,
                 final_loss=final,
                 reason=reason,
             )
         )
-    return sound, left_out
+    return kept, left_out
 
 
 def select_records(records: Mapping[Path, Record], where: Mapping[str, Any] | None = None) -> dict[Path, Record]:
@@ -186,19 +197,19 @@ def select_records(records: Mapping[Path, Record], where: Mapping[str, Any] | No
     return kept
 
 
-def shared_setting(records: Mapping[Path, Record], capacity: CapacityName = "rank") -> dict[str, Any]:
+def shared_setting(records: Mapping[Path, Record], adapter_size: AdapterSize = "rank") -> dict[str, Any]:
     """What the runs of one law have in common: backbone, block, placement, initialisation and method.
 
-    `corpus` lists the names of all corpora, which may differ: files of several lengths can belong to one law. `pooled`,
-    where there is such a thing, has what else they differ in (see `pml.groups.varying`), with the values.
+    `corpus` lists the names of all corpora, which may differ: files of several lengths can belong to one law. `pooled`
+    lists other settings in which the runs differ (see `pml.groups.varying`), with their values.
 
     Args:
         records: Records by the folder of their run.
-        capacity: What the law counts. By effective parameters, blocks and placements may differ: where they do, they
-            are not part of the setting.
+        adapter_size: What the law counts. By effective parameters, blocks and placements may differ; the setting then
+            leaves them out.
 
     Raises:
-        InputError: If there is no record, or the runs differ in one of these, since a law belongs to one of each.
+        InputError: If there is no record, or the runs differ in what a law needs one of.
     """
     if not records:
         raise InputError("no record: expected the records of at least 5 runs; give folders with finished runs")
@@ -210,7 +221,7 @@ def shared_setting(records: Mapping[Path, Record], capacity: CapacityName = "ran
         ]
         if len({str(getattr(record, name)) for record in records.values()}) == 1:
             continue
-        if capacity == "effective_parameters" and name in SHAPE:
+        if adapter_size == "effective_parameters" and name in SHAPE:
             mixed.append(name)
             continue
         hint = ", or count --by effective_parameters" if name in SHAPE else ""
@@ -221,7 +232,7 @@ def shared_setting(records: Mapping[Path, Record], capacity: CapacityName = "ran
     first = next(iter(records.values()))
     shared = {name: getattr(first, name) for name in ("backbone", *SETTING) if name not in mixed}
     shared["corpus"] = sorted({record.corpus for record in records.values()})
-    # Of different corpora every setting may differ; that there are several is said by itself.
+    # Settings of different corpora may all differ; the list of corpora already says so.
     apart = "corpus_settings." if len(shared["corpus"]) > 1 else None
     pooled = {
         name: values
@@ -231,23 +242,23 @@ def shared_setting(records: Mapping[Path, Record], capacity: CapacityName = "ran
     return shared | ({"pooled": pooled} if pooled else {})
 
 
-def cells_from_records(
-    records: Mapping[Path, Record], where: Mapping[str, Any] | None = None, capacity: CapacityName = "rank"
-) -> list[Cell]:
-    """One cell per run, sorted by length, rank and seed; losses in nats per target token.
+def observations_from_records(
+    records: Mapping[Path, Record], where: Mapping[str, Any] | None = None, adapter_size: AdapterSize = "rank"
+) -> list[Observation]:
+    """One observation for each run, sorted by length, rank and seed; losses in nats per target token.
 
     Args:
         records: Records by the folder of their run, as `read_records` gives them.
         where: Which to keep, see `select_records`.
-        capacity: What the law counts, see `shared_setting`.
+        adapter_size: What the law counts, see `shared_setting`.
 
     Raises:
         InputError: If no record is left, or they do not belong to one law (see `shared_setting`).
     """
     kept = select_records(records, where)
-    shared_setting(kept, capacity)
-    cells = [
-        Cell(
+    shared_setting(kept, adapter_size)
+    return _sorted(
+        Observation(
             rank=record.rank,
             target_tokens=record.target_tokens,
             initial_loss=_number(record.initial_loss),
@@ -263,29 +274,20 @@ def cells_from_records(
             text=record.corpus_hash,
         )
         for path, record in kept.items()
-    ]
-    return _sorted(cells)
-
-
-def _reason_to_leave_out(cell: Cell) -> Reason | None:
-    if not (math.isfinite(cell.initial_loss) and math.isfinite(cell.final_loss)):
-        return "diverged"
-    if not cell.finished:
-        return "interrupted"
-    return "diverged" if cell.loss_reduction <= 0 else None
+    )
 
 
 def _number(loss: float | None) -> float:
-    """A loss of a record, in which null stands for what is not a finite number."""
+    """A loss of a record, where null stands for a number that is not finite."""
     return math.nan if loss is None else loss
 
 
-def _sorted(cells: Iterable[Cell]) -> list[Cell]:
-    return sorted(cells, key=lambda cell: (cell.target_tokens, cell.rank, cell.seed, cell.source))
+def _sorted(runs: Iterable[Observation]) -> list[Observation]:
+    return sorted(runs, key=lambda run: (run.target_tokens, run.rank, run.seed, run.source))
 
 
 def _counted(values: Iterable[str]) -> str:
-    """Values with how often they occur, such as `memft (8 runs), sft (1 run)`."""
+    """Values with their counts, such as `memft (8 runs), sft (1 run)`."""
     return ", ".join(
         f"{value} ({count} run{'s' if count > 1 else ''})" for value, count in sorted(Counter(values).items())
     )
