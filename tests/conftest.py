@@ -144,4 +144,4 @@ def default_backbone() -> Backbone:
 @pytest.fixture
 def no_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Laws without profile intervals, which take most of a fit's time, for tests of hundreds of fits."""
-    monkeypatch.setattr("pml.law.fitting.profile_intervals", lambda *_: {})
+    monkeypatch.setattr("pml.law.fit.profile_intervals", lambda *_: {})

@@ -14,8 +14,8 @@ from simulated_runs import write_diverged_run, write_simulated_grid
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pml.cli import main
-from pml.law import cells_from_records, read_law
-from pml.law.cells import divide
+from pml.law import observations_from_records, read_law
+from pml.law.observations import divide
 from pml.records import Record, read_record, read_records
 from pml.search import read_search, run_search
 from tests import fits  # one thread, which makes runs comparable bit for bit
@@ -140,7 +140,7 @@ def test_a_diverged_adapter_answers_with_a_note_that_its_answers_mean_nothing(
 
 @pytest.mark.parametrize("status", ["diverged", "interrupted"])
 def test_a_law_leaves_a_run_without_a_finite_loss_out_as_diverged(status: str) -> None:
-    cells = cells_from_records({Path("a"): make_record(final_loss=None, status=status), Path("b"): make_record()})
+    cells = observations_from_records({Path("a"): make_record(final_loss=None, status=status), Path("b"): make_record()})
     assert cells[0].stored_bits is None
     sound, (left_out,) = divide(cells)
     assert [cell.source for cell in sound] == ["b"]

@@ -30,7 +30,7 @@ from pml.figures import (
     token_loss_figure,
 )
 from pml.figures.style import FEW_COLOURS, literal, looks_of
-from pml.law import Cell, FormName, LawFit, fit_law, saturated
+from pml.law import Observation, FormName, LawFit, fit_law, saturated
 from pml.records import Record
 from pml.token_results import FirstPositions, TokenResults, rank_correlation
 
@@ -38,21 +38,21 @@ RANKS = (1, 2, 4, 6)
 LENGTHS = (64, 128, 256)
 
 
-def law_cells() -> list[Cell]:
+def law_cells() -> list[Observation]:
     """Cells of dL = 60 r^0.5 l^-0.5 + 0.5 with 13.6 nats to lose: 3 are saturated; one more diverged."""
     cells = []
     for rank in RANKS:
         for length in LENGTHS:
             reduction = 60 * (rank / length) ** 0.5 + 0.5
-            cells.append(Cell(rank, length, 13.6, max(13.6 - reduction, 0.05), 0, f"r{rank}-l{length}"))
-    return [*cells, Cell(2, 128, 13.6, 40.0, 1, "diverged")]
+            cells.append(Observation(rank, length, 13.6, max(13.6 - reduction, 0.05), 0, f"r{rank}-l{length}"))
+    return [*cells, Observation(2, 128, 13.6, 40.0, 1, "diverged")]
 
 
-def noisy_cells(factor: float = 60) -> list[Cell]:
+def noisy_cells(factor: float = 60) -> list[Observation]:
     """Cells of dL = factor r^0.5 l^-0.5 + 0.5 with 2 % noise, of 13.6 nats to lose; none is saturated at 20."""
     noise = np.random.default_rng(0)
     reductions = {(r, n): (factor * (r / n) ** 0.5 + 0.5) * noise.normal(1, 0.02) for r in RANKS for n in LENGTHS}
-    return [Cell(r, n, 13.6, max(13.6 - fell, 0.05), 0, f"{r}-{n}") for (r, n), fell in reductions.items()]
+    return [Observation(r, n, 13.6, max(13.6 - fell, 0.05), 0, f"{r}-{n}") for (r, n), fell in reductions.items()]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ class TestLawFigure:
 
     def test_the_title_has_the_equation_and_r2(self, figure: Figure, fit: LawFit) -> None:
         assert r"\Delta L = 60.0\,r^{0.500}\,\ell^{-0.500} + 0.500" in figure.get_suptitle()
-        assert f"= {fit.r2:.4f}, MAPE" in figure.axes[0].get_title()
+        assert f"= {fit.best.r2:.4f}, MAPE" in figure.axes[0].get_title()
 
     def test_every_used_cell_is_drawn_filled_where_it_was_measured(self, figure: Figure, fit: LawFit) -> None:
         left, right = figure.axes
@@ -118,7 +118,7 @@ class TestLawFigure:
             assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "saturated")]))
 
     def test_predictions_beyond_the_upper_edge_are_said_to_be_there(self, fit: LawFit, figure: Figure) -> None:
-        far = Cell(500, 64, 13.6, 0.05, 0, "far")
+        far = Observation(500, 64, 13.6, 0.05, 0, "far")
         # 60 (6 / 64)^0.5 + 0.5 = 18.9 nats are beyond it already; rank 500 adds one with 168 nats.
         assert [text.get_text() for text in figure.axes[0].texts] == ["at the upper edge: 1 predicted beyond it"]
         squeezed = law_figure(fit, [*law_cells(), far])
@@ -133,7 +133,7 @@ class TestLawFigure:
         assert list(right.get_xticks(minor=True)) == []
 
     def test_close_ranks_keep_their_ticks_but_not_labels_that_would_touch(self) -> None:
-        cells = [Cell(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 15, 16, 128) for n in LENGTHS]
+        cells = [Observation(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 15, 16, 128) for n in LENGTHS]
         right = law_figure(fit_law(cells), cells).axes[1]
         assert list(right.get_xticks()) == [1, 2, 15, 16, 128]
         assert [tick.get_text() for tick in right.get_xticklabels()] == ["1", "2", "15", "", "128"]
@@ -161,7 +161,7 @@ class TestLawFigure:
     @pytest.mark.parametrize("count", [3, 7, 8, 12])
     def test_lengths_differ_in_colour_and_neighbours_in_marker(self, count: int) -> None:
         lengths = [100 * (n + 1) for n in range(count)]
-        cells = [Cell(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 4) for n in lengths]
+        cells = [Observation(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 4) for n in lengths]
         (legend,) = law_figure(fit_law(cells), cells).legends
         handles = [handle for handle in legend.get_lines() if handle.get_linestyle() != "None"]
         assert len({str(handle.get_color()) for handle in handles}) == count
@@ -176,7 +176,7 @@ class TestLawFigure:
         assert title.endswith("\nx, y in m, block 20, a b, sft, 3 warnings with the fit")
 
     def test_large_numbers_are_written_as_powers_of_ten(self) -> None:
-        cells = [Cell(r, n, 99.0, 99 - (2e6 * r**0.5 * n**-1.6 + 1), 0, "") for r in RANKS for n in (4000, 8000, 16000)]
+        cells = [Observation(r, n, 99.0, 99 - (2e6 * r**0.5 * n**-1.6 + 1), 0, "") for r in RANKS for n in (4000, 8000, 16000)]
         title = law_figure(fit_law(cells), cells).get_suptitle()
         assert title.startswith(r"$\Delta L = 2.00 \times 10^{6}\,r^{0.500}\,\ell^{-1.60} + 1.00$")
 
@@ -252,7 +252,7 @@ class TestReductionFigure:
         assert (alone.get_ylim(), alone.get_yscale()) == (beside.get_ylim(), beside.get_yscale())
 
     def test_a_line_past_what_a_run_can_reach_does_not_squeeze_the_cells(self, fit: LawFit) -> None:
-        far = Cell(500, 64, 13.6, 0.05, 0, "far")
+        far = Observation(500, 64, 13.6, 0.05, 0, "far")
         for axes in (
             reduction_figure(fit, [*law_cells(), far], "rank").axes[0],
             law_figure(fit, [far, *law_cells()]).axes[1],
@@ -265,7 +265,7 @@ class TestReductionFigure:
             replace(cell, effective_parameters=1152 * cell.rank * (1 + (cell.target_tokens > 64)))
             for cell in law_cells()
         ]
-        law = fit_law(cells, capacity="effective_parameters")
+        law = fit_law(cells, adapter_size="effective_parameters")
         assert not law.knows_ranks
         by_rank, by_length = (reduction_figure(law, cells, by).axes[0] for by in ("rank", "length"))
         for axes in (by_rank, by_length, law_figure(law, cells).axes[1]):
@@ -274,7 +274,7 @@ class TestReductionFigure:
             assert not axes.collections
 
     def test_a_saturated_run_whose_loss_did_not_fall_is_not_drawn(self, fit: LawFit) -> None:
-        knew_it = Cell(4, 64, 0.2, 0.3, 0, "knew-it")
+        knew_it = Observation(4, 64, 0.2, 0.3, 0, "knew-it")
         for figure in (
             reduction_figure(fit, [*law_cells(), knew_it], "rank"),
             law_figure(fit, [*law_cells(), knew_it]),
@@ -366,10 +366,10 @@ class TestThresholdFigures:
         assert axes.get_title().endswith("4 targets")
 
 
-def held(rank: int, final_loss: float, **fields: Any) -> Cell:
+def held(rank: int, final_loss: float, **fields: Any) -> Observation:
     """A run of 64 tokens of 997.4 bits in an adapter of 1152 parameters a rank."""
     known = {"effective_parameters": 1152 * rank, "entropy_bits": 997.4}
-    return Cell(rank, 64, 13.6, final_loss, 0, f"r{rank}", **{**known, **fields})
+    return Observation(rank, 64, 13.6, final_loss, 0, f"r{rank}", **{**known, **fields})
 
 
 class TestCapacityFigures:
@@ -389,7 +389,7 @@ class TestCapacityFigures:
             assert (len(points(axes, "saturated")), len(points(axes, "used"))) == (1, 1)
 
     def test_the_one_constant_law_is_drawn_where_it_is_known(self) -> None:
-        figure = stored_bits_figure([held(1, 3.0), held(2, 1.0)], kappa=0.5)
+        figure = stored_bits_figure([held(1, 3.0), held(2, 1.0)], bits_per_parameter=0.5)
         (axes,) = figure.axes
         (line,) = [line for line in axes.lines if line.get_linestyle() == "-"]
         np.testing.assert_allclose(np.asarray(line.get_ydata()), 0.5 * np.asarray(line.get_xdata()))
@@ -403,7 +403,7 @@ class TestCapacityFigures:
             (held(1, 1.0, finished=False), "no run was finished"),
         ],
     )
-    def test_without_bits_there_is_a_reason_in_place_of_a_figure(self, cell: Cell, reason: str) -> None:
+    def test_without_bits_there_is_a_reason_in_place_of_a_figure(self, cell: Observation, reason: str) -> None:
         for make in (capacity_figure, stored_bits_figure):
             with pytest.raises(NothingToShow, match=reason):
                 make([cell])

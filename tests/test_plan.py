@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from pml.calibration import RecallModel
+from pml.recall_model import RecallModel
 from pml.cli import main
 from pml.errors import InputError
-from pml.law import LAW_NAME, Cell, LawFit, fit_law
-from pml.plan import LARGEST_RANK, Plan, foresee, rank_for_loss_reduction, rank_for_recall
+from pml.law import LAW_NAME, Observation, LawFit, fit_law
+from pml.plan import LARGEST_RANK, Plan, outcome_of_rank, rank_for_loss_reduction, rank_for_recall
 from pml.records import write_json
 
 INITIAL = 13.0
@@ -43,7 +43,7 @@ RECALL = RecallModel(
 @pytest.fixture(scope="module")
 def law() -> LawFit:
     cells = [
-        Cell(r, n, INITIAL, INITIAL - reduction(r, n), 0, f"r{r}-l{n}", effective_parameters=100 * r)
+        Observation(r, n, INITIAL, INITIAL - reduction(r, n), 0, f"r{r}-l{n}", effective_parameters=100 * r)
         for r in (1, 2, 4, 8)
         for n in (256, 400, 1024, 2048)
     ]
@@ -51,7 +51,7 @@ def law() -> LawFit:
 
 
 def test_a_text_that_the_frozen_model_knows_far_better_than_those_of_the_law_is_pointed_out(law: LawFit) -> None:
-    within, beyond = (foresee(law.about_text(loss), 400, 4).beyond for loss in (12.0, 2.3))
+    within, beyond = (outcome_of_rank(law.given(loss), 400, 4).beyond for loss in (12.0, 2.3))
     assert not any("another kind of text" in sentence for sentence in within)
     assert beyond[-1] == (
         "the frozen model's loss is 2.3 nats per target token, that of the law's texts 13 to 13: this is another kind "
@@ -76,7 +76,7 @@ def test_the_smallest_rank_for_recall_by_hand(law: LawFit) -> None:
     plan = rank_for_recall(law, 400, share=0.5, pairs=400)
     assert plan.rank == 25
     assert plan.beyond == ["rank 25 is 3.12 times the largest measured (8)"]
-    below = foresee(law, 24, 400, pairs=400).outcome
+    below = outcome_of_rank(law, 24, 400, pairs=400).outcome
     assert below is not None
     assert below.token_accuracy is not None
     assert below.token_accuracy < 0.5
@@ -118,16 +118,16 @@ def test_where_recall_was_never_seen_or_is_not_foretold_it_says_so(law: LawFit) 
     # 2 sqrt(24) + 1 = 10.8: a final loss of 2.2 nats, and 3 sqrt ... of more than 13 at rank 64: none.
     changed = {"loss_range": (5.0, 9.0), "brier": 0.2, "brier_reference": 0.1}
     worse = law.model_copy(update={"recall": RECALL.model_copy(update=changed)})
-    found, usual = (foresee(which, 24, 400, pairs=400).beyond for which in (worse, law))
+    found, usual = (outcome_of_rank(which, 24, 400, pairs=400).beyond for which in (worse, law))
     assert "a final loss of 2.2 nats is below all that recall was learnt from (5 to 9)" in found
     assert any("foretold no better than by always saying the mean (Brier score 0.200, 0.100)" in s for s in found)
     assert not any("recall" in sentence for sentence in usual)
     # Half of the smallest loss is still near what was seen.
     near = law.model_copy(update={"recall": RECALL.model_copy(update={"loss_range": (4.0, 9.0)})})
-    assert not any("recall" in sentence for sentence in foresee(near, 24, 400, pairs=400).beyond)
+    assert not any("recall" in sentence for sentence in outcome_of_rank(near, 24, 400, pairs=400).beyond)
     # Runs that ended at 0.5 nats had all tokens right: less is no less certain.
     all_right = law.model_copy(update={"recall": RECALL.model_copy(update={"loss_range": (0.5, 9.0)})})
-    assert not any("recall" in sentence for sentence in foresee(all_right, 100, 400, pairs=400).beyond)
+    assert not any("recall" in sentence for sentence in outcome_of_rank(all_right, 100, 400, pairs=400).beyond)
 
 
 def test_the_rank_and_its_interval_rest_on_the_same_runs_and_are_the_same_every_time(noisy: LawFit) -> None:
@@ -138,7 +138,7 @@ def test_the_rank_and_its_interval_rest_on_the_same_runs_and_are_the_same_every_
     assert plans[0].rank > 60
 
     def right(rank: int) -> float:
-        outcome = foresee(noisy, rank, 2048, pairs=200).outcome
+        outcome = outcome_of_rank(noisy, rank, 2048, pairs=200).outcome
         assert outcome is not None
         assert outcome.exact_match is not None
         return outcome.exact_match
@@ -147,10 +147,10 @@ def test_the_rank_and_its_interval_rest_on_the_same_runs_and_are_the_same_every_
 
 
 def test_a_text_that_the_model_knows_better_needs_no_more_than_its_own_loss(law: LawFit) -> None:
-    known = law.about_text(4.0)
+    known = law.given(4.0)
     assert float(known.initial_loss(400)) == 4.0
     assert float(law.initial_loss(400)) == INITIAL
-    outcome = foresee(known, 8, 400).outcome
+    outcome = outcome_of_rank(known, 8, 400).outcome
     assert outcome is not None
     # 2 sqrt(8) + 1 = 6.66 is more than there is to lower.
     assert (outcome.initial_loss, outcome.loss_reduction, outcome.final_loss) == (4.0, 4.0, 0.0)
@@ -165,7 +165,7 @@ def noisy() -> LawFit:
     for n, initial in zip((256, 400, 1024, 2048), (13.2, 12.9, 12.8, 13.1), strict=True):
         for r in (1, 2, 4, 8):
             fallen = reduction(r, n) + 0.15 * float(noise.normal())
-            cells.append(Cell(r, n, initial, initial - fallen, 0, f"r{r}-l{n}"))
+            cells.append(Observation(r, n, initial, initial - fallen, 0, f"r{r}-l{n}"))
     return fit_law(cells, form="power_offset", compare=False, recall=RECALL)
 
 
@@ -183,7 +183,7 @@ def test_the_interval_of_a_rank_covers_the_rank_that_is_needed(
     noise, draws, inside, width = np.random.default_rng(5), 24, 0, 0.0
     for _ in range(draws):
         cells = [
-            Cell(r, n, INITIAL, INITIAL - reduction(r, n) - 0.15 * float(noise.normal()), 0, f"r{r}-l{n}")
+            Observation(r, n, INITIAL, INITIAL - reduction(r, n) - 0.15 * float(noise.normal()), 0, f"r{r}-l{n}")
             for r in (1, 2, 4, 8, 16)
             for n in (256, 400, 1024, 2048)
         ]
@@ -206,7 +206,7 @@ def test_the_surer_a_run_must_be_the_larger_its_rank_and_all_of_its_interval(noi
 
 
 def test_a_text_whose_frozen_loss_is_not_given_widens_what_is_foretold(noisy: LawFit) -> None:
-    unknown, known = (foresee(law, 2, 400).outcome for law in (noisy, noisy.about_text(13.0)))
+    unknown, known = (outcome_of_rank(law, 2, 400).outcome for law in (noisy, noisy.given(13.0)))
     assert unknown is not None
     assert known is not None
     spread, run_alone = (outcome.final_loss_new_run[1] - outcome.final_loss_new_run[0] for outcome in (unknown, known))
@@ -218,15 +218,15 @@ def test_a_text_whose_frozen_loss_is_not_given_widens_what_is_foretold(noisy: La
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_text_has_a_loss_above_zero(law: LawFit, loss: float) -> None:
     with pytest.raises(InputError, match="initial loss is"):
-        law.about_text(loss)
+        law.given(loss)
 
 
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        (lambda law: foresee(law, 0, 400), "rank is 0; expected at least 1"),
-        (lambda law: foresee(law, 1, 0), "length is 0; expected at least 1 target token"),
-        (lambda law: foresee(law, 1, 10, pairs=11), "pairs is 11; expected between 1 and the 10 target tokens"),
+        (lambda law: outcome_of_rank(law, 0, 400), "rank is 0; expected at least 1"),
+        (lambda law: outcome_of_rank(law, 1, 0), "length is 0; expected at least 1 target token"),
+        (lambda law: outcome_of_rank(law, 1, 10, pairs=11), "pairs is 11; expected between 1 and the 10 target tokens"),
         (lambda law: rank_for_loss_reduction(law, 400, 13.0), "loss reduction is 13 nats; expected above 0 and below"),
         (lambda law: rank_for_recall(law, 400, share=1.5), "recall is 1.5; expected above 0 and at most 1"),
         (lambda law: rank_for_recall(law, 400, probability=1.0), "probability is 1; expected above 0 and below 1"),

@@ -12,7 +12,7 @@ from scipy.stats import f as f_distribution
 from scipy.stats import norm, t
 
 from pml.law.forms import SHARPNESS_RANGE, Array, Form
-from pml.law.least_squares import Data, Solution, minimize, minimizer, refit_many, to_natural
+from pml.law.least_squares import Data, Solution, minimize, minimizer, refit_many, to_natural, to_theta
 from pml.law.observations import Observation, saturated
 
 __all__ = [
@@ -36,6 +36,8 @@ SPARE_TEXTS = 3
 """With fewer texts to spare, the effect of a text cannot be separated from that of its length."""
 # Where the fit leaves less than this share of a group's residual, the rest is rounding.
 LEAST_LEFT = 1e-3
+# The profile needs chi-squared to a few digits.
+PROFILE_TOLERANCE = 1e-8
 # Parameters are indistinguishable in float64 if the Jacobian's condition number is larger.
 LARGEST_CONDITION = 1e12
 
@@ -134,12 +136,12 @@ def profile_intervals(form: Form, data: Data, solution: Solution, noise: Noise) 
         rise = max(other.chisqr - best.chisqr, 0.0)
         return float(f_distribution.cdf(rise, 1, noise.degrees_of_freedom))
 
-    problem = minimizer(form, data, result.params, noise.of_the_fit)
+    problem = minimizer(form, data, result.params, noise.of_the_fit, PROFILE_TOLERANCE)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             found = lmfit.conf_interval(
-                problem, result, p_names=list(solution.free), sigmas=[0.95], prob_func=probability, maxiter=100
+                problem, result, p_names=list(solution.free), sigmas=[0.95], prob_func=probability, maxiter=50
             )
         except (lmfit.minimizer.MinimizerException, ValueError, AttributeError, TypeError, np.linalg.LinAlgError):
             return {}
@@ -188,7 +190,8 @@ def bootstrap(form: Form, data: Data, solution: Solution, groups: Sequence[Hasha
         scale = np.where(eigenvalues > LEAST_LEFT, 1.0 / np.maximum(eigenvalues, LEAST_LEFT), 0.0)
         corrected[members] = vectors @ (scale * (vectors.T @ residual[members]))
     factors = np.random.default_rng(BOOTSTRAP_SEED).standard_normal((DRAWS, len(labels)))[:, of_run]
-    draws = refit_many(form, data, predicted + factors * corrected / data.root_weights, solution)
+    resampled = predicted + factors * corrected / data.root_weights
+    draws = refit_many(form, data, resampled, to_theta(form, solution.values)[None], solution.free)
     if form.saturating:
         draws[:, -1] = np.clip(draws[:, -1], *np.log(SHARPNESS_RANGE))
     return draws[np.isfinite(draws).all(axis=1)]

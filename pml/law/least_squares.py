@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import lmfit
 import numpy as np
@@ -31,14 +31,11 @@ INITIAL_SHARPNESS = (2.0, 6.0, 20.0)
 # Initial values of b, as shares of the smallest loss reduction (above 0) and of the mean (below 0).
 OFFSETS_ABOVE, OFFSETS_BELOW = (0.5, 0.9), (0.2, 1.0, 4.0)
 STARTS = 3
-TOLERANCES = {"ftol": 1e-13, "xtol": 1e-13, "gtol": 1e-15}
-# For refits in a bootstrap, far below the spread of its draws.
+# For refits, far below the spread of a bootstrap's draws.
 MOST_STEPS = 60
 SMALLEST_FALL = 1e-7
 # The spread over two or three seeds is itself uncertain: the pooled spread counts as this many further seeds.
 PRIOR_DEGREES = 4
-# Closer to the end of its range than this share, a parameter is held there.
-AT_BOUND = 1e-2
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,9 @@ def _jacobian(parameters: lmfit.Parameters, form: Form, data: Data, noise: float
     return form.gradient(values, data.points, names) / scale * data.root_weights[:, None] / noise
 
 
-def minimizer(form: Form, data: Data, parameters: lmfit.Parameters, noise: float = 1.0) -> lmfit.Minimizer:
+def minimizer(
+    form: Form, data: Data, parameters: lmfit.Parameters, noise: float = 1.0, tolerance: float = 1e-13
+) -> lmfit.Minimizer:
     """The lmfit problem. In units of the noise the covariance needs no scaling by the residuals."""
     return lmfit.Minimizer(
         residuals,
@@ -147,17 +146,19 @@ def minimizer(form: Form, data: Data, parameters: lmfit.Parameters, noise: float
         nan_policy="propagate",
         max_nfev=2000,
         Dfun=_jacobian,
-        **TOLERANCES,
+        ftol=tolerance,
+        xtol=tolerance,
+        gtol=1e-15,
     )
 
 
 def minimize(
-    form: Form, data: Data, parameters: lmfit.Parameters, noise: float = 1.0
+    form: Form, data: Data, parameters: lmfit.Parameters, noise: float = 1.0, tolerance: float = 1e-13
 ) -> lmfit.minimizer.MinimizerResult:
     """The least-squares solution near these initial values, by Levenberg-Marquardt."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return minimizer(form, data, parameters, noise).leastsq()
+        return minimizer(form, data, parameters, noise, tolerance).leastsq()
 
 
 def solve(form: Form, data: Data, near: dict[str, float] | None = None) -> Solution | None:
@@ -168,27 +169,43 @@ def solve(form: Form, data: Data, near: dict[str, float] | None = None) -> Solut
         data: The runs.
         near: The solution for more runs than these, which makes most other initial values unnecessary.
     """
+    # With sizes and lengths relative to their geometric means, C is nearly independent of the exponents.
+    size, tokens = (float(np.exp(np.mean(np.log(x)))) for x in (data.points.size, data.points.target_tokens))
+    if not form.proportional:
+        points = replace(data.points, size=data.points.size / size, target_tokens=data.points.target_tokens / tokens)
+        data = replace(data, points=points)
     starts = _starts(form, data)
     if near is not None:
-        starts = [near, *starts[:1]]
-    results = [minimize(form, data, form.parameters(**start)) for start in starts]
-    results = [result for result in results if math.isfinite(result.chisqr)]
-    if not results:
+        starts = [near | _moved_c(near, 1.0 / size, 1.0 / tokens), *starts[:1]]
+    if not starts:
         return None
-    best = min(results, key=lambda result: result.chisqr)
+    thetas = np.array([to_theta(form, one) for one in starts])
+    rough = refit_many(form, data, data.measured[None], thetas, form.fitted)
+    with np.errstate(all="ignore"):
+        missed = (form.evaluate(to_natural(form, rough), data.points) - data.measured) * data.root_weights
+        best_of = int(np.argmin(np.nan_to_num(np.sum(missed**2, axis=-1), nan=math.inf)))
+    start = {name: float(value[0]) for name, value in to_natural(form, rough[best_of]).items()}
+    if not all(map(math.isfinite, start.values())):
+        return None
     free = form.fitted
-    if form.saturating:
-        low, high = SHARPNESS_RANGE
-        sharpness = best.params["sharpness"].value
-        end = high if sharpness > high * (1 - AT_BOUND) else low if sharpness < low * (1 + AT_BOUND) else None
-        if end is not None:
-            held = {name: best.params[name].value for name in free} | {"sharpness": end}
-            free = tuple(name for name in free if name != "sharpness")
-            best = minimize(form, data, Solution(held, free).parameters(form))
+    low, high = SHARPNESS_RANGE
+    if form.saturating and not low < start["sharpness"] < high:
+        start["sharpness"] = min(max(start["sharpness"], low), high)
+        free = tuple(name for name in free if name != "sharpness")
+    best = minimize(form, data, Solution(start, free).parameters(form))
     values = {name: float(best.params[name].value) for name in form.fitted}
+    values |= _moved_c(values, size, tokens)
     if not all(map(math.isfinite, values.values())) or values[form.fitted[0]] <= 0:
         return None
     return Solution(values, free, float(best.chisqr), bool(best.success))
+
+
+def _moved_c(values: dict[str, float], size: float, tokens: float) -> dict[str, float]:
+    """C if sizes and lengths are multiplied by these factors; nothing for a form without C."""
+    if "C" not in values:
+        return {}
+    log_c = math.log(max(values["C"], 1e-300)) - values["alpha"] * math.log(size) + values["beta"] * math.log(tokens)
+    return {"C": math.exp(min(max(log_c, -300.0), 300.0))}
 
 
 def _starts(form: Form, data: Data) -> list[dict[str, float]]:
@@ -236,25 +253,26 @@ def to_natural(form: Form, theta: Array) -> dict[str, Array]:
         }
 
 
-def refit_many(form: Form, data: Data, measured: Array, solution: Solution) -> Array:
-    """Least-squares solutions for many sets of measurements at once, each started from one solution.
+def refit_many(form: Form, data: Data, measured: Array, start: Array, free: tuple[str, ...]) -> Array:
+    """Least-squares solutions for many sets of measurements, or from many initial values, at once.
 
-    Damped Gauss-Newton steps in coordinates in which the Jacobian at the solution is orthonormal.
+    Damped Gauss-Newton steps in coordinates in which the Jacobian at the first start is orthonormal.
 
     Args:
         form: The form.
         data: The runs; their own measurements are not used.
-        measured: Loss reductions in nats per target token, `(draws, runs)`.
-        solution: Where to start; what it holds at a bound stays there.
+        measured: Loss reductions in nats per target token, `(draws or 1, runs)`.
+        start: Initial values as `to_theta` orders them, `(draws or 1, parameters)`.
+        free: Parameters that vary.
 
     Returns:
-        `(draws, parameters)`, as `to_theta` orders them.
+        `(draws, parameters)`.
     """
-    index = [form.fitted.index(name) for name in solution.free]
-    theta = np.tile(to_theta(form, solution.values), (len(measured), 1))
+    index, draws = [form.fitted.index(name) for name in free], max(len(measured), len(start))
+    measured, theta = np.broadcast_to(measured, (draws, measured.shape[1])), np.resize(start, (draws, start.shape[1]))
 
     def slopes(at: Array) -> Array:
-        return form.gradient(to_natural(form, at), data.points, solution.free) * data.root_weights[:, None]
+        return form.gradient(to_natural(form, at), data.points, free) * data.root_weights[:, None]
 
     def residual(at: Array, to: Array) -> Array:
         return (to - form.evaluate(to_natural(form, at), data.points)) * data.root_weights
@@ -267,7 +285,9 @@ def refit_many(form: Form, data: Data, measured: Array, solution: Solution) -> A
         squares = np.sum(left**2, axis=-1)
         for _ in range(MOST_STEPS):
             jacobian = slopes(theta[moving]) @ basis
-            gram = jacobian.swapaxes(1, 2) @ jacobian + damping[moving, None, None] * np.eye(len(index))
+            gram = jacobian.swapaxes(1, 2) @ jacobian + np.maximum(damping[moving, None, None], 1e-9) * np.eye(
+                len(index)
+            )
             step = np.linalg.solve(gram, jacobian.swapaxes(1, 2) @ left[moving, :, None])[..., 0] @ basis.T
             tried = theta[moving]
             tried[:, index] += step

@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import approx_fprime, minimize
 from scipy.stats import betabinom
 
-from pml.calibration import RecallModel, RunTokens, _Likelihood, fit_recall, run_tokens
+from pml.recall_model import RecallModel, RunTokens, _Likelihood, fit_recall, run_tokens
 from pml.token_results import TokenResults
 
 
@@ -142,7 +142,7 @@ def test_the_maximum_without_one_run_is_found_among_many_targets() -> None:
 
 
 def test_of_more_runs_than_folds_those_of_one_fold_are_left_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pml.calibration.MOST_FOLDS", 4)
+    monkeypatch.setattr("pml.recall_model.MOST_FOLDS", 4)
     runs = runs_of_all_lengths()
     fitted = fit_recall(runs)
     assert fitted is not None

@@ -9,11 +9,11 @@ import pytest
 from scipy.stats import t
 
 from pml.errors import InputError
-from pml.law import FORMS, Cell, FormName, LawFit, fit_law, saturated
-from pml.law.fitting import _noise_near_the_ceiling
+from pml.law import FORMS, Observation, FormName, LawFit, fit_law, saturated
+from pml.law.selection import _noise_near_the_ceiling
 from pml.law.forms import reduction, sensitivity
 from pml.law.texts import texts_of
-from pml.law.uncertainty import data_of, points_of, scatter, sizes_of, weights_of
+from pml.law.intervals import data_of, points_of, scatter, sizes_of, weights_of
 
 HIGH_LOSS = 1000.0
 TRUTH = {"C": 40.0, "alpha": 0.5, "beta": 0.6, "b": 0.3}
@@ -23,8 +23,8 @@ def fallen(rank: float, length: float) -> float:
     return TRUTH["C"] * rank ** TRUTH["alpha"] / length ** TRUTH["beta"] + TRUTH["b"]
 
 
-def cell(rank: int, length: int, reduction: float, seed: int = 0, initial: float = HIGH_LOSS) -> Cell:
-    return Cell(rank, length, initial, initial - reduction, seed, f"r{rank}-l{length}-s{seed}")
+def cell(rank: int, length: int, reduction: float, seed: int = 0, initial: float = HIGH_LOSS) -> Observation:
+    return Observation(rank, length, initial, initial - reduction, seed, f"r{rank}-l{length}-s{seed}")
 
 
 def grid(
@@ -34,7 +34,7 @@ def grid(
     seeds: int = 1,
     of_size: float = 0.0,
     of_seed: float = 0.0,
-) -> list[Cell]:
+) -> list[Observation]:
     """Cells of the paper's law; each size has an error that its seeds share, and each seed one of its own, in nats."""
     cells = []
     for rank, length in itertools.product(ranks, lengths):
@@ -43,7 +43,7 @@ def grid(
     return cells
 
 
-def ceiling_cells(noise: np.random.Generator, spread: float = 0.1) -> list[Cell]:
+def ceiling_cells(noise: np.random.Generator, spread: float = 0.1) -> list[Observation]:
     """Cells of a law that is cut off at 13 nats; below the ceiling runs scatter, at it they hardly do."""
     cells = []
     for rank, length in itertools.product((1, 2, 3, 4, 6), (64, 96, 144, 216)):
@@ -54,7 +54,7 @@ def ceiling_cells(noise: np.random.Generator, spread: float = 0.1) -> list[Cell]
     return cells
 
 
-def published(cells: list[Cell]) -> LawFit:
+def published(cells: list[Observation]) -> LawFit:
     return fit_law(cells, form="power_offset", compare=False)
 
 
@@ -64,10 +64,10 @@ class TestScatter:
     FORM = FORMS["power"]
     THETA = np.zeros(3)
 
-    def cells(self, by_size: list[list[float]]) -> list[Cell]:
+    def cells(self, by_size: list[list[float]]) -> list[Observation]:
         return [cell(i + 1, 64, 1.0 + r, seed) for i, seeds in enumerate(by_size) for seed, r in enumerate(seeds)]
 
-    def of(self, cells: list[Cell], fitted: int) -> tuple[float, float, int]:
+    def of(self, cells: list[Observation], fitted: int) -> tuple[float, float, int]:
         data = replace(data_of(cells, "rank"), root_weights=np.ones(len(cells)))
         found = scatter(self.FORM, self.THETA, data, sizes_of(cells), fitted)
         return found.of_a_run, found.of_the_fit, found.degrees_of_freedom
@@ -89,17 +89,17 @@ class TestScatter:
 
     def test_saturated_cells_say_nothing_of_it(self) -> None:
         cells = self.cells([[1.0], [-2.0], [3.0], [-4.0]])
-        at_the_ceiling = [Cell(9, n, 13.0, 0.01, 0, f"s{n}") for n in (64, 96)]
+        at_the_ceiling = [Observation(9, n, 13.0, 0.01, 0, f"s{n}") for n in (64, 96)]
         assert self.of([*cells, *at_the_ceiling], fitted=1) == pytest.approx(self.of(cells, fitted=1))
 
     def test_the_noise_of_a_form_with_a_ceiling_is_that_of_runs_below_it(self) -> None:
         fit = fit_law(ceiling_cells(np.random.default_rng(0)), form="ceiling", compare=False)
         below = [
             cell.loss_reduction - predicted
-            for cell, predicted in zip(fit.cells, fit.best.predicted, strict=True)
+            for cell, predicted in zip(fit.observations, fit.best.predicted, strict=True)
             if not saturated(cell)
         ]
-        assert len(below) < len(fit.cells)
+        assert len(below) < len(fit.observations)
         assert fit.best.degrees_of_freedom == len(below) - 4
         assert fit.best.noise_nats == pytest.approx(math.sqrt(sum(x * x for x in below) / (len(below) - 4)))
 
@@ -193,7 +193,7 @@ class TestIntervals:
     def test_the_noise_at_the_ceiling_is_not_that_of_cells_on_the_way_to_it(self) -> None:
         fit = fit_law(ceiling_cells(np.random.default_rng(0)), form="ceiling", compare=False)
         saturated_ones = [
-            (cell, predicted) for cell, predicted in zip(fit.cells, fit.best.predicted, strict=True) if saturated(cell)
+            (cell, predicted) for cell, predicted in zip(fit.observations, fit.best.predicted, strict=True) if saturated(cell)
         ]
         free = sensitivity(FORMS["ceiling"], fit.best.theta, points_of([cell for cell, _ in saturated_ones], "rank"))
         there = [cell.loss_reduction - p for (cell, p), f in zip(saturated_ones, free, strict=True) if f < 0.05]
@@ -210,7 +210,7 @@ class TestIntervals:
 
     def test_a_knee_has_no_interval_beyond_its_range(self) -> None:
         fit = fit_law(ceiling_cells(np.random.default_rng(0), spread=0.6), form="ceiling", compare=False)
-        interval = fit.parameters["knee"].bootstrap
+        interval = fit.parameters["sharpness"].bootstrap
         assert interval is not None
         assert 0.5 * (1 - 1e-9) <= interval[0] < interval[1] <= 32 * (1 + 1e-9)
 
@@ -279,7 +279,7 @@ class TestTexts:
         assert error == pytest.approx((1 / 0.25 + evidence) ** -0.5, rel=1e-6)
 
     @staticmethod
-    def with_texts(noise: np.random.Generator, share: float) -> list[Cell]:
+    def with_texts(noise: np.random.Generator, share: float) -> list[Observation]:
         """Two texts of each length, whose frozen losses differ by 0.3 nats, of which a share is learnt away."""
         cells = []
         for length, seed in itertools.product((64, 96, 144, 216), (0, 1)):
@@ -303,7 +303,7 @@ class TestTexts:
             of_the_law["mean"] += low <= fallen(2, 216) <= high
             excess = 0.3 * generator.normal()
             left = HIGH_LOSS + (1 - share) * excess - fallen(3, 100) - 0.05 * generator.normal()
-            for name, law in (("told", fit.about_text(HIGH_LOSS + excess)), ("not told", fit)):
+            for name, law in (("told", fit.given(HIGH_LOSS + excess)), ("not told", fit)):
                 low, high = np.percentile(law.new_run_draws(3, 100).final_loss, (2.5, 97.5))
                 inside[name] += low <= left <= high
                 width[name] += (high - low) / draws
@@ -333,7 +333,7 @@ class TestTexts:
         noise = np.random.default_rng(0)
         law = published([cell(*size, fallen(*size) + 1e-3 * noise.normal()) for size in sizes])
         assert law.best.degrees_of_freedom == 1
-        low, high = law.about_text(HIGH_LOSS + 1.0).predict_interval(2, 100).confidence
+        low, high = law.given(HIGH_LOSS + 1.0).predict_interval(2, 100).confidence
         # Of the nat that it is worse by between 0.5 - 1.96 * 0.5 and 0.5 + 1.96 * 0.5 are taken off.
         assert high - low == pytest.approx(2 * 1.96 * 0.5, rel=0.15)
 
@@ -350,7 +350,7 @@ class TestTexts:
             for c in grid(np.random.default_rng(0))
         ]
         law = published(cells)
-        usual, further, far = (float(law.about_text(loss).predict(4, 64)) for loss in (13.0, 13.0 - 1.3, 13.0 - 2.6))
+        usual, further, far = (float(law.given(loss).predict(4, 64)) for loss in (13.0, 13.0 - 1.3, 13.0 - 2.6))
         assert further == pytest.approx(usual - 0.5 * 1.3)
         assert far == pytest.approx(further)
 
@@ -362,11 +362,11 @@ class TestCriteria:
         law = fit_law(ceiling_cells(np.random.default_rng(0)))
         squares = [
             (cell.loss_reduction - predicted) ** 2
-            for cell, predicted in zip(law.cells, fit.predicted, strict=True)
+            for cell, predicted in zip(law.observations, fit.predicted, strict=True)
             if not saturated(cell)
         ]
         n, p = len(squares), len(fit.free) + 1
-        assert n < len(law.cells)
+        assert n < len(law.observations)
         expected = n * math.log(sum(squares) / n) + 2 * p + 2 * p * (p + 1) / (n - p - 1)
         assert fit.aicc == pytest.approx(expected, rel=1e-9)
 
@@ -401,12 +401,12 @@ class TestCriteria:
     def test_r2_over_all_cells_cuts_what_no_run_can_do(self) -> None:
         law = fit_law(ceiling_cells(np.random.default_rng(0)))
         fit = law.fit_of("power_offset")
-        measured = np.array([cell.loss_reduction for cell in law.cells])
+        measured = np.array([cell.loss_reduction for cell in law.observations])
         cut = np.minimum(fit.predicted, 13.0)
         assert (np.array(fit.predicted) > 13.0).any()
         expected = 1 - np.sum((measured - cut) ** 2) / np.sum((measured - measured.mean()) ** 2)
         assert fit.r2_all == pytest.approx(float(expected), rel=1e-9)
-        assert fit.r2_all != pytest.approx(fit.r2, rel=1e-6)
+        assert fit.r2_all != pytest.approx(fit.best.r2, rel=1e-6)
 
     def test_of_few_unsaturated_sizes_no_difference_in_aicc_is_quoted(self) -> None:
         few = [c for c in ceiling_cells(np.random.default_rng(0), 0.01) if c.target_tokens >= 144 or c.rank > 3]
@@ -491,7 +491,7 @@ class TestByParameters:
     """Laws that count parameters: adapters of one rank in places of several sizes."""
 
     @staticmethod
-    def cells(places: tuple[int, ...], ranks: tuple[int, ...], lengths: tuple[int, ...], short: int = 0) -> list[Cell]:
+    def cells(places: tuple[int, ...], ranks: tuple[int, ...], lengths: tuple[int, ...], short: int = 0) -> list[Observation]:
         """Cells whose dL is 2 sqrt(parameters / tokens); adapters of `short` parameters reach a tenth less."""
         noise = np.random.default_rng(0)
         return [
@@ -510,7 +510,7 @@ class TestByParameters:
 
     def test_one_rank_in_places_of_several_sizes_determines_a_law(self) -> None:
         cells = self.cells((1000, 2000, 5000), (1,), (64, 128, 256))
-        law = fit_law(cells, form="power", compare=False, capacity="effective_parameters")
+        law = fit_law(cells, form="power", compare=False, adapter_size="effective_parameters")
         assert law.parameters["alpha"].value == pytest.approx(0.5, abs=0.01)
         assert not any("only one" in warning for warning in law.warnings)
         with pytest.raises(InputError, match="only rank 1 among the 9 of 9 cells"):
@@ -519,11 +519,11 @@ class TestByParameters:
     def test_several_ranks_of_one_number_of_parameters_do_not(self) -> None:
         cells = self.cells((2000,), (1,), (64, 128, 256)) + self.cells((1000,), (2,), (64, 128, 256))
         with pytest.raises(InputError, match="expected at least 2 adapter sizes; add runs with other adapter sizes"):
-            fit_law(cells, form="power", capacity="effective_parameters")
+            fit_law(cells, form="power", adapter_size="effective_parameters")
 
     def test_the_largest_number_of_parameters_is_held_out_and_one_that_is_off_is_named(self) -> None:
         cells = self.cells((1000, 1500), (1, 2, 4), (64, 96, 128, 256), short=6000)
-        law = fit_law(cells, form="power", compare=False, capacity="effective_parameters")
+        law = fit_law(cells, form="power", compare=False, adapter_size="effective_parameters")
         held = law.best.largest("effective_parameters")
         assert held is not None
         assert (held.value, held.cells) == (6000, 4)
