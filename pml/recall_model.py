@@ -1,15 +1,15 @@
 """From loss to recall: how many target tokens, and how many whole targets, are right at a given mean loss.
 
-The threshold of recall is per token (p > 0.5 makes a token certain) and the mean hides it: at the same mean loss a few
-stubborn tokens or many doubtful ones are possible. How losses spread around their mean belongs to the backbone and the
-kind of text, so it is learnt from the per-token results that runs leave. The model has three numbers:
+The threshold of recall is per token (p > 0.5 makes a token certain), which the mean does not show: the same mean loss
+may come from a few stubborn tokens or from many doubtful ones. How losses spread around their mean depends on the
+backbone and the kind of text, so the model is fitted to the per-token results of runs. It has three numbers:
 
     q(L) = 1 / (1 + (L / L_half)^k)                       share of target tokens right at mean loss L
     right tokens of a target of n ~ BetaBinomial(n, q c, (1 - q) c)
 
 L_half is the mean loss at which half of the tokens are right, k how steeply that changes, and the concentration c says
-how alike the tokens of one target are: without end they are independent and a target is right with q^n; the smaller c,
-the more errors gather in few targets, and the more whole targets are right at the same token accuracy.
+how alike the tokens of one target are. For a large c they are independent and a target is right with q^n; for a small c
+errors concentrate in few targets, and more whole targets are right at the same token accuracy.
 """
 
 import math
@@ -39,7 +39,7 @@ BIN_EDGES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)
 SMALLEST_LOSS = 1e-6
 # Shares stay this far from 0 and 1, where the likelihood has no logarithm.
 SMALLEST_SHARE = 1e-12
-# A weak prior keeps what the runs cannot tell finite: normal, on ln k and ln c, as (mean, standard deviation).
+# A weak prior keeps what the runs do not determine finite: normal, on ln k and ln c, as (mean, standard deviation).
 STEEPNESS_PRIOR = (math.log(2.0), 1.0)
 CONCENTRATION_PRIOR = (math.log(20.0), 2.0)
 
@@ -66,13 +66,13 @@ class _Content(pydantic.BaseModel):
 
 
 class ReliabilityBin(_Content):
-    """Targets whose probability of being right was foretold to lie in one range, each from the other runs.
+    """Targets with a predicted probability of being right in one range, each predicted from the other runs.
 
     Attributes:
         low: Lower end of the range.
         high: Upper end.
         targets: How many.
-        predicted: Mean of the foretold probabilities.
+        predicted: Mean of the predicted probabilities.
         observed: Share that were right.
     """
 
@@ -95,12 +95,12 @@ class RecallModel(_Content):
         tokens: Target tokens in them.
         loss_range: Smallest and largest mean loss of these runs, nats per target token.
         tokens_per_target_range: Length of the shortest and the longest target.
-        token_accuracy_error: Mean absolute error of a run's token accuracy, as a share, foretold from the other runs.
+        token_accuracy_error: Mean absolute error of a run's token accuracy, as a share, predicted from the others.
         exact_match_error: The same of its exact match.
-        brier: Mean squared error of the foretold probability that a target is right, each from the other runs.
-        brier_reference: The same where every target is foretold the other runs' share of exact targets: a model that
-            is worth anything is below it.
-        reliability: Foretold against observed exact match.
+        brier: Mean squared error of the predicted probability that a target is right, each from the other runs.
+        brier_reference: The same if the other runs' share of exact targets is predicted for every target; a useful
+            model is below it.
+        reliability: Predicted against observed exact match.
     """
 
     half_loss: float = pydantic.Field(gt=0)
@@ -165,16 +165,16 @@ def run_tokens(results: TokenResults) -> RunTokens:
 
 
 def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
-    """The recall model of runs of one kind, by maximum likelihood with a weak prior, and how well it foretells.
+    """The recall model of runs of one kind, by maximum likelihood with a weak prior, and its calibration.
 
-    Every figure of merit is out of sample: a run is foretold from the others. Of more than 200 runs, every 200th is
-    left out together, so that the time grows in proportion to the runs.
+    Every error is out of sample: a run is predicted from the others. Of more than 200 runs, every 200th is left out
+    together, so that the time grows in proportion to the runs.
 
     Args:
         runs: Runs of one backbone and one kind of text.
 
     Returns:
-        None where the runs cannot tell: fewer than 4, or fewer than 2 with a wrong token.
+        None with fewer than 4 runs, or fewer than 2 with a wrong token.
     """
     if len(runs) < FEWEST_RUNS or sum(bool((run.right < run.tokens).any()) for run in runs) < 2:
         return None

@@ -21,14 +21,14 @@ from pml.errors import InputError
 from pml.law import (
     CRITICAL_LOSS,
     FORMS,
-    Observation,
     Estimate,
     FormFit,
     FormName,
     HeldOut,
     LawFit,
-    observations_from_records,
+    Observation,
     fit_law,
+    observations_from_records,
     read_law,
     saturated,
     select_records,
@@ -395,7 +395,9 @@ class TestWarnings:
     def test_data_that_follow_a_logarithm_get_no_standard_errors_and_no_intervals(self) -> None:
         # The limit of the law for small exponents: every smaller alpha with a larger C fits better still.
         runs = [
-            Observation(c.rank, c.target_tokens, 20.0, 12.0 - 1.5 * math.log(c.rank) + 1.0 * math.log(c.target_tokens), 0, "")
+            Observation(
+                c.rank, c.target_tokens, 20.0, 12.0 - 1.5 * math.log(c.rank) + 1.0 * math.log(c.target_tokens), 0, ""
+            )
             for c in grid()
         ]
         fit = published(runs)

@@ -142,9 +142,7 @@ class TestPublished:
 
     def test_bits_per_parameter_are_a_mean_of_runs_that_differ_fourfold(self, law: LawFit) -> None:
         each = [
-            (run.stored_bits or 0.0) / (run.effective_parameters or 1)
-            for run in law.observations
-            if not saturated(run)
+            (run.stored_bits or 0.0) / (run.effective_parameters or 1) for run in law.observations if not saturated(run)
         ]
         assert (min(each), max(each)) == pytest.approx((0.4, 1.6), abs=0.15)
 

@@ -109,7 +109,7 @@ def test_the_likelihood_and_its_gradient_are_those_of_every_target_by_itself(
     np.testing.assert_allclose(gradient, approx_fprime(at, plain_likelihood, 1e-6, others), rtol=1e-3, atol=1e-3)
 
 
-def test_a_run_is_foretold_by_a_plain_fit_to_the_others() -> None:
+def test_a_run_is_predicted_by_a_plain_fit_to_the_others() -> None:
     runs = runs_of_all_lengths()
     fitted, whole = fit_recall(runs), plain_fit(runs)
     assert fitted is not None

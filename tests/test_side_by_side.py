@@ -9,7 +9,7 @@ from simulated_runs import write_simulated_run
 
 from pml.figures import NothingToShow, side_by_side_figure
 from pml.groups import group_runs
-from pml.law import Observation, Estimate, LawFit, fit_law
+from pml.law import Estimate, LawFit, Observation, fit_law
 from pml.records import read_records
 from pml.report.side_by_side import common_form, side_by_side
 from pml.report.studies import laws_by_name, make_studies
@@ -62,7 +62,7 @@ class TestForm:
         assert common_form(in_bits) == "stored_bits"
         found = side_by_side(in_bits)
         assert found is not None
-        assert found.table.columns[1].endswith("in bits (95 %)")
+        assert found.table.columns[1].endswith("(bits) (95 %)")
         exact = laws["50 steps"].fit_of("ceiling").model_copy(update={"determined": False})
         undetermined = laws["50 steps"].model_copy(update={"fits": [exact], "form": "ceiling"})
         assert common_form({**laws, "undetermined": undetermined}) is None

@@ -60,12 +60,12 @@ def capacity_figure(runs: Iterable[Observation]) -> Figure:
     return figure
 
 
-def stored_bits_figure(runs: Iterable[Observation], kappa: float | None = None) -> Figure:
+def stored_bits_figure(runs: Iterable[Observation], bits_per_parameter: float | None = None) -> Figure:
     """Stored bits against adapter parameters, both logarithmic; dotted: all the bits of each length.
 
     Args:
         runs: Observations of one method; those that were not finished are not drawn.
-        kappa: Bits per parameter of the one-constant law, drawn as a line where given.
+        bits_per_parameter: That of the law with this one constant, drawn as a line where given.
 
     Raises:
         NothingToShow: If no run has a corpus of known entropy, or none stored anything.
@@ -78,8 +78,14 @@ def stored_bits_figure(runs: Iterable[Observation], kappa: float | None = None) 
         for length, (colour, _) in looks.items():
             ceiling = max(run.entropy_bits or 0.0 for run in shown if run.target_tokens == length)
             axes.axhline(ceiling, color=colour, linewidth=1.2, linestyle=":", zorder=1)
-        if kappa is not None:
-            axes.plot([left, right], [kappa * left, kappa * right], color=INK, linewidth=1.6, zorder=2)
+        if bits_per_parameter is not None:
+            axes.plot(
+                [left, right],
+                [bits_per_parameter * left, bits_per_parameter * right],
+                color=INK,
+                linewidth=1.6,
+                zorder=2,
+            )
         for run in shown:
             look = looks[run.target_tokens]
             draw_point(axes, _parameters(run), _bits(run), look, is_hollow=saturated(run), size=7)
@@ -87,7 +93,11 @@ def stored_bits_figure(runs: Iterable[Observation], kappa: float | None = None) 
         plain_log(axes, "y")
         axes.set_xlim(left, right)
         axes.set(xlabel="adapter parameters", ylabel="stored bits")
-        lines = [] if kappa is None else [Line2D([], [], color=INK, label=f"{kappa:.3g} bits per parameter")]
+        lines = (
+            []
+            if bits_per_parameter is None
+            else [Line2D([], [], color=INK, label=f"{bits_per_parameter:.3g} bits per parameter")]
+        )
         _legend(figure, looks, shown, lines)
     return figure
 

@@ -37,8 +37,8 @@ SHARPNESS_RANGE: Final = (0.5, 32.0)
 """At 32 the soft minimum is the plain one to 2 %, so runs cannot distinguish larger values."""
 POSITIVE: Final = ("C", "bits_per_parameter", "sharpness")
 """Parameters above 0. The bootstrap fits their logarithms, and their intervals are symmetric in the logarithm."""
-# Keeps squared residuals finite while a fit tries extreme exponents.
-LARGEST_LOG_POWER: Final = 300.0
+# Stands for no ceiling, and keeps squared residuals finite while a fit tries extreme exponents.
+LARGEST_LOG: Final = 300.0
 SMALLEST_CEILING: Final = 1e-9
 
 
@@ -123,9 +123,8 @@ def gradient(
         by_log_power = np.exp(log_power) * _share(gap, p)
         by_ceiling = _share(-gap, p)
         log_sum = np.logaddexp(-p * log_power, -p * log_ceiling)
-        # By the ceiling first: where there is none, its infinite logarithm would meet a share of 0.
-        weighted = np.where(np.isinf(log_ceiling), log_power, log_ceiling + np.exp(-p * log_power - log_sum) * gap)
-        by_log_sharpness = np.exp(-log_sum / p) * (log_sum / p + weighted)
+        share = np.exp(-p * log_power - log_sum)
+        by_log_sharpness = np.exp(-log_sum / p) * (log_sum / p + log_ceiling + share * gap)
     return {
         "C": by_log_power,
         "alpha": by_log_power * np.log(rank),
@@ -142,7 +141,7 @@ def _log_terms(
     with np.errstate(divide="ignore"):
         log_power = np.log(C) + alpha * np.log(rank) - beta * np.log(target_tokens)
     ceiling = np.maximum(np.subtract(initial_loss, b), SMALLEST_CEILING)
-    return np.clip(log_power, -LARGEST_LOG_POWER, LARGEST_LOG_POWER), np.log(ceiling)
+    return np.clip(log_power, -LARGEST_LOG, LARGEST_LOG), np.minimum(np.log(ceiling), LARGEST_LOG)
 
 
 def _share(gap: Array, sharpness: Array) -> Array:

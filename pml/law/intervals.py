@@ -36,8 +36,8 @@ SPARE_TEXTS = 3
 """With fewer texts to spare, the effect of a text cannot be separated from that of its length."""
 # Where the fit leaves less than this share of a group's residual, the rest is rounding.
 LEAST_LEFT = 1e-3
-# The profile needs chi-squared to a few digits.
-PROFILE_TOLERANCE = 1e-8
+# The profile needs chi-squared to a few digits. Fits that take more steps belong to parameters without a limit.
+PROFILE_TOLERANCE, PROFILE_STEPS = 1e-6, 150
 # Parameters are indistinguishable in float64 if the Jacobian's condition number is larger.
 LARGEST_CONDITION = 1e12
 
@@ -137,11 +137,12 @@ def profile_intervals(form: Form, data: Data, solution: Solution, noise: Noise) 
         return float(f_distribution.cdf(rise, 1, noise.degrees_of_freedom))
 
     problem = minimizer(form, data, result.params, noise.of_the_fit, PROFILE_TOLERANCE)
+    problem.max_nfev = PROFILE_STEPS
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             found = lmfit.conf_interval(
-                problem, result, p_names=list(solution.free), sigmas=[0.95], prob_func=probability, maxiter=50
+                problem, result, p_names=list(solution.free), sigmas=[0.95], prob_func=probability, maxiter=30
             )
         except (lmfit.minimizer.MinimizerException, ValueError, AttributeError, TypeError, np.linalg.LinAlgError):
             return {}

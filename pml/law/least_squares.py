@@ -34,6 +34,8 @@ STARTS = 3
 # For refits, far below the spread of a bootstrap's draws.
 MOST_STEPS = 60
 SMALLEST_FALL = 1e-7
+# Losses are float32: a smaller variance of replicates, in nats squared, is rounding.
+SMALLEST_VARIANCE = 1e-12
 # The spread over two or three seeds is itself uncertain: the pooled spread counts as this many further seeds.
 PRIOR_DEGREES = 4
 
@@ -114,7 +116,7 @@ def weights(runs: Sequence[Observation]) -> Array:
     variances = np.array([np.var([runs[i].loss_reduction for i in members], ddof=1) for members in replicated])
     pooled = float(degrees @ variances) / max(degrees.sum(), 1.0)
     # A single replicated grid point has nothing to compare its spread with.
-    if len(replicated) < 2 or pooled <= 0:
+    if len(replicated) < 2 or pooled <= SMALLEST_VARIANCE:
         return found
     for members, degree, variance in zip(replicated, degrees, variances, strict=True):
         found[members] = (PRIOR_DEGREES + degree) * pooled / (PRIOR_DEGREES * pooled + degree * variance)

@@ -60,15 +60,14 @@ class Texts:
 
     def usual_loss(self, lengths: npt.ArrayLike) -> Array:
         """The line at these lengths, in nats per target token; constant beyond the measured lengths."""
-        line = np.polyfit(self.log_lengths, self.losses, self._order)
-        return np.asarray(np.polyval(line, self._logs(lengths)), dtype=np.float64)
+        centred = self.log_lengths - self.log_lengths.mean()
+        slope = float(centred @ (self.losses - self.losses.mean())) / float(centred @ centred) if self._order else 0.0
+        return np.asarray(self.losses.mean() + slope * self._from_mean(lengths))
 
     def standard_error(self, lengths: npt.ArrayLike) -> Array:
         """Standard error of the line at these lengths, in nats; 0 with fewer than 4 texts."""
-        root = np.linalg.inv(np.linalg.qr(np.vander(self.log_lengths, self._order + 1))[1])
-        logs = self._logs(lengths)
-        leverage = np.vander(np.ravel(logs), self._order + 1) @ root
-        return np.asarray(self.spread * np.linalg.norm(leverage, axis=-1).reshape(logs.shape))
+        sum_of_squares = float(np.sum((self.log_lengths - self.log_lengths.mean()) ** 2)) if self._order else math.inf
+        return np.asarray(self.spread * np.sqrt(1 / len(self.losses) + self._from_mean(lengths) ** 2 / sum_of_squares))
 
     def effect(self, residual: Array, sensitivity: Array, of_run: npt.NDArray[np.intp]) -> float:
         """How much of a text's excess runs take off beyond what the form says; 0 unless it is significant (95 %).
@@ -101,9 +100,9 @@ class Texts:
     def _order(self) -> int:
         return int(np.ptp(self.log_lengths) > 0)
 
-    def _logs(self, lengths: npt.ArrayLike) -> Array:
+    def _from_mean(self, lengths: npt.ArrayLike) -> Array:
         logs = np.log(np.asarray(lengths, dtype=np.float64))
-        return np.clip(logs, self.log_lengths.min(), self.log_lengths.max())
+        return np.asarray(np.clip(logs, self.log_lengths.min(), self.log_lengths.max()) - self.log_lengths.mean())
 
 
 def texts_of(runs: Sequence[Observation]) -> Texts:
