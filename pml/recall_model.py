@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pydantic
 from scipy.optimize import minimize
-from scipy.special import betaln, digamma, expit, gammaln
+from scipy.special import betaln, digamma, expit
 from scipy.stats import binom
 
 from pml.token_results import TokenResults
@@ -231,72 +231,36 @@ def _log_all_right(theta: Array, loss: Array, tokens: npt.NDArray[Any]) -> Array
 
 
 @dataclass(frozen=True)
-class _Counts:
-    """How often each count of tokens comes up in each run: few numbers, however many targets there are.
-
-    Attributes:
-        run: Index of the run, `(counts,)`.
-        count: The count, at least 1, `(counts,)`.
-        times: Targets of that run that have it, `(counts,)`.
-    """
-
-    run: npt.NDArray[np.int64]
-    count: npt.NDArray[np.int64]
-    times: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, by_run: Sequence[npt.NDArray[np.int64]]) -> "_Counts":
-        """From the counts of every target of every run."""
-        found = [np.unique(counts[counts > 0], return_counts=True) for counts in by_run]
-        run = np.repeat(np.arange(len(found)), [len(count) for count, _ in found])
-        count, times = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return cls(run, count, times)
-
-    def rising(self, start: Array) -> tuple[Array, Array]:
-        """ln(x (x + 1) ... (x + count - 1)) summed over the targets of each run, and its derivative by the run's x."""
-        end = start[self.run] + self.count
-
-        def over_runs(each: Array) -> Array:
-            return np.asarray(np.bincount(self.run, self.times * each, minlength=len(start)), dtype=np.float64)
-
-        value, slope = gammaln(end) - gammaln(start)[self.run], digamma(end) - digamma(start)[self.run]
-        return over_runs(value), over_runs(slope)
-
-
-@dataclass(frozen=True)
 class _Likelihood:
-    """The penalised likelihood of runs, any of which can be left out.
-
-    Up to a constant a target's likelihood is x (x + 1) ... (x + m - 1) of x = q c and its m right tokens, times that of
-    x = (1 - q) c and its wrong ones, over that of x = c and all of its tokens. All targets of a run share q, so each of
-    the three needs only how often each m comes up.
+    """The penalised likelihood of runs, any of which can be left out, over the different kinds of targets in each.
 
     Attributes:
         loss: Mean loss of each run in nats per target token, `(runs,)`.
-        right: Of the targets' right tokens.
-        wrong: Of their wrong ones.
-        tokens: Of all of them.
+        run: Index of the run, `(kinds,)`.
+        right: Right tokens of such a target, `(kinds,)`.
+        tokens: Its tokens, `(kinds,)`.
+        times: Number of such targets in the run, `(kinds,)`.
     """
 
     loss: Array
-    right: _Counts
-    wrong: _Counts
-    tokens: _Counts
+    run: npt.NDArray[np.int64]
+    right: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    times: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, runs: Sequence[RunTokens]) -> "_Likelihood":
-        return cls(
-            np.array([run.mean_loss for run in runs]),
-            _Counts.of([run.right for run in runs]),
-            _Counts.of([run.tokens - run.right for run in runs]),
-            _Counts.of([run.tokens for run in runs]),
-        )
+        found = [np.unique([run.right, run.tokens], axis=1, return_counts=True) for run in runs]
+        run = np.repeat(np.arange(len(runs)), [len(times) for _, times in found])
+        kinds = np.concatenate([kinds for kinds, _ in found], axis=1)
+        times = np.concatenate([times for _, times in found])
+        return cls(np.array([run.mean_loss for run in runs]), run, kinds[0], kinds[1], times)
 
     def most_likely(self, start: Array, kept: npt.NDArray[np.bool_] | None = None) -> Array:
         """(ln L_half, ln k, ln c) at the maximum, over all runs or those that are kept, `(runs,)`."""
         weights = np.ones_like(self.loss) if kept is None else kept.astype(np.float64)
         bounds = [(-7.0, 7.0), (-3.0, 4.0), (-3.0, 12.0)]
-        # One run of many moves the maximum by so little that the search would end where it starts at the usual 2e-9.
+        # One run of many moves the maximum so little that the search would stop at its start with the usual 2e-9.
         options = {"ftol": 1e-13}
         found = minimize(self.penalised, start, (weights,), "L-BFGS-B", jac=True, bounds=bounds, options=options)
         return np.asarray(found.x)
@@ -308,18 +272,17 @@ class _Likelihood:
             theta: (ln L_half, ln k, ln c).
             weights: One for each run; 0 leaves it out.
         """
-        steepness, concentration = np.exp(theta[1:])
-        distance = np.log(np.maximum(self.loss, SMALLEST_LOSS)) - theta[0]
-        exact = _accuracy(theta, self.loss)
+        c, loss, times = np.exp(theta[2]), self.loss[self.run], weights[self.run] * self.times
+        exact = _accuracy(theta, loss)
         share = np.clip(exact, SMALLEST_SHARE, 1 - SMALLEST_SHARE)
-        right, by_right = self.right.rising(share * concentration)
-        wrong, by_wrong = self.wrong.rising((1 - share) * concentration)
-        tokens, by_tokens = self.tokens.rising(np.full_like(share, concentration))
+        a, b, wrong = share * c, (1 - share) * c, self.tokens - self.right
+        value = -float(times @ (betaln(a + self.right, b + wrong) - betaln(a, b)))
+        by_both = digamma(c + self.tokens) - digamma(c)
+        by_a, by_b = digamma(a + self.right) - digamma(a) - by_both, digamma(b + wrong) - digamma(b) - by_both
         # A share that is clipped does not move with theta.
-        by_logit = np.where(share == exact, share * (1 - share), 0.0) * concentration * (by_right - by_wrong)
-        by_concentration = concentration * (share * by_right + (1 - share) * by_wrong - by_tokens)
-        value = -float(weights @ (right + wrong - tokens))
-        gradient = -np.array([steepness * by_logit, -steepness * distance * by_logit, by_concentration]) @ weights
+        by_logit = np.where(share == exact, share * (1 - share), 0.0) * c * (by_a - by_b) * np.exp(theta[1])
+        distance = np.log(np.maximum(loss, SMALLEST_LOSS)) - theta[0]
+        gradient = -np.array([by_logit, -distance * by_logit, a * by_a + b * by_b]) @ times
         for i, (mean, spread) in ((1, STEEPNESS_PRIOR), (2, CONCENTRATION_PRIOR)):
             value += ((theta[i] - mean) / spread) ** 2 / 2
             gradient[i] += (theta[i] - mean) / spread**2

@@ -54,8 +54,8 @@ def test_a_text_with_a_frozen_loss_far_from_those_of_the_law_is_pointed_out(law:
     within, beyond = (outcome_of_rank(law, 400, 4, initial_loss=loss).beyond for loss in (12.0, 2.3))
     assert not any("kind of text" in sentence for sentence in within)
     assert beyond[-1] == (
-        "the frozen model's loss is 2.3 nats per target token, that of the law's texts 13 to 13: the law does not cover "
-        "this kind of text"
+        "the frozen model's loss is 2.3 nats per target token, that of the law's texts 13 to 13: the law does not "
+        "cover this kind of text"
     )
 
 

@@ -93,11 +93,9 @@ def stored_bits_figure(runs: Iterable[Observation], bits_per_parameter: float | 
         plain_log(axes, "y")
         axes.set_xlim(left, right)
         axes.set(xlabel="adapter parameters", ylabel="stored bits")
-        lines = (
-            []
-            if bits_per_parameter is None
-            else [Line2D([], [], color=INK, label=f"{bits_per_parameter:.3g} bits per parameter")]
-        )
+        lines = []
+        if bits_per_parameter is not None:
+            lines.append(Line2D([], [], color=INK, label=f"{bits_per_parameter:.3g} bits per parameter"))
         _legend(figure, looks, shown, lines)
     return figure
 

@@ -15,6 +15,7 @@ summed over the corpus. Read in this order:
     diagnostics     warnings
 """
 
+from pml.groups import select_records, shared_setting
 from pml.law.csv_file import read_csv
 from pml.law.equation import Equation
 from pml.law.fit import fit_law
@@ -26,12 +27,10 @@ from pml.law.observations import (
     Reason,
     observations_from_records,
     saturated,
-    select_records,
-    shared_setting,
     unconverged,
 )
-from pml.law.prediction import LAW_NAME, LawFit, Prediction, RunDraws, percentiles, read_law
-from pml.law.schema import FACTORS, Estimate, Factor, FormFit, HeldOut
+from pml.law.prediction import LAW_NAME, LawFit, read_law
+from pml.law.schema import FACTORS, Estimate, Factor, FormFit, HeldOut, Prediction, RunDraws, percentiles
 from pml.law.texts import OTHER_KIND
 
 __all__ = [

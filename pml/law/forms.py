@@ -15,6 +15,8 @@ import lmfit
 import numpy as np
 import numpy.typing as npt
 
+from pml.groups import AdapterSize
+
 __all__ = [
     "FORMS",
     "POSITIVE",
@@ -31,7 +33,6 @@ __all__ = [
 
 Array = npt.NDArray[np.float64]
 FormName = Literal["power", "power_offset", "ceiling", "ceiling_offset", "entropy_power", "stored_bits"]
-AdapterSize = Literal["rank", "effective_parameters"]
 
 SHARPNESS_RANGE: Final = (0.5, 32.0)
 """At 32 the soft minimum is the plain one to 2 %, so runs cannot distinguish larger values."""
@@ -74,57 +75,40 @@ def loss_reduction(
         >>> round(float(loss_reduction(4, 100, 12, C=40, alpha=0.5, beta=0.5, sharpness=1)), 9)  # 1 / (1/8 + 1/12)
         4.8
     """
-    log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, C, alpha, beta, b)
+    log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, C=C, alpha=alpha, beta=beta, b=b)
     if np.all(np.isinf(sharpness)):
         return np.asarray(b + np.exp(np.minimum(log_power, log_ceiling)))
     p = np.asarray(sharpness)
     return np.asarray(b + np.exp(-np.logaddexp(-p * log_power, -p * log_ceiling) / p))
 
 
-def sensitivity(
-    rank: npt.ArrayLike,
-    target_tokens: npt.ArrayLike,
-    initial_loss: npt.ArrayLike = math.inf,
-    *,
-    C: npt.ArrayLike,
-    alpha: npt.ArrayLike,
-    beta: npt.ArrayLike,
-    b: npt.ArrayLike = 0.0,
-    sharpness: npt.ArrayLike = math.inf,
-) -> Array:
+def sensitivity(*where: npt.ArrayLike, sharpness: npt.ArrayLike = math.inf, **parameters: npt.ArrayLike) -> Array:
     """Derivative of the loss reduction with respect to its power term: 1 far below the ceiling, 0 at it.
 
     A run's deviation from the power law reaches its loss by this share. Arguments as in `loss_reduction`.
     """
-    log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, C, alpha, beta, b)
+    log_power, log_ceiling = _log_terms(*where, **parameters)
     if np.all(np.isinf(sharpness)):
         return np.asarray(log_power < log_ceiling, dtype=np.float64)
     return _share(log_power - log_ceiling, np.asarray(sharpness))
 
 
 def gradient(
-    rank: npt.ArrayLike,
-    target_tokens: npt.ArrayLike,
-    initial_loss: npt.ArrayLike = math.inf,
-    *,
-    C: npt.ArrayLike,
-    alpha: npt.ArrayLike,
-    beta: npt.ArrayLike,
-    b: npt.ArrayLike = 0.0,
-    sharpness: npt.ArrayLike = math.inf,
+    *where: npt.ArrayLike, sharpness: npt.ArrayLike = math.inf, **parameters: npt.ArrayLike
 ) -> dict[str, Array]:
     """Derivatives of `loss_reduction` by ln C, alpha, beta, b and ln sharpness, under the parameters' names."""
-    log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, C, alpha, beta, b)
+    log_power, log_ceiling = _log_terms(*where, **parameters)
+    reach = sensitivity(*where, sharpness=sharpness, **parameters)
     if np.all(np.isinf(sharpness)):
-        below = np.asarray(log_power < log_ceiling, dtype=np.float64)
-        by_log_power, by_ceiling, by_log_sharpness = np.exp(log_power) * below, 1.0 - below, np.zeros_like(below)
+        by_ceiling, by_log_sharpness = 1.0 - reach, np.zeros_like(reach)
     else:
         p, gap = np.asarray(sharpness), log_power - log_ceiling
-        by_log_power = np.exp(log_power) * _share(gap, p)
         by_ceiling = _share(-gap, p)
         log_sum = np.logaddexp(-p * log_power, -p * log_ceiling)
         share = np.exp(-p * log_power - log_sum)
         by_log_sharpness = np.exp(-log_sum / p) * (log_sum / p + log_ceiling + share * gap)
+    rank, target_tokens = where[:2] if where else (parameters["rank"], parameters["target_tokens"])
+    by_log_power = np.exp(log_power) * reach
     return {
         "C": by_log_power,
         "alpha": by_log_power * np.log(rank),
@@ -135,7 +119,7 @@ def gradient(
 
 
 def _log_terms(
-    rank: Any, target_tokens: Any, initial_loss: Any, C: Any, alpha: Any, beta: Any, b: Any
+    rank: Any, target_tokens: Any, initial_loss: Any = math.inf, *, C: Any, alpha: Any, beta: Any, b: Any = 0.0
 ) -> tuple[Array, Array]:
     """Logarithms of the two arguments of the soft minimum."""
     with np.errstate(divide="ignore"):

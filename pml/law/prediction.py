@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,51 +16,29 @@ from scipy.stats import norm
 
 from pml.errors import InputError
 from pml.law.equation import Equation
-from pml.law.forms import FORMS, AdapterSize, Array, Form, FormName, Points
+from pml.law.forms import FORMS, AdapterSize, Array, FormName, Points
 from pml.law.intervals import bootstrap, choose_groups, expansion, groups_of, noise_of
 from pml.law.least_squares import Solution, data_of, to_natural
 from pml.law.observations import LeftOutRun, Observation, saturated
-from pml.law.schema import LAW_SCHEMA_VERSION, Content, Estimate, Factor, FormFit, factors_of
+from pml.law.schema import (
+    LAW_SCHEMA_VERSION,
+    Content,
+    Estimate,
+    Factor,
+    FormFit,
+    Prediction,
+    RunDraws,
+    factors_of,
+    percentiles,
+)
 from pml.law.texts import OTHER_KIND, Texts, texts_of
 from pml.recall_model import RecallModel
 
-__all__ = ["LAW_NAME", "LawFit", "Prediction", "RunDraws", "percentiles", "read_law"]
+__all__ = ["LAW_NAME", "LawFit", "read_law"]
 
 LAW_NAME = "law.json"
 # Any fixed seed makes a law give the same prediction twice.
 RUN_SEED, LINE_SEED = 1, 2
-
-
-class Prediction(Content):
-    """Loss reduction of a run, in nats per target token.
-
-    Attributes:
-        loss_reduction: The law's value.
-        confidence: 95 % interval of that value, the mean of many runs.
-        new_run: 95 % interval of a single new run, which adds its own noise and text.
-    """
-
-    loss_reduction: float
-    confidence: tuple[float, float]
-    new_run: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class RunDraws:
-    """Simulated new runs, `(laws, runs, ...)`, in nats per target token.
-
-    Attributes:
-        initial_loss: The frozen model's loss on the text of each run.
-        loss_reduction: No more than that.
-    """
-
-    initial_loss: Array
-    loss_reduction: Array
-
-    @property
-    def final_loss(self) -> Array:
-        """Initial loss minus loss reduction."""
-        return self.initial_loss - self.loss_reduction
 
 
 class LawFit(Content):
@@ -142,21 +120,6 @@ class LawFit(Content):
     def bits_per_parameter(self) -> Estimate | None:
         """Of the form with this one constant, kappa; None where the corpus has no known entropy."""
         return next((fit.parameters["bits_per_parameter"] for fit in self.fits if fit.form == "stored_bits"), None)
-
-    @property
-    def r2(self) -> float:
-        """Of the chosen form."""
-        return self.best.r2
-
-    @property
-    def mape_percent(self) -> float:
-        """Of the chosen form."""
-        return self.best.mape_percent
-
-    @property
-    def rmse_nats(self) -> float:
-        """Of the chosen form."""
-        return self.best.rmse_nats
 
     @property
     def used(self) -> list[tuple[Observation, float]]:
@@ -273,10 +236,10 @@ class LawFit(Content):
         """
         fit = self.fit_of(form)
         points, shape = self._points(rank, target_tokens, fit.form, initial_loss)
-        laws = self._laws(fit.form)
+        theta, _ = self._laws(fit.form)
         if initial_loss is None:
-            points = replace(points, initial_loss=self._usual_loss_draws(points, len(laws.theta))[:, None])
-        found = self._evaluate_draws(fit, laws, points)[:, 0]
+            points = replace(points, initial_loss=self._usual_loss_draws(points, len(theta))[:, None])
+        found = self._evaluate_draws(fit, len(theta), points)[:, 0]
         return found.reshape(len(found), *shape)
 
     def new_run_draws(
@@ -302,8 +265,7 @@ class LawFit(Content):
         """
         fit, kind = self.fit_of(form), FORMS[self.fit_of(form).form]
         points, shape = self._points(rank, target_tokens, fit.form, initial_loss)
-        some = replace(self._laws(fit.form), theta=self._laws(fit.form).theta[:laws])
-        number, random = len(some.theta), np.random.default_rng(RUN_SEED)
+        number, random = len(self._laws(fit.form)[0][:laws]), np.random.default_rng(RUN_SEED)
         # All points share noise and text, so that two sizes differ in nothing but size.
         if runs == 1:
             noise, text = random.normal(size=(2, number, 1, 1))
@@ -318,7 +280,7 @@ class LawFit(Content):
         # Saturated runs are many, so the noise at the ceiling needs no widening.
         at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
         scale = np.hypot(reach * expansion(fit.degrees_of_freedom) * fit.noise_nats, (1.0 - reach) * at_ceiling)
-        reduction = self._evaluate_draws(fit, some, points) + noise * scale
+        reduction = self._evaluate_draws(fit, number, points) + noise * scale
         initial = np.broadcast_to(points.initial_loss, reduction.shape)
         whole = (number, runs, *shape)
         reduction = np.broadcast_to(np.minimum(reduction, initial), (number, runs, reduction.shape[-1]))
@@ -364,17 +326,28 @@ class LawFit(Content):
         return texts_of(self.observations)
 
     @cached_property
-    def _cache(self) -> dict[FormName, "_Laws"]:
+    def _cache(self) -> dict[FormName, tuple[Array, float]]:
         return {}
 
-    def _laws(self, form: FormName) -> "_Laws":
-        """Bootstrapped laws of a form, refitted to the stored observations when first needed.
+    def _laws(self, name: FormName) -> tuple[Array, float]:
+        """Parameters of bootstrapped laws, `(laws, parameters)`, and by how much their deviations are to be widened.
 
-        The effect of texts is removed first: predictions add it for the text in question.
+        They are refitted to the stored observations when first needed. The effect of texts is removed first, since
+        predictions add it for the text in question.
         """
-        if form not in self._cache:
-            self._cache[form] = _bootstrapped(FORMS[form], self.fit_of(form), self)
-        return self._cache[form]
+        if name not in self._cache:
+            form, fit = FORMS[name], self.fit_of(name)
+            chosen = np.array([form.saturating or not saturated(run) for run in self.observations])
+            runs = [run for run, keep in zip(self.observations, chosen, strict=True) if keep]
+            data, solution = data_of(runs, self.adapter_size), Solution(fit.values, fit.free)
+            excess = self._texts.excess[self._texts.of_run][chosen]
+            effect = fit.text_effect * form.sensitivity(fit.values, data.points) * excess
+            data = replace(data, measured=data.measured - effect)
+            groups = groups_of(runs, choose_groups(form, data, runs, solution))
+            residual = data.measured - form.evaluate(fit.values, data.points)
+            degrees = noise_of(residual, data, groups, len(fit.free)).degrees_of_freedom
+            self._cache[name] = bootstrap(form, data, solution, groups), expansion(degrees)
+        return self._cache[name]
 
     def _evaluate(self, fit: FormFit, values: Mapping[str, Any], points: Points) -> Array:
         """Loss reduction at these points, with the effect of the texts."""
@@ -386,11 +359,12 @@ class LawFit(Content):
         excess = np.clip(points.initial_loss - usual, -OTHER_KIND * usual, OTHER_KIND * usual)
         return np.asarray(found + fit.text_effect * form.sensitivity(values, points) * excess)
 
-    def _evaluate_draws(self, fit: FormFit, laws: "_Laws", points: Points) -> Array:
-        """The same by bootstrapped laws, `(laws, runs, n)`, with widened deviations."""
+    def _evaluate_draws(self, fit: FormFit, laws: int, points: Points) -> Array:
+        """The same by so many bootstrapped laws, `(laws, runs, n)`, with widened deviations."""
+        theta, widening = self._laws(fit.form)
         value = self._evaluate(fit, fit.values, points)
-        of_laws = self._evaluate(fit, to_natural(FORMS[fit.form], laws.theta[:, None]), points)
-        return np.asarray(value + laws.expansion * (of_laws - value))
+        of_laws = self._evaluate(fit, to_natural(FORMS[fit.form], theta[:laws, None]), points)
+        return np.asarray(value + widening * (of_laws - value))
 
     def _usual_loss_draws(self, points: Points, laws: int) -> Array:
         """The usual loss with its uncertainty, `(laws, n)`."""
@@ -418,33 +392,6 @@ class LawFit(Content):
         return Points(size, lengths, parameters, initial, self.entropy(lengths)), shape
 
 
-@dataclass(frozen=True)
-class _Laws:
-    """Bootstrapped laws.
-
-    Attributes:
-        theta: Their parameters, `(laws, parameters)`.
-        expansion: By how much their deviations are widened.
-    """
-
-    theta: Array
-    expansion: float
-
-
-def _bootstrapped(form: Form, fit: FormFit, law: LawFit) -> _Laws:
-    chosen = np.array([form.saturating or not saturated(run) for run in law.observations])
-    runs = [run for run, keep in zip(law.observations, chosen, strict=True) if keep]
-    data = data_of(runs, law.adapter_size)
-    excess = law._texts.excess[law._texts.of_run][chosen]
-    effect = fit.text_effect * form.sensitivity(fit.values, data.points) * excess
-    data = replace(data, measured=data.measured - effect)
-    solution = Solution(fit.values, fit.free)
-    groups = groups_of(runs, choose_groups(form, data, runs, solution))
-    residual = data.measured - form.evaluate(fit.values, data.points)
-    degrees = noise_of(residual, data, groups, len(fit.free)).degrees_of_freedom
-    return _Laws(bootstrap(form, data, solution, groups), expansion(degrees))
-
-
 def read_law(path: str | Path) -> LawFit:
     """Read a `law.json`.
 
@@ -457,9 +404,3 @@ def read_law(path: str | Path) -> LawFit:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected a {LAW_NAME} from pml law") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def percentiles(draws: Array) -> tuple[float, float]:
-    """The central 95 % interval of draws."""
-    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
-    return low, high

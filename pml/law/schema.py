@@ -1,12 +1,14 @@
-"""The parts of `law.json`: parameters, held-out errors, and one fitted form."""
+"""The parts of a fitted law: parameters, held-out errors, one fitted form, and what it predicts."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final, Literal
 
+import numpy as np
 import pydantic
 
 from pml.law.equation import Equation, equation_of
-from pml.law.forms import FORMS, AdapterSize, FormName
+from pml.law.forms import FORMS, AdapterSize, Array, FormName
 from pml.law.intervals import GroupedBy
 
 __all__ = [
@@ -18,7 +20,10 @@ __all__ = [
     "FormFit",
     "HeldOut",
     "Interval",
+    "Prediction",
+    "RunDraws",
     "factors_of",
+    "percentiles",
 ]
 
 LAW_SCHEMA_VERSION: Final = 5
@@ -168,6 +173,38 @@ class FormFit(Content):
         return equation_of(self.form, values, adapter_size, errors)
 
 
+class Prediction(Content):
+    """Loss reduction of a run, in nats per target token.
+
+    Attributes:
+        loss_reduction: The law's value.
+        confidence: 95 % interval of that value, the mean of many runs.
+        new_run: 95 % interval of a single new run, which adds its own noise and text.
+    """
+
+    loss_reduction: float
+    confidence: tuple[float, float]
+    new_run: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RunDraws:
+    """Simulated new runs, `(laws, runs, ...)`, in nats per target token.
+
+    Attributes:
+        initial_loss: The frozen model's loss on the text of each run.
+        loss_reduction: No more than that.
+    """
+
+    initial_loss: Array
+    loss_reduction: Array
+
+    @property
+    def final_loss(self) -> Array:
+        """Initial loss minus loss reduction."""
+        return self.initial_loss - self.loss_reduction
+
+
 def factors_of(adapter_size: AdapterSize) -> tuple[Factor, Factor]:
     """What runs differ in, for a law that counts this as the adapter's size."""
     return adapter_size, "target_tokens"
@@ -176,3 +213,9 @@ def factors_of(adapter_size: AdapterSize) -> tuple[Factor, Factor]:
 def _mean_error(held: Iterable[HeldOut]) -> float | None:
     known = [(part.runs, part.mape_percent) for part in held if part.mape_percent is not None]
     return sum(runs * error for runs, error in known) / sum(runs for runs, _ in known) if known else None
+
+
+def percentiles(draws: Array) -> tuple[float, float]:
+    """The central 95 % interval of draws."""
+    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
+    return low, high
