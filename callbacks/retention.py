@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pml import metrics
 from pml.corpus import Corpus, Example
+from pml.encoding import PromptFormat, TextEncoder
 from pml.errors import InputError
 from pml.modules import Memorization
 from pml.recall import score_examples
@@ -152,11 +153,12 @@ class Retention(Callback):
 def _python_reference(tokenizer: PreTrainedTokenizerBase, passages: int, max_positions: int | None) -> Corpus:
     """Beginnings of chapters of the Python language reference, by title; their first token is the prompt."""
     longest = min(PASSAGE_TOKENS + 1, max_positions or PASSAGE_TOKENS + 1)
+    encoder = TextEncoder(tokenizer, PromptFormat(chat_template=False))
     examples: list[Example] = []
     for title in sorted(topics):
         # Far more than a passage is not read: some chapters are as long as a book.
         beginning = topics[title][: CHARACTERS_PER_TOKEN * PASSAGE_TOKENS]
-        ids = tokenizer(beginning, add_special_tokens=False)["input_ids"]
+        ids = encoder.document(beginning)
         if len(ids) >= longest and len(examples) < passages:
             examples.append(Example(len(examples), tuple(ids[:1]), tuple(ids[1:longest])))
     return Corpus("python_reference", examples)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import platform
 import subprocess
 import time
@@ -13,8 +12,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -27,10 +24,12 @@ from pml import metrics
 from pml.adapter import adapter_parameters
 from pml.convergence import LossHistory
 from pml.corpus import Corpus
+from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, write_corpus
 from pml.errors import InputError
 from pml.modules import Memorization
 from pml.recall import Generated, score_corpus
 from pml.records import RECORD_NAME, Record, Status, write_record
+from pml.token_results import TOKENS_NAME, replaced_tokens, write_tokens
 from pml.weighting import TokenScores, critical_loss
 
 __all__ = ["RunRecord"]
@@ -43,9 +42,10 @@ PACKAGES = ("pml", "torch", "lightning", "transformers", "peft", "torchmetrics")
 class RunRecord(Callback):
     """Measures the frozen model before the fit and the adapted one after it, and writes the run's results.
 
-    Into the run's folder go `record.json` (see `pml.records.Record`), `tokens.parquet` (one row per target token) and
-    `adapter/` (as `save_pretrained` writes it). List it after `VerbatimRecall` and `StopWhenRecalled`, whose findings
-    it records; those of `Generalization` and `Retention` it asks for.
+    When the fit starts, `corpus.parquet` goes into the run's folder: queries and targets as the user wrote them, with
+    their token ids. When it ends, so do `record.json` (see `pml.records.Record`), `tokens.parquet` (one row per target
+    token) and `adapter/` (as `save_pretrained` writes it). List it after `VerbatimRecall` and `StopWhenRecalled`, whose
+    findings it records; those of `Generalization` and `Retention` it asks for.
 
     Args:
         dirpath: The run's folder; None is the logger's.
@@ -94,6 +94,8 @@ class RunRecord(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
+        if trainer.is_global_zero:
+            self._keep_corpus(trainer)
         with pl_module.frozen():
             self._initial = self._score(trainer, pl_module)
         self.record = None
@@ -158,7 +160,7 @@ class RunRecord(Callback):
             corpus_figures=trainer.datamodule.figures(scores) | held_out,  # type: ignore[attr-defined]
             retention=retention,
         )
-        _write_tokens(folder / "tokens.parquet", corpus, scores)
+        write_tokens(folder / TOKENS_NAME, corpus, scores)
         pl_module.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
         # The record comes last: a folder that has one has everything.
         path = write_record(folder, self.record)
@@ -171,6 +173,13 @@ class RunRecord(Callback):
                 "diverged: the final loss is not a finite number; lower the learning rate of %g, or warm it up",
                 pl_module.learning_rate,
             )
+
+    def _keep_corpus(self, trainer: Trainer) -> None:
+        """Write what the run memorises into its folder, so that it can be asked for when its source has changed."""
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        write_corpus(self._folder / CORPUS_NAME, datamodule.corpus)
+        if datamodule.held_out is not None:
+            write_corpus(self._folder / HELD_OUT_NAME, datamodule.held_out)
 
     @staticmethod
     def _outside_the_corpus(
@@ -208,7 +217,7 @@ class RunRecord(Callback):
         current = recall is not None and recall.generated_at_step == trainer.global_step
         generated = recall.shares() if recall is not None and current else {}
         similarity = _edit_similarity(module, recall.generated) if generated and recall is not None else None
-        replaced = _replaced(corpus, scores)
+        replaced = replaced_tokens(corpus, scores)
         record = Record(
             backbone=module.backbone.name,
             backbone_hash=module.backbone.content_hash,
@@ -220,6 +229,7 @@ class RunRecord(Callback):
             effective_parameters=parameters,
             corpus=corpus.name,
             corpus_hash=corpus.content_hash,
+            corpus_encoding=corpus.encoding,
             corpus_settings=corpus.settings,
             pairs=len(corpus),
             target_tokens=corpus.target_tokens,
@@ -276,14 +286,6 @@ def _memorized_bits(corpus: Corpus, scores: TokenScores) -> float | None:
     return metrics.memorized_bits(corpus.entropy_bits, loss, corpus.target_tokens)
 
 
-def _replaced(corpus: Corpus, scores: TokenScores) -> torch.Tensor:
-    """(examples, L) bool, target tokens that were put in at random."""
-    replaced = torch.zeros_like(scores.mask)
-    for row, example in zip(replaced, corpus.examples, strict=True):
-        row[list(example.replaced)] = True
-    return replaced
-
-
 def _edit_similarity(module: Memorization, generated: Sequence[Generated] | None) -> float:
     """Mean over targets of the similarity in characters of greedy decoding and target, special tokens left out."""
     assert generated
@@ -292,25 +294,6 @@ def _edit_similarity(module: Memorization, generated: Sequence[Generated] | None
         return str(module.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     return fmean(metrics.edit_similarity(text(g.token_ids), text(g.example.target_ids)) for g in generated)
-
-
-def _write_tokens(path: Path, corpus: Corpus, scores: TokenScores) -> None:
-    """One row per target token: example_id, position, token_id, loss (nats), correct, replaced; written atomically."""
-    rows, columns = scores.mask.nonzero(as_tuple=True)
-    table = pa.table(
-        {
-            "example_id": pa.array(scores.example_id[rows].numpy(), pa.int32()),
-            "position": pa.array(columns.numpy(), pa.int32()),
-            "token_id": pa.array([i for e in corpus.examples for i in e.target_ids], pa.int32()),
-            "loss": pa.array(scores.losses[rows, columns].numpy(), pa.float32()),
-            "correct": pa.array(scores.correct[rows, columns].tolist(), pa.bool_()),
-            "replaced": pa.array(_replaced(corpus, scores)[rows, columns].tolist(), pa.bool_()),
-        }
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(table, partial, compression="zstd")
-    partial.replace(path)
 
 
 def _log_hyperparameters(logger: TensorBoardLogger, record: Record) -> None:

@@ -4,10 +4,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
-from transformers import PreTrainedTokenizerBase
-
-from data_modules._sources import Document
-from pml.corpus import encode_target
+from data_modules._documents import Document
+from pml.encoding import Prompt, TextEncoder
 from pml.errors import InputError
 
 __all__ = ["CutText", "CutTokens", "Cutter", "Piece"]
@@ -25,6 +23,9 @@ MARGIN_TOKENS = 16
 
 LOOK_BACK_TOKENS = 64
 """How far back a cut that survives is looked for."""
+
+ALONE = Prompt((), "")
+"""What a document stands after: nothing."""
 
 
 class Piece(NamedTuple):
@@ -64,15 +65,15 @@ class CutText:
 
     Args:
         documents: The text; a blank line is put between documents.
-        tokenizer: The backbone's tokenizer.
+        encoder: Turns text into token ids.
         name: Name of the text for messages.
 
     Raises:
         InputError: From `take`: too little text, or text that the tokenizer cannot represent.
     """
 
-    def __init__(self, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, documents: Iterable[Document], encoder: TextEncoder, name: str) -> None:
+        self._encoder = encoder
         self._name = name
         self._titles: deque[tuple[int, str]] = deque()  # where documents begin, in characters
         self._blocks = self._all_blocks(documents)
@@ -91,14 +92,14 @@ class CutText:
         self._fill(None)
         if not self._buffer:
             raise InputError(_too_short(self._name, self._tokens, 0, None))
-        return self._buffer, list(encode_target(self._tokenizer, self._buffer, self._name))
+        return self._buffer, list(self._encoder.target(ALONE, self._buffer, self._name))
 
     def _encoded(self, tokens: int) -> list[int]:
         """The next ids, as they are with what follows them."""
         size = (tokens + MARGIN_TOKENS) * CHARACTERS_PER_TOKEN
         while True:
             more = self._fill(size)
-            ids = _encode(self._tokenizer, self._buffer[:size])
+            ids = self._encoder.document(self._buffer[:size])
             if len(ids) >= tokens + MARGIN_TOKENS or not more:
                 break
             size *= 2
@@ -107,10 +108,10 @@ class CutText:
         return ids[:tokens]
 
     def _cut(self, ids: list[int]) -> tuple[str, list[int]]:
-        _check_represented(self._tokenizer, ids, self._buffer, self._name)
+        _check_represented(self._encoder, ids, self._buffer, self._name)
         for end in range(len(ids), max(0, len(ids) - LOOK_BACK_TOKENS), -1):
-            text = _decode(self._tokenizer, ids[:end])
-            if self._buffer.startswith(text) and _encode(self._tokenizer, text) == ids[:end]:
+            text = self._encoder.decode(ids[:end])
+            if self._buffer.startswith(text) and self._encoder.document(text) == ids[:end]:
                 return text, ids[:end]
         raise InputError(
             f"{self._name}: from token {self._tokens} on, no cut within {len(ids)} tokens gives text that is encoded "
@@ -153,18 +154,18 @@ class CutTokens:
 
     Args:
         text: The whole text.
-        tokenizer: The backbone's tokenizer.
+        encoder: Turns text into token ids.
         title: Title of the text.
 
     Raises:
         InputError: From `take`: too little text, or text that the tokenizer cannot represent.
     """
 
-    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, title: str) -> None:
+    def __init__(self, text: str, encoder: TextEncoder, title: str) -> None:
         self._text = text
-        self._tokenizer = tokenizer
+        self._encoder = encoder
         self._title = title
-        self._ids = _encode(tokenizer, text)
+        self._ids = encoder.document(text)
         self._tokens = 0
 
     def __len__(self) -> int:
@@ -176,25 +177,17 @@ class CutTokens:
         ids = self._ids[self._tokens : end]
         if len(ids) < (tokens or 1):
             raise InputError(_too_short(self._title, self._tokens, len(ids), tokens))
-        _check_represented(self._tokenizer, self._ids[:end], self._text, self._title)
+        _check_represented(self._encoder, self._ids[:end], self._text, self._title)
         piece = Piece(self._title, self._tokens, tuple(ids))
         self._tokens = end
         return piece
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # Quiet about texts that are longer than the context: only a part of them is used.
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-
-
-def _check_represented(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, name: str) -> None:
+def _check_represented(encoder: TextEncoder, ids: list[int], text: str, name: str) -> None:
     # A cut inside a character leaves bytes at the end that decode to replacement characters.
-    if not text.startswith(_decode(tokenizer, ids).rstrip("\N{REPLACEMENT CHARACTER}")):
-        encode_target(tokenizer, text, name)  # says which character is lost
+    if not text.startswith(encoder.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")) or encoder.control_in(ids):
+        encoder.target(ALONE, text, name)  # says which character is lost
+        raise InputError(f"{name}: the tokenizer cannot represent this text in pieces; use a byte-level tokenizer")
 
 
 def _too_short(name: str, taken: int, left: int, asked: int | None) -> str:

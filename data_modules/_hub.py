@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_modules._sources import Document, Row, document_of_row
+from data_modules._documents import Document, document_of_row
+from data_modules._rows import Row
+from data_modules._wording import one_line
 from pml.errors import InputError
 
 __all__ = ["dataset_documents"]
@@ -24,8 +26,8 @@ def dataset_documents(name: str, config: str | None, split: str, column: str) ->
         column: Where its rows have their text.
 
     Raises:
-        InputError: `datasets` is not installed, there is no such dataset, configuration, split or column, or the
-            dataset is neither tables nor text.
+        InputError: `datasets` is not installed, there is no such dataset, configuration, split or column, two
+            columns have its name, or the dataset is neither tables nor text.
     """
     try:
         datasets = importlib.import_module("datasets")
@@ -34,13 +36,17 @@ def dataset_documents(name: str, config: str | None, split: str, column: str) ->
     try:
         rows = _rows(datasets, name, config, split)
         for number, values in enumerate(rows, start=1):
+            # What pandas, which reads CSV there, makes of the second of two columns with one name.
+            if rows.builder_name == "csv" and (second := f"{column}.1") in values:
+                raise InputError(
+                    f"{name} row {number}: two columns have the name {column!r}, or one has {second!r}; rename one"
+                )
             yield document_of_row(Row(f"{name} row {number}", values), column)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        # Messages of the library are long; what went wrong comes first.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"dataset {name!r} cannot be read: {reason}") from error
+    except Exception as error:
+        # The library reads many formats through other libraries, and each raises its own: no list is complete.
+        raise InputError(f"dataset {name!r} cannot be read: {one_line(error)}") from error
 
 
 def _rows(datasets: Any, name: str, config: str | None, split: str) -> Any:

@@ -1,9 +1,11 @@
 """Files in the published long-context format: one long target, and where random tokens were put into it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short_repr
 
-from data_modules._sources import first_row, text_in
+from data_modules._rows import first_row, text_in
 from pml.errors import InputError
 
 __all__ = ["LongContextFile", "read_long_context"]
@@ -44,13 +46,13 @@ def read_long_context(path: Path, column: str) -> LongContextFile | None:
     Raises:
         InputError: If a .jsonl file is malformed, or the positions are not whole numbers.
     """
-    if path.suffix.lower() != ".jsonl" or not path.is_file():
+    if path.suffix.lower() != ".jsonl" or not os.path.isfile(path):
         return None
     row = first_row(path)
     if column in row.values or not {"question", "matching"} <= row.values.keys():
         return None
     positions = row.values.get("noise_positions", [])
     if not isinstance(positions, list) or not all(type(position) is int for position in positions):
-        raise InputError(f"{row.where}: 'noise_positions' is {str(positions)[:40]}; expected a list of whole numbers")
+        raise InputError(f"{row.where}: 'noise_positions' is {short_repr(positions)}; expected a list of whole numbers")
     tokens = row.values.get("original_token_count")
     return LongContextFile(text_in(row, "question"), text_in(row, "matching"), tokens, tuple(sorted(positions)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pml.corpus import special_ids
+from pml.encoding import special_ids
 
 __all__ = ["ordinary_ids", "replace", "replaced_positions"]
 

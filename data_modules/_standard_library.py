@@ -6,7 +6,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_modules._sources import Document
+from data_modules._documents import Document
 from pml.errors import InputError
 
 __all__ = ["documentation_strings"]

@@ -4,6 +4,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Self
 
 from lightning import LightningDataModule
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pml.corpus import GHOST, Corpus, Example, collate
 from pml.curriculum import CorpusBatchSampler, PrefixRatio
+from pml.encoding import PromptFormat, TextEncoder
 from pml.errors import InputError
 from pml.weighting import TokenScores
 
@@ -31,9 +33,11 @@ class MemorizationDataModule(LightningDataModule, ABC):
         seed: Seed of the corpus and of the order of its examples; the run's own seed does not change either.
         chat_template: Put the query into the tokenizer's chat template, where it has one.
         system: Text of a system turn before the query; null leaves that to the chat template.
+        template_kwargs: Variables of the chat template, such as `{enable_thinking: false}`.
+        template_date: Day, as YYYY-MM-DD, that a chat template which reads the clock writes in place of today.
 
     Raises:
-        InputError: If `batch_size` is below 1.
+        InputError: If `batch_size` is below 1, a variable of the template has a reserved name, or the date is none.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class MemorizationDataModule(LightningDataModule, ABC):
         seed: int = 42,
         chat_template: bool = True,
         system: str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        template_date: str = PromptFormat.template_date,
     ) -> None:
         super().__init__()
         if batch_size is not None and batch_size < 1:
@@ -53,8 +59,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = seed
-        self.chat_template = chat_template
-        self.system = system
+        self.prompt_format = PromptFormat(chat_template, system, template_kwargs or {}, template_date)
         self._corpus: Corpus | None = None
         self._held_out: Corpus | None = None
 
@@ -84,6 +89,14 @@ class MemorizationDataModule(LightningDataModule, ABC):
         """
         return {}
 
+    def encoder(self, tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
+        """What turns text into token ids, with prompts as this corpus has them.
+
+        Args:
+            tokenizer: The backbone's tokenizer.
+        """
+        return TextEncoder(tokenizer, self.prompt_format)
+
     def with_seed(self, seed: int) -> Self:
         """The same settings with another seed, not built yet: a second draw of whatever is drawn."""
         other = copy.copy(self)
@@ -111,19 +124,18 @@ class MemorizationDataModule(LightningDataModule, ABC):
             max_positions: Tokens that fit into the backbone's context; None means no limit.
 
         Raises:
-            InputError: If an example does not fit, and whatever is wrong with what the corpus is made from.
+            InputError: If an example does not fit or has ids that the backbone does not know, two that the model
+                cannot tell apart have different targets, and whatever is wrong with what the corpus is made from.
         """
         corpus, held_out = self.make_corpus(tokenizer, vocab_size), self.make_held_out(tokenizer, vocab_size)
         for part in (corpus, held_out) if held_out is not None else (corpus,):
-            if max_positions is not None and part.longest > max_positions:
-                example = max(part.examples, key=len)
-                raise InputError(
-                    f"corpus {part.name!r}: example {example.example_id} has {len(example)} tokens "
-                    f"({len(example.prompt_ids)} prompt, {len(example.target_ids)} target), the backbone has "
-                    f"{max_positions} positions; use shorter targets or a backbone with a longer context"
-                )
+            _refuse_what_cannot_be_learnt(part, tokenizer, vocab_size, max_positions)
         self._corpus, self._held_out = corpus, held_out
         return corpus
+
+    def use(self, corpus: Corpus, held_out: Corpus | None = None) -> None:
+        """Take a corpus that was made before, such as that of a finished run, in place of making one."""
+        self._corpus, self._held_out = corpus, held_out
 
     def setup(self, stage: str | None = None) -> None:
         """Make the corpus for the trainer's module; once, although each stage calls this."""
@@ -156,7 +168,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """What every corpus depends on, for the record; a subclass adds its own to it."""
-        return {"seed": self.seed, "chat_template": self.chat_template, "system": self.system}
+        return {"seed": self.seed, **asdict(self.prompt_format)}
 
     @property
     def _curriculum(self) -> PrefixRatio | None:
@@ -185,6 +197,33 @@ class MemorizationDataModule(LightningDataModule, ABC):
             collate_fn=collate,
             num_workers=0,  # a batch is a few ids that are in memory already; workers would only cost start-up time
         )
+
+
+def _refuse_what_cannot_be_learnt(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_positions: int | None
+) -> None:
+    known: dict[tuple[int, ...], Example] = {}
+    for example in corpus.examples:
+        where = f"corpus {corpus.name!r}: example {example.example_id}" + (
+            f" ({example.source})" if example.source else ""
+        )
+        if max_positions is not None and len(example) > max_positions:
+            raise InputError(
+                f"{where} has {len(example)} tokens ({len(example.prompt_ids)} prompt, {len(example.target_ids)} "
+                f"target), the backbone has {max_positions} positions; use shorter targets or a backbone with a longer "
+                "context"
+            )
+        if (highest := max(max(example.prompt_ids), max(example.target_ids))) >= vocab_size:
+            raise InputError(
+                f"{where} has the token {tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}), and the backbone "
+                f"knows ids below {vocab_size}; write the text without it, or use the backbone's own tokenizer"
+            )
+        before = known.setdefault(example.prompt_ids, example)
+        if before.target_ids != example.target_ids:
+            raise InputError(
+                f"{where} has the same prompt as example {before.example_id}, and another target; no model can recall "
+                "both: make their queries differ"
+            )
 
 
 class _Batches(Dataset[Sequence[Example]]):

@@ -102,6 +102,11 @@ class Biographies(MemorizationDataModule):
         bits = entropy_bits(SOURCES, self.attributes, self.people)
         repeated = len(set(fact_ids)) < len(fact_ids)
         examples = self._encoded(pairs, tokenizer)
+        if len(examples) < len(pairs):
+            raise InputError(
+                f"biographies: {len(pairs) - len(examples)} of {len(pairs)} questions are the same as others to this "
+                "tokenizer; use a backbone whose tokenizer keeps all characters"
+            )
         return Corpus("biographies", examples, bits, self.settings, fact_ids if repeated else None)
 
     def make_held_out(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
@@ -148,9 +153,10 @@ class Biographies(MemorizationDataModule):
         return self.templates if after > before else 1
 
     def _encoded(self, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        return encode_pairs(
-            pairs, tokenizer, chat_template=self.chat_template, system=self.system, end_of_turn=self.end_of_turn
-        )
+        encoder = self.encoder(tokenizer)
+        examples = encode_pairs(pairs, encoder, end_of_turn=self.end_of_turn).examples
+        encoder.warn_of_changes("biographies")
+        return examples
 
 
 def _draw(seed: int) -> Iterator[_Person]:

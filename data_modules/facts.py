@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from data_modules._pairs import DistinctPairs, read_pairs
+from data_modules._pairs import read_pairs
 from data_modules.base import MemorizationDataModule
 from pml.corpus import Corpus, encode_pairs
 from pml.errors import InputError
@@ -20,10 +20,14 @@ log = logging.getLogger(__name__)
 class Facts(MemorizationDataModule):
     """Pairs from a .jsonl, .csv, .parquet or .yaml file, one row each.
 
+    A row has the two columns. With their default names, rows of chats will do too where they hold one question and one
+    answer: OpenAI's "messages", ShareGPT's "conversations", Alpaca's "instruction", "input" and "output", and "prompt"
+    and "completion".
+
     Without a file these are examples of what has to be remembered exactly: made-up credentials, licence keys, addresses
     and watermarks, and public wording of statutes, diagnosis codes, formulas and citations.
 
-    Identical rows are taken once, and counted. A query with different targets is an error.
+    Rows that the model cannot tell apart are taken once, and counted; one query with different targets is an error.
 
     Args:
         path: The file; null takes the examples.
@@ -70,13 +74,13 @@ class Facts(MemorizationDataModule):
             return self._corpus_of(path, "facts", tokenizer)
 
     def _corpus_of(self, path: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-        pairs = DistinctPairs(read_pairs(path, self.query_column, self.target_column), self.pairs)
-        # Pairs go straight from the file into token ids, so that their texts are not all in memory.
-        examples = encode_pairs(
-            pairs, tokenizer, chat_template=self.chat_template, system=self.system, end_of_turn=self.end_of_turn
-        )
-        if pairs.duplicates:
-            log.info("%s: %d identical pairs are merged with earlier ones", name, pairs.duplicates)
+        encoder = self.encoder(tokenizer)
+        # Pairs go straight from the file into token ids.
+        rows = read_pairs(path, self.query_column, self.target_column)
+        examples, duplicates = encode_pairs(rows, encoder, end_of_turn=self.end_of_turn, limit=self.pairs)
+        encoder.warn_of_changes(name)
+        if duplicates:
+            log.info("%s: %d identical pairs are merged with earlier ones", name, duplicates)
         if self.pairs is not None and len(examples) < self.pairs:
             raise InputError(f"{name}: {len(examples)} different pairs, and pairs is {self.pairs}; expected no more")
-        return Corpus(name, examples, settings={**self.settings, "merged_duplicates": pairs.duplicates})
+        return Corpus(name, examples, settings={**self.settings, "merged_duplicates": duplicates})

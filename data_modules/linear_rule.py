@@ -86,7 +86,5 @@ class LinearRule(MemorizationDataModule):
         return trained, others
 
     def _encoded(self, name: str, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> Corpus:
-        examples = encode_pairs(
-            pairs, tokenizer, chat_template=self.chat_template, system=self.system, end_of_turn=self.end_of_turn
-        )
+        examples = encode_pairs(pairs, self.encoder(tokenizer), end_of_turn=self.end_of_turn).examples
         return Corpus(name, examples, settings=self.settings)

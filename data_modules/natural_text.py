@@ -11,14 +11,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data_modules._cut import Cutter, CutText, CutTokens, Piece
+from data_modules._documents import read_documents
 from data_modules._hub import dataset_documents
 from data_modules._published import LongContextFile, read_long_context
 from data_modules._replacement import ordinary_ids, replace
-from data_modules._sources import read_documents
 from data_modules._standard_library import documentation_strings
 from data_modules.base import MemorizationDataModule
 from data_modules.random_tokens import PUBLISHED_PROMPT
-from pml.corpus import Corpus, Example, encode_prompt, end_of_turn_id
+from pml.corpus import Corpus, Example, end_of_turn_ids
+from pml.encoding import Prompt, TextEncoder
 from pml.errors import InputError
 
 __all__ = ["NaturalText"]
@@ -123,44 +124,50 @@ class NaturalText(MemorizationDataModule):
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
         candidates = ordinary_ids(tokenizer, vocabulary)
         generator = torch.Generator().manual_seed(self.seed)
-        end = (end_of_turn_id(tokenizer),) if self.end_of_turn else ()
-        source = self._source(tokenizer)
+        encoder = self.encoder(tokenizer)
+        end = end_of_turn_ids(encoder, self.end_of_turn)
+        source = self._source(encoder)
         examples = []
-        for i, (query, piece) in enumerate(self._pieces(source, tokenizer)):
-            ids, replaced = replace(piece.ids, self.random_ratio, candidates, generator)
-            prompt_ids = encode_prompt(tokenizer, query, chat_template=self.chat_template, system=self.system)
-            examples.append(Example(i, prompt_ids, ids + end, replaced or source.random_in(piece)))
+        for i, (query, piece) in enumerate(self._pieces(source, encoder)):
+            prompt = encoder.prompt(query, piece.title)
+            ids, text = _in_place(piece, prompt, encoder)
+            ids, replaced = replace(ids, self.random_ratio, candidates, generator)
+            target = None if replaced else text
+            examples.append(
+                Example(i, prompt.ids, ids + end, replaced or source.random_in(piece), query, target, piece.title)
+            )
+        encoder.warn_of_changes(source.name)
         self._refuse_equal_queries(examples)
         cut_tokens = sum(len(example.target_ids) for example in examples) - len(examples) * len(end)
         all_random = self.random_ratio > 0 and sum(len(example.replaced) for example in examples) == cut_tokens
         entropy_bits = cut_tokens * math.log2(len(candidates)) if all_random else None
         return Corpus(source.name, examples, entropy_bits, {**self.settings, **source.facts})
 
-    def _source(self, tokenizer: PreTrainedTokenizerBase) -> "_Source":
+    def _source(self, encoder: TextEncoder) -> "_Source":
         if self.dataset is not None:
             documents = dataset_documents(self.dataset, self.dataset_config, self.split, self.column)
-            return _Source(self.dataset, CutText(documents, tokenizer, self.dataset))
+            return _Source(self.dataset, CutText(documents, encoder, self.dataset))
         if self.path is None:
             version = "documentation strings of Python {}.{}.{}".format(*sys.version_info)
-            return _Source("natural_text", CutText(documentation_strings(), tokenizer, version), {"source": version})
+            return _Source("natural_text", CutText(documentation_strings(), encoder, version), {"source": version})
         paths = [self.path] if isinstance(self.path, str) else self.path
         name = ", ".join(Path(path).name for path in paths)
         if len(paths) == 1 and (published := read_long_context(Path(paths[0]), self.column)):
-            return self._published(published, name, tokenizer)
-        return _Source(name, CutText(read_documents(paths, self.column), tokenizer, name))
+            return self._published(published, name, encoder)
+        return _Source(name, CutText(read_documents(paths, self.column), encoder, name))
 
-    def _published(self, file: LongContextFile, name: str, tokenizer: PreTrainedTokenizerBase) -> "_Source":
+    def _published(self, file: LongContextFile, name: str, encoder: TextEncoder) -> "_Source":
         if file.random_positions and self.random_ratio:
             raise InputError(
                 f"random_ratio is {self.random_ratio}, and {name} has random tokens already; expected 0, or a file "
                 "without any"
             )
-        text = CutTokens(file.text, tokenizer, name)
+        text = CutTokens(file.text, encoder, name)
         positions = file.positions_in(len(text))
         facts = {"random_positions_known": positions is not None} if file.random_positions else {}
         return _Source(name, text, facts, file.question, positions or ())
 
-    def _pieces(self, source: "_Source", tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Piece]]:
+    def _pieces(self, source: "_Source", encoder: TextEncoder) -> Iterator[tuple[str, Piece]]:
         """Queries with the targets that they ask for."""
         prompt = source.question if self.prompt is None else self.prompt
         parts: dict[str, int] = {}
@@ -168,7 +175,7 @@ class NaturalText(MemorizationDataModule):
             source.text.take(self.skip_tokens)
         for i in range(self.count):
             if self.query == "opening":
-                query = str(tokenizer.decode(list(source.text.take(self.opening_tokens).ids)))
+                query = encoder.decode(source.text.take(self.opening_tokens).ids)
             piece = source.text.take(self.length)
             if self.query == "title":
                 parts[piece.title] = parts.get(piece.title, 0) + 1
@@ -186,6 +193,16 @@ class NaturalText(MemorizationDataModule):
                     f"targets {other + 1} and {example.example_id + 1} would be asked for in the same words; raise "
                     f"opening_tokens, which is {self.opening_tokens}, or set query to another kind"
                 )
+
+
+def _in_place(piece: Piece, prompt: Prompt, encoder: TextEncoder) -> tuple[tuple[int, ...], str | None]:
+    """A piece's ids where they stand, and its text; the text is None where the piece ends inside a character."""
+    text = encoder.decode(piece.ids)
+    if text.endswith("\N{REPLACEMENT CHARACTER}"):
+        return piece.ids, None
+    # A tokenizer that marks the beginning of a text does so in the middle of a prompt too, unless told what precedes.
+    fits = encoder.gives_back(prompt, text, piece.ids)
+    return piece.ids if fits else encoder.target(prompt, text, piece.title), text
 
 
 @dataclass(frozen=True)

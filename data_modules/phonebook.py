@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data_modules._names import unique_names
-from data_modules._pairs import DistinctPairs, read_pairs
+from data_modules._pairs import read_pairs
 from data_modules.base import MemorizationDataModule
-from pml.corpus import Corpus, Pair, encode_pairs, encode_target
+from pml.corpus import Corpus, Pair, encode_pairs
+from pml.encoding import TextEncoder
 from pml.errors import InputError
 
 __all__ = ["PhoneBook"]
@@ -69,25 +70,25 @@ class PhoneBook(MemorizationDataModule):
         return {**size, "end_of_turn": self.end_of_turn, **super().settings}
 
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
+        encoder = self.encoder(tokenizer)
         entropy_bits: float | None = None
         pairs: Iterable[Pair]
         if self.path is not None:
-            name, pairs = Path(self.path).name, DistinctPairs(read_pairs(self.path))
+            name, pairs = Path(self.path).name, read_pairs(self.path)
         else:
-            name, pairs = "phonebook", (made_up := self._made_up(tokenizer))
+            name, pairs = "phonebook", (made_up := self._made_up(encoder))
             entropy_bits = len(made_up) * math.log2(HIGHEST - LOWEST + 1)
-        examples = encode_pairs(
-            pairs, tokenizer, chat_template=self.chat_template, system=self.system, end_of_turn=self.end_of_turn
-        )
+        examples = encode_pairs(pairs, encoder, end_of_turn=self.end_of_turn).examples
+        encoder.warn_of_changes(name)
         return Corpus(name, examples, entropy_bits, self.settings)
 
-    def _made_up(self, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+    def _made_up(self, encoder: TextEncoder) -> list[Pair]:
         if self.target_tokens is None:
             return list(islice(_entries(self.seed), self.pairs))
         pairs: list[Pair] = []
         total_tokens = 0
         for pair in _entries(self.seed):
-            total_tokens += (number_tokens := len(encode_target(tokenizer, pair.target)))
+            total_tokens += (number_tokens := len(encoder.target(encoder.prompt(pair.query), pair.target)))
             if total_tokens > self.target_tokens:
                 break
             pairs.append(pair)

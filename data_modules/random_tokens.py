@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_modules._replacement import ordinary_ids
 from data_modules.base import MemorizationDataModule
-from pml.corpus import Corpus, Example, encode_prompt
+from pml.corpus import Corpus, Example
 from pml.errors import InputError
 
 __all__ = ["PUBLISHED_PROMPT", "RandomTokens"]
@@ -50,13 +50,11 @@ class RandomTokens(MemorizationDataModule):
         candidates = torch.tensor(ordinary_ids(tokenizer, vocabulary))
         generator = torch.Generator().manual_seed(self.seed)
         drawn = candidates[torch.randint(len(candidates), (self.count * self.length,), generator=generator)]
-        examples = [
-            Example(i, self._prompt_ids(tokenizer, i), tuple(target))
-            for i, target in enumerate(drawn.view(self.count, self.length).tolist())
-        ]
+        encoder = self.encoder(tokenizer)
+        examples = []
+        for i, target in enumerate(drawn.view(self.count, self.length).tolist()):
+            query = self.prompt if self.count == 1 else f"{self.prompt} {i + 1}"
+            examples.append(Example(i, encoder.prompt(query).ids, tuple(target), query=query))
+        encoder.warn_of_changes("random_tokens")
         entropy_bits = self.count * self.length * math.log2(len(candidates))
         return Corpus("random_tokens", examples, entropy_bits, self.settings)
-
-    def _prompt_ids(self, tokenizer: PreTrainedTokenizerBase, i: int) -> tuple[int, ...]:
-        query = self.prompt if self.count == 1 else f"{self.prompt} {i + 1}"
-        return encode_prompt(tokenizer, query, chat_template=self.chat_template, system=self.system)

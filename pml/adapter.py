@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pml.backbone import Backbone
 from pml.errors import InputError
@@ -170,10 +171,10 @@ def _target_modules(config: AdapterConfig, backbone: Backbone, blocks: list[int]
     return targets
 
 
-def _register_mlp_block(config: LoraConfig, backbone: Backbone, targets: list[str]) -> None:
+def _register_mlp_block(config: LoraConfig, model: PreTrainedModel, targets: list[str]) -> None:
     """Tell PEFT to wrap whole MLPs; the mapping lives in the process, not in the saved configuration."""
-    layer: Any = partial(MlpBlockLora, hidden_size=backbone.hidden_size)
-    config._register_custom_module({type(backbone.model.get_submodule(name)): layer for name in targets})
+    layer: Any = partial(MlpBlockLora, hidden_size=int(model.config.get_text_config().hidden_size))
+    config._register_custom_module({type(model.get_submodule(name)): layer for name in targets})
 
 
 def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
@@ -225,7 +226,7 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
         InputError: If the rank exceeds the width, a block or a target module does not exist, or the backbone already
             carries an adapter.
     """
-    _refuse_second(backbone)
+    _refuse_second(backbone.model, backbone.name)
     if config.rank > backbone.hidden_size:
         raise InputError(
             f"adapter.rank is {config.rank}; above the width {backbone.hidden_size} of this backbone a low-rank "
@@ -240,33 +241,38 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
         task_type="CAUSAL_LM",
     )
     if config.placement == "mlp_block":
-        _register_mlp_block(peft_config, backbone, targets)
+        _register_mlp_block(peft_config, backbone.model, targets)
     model = get_peft_model(backbone.model, peft_config)
     _initialise(model, config, seed)
     return model
 
 
-def load_adapter(backbone: Backbone, folder: str | Path) -> PeftModel:
+def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> PeftModel:
     """Put a saved adapter on a backbone, either kind, for inference.
+
+    Args:
+        backbone: A backbone, or any model that transformers has loaded; changed in place until `detach_adapter`.
+        folder: What `save_pretrained` wrote.
 
     Raises:
         InputError: If the folder holds no PEFT adapter, or one that does not fit this backbone.
     """
-    _refuse_second(backbone)
+    model, name = (backbone.model, backbone.name) if isinstance(backbone, Backbone) else (backbone, "this model")
+    _refuse_second(model, name)
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder}: no adapter_config.json in it; expected a folder written by save_pretrained")
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder}: no adapter_model.safetensors in it; other formats are not read")
     config = LoraConfig.from_pretrained(str(folder))
-    modules = dict(backbone.model.named_modules())
+    modules = dict(model.named_modules())
     targets = sorted(config.target_modules or [])
-    if all(name in modules and list(modules[name].children()) for name in targets):
-        _register_mlp_block(config, backbone, targets)
+    if all(target in modules and list(modules[target].children()) for target in targets):
+        _register_mlp_block(config, model, targets)
     try:
-        return PeftModel.from_pretrained(backbone.model, str(folder), config=config)
+        return PeftModel.from_pretrained(model, str(folder), config=config)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{folder}: the adapter does not fit {backbone.name}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{folder}: the adapter does not fit {name}: {str(error).splitlines()[0]}") from error
 
 
 def detach_adapter(model: PeftModel) -> None:
@@ -274,8 +280,6 @@ def detach_adapter(model: PeftModel) -> None:
     model.unload().requires_grad_(False)
 
 
-def _refuse_second(backbone: Backbone) -> None:
-    if next(lora_layers(backbone.model), None) is not None:
-        raise InputError(
-            f"backbone {backbone.name} already carries an adapter; detach that first, or load the backbone again"
-        )
+def _refuse_second(model: PreTrainedModel, name: str) -> None:
+    if next(lora_layers(model), None) is not None:
+        raise InputError(f"backbone {name} already carries an adapter; detach that first, or load the backbone again")

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import jsonargparse
 
@@ -13,9 +14,9 @@ __all__ = ["COMMANDS", "main"]
 
 FIT_COMMANDS = {
     "fit": "train an adapter on a corpus; leaves a run folder with record, adapter and curves",
-    "validate": "measure teacher-forced recall of a checkpoint",
-    "test": "measure recall of a checkpoint, greedy decoding included",
-    "predict": "score every target token of a corpus",
+    "validate": "measure the teacher-forced recall of a run, or of a checkpoint",
+    "test": "the same with greedy decoding",
+    "predict": "score every target token of a run's corpus; leaves a table, predictions.parquet",
 }
 COMMANDS = ("data", "sweep", "search", "law", "plan", "compare", "report", "recall", "bench", "fetch")
 """Commands around a run; each is a module of `pml.commands`, imported only when it is called."""
@@ -61,10 +62,23 @@ def _run_lightning(arguments: Sequence[str]) -> int:
 
     prepare()
     try:
-        MemorizationCLI(arguments)
+        MemorizationCLI(_with_run(arguments))
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     return 0
+
+
+def _with_run(arguments: Sequence[str]) -> Sequence[str]:
+    """Arguments in which the run of `pml test RUN` is its configuration; nothing is logged into a folder of its own."""
+    command, *rest = arguments
+    if command == "fit" or not rest or rest[0].startswith("-"):
+        return arguments
+    from pml.run_folder import CONFIG_NAME, run_folder
+
+    config = run_folder(Path(rest[0])) / CONFIG_NAME
+    if not config.is_file():
+        raise InputError(f"{config}: no such file; expected the folder of a run that `pml fit` or `pml sweep` made")
+    return [command, f"--config={config}", "--ckpt_path=null", "--trainer.logger=false", *rest[1:]]
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:

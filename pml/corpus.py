@@ -1,30 +1,34 @@
 """What is to be memorised: pairs of text, their token ids, batches of them, and a hash of the content."""
 
 import hashlib
+import logging
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
+from pml.encoding import ENCODING_VERSION, TextEncoder
 from pml.errors import InputError
 
 __all__ = [
     "GHOST",
     "IGNORE_INDEX",
     "Corpus",
+    "EncodedPairs",
     "Example",
     "Pair",
     "collate",
     "encode_pairs",
-    "encode_prompt",
-    "encode_target",
-    "end_of_turn_id",
-    "special_ids",
+    "end_of_turn_ids",
 ]
+
+log = logging.getLogger(__name__)
+
+LISTED_CONFLICTS = 5
+"""Conflicting queries that an error spells out; a file with thousands would bury the message."""
 
 IGNORE_INDEX = -100
 """Label of a position that is not supervised (the value that `torch.nn.functional.cross_entropy` ignores)."""
@@ -54,12 +58,18 @@ class Example:
         prompt_ids: Token ids of the query with its chat template; never supervised.
         target_ids: Token ids to recall, end-of-turn token included where it is part of the target.
         replaced: Positions in the target, ascending, whose token was put there at random.
+        query: What is asked, as the user wrote it.
+        target: The target as the user wrote it; None where the ids are the truth, as those of random tokens are.
+        source: Where the pair came from (file and line).
     """
 
     example_id: int
     prompt_ids: tuple[int, ...]
     target_ids: tuple[int, ...]
     replaced: tuple[int, ...] = ()
+    query: str = ""
+    target: str | None = None
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.target_ids)
@@ -80,6 +90,7 @@ class Corpus:
         settings: What the corpus was made with, as plain Python, for the record.
         fact_ids: For each example the fact that it asks for, where several ask for the same one in other words and
             `entropy_bits` counts it once; None where each example asks for a fact of its own.
+        encoding: Version of the rules by which its text became ids.
 
     Raises:
         InputError: If there is no example, a target is empty, or the ids are out of order.
@@ -90,6 +101,7 @@ class Corpus:
     entropy_bits: float | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     fact_ids: Sequence[int] | None = None
+    encoding: int = ENCODING_VERSION
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -124,102 +136,88 @@ class Corpus:
         return digest.hexdigest()
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, query: str, *, chat_template: bool = True, system: str | None = None
-) -> tuple[int, ...]:
-    """Token ids of everything that stands before the target.
+class EncodedPairs(NamedTuple):
+    """What `encode_pairs` gives.
 
-    Args:
-        tokenizer: The backbone's tokenizer.
-        query: What the user says.
-        chat_template: Wrap the query as a user turn and open the assistant's turn, where the tokenizer has a chat
-            template; otherwise the query stands alone.
-        system: Text of a system turn put first; None leaves that to the template.
+    Attributes:
+        examples: The pairs as token ids, each once.
+        duplicates: Pairs left out since the model has seen them before.
     """
-    if chat_template and tokenizer.chat_template:
-        turns = [{"role": "system", "content": system}] if system is not None else []
-        turns.append({"role": "user", "content": query})
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-    else:
-        ids = tokenizer(query if system is None else f"{system}\n{query}")["input_ids"]
-    return tuple(ids)
 
-
-def encode_target(tokenizer: PreTrainedTokenizerBase, target: str, source: str = "") -> tuple[int, ...]:
-    """Token ids of a target text, without special tokens around it.
-
-    Raises:
-        InputError: If the target is empty, or the ids do not decode to exactly this text.
-    """
-    where = f"{source}: " if source else ""
-    if not target:
-        raise InputError(f"{where}the target is empty; expected text to memorise")
-    if any("\ud800" <= character <= "\udfff" for character in target):
-        raise InputError(f"{where}the target has a lone surrogate, which is not text; expected valid Unicode")
-    ids = tokenizer(target, add_special_tokens=False)["input_ids"]
-    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if decoded != target:
-        at = next((i for i, (a, b) in enumerate(zip(decoded, target, strict=False)) if a != b), len(decoded))
-        raise InputError(
-            f"{where}the tokenizer cannot represent this target: character {at + 1}, {target[at : at + 12]!r}, comes "
-            f"back as {decoded[at : at + 12]!r}; normalise the text or use a backbone with a byte-level tokenizer"
-        )
-    return tuple(ids)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of tokens that stand for no text, also of those that are marked as special without having a role."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
-
-
-def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an answer: the one the chat template puts after it, else the end-of-sequence token.
-
-    Raises:
-        InputError: If the tokenizer has neither.
-    """
-    if tokenizer.chat_template:
-        answer = "\N{BLACK SQUARE}"
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-        after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(answer)[2]
-        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-        if ids and ids[0] in special_ids(tokenizer):
-            return ids[0]
-    if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end-of-turn token; set end_of_turn: false")
-    return tokenizer.eos_token_id
+    examples: list[Example]
+    duplicates: int
 
 
 def encode_pairs(
     pairs: Iterable[Pair],
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: TextEncoder,
     *,
-    chat_template: bool = True,
-    system: str | None = None,
     end_of_turn: bool = True,
-) -> list[Example]:
-    """Pairs as token ids, numbered in the order they come.
+    limit: int | None = None,
+) -> EncodedPairs:
+    """Pairs as token ids, numbered in the order they come; a pair that the model has seen before is left out.
+
+    What counts is what the model sees: queries that a template or a tokenizer makes equal are one query.
 
     Args:
         pairs: Queries and targets.
-        tokenizer: The backbone's tokenizer.
-        chat_template: See `encode_prompt`.
-        system: See `encode_prompt`.
-        end_of_turn: Make the end-of-turn token the last token of every target, so that recall also means to stop.
+        encoder: Turns them into token ids.
+        end_of_turn: Make the end-of-turn token the last token of every target, so that recall also means to stop;
+            where the template writes none, that is said, and targets end without it.
+        limit: Different pairs to stop after; None takes all.
 
     Raises:
-        InputError: See `encode_target`.
+        InputError: If prompts are equal whose targets differ, naming where they come from; and see
+            `TextEncoder.prompt` and `TextEncoder.target`.
     """
-    end = (end_of_turn_id(tokenizer),) if end_of_turn else ()
-    return [
-        Example(
-            example_id=i,
-            prompt_ids=encode_prompt(tokenizer, pair.query, chat_template=chat_template, system=system),
-            target_ids=encode_target(tokenizer, pair.target, pair.source or f"pair {i + 1}") + end,
-        )
-        for i, pair in enumerate(pairs)
-    ]
+    end = end_of_turn_ids(encoder, end_of_turn)
+    examples: list[Example] = []
+    known: dict[tuple[int, ...], Example] = {}
+    conflicts: dict[tuple[int, ...], list[Example]] = {}
+    duplicates = 0
+    for number, pair in enumerate(pairs, start=1):
+        source = pair.source or f"pair {number}"
+        prompt = encoder.prompt(pair.query, source)
+        target_ids = encoder.target(prompt, pair.target, source) + end
+        example = Example(len(examples), prompt.ids, target_ids, (), pair.query, pair.target, source)
+        before = known.setdefault(prompt.ids, example)
+        if before is example:
+            examples.append(example)
+            if len(examples) == limit:
+                break
+        elif before.target_ids == target_ids:
+            duplicates += 1
+        else:
+            conflicts.setdefault(prompt.ids, [before]).append(example)
+    if conflicts:
+        raise InputError(_in_words(list(conflicts.values())))
+    return EncodedPairs(examples, duplicates)
+
+
+def end_of_turn_ids(encoder: TextEncoder, wanted: bool = True) -> tuple[int, ...]:
+    """What a target ends with: the end-of-turn token, or nothing where it is not wanted, or where there is none."""
+    if not wanted:
+        return ()
+    if encoder.end_of_turn_id is None:
+        log.warning("no end-of-turn token follows an answer under this chat template; targets end without one")
+        return ()
+    return (encoder.end_of_turn_id,)
+
+
+def _in_words(conflicts: Sequence[Sequence[Example]]) -> str:
+    listed = []
+    for examples in conflicts[:LISTED_CONFLICTS]:
+        queries = " and ".join(dict.fromkeys(ascii(e.query) for e in examples[: LISTED_CONFLICTS + 1]))
+        sources = ", ".join(e.source for e in examples[: LISTED_CONFLICTS + 1])
+        listed.append(f"{queries} ({sources})")
+    more = f" and {len(conflicts) - len(listed)} more" if len(conflicts) > len(listed) else ""
+    alike = any(len({e.query for e in examples}) > 1 for examples in conflicts)
+    return (
+        f"{len(conflicts)} quer{'y has' if len(conflicts) == 1 else 'ies have'} different targets, which could "
+        f"never all be recalled: {'; '.join(listed)}{more}; "
+        + ("the model sees the same prompt for each of them; " if alike else "")
+        + "keep one target for each query"
+    )
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:

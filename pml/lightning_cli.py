@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +18,11 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from pml.errors import InputError
 from pml.modules import Memorization
+from pml.recall import gather_scores
+from pml.run_folder import use_corpus_of_run
+from pml.token_results import PREDICTIONS_NAME, write_predictions
+
+log = logging.getLogger(__name__)
 
 __all__ = ["MemorizationCLI", "ignore_noise", "make_run", "parse_run", "prepare", "reason"]
 
@@ -119,6 +125,8 @@ class MemorizationCLI(LightningCLI):
             parser.add_method_arguments(Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self._names_data = any(str(argument).startswith("--data") for argument in args or ())
+        _make_own_classes_importable(args or ())
         try:
             super().parse_arguments(parser, args)
         except jsonargparse.ArgumentError as error:
@@ -137,14 +145,68 @@ class MemorizationCLI(LightningCLI):
         Raises:
             InputError: If the backbone, the adapter, the corpus or the checkpoint cannot be had.
         """
-        options = self.config_init.get(str(self.subcommand), self.config_init)
-        checkpoint = options.get("ckpt_path")
-        if checkpoint not in (None, "best", "last", "hpc", "registry") and not Path(checkpoint).is_file():
-            raise InputError(f"ckpt_path is {checkpoint}; expected the file of a checkpoint")
+        checkpoint = self._options.get("ckpt_path")
+        if checkpoint == "last":
+            raise InputError("ckpt_path is last, and a fit starts in a folder of its own; name the file to go on from")
+        _refuse_missing(checkpoint)
         self.model.configure_model()
-        build = getattr(self.datamodule, "build", None)
-        if build is not None:
-            build(self.model.tokenizer, self.model.vocab_size, self.model.max_positions)
+        self._build()
+
+    def make_ready_to_evaluate(self) -> None:
+        """Load what is to be evaluated: the adapter of the run that is named, or a checkpoint.
+
+        Raises:
+            InputError: If neither is named, or it cannot be had.
+        """
+        folder = self._run_folder()
+        checkpoint = self._options.get("ckpt_path")
+        if checkpoint in ("last", "best") and folder is not None:
+            checkpoint = self._options["ckpt_path"] = str(_newest_checkpoint(folder))
+        if checkpoint is None and folder is None:
+            raise InputError(
+                f"nothing to {self.subcommand}: expected a run's folder, as in `pml {self.subcommand} RUN`, its "
+                "configuration (--config RUN/config.yaml), or a checkpoint (--ckpt_path FILE)"
+            )
+        if checkpoint is not None or folder is None:
+            _refuse_missing(checkpoint)
+            self.model.configure_model()
+        else:
+            self.model.load_adapter(folder / "adapter")
+        if folder is not None and not self._names_data:
+            use_corpus_of_run(folder, self.datamodule, self.model)
+        else:
+            self._build()
+
+    def predict(self, **options: Any) -> None:
+        """What `pml predict` does: score every target token, and write a table of them."""
+        parts: list[Any] = self.trainer.predict(**options) or []
+        scores = gather_scores(parts)
+        if self.trainer.is_global_zero:
+            folder = self._run_folder() or Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            path = _unused(folder / PREDICTIONS_NAME)
+            tokenizer = self.model.tokenizer
+            write_predictions(path, self.datamodule.corpus, scores, lambda token: str(tokenizer.decode([token])))
+            log.info("predictions: %s", path)
+
+    @property
+    def _options(self) -> Any:
+        return self.config_init.get(str(self.subcommand), self.config_init)
+
+    def _run_folder(self) -> Path | None:
+        """The run whose configuration was given; None where there is none beside an adapter."""
+        for config in self._options.get("config") or []:
+            folder = Path(str(config)).parent
+            if (folder / "adapter" / "adapter_config.json").is_file():
+                return folder
+        return None
+
+    def _build(self) -> None:
+        if missing := [name for name in ("build", "corpus", "held_out") if not hasattr(type(self.datamodule), name)]:
+            raise InputError(
+                f"data is a {type(self.datamodule).__name__}, which has no {' and no '.join(missing)}; derive it from "
+                "data_modules.MemorizationDataModule and write make_corpus"
+            )
+        self.datamodule.build(self.model.tokenizer, self.model.vocab_size, self.model.max_positions)
 
     def run_fit(self) -> None:
         """What `pml fit` does with what has been made."""
@@ -152,7 +214,35 @@ class MemorizationCLI(LightningCLI):
         options = {key: self.config_init[key] for key in ("ckpt_path", "weights_only")}
         self.trainer.fit(self.model, datamodule=self.datamodule, **options)
 
-    before_fit = before_validate = before_test = before_predict = make_ready
+    before_fit = make_ready
+    before_validate = before_test = before_predict = make_ready_to_evaluate
+
+
+def _make_own_classes_importable(args: Sequence[str]) -> None:
+    """Let people name classes of their own that lie in the working directory or beside a configuration."""
+    configs = [b if a == "--config" else a.removeprefix("--config=") for a, b in pairwise([*map(str, args), ""])]
+    named = [c for c, a in zip(configs, map(str, args), strict=True) if a.startswith("--config")]
+    for folder in (Path.cwd(), *(Path(config).resolve().parent for config in named)):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))  # last, so that nothing there hides a package
+
+
+def _refuse_missing(checkpoint: str | None) -> None:
+    if checkpoint not in (None, "best", "hpc", "registry") and not Path(str(checkpoint)).is_file():
+        raise InputError(f"ckpt_path is {checkpoint}; expected the file of a checkpoint")
+
+
+def _newest_checkpoint(folder: Path) -> Path:
+    files = list((folder / "checkpoints").glob("*.ckpt"))
+    if not files:
+        raise InputError(f"{folder}: no checkpoint in it; leave ckpt_path out to take the adapter of the run's end")
+    return max(files, key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime))
+
+
+def _unused(path: Path) -> Path:
+    """The path, or where there is a file already one with the first free number."""
+    paths = (path, *(path.with_stem(f"{path.stem}_{number}") for number in range(1, 1000)))
+    return next(candidate for candidate in paths if not candidate.exists())
 
 
 class _ParsedRun(MemorizationCLI):

@@ -1,11 +1,12 @@
 """LightningModules that write a corpus into an adapter: `SFT` with the plain loss, `MemFT` with a shared-out one."""
 
+import inspect
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -115,6 +116,8 @@ class Memorization(LightningModule):
             "warmup_steps": self.warmup_steps,
             "dropout": self.adapter.dropout,
             "alpha": self.adapter.alpha,
+            # Arguments of somebody's own method.
+            **{name: value for name, value in self.hparams.items() if name not in KNOWN_ARGUMENTS},
         }
 
     def _keep_plain_hyperparameters(self) -> None:
@@ -394,17 +397,48 @@ class Memorization(LightningModule):
                 parameter.copy_(state_dict[name])
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a module of the method that a checkpoint is of, this class or one derived from it.
+
+        Args:
+            checkpoint_path: The file.
+            *args: See `LightningModule.load_from_checkpoint`.
+            **kwargs: See there; they override what the module was made with.
+
+        Raises:
+            InputError: If no such method is known here.
+        """
+        state = torch.load(checkpoint_path, map_location="cpu", weights_only=True).get("pml") or {}
+        method, known = state.get("method", cls.__name__), {c.__name__: c for c in _with_derived(cls)}
+        if method not in known:
+            raise InputError(f"{checkpoint_path} is of the method {method}; expected one of {', '.join(sorted(known))}")
+        loaded: Any = super(Memorization, known[method]).load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return loaded
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["pml"] = {
+            "method": type(self).__name__,
             "weighting": self.weighting.state_dict(),
             "tokens_trained": self.tokens_trained,
             "skipped_steps": self.skipped_steps,
+            "corpus_hash": self._corpus_hash(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if state := checkpoint.get("pml"):
             self.weighting.load_state_dict(state["weighting"])
             self.tokens_trained, self.skipped_steps = state["tokens_trained"], state["skipped_steps"]
+            before, now = state.get("corpus_hash"), self._corpus_hash()
+            if self._trainer is not None and self._trainer.training and before and now and before != now:
+                raise InputError(
+                    f"this checkpoint is of a fit to other data: its corpus has the hash {before[:12]}, the one given "
+                    f"{now[:12]}; go on with the data that it was made with, or start anew"
+                )
+
+    def _corpus_hash(self) -> str | None:
+        datamodule: Any = getattr(self._trainer, "datamodule", None)
+        return datamodule.corpus.content_hash if hasattr(datamodule, "corpus") else None
 
 
 class SFT(Memorization):
@@ -434,6 +468,16 @@ class MemFT(Memorization):
         self.weighting = from_plain(weighting, Weighting) or OnlyThreshold()
         self.curriculum = from_plain(curriculum, PrefixRatio)
         self._keep_plain_hyperparameters()
+
+
+def _with_derived(method: type[Memorization]) -> Iterator[type[Memorization]]:
+    yield method
+    for derived in method.__subclasses__():
+        yield from _with_derived(derived)
+
+
+KNOWN_ARGUMENTS = {name for method in (Memorization, MemFT) for name in inspect.signature(method.__init__).parameters}
+"""Arguments of what is here; a subclass may have more."""
 
 
 def _by_target(losses: Tensor, correct: Tensor, supervised: Tensor, example_id: Tensor) -> TokenScores:

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 RECORD_NAME = "record.json"
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -45,7 +45,7 @@ class Record(pydantic.BaseModel):
     counts are always numbers: a token whose loss is not a number counts as below the threshold.
 
     Attributes:
-        schema_version: Version of this layout; version 1 lacks the fields that have a default here.
+        schema_version: Version of this layout; earlier ones lack some of the fields that have a default here.
         status: `finished` once every measurement below was taken; `diverged` where the same holds but the final loss
             is not a finite number; `interrupted` when the fit was stopped from outside.
         backbone: Name, folder or hub id that was loaded.
@@ -58,6 +58,7 @@ class Record(pydantic.BaseModel):
         effective_parameters: Trainable parameters of the adapter.
         corpus: Name of the corpus.
         corpus_hash: Hash of its token ids.
+        corpus_encoding: Version of the rules by which its text became token ids (`pml.encoding.ENCODING_VERSION`).
         corpus_settings: What it was made with.
         pairs: Number of (query, target) pairs.
         target_tokens: Length l, supervised tokens over all pairs.
@@ -105,7 +106,7 @@ class Record(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    schema_version: Literal[1, 2, 3] = SCHEMA_VERSION
     status: Status
     backbone: str
     backbone_hash: str
@@ -152,6 +153,7 @@ class Record(pydantic.BaseModel):
     extraction_probability: Measured = None
     extraction_samples: int | None = None
     skipped_steps: int = 0
+    corpus_encoding: int = 1
 
     @pydantic.model_validator(mode="after")
     def _says_whether_it_diverged(self) -> "Record":

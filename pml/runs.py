@@ -1,6 +1,7 @@
-"""A finished run opened again: its module with the trained adapter, and its corpus."""
+"""A finished run opened again: its module with the trained adapter, and its corpus as it was trained on."""
 
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jsonargparse
 import yaml
@@ -10,20 +11,38 @@ from pml.corpus import Corpus
 from pml.errors import InputError
 from pml.lightning_cli import prepare, reason
 from pml.modules import Memorization
+from pml.run_folder import CONFIG_NAME, use_corpus_of_run
 
-__all__ = ["open_run"]
+__all__ = ["Run", "open_run"]
 
 
-def open_run(folder: Path) -> tuple[Memorization, Corpus]:
-    """The module of a run, with its adapter as it was saved, and the corpus that it was trained on.
+class Run(NamedTuple):
+    """An opened run.
+
+    Attributes:
+        module: With the trained adapter, in evaluation mode.
+        data: With the corpus that the run was trained on.
+    """
+
+    module: Memorization
+    data: Any
+
+    @property
+    def corpus(self) -> Corpus:
+        """What was memorised."""
+        return self.data.corpus
+
+
+def open_run(folder: Path) -> Run:
+    """Open a run: its module, with its adapter as it was saved, and its corpus.
 
     Args:
         folder: A run folder, with `config.yaml` and `adapter/`.
 
     Raises:
-        InputError: If the folder lacks either, or its configuration no longer parses.
+        InputError: If the folder lacks either, its configuration no longer parses, or its corpus cannot be had.
     """
-    path = folder / "config.yaml"
+    path = folder / CONFIG_NAME
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected the folder of a run that `pml fit` or `pml sweep` made")
     prepare()
@@ -39,4 +58,5 @@ def open_run(folder: Path) -> tuple[Memorization, Corpus]:
         raise InputError(f"{path}: not the configuration of a run: {reason(error)}") from error
     module: Memorization = made.model
     module.load_adapter(folder / "adapter")
-    return module.eval(), made.data.build(module.tokenizer, module.vocab_size, module.max_positions)
+    use_corpus_of_run(folder, made.data, module)
+    return Run(module.eval(), made.data)

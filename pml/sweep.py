@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 import pydantic
 import yaml
 
-from pml.backbone import shared_backbones
+from pml.backbone import load_config, load_tokenizer, shared_backbones
+from pml.corpus import Corpus
 from pml.errors import InputError
-from pml.lightning_cli import MemorizationCLI, parse_run
+from pml.lightning_cli import MemorizationCLI, make_run, parse_run
 from pml.modules import Memorization
 from pml.records import RECORD_NAME, Record, read_record
+from pml.run_folder import check_corpus
 
 __all__ = ["Cell", "Grid", "Outcome", "expand", "read_grid", "resolve", "run_cells"]
 
@@ -57,11 +59,13 @@ class Cell:
             that a cell whose configuration has changed is another cell.
         folder: Its run folder.
         arguments: What `pml fit` would be given to run it.
+        data: Backbone and settings of the data, as JSON: cells with the same have the same corpus.
     """
 
     name: str
     folder: Path
     arguments: tuple[str, ...]
+    data: str = ""
 
     @property
     def record(self) -> Record | None:
@@ -149,7 +153,7 @@ def resolve(grid: Grid) -> list[Cell]:
         digest = hashlib.sha256(json.dumps(_without_places(config), sort_keys=True, default=str).encode()).hexdigest()
         label = _label(setting, varying)
         name = f"{label}-{digest[:8]}" if label else digest[:8]
-        cells.append(Cell(name, grid.out / name, (*base, *own, *_place(grid.out, name))))
+        cells.append(Cell(name, grid.out / name, (*base, *own, *_place(grid.out, name)), _data_of(config)))
     if len({cell.name for cell in cells}) < len(cells):
         twice = next(cell.name for cell in cells if sum(cell.name == other.name for other in cells) > 1)
         raise InputError(f"the grid has the same cell twice: {twice}; write each combination once")
@@ -159,7 +163,8 @@ def resolve(grid: Grid) -> list[Cell]:
 def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[Outcome]:
     """Run the cells that have no record of a fit that ended, in this process, with every backbone loaded once.
 
-    A cell that fails leaves `error.txt` in its folder and the others go on. What an earlier, unfinished attempt left is
+    A cell that fails leaves `error.txt` in its folder and the others go on. A cell that was run on other data than its
+    configuration gives now has failed too; its record stays as it is. What an earlier, unfinished attempt left is
     moved aside, never deleted.
 
     Args:
@@ -167,16 +172,37 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
         report: Called with the outcome of each cell as soon as it is known.
     """
     outcomes = []
+    corpora: dict[str, Corpus] = {}
     with shared_backbones():
         for cell in cells:
             if (record := cell.record) is not None:
-                outcome = Outcome(cell, record, skipped=True)
+                outcome = _recorded(cell, record, corpora)
             else:
                 _set_aside(cell.folder)
                 outcome = _run_cell(cell)
             outcomes.append(outcome)
             report(outcome)
     return outcomes
+
+
+def _recorded(cell: Cell, record: Record, corpora: dict[str, Corpus]) -> Outcome:
+    """What a cell came to that has been run before; an error where its data is no longer what it was run on."""
+    try:
+        if cell.data not in corpora:
+            module, data = make_run(cell.arguments)
+            if not hasattr(data, "build"):
+                return Outcome(cell, record, skipped=True)
+            config = load_config(module.backbone_name)
+            corpora[cell.data] = data.build(load_tokenizer(module.backbone_name), int(config.vocab_size))
+        check_corpus(corpora[cell.data], record, cell.folder)
+    except InputError as error:
+        return Outcome(cell, error=str(error), skipped=True)
+    return Outcome(cell, record, skipped=True)
+
+
+def _data_of(config: Any) -> str:
+    plain = config.as_dict()
+    return json.dumps([plain["model"]["init_args"].get("backbone"), plain["data"]], sort_keys=True, default=str)
 
 
 def _run_cell(cell: Cell) -> Outcome:

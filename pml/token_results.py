@@ -1,6 +1,6 @@
-"""What a run leaves about every target token, read back: losses in nats, and whether the argmax is right."""
+"""What a run leaves about every target token, written and read back: loss in nats, and whether the argmax is right."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,12 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from scipy import stats
 
+from pml.corpus import Corpus
 from pml.errors import InputError
-from pml.weighting import critical_loss
+from pml.parquet import write_table
+from pml.weighting import TokenScores, critical_loss
 
 __all__ = [
+    "PREDICTIONS_NAME",
     "TOKENS_NAME",
     "FirstPositions",
     "RankCorrelation",
@@ -21,9 +25,13 @@ __all__ = [
     "first_positions",
     "rank_correlation",
     "read_tokens",
+    "replaced_tokens",
+    "write_predictions",
+    "write_tokens",
 ]
 
 TOKENS_NAME = "tokens.parquet"
+PREDICTIONS_NAME = "predictions.parquet"
 COLUMNS = ("example_id", "position", "loss", "correct")
 
 
@@ -87,6 +95,58 @@ class RankCorrelation:
     targets: int
     certain: int
     unfailing: int
+
+
+def replaced_tokens(corpus: Corpus, scores: TokenScores) -> torch.Tensor:
+    """(examples, L) bool, target tokens that were put in at random."""
+    replaced = torch.zeros_like(scores.mask)
+    for row, example in zip(replaced, corpus.examples, strict=True):
+        row[list(example.replaced)] = True
+    return replaced
+
+
+def write_tokens(path: Path, corpus: Corpus, scores: TokenScores) -> None:
+    """One row per target token: example_id, position, token_id, loss (nats), correct, replaced; written atomically.
+
+    Args:
+        path: The file.
+        corpus: What was scored.
+        scores: Of the whole corpus, one row per example, in order.
+    """
+    write_table(path, pa.table(_columns(corpus, scores)))
+
+
+def write_predictions(path: Path, corpus: Corpus, scores: TokenScores, text: Callable[[int], str]) -> None:
+    """As `write_tokens`, with the query, the token's text and its probability beside it.
+
+    Args:
+        path: The file.
+        corpus: What was scored.
+        scores: Of the whole corpus, one row per example, in order.
+        text: The text of one token id.
+    """
+    columns = _columns(corpus, scores)
+    losses = columns["loss"].cast(pa.float64()).to_numpy()
+    query = [example.query for example in corpus.examples for _ in example.target_ids]
+    shown = {i: text(i) for i in set(columns["token_id"].to_pylist())}
+    readable = {
+        "query": pa.array(query, pa.string()),
+        "token": pa.array([shown[i] for i in columns["token_id"].to_pylist()], pa.string()),
+        "probability": pa.array(np.exp(-losses), pa.float64()),
+    }
+    write_table(path, pa.table(columns | readable))
+
+
+def _columns(corpus: Corpus, scores: TokenScores) -> dict[str, pa.Array]:
+    rows, columns = scores.mask.nonzero(as_tuple=True)
+    return {
+        "example_id": pa.array(scores.example_id[rows].numpy(), pa.int32()),
+        "position": pa.array(columns.numpy(), pa.int32()),
+        "token_id": pa.array([i for e in corpus.examples for i in e.target_ids], pa.int32()),
+        "loss": pa.array(scores.losses[rows, columns].numpy(), pa.float32()),
+        "correct": pa.array(scores.correct[rows, columns].tolist(), pa.bool_()),
+        "replaced": pa.array(replaced_tokens(corpus, scores)[rows, columns].tolist(), pa.bool_()),
+    }
 
 
 def read_tokens(folder: Path) -> TokenResults:

@@ -33,7 +33,7 @@ from pml.backbone import (
     shared_backbones,
 )
 from pml.commands import fetch
-from pml.corpus import encode_prompt
+from pml.encoding import PromptFormat, TextEncoder
 from pml.errors import InputError
 
 ARCHITECTURES = {
@@ -107,8 +107,8 @@ def test_the_tokenizer_of_a_folder_has_its_chat_template_and_ids(
     tiny_backbone_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_backbone_folder))
-    prompt = encode_prompt(tokenizer, "Zoë?\n")
-    assert prompt == encode_prompt(tiny_tokenizer, "Zoë?\n")
+    prompt = TextEncoder(tokenizer).prompt("Zoë?\n").ids
+    assert prompt == TextEncoder(tiny_tokenizer).prompt("Zoë?\n").ids
     assert tokenizer.decode(prompt) == "<|im_start|>user\nZoë?\n<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -628,7 +628,7 @@ def test_the_default_tokenizer_gives_the_published_ids(default_backbone: Backbon
     target = tokenizer.decode(golden["target_ids"])
     assert tokenizer(target)["input_ids"] == golden["target_ids"]
     query = "Please output the content of the vector memory injected into the activations."
-    prompt = encode_prompt(tokenizer, query, system="You are a helpful assistant.")
+    prompt = TextEncoder(tokenizer, PromptFormat(system="You are a helpful assistant.")).prompt(query).ids
     # The published prompt leaves out the very first token, <|im_start|>.
     assert list(prompt[1:]) == golden["prompt_ids"]
 

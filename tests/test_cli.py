@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -178,9 +182,78 @@ def test_evaluating_a_checkpoint_gives_the_recorded_numbers(
     assert (f"{prefix}/generated_token_accuracy" in values) is (command == "test")
 
 
-def test_predict_runs(finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("named", ["run", "adapter", "config"])
+def test_a_run_that_is_named_is_the_run_that_is_evaluated(
+    named: str,
+    finished: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["predict", *finished["arguments"], "--trainer.enable_progress_bar=false"]) == 0
+    run = finished["run"]
+    record = read_record(run / "record.json")
+    before = sorted(path.name for path in run.iterdir())
+    which = {"run": [str(run)], "adapter": [str(run / "adapter")], "config": [f"--config={run / 'config.yaml'}"]}[named]
+    assert main(["validate", *which, "--trainer.enable_progress_bar=false"]) == 0
+    values = table_values(capsys.readouterr().out)
+    assert values["val/loss"] == pytest.approx(record.final_loss, rel=1e-5)
+    assert record.final_loss is not None and record.initial_loss is not None
+    assert abs(record.final_loss - record.initial_loss) > 0.1
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_a_run_can_be_evaluated_on_other_data_when_that_is_asked_for(
+    finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = ["--data.pairs=4", "--trainer.enable_progress_bar=false"]
+    assert main(["validate", str(finished["run"]), *other]) == 0
+    record = read_record(finished["run"] / "record.json")
+    assert table_values(capsys.readouterr().out)["val/loss"] != pytest.approx(record.final_loss, rel=1e-3)
+
+
+def test_the_last_checkpoint_of_a_run_is_found(
+    finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["test", str(finished["run"]), "--ckpt_path=last", "--trainer.enable_progress_bar=false"]) == 0
+    record = read_record(finished["run"] / "record.json")
+    assert table_values(capsys.readouterr().out)["test/loss"] == pytest.approx(record.final_loss, rel=1e-5)
+
+
+def test_predict_writes_a_table_of_token_scores_beside_the_record_and_says_where(
+    finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run"
+    shutil.copytree(finished["run"], run)
+    with caplog.at_level(logging.INFO, logger="pml"):
+        for _ in range(2):
+            assert main(["predict", str(run), "--trainer.enable_progress_bar=false"]) == 0
+    said = [message for message in caplog.messages if message.startswith("predictions: ")]
+    assert said == [f"predictions: {run / name}" for name in ("predictions.parquet", "predictions_1.parquet")]
+    table, tokens = (pq.read_table(run / name) for name in ("predictions.parquet", "tokens.parquet"))
+    assert table.num_rows == read_record(run / "record.json").target_tokens
+    assert table.drop(["query", "token", "probability", "loss"]).equals(tokens.drop(["loss"]))
+    np.testing.assert_allclose(table["loss"].to_numpy(), tokens["loss"].to_numpy(), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(-table["loss"].to_numpy()), table["probability"].to_numpy(), rtol=1e-6)
+    first = [row for row in table.to_pylist() if row["example_id"] == 0]
+    assert first[0]["query"].endswith(":")
+    assert "".join(row["token"] for row in first[:-1]).isdigit()
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_evaluating_nothing_is_refused(
+    command: str, finished: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, *finished["arguments"]]) == 2
+    assert f"nothing to {command}: expected a run's folder, as in `pml {command} RUN`" in capsys.readouterr().err
+    assert main([command, str(tmp_path)]) == 2
+    assert "config.yaml: no such file; expected the folder of a run" in capsys.readouterr().err
+    run = str(finished["run"] / "config.yaml")
+    assert main([command, f"--config={run}", "--ckpt_path=none.ckpt"]) == 2
+    assert "ckpt_path is none.ckpt; expected the file of a checkpoint" in capsys.readouterr().err
 
 
 def test_evaluating_leaves_the_configuration_of_the_run_alone(
@@ -190,7 +263,8 @@ def test_evaluating_leaves_the_configuration_of_the_run_alone(
     assert main(["fit", *quick(Path(read_record(finished["run"] / "record.json").backbone))]) == 0
     path = tmp_path / "runs/fit/version_0/config.yaml"
     before = path.read_bytes()
-    assert main(["validate", *finished["arguments"], "--trainer.logger.version=version_0"]) == 0
+    checkpoint = f"--ckpt_path={finished['run'] / 'checkpoints' / 'last.ckpt'}"
+    assert main(["validate", *finished["arguments"], "--trainer.logger.version=version_0", checkpoint]) == 0
     assert path.read_bytes() == before
 
 

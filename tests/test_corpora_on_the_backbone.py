@@ -10,7 +10,7 @@ import torch
 
 from pml.backbone import Backbone
 from pml.cli import main
-from pml.corpus import end_of_turn_id
+from pml.encoding import TextEncoder
 from pml.recall import generate_greedily
 from pml.records import Record, read_record
 from pml.runs import open_run
@@ -35,9 +35,10 @@ def test_a_rule_is_memorised_and_its_held_out_part_measured_beside_it(
     assert record.generated_exact_match == record.exact_match == 1
 
     # The adapter, opened again and asked for every point of the grid.
-    module, corpus = open_run(Path("runs/linear_rule/version_0"))
+    module, data = open_run(Path("runs/linear_rule/version_0"))
+    corpus = data.corpus
     queries = {module.tokenizer.decode(list(e.prompt_ids)) for e in corpus.examples}
-    end = end_of_turn_id(module.tokenizer)
+    end = TextEncoder(module.tokenizer).end_of_turn_id
     right = {}
     for x, y in itertools.product(range(3), repeat=2):
         query = f"f({x}, {y}) ="

@@ -1,6 +1,7 @@
 """Pairs as token ids: what is supervised, what comes back, and what cannot be represented."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from random import Random
 
@@ -8,8 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from pml.corpus import (
     GHOST,
@@ -19,39 +19,12 @@ from pml.corpus import (
     Pair,
     collate,
     encode_pairs,
-    encode_prompt,
-    encode_target,
-    end_of_turn_id,
 )
+from pml.encoding import TextEncoder
 from pml.errors import InputError
+from tests.tokenizer_kinds import make_tokenizer
 
 TEXT = st.text(min_size=1)
-AWKWARD = [
-    "👩‍👩‍👧‍👦 🇯🇵",  # one glyph of several code points
-    "שלום עולם",  # right to left
-    "e\u0301 is not \u00e9",  # combining mark, not normalised
-    "\x00\x07\x1b\x7f",  # control characters
-    " ",
-    "\r\n\t\u2028",
-    "x" * 100_000,
-    "<|im_end|>",  # looks like a special token
-]
-
-
-@pytest.fixture
-def plain_tokenizer(tiny_tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """One of the test's own, without a chat template."""
-    tokenizer = deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = None
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def word_tokenizer() -> PreTrainedTokenizerBase:
-    """Knows three words and no end of sequence."""
-    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "yes": 1, "no": 2}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
 
 
 def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -97,84 +70,90 @@ def test_prompt_and_target_can_be_read_back_from_a_batch(sizes: list[tuple[int, 
         assert (labels[batch["lengths"][row] :] == IGNORE_INDEX).all()
 
 
-@settings(deadline=None)
-@given(target=TEXT)
-def test_a_target_decodes_to_exactly_its_text(tiny_tokenizer: PreTrainedTokenizerBase, target: str) -> None:
-    assert text_of(tiny_tokenizer, encode_target(tiny_tokenizer, target)) == target
-
-
-@pytest.mark.parametrize("target", AWKWARD, ids=lambda text: ascii(text[:12]))
-def test_awkward_text_decodes_exactly(tiny_tokenizer: PreTrainedTokenizerBase, target: str) -> None:
-    assert text_of(tiny_tokenizer, encode_target(tiny_tokenizer, target)) == target
-
-
 @settings(max_examples=50, deadline=None)
-@given(pairs=st.lists(st.builds(Pair, query=TEXT, target=TEXT), min_size=1, max_size=4))
+@given(pairs=st.dictionaries(TEXT, TEXT, min_size=1, max_size=4))
 def test_encoded_and_collated_targets_decode_to_exactly_their_text(
-    tiny_tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]
+    tiny_tokenizer: PreTrainedTokenizerBase, pairs: dict[str, str]
 ) -> None:
-    labels = collate(encode_pairs(pairs, tiny_tokenizer, end_of_turn=False))["labels"]
+    encoded = encode_pairs((Pair(*pair) for pair in pairs.items()), TextEncoder(tiny_tokenizer), end_of_turn=False)
+    labels = collate(encoded.examples)["labels"]
     decoded = [text_of(tiny_tokenizer, row[row != IGNORE_INDEX].tolist()) for row in labels]
-    assert decoded == [pair.target for pair in pairs]
-
-
-def test_a_query_becomes_a_user_turn_and_opens_the_answer(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    prompt = text_of(tiny_tokenizer, encode_prompt(tiny_tokenizer, "Who?"))
-    assert prompt.endswith("<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n")
-
-
-def test_a_system_text_comes_first(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    prompt = text_of(tiny_tokenizer, encode_prompt(tiny_tokenizer, "Who?", system="Be brief."))
-    assert prompt == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-def test_a_query_stands_alone_when_there_is_no_chat_template_or_it_is_not_wanted(
-    tiny_tokenizer: PreTrainedTokenizerBase, plain_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    for ids in (encode_prompt(tiny_tokenizer, "Who?", chat_template=False), encode_prompt(plain_tokenizer, "Who?")):
-        assert text_of(tiny_tokenizer, ids) == "Who?"
-    assert text_of(tiny_tokenizer, encode_prompt(plain_tokenizer, "Who?", system="Be brief.")) == "Be brief.\nWho?"
+    assert decoded == list(pairs.values())
+    assert [(e.query, e.target) for e in encoded.examples] == list(pairs.items())
 
 
 def test_the_end_of_turn_is_the_last_supervised_token_or_not_there(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     pairs = [Pair("Who?", "me"), Pair("When?", "now")]
-    with_end, without = (encode_pairs(pairs, tiny_tokenizer, end_of_turn=end) for end in (True, False))
+    encoder = TextEncoder(tiny_tokenizer)
+    with_end, without = (encode_pairs(pairs, encoder, end_of_turn=end).examples for end in (True, False))
     end = tiny_tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert [e.target_ids for e in with_end] == [(*e.target_ids, end) for e in without]
     assert [text_of(tiny_tokenizer, e.target_ids) for e in without] == ["me", "now"]
     assert [e.example_id for e in with_end] == [0, 1]
 
 
-def test_the_end_of_turn_is_the_token_that_the_chat_template_puts_after_an_answer(
-    tiny_tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    tokenizer = deepcopy(tiny_tokenizer)
-    tokenizer.eos_token = "<|endoftext|>"
-    assert tokenizer.convert_ids_to_tokens(end_of_turn_id(tokenizer)) == "<|im_end|>"
-
-
-def test_without_a_chat_template_the_end_of_sequence_ends_an_answer(plain_tokenizer: PreTrainedTokenizerBase) -> None:
-    plain_tokenizer.eos_token = "<|im_start|>"  # another one than the template's
-    assert end_of_turn_id(plain_tokenizer) == plain_tokenizer.convert_tokens_to_ids("<|im_start|>")
-
-
-def test_a_tokenizer_without_any_end_is_named_with_the_way_out(word_tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(InputError, match="end_of_turn: false"):
-        end_of_turn_id(word_tokenizer)
+def test_an_end_that_is_asked_for_and_not_there_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = deepcopy(make_tokenizer("plain"))
+    tokenizer.eos_token = None
+    with caplog.at_level(logging.WARNING):
+        examples = encode_pairs([Pair("Who?", "007")], TextEncoder(tokenizer)).examples
+    assert tokenizer.decode(examples[0].target_ids) == "007"
+    assert "no end-of-turn token follows an answer" in caplog.text
 
 
 def test_an_empty_target_is_refused_with_its_source(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match=r"book\.jsonl:3: the target is empty"):
-        encode_pairs([Pair("Who?", "", source="book.jsonl:3")], tiny_tokenizer)
+        encode_pairs([Pair("Who?", "", source="book.jsonl:3")], TextEncoder(tiny_tokenizer))
 
 
-def test_a_target_that_the_tokenizer_cannot_represent_is_refused_at_its_first_wrong_character(
-    word_tokenizer: PreTrainedTokenizerBase,
+def test_a_pair_that_comes_again_is_left_out_and_counted(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    encoded = encode_pairs((Pair(query, "1") for query in "abacab"), TextEncoder(tiny_tokenizer))
+    assert [e.query for e in encoded.examples] == ["a", "b", "c"]
+    assert [e.example_id for e in encoded.examples] == [0, 1, 2]
+    assert encoded.duplicates == 3
+
+
+def test_no_more_pairs_are_read_than_asked_for(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    def reading() -> Iterator[Pair]:
+        yield from (Pair("a", "1"), Pair("a", "1"), Pair("b", "2"))
+        raise AssertionError("read on")
+
+    encoded = encode_pairs(reading(), TextEncoder(tiny_tokenizer), limit=2)
+    assert [e.query for e in encoded.examples] == ["a", "b"]
+
+
+def test_different_targets_for_one_query_are_listed_with_where_they_stand(
+    tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    with pytest.raises(InputError, match=r"pair 2: .*cannot represent .*character 5, 'maybe'.*\[UNK\]"):
-        encode_pairs([Pair("?", "yes"), Pair("?", "yes maybe")], word_tokenizer, end_of_turn=False)
+    pairs = [Pair("a", "1", "f:1"), Pair("b", "2", "f:2"), Pair("a", "3", "f:3"), Pair("a", "1", "f:4")]
+    with pytest.raises(InputError, match=r"^1 query has different targets.*: 'a' \(f:1, f:3\); keep one target"):
+        encode_pairs(pairs, TextEncoder(tiny_tokenizer))
+
+
+def test_a_conflict_before_the_limit_is_not_overlooked(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    pairs = [Pair("a", "1", "f:1"), Pair("a", "2", "f:2"), Pair("b", "3", "f:3")]
+    with pytest.raises(InputError, match=r"1 query has different targets.*'a' \(f:1, f:2\)"):
+        encode_pairs(pairs, TextEncoder(tiny_tokenizer), limit=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "second"),
+    [
+        ("dated", "Agent", " Agent "),  # trimmed by the template
+        ("turns", "Agent", "Agent\n"),
+        ("nfc", "\u00c5sa", "A\u030asa"),  # normalised
+        ("unigram", "x\u00b2", "x2"),
+        ("unigram", "call \u0416", "call \u0428"),  # unknown
+    ],
+)
+def test_queries_that_become_one_prompt_are_one_query(kind: str, first: str, second: str) -> None:
+    encoder = TextEncoder(make_tokenizer(kind))
+    with pytest.raises(InputError) as refused:
+        encode_pairs([Pair(first, "0", "f:1"), Pair(second, "1", "f:2")], encoder)
+    assert f"{first!a} and {second!a} (f:1, f:2)" in str(refused.value)
+    assert "the model sees the same prompt" in str(refused.value)
+    encoded = encode_pairs([Pair(first, "0", "f:1"), Pair(second, "0", "f:2")], encoder)
+    assert (len(encoded.examples), encoded.duplicates) == (1, 1)
 
 
 def test_length_is_the_sum_of_target_tokens_and_longest_counts_prompts_too() -> None:

@@ -224,7 +224,8 @@ def test_an_opened_run_has_the_recorded_losses(
     assert fit(tiny_backbone_folder, "--data.seed=3") == 0
     folder = tmp_path / "runs/fit/version_0"
     record = read_record(folder / "record.json")
-    module, corpus = open_run(folder)
+    module, data = open_run(folder)
+    corpus = data.corpus
     assert corpus.content_hash == record.corpus_hash
     assert not module.training
     scores = gather_scores([module.score(collate(corpus.examples[i : i + 2])) for i in (0, 2, 4)])

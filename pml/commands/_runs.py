@@ -1,5 +1,6 @@
 """What the commands that look at many runs ask for: where the runs are, and which of them to keep."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,5 +40,9 @@ def chosen_records(args: jsonargparse.Namespace) -> dict[Path, Record]:
     """
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.law import select_records
+    from pml.run_folder import check_records
 
-    return select_records(read_records(args.runs), args.where)
+    records = select_records(read_records(args.runs), args.where)
+    for note in check_records(records):
+        print(f"note: {note}", file=sys.stderr)
+    return records

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
+from pml.commands._console import one_line
 from pml.errors import InputError
 
 if TYPE_CHECKING:
@@ -195,9 +196,9 @@ def _print_examples(tokenizer: Any, examples: "Sequence[Example]") -> None:
     replaced = any(example.replaced for example in examples)
     print(f"examples, targets in ⟦ ⟧{', tokens put in at random in ⟨ ⟩' if replaced else ''}:")
     for example in examples:
-        prompt = _one_line(tokenizer.decode(list(example.prompt_ids)))
+        prompt = one_line(tokenizer.decode(list(example.prompt_ids)))
         target = "".join(
-            f"⟨{_one_line(text)}⟩" if random else _one_line(text)
+            f"⟨{one_line(text)}⟩" if random else one_line(text)
             for random, text in _stretches(tokenizer, example, SHOWN_TOKENS)
         )
         more = len(example.target_ids) - SHOWN_TOKENS
@@ -209,11 +210,6 @@ def _stretches(tokenizer: Any, example: "Example", limit: int) -> Iterator[tuple
     replaced = set(example.replaced)
     for random, places in groupby(range(min(limit, len(example.target_ids))), lambda place: place in replaced):
         yield random, tokenizer.decode([example.target_ids[place] for place in places])
-
-
-def _one_line(text: str) -> str:
-    """Text as one line; control characters, which a terminal would obey, are spelled out."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _plain(tokenizer: Any, example: "Example") -> dict[str, Any]:

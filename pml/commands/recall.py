@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonargparse
 
+from pml.commands._console import one_line
 from pml.errors import InputError
 
 __all__ = ["configure", "run"]
@@ -32,14 +33,14 @@ def run(args: jsonargparse.Namespace) -> int:
     """Ask and print."""
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.backbone import shared_backbones
-    from pml.records import RECORD_NAME, read_records
+    from pml.records import read_records
+    from pml.run_folder import run_folder
 
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit is {args.limit}; expected at least 1 example")
     if args.show < 0 or args.tokens < 1:
         raise InputError(f"--show is {args.show}, --tokens is {args.tokens}; expected at least 0 and 1")
-    folder = args.adapter.parent if args.adapter.name in ("adapter", RECORD_NAME) else args.adapter
-    records = read_records([folder])
+    records = read_records([run_folder(args.adapter)])
     for folder, record in records.items():
         if record.status == "diverged":
             print(
@@ -59,26 +60,19 @@ def run(args: jsonargparse.Namespace) -> int:
 def _ask(folder: Path, args: jsonargparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from pml.corpus import encode_prompt, end_of_turn_id
     from pml.recall import generate_greedily, greedy_recall
     from pml.runs import open_run
 
-    module, corpus = open_run(folder)
-    tokenizer = module.tokenizer
+    module, data = open_run(folder)
+    encoder = data.encoder(module.tokenizer)
     try:
         if args.prompt is not None:
-            asked = {key: corpus.settings[key] for key in ("chat_template", "system") if key in corpus.settings}
-            prompt = torch.tensor([encode_prompt(tokenizer, args.prompt, **asked)], device=module.device)
+            prompt = torch.tensor([encoder.prompt(args.prompt).ids], device=module.device)
+            encoder.warn_of_changes("--prompt")
             with torch.no_grad():
                 answer = generate_greedily(module.model, prompt, args.tokens)[0].tolist()
-            end = end_of_turn_id(tokenizer)
-            answer = answer[: answer.index(end)] if end in answer else answer
-            return {
-                "run": str(folder),
-                "prompt": args.prompt,
-                "answer": tokenizer.decode(answer, skip_special_tokens=True),
-            }
-        generated = greedy_recall(module, corpus.examples[: args.limit])
+            return {"run": str(folder), "prompt": args.prompt, "answer": encoder.answer(answer)}
+        generated = greedy_recall(module, data.corpus.examples[: args.limit])
         tokens = sum(len(g.example.target_ids) for g in generated)
         return {
             "run": str(folder),
@@ -86,9 +80,11 @@ def _ask(folder: Path, args: jsonargparse.Namespace) -> dict[str, Any]:
             "token_accuracy": sum(g.right_tokens for g in generated) / tokens,
             "examples": [
                 {
-                    "query": _query(tokenizer, g.example.prompt_ids),
-                    "target": tokenizer.decode(list(g.example.target_ids), skip_special_tokens=True),
-                    "generated": tokenizer.decode(list(g.token_ids), skip_special_tokens=True),
+                    "query": g.example.query,
+                    "target": g.example.target
+                    if g.example.target is not None
+                    else encoder.answer(g.example.target_ids),
+                    "generated": encoder.answer(g.token_ids),
                     "exact": g.exact,
                 }
                 for g in generated
@@ -96,19 +92,6 @@ def _ask(folder: Path, args: jsonargparse.Namespace) -> dict[str, Any]:
         }
     finally:
         module.release()
-
-
-def _query(tokenizer: Any, prompt_ids: tuple[int, ...]) -> str:
-    """The user's words in a prompt, without the turns of the chat template around them."""
-    text = tokenizer.decode(prompt_ids, skip_special_tokens=False)
-    turns = [turn for turn in _split_at(text, tokenizer.all_special_tokens) if turn.strip()]
-    return (turns[-2] if len(turns) > 1 else text).strip().removeprefix("user").strip()
-
-
-def _split_at(text: str, marks: list[str]) -> list[str]:
-    for mark in marks:
-        text = text.replace(mark, "\0")
-    return text.split("\0")
 
 
 def _print(result: dict[str, Any], show: int) -> None:
@@ -124,5 +107,5 @@ def _print(result: dict[str, Any], show: int) -> None:
 
 
 def _short(text: str) -> str:
-    line = text.replace("\n", "\\n")
+    line = one_line(text)
     return line if len(line) <= 90 else f"{line[:87]}..."

@@ -59,8 +59,8 @@ def run(args: jsonargparse.Namespace) -> int:
             )
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
-        where = outcome.cell.folder / "error.txt"
-        print(f"failed: {outcome.cell.name}: {outcome.error} (see {where})", file=sys.stderr)
+        where = "" if outcome.skipped else f" (see {outcome.cell.folder / 'error.txt'})"
+        print(f"failed: {outcome.cell.name}: {outcome.error}{where}", file=sys.stderr)
     return 1 if failed else 0
 
 

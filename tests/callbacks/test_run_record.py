@@ -107,7 +107,7 @@ def test_every_field_is_what_a_computation_of_its_own_gives(
     assert (record.backbone, record.dtype, record.method, record.seed) == (str(sharp), "float32", "sft", 9)
     assert record.backbone_hash == module.backbone.content_hash
     assert record.method_settings == module.settings()
-    assert (record.status, record.steps_to_recall, record.schema_version) == ("finished", None, 2)
+    assert (record.status, record.steps_to_recall, record.schema_version) == ("finished", None, 3)
     assert 0 < record.wall_seconds < 60
     assert record.versions["python"] == platform.python_version()
     assert record.versions["torch"] == torch.__version__
@@ -217,11 +217,11 @@ def test_the_saved_adapter_gives_the_recorded_loss_and_holds_nothing_of_the_back
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 2 * 32 * 16 * 4 + 2000
 
 
-def test_nothing_is_left_but_the_record_the_tokens_and_the_adapter(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_corpus_record_tokens_and_adapter_alone(data: Ids, sharp: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     callbacks = [RunRecord(dirpath=str(out))]
     make_trainer(tmp_path, callbacks=callbacks).fit(module_on(sharp), datamodule=data)
-    assert sorted(path.name for path in out.iterdir()) == ["adapter", "record.json", "tokens.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "corpus.parquet", "record.json", "tokens.parquet"]
 
 
 class NoTraining(Callback):
@@ -352,7 +352,8 @@ def test_the_record_is_plain_json_of_the_schema(data: Ids, sharp: Path, tmp_path
 
 def test_any_other_module_is_refused(sharp: Path, tmp_path: Path) -> None:
     class Other(LightningModule):
-        tokenizer = vocab_size = max_positions = None
+        tokenizer = max_positions = None
+        vocab_size = 1000
 
         def training_step(self, *_: Any) -> None: ...
 

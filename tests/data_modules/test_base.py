@@ -33,7 +33,7 @@ class Numbered(MemorizationDataModule):
 
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
         self.made += 1
-        return Corpus("numbered", [Example(i, (1, 2), (3,) * (i + 1)) for i in range(self.pairs)])
+        return Corpus("numbered", [Example(i, (1 + i % 7, i // 7), (3,) * (i + 1)) for i in range(self.pairs)])
 
 
 class Observer(LightningModule):
@@ -186,6 +186,23 @@ def test_an_example_longer_than_the_context_is_named_with_both_numbers(tiny_toke
     Numbered(pairs=5).build(tiny_tokenizer, vocab_size=8, max_positions=7)
     with pytest.raises(InputError, match=r"example 5 has 8 tokens \(2 prompt, 6 target\).* 7 positions"):
         Numbered(pairs=6).build(tiny_tokenizer, vocab_size=8, max_positions=7)
+
+
+def test_an_id_that_the_backbone_does_not_know_is_named_with_its_token(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(InputError, match=r"'numbered': example 0 has the token '\$' \(id 3\).* knows ids below 3"):
+        Numbered(pairs=1).build(tiny_tokenizer, vocab_size=3)
+
+
+class Twice(MemorizationDataModule):
+    """One prompt, two targets."""
+
+    def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
+        return Corpus("twice", [Example(0, (1,), (2,)), Example(1, (1,), (3,), source="f:2")])
+
+
+def test_two_targets_of_one_prompt_are_refused_wherever_they_come_from(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(InputError, match=r"example 1 \(f:2\) has the same prompt as example 0, and another target"):
+        Twice().build(tiny_tokenizer, vocab_size=8)
 
 
 def test_a_curriculum_in_a_single_batch_is_refused(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -146,7 +146,9 @@ def test_a_fact_longer_than_the_context_is_refused_with_both_numbers(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     data = Facts(path=written(tmp_path, ("ab", "x" * 20)), chat_template=False, end_of_turn=False)
-    with pytest.raises(InputError, match=r"example 0 has 22 tokens \(2 prompt, 20 target\).* 21 positions"):
+    with pytest.raises(
+        InputError, match=r"example 0 \(facts\.jsonl:1\) has 22 tokens \(2 prompt, 20 target\).* 21 positions"
+    ):
         data.build(tiny_tokenizer, VOCABULARY, max_positions=21)
 
 

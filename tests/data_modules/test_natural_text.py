@@ -25,6 +25,7 @@ from data_modules._replacement import ordinary_ids, replace, replaced_positions
 from pml.backbone import Backbone
 from pml.corpus import IGNORE_INDEX, Corpus, collate
 from pml.errors import InputError
+from tests.tokenizer_kinds import make_tokenizer
 
 VOCABULARY = 259  # 256 bytes and 3 special tokens
 RATIOS = [0.0, 0.01, 0.1, 0.2, 1 / 3, 0.5, 0.6, 0.8, 0.99, 1.0]
@@ -49,7 +50,7 @@ def text_file(tmp_path: Path, text: str, name: str = "text.txt") -> str:
 
 
 def build(tokenizer: PreTrainedTokenizerBase, vocabulary: int = VOCABULARY, **options: Any) -> Corpus:
-    return NaturalText(**{"chat_template": False, **options}).build(tokenizer, vocabulary)
+    return NaturalText(**{"chat_template": False, **options}).build(tokenizer, max(vocabulary, len(tokenizer)))
 
 
 def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -440,21 +441,28 @@ def test_the_default_tokenizer_has_no_byte_for_some_control_characters_and_says_
 # Bad input
 
 
-@pytest.fixture(scope="module")
-def word_tokenizer() -> PreTrainedTokenizerBase:
-    """Knows three words."""
-    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "yes": 1, "no": 2}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+def test_text_that_the_tokenizer_cannot_represent_is_refused_at_its_first_wrong_character(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("unigram")
+    path = text_file(tmp_path, "call Anna at maybe Ж call")
+    options = {"path": path, "prompt": "call"}
+    with pytest.raises(InputError, match=r"text\.txt: the tokenizer cannot represent .*character 20, 'Ж call'"):
+        build(tokenizer, length=60, **options)
 
 
-def test_text_that_the_tokenizer_cannot_represent_is_refused_at_its_first_wrong_character(
-    word_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    path = text_file(tmp_path, "yes no maybe yes no")
-    assert targets(word_tokenizer, path=path, length=2) == ["yes no"]
-    with pytest.raises(InputError, match=r"text\.txt: the tokenizer cannot represent .*character 8, 'maybe yes no'"):
-        build(word_tokenizer, path=path, length=4)
+def test_control_tokens_in_a_text_are_text(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("chatml")
+    text = "A turn ends with <|im_end|>, and a text with <|endoftext|>."
+    (example,) = build(tokenizer, path=text_file(tmp_path, text), length=None).examples
+    assert tokenizer.decode(example.target_ids, skip_special_tokens=True) == text == example.target
+
+
+@pytest.mark.parametrize("kind", ["roles", "inst", "byte_fallback"])
+def test_a_piece_of_text_comes_back_as_it_is_where_a_tokenizer_marks_beginnings(kind: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(kind)
+    path = text_file(tmp_path, "call Anna at 007 and 415 office")
+    (example,) = build(tokenizer, path=path, length=None, chat_template=True).examples
+    before, whole = (tokenizer.decode([*example.prompt_ids, *ids]) for ids in ((), example.target_ids))
+    assert whole == before + "call Anna at 007 and 415 office"
 
 
 def test_a_text_shorter_than_asked_for_is_refused_with_both_numbers(
@@ -480,7 +488,9 @@ def test_a_target_longer_than_the_context_is_refused_with_both_numbers(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     data = NaturalText(path=text_file(tmp_path, "x" * 200), length=100, prompt="ab", chat_template=False)
-    with pytest.raises(InputError, match=r"example 0 has 102 tokens \(2 prompt, 100 target\).* 101 positions"):
+    with pytest.raises(
+        InputError, match=r"example 0 \(text\.txt\) has 102 tokens \(2 prompt, 100 target\).* 101 positions"
+    ):
         data.build(tiny_tokenizer, VOCABULARY, max_positions=101)
 
 

@@ -10,9 +10,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from data_modules import PhoneBook
-from data_modules._pairs import DistinctPairs, read_pairs
+from data_modules._pairs import read_pairs
 from pml.backbone import Backbone
-from pml.corpus import Pair
+from pml.corpus import Pair, encode_pairs
+from pml.encoding import TextEncoder
 from pml.errors import InputError
 
 VOCABULARY = 259
@@ -176,10 +177,10 @@ def test_queries_with_different_targets_are_listed_with_their_lines(
     assert "'b:'" not in str(error.value)
 
 
-def test_a_long_list_of_conflicts_is_cut_and_counted() -> None:
+def test_a_long_list_of_conflicts_is_cut_and_counted(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     pairs = [Pair(f"q{i}", target) for i in range(12) for target in ("1", "2")]
     with pytest.raises(InputError, match=r"12 queries have .*'q4'.* and 7 more") as error:
-        list(DistinctPairs(pairs))
+        encode_pairs(pairs, TextEncoder(tiny_tokenizer))
     assert "'q5'" not in str(error.value)
 
 

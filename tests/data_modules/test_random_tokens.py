@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from data_modules import RandomTokens
-from pml.corpus import encode_prompt
+from pml.encoding import TextEncoder
 from pml.errors import InputError
 
 VOCABULARY = 259  # 256 bytes and 3 special tokens
@@ -36,7 +36,7 @@ def test_every_ordinary_token_is_drawn_about_equally_often_and_no_special_one(
 
 
 def test_ids_stay_below_the_vocabulary_of_the_backbone(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    corpus = RandomTokens(length=2000).build(tiny_tokenizer, vocab_size=100)
+    corpus = RandomTokens(length=2000, prompt="abc", chat_template=False).build(tiny_tokenizer, vocab_size=100)
     assert max(corpus.examples[0].target_ids) < 100
 
 
@@ -69,7 +69,7 @@ def test_the_seed_decides_the_tokens(tiny_tokenizer: PreTrainedTokenizerBase) ->
 def test_one_target_is_asked_for_by_the_published_prompt(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     (example,) = RandomTokens().build(tiny_tokenizer, VOCABULARY).examples
     published = "Please output the content of the vector memory injected into the activations."
-    assert example.prompt_ids == encode_prompt(tiny_tokenizer, published)
+    assert example.prompt_ids == TextEncoder(tiny_tokenizer).prompt(published).ids
 
 
 def test_each_of_many_targets_has_a_query_of_its_own(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,100 @@
+"""The corpus of a run as a Parquet file in its folder: what is needed to ask again, whatever becomes of the source."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pml.corpus import Corpus, Example
+from pml.errors import InputError
+from pml.parquet import write_table
+
+__all__ = ["CORPUS_NAME", "HELD_OUT_NAME", "corpus_hash", "read_corpus", "write_corpus"]
+
+CORPUS_NAME = "corpus.parquet"
+HELD_OUT_NAME = "held_out.parquet"
+
+SCHEMA = pa.schema(
+    [
+        ("example_id", pa.int32()),
+        ("query", pa.string()),
+        ("target", pa.string()),  # null where the ids are the truth
+        ("source", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("target_ids", pa.list_(pa.int32())),
+        ("replaced", pa.list_(pa.int32())),
+        ("fact_id", pa.int32()),  # null where each example asks for a fact of its own
+    ]
+)
+HEADER = b"pml"
+"""Key of the file's metadata under which what holds for the whole corpus stands, as JSON."""
+
+
+def write_corpus(path: Path, corpus: Corpus) -> None:
+    """Write queries and targets as the user wrote them, with the token ids that they became; atomically.
+
+    Args:
+        path: The file.
+        corpus: What it will hold.
+    """
+    rows: dict[str, list[Any]] = {name: [getattr(e, name) for e in corpus.examples] for name in SCHEMA.names[:-1]}
+    rows["fact_id"] = list(corpus.fact_ids) if corpus.fact_ids is not None else [None] * len(corpus)
+    header = {
+        "name": corpus.name,
+        "entropy_bits": corpus.entropy_bits,
+        "settings": corpus.settings,
+        "encoding": corpus.encoding,
+        "content_hash": corpus.content_hash,
+    }
+    table = pa.table(rows, schema=SCHEMA).replace_schema_metadata({HEADER: json.dumps(header).encode()})
+    write_table(path, table)
+
+
+def read_corpus(path: Path) -> Corpus:
+    """Read a corpus back.
+
+    Raises:
+        InputError: If the file is not there, is damaged, or its ids are not those that it says it holds.
+    """
+    try:
+        table = pq.read_table(path, schema=SCHEMA)
+        header = json.loads((pq.read_schema(path).metadata or {})[HEADER])
+        examples = list(_examples(table))
+        fact_ids = table["fact_id"].to_pylist()
+        corpus = Corpus(
+            name=header["name"],
+            examples=examples,
+            entropy_bits=header["entropy_bits"],
+            settings=header["settings"],
+            fact_ids=None if None in fact_ids else fact_ids,
+            encoding=header["encoding"],
+        )
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read; expected the corpus that a run leaves in its folder") from error
+    except (pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: not the corpus of a run ({reason}); run it again, or restore the file") from error
+    if corpus.content_hash != header["content_hash"]:
+        raise InputError(f"{path}: its token ids are not those that it was written with; restore the file")
+    return corpus
+
+
+def corpus_hash(path: Path) -> str:
+    """The content hash that a corpus was written with; nothing else of the file is read.
+
+    Raises:
+        InputError: If the file is not there, or is no corpus.
+    """
+    try:
+        return str(json.loads((pq.read_schema(path).metadata or {})[HEADER])["content_hash"])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not the corpus of a run; run it again, or restore the file") from error
+
+
+def _examples(table: pa.Table) -> Iterator[Example]:
+    for row in table.to_pylist():
+        ids = {name: tuple(row[name]) for name in ("prompt_ids", "target_ids", "replaced")}
+        yield Example(row["example_id"], **ids, query=row["query"], target=row["target"], source=row["source"])

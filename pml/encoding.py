@@ -1,0 +1,438 @@
+"""Text as token ids: how a query is put to the model, and how a target follows it.
+
+What a user wrote stays text: only the chat template makes control tokens, and a target is accepted only where its ids
+give back its very characters, decoded by themselves and after the prompt.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pml.errors import InputError
+
+__all__ = ["ENCODING_VERSION", "Prompt", "PromptFormat", "TextEncoder", "special_ids"]
+
+log = logging.getLogger(__name__)
+
+ENCODING_VERSION = 2
+"""Version of the rules by which text becomes ids; version 1 encoded each target alone and read control tokens in it."""
+
+ANSWER = "\N{BLACK SQUARE}"
+"""Stands for what somebody says where only the template around it is asked for."""
+
+CLOCK = re.compile(r"\bstrftime_now\s*\(")
+CLOCK_WITH_FORMAT = re.compile(r"""\bstrftime_now\s*\(\s*(['"])((?:(?!\1).)*)\1\s*\)""")
+
+TAKEN = ("messages", "conversation", "add_generation_prompt", "tools", "documents", "chat_template", "tokenize")
+"""Names that a chat template's variables cannot have: these say what is rendered, and how."""
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """What stands around a query. A certificate holds for prompts of the format that it was made with.
+
+    Args:
+        chat_template: Put the query into the tokenizer's chat template as a user turn, where it has one.
+        system: Text of a system turn before it; None leaves that to the template.
+        template_kwargs: Variables of the chat template, such as `enable_thinking: false`.
+        template_date: Day, as YYYY-MM-DD, that a template which reads the clock writes in place of today.
+
+    Raises:
+        InputError: If a variable has a reserved name, or the date is none.
+    """
+
+    chat_template: bool = True
+    system: str | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    # What Llama 3.1's template writes where it knows no clock.
+    template_date: str = "2024-07-26"
+
+    def __post_init__(self) -> None:
+        if taken := [name for name in self.template_kwargs if name in TAKEN]:
+            raise InputError(
+                f"template_kwargs has {taken[0]!r}, which pml sets itself; expected variables of the template"
+            )
+        try:
+            date.fromisoformat(self.template_date)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"template_date is {self.template_date!r}; expected a day such as 2024-07-26") from error
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What stands before a target.
+
+    Attributes:
+        ids: Its token ids.
+        text: The same as text; None where control characters typed by the user stand in it as text, so that the text
+            would be encoded to other ids.
+    """
+
+    ids: tuple[int, ...]
+    text: str | None
+
+
+class TextEncoder:
+    """Turns queries, targets and documents into token ids of one tokenizer, with prompts of one format.
+
+    Args:
+        tokenizer: The backbone's tokenizer.
+        form: What stands around a query.
+
+    Raises:
+        InputError: If the chat template does not write what the user says, refuses a system turn that is asked for, or
+            reads the clock in a way that cannot be fixed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, form: PromptFormat | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.form = form or PromptFormat()
+        self.changed: dict[str, list[str]] = {}
+        """Queries that reach the model other than they were written: by what happened to them, where each stands."""
+        self._template: str | None = None
+        self._parts = False
+        if self.form.chat_template and tokenizer.chat_template:
+            self._template = self._without_clock(_template_of(tokenizer))
+            self._choose_content()
+
+    # What the user says -----------------------------------------------------------------------------------------------
+
+    def prompt(self, query: str, source: str = "") -> Prompt:
+        """Token ids of everything that stands before the target.
+
+        Text that reads like a control token is encoded as text, as `apply_chat_template(...,
+        sanitize_control_tokens=True)` does it. Without a chat template the query stands alone, after whatever the
+        tokenizer puts before a text; what it would append, such as an end-of-sequence token, is left out.
+
+        Args:
+            query: What the user says.
+            source: Where it comes from, for messages.
+
+        Raises:
+            InputError: If the template refuses it, or the tokenizer cannot keep its characters apart from control
+                tokens.
+        """
+        if self._template is None:
+            text = query if self.form.system is None else f"{self.form.system}\n{query}"
+            prompt = Prompt(self._alone(text, source), None if self._typed(text) else text)
+            written = query
+        else:
+            text = self._rendered(self._turns(query), source)
+            typed = self._typed(query) or self._typed(self.form.system or "")
+            ids = self._sanitized(query, source) if typed else self._ids(text)
+            prompt = Prompt(tuple(ids), None if typed else text)
+            written = self._written(query, text, source)
+        if not prompt.ids:
+            raise InputError(f"{_at(source)}the query {_shown(query)} has no token left; expected text")
+        if self._typed(query):
+            self._note("hold characters that servers may read as control tokens", query, source)
+        elif written not in self.decode(prompt.ids):
+            self._note("are changed by the tokenizer (normalised, or unknown to it)", query, source)
+        return prompt
+
+    def warn_of_changes(self, name: str) -> None:
+        """Say once for a corpus how many of its queries the model sees other than they were written."""
+        for what, places in self.changed.items():
+            log.warning(
+                "%s: %d quer%s %s, such as %s: recall is certain only for prompts encoded in this way",
+                name,
+                len(places),
+                "y" if len(places) == 1 else "ies",
+                what,
+                places[0],
+            )
+        self.changed.clear()
+
+    # What has to come back --------------------------------------------------------------------------------------------
+
+    def target(self, prompt: Prompt, target: str, source: str = "") -> tuple[int, ...]:
+        """Token ids of a target where it stands, after its prompt, without an end.
+
+        They are those of prompt and target encoded together where the prompt keeps its own, otherwise those of the
+        target by itself or after a line break.
+
+        Args:
+            prompt: What stands before it.
+            target: The text.
+            source: Where it comes from, for messages.
+
+        Raises:
+            InputError: If the target is empty, or no ids give back exactly this text, alone and after the prompt.
+        """
+        if not target:
+            raise InputError(f"{_at(source)}the target is empty; expected text to memorise")
+        if any("\ud800" <= character <= "\udfff" for character in target):
+            raise InputError(f"{_at(source)}the target has a lone surrogate, which is not text; expected valid Unicode")
+        first: str | None = None
+        for ids in self._candidates(prompt, target):
+            problem = self._problem(prompt, target, ids)
+            if problem is None:
+                return tuple(ids)
+            first = first or problem
+        raise InputError(
+            f"{_at(source)}the tokenizer cannot represent this target: {first}; normalise the text or use a backbone "
+            "with a byte-level tokenizer"
+        )
+
+    def gives_back(self, prompt: Prompt, text: str, ids: Sequence[int]) -> bool:
+        """Whether ids decode to exactly a text, by themselves and after a prompt, without a control token in them."""
+        return self._problem(prompt, text, ids) is None
+
+    @cached_property
+    def end_of_turn_id(self) -> int | None:
+        """The token that ends an answer: the first control token that the chat template writes after one.
+
+        Without a chat template it is the tokenizer's end of sequence. None where there is no such token.
+        """
+        if self._template is None:
+            return self.tokenizer.eos_token_id
+        try:
+            turns = [*self._turns("?"), {"role": "assistant", "content": self._content(ANSWER)}]
+            after = self._rendered(turns, "", generation=False).rpartition(ANSWER)[2]
+        except InputError:
+            return None
+        return next((i for i in self._ids(after) if i in self._control_ids), None)
+
+    def answer(self, ids: Sequence[int]) -> str:
+        """Generated ids as the text that a server shows: up to the end of the turn, special tokens visible."""
+        ids = list(ids)
+        end = self.end_of_turn_id
+        return self.decode(ids[: ids.index(end)] if end in ids else ids)
+
+    # Plain text -------------------------------------------------------------------------------------------------------
+
+    def document(self, text: str) -> list[int]:
+        """Token ids of a text by itself, none of them a control token unless the tokenizer cannot help it."""
+        return self._ids(text, as_text=self._typed(text))
+
+    def control_in(self, ids: Sequence[int]) -> str | None:
+        """The first control token among ids, as text; None where there is none."""
+        control = next((i for i in ids if i in self._control_ids), None)
+        return None if control is None else str(self.tokenizer.convert_ids_to_tokens(control))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens visible, exactly as it is."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def _candidates(self, prompt: Prompt, target: str) -> Iterator[list[int]]:
+        typed = self._typed(target)
+        if prompt.text is not None and not typed:
+            before, joined = self._ids(prompt.text), self._ids(prompt.text + target)
+            if joined[: len(before)] == before:
+                yield joined[len(before) :]
+        yield self._ids(target, as_text=typed)
+        line_break, joined = self._ids("\n"), self._ids(f"\n{target}", as_text=typed)
+        if joined[: len(line_break)] == line_break:
+            yield joined[len(line_break) :]
+
+    def _problem(self, prompt: Prompt, target: str, ids: Sequence[int]) -> str | None:
+        """Why ids are not this target after this prompt; None where they are."""
+        if (token := self._control_beside_unknown(ids)) is not None:
+            return f"it reads {token!r} as a control token and cannot keep it apart from text"
+        # As servers decode it: with whatever the tokenizer cleans up by default.
+        served = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        before = self.decode(prompt.ids)
+        together = self.decode([*prompt.ids, *ids])
+        in_place = together[len(before) :] if together.startswith(before) else together
+        for decoded, where in ((self.decode(ids), ""), (served, ""), (in_place, " after its prompt")):
+            if decoded != target:
+                at = next((i for i, (a, b) in enumerate(zip(decoded, target, strict=False)) if a != b), len(decoded))
+                at = min(at, max(len(target) - 1, 0))
+                return f"character {at + 1}, {target[at : at + 12]!r}, comes back as {decoded[at : at + 12]!r}{where}"
+        return None
+
+    def _alone(self, text: str, source: str) -> tuple[int, ...]:
+        """A text with what the tokenizer puts before it, and without what it appends."""
+        ids = self.document(text)
+        if (token := self._control_beside_unknown(ids)) is not None:
+            raise InputError(
+                f"{_at(source)}the tokenizer reads {token!r} in this text as a control token and cannot keep it apart; "
+                "write the text without it"
+            )
+        return (*self._put_before, *ids)
+
+    @cached_property
+    def _put_before(self) -> tuple[int, ...]:
+        """What the tokenizer puts before every text that it encodes as a whole, such as a beginning of sequence."""
+        alone, whole = self._ids(ANSWER), list(self.tokenizer(ANSWER)["input_ids"])
+        starts = (i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+        return tuple(whole[: next(starts, 0)])
+
+    def _sanitized(self, query: str, source: str) -> list[int]:
+        try:
+            ids: Any = self.tokenizer.apply_chat_template(
+                self._turns(query), **self._options(), return_dict=False, sanitize_control_tokens=True
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"{_at(source)}{error}; write the query {_shown(query)} without it") from error
+        return list(ids)
+
+    def _control_beside_unknown(self, ids: Sequence[int]) -> str | None:
+        # What stands for unknown characters is marked as special, but no control token; that they are lost shows.
+        return self.control_in([i for i in ids if i != self.tokenizer.unk_token_id])
+
+    def _ids(self, text: str, as_text: bool = False) -> list[int]:
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if as_text and backend is not None:
+            # The tokenizer without its added tokens, for which it has no switch: split_special_tokens splits only some.
+            if backend.normalizer is not None:
+                text = backend.normalizer.normalize_str(text)
+            parts = [text]
+            if backend.pre_tokenizer is not None:
+                parts = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+            return [token.id for part in parts for token in backend.model.tokenize(part)]
+        # Quiet about texts that are longer than the context: that is looked at when the corpus is whole.
+        encoded = self.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=as_text)
+        return list(encoded["input_ids"])
+
+    # Control tokens
+
+    @cached_property
+    def _control(self) -> dict[str, int]:
+        """Ids of control tokens by text: special tokens, and others that the chat template writes."""
+        template = _template_of(self.tokenizer) if self.tokenizer.chat_template else ""
+        special = special_ids(self.tokenizer)
+        return {
+            token.content: i
+            for i, token in self.tokenizer.added_tokens_decoder.items()
+            # Some tokenizers have runs of white space as added tokens, which templates hold as ordinary text.
+            if i in special or (token.content in template and not token.content.isspace())
+        }
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self._control.values())
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(text) for text in self._control if text) or "(?!)")
+
+    def _typed(self, text: str) -> bool:
+        """Whether somebody's text holds the characters of a control token."""
+        return self._control_pattern.search(text) is not None
+
+    # The chat template
+
+    def _choose_content(self) -> None:
+        """Find out in which form the template takes what the user says, and whether it takes a system turn."""
+        for self._parts in (False, True):
+            try:
+                if ANSWER in self._rendered(self._turns(ANSWER), ""):
+                    break
+            except InputError:
+                if not self._parts:
+                    continue
+                raise
+        else:
+            raise InputError(
+                "the chat template does not write what the user says, so that all queries would be one; set "
+                "chat_template: false, or use a backbone with another template"
+            )
+        if self._parts:
+            log.warning("the chat template takes what is said as a list of parts; servers have to give it in that form")
+        system = self.form.system
+        if system is not None and system.strip() not in self._rendered(self._turns(ANSWER), ""):
+            raise InputError("the chat template does not write the system text; leave system out")
+
+    def _turns(self, query: str) -> list[dict[str, Any]]:
+        system = self.form.system
+        turns = [] if system is None else [{"role": "system", "content": self._content(system)}]
+        return [*turns, {"role": "user", "content": self._content(query)}]
+
+    def _content(self, text: str) -> Any:
+        return [{"type": "text", "text": text}] if self._parts else text
+
+    def _options(self) -> dict[str, Any]:
+        return {**self.form.template_kwargs, "chat_template": self._template, "add_generation_prompt": True}
+
+    def _rendered(self, turns: Sequence[dict[str, Any]], source: str, generation: bool = True) -> str:
+        options = {**self._options(), "add_generation_prompt": generation}
+        try:
+            return str(self.tokenizer.apply_chat_template(list(turns), **options, tokenize=False))
+        # Templates are programs, and fail in all the ways that programs do.
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            if turns[0]["role"] == "system" and self._renders(turns[1:], generation):
+                raise InputError(
+                    f"{_at(source)}this backbone's chat template takes no system turn ({reason}); leave system out"
+                ) from error
+            raise InputError(f"{_at(source)}the chat template refuses this prompt: {reason}") from error
+
+    def _renders(self, turns: Sequence[dict[str, Any]], generation: bool) -> bool:
+        try:
+            self._rendered(turns, "", generation)
+        except InputError:
+            return False
+        return True
+
+    def _written(self, query: str, text: str, source: str) -> str:
+        """What the template makes of a query."""
+        if query in text:
+            return query
+        if (trimmed := query.strip()) and trimmed in text:
+            self._note("are trimmed by the chat template", query, source)
+            return trimmed
+        self._note("are changed by the chat template", query, source)
+        return ""
+
+    def _without_clock(self, template: str) -> str:
+        """A template in which the fixed date stands wherever it asks the clock."""
+        day = date.fromisoformat(self.form.template_date)
+        fixed = CLOCK_WITH_FORMAT.sub(lambda call: repr(day.strftime(call[2])), template)
+        if CLOCK.search(fixed):
+            raise InputError(
+                "the chat template reads the clock in a way that cannot be fixed, so that prompts would differ from "
+                "day to day; set chat_template: false, or use a backbone with another template"
+            )
+        if fixed != template and self._shows_date(fixed, template):
+            log.warning(
+                "the chat template writes the date; prompts say %s (template_date): give a server the same, or its "
+                "prompts are others every day",
+                self.form.template_date,
+            )
+        return fixed
+
+    def _shows_date(self, fixed: str, template: str) -> bool:
+        """Whether the date reaches a prompt, which variables may keep it from."""
+        other = CLOCK_WITH_FORMAT.sub(lambda _: repr("another day"), template)
+        shown = []
+        for text in (fixed, other):
+            self._template = text
+            try:
+                shown.append(self._rendered(self._turns(ANSWER), ""))
+            except InputError:
+                return True
+        return shown[0] != shown[1]
+
+    def _note(self, what: str, query: str, source: str) -> None:
+        self.changed.setdefault(what, []).append(f"{_shown(query)}{f' ({source})' if source else ''}")
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of tokens that stand for no text, also of those that are marked as special without having a role."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template; of several the one called default."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise InputError(f"the tokenizer has several chat templates, none of them the default: {error}") from error
+
+
+def _at(source: str) -> str:
+    return f"{source}: " if source else ""
+
+
+def _shown(text: str) -> str:
+    return ascii(text) if len(text) <= 60 else f"{text[:57]!a}..."

@@ -1,0 +1,118 @@
+"""What a run leaves in its folder besides its results: its configuration, and its corpus as it was trained on."""
+
+import copy
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pml.corpus import Corpus
+from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, corpus_hash, read_corpus
+from pml.encoding import ENCODING_VERSION
+from pml.errors import InputError
+from pml.modules import Memorization
+from pml.records import RECORD_NAME, Record, read_record
+
+__all__ = ["CONFIG_NAME", "check_corpus", "check_records", "run_folder", "use_corpus_of_run"]
+
+log = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.yaml"
+
+
+def run_folder(path: Path) -> Path:
+    """The run folder that is meant by it, or by the adapter folder or the record in it."""
+    return path.parent if path.name in ("adapter", RECORD_NAME, CONFIG_NAME) else path
+
+
+def use_corpus_of_run(folder: Path, data: Any, module: Memorization) -> None:
+    """Give a data module the corpus that a run was trained on.
+
+    It comes from the run's own folder, so that a source that was moved or edited changes nothing; a source that is now
+    another is said. A run from before runs kept their corpus has it made anew.
+
+    Args:
+        folder: The run's folder.
+        data: What made the corpus.
+        module: The run's module.
+
+    Raises:
+        InputError: If the corpus is not the one that the record is of.
+    """
+    record = read_record(folder / RECORD_NAME) if (folder / RECORD_NAME).is_file() else None
+    made = (module.tokenizer, module.vocab_size, module.max_positions)
+    if (folder / CORPUS_NAME).is_file() and hasattr(data, "use"):
+        held_out = folder / HELD_OUT_NAME
+        data.use(read_corpus(folder / CORPUS_NAME), read_corpus(held_out) if held_out.is_file() else None)
+        if _source_changed(data, made):
+            log.warning("%s: the data has changed since this run; what it was trained on is asked for", folder)
+    else:
+        data.build(*made)
+    if record is not None:
+        check_corpus(data.corpus, record, folder)
+
+
+def check_corpus(corpus: Corpus, record: Record, folder: Path) -> None:
+    """Refuse a corpus that is not the one that a record is of.
+
+    Args:
+        corpus: What is there now.
+        record: The record.
+        folder: Where it lies, for the message.
+
+    Raises:
+        InputError: If their hashes differ.
+    """
+    if corpus.content_hash == record.corpus_hash:
+        return
+    older = (
+        f" (text was encoded by other rules then, version {record.corpus_encoding}, now {ENCODING_VERSION})"
+        if record.corpus_encoding != ENCODING_VERSION
+        else ""
+    )
+    raise InputError(
+        f"{folder}: the data has changed since this run was trained: the corpus {corpus.name!r} now has the hash "
+        f"{corpus.content_hash[:12]}, the record {record.corpus_hash[:12]}{older}; restore the data, or run it again "
+        "in another folder"
+    )
+
+
+def check_records(records: Mapping[Path, Record]) -> list[str]:
+    """Refuse records beside another corpus than their own, and say which runs are of different versions of one corpus.
+
+    Args:
+        records: By the folder they are in.
+
+    Returns:
+        A sentence for each corpus that was edited between runs.
+
+    Raises:
+        InputError: If the corpus in a folder is not the one that its record is of.
+    """
+    versions: dict[str, dict[str, Path]] = {}
+    for folder, record in records.items():
+        if (folder / CORPUS_NAME).is_file() and corpus_hash(folder / CORPUS_NAME) != record.corpus_hash:
+            raise InputError(
+                f"{folder}: {CORPUS_NAME} is not the corpus that its record is of; leave this run out, or run it again"
+            )
+        made_with = [record.corpus, record.corpus_settings, record.corpus_encoding, record.backbone_hash]
+        version = versions.setdefault(json.dumps(made_with, sort_keys=True, default=str), {})
+        version.setdefault(record.corpus_hash, folder)
+    return [
+        f"the data of {' and '.join(map(str, folders.values()))} was changed between these runs; they are not on the "
+        "same corpus"
+        for folders in versions.values()
+        if len(folders) > 1
+    ]
+
+
+def _source_changed(data: Any, made: tuple[Any, ...]) -> bool:
+    """Whether a corpus from files would now be another; one that cannot be made any more has not changed."""
+    if getattr(data, "path", None) is None:
+        return False
+    again = copy.copy(data)
+    try:
+        return bool(again.build(*made).content_hash != data.corpus.content_hash)
+    except InputError:
+        return True

@@ -1,0 +1,148 @@
+"""What is certified comes back, byte for byte, for whoever serves the adapter without pml."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from callbacks import StopWhenRecalled
+from data_modules import Facts
+from pml.adapter import AdapterConfig
+from pml.backbone import Backbone, fetch_default
+from pml.encoding import TextEncoder
+from pml.errors import InputError
+from pml.modules import SFT
+from tests.test_encoding import HARD
+from tests.tiny_runs import make_trainer
+from tests.tokenizer_kinds import KINDS, make_tokenizer
+
+HERE = Path(__file__).parent
+SERVED = [kind for kind in KINDS if kind != "word_piece"]  # which gives back no word after a prompt
+WITHOUT_PEFT = ["chatml", "dated", "inst", "appending"]
+PER_KIND = 8
+STRINGS = HARD[:-1]  # without the very long one
+
+QUERIES = ["call Anna", "office of Bo", "road 7", "line at North", "key", "the code of 4 7", "answer", "phone and name"]
+
+
+def strings_for(number: int, kind: str) -> list[str]:
+    """Hard strings that a tokenizer can represent, other ones for each kind so that together they are all of them."""
+    encoder = TextEncoder(make_tokenizer(kind))
+    prompt = encoder.prompt(QUERIES[0])
+    chosen: list[str] = []
+    for i in range(len(STRINGS)):
+        text = STRINGS[(number * PER_KIND + i) % len(STRINGS)]
+        try:
+            encoder.target(prompt, text)
+        except InputError:
+            continue
+        chosen.append(text)
+        if len(chosen) == PER_KIND:
+            break
+    return chosen
+
+
+def tiny_llama(folder: Path, kind: str) -> Path:
+    tokenizer = make_tokenizer(kind)
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)  # so that a token can be certain
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def written(folder: Path, texts: list[str], queries: list[str] = QUERIES) -> Path:
+    path = folder / "facts.jsonl"
+    rows = [{"query": query, "target": text} for query, text in zip(queries, texts, strict=False)]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def certified(module: SFT, data: Facts, folder: Path, epochs: int) -> dict[str, Any]:
+    """Train until everything is certain, save as PEFT does, and say how it is to be asked."""
+    stop = StopWhenRecalled(0.5)
+    make_trainer(folder, max_epochs=epochs, callbacks=[stop], gradient_clip_val=1.0).fit(module, datamodule=data)
+    assert stop.steps_to_recall is not None, f"not recalled in {epochs} epochs"
+    placement = module.adapter.placement
+    adapter = folder / (placement if isinstance(placement, str) else "list")
+    module.model.save_pretrained(str(adapter), save_embedding_layers=False)
+    encoder = data.encoder(module.tokenizer)
+    return {
+        "base": module.backbone.name,
+        "adapter": str(adapter),
+        "queries": [e.query for e in data.corpus.examples],
+        "template": {"date_string": "26 Jul 2024"},
+        "ends": encoder.end_of_turn_id,
+        "tokens": max(len(e.target_ids) for e in data.corpus.examples) + 4,
+        "expected": [e.target for e in data.corpus.examples],
+    }
+
+
+def served(jobs: list[dict[str, Any]], folder: Path) -> list[list[str]]:
+    """The answers of a process of its own that does not know pml."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs), encoding="utf-8")
+    root = str(HERE.parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(HERE / "serve.py"), str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def trained_kinds(kinds: list[str], placement: str | list[str], folder: Path) -> list[dict[str, Any]]:
+    jobs = []
+    for number, kind in enumerate(kinds):
+        home = tiny_llama(folder / kind, kind)
+        data = Facts(path=str(written(home, strings_for(number, kind))), batch_size=None)
+        adapter = AdapterConfig(rank=32, placement=placement, block=0 if placement == "mlp_block" else [0, 1])
+        module = SFT(backbone=str(home), adapter=adapter, learning_rate=0.02, schedule="constant", seed=1)
+        jobs.append(certified(module, data, home, epochs=400))
+    return jobs
+
+
+def test_every_kind_of_tokenizer_serves_what_was_certified_with_transformers_and_peft_alone(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    jobs = trained_kinds(SERVED, ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], tmp_path)
+    assert len({text for job in jobs for text in job["expected"]}) >= 39
+    for kind, job, answers in zip(SERVED, jobs, served(jobs, tmp_path), strict=True):
+        assert answers == job["expected"], kind
+
+
+def test_an_adapter_beside_a_whole_mlp_serves_what_was_certified_with_pml_adapter(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    jobs = trained_kinds(WITHOUT_PEFT, "mlp_block", tmp_path)
+    for kind, job, answers in zip(WITHOUT_PEFT, jobs, served(jobs, tmp_path), strict=True):
+        assert answers == job["expected"], kind
+
+
+@pytest.mark.backbone
+@pytest.mark.parametrize("placement", ["mlp_block", ["down_proj"]], ids=str)
+def test_the_default_backbone_serves_what_was_certified(
+    placement: str | list[str], default_backbone: Backbone, tmp_path: Path
+) -> None:
+    texts = ["0042", " 7 ", "It ends with <|im_end|> and a newline.\r\n", "ﬁ½ e\u0301", '{"k": [null]}', "שלום"]
+    data = Facts(path=str(written(tmp_path, texts)), batch_size=None)
+    adapter = AdapterConfig(rank=8, placement=placement, block=20)
+    module = SFT(backbone=str(fetch_default()), adapter=adapter, learning_rate=0.05, schedule="constant", seed=1)
+    job = certified(module, data, tmp_path, epochs=80)
+    assert served([job], tmp_path) == [texts]

@@ -1,0 +1,141 @@
+"""Data that changed after a run is noticed by whoever uses the run; what the run was trained on stays with it."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pml.cli import main
+from pml.records import read_record
+from pml.runs import open_run
+from tests import fits  # one thread
+
+assert fits.torch.get_num_threads() == 1
+
+BEFORE = {"Door code of Anna?": "007415", "Door code of Bo?": "090122"}
+AFTER = {"Door code of Anna?": "007416", "Door code of Bo?": "090122", "Door code of Cy?": "112358"}
+
+
+def written(path: Path, facts: dict[str, str]) -> Path:
+    rows = [json.dumps({"query": query, "target": target}) for query, target in facts.items()]
+    path.write_text("\n".join(rows))
+    return path
+
+
+def arguments(backbone: Path, path: Path) -> list[str]:
+    keys = ["--model=SFT", f"--model.backbone={backbone}", "--model.adapter.block=1", "--data=Facts"]
+    keys += [f"--data.path={path}", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+    return [*keys, "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture
+def run(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run on a file that is edited afterwards."""
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path / "facts.jsonl", BEFORE)
+    assert main(["fit", *arguments(tiny_backbone_folder, path)]) == 0
+    written(path, AFTER)
+    return tmp_path / "runs/fit/version_0"
+
+
+def test_recall_asks_for_what_was_trained_on_and_says_that_the_source_is_another(
+    run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="pml"):
+        assert main(["recall", str(run), "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert {example["query"]: example["target"] for example in result["examples"]} == BEFORE
+    assert "the data has changed since this run" in caplog.text
+    assert result["exact_match"] == read_record(run / "record.json").generated_exact_match
+
+
+def test_a_source_that_was_moved_changes_nothing(run: Path) -> None:
+    (run.parents[2] / "facts.jsonl").unlink()
+    module, data = open_run(run)
+    assert data.corpus.content_hash == read_record(run / "record.json").corpus_hash
+    module.release()
+
+
+def test_a_run_from_before_runs_kept_their_data_is_refused_when_the_data_is_another(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "corpus.parquet").unlink()
+    for command in (["recall", str(run)], ["test", str(run)]):
+        assert main(command) == 2
+        assert "the data has changed since this run was trained" in capsys.readouterr().err
+    written(run.parents[2] / "facts.jsonl", BEFORE)
+    assert main(["recall", str(run)]) == 0
+
+
+def test_a_corpus_that_is_not_the_record_s_is_refused(
+    run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *arguments(tiny_backbone_folder, run.parents[2] / "facts.jsonl")]) == 0
+    shutil.copy(run.with_name("version_1") / "corpus.parquet", run)
+    assert main(["recall", str(run)]) == 2
+    assert "the data has changed since this run was trained" in capsys.readouterr().err
+
+
+def test_a_fit_goes_on_only_with_the_data_that_it_began_with(
+    run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run.parents[2] / "facts.jsonl"
+    again = [*arguments(tiny_backbone_folder, path), f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
+    again += ["--trainer.max_epochs=3"]
+    assert main(["fit", *again]) == 2
+    assert "this checkpoint is of a fit to other data" in capsys.readouterr().err
+    written(path, BEFORE)
+    assert main(["fit", *again]) == 0
+
+
+def test_a_sweep_does_not_take_a_cell_for_done_that_was_run_on_other_data(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path / "facts.jsonl", BEFORE)
+    base: dict[str, Any] = {
+        "model": {"class_path": "SFT", "init_args": {"backbone": str(tiny_backbone_folder), "adapter": {"block": 1}}},
+        "data": {"class_path": "Facts", "init_args": {"path": str(path)}},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    grid = {"base": "base.yaml", "out": "runs/grid", "grid": {"model.init_args.adapter.rank": [1, 2]}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    assert main(["sweep", "grid.yaml"]) == 0
+    records = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("record.json")}
+    assert len(records) == 2
+    written(path, AFTER)
+    capsys.readouterr()
+    assert main(["sweep", "grid.yaml"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("failed: ") == 2
+    assert "the data has changed since this run was trained" in err
+    assert {path: path.read_bytes() for path in records} == records
+    written(path, BEFORE)
+    assert main(["sweep", "grid.yaml"]) == 0
+
+
+def test_runs_on_two_versions_of_one_file_are_told_apart_by_whoever_compares_them(
+    run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *arguments(tiny_backbone_folder, run.parents[2] / "facts.jsonl")]) == 0
+    capsys.readouterr()
+    for command in (["report", "--out=page"], ["compare"], ["law"]):
+        main([command[0], "runs", *command[1:]])
+        err = capsys.readouterr().err
+        first, second = (f"runs/fit/version_{n}" for n in (0, 1))
+        assert f"the data of {first} and {second} was changed between these runs" in err, command
+
+
+def test_a_record_beside_another_corpus_is_no_evidence(
+    run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *arguments(tiny_backbone_folder, run.parents[2] / "facts.jsonl")]) == 0
+    shutil.copy(run.with_name("version_1") / "corpus.parquet", run)
+    for command in ("report", "compare", "law"):
+        assert main([command, "runs", *(["--out=page"] if command == "report" else [])]) == 2
+        assert "corpus.parquet is not the corpus that its record is of" in capsys.readouterr().err
