@@ -39,7 +39,7 @@ def chosen_records(args: jsonargparse.Namespace) -> dict[Path, Record]:
         InputError: If there is none, a file is no record, or a record has no such field.
     """
     # Imported here because it takes seconds, which --help need not wait for.
-    from pml.law import select_records
+    from pml.groups import select_records
     from pml.run_folder import check_records
 
     records = select_records(read_records(args.runs), args.where)
