@@ -619,6 +619,7 @@ def runs(tmp_path: Path) -> Path:
             initial_loss=13.6,
             final_loss=final,
             corpus_hash=run.source,
+            corpus_settings={"length": run.target_tokens, "seed": run.rank},
         )
     return tmp_path / "runs"
 

@@ -152,7 +152,7 @@ def _fit_form(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize
         mape_percent=100.0 * float(np.mean(np.abs(residual) / data.measured)),
         rmse_nats=math.sqrt(np.mean(residual**2)),
         aicc=aicc(everything, predicted, fitted, runs),
-        held_out=held_out(form, runs, everything, solution.values, adapter_size),
+        held_out=held_out(form, runs, everything, adapter_size),
         predicted=predicted.tolist(),
     )
 

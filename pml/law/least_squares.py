@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import lmfit
 import numpy as np
@@ -163,22 +163,9 @@ def minimize(
         return minimizer(form, data, parameters, noise, tolerance).leastsq()
 
 
-def solve(form: Form, data: Data, near: dict[str, float] | None = None) -> Solution | None:
-    """The best least-squares solution from several initial values; None where C > 0 cannot be fitted.
-
-    Args:
-        form: The form.
-        data: The runs.
-        near: The solution for more runs than these, which makes most other initial values unnecessary.
-    """
-    # With sizes and lengths relative to their geometric means, C is nearly independent of the exponents.
-    size, tokens = (float(np.exp(np.mean(np.log(x)))) for x in (data.points.size, data.points.target_tokens))
-    if not form.proportional:
-        points = replace(data.points, size=data.points.size / size, target_tokens=data.points.target_tokens / tokens)
-        data = replace(data, points=points)
+def solve(form: Form, data: Data) -> Solution | None:
+    """lmfit's least-squares solution from the best of several initial values; None where C > 0 cannot be fitted."""
     starts = _starts(form, data)
-    if near is not None:
-        starts = [near | _moved_c(near, 1.0 / size, 1.0 / tokens), *starts[:1]]
     if not starts:
         return None
     thetas = np.array([to_theta(form, one) for one in starts])
@@ -196,18 +183,9 @@ def solve(form: Form, data: Data, near: dict[str, float] | None = None) -> Solut
         free = tuple(name for name in free if name != "sharpness")
     best = minimize(form, data, Solution(start, free).parameters(form))
     values = {name: float(best.params[name].value) for name in form.fitted}
-    values |= _moved_c(values, size, tokens)
     if not all(map(math.isfinite, values.values())) or values[form.fitted[0]] <= 0:
         return None
     return Solution(values, free, float(best.chisqr), bool(best.success))
-
-
-def _moved_c(values: dict[str, float], size: float, tokens: float) -> dict[str, float]:
-    """C if sizes and lengths are multiplied by these factors; nothing for a form without C."""
-    if "C" not in values:
-        return {}
-    log_c = math.log(max(values["C"], 1e-300)) - values["alpha"] * math.log(size) + values["beta"] * math.log(tokens)
-    return {"C": math.exp(min(max(log_c, -300.0), 300.0))}
 
 
 def _starts(form: Form, data: Data) -> list[dict[str, float]]:

@@ -41,9 +41,7 @@ def aicc(data: Data, predicted: Array, fitted: int, runs: Sequence[Observation])
     return number * math.log(variance) + 2 * parameters + 2 * parameters * (parameters + 1) / (number - parameters - 1)
 
 
-def held_out(
-    form: Form, runs: Sequence[Observation], data: Data, values: dict[str, float], adapter_size: AdapterSize
-) -> list[HeldOut]:
+def held_out(form: Form, runs: Sequence[Observation], data: Data, adapter_size: AdapterSize) -> list[HeldOut]:
     """Mean error in percent at the largest size and at the largest length, each predicted from the smaller ones."""
     found = []
     for factor in factors_of(adapter_size):
@@ -56,7 +54,7 @@ def held_out(
         kept = (levels < known[-1]) & (data.unsaturated | form.saturating)
         error = None
         if shortfall(form, [run for run, keep in zip(runs, kept, strict=True) if keep], adapter_size) is None:
-            solution = solve(form, data.at(kept), values)
+            solution = solve(form, data.at(kept))
             if solution is not None:
                 predicted = form.evaluate(solution.values, data.points.at(held))
                 error = 100.0 * float(np.mean(np.abs(predicted / data.measured[held] - 1.0)))
