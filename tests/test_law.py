@@ -331,12 +331,12 @@ class TestLeavingOut:
         ]
         fit = published([*grid(), *odd])
         assert {run.source: run.reason for run in fit.left_out} == {
-            "got worse": "not_reduced",
-            "did not move": "not_reduced",
+            "got worse": "not reduced",
+            "did not move": "not reduced",
             "not a number": "diverged",
             "stopped early": "interrupted",
         }
-        assert fit.left_out_counts == {"saturated": 1, "diverged": 1, "interrupted": 1, "not_reduced": 2}
+        assert fit.left_out_counts == {"saturated": 1, "diverged": 1, "interrupted": 1, "not reduced": 2}
         assert values(fit) == pytest.approx(TRUTH, rel=1e-9)
 
 
@@ -357,7 +357,7 @@ class TestRefusals:
     def test_fewer_than_5_runs_that_are_not_saturated(self) -> None:
         runs = [*grid((1, 2), (64, 128)), Observation(8, 64, 13.6, 0.1, 0, "a"), Observation(8, 32, 13.6, 20.0, 0, "b")]
         assert self.refused(runs) == (
-            "4 of 6 runs (1 not_reduced, 1 saturated) can be used; saturated means a final loss <= ln 2: "
+            "4 of 6 runs (1 not reduced, 1 saturated) can be used; saturated means a final loss <= ln 2: "
             "expected at least 5; add runs with longer targets or lower ranks"
         )
 
@@ -478,13 +478,14 @@ class TestJson:
         assert form["parameters"]["alpha"]["value"] == pytest.approx(0.5)
         assert form["observations_used"] == len(form["predicted"]) == len(content["observations"]) == 16
         (left_out,) = content["left_out"]
-        expected = {"source": "runs/s", "rank": 8, "target_tokens": 32, "seed": 3, "reason": "not_reduced"}
+        expected = {"source": "runs/s", "rank": 8, "target_tokens": 32, "seed": 3, "reason": "not reduced"}
         assert left_out.items() >= expected.items()
 
     @pytest.mark.parametrize(
         ("change", "named"),
         [
             ({"schema_version": 1}, "schema_version"),
+            ({"schema_version": 4, "cells": [], "capacity": "rank"}, "schema_version: Input should be 5; fit it again"),
             ({"surprise": 1}, "surprise"),
             ({"form": "stored_bits"}, "form is stored_bits, but fits has power_offset"),
             ({"observations": []}, "power_offset: 16 predictions for 0 runs"),

@@ -12,7 +12,7 @@ summed over the corpus. Read in this order:
     selection       AICc and held-out prediction
     fit             `fit_law`, which brings these together
     prediction      `LawFit`: predictions with intervals, and `law.json` (`schema`, `equation`)
-    diagnostics     warnings
+    diagnostics     warnings; `tables`: what commands and pages show
 """
 
 from pml.groups import select_records, shared_setting

@@ -23,7 +23,7 @@ __all__ = [
     "usable",
 ]
 
-Reason = Literal["diverged", "interrupted", "not_reduced"]
+Reason = Literal["diverged", "interrupted", "not reduced"]
 
 CRITICAL_LOSS = math.log(2)
 """Loss in nats below which a token has p > 0.5, so that greedy decoding must produce it."""
@@ -140,7 +140,7 @@ def usable(runs: Iterable[Observation]) -> tuple[list[Observation], list[LeftOut
         elif not run.finished:
             reason = "interrupted"
         elif run.loss_reduction <= 0:
-            reason = "not_reduced"
+            reason = "not reduced"
         if reason is None:
             kept.append(run)
             continue

@@ -138,14 +138,12 @@ class LawFit(Content):
     @property
     def rank_range(self) -> tuple[int, int]:
         """Smallest and largest measured rank."""
-        ranks = [run.rank for run in self.observations]
-        return min(ranks), max(ranks)
+        return min(run.rank for run in self.observations), max(run.rank for run in self.observations)
 
     @property
     def target_tokens_range(self) -> tuple[int, int]:
         """Smallest and largest measured length."""
-        lengths = [run.target_tokens for run in self.observations]
-        return min(lengths), max(lengths)
+        return self.observations[0].target_tokens, self.observations[-1].target_tokens
 
     @property
     def text_spread(self) -> float:
@@ -254,14 +252,8 @@ class LawFit(Content):
     ) -> RunDraws:
         """Simulated new runs by bootstrapped laws, each with a run's noise; without `initial_loss` on a new text each.
 
-        Args:
-            rank: As in `predict`.
-            target_tokens: As in `predict`.
-            form: As in `predict`.
-            initial_loss: As in `predict`.
-            laws: Number of bootstrapped laws; None is all of them.
-            runs: Number of runs by each law. Several are quantiles of the noise, the same for every law, so that few
-                runs show rare outcomes.
+        Arguments as in `predict`, and the number of bootstrapped laws (None is all of them) and of runs by each law.
+        Several runs are quantiles of the noise, the same for every law, so that few of them show rare outcomes.
         """
         fit, kind = self.fit_of(form), FORMS[self.fit_of(form).form]
         points, shape = self._points(rank, target_tokens, fit.form, initial_loss)
