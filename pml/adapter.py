@@ -137,10 +137,15 @@ class MlpBlockLora(nn.Module, LoraLayer):
                 total = path if total is None else total + path
         return total
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         result = self.base_layer(x, *args, **kwargs)
         delta = self.delta(x)
-        return result if delta is None else result + delta.to(result.dtype)
+        if delta is None:
+            return result
+        # The output may come with what a router chose or with a state, and have batch and positions in one dimension.
+        output, *rest = result if isinstance(result, tuple) else (result,)
+        output = output + delta.to(output.dtype).view(output.shape)
+        return (output, *rest) if isinstance(result, tuple) else output
 
 
 def _mlp_name(block: nn.Module) -> str:
@@ -223,8 +228,8 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
         seed: Seed of the initial A.
 
     Raises:
-        InputError: If the rank exceeds the width, a block or a target module does not exist, or the backbone already
-            carries an adapter.
+        InputError: If the rank exceeds the width, a block or a target module does not exist, PEFT cannot adapt it, or
+            the backbone already carries an adapter.
     """
     _refuse_second(backbone.model, backbone.name)
     if config.rank > backbone.hidden_size:
@@ -242,7 +247,15 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
     )
     if config.placement == "mlp_block":
         _register_mlp_block(peft_config, backbone.model, targets)
-    model = get_peft_model(backbone.model, peft_config)
+    try:
+        model = get_peft_model(backbone.model, peft_config)
+    except ValueError as error:
+        # PEFT refuses layers that a model reads the weights of without calling them, and has wrapped others by then.
+        for name, layer in list(backbone.model.named_modules()):
+            if isinstance(layer, LoraLayer):
+                backbone.model.set_submodule(name, layer.get_base_layer())
+        reason = next(iter(str(error).splitlines()), "").rstrip(".")
+        raise InputError(f"adapter.placement: {reason}; name other linear layers of {backbone.name}") from error
     _initialise(model, config, seed)
     return model
 

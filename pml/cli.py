@@ -18,7 +18,7 @@ FIT_COMMANDS = {
     "test": "the same with greedy decoding",
     "predict": "score every target token of a run's corpus; leaves a table, predictions.parquet",
 }
-COMMANDS = ("data", "sweep", "search", "law", "plan", "compare", "report", "recall", "bench", "fetch")
+COMMANDS = ("data", "sweep", "search", "law", "plan", "compare", "report", "recall", "certify", "bench", "fetch")
 """Commands around a run; each is a module of `pml.commands`, imported only when it is called."""
 
 BROKEN_PIPE = 128 + 13

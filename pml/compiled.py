@@ -19,6 +19,10 @@ LONG_STEPS = 3000
 """Batches from which compiling pays. On two CPU cores it took 20 to 35 s and then saved 5 % (float32) to 18 %
 (bfloat16) of a step of 0.35 to 0.5 s at 300 tokens, so it is earned back after 300 to 1400 steps."""
 
+ROUNDINGS = 8
+"""Compiled states may differ by as much as this many roundings of the inputs move them. Fused kernels round at fewer
+places, so that their states differ by a few."""
+
 COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
@@ -53,7 +57,8 @@ class CompiledDecoder:
 
     Args:
         decoder: Called with `inputs_embeds`, gives an output with `last_hidden_state`.
-        tolerance: Largest difference to the plain decoder's states, relative to the largest of them.
+        tolerance: Difference to the plain decoder's states, relative to the largest of them, that always passes; a
+            larger one does where rounding explains it.
     """
 
     def __init__(self, decoder: nn.Module, tolerance: float) -> None:
@@ -80,12 +85,29 @@ class CompiledDecoder:
                 "the blocks above the adapter cannot be compiled (%s); they run as they are", _first_line(error)
             )
             return expected
-        worst = ((states - expected).abs().max() / expected.abs().max()).item()
-        if worst > self.tolerance:
+        worst = _difference(states, expected)
+        if worst > self.tolerance and worst > ROUNDINGS * self._rounding(expected, **inputs):
             log.warning("the compiled blocks differ by %.1e of their states' size; they run as they are", worst)
             return expected
         self._call = compiled
         return states
+
+    def _rounding(self, expected: Tensor, **inputs: Tensor) -> float:
+        """How far the states move when the last digit of each input does, in the dtype that is multiplied in."""
+        moved = {}
+        for name, values in inputs.items():
+            kind = values.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
+            if values.is_floating_point():
+                sign = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).sign().to(values)
+                values = values * (1 + torch.finfo(dtype).eps * sign)
+            moved[name] = values
+        with torch.no_grad():
+            return _difference(self._plain(**moved), expected)
+
+
+def _difference(states: Tensor, expected: Tensor) -> float:
+    return ((states - expected).abs().max() / expected.abs().max()).item()
 
 
 def _first_line(error: Exception) -> str:

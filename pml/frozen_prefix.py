@@ -7,8 +7,7 @@ whole: names, saving, loading and generation know nothing of the split.
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +15,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pml.adapter import MlpBlockLora, evaluating, lora_layers
+from pml.adapter import MlpBlockLora, lora_layers
 from pml.backbone import Backbone
 from pml.compiled import CompiledDecoder
 from pml.cpu import attention, give_back_memory
+from pml.cut_trial import fault, narrow_windows
 from pml.prefix_store import PrefixConfig, PrefixStore
+from pml.whole_model import plain_head, run_decoder
 
 __all__ = ["FrozenPrefix", "content_keys"]
 
@@ -42,8 +43,8 @@ class FrozenPrefix:
 
     The cut is `after_block` where the lowest adapter is an `mlp_block` whose update only adds to the block's output:
     what is kept is that output without the adapter, and the MLP's input. Otherwise it is `before_block`: what enters
-    the lowest adapted block. Each cut is tried on a padded batch with a random adapter when it is made, and given up
-    unless its states equal the whole model's; `whole` runs everything at every step.
+    the lowest adapted block. Each cut is tried when it is made (`pml.cut_trial`), and given up unless it gives what the
+    whole model gives; `whole` runs everything at every step.
 
     Args:
         backbone: The backbone that carries the adapter. Kept states live with it, so that other adapters at the same
@@ -51,6 +52,9 @@ class FrozenPrefix:
         model: The PEFT model on it.
         config: Whether to cut at all, and where to keep what is computed.
         folder: Where a memory-mapped file may be made.
+
+    Raises:
+        InputError: If the model cannot run here even whole, or is not causal.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class FrozenPrefix:
         self._folder = folder
         self.filled = 0
         """Examples whose prefix was computed by this object (0 where another adapter had already done so)."""
-        self.head = self._plain_head()
+        self.head = plain_head(backbone)
         """The LM head where the logits are no more than its product with the final hidden states, else None."""
         self._lowest = self._lowest_block()
         self.cut: Cut = "whole"
@@ -75,21 +79,33 @@ class FrozenPrefix:
         self._compiled: CompiledDecoder | None = None
         if not self.config.enabled:
             return
-        adapted = list(lora_layers(backbone.blocks[self._lowest]))
+        problem = self._first_sound_cut()
+        if problem is not None:
+            log.warning(
+                "%s cannot be split at block %d (%s): every step runs the whole model",
+                backbone.name,
+                self._lowest,
+                problem,
+            )
+
+    def _first_sound_cut(self) -> str | None:
+        """Take the highest cut that stands the trial; why there is none otherwise."""
+        if self.head is None:
+            return "its logits are more than a linear layer of its final hidden states"
+        adapted = list(lora_layers(self.backbone.blocks[self._lowest]))
         cuts: list[Cut] = ["before_block"]
         if len(adapted) == 1 and isinstance(adapted[0], MlpBlockLora):
             self._mlp_lora = adapted[0]
             cuts.insert(0, "after_block")
+        problem = None
         for cut in cuts:
             problem = self._try(cut)
             if problem is None:
-                log.info("frozen prefix: cut %s %d of %d", cut, self._lowest, len(backbone.blocks))
-                return
+                log.info("frozen prefix: cut %s %d of %d", cut, self._lowest, len(self.backbone.blocks))
+                return None
             log.info("frozen prefix: no cut %s %d: %s", cut, self._lowest, problem)
         self._use("whole")
-        log.warning(
-            "%s cannot be split at block %d (%s): every step runs the whole model", backbone.name, self._lowest, problem
-        )
+        return problem
 
     def final_hidden(self, batch: dict[str, Any]) -> Tensor:
         """Hidden states (B, S, d) after the final norm; S is the longest example without its last token.
@@ -102,7 +118,7 @@ class FrozenPrefix:
         if self.cut == "whole":
             return self._trained(input_ids=input_ids[:, :steps])
         keys: Sequence[bytes] = batch.get("keys") or content_keys(input_ids.cpu(), batch["lengths"].cpu())
-        return self._above([self._below(batch, row, key) for row, key in enumerate(keys)], steps, input_ids.device)
+        return self.above([self._below(batch, row, key) for row, key in enumerate(keys)], steps)
 
     @property
     def store(self) -> PrefixStore:
@@ -120,27 +136,39 @@ class FrozenPrefix:
 
     def compile(self) -> None:
         """Compile what is trained through; a first batch tries it. Evaluation, whose shapes vary, runs as it is."""
-        self._compiled = CompiledDecoder(self._suffix, self._rounding)
+        self._compiled = CompiledDecoder(self._suffix, tolerance=1e-4)
 
-    def _above(self, kept: Sequence[tuple[Tensor, ...]], steps: int, device: torch.device) -> Tensor:
-        """Final hidden states (B, steps, d) from what each example keeps."""
+    # What `pml.cut_trial` tries ---------------------------------------------------------------------------------------
+
+    def whole(self, input_ids: Tensor) -> Tensor:
+        """Final hidden states (B, S, d) of the whole model."""
+        return run_decoder(self.backbone.decoder, input_ids=input_ids)
+
+    def below(self, input_ids: Tensor, adapted: bool = False) -> tuple[Tensor, ...]:
+        """What is kept of one row, with the states at the cut (S, d) first; with the adapter on if `adapted`."""
+        return self._caught(input_ids) if adapted else self._capture(input_ids)
+
+    def at_cut(self, kept: Sequence[tuple[Tensor, ...]], steps: int) -> Tensor:
+        """States (B, steps, d) at the cut with the adapter's update, from what each example keeps."""
+        device = self.backbone.model.device
         hidden, *mlp_input = (_padded(rows, steps, device) for rows in zip(*kept, strict=True))
         if mlp_input and (delta := self._mlp_lora.delta(mlp_input[0])) is not None:
             hidden = hidden + delta.to(hidden.dtype)
-        return self._trained(inputs_embeds=hidden)
+        return hidden
+
+    def above(self, kept: Sequence[tuple[Tensor, ...]], steps: int) -> Tensor:
+        """Final hidden states (B, steps, d) from what each example keeps."""
+        return self._trained(inputs_embeds=self.at_cut(kept, steps))
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def _trained(self, **inputs: Tensor) -> Tensor:
         """Final hidden states through the blocks above the cut."""
         if self._compiled is None or not torch.is_grad_enabled():
-            return self._run(self._suffix, **inputs)
+            return run_decoder(self._suffix, **inputs)
         first = next(iter(inputs.values()))
         with attention(first.shape[1], first.device):
             return self._compiled(**inputs)
-
-    @property
-    def _rounding(self) -> float:
-        """Adding the same numbers in another order moves a float32 result by a few 1e-6 and a bfloat16 one by 1e-2."""
-        return 1e-4 if self.backbone.model.dtype == torch.float32 else 5e-2
 
     def _below(self, batch: dict[str, Any], row: int, key: bytes) -> tuple[Tensor, ...]:
         """What one example keeps, from the store or computed."""
@@ -160,6 +188,10 @@ class FrozenPrefix:
     def _capture(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         """States (S, d) of one example at the cut and, if that is after an `mlp_block`, the input of its MLP (S, d)."""
         self.backbone.restore()
+        with self.model.disable_adapter():
+            return self._caught(input_ids)
+
+    def _caught(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         block = self.backbone.blocks[self._lowest]
         caught: dict[str, Tensor] = {}
 
@@ -176,31 +208,12 @@ class FrozenPrefix:
         if self.cut == "after_block":
             hooks.append(self._mlp_lora.register_forward_pre_hook(mlp))
         try:
-            with self.model.disable_adapter():
-                lower = _with_blocks(self.backbone, slice(0, self._lowest + 1))
-                self._run(lower, input_ids=input_ids)
+            run_decoder(_with_blocks(self.backbone, slice(0, self._lowest + 1)), input_ids=input_ids)
         finally:
             for hook in hooks:
                 hook.remove()
         kept = (caught["out"], caught["mlp"]) if self.cut == "after_block" else (caught["in"],)
         return tuple(states[0].clone() for states in kept)
-
-    def _plain_head(self) -> nn.Linear | None:
-        head = self.backbone.model.get_output_embeddings()
-        if not isinstance(head, nn.Linear):
-            return None
-        caught: list[Tensor] = []
-        hook = self.backbone.decoder.register_forward_hook(lambda _, __, out: caught.append(out.last_hidden_state))
-        input_ids = torch.arange(1, 6, device=self.backbone.model.device)[None] % self.backbone.vocab_size
-        try:
-            with torch.no_grad(), evaluating(self.model):
-                logits = self.backbone.model(input_ids=input_ids, use_cache=False).logits.float()
-                product = head(caught[0]).float()
-        finally:
-            hook.remove()
-        # The same product twice, of the same states: a cap, a scale or a bias would show far above rounding.
-        same = (product - logits).abs().max() <= 1e-4 * logits.abs().max()
-        return head if same else None
 
     def _lowest_block(self) -> int:
         for index, block in enumerate(self.backbone.blocks):
@@ -217,29 +230,12 @@ class FrozenPrefix:
             self._suffix = _with_blocks(self.backbone, slice(first, None))
 
     def _try(self, cut: Cut) -> str | None:
-        """Make a cut and compare it with the whole model on a padded batch; a sentence where it will not do."""
+        """Make a cut and compare it with the whole model; a phrase where it will not do."""
+        with narrow_windows(self.backbone.decoder.config):
+            self._use(cut)
+            problem = fault(self, self.model)
         self._use(cut)
-        device = self.backbone.model.device
-        generator = torch.Generator().manual_seed(0)
-        lengths = torch.tensor([7, 12])
-        input_ids = torch.randint(self.backbone.vocab_size, (2, 12), generator=generator)
-        real = torch.arange(11) < lengths[:, None] - 1
-        rows = [ids[None, : length - 1].to(device) for ids, length in zip(input_ids, lengths.tolist(), strict=True)]
-        try:
-            with torch.no_grad(), _random_adapter(self.model), evaluating(self.model):
-                split = self._above([self._capture(row) for row in rows], 11, device).float().cpu()[real]
-                whole = self._run(self.backbone.decoder, input_ids=input_ids[:, :11].to(device)).float().cpu()[real]
-        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            return f"{type(error).__name__}: {error}"
-        worst = ((split - whole).abs().max() / whole.abs().max()).item()
-        # A cut that misses something (a second norm, a position embedding) is off by the size of the states.
-        return None if worst <= self._rounding else f"hidden states differ by {worst:.1e} of their size"
-
-    @staticmethod
-    def _run(decoder: nn.Module, **inputs: Tensor) -> Tensor:
-        first = next(iter(inputs.values()))
-        with attention(first.shape[1], first.device):
-            return decoder(**inputs, use_cache=False).last_hidden_state
+        return problem
 
 
 def _padded(rows: Sequence[Tensor], steps: int, device: torch.device) -> Tensor:
@@ -258,24 +254,10 @@ def _with_blocks(backbone: Backbone, blocks: slice) -> nn.Module:
     kept = nn.ModuleList(backbone.blocks[blocks])
     decoder._modules = {**decoder._modules, backbone.blocks_path.rsplit(".", 1)[-1]: kept}
     config = copy.copy(decoder.config)
-    config.num_hidden_layers = len(kept)
-    if getattr(config, "layer_types", None):
-        # Decoders look up what kind of attention a block has by its place in the list.
-        config.layer_types = config.layer_types[blocks]
+    # Decoders look up what kind of block they have by its place in a list. Past the checks of the configuration: what
+    # it says may not be a model that could be made.
+    listed = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
+    vars(config).update({name: value[blocks] for name, value in listed.items() if len(value) == len(backbone.blocks)})
+    vars(config)["num_hidden_layers"] = len(kept)
     decoder.config = config
     return decoder
-
-
-@contextmanager
-def _random_adapter(model: PeftModel) -> Iterator[None]:
-    """Give B random values for a while: a zero update would agree with anything."""
-    generator = torch.Generator().manual_seed(1)
-    weights = [weight for layer in lora_layers(model) for b in layer.lora_B.values() for weight in b.parameters()]
-    saved = [weight.detach().clone() for weight in weights]
-    try:
-        for weight in weights:
-            weight.data.copy_(torch.randn(weight.shape, generator=generator))
-        yield
-    finally:
-        for weight, values in zip(weights, saved, strict=True):
-            weight.data.copy_(values)

@@ -162,7 +162,14 @@ class Memorization(LightningModule):
         if self._prefix is None:
             trainer = self._trainer
             folder = Path(trainer.log_dir) if trainer is not None and trainer.log_dir else None
-            self._prefix = FrozenPrefix(self.backbone, self.model, self.frozen_prefix, folder)
+            try:
+                self._prefix = FrozenPrefix(self.backbone, self.model, self.frozen_prefix, folder)
+            except AttributeError as error:
+                # torch takes an AttributeError in a property for a missing property, and would say just that.
+                raise InputError(
+                    f"backbone {self.backbone.name}: {type(self.backbone.model).__name__} is not made as a causal "
+                    f"decoder is ({error}); take another backbone"
+                ) from error
         return self._prefix
 
     def setup(self, stage: str) -> None:

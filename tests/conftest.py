@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pml.default_backbone import fetch_default
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -30,7 +31,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pml.backbone import Backbone, fetch_default, load_backbone
+from pml.backbone import Backbone, load_backbone
 from pml.errors import InputError
 
 CHAT_TEMPLATE = (

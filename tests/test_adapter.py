@@ -21,6 +21,7 @@ from pml.adapter import (
 )
 from pml.backbone import Backbone
 from pml.errors import InputError
+from tests.tiny_architectures import tiny_model
 
 IDS = torch.arange(3, 15)[None]
 BOTH = {"mlp_block": "mlp_block", "list": ["down_proj", "q_proj"]}
@@ -51,6 +52,39 @@ def test_an_mlp_block_adapter_has_two_d_r_parameters_and_only_they_learn(tiny_ba
     assert sum(p.numel() for p in adapter_parameters(model).values()) == 2 * 32 * 5
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == adapter_parameters(model).keys()
+
+
+def test_an_mlp_that_gives_more_than_its_output_or_in_another_shape_is_added_to_all_the_same(
+    tiny_backbone: Backbone,
+) -> None:
+    class Routed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert = torch.nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, str]:
+            return self.expert(x.reshape(-1, 32)), "router logits"
+
+    tiny_backbone.blocks[1].mlp = Routed()
+    attach_adapter(tiny_backbone, AdapterConfig(rank=2, block=1))
+    layer = tiny_backbone.blocks[1].mlp
+    assert isinstance(layer, MlpBlockLora)
+    layer.lora_B["default"].weight.data.normal_()
+    x = torch.randn(2, 5, 32)
+    output, rest = layer(x)
+    assert rest == "router logits"
+    delta = layer.delta(x)
+    assert delta is not None
+    torch.testing.assert_close(output, (layer.base_layer.expert(x) + delta).view(10, 32))
+
+
+def test_a_layer_that_peft_refuses_is_named_and_the_backbone_stays_what_it_was() -> None:
+    backbone = Backbone(tiny_model("mamba"), None, "tiny-mamba", "tiny-mamba")  # type: ignore[arg-type]
+    names = [name for name, _ in backbone.model.named_modules()]
+    with pytest.raises(InputError, match=r"adapter\.placement: .*'out_proj' is incompatible with Mamba"):
+        attach_adapter(backbone, AdapterConfig(block=2, placement=["in_proj", "out_proj"]))
+    assert [name for name, _ in backbone.model.named_modules()] == names
+    attach_adapter(backbone, AdapterConfig(block=2, placement=["in_proj"]))
 
 
 @pytest.mark.parametrize("placement", BOTH)

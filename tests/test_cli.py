@@ -309,6 +309,27 @@ def test_recall_takes_the_adapter_folder_and_a_folder_of_runs(
     assert answers[0].count("      true     ") == 2
 
 
+def test_recall_names_the_first_failure(finished: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recall", str(finished["run"]), "--limit=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("  ! ")
+    true, recalled = (line.split()[-1] for line in lines[2:4])
+    same = next(i for i, (a, b) in enumerate(zip(true + " ", recalled + " ", strict=False)) if a != b)
+    assert lines[4].startswith(f"      first wrong at character {same + 1}: ")
+    assert lines[5].startswith("  greedy decoding: exact match 0.0000")
+
+
+def test_recall_holds_sampled_recall_against_what_probabilities_predict(
+    finished: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recall", str(finished["run"]), "--limit=2", "--sample=3", "--temperature=0.5", "--json"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert 0 <= result["predicted_exact"] < 0.01
+    assert result["sampled_exact"] == 0
+    assert main(["recall", str(finished["run"]), "--sample=1", "--temperature=0"]) == 2
+    assert "--temperature is 0.0; expected a number above 0" in capsys.readouterr().err
+
+
 def test_recall_answers_a_prompt(finished: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recall", str(finished["run"]), "--prompt=Ann Other:", "--tokens=5", "--json"]) == 0
     (result,) = json.loads(capsys.readouterr().out)

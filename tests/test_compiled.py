@@ -80,6 +80,18 @@ def test_compiled_states_that_differ_are_not_used(
     assert "the compiled blocks differ by 1.0e-02" in caplog.text
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_states_that_differ_by_rounding_are_used_in_16_bits_and_inside_autocast(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: lambda **inputs: 1.02 * function(**inputs))
+    decoder = CompiledDecoder(Doubling(), tolerance=1e-4)
+    states = torch.ones(1, 2, 3, dtype=torch.float32 if autocast else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(2):
+            assert (decoder(inputs_embeds=states) > 2.0).all()
+
+
 @pytest.mark.usefixtures("with_compiler")
 def test_a_compiled_fit_ends_where_a_plain_one_does(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,8 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 def run(args: jsonargparse.Namespace) -> int:
     """Fetch what was asked for and print what it is."""
     # Imported here because it takes seconds, which --help of any command would have to wait for.
-    from pml.backbone import DEFAULT_BACKBONE, backbone_facts
+    from pml.backbone import backbone_facts
+    from pml.default_backbone import DEFAULT_BACKBONE
 
     facts = backbone_facts(args.name if args.name is not None else DEFAULT_BACKBONE)
     if args.json:

@@ -1,20 +1,33 @@
 """Ask a trained adapter for what it was trained on, by greedy decoding, and compare with what it should say.
 
 ADAPTER is a run's folder (or one with runs below it): backbone, corpus and adapter are taken from there. With --prompt
-the adapter answers a text of your own.
+the adapter answers a text of your own. With --sample it is also sampled, to hold the exact recall that the
+probabilities predict against what samples give.
 """
 
 import json
+import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
-from pml.commands._console import one_line
+from pml.commands._console import make_console, one_line
 from pml.errors import InputError
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
 __all__ = ["configure", "run"]
+
+TOGETHER = 16
+"""Examples decoded before the first answers are shown."""
+
+LONGEST = 160
+"""Characters of a text that are shown."""
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
@@ -24,6 +37,8 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int | None, help="ask only for the first so many examples of the corpus")
     parser.add_argument("--prompt", type=str | None, help="answer this text instead of asking for the corpus")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer to --prompt, in tokens")
+    parser.add_argument("--sample", type=int, default=0, help="also draw so many samples for each example")
+    parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the samples")
     parser.add_argument(
         "--json", action="store_true", help="print JSON: exact_match and token_accuracy (shares), examples"
     )
@@ -38,8 +53,12 @@ def run(args: jsonargparse.Namespace) -> int:
 
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit is {args.limit}; expected at least 1 example")
-    if args.show < 0 or args.tokens < 1:
-        raise InputError(f"--show is {args.show}, --tokens is {args.tokens}; expected at least 0 and 1")
+    if args.show < 0 or args.tokens < 1 or args.sample < 0:
+        raise InputError(
+            f"--show is {args.show}, --tokens is {args.tokens}, --sample is {args.sample}; expected at least 0, 1 and 0"
+        )
+    if not args.temperature > 0 or math.isinf(args.temperature):
+        raise InputError(f"--temperature is {args.temperature}; expected a number above 0")
     records = read_records([run_folder(args.adapter)])
     for folder, record in records.items():
         if record.status == "diverged":
@@ -51,61 +70,123 @@ def run(args: jsonargparse.Namespace) -> int:
         results = [_ask(folder, args) for folder in records]
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
-    else:
-        for result in results:
-            _print(result, args.show)
     return 0
 
 
 def _ask(folder: Path, args: jsonargparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    from pml.recall import generate_greedily, greedy_recall
     from pml.runs import open_run
 
     module, data = open_run(folder)
     encoder = data.encoder(module.tokenizer)
     try:
-        if args.prompt is not None:
-            prompt = torch.tensor([encoder.prompt(args.prompt).ids], device=module.device)
-            encoder.warn_of_changes("--prompt")
-            with torch.no_grad():
-                answer = generate_greedily(module.model, prompt, args.tokens)[0].tolist()
-            return {"run": str(folder), "prompt": args.prompt, "answer": encoder.answer(answer)}
-        generated = greedy_recall(module, data.corpus.examples[: args.limit])
-        tokens = sum(len(g.example.target_ids) for g in generated)
-        return {
-            "run": str(folder),
-            "exact_match": sum(g.exact for g in generated) / len(generated),
-            "token_accuracy": sum(g.right_tokens for g in generated) / tokens,
-            "examples": [
-                {
-                    "query": g.example.query,
-                    "target": g.example.target
-                    if g.example.target is not None
-                    else encoder.answer(g.example.target_ids),
-                    "generated": encoder.answer(g.token_ids),
-                    "exact": g.exact,
-                }
-                for g in generated
-            ],
-        }
+        if not args.json:
+            print(folder)
+        return (_answer if args.prompt is not None else _recall)(folder, module, data, encoder, args)
     finally:
         module.release()
 
 
-def _print(result: dict[str, Any], show: int) -> None:
-    print(result["run"])
-    if "answer" in result:
-        print(f"  {result['answer']}")
-        return
-    print(f"  greedy decoding: exact match {result['exact_match']:.4f}, token accuracy {result['token_accuracy']:.4f}")
-    for example in result["examples"][:show]:
-        mark = "=" if example["exact"] else "!"
-        print(f"  {mark} {_short(example['query'])}\n      true     {_short(example['target'])}")
-        print(f"      recalled {_short(example['generated'])}")
+def _answer(folder: Path, module: Any, data: Any, encoder: Any, args: jsonargparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    from pml.recall import generate_greedily
+
+    prompt = torch.tensor([encoder.prompt(args.prompt).ids], device=module.device)
+    encoder.warn_of_changes("--prompt")
+    with torch.no_grad():
+        answer = encoder.answer(generate_greedily(module.model, prompt, args.tokens)[0].tolist())
+    if not args.json:
+        print(f"  {one_line(answer)}")
+    return {"run": str(folder), "prompt": args.prompt, "answer": answer}
+
+
+def _recall(folder: Path, module: Any, data: Any, encoder: Any, args: jsonargparse.Namespace) -> dict[str, Any]:
+    console = make_console(highlight=False)
+    asked = data.corpus.examples[: args.limit]
+    examples: list[dict[str, Any]] = []
+    right = 0
+    for generated in _in_parts(module, asked):
+        example = {
+            "query": generated.example.query,
+            "target": encoder.answer(generated.example.target_ids),
+            "generated": encoder.answer(generated.token_ids),
+            "exact": generated.exact,
+        }
+        if args.sample:
+            example |= _sampled(module, generated.example, args)
+        if not args.json and len(examples) < args.show:
+            _print_example(console, example)
+        examples.append(example)
+        right += generated.right_tokens
+    result = {
+        "run": str(folder),
+        "exact_match": sum(example["exact"] for example in examples) / len(examples),
+        "token_accuracy": right / sum(len(example.target_ids) for example in asked),
+    }
+    if args.sample:
+        for name in ("predicted_exact", "sampled_exact"):
+            result[name] = fmean(example[name] for example in examples)
+    if not args.json:
+        print(
+            f"  greedy decoding: exact match {result['exact_match']:.4f}, token accuracy {result['token_accuracy']:.4f}"
+        )
+        if args.sample:
+            print(
+                f"  {args.sample} samples each at temperature {args.temperature:g}: exact match "
+                f"{result['sampled_exact']:.4f}, predicted {result['predicted_exact']:.4f}"
+            )
+    return {**result, "examples": examples}
+
+
+def _in_parts(module: Any, examples: Any) -> Iterator[Any]:
+    from pml.recall import greedy_recall
+
+    for start in range(0, len(examples), TOGETHER):
+        yield from greedy_recall(module, examples[start : start + TOGETHER])
+
+
+def _sampled(module: Any, example: Any, args: jsonargparse.Namespace) -> dict[str, float]:
+    from pml.certificate import log_probability, sampled_exactly
+
+    return {
+        "predicted_exact": math.exp(log_probability(module.model, example, args.temperature)),
+        "sampled_exact": sampled_exactly(module.model, example, args.sample, args.temperature),
+    }
+
+
+def _print_example(console: Any, example: dict[str, Any]) -> None:
+    from rich.text import Text
+
+    mark = ("=", "green") if example["exact"] else ("!", "bold red")
+    console.print(Text.assemble("  ", mark, f" {_short(example['query'])}"), soft_wrap=True)
+    console.print(Text.assemble("      true     ", _short(example["target"])), soft_wrap=True)
+    console.print(Text.assemble("      recalled ", _marked(example["generated"], example["target"])), soft_wrap=True)
+    if not example["exact"]:
+        console.print(Text(f"      {_first_difference(example['generated'], example['target'])}"), soft_wrap=True)
+
+
+def _first_difference(text: str, target: str) -> str:
+    if text == target:
+        return "the same text, and it goes on"
+    same = _alike(text, target)
+    expected, got = (repr(one_line(string[same : same + 12])) for string in (target, text))
+    got = got if text[same:] else "the end"
+    return f"first wrong at character {same + 1}: {got} in place of {expected if target[same:] else 'the end'}"
+
+
+def _marked(text: str, target: str) -> "Text":
+    """A recalled text in which everything from the first wrong character on is coloured."""
+    from rich.text import Text
+
+    same = _alike(text, target)
+    return Text.assemble(_short(text[:same]), (_short(text[same:]), "red"))
+
+
+def _alike(text: str, target: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(text, target, strict=False)) if a != b), min(len(text), len(target)))
 
 
 def _short(text: str) -> str:
     line = one_line(text)
-    return line if len(line) <= 90 else f"{line[:87]}..."
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."

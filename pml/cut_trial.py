@@ -1,0 +1,242 @@
+"""Whether a cut model gives what the whole one gives, tried so that whatever the cut misses shows in every dtype.
+
+One tolerance for everything would have to let rounding through, and a small mistake with it: in bfloat16 a position
+embedding added twice changes states by less than rounding does. So each check compares what ought to be equal bit for
+bit, or nearly, and is sharp for that reason:
+
+1. With the adapter, the states at the cut differ by the order of two additions. An update that a norm or a multiplier
+   changes on its way is off by its own size.
+2. Without the adapter, a row by itself goes through the same kernels at the same shapes split and whole. What is missed
+   between embeddings and head (a norm, a position embedding, a multiplier, a mask) is all that can differ.
+3. A padded batch with the adapter gives what the whole model gives but for rounding, which is measured on that batch.
+
+The weights are float32 for the trial where memory allows, else it is held in their own dtype.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import psutil
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from pml.adapter import evaluating, lora_layers
+from pml.cpu import give_back_memory
+
+__all__ = ["FAILURES", "CutModel", "fault", "in_float32", "narrow_windows", "plainly"]
+
+log = logging.getLogger(__name__)
+
+LENGTHS = (11, 6)
+"""Tokens in the rows of the trial."""
+
+WINDOW = 4
+"""Tokens that blocks with a sliding window see during the trial: few enough that the trial's rows are longer."""
+
+WINDOW_SETTINGS = ("sliding_window", "attention_chunk_size")
+"""What configurations call the number of tokens that such a block sees; masks are made from it."""
+
+SAME = 1e-5
+"""Relative difference up to which states count as the same numbers. In 16 bits one other digit in one feature of some
+hundreds is more than that."""
+
+FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+"""What code raises that is given blocks, states or a dtype which it does not expect."""
+
+MEMORY_SHARE = 0.8
+"""Of the free memory that the float32 weights may take."""
+
+
+class CutModel(Protocol):
+    """A model that is cut, as far as the trial is concerned. All states are (1 or B, S, d)."""
+
+    def whole(self, input_ids: Tensor) -> Tensor:
+        """Final hidden states of the whole model."""
+
+    def below(self, input_ids: Tensor, adapted: bool = False) -> tuple[Tensor, ...]:
+        """What is kept of one row, the states at the cut (S, d) first; with the adapter on if `adapted`."""
+
+    def at_cut(self, kept: Sequence[tuple[Tensor, ...]], steps: int) -> Tensor:
+        """States at the cut with the adapter's update, from what is kept of each row."""
+
+    def above(self, kept: Sequence[tuple[Tensor, ...]], steps: int) -> Tensor:
+        """Final hidden states from what is kept of each row."""
+
+
+def fault(cut: CutModel, model: PeftModel) -> str | None:
+    """Why a cut will not do: a phrase; None where it gives what the whole model gives.
+
+    Args:
+        cut: The model that is cut.
+        model: The same as PEFT knows it. Its adapter has other values during the trial, and its weights another dtype.
+    """
+    base: Any = model.get_base_model()
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(base.config.get_text_config().vocab_size)
+    input_ids = torch.randint(vocabulary, (len(LENGTHS), max(LENGTHS)), generator=generator).to(base.device)
+    try:
+        with plainly(model), _random_adapter(model):
+            if _narrow_tensors(model) and _float32_fits(model):
+                # What the weights' own dtype cannot do would not show in float32.
+                alone = input_ids[:1]
+                if not cut.above([cut.below(alone)], alone.shape[1]).isfinite().all():
+                    return f"hidden states are not finite in {base.dtype}"
+                try:
+                    with in_float32(model):
+                        return _compare(cut, model, input_ids)
+                except FAILURES as error:
+                    # Code may keep a dtype elsewhere than in weights.
+                    log.info("frozen prefix: no trial in float32: %s", error)
+            return _compare(cut, model, input_ids)
+    except FAILURES as error:
+        return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _compare(cut: CutModel, model: PeftModel, input_ids: Tensor) -> str | None:
+    rows = [ids[None, :length] for ids, length in zip(input_ids, LENGTHS, strict=True)]
+    kept = [cut.below(row) for row in rows]
+    alone, steps, below = rows[0], rows[0].shape[1], kept[0][0]
+    rounding = torch.finfo(below.dtype).eps
+
+    if float(_difference(cut.at_cut(kept[:1], steps)[0], below).max()) > 0:
+        _as_large_as_states(model, cut, kept[0])
+        ours, theirs = cut.at_cut(kept[:1], steps)[0], cut.below(alone, adapted=True)[0]
+        worst = float(_difference(ours, theirs, scale=_size(theirs) + _size(theirs - below)).max())
+        if not worst <= max(SAME, 4 * rounding):
+            return f"the adapter's update reaches the cut changed: states there differ by {worst:.1e} of their size"
+
+    with model.disable_adapter():
+        whole = cut.whole(alone)
+        worst = float(_difference(cut.above(kept[:1], steps), whole).max())
+        # Some devices give other digits each time.
+        if not worst <= SAME and not worst <= 4 * float(_difference(cut.whole(alone), whole).max()):
+            return f"hidden states without the adapter differ by {worst:.1e} of their size"
+
+    real = torch.arange(steps) < torch.tensor(LENGTHS)[:, None]
+    padded = cut.above(kept, steps)[real]
+    if below.dtype == torch.float32:
+        expected = cut.whole(input_ids)[real]
+    else:
+        # Many blocks can make much of how two additions at the cut were rounded, so it is only the padding that counts.
+        expected = torch.cat([cut.above([one], len(one[0]))[0] for one in kept])
+    # The median position: where a router decides between experts by a hair, rounding sends a token to another one.
+    typical = float(_difference(padded, expected).median())
+    if not typical <= max(1e-4, 2 * rounding):
+        noise = _noise(cut, rows, input_ids, real)
+        if not typical <= 4 * noise:
+            return (
+                f"hidden states of a padded batch differ by {typical:.1e} of their size, "
+                f"where batching otherwise changes them by {noise:.1e}"
+            )
+    return None
+
+
+def _noise(cut: CutModel, rows: list[Tensor], input_ids: Tensor, real: Tensor) -> float:
+    """What it changes to run the whole model on the same rows in another order, or one by one."""
+    padded = cut.whole(input_ids)[real]
+    swapped = cut.whole(input_ids.flip(0)).flip(0)[real]
+    single = torch.cat([cut.whole(row)[0] for row in rows])
+    return max(float(_difference(other, padded).median()) for other in (swapped, single))
+
+
+def _difference(ours: Tensor, theirs: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Distance of states (..., d) relative to the norms `scale` (...) or to their own size, position by position.
+
+    Outliers in one position hide nothing in another. States may be zero, after a padding token for example.
+    """
+    scale = _size(theirs) if scale is None else scale
+    return _size(ours.float() - theirs.float()) / scale.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _size(states: Tensor) -> Tensor:
+    return states.float().norm(dim=-1)
+
+
+def _as_large_as_states(model: PeftModel, cut: CutModel, kept: tuple[Tensor, ...]) -> None:
+    """Scale the adapter so that its update at the cut is as large as the states there, and neither hides the other."""
+    update = float(_difference(cut.at_cut([kept], len(kept[0]))[0], kept[0]).median())
+    for weight in _b_weights(model):
+        weight.data.div_(update)
+
+
+@contextmanager
+def plainly(model: nn.Module) -> Iterator[None]:
+    """For comparisons: no dropout, no autocast, no gradients, and tensors that training can use afterwards."""
+    device = next(model.parameters()).device.type
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model), torch.autocast(device, enabled=False):
+        yield
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Make 16-bit weights float32 for a while; afterwards the very same memory holds them again."""
+    narrow = [(tensor, tensor.data) for tensor in _narrow_tensors(model)]
+    try:
+        for tensor, data in narrow:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in narrow:
+            tensor.data = data
+        if narrow:
+            give_back_memory()
+
+
+def _narrow_tensors(model: nn.Module) -> list[Tensor]:
+    return [t for t in (*model.parameters(), *model.buffers()) if t.dtype in (torch.bfloat16, torch.float16)]
+
+
+def _float32_fits(model: nn.Module) -> bool:
+    """Whether there is room for a float32 copy of the weights; quantised weights have none."""
+    if any(p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64) for p in model.parameters()):
+        return False
+    needed: dict[torch.device, int] = {}
+    for tensor in _narrow_tensors(model):
+        needed[tensor.device] = needed.get(tensor.device, 0) + 4 * tensor.numel()
+    return all(bytes_ <= MEMORY_SHARE * _free_memory(device) for device, bytes_ in needed.items())
+
+
+def _free_memory(device: torch.device) -> float:
+    if device.type == "cpu":
+        return psutil.virtual_memory().available
+    if device.type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
+    return 0.0
+
+
+@contextmanager
+def narrow_windows(config: Any) -> Iterator[None]:
+    """Let blocks with a sliding window see few tokens for a while, so that short rows show what a mask does."""
+    wide = {
+        name: width for name in WINDOW_SETTINGS if isinstance(width := vars(config).get(name), int) and width > WINDOW
+    }
+    try:
+        for name in wide:
+            setattr(config, name, WINDOW)
+        yield
+    finally:
+        for name, width in wide.items():
+            setattr(config, name, width)
+
+
+def _b_weights(model: PeftModel) -> list[Tensor]:
+    return [weight for layer in lora_layers(model) for b in layer.lora_B.values() for weight in b.parameters()]
+
+
+@contextmanager
+def _random_adapter(model: PeftModel) -> Iterator[None]:
+    """Give B random values for a while: a zero update would agree with anything."""
+    generator = torch.Generator().manual_seed(1)
+    weights = _b_weights(model)
+    saved = [weight.detach().clone() for weight in weights]
+    try:
+        for weight in weights:
+            weight.data.copy_(torch.randn(weight.shape, generator=generator))
+        yield
+    finally:
+        for weight, values in zip(weights, saved, strict=True):
+            weight.data.copy_(values)

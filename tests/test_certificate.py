@@ -1,0 +1,167 @@
+"""The certificate pair by pair: margins by hand, verdicts that decoding bears out, and the command."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks import StopWhenRecalled
+from pml.certificate import (
+    certify,
+    greedy_answers,
+    largest_difference,
+    log_probability,
+    sampled_exactly,
+    token_margins,
+)
+from pml.cli import main
+from pml.corpus import Example
+from tests.fits import module_on, save_sharpened
+from tests.tiny_runs import Ids, make_trainer, uneven
+
+
+def test_a_margin_is_the_distance_to_the_best_other_token() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.5], [4.0, 1.0, 0.0]])
+    margins, rivals = token_margins(logits, torch.tensor([1, 2]))
+    assert margins.tolist() == [0.5, -4.0]
+    assert rivals.tolist() == [2, 0]
+
+
+def test_margins_are_float32_whatever_the_logits_are() -> None:
+    margins, _ = token_margins(torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16), torch.tensor([1]))
+    assert margins.dtype == torch.float32
+
+
+class Fixed(torch.nn.Module):
+    """Answers with logits that depend on the last token alone."""
+
+    def __init__(self, table: dict[int, list[float]]) -> None:
+        super().__init__()
+        self.table = table
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+        logits = torch.tensor([[self.table[i] for i in row] for row in input_ids.tolist()])
+        return type("Output", (), {"logits": logits, "past_key_values": None})
+
+
+def test_a_pair_is_certain_right_or_failing_where_its_weakest_token_says_so() -> None:
+    even = [0.0, 0.1, 0.0, 0.0]  # token 1 is the argmax with p = 0.27
+    model = Fixed({0: [0.0, 9.0, 0.0, 0.0], 1: even, 2: [5.0, 0.0, 0.0, 4.0], 3: [0.0, 0.0, 7.0, 0.0]})
+    certain, right, failing = certify(
+        model, [Example(0, (0,), (1,)), Example(1, (0,), (1, 1)), Example(2, (3,), (2, 3, 2))]
+    )
+    assert (certain.verdict, certain.position, certain.margin) == ("certain", 0, 9.0)
+    assert certain.probability == pytest.approx(math.exp(9) / (math.exp(9) + 3))
+    assert (right.verdict, right.position) == ("right", 1)
+    assert right.margin == pytest.approx(0.1)
+    # The first token that fails, not the one that fails most.
+    assert (failing.verdict, failing.position, failing.margin, failing.rival) == ("failing", 1, -1.0, 0)
+    assert failing.margins.tolist() == [7.0, -1.0, 7.0]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sharpened(tiny_backbone_folder, tmp_path_factory.mktemp("sharp"))
+
+
+@pytest.mark.parametrize(("epochs", "stop"), [(12, None), (300, 0.5)], ids=["partly", "recalled"])
+def test_verdicts_agree_with_greedy_decoding_pair_by_pair(
+    epochs: int, stop: float | None, folder: Path, tmp_path: Path
+) -> None:
+    module = module_on(folder)
+    data = Ids(uneven(8))
+    watch = [StopWhenRecalled(stop)] if stop is not None else []
+    make_trainer(tmp_path, max_epochs=epochs, callbacks=watch, gradient_clip_val=1.0).fit(module, datamodule=data)
+    model = module.eval().model
+    certificates = certify(model, data.corpus.examples)
+    verdicts = {known.verdict for known in certificates}
+    assert verdicts == {"certain"} if stop else "failing" in verdicts
+    moved = largest_difference(model, certificates)
+    assert 0 <= moved < 1e-3
+    for batch_size in (1, 3):
+        for cache in (True, False):
+            answers = greedy_answers(model, data.corpus.examples, batch_size=batch_size, use_cache=cache)
+            for known, answer in zip(certificates, answers, strict=True):
+                if abs(known.margin) > moved:
+                    assert (answer == known.example.target_ids) is (known.verdict != "failing")
+                    if known.verdict == "failing":
+                        assert answer[: known.position] == known.example.target_ids[: known.position]
+                        assert answer[known.position] == known.rival
+    module.release()
+
+
+def test_samples_are_whole_targets_as_often_as_probabilities_say(folder: Path, tmp_path: Path) -> None:
+    module = module_on(folder)
+    data = Ids([((1, 2, 3), (5, 6))])
+    make_trainer(tmp_path, max_epochs=8, gradient_clip_val=1.0).fit(module, datamodule=data)
+    (example,) = data.corpus.examples
+    model = module.eval().model
+    logits = model(input_ids=torch.tensor([[1, 2, 3, 5]])).logits[0, 2:].double()
+    for temperature in (1.0, 0.7):
+        expected = (logits / temperature).log_softmax(dim=-1)[[0, 1], [5, 6]].sum().item()
+        assert log_probability(model, example, temperature) == pytest.approx(expected, rel=1e-4)
+        p, n = math.exp(expected), 400
+        share = sampled_exactly(model, example, n, temperature)
+        assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / n) + 1e-9  # four standard errors
+        assert 0.02 < p < 0.98  # so that the share could be wrong
+    module.release()
+
+
+def fit(backbone: Path, *more: str) -> int:
+    arguments = ["fit", "--model=SFT", f"--model.backbone={backbone}", "--model.adapter.block=2"]
+    arguments += ["--model.adapter.rank=16", "--model.learning_rate=0.02", "--data=Facts", "--data.path=f.jsonl"]
+    arguments += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    return main([*arguments, *more])
+
+
+def test_the_command_certifies_a_run_and_somebody_else_s_adapter(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"query": f"code {i}?", "target": code} for i, code in enumerate(("007", "415", "900"))]
+    Path("f.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert fit(folder, "--trainer.max_epochs=300") == 0
+    capsys.readouterr()
+    run = "runs/fit/version_0"
+    assert main(["certify", run, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [pair["verdict"] for pair in result["pairs"]] == ["certain"] * 3
+    assert [pair["query"] for pair in result["pairs"]] == ["code 0?", "code 1?", "code 2?"]
+    ways = [(way["dtype"], way["batch_size"], way["cache"]) for way in result["decodings"]]
+    assert ways == [(d, b, c) for d in ("float32", "bfloat16") for b in (1, 8) for c in (True, False)]
+    assert all(way["exact"] == 3 for way in result["decodings"] if way["dtype"] == "float32")
+    assert result["margins_move_by"]["float32"] < 1e-3 < result["margins_move_by"]["bfloat16"]
+
+    Path("other.jsonl").write_text(json.dumps({"query": "code 0?", "target": "123"}))
+    asked = ["certify", f"--adapter={run}/adapter", "--data=other.jsonl", f"--backbone={folder}"]
+    assert main([*asked, "--dtypes=[float32]"]) == 1
+    out = capsys.readouterr().out
+    assert "of 1 pairs 0 are certain, 0 right but not certain, 1 failing" in out
+    assert "came back" in out
+    assert "0 of 1" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected either the folder of a run, or --adapter with --data"),
+        (["run", "--adapter=a"], "expected either the folder of a run"),
+        (["--adapter=a"], "--adapter needs --data"),
+        (["--adapter=a", "--data=f.jsonl"], "a: no adapter_config.json that names a base; give --backbone"),
+        (["run", "--dtypes=[int8]"], "--dtypes has 'int8'; expected some of float32, bfloat16, float16"),
+        (["run", "--limit=0"], "--limit is 0; expected at least 1 pair"),
+        (["run"], "config.yaml: no such file"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["certify", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pml certify: error: ")
+    assert message in line

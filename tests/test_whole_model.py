@@ -1,0 +1,81 @@
+"""What the logits are made of, and what is said where a model does not run, is found out on the model itself."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PretrainedConfig
+
+import pml.modules
+from pml.adapter import AdapterConfig
+from pml.backbone import Backbone
+from pml.errors import InputError
+from pml.modules import SFT
+from pml.whole_model import plain_head
+from tests.test_cut_trial import SIZES
+
+DTYPES = [torch.float32, torch.bfloat16]
+SMALL = {**SIZES, "initializer_range": 0.002}
+NOT_PLAIN = {
+    "a cap far above small logits": Gemma2Config(**SMALL, final_logit_softcapping=30.0),
+    "a divisor": GraniteConfig(**SMALL, logits_scaling=1.02),
+    "a factor": CohereConfig(**{name: value for name, value in SMALL.items() if name != "head_dim"}, logit_scale=1.02),
+}
+
+
+def backbone_of(config: PretrainedConfig, dtype: torch.dtype) -> Backbone:
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(dtype)
+    return Backbone(model, None, "tiny", "tiny")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", NOT_PLAIN.values(), ids=NOT_PLAIN)
+def test_logits_that_are_more_than_a_product_are_told_from_it_however_alike(
+    config: PretrainedConfig, dtype: torch.dtype
+) -> None:
+    assert plain_head(backbone_of(config, dtype)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_head_is_found_where_it_is_all_that_follows(dtype: torch.dtype) -> None:
+    backbone = backbone_of(Gemma2Config(**SMALL, final_logit_softcapping=None), dtype)
+    assert plain_head(backbone) is backbone.model.lm_head
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain_head(backbone) is backbone.model.lm_head
+    assert not backbone.model.lm_head._forward_hooks
+
+
+def module_on(backbone: Backbone) -> SFT:
+    module = SFT(adapter=AdapterConfig(rank=3, block=2), seed=1)
+    module._backbone = backbone
+    module.configure_model()
+    return module
+
+
+def test_a_model_that_does_not_run_is_refused_in_a_line_that_says_what_is_missing(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(**_: Any) -> None:
+        raise ImportError("the package `mamba_ssm` is required:\n run pip install mamba-ssm")
+
+    monkeypatch.setattr(tiny_backbone.model.model, "forward", forward)
+    with pytest.raises(InputError) as refusal:
+        _ = module_on(tiny_backbone).prefix
+    assert str(refusal.value) == (
+        "backbone tiny-llama: LlamaForCausalLM does not run here on token ids alone (ImportError: the package "
+        "`mamba_ssm` is required: run pip install mamba-ssm); install what it asks for, or take another backbone"
+    )
+
+
+def test_an_attribute_that_is_missing_below_is_not_taken_for_a_missing_prefix(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise AttributeError("'Odd' object has no attribute 'layers'")
+
+    monkeypatch.setattr(pml.modules, "FrozenPrefix", broken)
+    with pytest.raises(
+        InputError, match=r"LlamaForCausalLM is not made as a causal decoder is .*no attribute 'layers'"
+    ):
+        _ = module_on(tiny_backbone).prefix
