@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pml.default_backbone import fetch_default
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +31,7 @@ from transformers import (
 )
 
 from pml.backbone import Backbone, load_backbone
+from pml.default_backbone import fetch_default
 from pml.errors import InputError
 
 CHAT_TEMPLATE = (
