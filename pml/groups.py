@@ -1,31 +1,40 @@
 """Runs sorted by what one law describes: one backbone, place and initialisation of the adapter, corpus and method."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pml.errors import InputError
 from pml.records import Record
 
 __all__ = [
     "SIZES",
+    "AdapterSize",
     "Group",
     "differing",
     "group_runs",
     "method_name",
+    "select_records",
     "setting_of",
     "settings_of",
+    "shared_setting",
     "short_method_names",
     "varying",
 ]
 
 SETTING = ("backbone", "backbone_hash", "block", "placement", "init", "corpus")
-# How large the corpus is and which one was drawn: what the cells of one law differ in.
+# How large the corpus is and which one was drawn: what the runs of one law differ in.
 SIZES = tuple(
     f"corpus_settings.{name}"
     for name in ("length", "count", "pairs", "people", "size", "target_tokens", "path", "seed")
 )
+# What all runs of one law must share, and what the message about it shows.
+OF_ONE_LAW = ("backbone_hash", "block", "placement", "init", "method")
+# What a law by effective parameters may mix: adapters of another shape, counted by their parameters.
+SHAPE = ("block", "placement")
+AdapterSize = Literal["rank", "effective_parameters"]
 NAMES = {"sft": "SFT", "memft": "MemFT"}
 # Not a field of a record: where the run lies, such as the sweep it is of.
 FOLDER = "folder"
@@ -168,3 +177,84 @@ def _class_name(value: Any) -> str:
     if isinstance(value, dict):
         value = value.get("class_path")
     return value.rpartition(".")[2] if isinstance(value, str) else ""
+
+
+def select_records(records: Mapping[Path, Record], where: Mapping[str, Any] | None = None) -> dict[Path, Record]:
+    """The records whose fields have the values that `where` names; all of them without `where`.
+
+    Args:
+        records: Records by the folder of their run.
+        where: Fields of a record, dotted into its settings (`method_settings.learning_rate`), and the value to keep. A
+            list of one, such as `block`, may be given as its element.
+
+    Raises:
+        InputError: If a field does not exist, or no record is left.
+    """
+    kept = dict(records)
+    for name, value in (where or {}).items():
+        field = name.split(".")[0]
+        if field not in Record.model_fields:
+            raise InputError(f"where: a record has no field {field!r}; its fields are {', '.join(Record.model_fields)}")
+        before = kept
+        kept = {path: record for path, record in before.items() if setting_of(record, name) in (value, [value])}
+        if before and not kept:
+            found = [setting_of(record, name) for record in before.values()]
+            if "." in name and all(value is None for value in found):
+                names = {key for record in before.values() for key in settings_of(record)}
+                known = ", ".join(sorted(key for key in names if key.startswith(f"{field}.")))
+                raise InputError(f"where: no record has a setting {name!r}; those of {field} are {known or 'none'}")
+            present = _counted(map(str, found))
+            raise InputError(f"where: no record has {name} {value!r}; there are {present}; choose one of these")
+    return kept
+
+
+def shared_setting(records: Mapping[Path, Record], adapter_size: AdapterSize = "rank") -> dict[str, Any]:
+    """What the runs of one law have in common: backbone, block, placement, initialisation and method.
+
+    `corpus` lists the names of all corpora, which may differ: files of several lengths can belong to one law. `pooled`
+    lists other settings in which the runs differ (see `varying`), with their values.
+
+    Args:
+        records: Records by the folder of their run.
+        adapter_size: What the law counts. By effective parameters, blocks and placements may differ; the setting then
+            leaves them out.
+
+    Raises:
+        InputError: If there is no record, or the runs differ in what a law needs one of.
+    """
+    if not records:
+        raise InputError("no record: expected the records of at least 5 runs; give folders with finished runs")
+    mixed = []
+    for name in OF_ONE_LAW:
+        values = [
+            f"{record.backbone_hash} of {record.backbone}" if name == "backbone_hash" else str(getattr(record, name))
+            for record in records.values()
+        ]
+        if len({str(getattr(record, name)) for record in records.values()}) == 1:
+            continue
+        if adapter_size == "effective_parameters" and name in SHAPE:
+            mixed.append(name)
+            continue
+        hint = ", or count --by effective_parameters" if name in SHAPE else ""
+        raise InputError(
+            f"records of different {name}: {_counted(values)}; a law belongs to one of them: "
+            f"keep one (--where.{name} VALUE), or give only its runs{hint}"
+        )
+    first = next(iter(records.values()))
+    shared = {name: getattr(first, name) for name in ("backbone", *OF_ONE_LAW) if name not in mixed}
+    shared["corpus"] = sorted({record.corpus for record in records.values()})
+    # Settings of different corpora may all differ; the list of corpora already says so.
+    apart = "corpus_settings." if len(shared["corpus"]) > 1 else None
+    pooled = {
+        name: values
+        for name, values in varying(records.values()).items()
+        if name not in ("backbone", "corpus", *SHAPE) and not (apart and name.startswith(apart))
+    }
+    return shared | ({"pooled": pooled} if pooled else {})
+
+
+def _counted(values: Iterable[str]) -> str:
+    """Values with their counts, such as `memft (8 runs), sft (1 run)`."""
+    return ", ".join(
+        f"{value} ({count} run{'s' if count > 1 else ''})" for value, count in sorted(Counter(values).items())
+    )

@@ -1,41 +1,40 @@
-"""What a fitted law foretells: what an adapter of some rank will do, and the smallest rank that will do.
+"""What a fitted law predicts: what an adapter of some rank will do, and the smallest rank that will do.
 
-A plan goes from rank and length to loss by the law, and from loss to recall by the recall model. Its intervals are
-95 %: of the law's mean (confidence), or of a single new run, whose own noise comes on top, and its text's where the law
-was not told how well the frozen model knows it. The recall model is taken as it is; how well it is calibrated stands in
-`law.json`.
+A plan goes from rank and length to loss by the law, and from loss to recall by the recall model. Its 95 % intervals are
+of the law's mean (confidence), or of a single new run, which adds its own noise and, unless the frozen model's loss on
+the text is given, its text. The recall model is taken as exact; `law.json` says how well it is calibrated.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pydantic
 
-from pml.calibration import RecallModel
 from pml.errors import InputError
-from pml.law import LawFit, RunDraws, percentiles
+from pml.law import OTHER_KIND, LawFit, RunDraws, percentiles
 from pml.law.forms import Array
-from pml.law.texts import OTHER_KIND
 
-__all__ = ["LARGEST_RANK", "Outcome", "Plan", "foresee", "rank_for_loss_reduction", "rank_for_recall"]
+__all__ = ["LARGEST_RANK", "Outcome", "Plan", "outcome_of_rank", "rank_for_loss_reduction", "rank_for_recall"]
 
 LARGEST_RANK = 4096
-"""The largest rank that is considered; adapters beyond it are no longer small."""
+"""The largest rank considered; a larger adapter is no longer small."""
 
 BYTES_PER_PARAMETER = 4
 RANKS = np.arange(1.0, LARGEST_RANK + 1)
-# For the interval of a rank for recall: bootstrapped laws, runs by each, and ranks, all up to 50 and then 3 % apart.
+# For recall: all ranks up to 50, then 3 % apart, and so many bootstrapped laws and runs by each.
+FEWER_RANKS = np.unique(np.geomspace(1, LARGEST_RANK, 360).round())
 LAWS, RUNS = 100, 128
 # Bounds the memory of their product.
 RANKS_AT_ONCE = 45
-# Probabilities of runs that are no further apart are the same.
+# Probabilities that differ by less are equal.
 SAME_PROBABILITY = 0.002
-# The recall model is asked of losses this many times below the smallest that it has seen, and not further.
+# The recall model applies to losses down to this fraction of the smallest that it was fitted to, or to any smaller loss
+# if nearly all tokens were right there.
 FAR_BELOW = 2.0
 NEARLY_ALL = 0.99
-FEWER_RANKS = np.unique(np.geomspace(1, LARGEST_RANK, 360).round())
 Interval = tuple[float, float]
 
 
@@ -50,8 +49,8 @@ class Outcome(_Content):
 
     Attributes:
         rank: LoRA rank.
-        effective_parameters: Trainable parameters of the adapter; None where runs do not say.
-        megabytes: Its size on disk in float32, in 10^6 bytes.
+        effective_parameters: Trainable parameters of the adapter; None where the law's runs do not say.
+        megabytes: Its size in float32, in 10^6 bytes.
         initial_loss: Of the frozen model.
         loss_reduction: By the law, and no more than the frozen model's loss.
         loss_reduction_confidence: 95 % interval of the law's mean.
@@ -81,7 +80,7 @@ class Outcome(_Content):
     whole_corpus: float | None = None
 
     def lines(self) -> list[str]:
-        """It for people, a line each."""
+        """The outcome in words, a line each."""
         shown = []
         if self.effective_parameters is not None:
             shown.append(
@@ -114,10 +113,10 @@ class Plan(_Content):
     Attributes:
         question: It in words.
         target_tokens: Length of the corpus.
-        pairs: Targets that they are shared out among.
+        pairs: Number of its targets.
         rank: The smallest rank that will do; None where none up to `LARGEST_RANK` does.
-        rank_confidence: 95 % interval of it from the law's uncertainty, to 3 % above 50, and never without `rank`
-            itself; an end is None beyond `LARGEST_RANK`.
+        rank_confidence: 95 % interval of it from the law's uncertainty, to 3 % above 50; it includes `rank`. An end is
+            None beyond `LARGEST_RANK`.
         outcome: What that rank does.
         beyond: How far the question lies outside what was measured, a sentence each; empty inside.
         warnings: Those of the law.
@@ -137,7 +136,7 @@ class Plan(_Content):
         return self.model_dump(mode="json")
 
     def lines(self) -> list[str]:
-        """The answer for people, a line each."""
+        """The answer in words, a line each."""
         shown = [self.question]
         if self.rank_confidence is not None:
             shown.append(f"rank: {self._rank_in_words(*self.rank_confidence)}")
@@ -148,86 +147,114 @@ class Plan(_Content):
 
     def _rank_in_words(self, low: int | None, high: int | None) -> str:
         if self.rank is None:
-            from_law = f", though by the law's uncertainty it may be {low} (95 % interval)" if low is not None else ""
+            from_law = f", though the law's 95 % interval begins at {low}" if low is not None else ""
             return f"none up to {LARGEST_RANK}{from_law}"
         ends = f"{low} to {high}" if high is not None else f"{low} to more than {LARGEST_RANK}"
-        return f"{self.rank} (95 % interval {ends}, from the law's uncertainty; a run's own luck is not in it)"
+        return f"{self.rank} (95 % interval {ends}, from the law's uncertainty, without the noise of a single run)"
 
 
-def foresee(law: LawFit, rank: int, target_tokens: int, pairs: int | None = None) -> Plan:
+@dataclass(frozen=True)
+class _Corpus:
+    """What is to be memorised: its length, number of targets, and the frozen model's loss on it where known."""
+
+    target_tokens: int
+    pairs: int
+    initial_loss: float | None
+
+    @classmethod
+    def of(cls, law: LawFit, target_tokens: int, pairs: int | None, initial_loss: float | None) -> "_Corpus":
+        """The corpus, by default with targets as long as those of the law's runs."""
+        if target_tokens < 1:
+            raise InputError(f"length is {target_tokens}; expected at least 1 target token")
+        if pairs is None:
+            one = all(run.pairs == 1 for run in law.observations)
+            per_target = float(np.median([run.target_tokens / run.pairs for run in law.observations]))
+            pairs = 1 if one else max(1, round(target_tokens / per_target))
+        if not 1 <= pairs <= target_tokens:
+            raise InputError(f"pairs is {pairs}; expected between 1 and the {target_tokens} target tokens")
+        law.initial_loss(target_tokens, initial_loss)
+        return cls(target_tokens, pairs, initial_loss)
+
+    def __str__(self) -> str:
+        tokens = f"{self.target_tokens} target tokens"
+        return tokens if self.pairs == 1 else f"{tokens} in {self.pairs} targets"
+
+
+def outcome_of_rank(
+    law: LawFit, rank: int, target_tokens: int, pairs: int | None = None, initial_loss: float | None = None
+) -> Plan:
     """What an adapter of a rank does with a corpus.
 
     Args:
         law: The fitted law.
         rank: LoRA rank.
         target_tokens: Length of the corpus.
-        pairs: Targets that they are shared out among; None is as in the runs of the law.
+        pairs: Number of its targets; None is as in the runs of the law.
+        initial_loss: The frozen model's loss on the corpus in nats per target token, if known.
 
     Raises:
         InputError: If a number is not positive, or the targets are longer than the corpus.
     """
-    pairs = _checked(law, target_tokens, pairs)
+    corpus = _Corpus.of(law, target_tokens, pairs, initial_loss)
     if rank < 1:
         raise InputError(f"rank is {rank}; expected at least 1")
-    outcome = _outcome(law, rank, target_tokens, pairs)
-    return Plan(
-        question=f"what rank {rank} does with {_corpus(target_tokens, pairs)}",
-        target_tokens=target_tokens,
-        pairs=pairs,
-        rank=rank,
-        rank_confidence=None,
-        outcome=outcome,
-        beyond=_beyond(law, outcome, target_tokens, pairs),
-        warnings=law.warnings,
-    )
+    return _plan(law, corpus, f"what rank {rank} does with {corpus}", rank, None)
 
 
-def rank_for_loss_reduction(law: LawFit, target_tokens: int, reduction: float, pairs: int | None = None) -> Plan:
-    """The smallest rank whose predicted loss reduction is at least so many nats per target token.
+def rank_for_loss_reduction(
+    law: LawFit, target_tokens: int, reduction: float, pairs: int | None = None, initial_loss: float | None = None
+) -> Plan:
+    """The smallest rank whose predicted loss reduction reaches a number of nats per target token.
 
     Args:
         law: The fitted law.
-        target_tokens: Length of the corpus.
+        target_tokens: As in `outcome_of_rank`.
         reduction: The loss reduction wanted.
-        pairs: Targets that the tokens are shared out among; None is as in the runs of the law.
+        pairs: As in `outcome_of_rank`.
+        initial_loss: As in `outcome_of_rank`.
 
     Raises:
         InputError: If a number is not positive, or the loss cannot fall so far.
     """
-    pairs = _checked(law, target_tokens, pairs)
-    ceiling = float(law.initial_loss(target_tokens))
+    corpus = _Corpus.of(law, target_tokens, pairs, initial_loss)
+    ceiling = float(law.initial_loss(target_tokens, initial_loss))
     if not 0 < reduction < ceiling:
         raise InputError(
             f"loss reduction is {reduction:g} nats; expected above 0 and below the frozen model's loss, {ceiling:.4g} "
             f"nats per target token at {target_tokens} tokens"
         )
-    question = f"the smallest rank that lowers the loss of {_corpus(target_tokens, pairs)} by {reduction:g} nats"
-    enough = law.predict(RANKS, target_tokens)[None] >= reduction
-    of_laws = law.predict_draws(RANKS, target_tokens) >= reduction
-    return _smallest(law, target_tokens, pairs, question, _first(enough, RANKS)[0], _first(of_laws, RANKS))
+    question = f"the smallest rank that reduces the loss of {corpus} by {reduction:g} nats"
+    enough = law.predict(RANKS, target_tokens, initial_loss=initial_loss)[None] >= reduction
+    of_laws = law.predict_draws(RANKS, target_tokens, initial_loss=initial_loss) >= reduction
+    return _smallest(law, corpus, question, float(_first(enough, RANKS)[0]), _first(of_laws, RANKS))
 
 
 def rank_for_recall(
-    law: LawFit, target_tokens: int, share: float = 1.0, pairs: int | None = None, probability: float = 0.5
+    law: LawFit,
+    target_tokens: int,
+    share: float = 1.0,
+    pairs: int | None = None,
+    probability: float = 0.5,
+    initial_loss: float | None = None,
 ) -> Plan:
-    """The smallest rank at which a new run has at least a share of the targets right, with some probability.
+    """The smallest rank at which a new run recalls at least a share of the targets, with some probability.
 
     Args:
         law: The fitted law, with a recall model.
-        target_tokens: Length of the corpus.
+        target_tokens: As in `outcome_of_rank`.
         share: Share of the targets to be right at every token, 1 for all.
-        pairs: Targets that the tokens are shared out among; None is as in the runs of the law.
-        probability: How likely a run must be to reach it; 0.5 is the run in the middle.
+        pairs: As in `outcome_of_rank`.
+        probability: How likely a run must be to reach it; 0.5 is the median run.
+        initial_loss: As in `outcome_of_rank`.
 
     Raises:
         InputError: If a number is out of its range, or the law has no recall model.
     """
-    pairs = _checked(law, target_tokens, pairs)
-    for name, value in (("recall", share), ("probability", probability)):
-        if not 0 < value <= 1 or (name == "probability" and value == 1):
-            raise InputError(
-                f"{name} is {value:g}; expected above 0 and {'at most' if name == 'recall' else 'below'} 1"
-            )
+    corpus = _Corpus.of(law, target_tokens, pairs, initial_loss)
+    if not 0 < share <= 1:
+        raise InputError(f"recall is {share:g}; expected above 0 and at most 1")
+    if not 0 < probability < 1:
+        raise InputError(f"probability is {probability:g}; expected above 0 and below 1")
     recall = law.recall
     if recall is None:
         raise InputError(
@@ -235,21 +262,18 @@ def rank_for_recall(
             "ask for a loss reduction instead, or fit runs that have tokens.parquet"
         )
 
-    def reached(draws: RunDraws) -> Array:
-        return recall.recall_probability(draws.final_loss, target_tokens / pairs, pairs, share)
+    def by_law(ranks: Array) -> Array:
+        """Probability of it by law and rank: the mean over runs, since recall is steep in the loss."""
+
+        def reached(part: Array) -> Array:
+            runs: RunDraws = law.new_run_draws(part, target_tokens, initial_loss=initial_loss, laws=LAWS, runs=RUNS)
+            per_target = target_tokens / corpus.pairs
+            return recall.recall_probability(runs.final_loss, per_target, corpus.pairs, share).mean(axis=1)
+
+        return np.concatenate([reached(p) for p in np.array_split(ranks, math.ceil(len(ranks) / RANKS_AT_ONCE))], 1)
 
     which = "all targets" if share == 1 else f"{100 * share:g} % of the targets"
-    question = (
-        f"the smallest rank at which a run recalls {which} of {_corpus(target_tokens, pairs)} with probability "
-        f"{probability:g}"
-    )
-
-    def by_law(ranks: Array) -> Array:
-        """Probability of it by law and rank: recall is steep in the loss, so it is a mean over runs, which scatter."""
-        parts = np.array_split(ranks, math.ceil(len(ranks) / RANKS_AT_ONCE))
-        draws = (law.new_run_draws(part, target_tokens, laws=LAWS, runs=RUNS) for part in parts)
-        return np.concatenate([reached(draw).mean(axis=1) for draw in draws], axis=1)
-
+    question = f"the smallest rank at which a run recalls {which} of {corpus} with probability {probability:g}"
     probabilities = by_law(FEWER_RANKS)
     of_laws = _first(probabilities >= probability, FEWER_RANKS)
     likely = probabilities.mean(axis=0)
@@ -258,51 +282,47 @@ def rank_for_recall(
         enough = FEWER_RANKS[np.argmax(likely >= likely.max() - SAME_PROBABILITY)]
         none = (
             f"no rank up to {LARGEST_RANK} does: from rank {enough:.0f} on the probability stays at "
-            f"{likely.max():.3g}, as far as {len(law.cells)} runs and their recall model can tell"
+            f"{likely.max():.3g}, as far as {len(law.observations)} runs and their recall model can say"
         )
-        return _smallest(law, target_tokens, pairs, question, rank, of_laws, none)
-    # Between the ranks that were asked, the rank itself.
-    below = FEWER_RANKS.compress(rank > FEWER_RANKS).max(initial=0.0)
-    between = np.arange(below + 1, rank + 1)
+        return _smallest(law, corpus, question, rank, of_laws, none)
+    # Between the ranks that were evaluated, the rank itself.
+    between = np.arange(FEWER_RANKS.compress(rank > FEWER_RANKS).max(initial=0.0) + 1, rank + 1)
     rank = float(_first(by_law(between).mean(axis=0)[None] >= probability, between)[0])
-    return _smallest(law, target_tokens, pairs, question, rank, of_laws)
+    return _smallest(law, corpus, question, rank, of_laws)
 
 
 def _smallest(
     law: LawFit,
-    target_tokens: int,
-    pairs: int,
+    corpus: _Corpus,
     question: str,
     rank: float,
     of_laws: Array,
     none: str = f"no rank up to {LARGEST_RANK} does",
 ) -> Plan:
-    """The answer to the question for a smallest rank.
-
-    Args:
-        law: The law.
-        target_tokens: Length.
-        pairs: Targets.
-        question: In words.
-        rank: The answer, infinite where no rank will do.
-        of_laws: That of each bootstrapped law.
-        none: What to say where no rank will do.
-    """
+    """The plan for the smallest rank, infinite where none will do, with that of each bootstrapped law."""
     # Ranks themselves, not numbers between two of them.
-    ends = np.quantile(of_laws, (0.025, 0.975), method="inverted_cdf").tolist()
-    # What few laws in a hundred say still counts in the answer where nearly all runs must succeed.
-    low, high = (int(end) if math.isfinite(end) else None for end in (min(ends[0], rank), max(ends[1], rank)))
-    found = int(rank) if math.isfinite(rank) else None
-    outcome = None if found is None else _outcome(law, found, target_tokens, pairs)
-    beyond = ([none] if found is None else []) + _beyond(law, outcome, target_tokens, pairs)
+    low, high = np.quantile(of_laws, (0.025, 0.975), method="inverted_cdf").tolist()
+    ends = (int(end) if math.isfinite(end) else None for end in (min(low, rank), max(high, rank)))
+    return _plan(law, corpus, question, int(rank) if math.isfinite(rank) else None, (next(ends), next(ends)), none)
+
+
+def _plan(
+    law: LawFit,
+    corpus: _Corpus,
+    question: str,
+    rank: int | None,
+    confidence: tuple[int | None, int | None] | None,
+    none: str = "",
+) -> Plan:
+    outcome = None if rank is None else _outcome(law, rank, corpus)
     return Plan(
         question=question,
-        target_tokens=target_tokens,
-        pairs=pairs,
-        rank=found,
-        rank_confidence=(low, high),
+        target_tokens=corpus.target_tokens,
+        pairs=corpus.pairs,
+        rank=rank,
+        rank_confidence=confidence,
         outcome=outcome,
-        beyond=beyond,
+        beyond=([none] if rank is None else []) + _beyond(law, outcome, corpus),
         warnings=law.warnings,
     )
 
@@ -314,32 +334,33 @@ def _first(holds: npt.NDArray[np.bool_], ranks: Array) -> Array:
     return np.asarray(np.append(ranks, math.inf)[beyond_last_miss])
 
 
-def _outcome(law: LawFit, rank: int, target_tokens: int, pairs: int) -> Outcome:
-    initial = float(law.initial_loss(target_tokens))
-    fallen = min(float(law.predict(rank, target_tokens)), initial)
-    mean = np.minimum(law.predict_draws(rank, target_tokens), initial)
-    runs = law.new_run_draws(rank, target_tokens)
+def _outcome(law: LawFit, rank: int, corpus: _Corpus) -> Outcome:
+    tokens, given = corpus.target_tokens, corpus.initial_loss
+    initial = float(law.initial_loss(tokens, given))
+    reduction = min(float(law.predict(rank, tokens, initial_loss=given)), initial)
+    mean = np.minimum(law.predict_draws(rank, tokens, initial_loss=given), initial)
+    runs = law.new_run_draws(rank, tokens, initial_loss=given)
     parameters = None if law.parameters_per_rank is None else rank * law.parameters_per_rank
     recalled: dict[str, Any] = {}
     if law.recall is not None:
-        losses, tokens = runs.final_loss, target_tokens / pairs
-        accuracy, exact = law.recall.token_accuracy(losses), law.recall.exact_match(losses, tokens)
+        losses, per_target = runs.final_loss, tokens / corpus.pairs
+        accuracy, exact = law.recall.token_accuracy(losses), law.recall.exact_match(losses, per_target)
         recalled = {
             "token_accuracy": float(accuracy.mean()),
             "token_accuracy_new_run": percentiles(accuracy),
             "exact_match": float(exact.mean()),
             "exact_match_new_run": percentiles(exact),
-            "whole_corpus": float(law.recall.recall_probability(losses, tokens, pairs).mean()),
+            "whole_corpus": float(law.recall.recall_probability(losses, per_target, corpus.pairs).mean()),
         }
     return Outcome(
         rank=rank,
         effective_parameters=parameters,
         megabytes=None if parameters is None else parameters * BYTES_PER_PARAMETER / 1e6,
         initial_loss=initial,
-        loss_reduction=fallen,
+        loss_reduction=reduction,
         loss_reduction_confidence=percentiles(mean),
         loss_reduction_new_run=percentiles(runs.loss_reduction),
-        final_loss=initial - fallen,
+        final_loss=initial - reduction,
         final_loss_new_run=percentiles(runs.final_loss),
         **recalled,
     )
@@ -349,60 +370,39 @@ def _range(ends: Interval) -> str:
     return f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 
-def _checked(law: LawFit, target_tokens: int, pairs: int | None) -> int:
-    """The number of pairs, by default as many as the law's runs would have."""
-    if target_tokens < 1:
-        raise InputError(f"length is {target_tokens}; expected at least 1 target token")
-    if pairs is None:
-        if all(cell.pairs == 1 for cell in law.cells):
-            return 1
-        per_target = float(np.median([cell.target_tokens / cell.pairs for cell in law.cells]))
-        return max(1, round(target_tokens / per_target))
-    if not 1 <= pairs <= target_tokens:
-        raise InputError(f"pairs is {pairs}; expected between 1 and the {target_tokens} target tokens")
-    return pairs
-
-
-def _beyond(law: LawFit, outcome: Outcome | None, target_tokens: int, pairs: int) -> list[str]:
+def _beyond(law: LawFit, outcome: Outcome | None, corpus: _Corpus) -> list[str]:
     """How far a question and its answer lie outside what the law was fitted to, in words."""
     found = []
-    ranges = [("length", target_tokens, law.target_tokens_range)]
+    ranges = [("length", corpus.target_tokens, law.target_tokens_range)]
     if outcome is not None:
         ranges.insert(0, ("rank", outcome.rank, law.rank_range))
     if law.recall is not None:
-        ranges.append(("tokens per target", round(target_tokens / pairs), law.recall.tokens_per_target_range))
+        per_target = round(corpus.target_tokens / corpus.pairs)
+        ranges.append(("tokens per target", per_target, law.recall.tokens_per_target_range))
     for name, value, (low, high) in ranges:
         if value > high:
             found.append(f"{name} {value} is {value / high:.3g} times the largest measured ({high})")
         elif value < low:
             found.append(f"{name} {value} is below the smallest measured ({low}), {value / low:.2g} times as large")
-    loss, measured = float(law.initial_loss(target_tokens)), [cell.initial_loss for cell in law.cells]
+    loss = float(law.initial_loss(corpus.target_tokens, corpus.initial_loss))
+    measured = [run.initial_loss for run in law.observations]
     if not min(measured) / (1 + OTHER_KIND) <= loss <= max(measured) * (1 + OTHER_KIND):
         found.append(
             f"the frozen model's loss is {loss:.3g} nats per target token, that of the law's texts "
-            f"{min(measured):.3g} to {max(measured):.3g}: this is another kind of text, of which the law says nothing"
+            f"{min(measured):.3g} to {max(measured):.3g}: the law does not cover this kind of text"
         )
-    if law.recall is not None and outcome is not None:
-        found += _beyond_recall(law.recall, outcome.final_loss)
-    return found
-
-
-def _beyond_recall(recall: RecallModel, final_loss: float) -> list[str]:
-    """Why shares of right tokens and targets say less than they look."""
-    found = []
-    low, high = recall.loss_range
-    # Where runs got nearly every token right already, there is nothing below to be wrong about.
-    if final_loss < low / FAR_BELOW and recall.token_accuracy(low) < NEARLY_ALL:
+    recall = law.recall
+    if recall is None or outcome is None:
+        return found
+    low_loss, high_loss = recall.loss_range
+    if outcome.final_loss < low_loss / FAR_BELOW and recall.token_accuracy(low_loss) < NEARLY_ALL:
         found.append(
-            f"a final loss of {final_loss:.3g} nats is below all that recall was learnt from ({low:.3g} to {high:.3g})"
+            f"a final loss of {outcome.final_loss:.3g} nats is below all that the recall model was fitted to "
+            f"({low_loss:.3g} to {high_loss:.3g})"
         )
     if recall.brier >= recall.brier_reference:
         found.append(
-            f"recall is foretold no better than by always saying the mean (Brier score {recall.brier:.3f}, "
-            f"{recall.brier_reference:.3f}): put no trust in the shares of right tokens and targets"
+            f"the recall model predicts no better than the mean (Brier score {recall.brier:.3f}, "
+            f"{recall.brier_reference:.3f}): do not trust the shares of right tokens and targets"
         )
     return found
-
-
-def _corpus(target_tokens: int, pairs: int) -> str:
-    return f"{target_tokens} target tokens" if pairs == 1 else f"{target_tokens} target tokens in {pairs} targets"

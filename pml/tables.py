@@ -1,6 +1,7 @@
-"""The table of runs, and how its numbers are written."""
+"""Tables as data, shown by commands with rich and by pages as HTML; the table of runs; how numbers are written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
@@ -8,7 +9,50 @@ from rich.table import Table
 
 from pml.records import Record
 
-__all__ = ["records_table", "short_names", "show_loss", "show_percent"]
+__all__ = ["TextTable", "records_table", "rich_table", "short_names", "show_interval", "show_loss", "show_percent"]
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of text.
+
+    Attributes:
+        title: What it lists.
+        columns: Their names.
+        rows: As many values as there are columns.
+        words: Columns of words, which are set to the left; the others are numbers.
+        note: How to read it.
+        small: Whether it is long, and so set in smaller letters.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    words: Sequence[int] = (0,)
+    note: str = ""
+    small: bool = False
+
+
+def rich_table(table: TextTable) -> Table:
+    """A table for the terminal: its title above, its note below."""
+    shown = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=table.title,
+        title_justify="left",
+        caption=table.note or None,
+        caption_justify="left",
+    )
+    for i, name in enumerate(table.columns):
+        shown.add_column(name, justify="left" if i in table.words else "right", overflow="fold")
+    for row in table.rows:
+        shown.add_row(*map(str, row))
+    return shown
+
+
+def show_interval(ends: tuple[float, float] | None) -> str:
+    """An interval to three digits, or a dash."""
+    return "-" if ends is None else f"{ends[0]:.3g} to {ends[1]:.3g}"
 
 
 def records_table(records: Mapping[Path, Record]) -> Table:

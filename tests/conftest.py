@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pml.default_backbone import fetch_default
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -32,6 +31,7 @@ from transformers import (
 )
 
 from pml.backbone import Backbone, load_backbone
+from pml.default_backbone import fetch_default
 from pml.errors import InputError
 
 CHAT_TEMPLATE = (
@@ -145,4 +145,4 @@ def default_backbone() -> Backbone:
 @pytest.fixture
 def no_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Laws without profile intervals, which take most of a fit's time, for tests of hundreds of fits."""
-    monkeypatch.setattr("pml.law.fitting.profile_intervals", lambda *_: {})
+    monkeypatch.setattr("pml.law.fit.profile_intervals", lambda *_: {})

@@ -390,7 +390,7 @@ def test_law_prints_json_and_nothing_else(tmp_path: Path, capsys: pytest.Capture
             write_run(folder, rank=rank, target_tokens=length, initial_loss=13.0, final_loss=13.0 - reduction)
     assert main(["law", str(tmp_path), "--json"]) == 0
     out, err = capsys.readouterr()
-    assert len(json.loads(out)["cells"]) == 16
+    assert len(json.loads(out)["observations"]) == 16
     assert err == ""
 
 

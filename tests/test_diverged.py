@@ -14,8 +14,8 @@ from simulated_runs import write_diverged_run, write_simulated_grid
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pml.cli import main
-from pml.law import cells_from_records, read_law
-from pml.law.cells import divide
+from pml.law import observations_from_records, read_law
+from pml.law.observations import usable
 from pml.records import Record, read_record, read_records
 from pml.search import read_search, run_search
 from tests import fits  # one thread, which makes runs comparable bit for bit
@@ -140,9 +140,11 @@ def test_a_diverged_adapter_answers_with_a_note_that_its_answers_mean_nothing(
 
 @pytest.mark.parametrize("status", ["diverged", "interrupted"])
 def test_a_law_leaves_a_run_without_a_finite_loss_out_as_diverged(status: str) -> None:
-    cells = cells_from_records({Path("a"): make_record(final_loss=None, status=status), Path("b"): make_record()})
+    cells = observations_from_records(
+        {Path("a"): make_record(final_loss=None, status=status), Path("b"): make_record()}
+    )
     assert cells[0].stored_bits is None
-    sound, (left_out,) = divide(cells)
+    sound, (left_out,) = usable(cells)
     assert [cell.source for cell in sound] == ["b"]
     assert (left_out.source, left_out.reason, left_out.final_loss) == ("a", "diverged", None)
 
@@ -152,10 +154,10 @@ def test_a_law_names_the_diverged_run_and_does_not_read_its_tokens(
 ) -> None:
     write_simulated_grid(tmp_path / "runs", seeds=(0,))
     write_diverged_run(tmp_path / "runs" / "lost", 4, 128, seed=5)
-    assert main(["law", str(tmp_path / "runs"), "--out", str(tmp_path / "law")]) == 0
+    assert main(["law", str(tmp_path / "runs"), "--details", "--out", str(tmp_path / "law")]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"\d+ left out \(1 diverged", printed)
-    assert "recall: half of the target tokens" in printed
+    assert re.search(r"left out: 1 diverged", printed)
+    assert "From loss to recall" in printed
     (lost,) = [cell for cell in read_law(tmp_path / "law" / "law.json").left_out if cell.source.endswith("lost")]
     assert (lost.reason, lost.final_loss, lost.initial_loss) == ("diverged", None, 13.6)
 

@@ -30,7 +30,7 @@ from pml.figures import (
     token_loss_figure,
 )
 from pml.figures.style import FEW_COLOURS, literal, looks_of
-from pml.law import Cell, FormName, LawFit, fit_law, saturated
+from pml.law import FormName, LawFit, Observation, fit_law, saturated
 from pml.records import Record
 from pml.token_results import FirstPositions, TokenResults, rank_correlation
 
@@ -38,32 +38,32 @@ RANKS = (1, 2, 4, 6)
 LENGTHS = (64, 128, 256)
 
 
-def law_cells() -> list[Cell]:
+def law_runs() -> list[Observation]:
     """Cells of dL = 60 r^0.5 l^-0.5 + 0.5 with 13.6 nats to lose: 3 are saturated; one more diverged."""
-    cells = []
+    runs = []
     for rank in RANKS:
         for length in LENGTHS:
             reduction = 60 * (rank / length) ** 0.5 + 0.5
-            cells.append(Cell(rank, length, 13.6, max(13.6 - reduction, 0.05), 0, f"r{rank}-l{length}"))
-    return [*cells, Cell(2, 128, 13.6, 40.0, 1, "diverged")]
+            runs.append(Observation(rank, length, 13.6, max(13.6 - reduction, 0.05), 0, f"r{rank}-l{length}"))
+    return [*runs, Observation(2, 128, 13.6, 40.0, 1, "diverged")]
 
 
-def noisy_cells(factor: float = 60) -> list[Cell]:
+def noisy_runs(factor: float = 60) -> list[Observation]:
     """Cells of dL = factor r^0.5 l^-0.5 + 0.5 with 2 % noise, of 13.6 nats to lose; none is saturated at 20."""
     noise = np.random.default_rng(0)
     reductions = {(r, n): (factor * (r / n) ** 0.5 + 0.5) * noise.normal(1, 0.02) for r in RANKS for n in LENGTHS}
-    return [Cell(r, n, 13.6, max(13.6 - fell, 0.05), 0, f"{r}-{n}") for (r, n), fell in reductions.items()]
+    return [Observation(r, n, 13.6, max(13.6 - fell, 0.05), 0, f"{r}-{n}") for (r, n), fell in reductions.items()]
 
 
 @pytest.fixture(scope="module")
 def fit() -> LawFit:
-    # A form without a ceiling, so that saturated cells lie beyond the law and outside the fit.
-    return fit_law(law_cells(), form="power_offset")
+    # A form without a ceiling, so that saturated runs lie beyond the law and outside the fit.
+    return fit_law(law_runs(), form="power_offset")
 
 
 @pytest.fixture(scope="module")
 def figure(fit: LawFit) -> Figure:
-    return law_figure(fit, law_cells())
+    return law_figure(fit, law_runs())
 
 
 def points(axes: Axes, label: str) -> list[Line2D]:
@@ -84,17 +84,19 @@ class TestLawFigure:
 
     def test_the_title_has_the_equation_and_r2(self, figure: Figure, fit: LawFit) -> None:
         assert r"\Delta L = 60.0\,r^{0.500}\,\ell^{-0.500} + 0.500" in figure.get_suptitle()
-        assert f"= {fit.r2:.4f}, MAPE" in figure.axes[0].get_title()
+        assert f"= {fit.best.r2:.4f}, MAPE" in figure.axes[0].get_title()
 
-    def test_every_used_cell_is_drawn_filled_where_it_was_measured(self, figure: Figure, fit: LawFit) -> None:
+    def test_every_used_run_is_drawn_filled_where_it_was_measured(self, figure: Figure, fit: LawFit) -> None:
         left, right = figure.axes
         used = points(left, "used")
-        np.testing.assert_allclose(positions(used), sorted((c.measured, c.predicted) for c in fit.used))
-        np.testing.assert_allclose(positions(points(right, "used")), sorted((c.rank, c.measured) for c in fit.used))
+        np.testing.assert_allclose(positions(used), sorted((c.loss_reduction, p) for c, p in fit.used))
+        np.testing.assert_allclose(
+            positions(points(right, "used")), sorted((c.rank, c.loss_reduction) for c, _ in fit.used)
+        )
         assert all(to_hex(line.get_markerfacecolor()) != "#ffffff" for line in used)
 
-    def test_saturated_cells_are_drawn_hollow_in_both_panels(self, figure: Figure) -> None:
-        expected = sorted((c.rank, c.loss_reduction) for c in law_cells() if saturated(c))
+    def test_saturated_runs_are_drawn_hollow_in_both_panels(self, figure: Figure) -> None:
+        expected = sorted((c.rank, c.loss_reduction) for c in law_runs() if saturated(c))
         assert len(expected) == 3
         for axes in figure.axes:
             hollow = points(axes, "saturated")
@@ -103,7 +105,7 @@ class TestLawFigure:
             assert all(to_hex(line.get_markeredgecolor()) != "#ffffff" for line in hollow)
         np.testing.assert_allclose(positions(points(figure.axes[1], "saturated")), expected)
 
-    def test_diverged_cells_are_not_drawn(self, figure: Figure) -> None:
+    def test_diverged_runs_are_not_drawn(self, figure: Figure) -> None:
         for axes in figure.axes:
             assert len(points(axes, "used") + points(axes, "saturated")) == len(RANKS) * len(LENGTHS)
 
@@ -118,10 +120,10 @@ class TestLawFigure:
             assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "saturated")]))
 
     def test_predictions_beyond_the_upper_edge_are_said_to_be_there(self, fit: LawFit, figure: Figure) -> None:
-        far = Cell(500, 64, 13.6, 0.05, 0, "far")
+        far = Observation(500, 64, 13.6, 0.05, 0, "far")
         # 60 (6 / 64)^0.5 + 0.5 = 18.9 nats are beyond it already; rank 500 adds one with 168 nats.
         assert [text.get_text() for text in figure.axes[0].texts] == ["at the upper edge: 1 predicted beyond it"]
-        squeezed = law_figure(fit, [*law_cells(), far])
+        squeezed = law_figure(fit, [*law_runs(), far])
         assert [text.get_text() for text in squeezed.axes[0].texts] == ["at the upper edge: 2 predicted beyond it"]
         assert squeezed.axes[0].get_ylim() == figure.axes[0].get_ylim()
 
@@ -133,8 +135,12 @@ class TestLawFigure:
         assert list(right.get_xticks(minor=True)) == []
 
     def test_close_ranks_keep_their_ticks_but_not_labels_that_would_touch(self) -> None:
-        cells = [Cell(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 15, 16, 128) for n in LENGTHS]
-        right = law_figure(fit_law(cells), cells).axes[1]
+        runs = [
+            Observation(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "")
+            for r in (1, 2, 15, 16, 128)
+            for n in LENGTHS
+        ]
+        right = law_figure(fit_law(runs), runs).axes[1]
         assert list(right.get_xticks()) == [1, 2, 15, 16, 128]
         assert [tick.get_text() for tick in right.get_xticklabels()] == ["1", "2", "15", "", "128"]
 
@@ -144,7 +150,7 @@ class TestLawFigure:
         lines = [line for line in figure.axes[1].lines if line.get_linestyle() == "-"]
         assert len(lines) == len(LENGTHS)
         for line, length in zip(lines, LENGTHS, strict=True):
-            ranks = [cell.rank for cell in fit.used if cell.target_tokens == length]
+            ranks = [run.rank for run, _ in fit.used if run.target_tokens == length]
             x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
             assert (x[0], x[-1]) == pytest.approx((min(ranks), max(ranks)))
             np.testing.assert_allclose(y, 60 * (x / length) ** 0.5 + 0.5, rtol=1e-6)
@@ -161,23 +167,27 @@ class TestLawFigure:
     @pytest.mark.parametrize("count", [3, 7, 8, 12])
     def test_lengths_differ_in_colour_and_neighbours_in_marker(self, count: int) -> None:
         lengths = [100 * (n + 1) for n in range(count)]
-        cells = [Cell(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 4) for n in lengths]
-        (legend,) = law_figure(fit_law(cells), cells).legends
+        runs = [Observation(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 4) for n in lengths]
+        (legend,) = law_figure(fit_law(runs), runs).legends
         handles = [handle for handle in legend.get_lines() if handle.get_linestyle() != "None"]
         assert len({str(handle.get_color()) for handle in handles}) == count
         assert all(a.get_marker() != b.get_marker() for a, b in itertools.pairwise(handles))
-        assert len(legend.get_texts()) == count, "without saturated cells, nothing is said about them"
+        assert len(legend.get_texts()) == count, "without saturated runs, nothing is said about them"
 
     def test_the_title_says_what_the_law_is_about_and_that_there_are_warnings(self) -> None:
         setting = {"backbone": "m", "block": [20], "placement": ["a", "b"], "method": "sft", "corpus": ["x", "y"]}
-        law = fit_law(law_cells(), setting, form="power_offset")
+        law = fit_law(law_runs(), setting, form="power_offset")
         assert len(law.warnings) == 3
-        title = law_figure(law, law_cells()).get_suptitle()
+        title = law_figure(law, law_runs()).get_suptitle()
         assert title.endswith("\nx, y in m, block 20, a b, sft, 3 warnings with the fit")
 
     def test_large_numbers_are_written_as_powers_of_ten(self) -> None:
-        cells = [Cell(r, n, 99.0, 99 - (2e6 * r**0.5 * n**-1.6 + 1), 0, "") for r in RANKS for n in (4000, 8000, 16000)]
-        title = law_figure(fit_law(cells), cells).get_suptitle()
+        runs = [
+            Observation(r, n, 99.0, 99 - (2e6 * r**0.5 * n**-1.6 + 1), 0, "")
+            for r in RANKS
+            for n in (4000, 8000, 16000)
+        ]
+        title = law_figure(fit_law(runs), runs).get_suptitle()
         assert title.startswith(r"$\Delta L = 2.00 \times 10^{6}\,r^{0.500}\,\ell^{-1.60} + 1.00$")
 
 
@@ -207,28 +217,28 @@ class TestSaveFigure:
 class TestReductionFigure:
     @pytest.mark.parametrize(("by", "label"), [("rank", "LoRA rank"), ("length", "target tokens")])
     def test_both_axes_are_logarithmic_and_ticked_at_what_was_run(self, fit: LawFit, by: str, label: str) -> None:
-        (axes,) = reduction_figure(fit, law_cells(), by).axes  # type: ignore[arg-type]
+        (axes,) = reduction_figure(fit, law_runs(), by).axes  # type: ignore[arg-type]
         assert (axes.get_xscale(), axes.get_yscale(), axes.get_xlabel()) == ("log", "log", label)
         assert list(axes.get_xticks()) == list(RANKS if by == "rank" else LENGTHS)
         assert axes.get_ylabel() == "loss reduction (nats per target token)"
 
-    def test_cells_are_where_they_were_measured_and_saturated_ones_hollow(self, fit: LawFit) -> None:
-        (axes,) = reduction_figure(fit, law_cells(), "length").axes
-        used = sorted((cell.target_tokens, cell.measured) for cell in fit.used)
+    def test_runs_are_where_they_were_measured_and_saturated_ones_hollow(self, fit: LawFit) -> None:
+        (axes,) = reduction_figure(fit, law_runs(), "length").axes
+        used = sorted((run.target_tokens, run.loss_reduction) for run, _ in fit.used)
         np.testing.assert_allclose(positions(points(axes, "used")), used)
         assert len(points(axes, "saturated")) == 3
 
     def test_lines_are_the_law_for_each_of_the_other(self, fit: LawFit) -> None:
-        (axes,) = reduction_figure(fit, law_cells(), "length").axes
+        (axes,) = reduction_figure(fit, law_runs(), "length").axes
         lines = [line for line in axes.lines if line.get_linestyle() == "-"]
         for line, rank in zip(lines, (rank for rank in RANKS), strict=True):
             x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
             np.testing.assert_allclose(y, 60 * (rank / x) ** 0.5 + 0.5, rtol=1e-6)
 
     def test_a_noisy_law_has_a_band_around_each_line(self) -> None:
-        cells = noisy_cells(20)
-        law = fit_law(cells)
-        (axes,) = reduction_figure(law, cells, "rank").axes
+        runs = noisy_runs(20)
+        law = fit_law(runs)
+        (axes,) = reduction_figure(law, runs, "rank").axes
         assert len(axes.collections) == len(LENGTHS)
         for band, length in zip(axes.collections, LENGTHS, strict=True):
             (path,) = band.get_paths()
@@ -237,9 +247,9 @@ class TestReductionFigure:
 
     @pytest.mark.parametrize("form", ["power_offset", "ceiling"])
     def test_by_rank_it_shows_what_the_law_figure_shows(self, form: FormName) -> None:
-        law, cells = fit_law(noisy_cells(), form=form), noisy_cells()
-        (alone,), (_, beside) = reduction_figure(law, cells, "rank").axes, law_figure(law, cells).axes
-        assert any(map(saturated, cells))
+        law, runs = fit_law(noisy_runs(), form=form), noisy_runs()
+        (alone,), (_, beside) = reduction_figure(law, runs, "rank").axes, law_figure(law, runs).axes
+        assert any(map(saturated, runs))
         styles = [[line.get_linestyle() for line in axes.lines] for axes in (alone, beside)]
         assert styles[0] == styles[1]
         assert {"-", ":"} <= set(styles[0])
@@ -251,33 +261,32 @@ class TestReductionFigure:
             np.testing.assert_array_equal(band.get_paths()[0].vertices, same.get_paths()[0].vertices)
         assert (alone.get_ylim(), alone.get_yscale()) == (beside.get_ylim(), beside.get_yscale())
 
-    def test_a_line_past_what_a_run_can_reach_does_not_squeeze_the_cells(self, fit: LawFit) -> None:
-        far = Cell(500, 64, 13.6, 0.05, 0, "far")
+    def test_a_line_past_what_a_run_can_reach_does_not_squeeze_the_runs(self, fit: LawFit) -> None:
+        far = Observation(500, 64, 13.6, 0.05, 0, "far")
         for axes in (
-            reduction_figure(fit, [*law_cells(), far], "rank").axes[0],
-            law_figure(fit, [far, *law_cells()]).axes[1],
+            reduction_figure(fit, [*law_runs(), far], "rank").axes[0],
+            law_figure(fit, [far, *law_runs()]).axes[1],
         ):
             assert max(np.asarray(line.get_ydata()).max() for line in axes.lines) > 160
             assert axes.get_ylim()[1] < 20
 
     def test_a_law_that_does_not_know_ranks_has_no_lines_and_says_so(self) -> None:
-        cells = [
-            replace(cell, effective_parameters=1152 * cell.rank * (1 + (cell.target_tokens > 64)))
-            for cell in law_cells()
+        runs = [
+            replace(run, effective_parameters=1152 * run.rank * (1 + (run.target_tokens > 64))) for run in law_runs()
         ]
-        law = fit_law(cells, capacity="effective_parameters")
-        assert not law.knows_ranks
-        by_rank, by_length = (reduction_figure(law, cells, by).axes[0] for by in ("rank", "length"))
-        for axes in (by_rank, by_length, law_figure(law, cells).axes[1]):
+        law = fit_law(runs, adapter_size="effective_parameters")
+        assert not law.predicts_ranks
+        by_rank, by_length = (reduction_figure(law, runs, by).axes[0] for by in ("rank", "length"))
+        for axes in (by_rank, by_length, law_figure(law, runs).axes[1]):
             assert axes.get_title() == "no lines: parameters per rank differ"
             assert len(axes.lines) == len(RANKS) * len(LENGTHS)
             assert not axes.collections
 
     def test_a_saturated_run_whose_loss_did_not_fall_is_not_drawn(self, fit: LawFit) -> None:
-        knew_it = Cell(4, 64, 0.2, 0.3, 0, "knew-it")
+        knew_it = Observation(4, 64, 0.2, 0.3, 0, "knew-it")
         for figure in (
-            reduction_figure(fit, [*law_cells(), knew_it], "rank"),
-            law_figure(fit, [*law_cells(), knew_it]),
+            reduction_figure(fit, [*law_runs(), knew_it], "rank"),
+            law_figure(fit, [*law_runs(), knew_it]),
         ):
             for axes in figure.axes:
                 assert len(points(axes, "saturated")) == 3
@@ -285,14 +294,14 @@ class TestReductionFigure:
 
 class TestOtherLawFigures:
     def test_agreement_has_the_line_on_which_both_are_equal(self, fit: LawFit) -> None:
-        (axes,) = agreement_figure(fit, law_cells()).axes
+        (axes,) = agreement_figure(fit, law_runs()).axes
         (line,) = points(axes, "identity")
         np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
-        np.testing.assert_allclose(positions(points(axes, "used")), sorted((c.measured, c.predicted) for c in fit.used))
+        np.testing.assert_allclose(positions(points(axes, "used")), sorted((c.loss_reduction, p) for c, p in fit.used))
 
     def test_residuals_stand_by_rank_and_by_length(self, fit: LawFit) -> None:
         by_rank, by_length = residual_figure(fit).axes
-        expected = sorted((c.rank, c.measured - c.predicted) for c in fit.used)
+        expected = sorted((c.rank, c.loss_reduction - p) for c, p in fit.used)
         np.testing.assert_allclose(positions(points(by_rank, "used")), expected)
         assert (by_rank.get_xlabel(), by_length.get_xlabel()) == ("LoRA rank", "target tokens")
 
@@ -366,10 +375,10 @@ class TestThresholdFigures:
         assert axes.get_title().endswith("4 targets")
 
 
-def held(rank: int, final_loss: float, **fields: Any) -> Cell:
+def held(rank: int, final_loss: float, **fields: Any) -> Observation:
     """A run of 64 tokens of 997.4 bits in an adapter of 1152 parameters a rank."""
     known = {"effective_parameters": 1152 * rank, "entropy_bits": 997.4}
-    return Cell(rank, 64, 13.6, final_loss, 0, f"r{rank}", **{**known, **fields})
+    return Observation(rank, 64, 13.6, final_loss, 0, f"r{rank}", **{**known, **fields})
 
 
 class TestCapacityFigures:
@@ -383,30 +392,30 @@ class TestCapacityFigures:
         assert [text.get_text()[:3] for text in axes.texts] == ["3.6", "2, "]
 
     def test_a_saturated_run_is_hollow_and_one_that_stored_nothing_or_was_cut_short_left_out(self) -> None:
-        cells = [held(1, 0.1), held(2, 3.0), held(4, 13.0), held(6, 3.0, finished=False)]
-        for figure in (capacity_figure(cells), stored_bits_figure(cells)):
+        runs = [held(1, 0.1), held(2, 3.0), held(4, 13.0), held(6, 3.0, finished=False)]
+        for figure in (capacity_figure(runs), stored_bits_figure(runs)):
             (axes,) = figure.axes
             assert (len(points(axes, "saturated")), len(points(axes, "used"))) == (1, 1)
 
     def test_the_one_constant_law_is_drawn_where_it_is_known(self) -> None:
-        figure = stored_bits_figure([held(1, 3.0), held(2, 1.0)], kappa=0.5)
+        figure = stored_bits_figure([held(1, 3.0), held(2, 1.0)], bits_per_parameter=0.5)
         (axes,) = figure.axes
         (line,) = [line for line in axes.lines if line.get_linestyle() == "-"]
         np.testing.assert_allclose(np.asarray(line.get_ydata()), 0.5 * np.asarray(line.get_xdata()))
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["64", "0.5 bits per parameter"]
 
     @pytest.mark.parametrize(
-        ("cell", "reason"),
+        ("run", "reason"),
         [
             (held(1, 1.0, entropy_bits=None), "no known entropy"),
             (held(1, 13.0), "no run stored anything"),
             (held(1, 1.0, finished=False), "no run was finished"),
         ],
     )
-    def test_without_bits_there_is_a_reason_in_place_of_a_figure(self, cell: Cell, reason: str) -> None:
+    def test_without_bits_there_is_a_reason_in_place_of_a_figure(self, run: Observation, reason: str) -> None:
         for make in (capacity_figure, stored_bits_figure):
             with pytest.raises(NothingToShow, match=reason):
-                make([cell])
+                make([run])
 
 
 def dichromatic(colour: str, kind: str) -> np.ndarray:
@@ -441,7 +450,7 @@ class TestLooks:
     def test_text_from_elsewhere_is_no_mathematics(self) -> None:
         assert literal("a$x^2$\nb") == r"a\$x^2\$ b"
         setting = {"backbone": r"$\frac{$", "block": [20], "placement": "$", "method": "sft", "corpus": ["$x$"]}
-        assert png_bytes(law_figure(fit_law(law_cells(), setting), law_cells())).startswith(b"\x89PNG")
+        assert png_bytes(law_figure(fit_law(law_runs(), setting), law_runs())).startswith(b"\x89PNG")
 
     def test_the_same_figure_gives_the_same_bytes(self, fit: LawFit) -> None:
         first, second = (residual_figure(fit) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The Parametric Memory Law: what it recovers, what it refuses, what it warns of, and the command around it."""
+"""The Parametric Memory Law: what a fit recovers, refuses and warns of, the choice of form, records and the command."""
 
 import itertools
 import json
@@ -21,22 +21,22 @@ from pml.errors import InputError
 from pml.law import (
     CRITICAL_LOSS,
     FORMS,
-    Cell,
     Estimate,
     FormFit,
     FormName,
     HeldOut,
     LawFit,
-    cells_from_records,
+    Observation,
     fit_law,
+    observations_from_records,
     read_law,
     saturated,
     select_records,
     shared_setting,
 )
-from pml.law.fitting import _ranked
+from pml.law.selection import rank_forms
 
-PARAMETERS = FORMS["power_offset"].parameters
+PARAMETERS = FORMS["power_offset"].fitted
 RANKS = (1, 2, 4, 8)
 LENGTHS = (64, 128, 256, 512)
 TRUTH = {"C": 40.0, "alpha": 0.5, "beta": 0.6, "b": 0.3}
@@ -50,30 +50,30 @@ def reduction(rank: float, length: float, C: float, alpha: float, beta: float, b
 
 def grid(
     ranks: tuple[int, ...] = RANKS, lengths: tuple[int, ...] = LENGTHS, initial: float = HIGH_LOSS, **truth: float
-) -> list[Cell]:
-    """Noise-free cells of a known law; a reduction that would pass the initial loss ends at a saturated 0.01 nats."""
+) -> list[Observation]:
+    """Noise-free runs of a known law; a reduction that would pass the initial loss ends at a saturated 0.01 nats."""
     values = TRUTH | truth
     return [
-        Cell(r, n, initial, max(initial - reduction(r, n, **values), 0.01), seed=0, source=f"r{r}-l{n}")
+        Observation(r, n, initial, max(initial - reduction(r, n, **values), 0.01), seed=0, source=f"r{r}-l{n}")
         for r, n in itertools.product(ranks, lengths)
     ]
 
 
-def law_grid(truth: dict[str, float], initial: float = HIGH_LOSS) -> list[Cell]:
+def law_grid(truth: dict[str, float], initial: float = HIGH_LOSS) -> list[Observation]:
     return grid(RANKS, LENGTHS, initial, **truth)
 
 
-def shifted(cells: list[Cell], noise: np.ndarray) -> list[Cell]:
-    """The cells with noise in nats added to their loss reductions."""
+def shifted(runs: list[Observation], noise: np.ndarray) -> list[Observation]:
+    """The runs with noise in nats added to their loss reductions."""
     return [
-        Cell(c.rank, c.target_tokens, c.initial_loss, c.final_loss - float(e), c.seed, c.source)
-        for c, e in zip(cells, noise, strict=True)
+        Observation(c.rank, c.target_tokens, c.initial_loss, c.final_loss - float(e), c.seed, c.source)
+        for c, e in zip(runs, noise, strict=True)
     ]
 
 
-def published(cells: Iterable[Cell], setting: dict[str, Any] | None = None) -> LawFit:
+def published(runs: Iterable[Observation], setting: dict[str, Any] | None = None) -> LawFit:
     """The paper's form."""
-    return fit_law(cells, setting, form="power_offset", compare=False)
+    return fit_law(runs, setting, form="power_offset", compare=False)
 
 
 def values(fit: LawFit) -> dict[str, float]:
@@ -90,14 +90,14 @@ class TestSaturation:
     @pytest.mark.parametrize(
         ("final", "expected"), [(0.0, True), (math.log(2), True), (0.6932, False), (0.7, False), (math.nan, False)]
     )
-    def test_a_cell_is_saturated_up_to_and_including_ln_2(self, final: float, expected: bool) -> None:
-        assert saturated(Cell(1, 64, 13.6, final, 0, "x")) is expected
+    def test_a_run_is_saturated_up_to_and_including_ln_2(self, final: float, expected: bool) -> None:
+        assert saturated(Observation(1, 64, 13.6, final, 0, "x")) is expected
 
     def test_the_critical_loss_is_the_loss_of_a_token_with_probability_one_half(self) -> None:
         assert pytest.approx(-math.log(0.5), abs=0) == CRITICAL_LOSS
 
     def test_the_loss_reduction_is_initial_minus_final_loss(self) -> None:
-        assert Cell(1, 64, 13.5, 3.25, 0, "x").loss_reduction == 10.25
+        assert Observation(1, 64, 13.5, 3.25, 0, "x").loss_reduction == 10.25
 
 
 class TestRecovery:
@@ -114,34 +114,34 @@ class TestRecovery:
     def test_a_noise_free_grid_gives_back_its_parameters(self, truth: dict[str, float]) -> None:
         fit = published(law_grid(truth))
         assert values(fit) == pytest.approx(TRUTH | truth, rel=1e-9, abs=1e-9)
-        assert fit.r2 == pytest.approx(1.0, abs=1e-14)
-        assert fit.mape_percent < 1e-9
-        assert fit.rmse_nats < 1e-10
+        assert fit.best.r2 == pytest.approx(1.0, abs=1e-14)
+        assert fit.best.mape_percent < 1e-9
+        assert fit.best.rmse_nats < 1e-10
 
     # alpha and beta well away from 0, where C and b stop being two numbers and digits are lost.
     @settings(max_examples=25, deadline=None)
     @given(size=st.floats(3.0, 20.0), alpha=st.floats(0.25, 1.5), beta=st.floats(0.25, 1.3), b=st.floats(-2.0, 2.0))
-    def test_any_law_is_recovered_from_noise_free_cells(self, size: float, alpha: float, beta: float, b: float) -> None:
+    def test_any_law_is_recovered_from_noise_free_runs(self, size: float, alpha: float, beta: float, b: float) -> None:
         truth = {"C": size * 64**beta, "alpha": alpha, "beta": beta, "b": b}
         assume(reduction(1, 512, **truth) > 0.01)
         assert values(published(law_grid(truth))) == pytest.approx(truth, rel=1e-7, abs=1e-7)
 
     def test_with_2_percent_noise_the_truth_lies_within_3_standard_errors(self) -> None:
-        cells = grid()
-        noise = 0.02 * np.array([c.loss_reduction for c in cells]) * np.random.default_rng(5).normal(size=16)
-        fit = published(shifted(cells, noise))
+        runs = grid()
+        noise = 0.02 * np.array([c.loss_reduction for c in runs]) * np.random.default_rng(5).normal(size=16)
+        fit = published(shifted(runs, noise))
         for name, error in stderrs(fit).items():
             assert abs(fit.parameters[name].value - TRUTH[name]) < 3 * error
-        assert 0.99 < fit.r2 < 1
+        assert 0.99 < fit.best.r2 < 1
         # Noise of 2 % standard deviation has a mean absolute error of 1.6 %; four parameters take some of it up.
-        assert 0.8 < fit.mape_percent < 2.4
+        assert 0.8 < fit.best.mape_percent < 2.4
 
     @pytest.mark.usefixtures("no_profiles")
     def test_standard_errors_cover_the_truth_as_often_as_they_say(self) -> None:
-        cells, generator, draws = grid(), np.random.default_rng(0), 100
+        runs, generator, draws = grid(), np.random.default_rng(0), 100
         inside = dict.fromkeys(PARAMETERS, 0)
         for _ in range(draws):
-            fit = published(shifted(cells, generator.normal(scale=0.05, size=16)))
+            fit = published(shifted(runs, generator.normal(scale=0.05, size=16)))
             for name, error in stderrs(fit).items():
                 inside[name] += abs(fit.parameters[name].value - TRUTH[name]) < 2.179 * error
         # 2.179 is Student's 97.5 % point for 12 degrees of freedom; 95 expected, 88 and 100 are 3 deviations away.
@@ -149,11 +149,11 @@ class TestRecovery:
 
     @pytest.mark.usefixtures("no_profiles")
     def test_bootstrap_intervals_cover_the_truth_under_noise_that_grows_with_the_reduction(self) -> None:
-        cells, generator, draws = grid((1, 2, 3, 4, 6, 8), (64, 96, 128, 256, 512)), np.random.default_rng(0), 200
-        size = 0.02 * np.array([c.loss_reduction for c in cells])
+        runs, generator, draws = grid((1, 2, 3, 4, 6, 8), (64, 96, 128, 256, 512)), np.random.default_rng(0), 200
+        size = 0.02 * np.array([c.loss_reduction for c in runs])
         inside = dict.fromkeys(PARAMETERS, 0)
         for _ in range(draws):
-            fit = published(shifted(cells, size * generator.normal(size=len(cells))))
+            fit = published(shifted(runs, size * generator.normal(size=len(runs))))
             for name in PARAMETERS:
                 interval = fit.parameters[name].bootstrap
                 assert interval is not None
@@ -171,49 +171,49 @@ class TestRecovery:
             assert interval is not None
             assert interval[1] - interval[0] > 0.01 * abs(TRUTH[name])
 
-    def test_saturated_cells_change_nothing_but_their_count(self) -> None:
+    def test_saturated_runs_change_nothing_but_their_count(self) -> None:
         # With 13.6 nats to lose, rank 8 would take more than there is from the shortest target.
         truth = {"C": 90.0, "alpha": 0.5, "beta": 0.6}
         mixed = law_grid(truth, initial=13.6)
-        without = [cell for cell in mixed if not saturated(cell)]
+        without = [run for run in mixed if not saturated(run)]
         assert len(mixed) - len(without) == 3
         fit, clean = published(mixed), published(without)
         assert values(fit) == pytest.approx(TRUTH | truth, rel=1e-9)
         assert fit.parameters == clean.parameters
-        assert fit.cells_left_out == {"saturated": 3}
-        assert clean.cells_left_out == {}
-        assert fit.cells_used == clean.cells_used == 13
+        assert fit.left_out_counts == {"saturated": 3}
+        assert clean.left_out_counts == {}
+        assert fit.best.observations_used == clean.best.observations_used == 13
 
-    def test_a_saturated_cell_would_have_biased_the_fit(self) -> None:
+    def test_a_saturated_run_would_have_biased_the_fit(self) -> None:
         mixed = grid(initial=13.6, C=90.0)
-        # The same reductions, but nothing marks the cells at the ceiling as saturated.
-        unmarked = [Cell(c.rank, c.target_tokens, 20.0, 20.0 - c.loss_reduction, 0, c.source) for c in mixed]
+        # The same reductions, but nothing marks the runs at the ceiling as saturated.
+        unmarked = [Observation(c.rank, c.target_tokens, 20.0, 20.0 - c.loss_reduction, 0, c.source) for c in mixed]
         assert abs(published(unmarked).parameters["alpha"].value - 0.5) > 0.05
 
     def test_lengths_in_another_unit_only_change_c(self) -> None:
         noise = np.random.default_rng(1).normal(scale=0.05, size=16)
         fit = published(shifted(grid(), noise))
-        cells = [
-            Cell(c.rank, c.target_tokens * 1000, c.initial_loss, c.final_loss, 0, c.source)
+        runs = [
+            Observation(c.rank, c.target_tokens * 1000, c.initial_loss, c.final_loss, 0, c.source)
             for c in shifted(grid(), noise)
         ]
-        scaled = published(cells)
+        scaled = published(runs)
         for name in ("alpha", "beta", "b"):
             assert scaled.parameters[name].value == pytest.approx(fit.parameters[name].value, rel=1e-8)
             assert stderrs(scaled)[name] == pytest.approx(stderrs(fit)[name], rel=1e-6)
         factor = 1000 ** fit.parameters["beta"].value
         assert scaled.parameters["C"].value == pytest.approx(fit.parameters["C"].value * factor, rel=1e-7)
-        assert scaled.r2 == pytest.approx(fit.r2, rel=1e-12)
+        assert scaled.best.r2 == pytest.approx(fit.best.r2, rel=1e-12)
 
-    def test_the_order_of_the_cells_does_not_matter(self) -> None:
-        cells = shifted(grid(), np.random.default_rng(1).normal(scale=0.05, size=16))
-        assert published(reversed(cells)).to_json() == published(cells).to_json()
+    def test_the_order_of_the_runs_does_not_matter(self) -> None:
+        runs = shifted(grid(), np.random.default_rng(1).normal(scale=0.05, size=16))
+        assert published(reversed(runs)).to_json() == published(runs).to_json()
 
     def test_scipy_finds_the_same_parameters_standard_errors_and_correlations(self) -> None:
-        cells = shifted(grid(), np.random.default_rng(3).normal(scale=0.05, size=16))
-        fit = published(cells)
-        r, n = (np.array([getattr(c, name) for c in cells], dtype=float) for name in ("rank", "target_tokens"))
-        y = np.array([c.loss_reduction for c in cells])
+        runs = shifted(grid(), np.random.default_rng(3).normal(scale=0.05, size=16))
+        fit = published(runs)
+        r, n = (np.array([getattr(c, name) for c in runs], dtype=float) for name in ("rank", "target_tokens"))
+        y = np.array([c.loss_reduction for c in runs])
 
         def jacobian(x: Any, c: float, alpha: float, beta: float, b: float) -> np.ndarray:
             power = r**alpha * n**-beta
@@ -235,17 +235,17 @@ class TestRecovery:
         assert fit.best.correlation is not None
         np.testing.assert_allclose(fit.best.correlation, covariance / np.outer(deviations, deviations), atol=1e-5)
 
-    def test_r2_mape_and_rmse_follow_from_the_listed_cells(self) -> None:
+    def test_r2_mape_and_rmse_follow_from_the_listed_runs(self) -> None:
         fit = published(shifted(grid(), np.random.default_rng(2).normal(scale=0.1, size=16)))
-        y, p = np.array([c.measured for c in fit.used]), np.array([c.predicted for c in fit.used])
-        assert fit.r2 == pytest.approx(1 - ((y - p) ** 2).sum() / ((y - y.mean()) ** 2).sum(), rel=1e-12)
-        assert fit.mape_percent == pytest.approx(100 * (abs(y - p) / y).mean(), rel=1e-12)
-        assert fit.rmse_nats == pytest.approx(math.sqrt(((y - p) ** 2).mean()), rel=1e-12)
-        assert p == pytest.approx(fit.predict([c.rank for c in fit.used], [c.target_tokens for c in fit.used]))
+        y, p = (np.array(column) for column in zip(*((c.loss_reduction, p) for c, p in fit.used), strict=True))
+        assert fit.best.r2 == pytest.approx(1 - ((y - p) ** 2).sum() / ((y - y.mean()) ** 2).sum(), rel=1e-12)
+        assert fit.best.mape_percent == pytest.approx(100 * (abs(y - p) / y).mean(), rel=1e-12)
+        assert fit.best.rmse_nats == pytest.approx(math.sqrt(((y - p) ** 2).mean()), rel=1e-12)
+        assert p == pytest.approx(fit.predict([c.rank for c, _ in fit.used], [c.target_tokens for c, _ in fit.used]))
 
-    def test_the_measured_range_has_the_saturated_cells_and_not_those_that_no_form_can_use(self) -> None:
-        saturated_cell, diverged = Cell(64, 32, 13.6, 0.1, 0, "far"), Cell(128, 16, 13.6, 20.0, 0, "worse")
-        fit = published([*grid(), saturated_cell, diverged])
+    def test_the_measured_range_has_the_saturated_runs_and_not_those_that_no_form_can_use(self) -> None:
+        saturated_run, diverged = Observation(64, 32, 13.6, 0.1, 0, "far"), Observation(128, 16, 13.6, 20.0, 0, "worse")
+        fit = published([*grid(), saturated_run, diverged])
         assert (fit.rank_range, fit.target_tokens_range) == ((1, 64), (32, 512))
 
 
@@ -292,112 +292,115 @@ class TestChoice:
         """Names in order of choice, from (form, AICc, error in percent of the largest rank held out)."""
         fits = []
         for form, aicc, error in forms:
-            out = HeldOut(factor="rank", value=8, extrapolates=True, cells=held, mape_percent=error)
-            parameters = dict.fromkeys(FORMS[form].parameters, Estimate(value=1.0))
+            out = HeldOut(factor="rank", value=8, runs=held, mape_percent=error)
+            parameters = dict.fromkeys(FORMS[form].fitted, Estimate(value=1.0))
             fits.append(
                 FormFit.model_construct(form=form, parameters=parameters, at_bound=[], aicc=aicc, held_out=[out])
             )
-        cells = [*grid(), *[Cell(9, 64, 13.0, 0.1, seed, "saturated") for seed in range(saturated)]]
-        return [fit.form for fit in _ranked(fits, cells)[0]]
+        runs = [*grid(), *[Observation(9, 64, 13.0, 0.1, seed, "saturated") for seed in range(saturated)]]
+        return [fit.form for fit in rank_forms(fits, runs)[0]]
 
-    def test_the_smallest_aicc_wins_by_more_than_2_whatever_is_foretold(self) -> None:
+    def test_an_aicc_smaller_by_more_than_2_wins_whatever_the_held_out_error(self) -> None:
         assert self.ranked(("power", -60.0, 1.0), ("ceiling_offset", -62.5, 9.0)) == ["ceiling_offset", "power"]
 
-    def test_within_2_the_better_at_foretelling_wins(self) -> None:
+    def test_within_2_the_smaller_held_out_error_wins(self) -> None:
         assert self.ranked(("ceiling", -62.0, 3.0), ("ceiling_offset", -60.5, 1.9)) == ["ceiling_offset", "ceiling"]
 
-    def test_where_both_foretell_about_as_well_the_simpler_wins(self) -> None:
+    def test_with_similar_held_out_errors_the_simpler_form_wins(self) -> None:
         assert self.ranked(("ceiling_offset", -62.0, 0.6), ("ceiling", -60.5, 0.8)) == ["ceiling", "ceiling_offset"]
 
-    def test_three_cells_held_out_are_too_few_to_choose_by(self) -> None:
+    def test_three_held_out_runs_are_too_few_to_choose_by(self) -> None:
         forms: tuple[tuple[FormName, float, float], ...] = (("ceiling", -62.0, 3.0), ("ceiling_offset", -60.5, 1.0))
         assert self.ranked(*forms, held=4) == ["ceiling_offset", "ceiling"]
         assert self.ranked(*forms, held=3) == ["ceiling", "ceiling_offset"]
 
-    def test_where_cells_are_saturated_a_form_that_says_nothing_of_them_is_not_chosen(self) -> None:
+    def test_with_saturated_runs_only_saturating_forms_are_candidates(self) -> None:
         forms: tuple[tuple[FormName, float, float], ...] = (("power", -70.0, 1.0), ("ceiling", -60.0, 3.0))
         assert self.ranked(*forms) == ["power", "ceiling"]
         assert self.ranked(*forms, saturated=1) == ["ceiling", "power"]
 
 
 class TestLeavingOut:
-    def test_each_cell_is_left_out_for_the_reason_that_fits(self) -> None:
+    def test_each_run_is_left_out_for_the_reason_that_fits(self) -> None:
         odd = [
-            Cell(2, 96, 13.6, 0.2, 0, "learned all"),
-            Cell(2, 96, 13.6, 15.0, 0, "got worse"),
-            Cell(2, 96, 13.6, 13.6, 0, "did not move"),
-            Cell(2, 96, 13.6, math.nan, 0, "not a number"),
-            Cell(2, 96, 13.6, 0.1, 0, "stopped early", finished=False),
+            Observation(2, 96, 13.6, 0.2, 0, "learned all"),
+            Observation(2, 96, 13.6, 15.0, 0, "got worse"),
+            Observation(2, 96, 13.6, 13.6, 0, "did not move"),
+            Observation(2, 96, 13.6, math.nan, 0, "not a number"),
+            Observation(2, 96, 13.6, 0.1, 0, "stopped early", finished=False),
         ]
         fit = published([*grid(), *odd])
-        assert {cell.source: cell.reason for cell in fit.left_out} == {
-            "got worse": "diverged",
-            "did not move": "diverged",
+        assert {run.source: run.reason for run in fit.left_out} == {
+            "got worse": "not reduced",
+            "did not move": "not reduced",
             "not a number": "diverged",
             "stopped early": "interrupted",
         }
-        assert fit.cells_left_out == {"saturated": 1, "diverged": 3, "interrupted": 1}
+        assert fit.left_out_counts == {"saturated": 1, "diverged": 1, "interrupted": 1, "not reduced": 2}
         assert values(fit) == pytest.approx(TRUTH, rel=1e-9)
 
 
 class TestRefusals:
-    def refused(self, cells: list[Cell]) -> str:
+    def refused(self, runs: list[Observation]) -> str:
         with pytest.raises(InputError) as caught:
-            published(cells)
+            published(runs)
         message = str(caught.value)
         assert "\n" not in message
         return message
 
-    def test_no_cell(self) -> None:
+    def test_no_run(self) -> None:
         assert self.refused([]) == (
-            "no cell: expected at least 5 runs that are not saturated; give folders with finished runs"
+            "0 of 0 runs (none left out) can be used; saturated means a final loss <= ln 2: expected at least 5; "
+            "add runs with longer targets or lower ranks"
         )
 
-    def test_fewer_than_5_cells_that_are_not_saturated(self) -> None:
-        cells = [*grid((1, 2), (64, 128)), Cell(8, 64, 13.6, 0.1, 0, "a"), Cell(8, 32, 13.6, 20.0, 0, "b")]
-        assert self.refused(cells) == (
-            "4 of 6 cells can be used (1 diverged, 1 saturated; saturated: final loss <= ln 2): "
+    def test_fewer_than_5_runs_that_are_not_saturated(self) -> None:
+        runs = [*grid((1, 2), (64, 128)), Observation(8, 64, 13.6, 0.1, 0, "a"), Observation(8, 32, 13.6, 20.0, 0, "b")]
+        assert self.refused(runs) == (
+            "4 of 6 runs (1 not reduced, 1 saturated) can be used; saturated means a final loss <= ln 2: "
             "expected at least 5; add runs with longer targets or lower ranks"
         )
 
     def test_a_single_rank(self) -> None:
         message = self.refused(grid((4,), (64, 96, 128, 192, 256)))
-        assert message.startswith("only rank 4 among the 5 of 5 cells that can be used (none left out)")
+        assert message.startswith("only rank 4 among the 5 of 5 runs (none left out) that can be used")
 
     def test_a_single_length_among_the_unsaturated(self) -> None:
-        message = self.refused([*grid((1, 2, 4, 8, 16), (64,)), Cell(4, 32, 13.6, 0.1, 0, "s")])
-        assert message.startswith("only length 64 among the 5 of 6 cells that can be used (1 saturated)")
+        message = self.refused([*grid((1, 2, 4, 8, 16), (64,)), Observation(4, 32, 13.6, 0.1, 0, "s")])
+        assert message.startswith("only length 64 among the 5 of 6 runs (1 saturated) that can be used")
 
     def test_ranks_and_lengths_that_rise_together(self) -> None:
-        cells = [cell for n in range(5) for cell in grid((2**n,), (64 * 2**n,))]
-        assert "cannot tell the effect of rank from that of length" in self.refused(cells)
+        runs = [run for n in range(5) for run in grid((2**n,), (64 * 2**n,))]
+        assert "cannot separate the effect of rank from that of length" in self.refused(runs)
 
     def test_fewer_different_pairs_than_parameters(self) -> None:
-        cells = [cell for cell in grid((1, 2), (64, 128)) if cell.source != "r2-l128"]
-        assert "expected at least 4 different pairs" in self.refused(cells * 3)
+        runs = [run for run in grid((1, 2), (64, 128)) if run.source != "r2-l128"]
+        assert "expected at least 4 different pairs" in self.refused(runs * 3)
 
     def test_a_loss_reduction_that_does_not_vary(self) -> None:
-        cells = [Cell(c.rank, c.target_tokens, 13.6, 11.1, 0, c.source) for c in grid()]
-        assert self.refused(cells).startswith("the loss reduction is 2.5 nats in all 16 cells")
+        runs = [Observation(c.rank, c.target_tokens, 13.6, 11.1, 0, c.source) for c in grid()]
+        assert self.refused(runs).startswith("the loss reduction is 2.5 nats in all 16 runs")
 
 
 class TestWarnings:
-    def test_a_clean_fit_has_none(self) -> None:
-        cells = shifted(grid(), np.random.default_rng(0).normal(scale=0.02, size=16))
-        # Of a text for each run nothing that is peculiar to one can look like an effect of its length.
-        assert published(replace(cell, text=cell.source) for cell in cells).warnings == []
-        (only,) = published(cells).warnings
+    def test_a_clean_fit_has_no_warnings(self) -> None:
+        runs = shifted(grid(), np.random.default_rng(0).normal(scale=0.02, size=16))
+        # With a text for each run, no effect of a text can look like an effect of length.
+        assert published(replace(run, text=run.source) for run in runs).warnings == []
+        (only,) = published(runs).warnings
         assert only.startswith(
-            "only 4 texts for 4 parameters: what is peculiar to a text cannot be told from an effect"
+            "only 4 texts for 4 parameters: the effect of a text cannot be separated from that of its length"
         )
 
     def test_data_that_follow_a_logarithm_get_no_standard_errors_and_no_intervals(self) -> None:
         # The limit of the law for small exponents: every smaller alpha with a larger C fits better still.
-        cells = [
-            Cell(c.rank, c.target_tokens, 20.0, 12.0 - 1.5 * math.log(c.rank) + 1.0 * math.log(c.target_tokens), 0, "")
+        runs = [
+            Observation(
+                c.rank, c.target_tokens, 20.0, 12.0 - 1.5 * math.log(c.rank) + 1.0 * math.log(c.target_tokens), 0, ""
+            )
             for c in grid()
         ]
-        fit = published(cells)
+        fit = published(runs)
         assert fit.warnings[0].startswith("C and b are not determined: dL = p + q ln r - s ln l")
         assert [fit.parameters[name].stderr for name in PARAMETERS] == [None] * 4
         assert [fit.parameters[name].interval for name in PARAMETERS] == [None] * 4
@@ -406,10 +409,10 @@ class TestWarnings:
         assert float(fit.predict(4, 128)) == pytest.approx(8 + 1.5 * math.log(4) - math.log(128), abs=0.05)
         assert LawFit.from_json(fit.to_json()) == fit
 
-    def test_few_cells(self) -> None:
-        cells = grid((1, 2, 4), (64, 128))
-        assert any(w.startswith("only 6 unsaturated cells for 4 parameters") for w in published(cells).warnings)
-        assert not any("cells for 4 parameters" in w for w in published(grid((1, 2, 4, 8), (64, 128))).warnings)
+    def test_few_runs(self) -> None:
+        runs = grid((1, 2, 4), (64, 128))
+        assert any(w.startswith("only 6 unsaturated runs for 4 parameters") for w in published(runs).warnings)
+        assert not any("runs for 4 parameters" in w for w in published(grid((1, 2, 4, 8), (64, 128))).warnings)
 
     def test_two_lengths(self) -> None:
         found = published(grid((1, 2, 4, 8), (64, 128))).warnings
@@ -432,10 +435,10 @@ class TestWarnings:
         assert stderrs(fit)["b"] > abs(fit.parameters["b"].value)
         assert any(w.startswith("b is not determined") for w in fit.warnings)
 
-    def test_cells_that_follow_no_law(self) -> None:
+    def test_runs_that_follow_no_law(self) -> None:
         noise = np.random.default_rng(0).normal(scale=1.0, size=16)
         found = published(shifted(grid(C=0.001, b=5.0), noise)).warnings
-        assert any("explains only part" in w for w in found)
+        assert any("explains only part of the variation" in w for w in found)
         assert any("misses the measured loss reduction by" in w for w in found)
 
     def test_exponents_of_the_wrong_sign(self) -> None:
@@ -444,8 +447,8 @@ class TestWarnings:
         assert not any(w.startswith("beta is not positive") for w in found)
 
     def test_a_jump_is_not_taken_for_a_power(self) -> None:
-        cells = [Cell(c.rank, c.target_tokens, 20.0, 14.0 if c.rank == 8 else 18.0, 0, c.source) for c in grid()]
-        assert any("jumps between two ranks or lengths" in w for w in published(cells).warnings)
+        runs = [Observation(c.rank, c.target_tokens, 20.0, 14.0 if c.rank == 8 else 18.0, 0, c.source) for c in grid()]
+        assert any("jumps between two ranks or lengths" in w for w in published(runs).warnings)
         assert not any("jumps" in w for w in published(grid()).warnings)
 
     def test_several_corpora(self) -> None:
@@ -458,7 +461,7 @@ class TestJson:
         fit = published(
             [
                 *shifted(grid(), np.random.default_rng(0).normal(scale=0.05, size=16)),
-                Cell(2, 64, 9.0, math.nan, 1, "n"),
+                Observation(2, 64, 9.0, math.nan, 1, "n"),
             ],
             {"backbone": "smollm2-135m", "block": [20]},
         )
@@ -468,27 +471,28 @@ class TestJson:
         assert again.predict(3, 100) == fit.predict(3, 100)
 
     def test_the_content_names_what_a_reader_needs(self) -> None:
-        content = published([*grid(), Cell(8, 32, 13.6, 20.0, 3, "runs/s")]).to_json()
-        assert content["schema_version"] == 4
+        content = published([*grid(), Observation(8, 32, 13.6, 20.0, 3, "runs/s")]).to_json()
+        assert content["schema_version"] == 5
         (form,) = content["fits"]
         assert form["form"] == content["form"] == "power_offset"
         assert form["parameters"]["alpha"]["value"] == pytest.approx(0.5)
-        assert form["cells_used"] == len(form["predicted"]) == len(content["cells"]) == 16
+        assert form["observations_used"] == len(form["predicted"]) == len(content["observations"]) == 16
         (left_out,) = content["left_out"]
-        expected = {"source": "runs/s", "rank": 8, "target_tokens": 32, "seed": 3, "reason": "diverged"}
+        expected = {"source": "runs/s", "rank": 8, "target_tokens": 32, "seed": 3, "reason": "not reduced"}
         assert left_out.items() >= expected.items()
 
     @pytest.mark.parametrize(
         ("change", "named"),
         [
             ({"schema_version": 1}, "schema_version"),
+            ({"schema_version": 4, "cells": [], "capacity": "rank"}, "schema_version: Input should be 5; fit it again"),
             ({"surprise": 1}, "surprise"),
             ({"form": "stored_bits"}, "form is stored_bits, but fits has power_offset"),
-            ({"cells": []}, "power_offset: 16 predictions for 0 cells"),
+            ({"observations": []}, "power_offset: 16 predictions for 0 runs"),
         ],
     )
     def test_what_is_not_a_law_is_named(self, change: dict[str, Any], named: str) -> None:
-        with pytest.raises(InputError, match="not a law of schema version 4") as caught:
+        with pytest.raises(InputError, match="not a law of schema version 5") as caught:
             LawFit.from_json(published(grid()).to_json() | change)
         assert named in str(caught.value)
 
@@ -496,30 +500,30 @@ class TestJson:
         ("change", "named"),
         [
             ({"r2": "high"}, "r2"),
-            ({"parameters": {"C": {"value": 1.0}}}, "expected the parameters C, alpha, beta, b; C"),
+            ({"parameters": {"C": {"value": 1.0}}}, "expected the parameters C, alpha, beta, b; got C"),
             ({"correlation": [[1.0]]}, "correlation: expected 4 rows of 4 numbers"),
         ],
     )
     def test_what_is_not_a_form_is_named(self, change: dict[str, Any], named: str) -> None:
         content = published(grid()).to_json()
         content["fits"][0] |= change
-        with pytest.raises(InputError, match="not a law of schema version 4") as caught:
+        with pytest.raises(InputError, match="not a law of schema version 5") as caught:
             LawFit.from_json(content)
         assert named in str(caught.value)
 
     def test_a_file_that_is_no_law_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "law.json").write_text("{")
-        with pytest.raises(InputError, match=r"law\.json: not a law of schema version 4"):
+        with pytest.raises(InputError, match=r"law\.json: not a law of schema version 5"):
             read_law(tmp_path / "law.json")
         with pytest.raises(InputError, match=r"none\.json: cannot be read \(No such file"):
             read_law(tmp_path / "none.json")
 
 
 class TestRecords:
-    def test_cells_carry_what_the_records_say(self) -> None:
+    def test_runs_carry_what_the_records_say(self) -> None:
         record = make_record(rank=2, target_tokens=96, initial_loss=13.0, final_loss=4.0, seed=7, status="interrupted")
-        cells = cells_from_records({Path("runs/a"): record, Path("runs/b"): make_record(target_tokens=32)})
-        assert cells[1] == Cell(
+        runs = observations_from_records({Path("runs/a"): record, Path("runs/b"): make_record(target_tokens=32)})
+        assert runs[1] == Observation(
             2,
             96,
             13.0,
@@ -531,7 +535,7 @@ class TestRecords:
             entropy_bits=997.4,
             text="0f1e2d3c",
         )
-        assert cells[0].finished
+        assert runs[0].finished
 
     @pytest.mark.parametrize(
         ("field", "other", "shown"),
@@ -546,14 +550,14 @@ class TestRecords:
     def test_runs_of_different_settings_make_no_law(self, field: str, other: Any, shown: str) -> None:
         records = {Path("a"): make_record(), Path("b"): make_record(), Path("c"): make_record(**{field: other})}
         with pytest.raises(InputError) as caught:
-            cells_from_records(records)
+            observations_from_records(records)
         assert shown in str(caught.value)
         assert f"--where.{field} VALUE" in str(caught.value)
-        assert len(cells_from_records(records, {field: other})) == 1
+        assert len(observations_from_records(records, {field: other})) == 1
 
     def test_the_same_backbone_under_two_names_is_one_backbone(self) -> None:
         records = {Path("a"): make_record(), Path("b"): make_record(backbone="models/smollm2")}
-        assert len(cells_from_records(records)) == 2
+        assert len(observations_from_records(records)) == 2
 
     def test_the_setting_is_what_the_runs_share(self) -> None:
         records = {Path("a"): make_record(corpus="z"), Path("b"): make_record(rank=1, corpus="a")}
@@ -569,7 +573,7 @@ class TestRecords:
 
     def test_no_record_is_an_error(self) -> None:
         with pytest.raises(InputError, match="no record: expected the records of at least 5 runs"):
-            cells_from_records({})
+            observations_from_records({})
 
     def test_where_names_fields_and_values_that_exist(self) -> None:
         records = {Path("a"): make_record(), Path("b"): make_record(block=[24])}
@@ -607,15 +611,16 @@ class TestRecords:
 def runs(tmp_path: Path) -> Path:
     """A folder of 16 runs, 3 of them saturated, with 1 % noise."""
     generator = np.random.default_rng(0)
-    for cell in grid(initial=13.6, C=90.0):
-        final = cell.final_loss if saturated(cell) else cell.final_loss + 0.01 * generator.normal()
+    for run in grid(initial=13.6, C=90.0):
+        final = run.final_loss if saturated(run) else run.final_loss + 0.01 * generator.normal()
         write_run(
-            tmp_path / "runs" / cell.source,
-            rank=cell.rank,
-            target_tokens=cell.target_tokens,
+            tmp_path / "runs" / run.source,
+            rank=run.rank,
+            target_tokens=run.target_tokens,
             initial_loss=13.6,
             final_loss=final,
-            corpus_hash=cell.source,
+            corpus_hash=run.source,
+            corpus_settings={"length": run.target_tokens, "seed": run.rank},
         )
     return tmp_path / "runs"
 
@@ -636,11 +641,8 @@ class TestCommand:
         printed = capsys.readouterr().out
         assert printed.startswith(fit.equation() + "\n")
         assert fit.equation(errors=True).removeprefix("dL = ") in printed
-        assert f"R2 {fit.r2:.4f}, MAPE {fit.mape_percent:.2f} %" in printed
-        assert "13 cells used, 3 left out (3 saturated)" in printed
-        first = next(line.split() for line in printed.splitlines() if line.split()[:2] == ["64", "1"])
-        assert first[3] == f"{fit.used[0].measured:.4f}"
-        assert first[4] == f"{fit.used[0].predicted:.4f}"
+        assert f"R² {fit.best.r2:.4f}, mean error {fit.best.mape_percent:.2f} %" in printed
+        assert "over 13 runs (left out: 3 saturated)" in printed
         assert f"{tmp_path / 'out' / 'law.json'}, {tmp_path / 'out' / 'law.png'}" in printed
         assert (tmp_path / "out" / "law.png").read_bytes().startswith(b"\x89PNG")
         assert fit.setting["method"] == "memft"
@@ -679,14 +681,21 @@ class TestCommand:
         law(runs, "--where.method_settings.lr", 0.1)
         assert "differ in more than" not in capsys.readouterr().out
 
-    def test_what_was_held_out_at_the_end_of_the_grid_stands_above_its_errors(
-        self, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    def test_it_fits_one_screen_and_details_print_the_rest(
+        self, runs: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setenv("COLUMNS", "200")
         law(runs)
-        printed = " ".join(capsys.readouterr().out.split())
-        assert "rank >= 8 length >= 512" in printed
-        assert "(2 cells) (4 cells)" in printed
+        short = capsys.readouterr().out
+        assert len(short.splitlines()) <= 24
+        assert "held-out prediction from the smaller: rank >= 8 off by" in short
+        assert "length >= 512 off by" in short
+        law(runs, "--form", "power_offset", "--details")
+        printed = capsys.readouterr().out
+        assert "Forms of the law" in printed
+        observed = [line.split() for line in printed.splitlines() if line.split()[:3] == ["64", "1", "0"]]
+        # dL = 90 * 64^-0.6 + 0.3 with 1 % noise
+        assert float(observed[0][3]) == pytest.approx(90 * 64**-0.6 + 0.3, abs=0.05)
+        assert float(observed[0][4]) == pytest.approx(90 * 64**-0.6 + 0.3, abs=0.05)
 
     def test_json_prints_the_file_and_nothing_else(
         self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -716,14 +725,14 @@ class TestCommand:
             law(runs, "--out", out)
         assert {path: path.read_bytes() for path in out.iterdir()} == before
         assert law(runs, "--out", out, "--overwrite") == 0
-        assert len(read_law(out / "law.json").cells) == 17
+        assert len(read_law(out / "law.json").observations) == 17
 
     def test_where_chooses_the_runs(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_run(runs / "sft", method="sft")
         with pytest.raises(InputError, match="records of different method"):
             law(runs)
         assert law(runs, "--where.method", "memft", "--json") == 0
-        assert len(json.loads(capsys.readouterr().out)["cells"]) == 16
+        assert len(json.loads(capsys.readouterr().out)["observations"]) == 16
 
     def test_an_out_that_is_a_file_is_an_error(self, runs: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
@@ -731,6 +740,6 @@ class TestCommand:
             law(runs, "--out", tmp_path / "file")
 
     def test_too_few_runs_write_nothing(self, runs: Path, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="1 of 1 cells can be used"):
+        with pytest.raises(InputError, match=r"1 of 1 runs \(none left out\) can be used"):
             law(runs / "r1-l64", "--out", tmp_path / "out")
         assert not (tmp_path / "out").exists()

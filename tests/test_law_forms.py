@@ -1,141 +1,190 @@
-"""The forms of the law: hand-worked values, slopes against finite differences, and recovery from noise-free cells."""
+"""The law as one function and its forms: hand-worked values, derivatives, and recovery from noise-free runs."""
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.optimize import approx_fprime
 
-from pml.law import FORMS, Cell, FormName, LawFit, fit_law, saturated
-from pml.law.forms import Form, Points, reduction, sensitivity, slopes
+from pml.law import FORMS, Equation, FormName, LawFit, Observation, fit_law, loss_reduction, saturated
+from pml.law.forms import POSITIVE, Form, Points, gradient, sensitivity
+from pml.law.least_squares import data_of, refit_many, solve, to_natural, to_theta
 
-BOUNDED = [form for form in FORMS.values() if form.bounded]
+SATURATING = [form for form in FORMS.values() if form.saturating]
 PARAMETERS_PER_RANK = 1000
+LAW = {"C": 40.0, "alpha": 0.6, "beta": 0.5, "b": -2.0, "sharpness": 2.5}
 
 
-def points(rank: float, length: float, initial: float = 12.0, bits: float | None = None) -> Points:
-    """One point; a corpus without known information has 15 bits a token."""
-    entropy = (15.0 * length if bits is None else bits) * math.log(2) / length
-    return Points(*np.log([[rank], [length], [PARAMETERS_PER_RANK * rank]]), np.array([initial]), np.array([entropy]))
+def points(rank: float, length: float, initial: float = 12.0) -> Points:
+    """One point; the corpus has 15 bits a token."""
+    values = rank, length, PARAMETERS_PER_RANK * rank, initial, 15.0 * math.log(2)
+    return Points(*(np.array([value]) for value in values))
 
 
-def theta_of(form: Form, **values: float) -> np.ndarray:
-    """Parameters as the functions take them, from those that people read."""
-    return np.array([math.log(values[n]) if n in ("C", "kappa", "knee") else values[n] for n in form.parameters])
+def values_of(form: Form, **values: float) -> dict[str, float]:
+    return {name: values[name] for name in form.fitted}
 
 
 class TestValues:
     def test_the_power_law_by_hand(self) -> None:
         # 40 sqrt(4) / sqrt(100) = 8, and 1 on top
-        truth = {"C": 40.0, "alpha": 0.5, "beta": 0.5, "b": 1.0}
-        assert reduction(FORMS["power"], theta_of(FORMS["power"], **truth), points(4, 100)) == pytest.approx(8.0)
-        form = FORMS["power_offset"]
-        assert reduction(form, theta_of(form, **truth), points(4, 100)) == pytest.approx(9.0)
+        assert loss_reduction(4, 100, C=40, alpha=0.5, beta=0.5) == pytest.approx(8.0)
+        assert loss_reduction(4, 100, C=40, alpha=0.5, beta=0.5, b=1) == pytest.approx(9.0)
 
-    def test_a_knee_of_1_is_half_of_the_harmonic_mean(self) -> None:
-        form = FORMS["ceiling"]
-        theta = theta_of(form, C=40.0, alpha=0.5, beta=0.5, knee=1.0)
+    def test_a_sharpness_of_1_is_half_of_the_harmonic_mean(self) -> None:
         # 8 and a ceiling of 12: 1 / (1/8 + 1/12) = 4.8
-        assert reduction(form, theta, points(4, 100)) == pytest.approx(4.8)
+        assert loss_reduction(4, 100, 12, C=40, alpha=0.5, beta=0.5, sharpness=1) == pytest.approx(4.8)
 
     def test_the_ceiling_is_what_lies_above_the_offset(self) -> None:
-        form = FORMS["ceiling_offset"]
-        theta = theta_of(form, C=40.0, alpha=0.5, beta=0.5, b=-4.0, knee=1.0)
         # 8 and a ceiling of 12 + 4: 1 / (1/8 + 1/16) = 16/3, 4 below
-        assert reduction(form, theta, points(4, 100)) == pytest.approx(16 / 3 - 4)
+        found = loss_reduction(4, 100, 12, C=40, alpha=0.5, beta=0.5, b=-4, sharpness=1)
+        assert found == pytest.approx(16 / 3 - 4)
+
+    def test_an_infinite_sharpness_is_the_plain_minimum(self) -> None:
+        assert loss_reduction([4, 400], 100, 12, C=40, alpha=0.5, beta=0.5) == pytest.approx([8.0, 12.0])
+        assert sensitivity([4, 400], 100, 12, C=40, alpha=0.5, beta=0.5).tolist() == [1.0, 0.0]
 
     def test_stored_bits_are_bits(self) -> None:
-        form = FORMS["stored_bits"]
-        theta = theta_of(form, kappa=0.8, knee=32.0)
         # 1000 parameters store 800 of 3000 bits; 2200 bits over 200 tokens are 11 bits, or 7.6246 nats, a token.
-        at = points(1, 200, initial=13.0)
-        assert reduction(form, theta, at) == pytest.approx(13.0 - 11.0 * math.log(2), rel=1e-9)
+        form, values = FORMS["stored_bits"], {"bits_per_parameter": 0.8, "sharpness": 32.0}
+        assert form.evaluate(values, points(1, 200, 13.0)) == pytest.approx(13.0 - 11.0 * math.log(2), rel=1e-9)
         # 8000 of 3000 bits: everything.
-        assert reduction(form, theta, points(10, 200, initial=13.0)) == pytest.approx(13.0, rel=1e-6)
+        assert form.evaluate(values, points(10, 200, 13.0)) == pytest.approx(13.0, rel=1e-6)
 
-    @pytest.mark.parametrize("form", BOUNDED, ids=lambda form: form.name)
-    def test_no_form_with_a_ceiling_lowers_the_loss_by_more_than_there_is(self, form: Form) -> None:
-        theta = theta_of(form, C=40.0, alpha=0.9, beta=0.5, b=-2.0, kappa=0.8, knee=3.0)
+    @pytest.mark.parametrize("form", SATURATING, ids=lambda form: form.name)
+    def test_no_saturating_form_reduces_the_loss_by_more_than_there_is(self, form: Form) -> None:
+        values = values_of(form, **LAW, bits_per_parameter=0.8)
         for rank in (1, 10, 1e3, 1e6):
-            assert reduction(form, theta, points(rank, 100)) <= 12.0
+            assert form.evaluate(values, points(rank, 100)) <= 12.0
 
 
-class TestSlopes:
-    @pytest.mark.parametrize("form", FORMS.values(), ids=lambda form: form.name)
+class TestDerivatives:
     @pytest.mark.parametrize("rank", [1.0, 4.0, 40.0])
-    def test_slopes_are_those_of_finite_differences(self, form: Form, rank: float) -> None:
-        theta = theta_of(form, C=40.0, alpha=0.6, beta=0.5, b=-2.0, kappa=0.8, knee=2.5)
-        at = points(rank, 150)
-        expected = approx_fprime(theta, lambda t: float(reduction(form, t, at)[0]), 1e-7)
+    @pytest.mark.parametrize("sharpness", [2.5, math.inf])
+    @pytest.mark.parametrize("initial", [12.0, math.inf])
+    def test_they_are_those_of_finite_differences(self, rank: float, sharpness: float, initial: float) -> None:
+        names = ["C", "alpha", "beta", "b"] + ["sharpness"] * math.isfinite(sharpness)
+        at = np.array([LAW[name] if name not in POSITIVE else math.log(LAW[name]) for name in names])
+
+        def arguments(theta: np.ndarray) -> dict[str, Any]:
+            pairs = zip(names, theta, strict=True)
+            return {name: math.exp(value) if name in POSITIVE else value for name, value in pairs}
+
+        expected = approx_fprime(at, lambda t: float(loss_reduction(rank, 150.0, initial, **arguments(t))), 1e-7)
+        found = gradient(rank, 150.0, initial, **arguments(at))
         # Forward differences of step 1e-7 are good to about as much.
-        np.testing.assert_allclose(slopes(form, theta, at)[0], expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose([found[name] for name in names], expected, rtol=1e-5, atol=1e-5)
 
-    @pytest.mark.parametrize("form", BOUNDED, ids=lambda form: form.name)
     @pytest.mark.parametrize("rank", [1.0, 4.0, 40.0])
-    def test_the_sensitivity_is_the_slope_by_the_power(self, form: Form, rank: float) -> None:
-        theta = theta_of(form, C=40.0, alpha=0.6, beta=0.5, b=-2.0, kappa=0.8, knee=2.5)
-        at = points(rank, 150)
-        # d dL / d ln C = power * d dL / d power, and C and kappa come first.
-        power = float(reduction(FORMS["power"], theta_of(FORMS["power"], C=40.0, alpha=0.6, beta=0.5), at)[0])
-        if form.proportional:
-            power = 0.8 * math.log(2) * PARAMETERS_PER_RANK * rank / 150
-        assert sensitivity(form, theta, at) * power == pytest.approx(slopes(form, theta, at)[0, :1], rel=1e-9)
+    def test_the_sensitivity_is_the_derivative_by_the_power(self, rank: float) -> None:
+        # d dL / d ln C = power * d dL / d power
+        power = loss_reduction(rank, 150, C=40, alpha=0.6, beta=0.5)
+        assert sensitivity(rank, 150, 12, **LAW) * power == pytest.approx(gradient(rank, 150, 12, **LAW)["C"], rel=1e-9)
 
 
-def cells_of(form: Form, **truth: float) -> list[Cell]:
-    """Noise-free cells of 15 bits a token, on texts that the frozen model knows differently well."""
-    cells = []
+class TestParameters:
+    def test_each_form_says_what_varies_what_is_fixed_and_what_is_tied(self) -> None:
+        free = {name: form.fitted for name, form in FORMS.items()}
+        assert free == {
+            "power": ("C", "alpha", "beta"),
+            "power_offset": ("C", "alpha", "beta", "b"),
+            "ceiling": ("C", "alpha", "beta", "sharpness"),
+            "ceiling_offset": ("C", "alpha", "beta", "b", "sharpness"),
+            "entropy_power": ("C", "alpha", "beta", "sharpness"),
+            "stored_bits": ("bits_per_parameter", "sharpness"),
+        }
+        stored = FORMS["stored_bits"].parameters(bits_per_parameter=0.8)
+        assert stored["C"].value == pytest.approx(0.8 * math.log(2))
+        assert (stored["alpha"].value, stored["beta"].vary) == (1.0, False)
+        assert (FORMS["power"].parameters()["C"].min, FORMS["ceiling"].parameters()["sharpness"].max) == (0.0, 32.0)
+
+    @pytest.mark.parametrize("name", list(FORMS))
+    def test_evaluating_a_form_is_calling_the_function_with_its_lmfit_parameters(self, name: FormName) -> None:
+        form = FORMS[name]
+        values = values_of(form, **LAW, bits_per_parameter=0.8)
+        at = points(3, 150)
+        arguments = form.parameters(**values).valuesdict()
+        if form.offset == "known":
+            arguments["b"] = 12.0 - 15 * math.log(2)
+        rank = 3 * PARAMETERS_PER_RANK if form.proportional else 3
+        named = {key: value for key, value in arguments.items() if key != "bits_per_parameter"}
+        expected = loss_reduction(rank, 150, 12.0 if form.saturating else math.inf, **named)
+        assert form.evaluate(values, at) == pytest.approx(np.atleast_1d(expected), rel=1e-12)
+
+
+def runs_of(form: Form, noise: float = 0.0, **truth: float) -> list[Observation]:
+    """Runs of 15 bits a token, on texts that the frozen model knows differently well."""
+    runs, random = [], np.random.default_rng(0)
     for rank, length in itertools.product((1, 2, 3, 4, 6), (64, 96, 144, 216)):
         initial = 12.5 + 0.3 * math.sin(length)
-        fallen = float(reduction(form, theta_of(form, **truth), points(rank, length, initial))[0])
+        reduction = float(form.evaluate(truth, points(rank, length, initial))[0]) + noise * float(random.normal())
         known = {"effective_parameters": PARAMETERS_PER_RANK * rank, "entropy_bits": 15.0 * length}
-        cells.append(Cell(rank, length, initial, initial - fallen, 0, f"r{rank}-l{length}", **known))  # type: ignore[arg-type]
-    return cells
+        runs.append(Observation(rank, length, initial, initial - reduction, 0, f"r{rank}-l{length}", **known))  # type: ignore[arg-type]
+    return runs
 
 
 class TestRecovery:
     @pytest.mark.parametrize(
         ("name", "truth"),
         [
-            ("ceiling", {"C": 110.0, "alpha": 0.7, "beta": 0.6, "knee": 4.0}),
-            ("ceiling_offset", {"C": 110.0, "alpha": 0.7, "beta": 0.55, "b": -2.0, "knee": 3.0}),
-            ("entropy_power", {"C": 500.0, "alpha": 1.1, "beta": 1.0, "knee": 2.0}),
-            ("stored_bits", {"kappa": 0.8, "knee": 2.0}),
+            ("ceiling", {"C": 110.0, "alpha": 0.7, "beta": 0.6, "sharpness": 4.0}),
+            ("ceiling_offset", {"C": 110.0, "alpha": 0.7, "beta": 0.55, "b": -2.0, "sharpness": 3.0}),
+            ("entropy_power", {"C": 500.0, "alpha": 1.1, "beta": 1.0, "sharpness": 2.0}),
+            ("stored_bits", {"bits_per_parameter": 0.8, "sharpness": 2.0}),
         ],
     )
-    def test_forms_with_a_ceiling_are_recovered_from_all_cells(self, name: FormName, truth: dict[str, float]) -> None:
-        cells = cells_of(FORMS[name], **truth)
-        assert 2 <= sum(map(saturated, cells)) < len(cells) - 5
-        fit = fit_law(cells, form=name, compare=False)
+    def test_saturating_forms_are_recovered_from_all_runs(self, name: FormName, truth: dict[str, float]) -> None:
+        runs = runs_of(FORMS[name], **truth)
+        assert 2 <= sum(map(saturated, runs)) < len(runs) - 5
+        fit = fit_law(runs, form=name, compare=False)
         assert {key: fit.parameters[key].value for key in truth} == pytest.approx(truth, rel=1e-6)
-        assert fit.r2 == pytest.approx(1.0, abs=1e-12)
+        assert fit.best.r2 == pytest.approx(1.0, abs=1e-12)
 
-    def test_without_being_told_the_right_form_is_chosen(self) -> None:
-        noise = np.random.default_rng(0)
-        cells = cells_of(FORMS["stored_bits"], kappa=0.8, knee=3.0)
-        cells = [
-            Cell(**{**vars(cell), "final_loss": cell.final_loss + 0.02 * float(noise.normal())})
-            if not saturated(cell)
-            else cell
-            for cell in cells
-        ]
-        fit = fit_law(cells)
+    def test_the_right_form_is_chosen(self) -> None:
+        fit = fit_law(runs_of(FORMS["stored_bits"], 0.02, bits_per_parameter=0.8, sharpness=3.0))
         assert fit.form == "stored_bits"
-        assert fit.kappa is not None
-        assert fit.kappa.value == pytest.approx(0.8, abs=0.02)
+        assert fit.bits_per_parameter is not None
+        assert fit.bits_per_parameter.value == pytest.approx(0.8, abs=0.02)
+
+    @pytest.mark.parametrize("name", ["power_offset", "ceiling_offset", "stored_bits"])
+    def test_the_bootstrap_s_refits_agree_with_lmfit(self, name: FormName) -> None:
+        form, truth = FORMS[name], {"C": 110.0, "alpha": 0.7, "beta": 0.55, "b": -2.0, "sharpness": 3.0}
+        values = values_of(form, **truth, bits_per_parameter=0.8)
+        data = data_of(runs_of(form, 0.05, **values), "rank")
+        solution = solve(form, data)
+        assert solution is not None
+        noise = 0.05 * np.random.default_rng(1).normal(size=(5, len(data.measured)))
+        draws = refit_many(form, data, data.measured + noise, to_theta(form, solution.values)[None], solution.free)
+        for draw, moved in zip(draws, noise, strict=True):
+            again = solve(form, type(data)(data.points, data.measured + moved, data.root_weights, data.unsaturated))
+            assert again is not None
+            found = {key: float(value[0]) for key, value in to_natural(form, draw).items()}
+            # Refits stop far below the spread of the draws.
+            assert found == pytest.approx(again.values, rel=2e-3)
 
 
 class TestWords:
     @pytest.fixture
     def fit(self) -> LawFit:
-        return fit_law(cells_of(FORMS["stored_bits"], kappa=0.8, knee=2.1), form="stored_bits", compare=False)
+        return fit_law(
+            runs_of(FORMS["stored_bits"], bits_per_parameter=0.8, sharpness=2.1), form="stored_bits", compare=False
+        )
 
-    def test_the_knee_stands_at_the_minimum(self, fit: LawFit) -> None:
+    def test_the_sharpness_stands_at_the_minimum(self, fit: LawFit) -> None:
         assert fit.equation() == "stored bits = min_2.1(0.800 P, H)"
-        assert fit.latex() == r"\mathrm{stored\ bits} = \mathrm{min}_{2.1}(0.800\,P, H)"
+        assert fit.equation().latex == r"\mathrm{stored\ bits} = \mathrm{min}_{2.1}(0.800\,P, H)"
 
-    def test_a_minimum_without_a_bend_has_none(self) -> None:
-        fit = fit_law(cells_of(FORMS["stored_bits"], kappa=0.8, knee=33.0), form="stored_bits", compare=False)
-        assert fit.best.at_bound == ["knee"]
+    def test_a_plain_minimum_has_none(self) -> None:
+        runs = runs_of(FORMS["stored_bits"], bits_per_parameter=0.8, sharpness=33.0)
+        fit = fit_law(runs, form="stored_bits", compare=False)
+        assert fit.best.at_bound == ["sharpness"]
         assert fit.equation() == "stored bits = min(0.800 P, H)"
+
+    def test_a_page_shows_an_equation_as_html(self) -> None:
+        equation = Equation("dL = min_2.1(135 r^0.75 l^-0.60, L0)")
+        assert equation.__html__() == (
+            "Δ<i>L</i> = min<sub>2.1</sub>(135 <i>r</i><sup>0.75</sup> <i>l</i><sup>\N{MINUS SIGN}0.60</sup>, "
+            "<i>L</i><sub>0</sub>)"
+        )

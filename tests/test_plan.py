@@ -1,4 +1,4 @@
-"""Plans: the law turned round, by hand-worked numbers, and what is said beyond what was measured."""
+"""Plans: ranks and outcomes by hand-worked numbers, their intervals, and what is said beyond what was measured."""
 
 import json
 from collections.abc import Callable
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from pml.calibration import RecallModel
 from pml.cli import main
 from pml.errors import InputError
-from pml.law import LAW_NAME, Cell, LawFit, fit_law
-from pml.plan import LARGEST_RANK, Plan, foresee, rank_for_loss_reduction, rank_for_recall
+from pml.law import LAW_NAME, LawFit, Observation, fit_law
+from pml.plan import LARGEST_RANK, Plan, outcome_of_rank, rank_for_loss_reduction, rank_for_recall
+from pml.recall_model import RecallModel
 from pml.records import write_json
 
 INITIAL = 13.0
@@ -42,20 +42,20 @@ RECALL = RecallModel(
 
 @pytest.fixture(scope="module")
 def law() -> LawFit:
-    cells = [
-        Cell(r, n, INITIAL, INITIAL - reduction(r, n), 0, f"r{r}-l{n}", effective_parameters=100 * r)
+    runs = [
+        Observation(r, n, INITIAL, INITIAL - reduction(r, n), 0, f"r{r}-l{n}", effective_parameters=100 * r)
         for r in (1, 2, 4, 8)
         for n in (256, 400, 1024, 2048)
     ]
-    return fit_law(cells, form="power_offset", compare=False, recall=RECALL)
+    return fit_law(runs, form="power_offset", compare=False, recall=RECALL)
 
 
-def test_a_text_that_the_frozen_model_knows_far_better_than_those_of_the_law_is_pointed_out(law: LawFit) -> None:
-    within, beyond = (foresee(law.about_text(loss), 400, 4).beyond for loss in (12.0, 2.3))
-    assert not any("another kind of text" in sentence for sentence in within)
+def test_a_text_with_a_frozen_loss_far_from_those_of_the_law_is_pointed_out(law: LawFit) -> None:
+    within, beyond = (outcome_of_rank(law, 400, 4, initial_loss=loss).beyond for loss in (12.0, 2.3))
+    assert not any("kind of text" in sentence for sentence in within)
     assert beyond[-1] == (
-        "the frozen model's loss is 2.3 nats per target token, that of the law's texts 13 to 13: this is another kind "
-        "of text, of which the law says nothing"
+        "the frozen model's loss is 2.3 nats per target token, that of the law's texts 13 to 13: the law does not "
+        "cover this kind of text"
     )
 
 
@@ -76,7 +76,7 @@ def test_the_smallest_rank_for_recall_by_hand(law: LawFit) -> None:
     plan = rank_for_recall(law, 400, share=0.5, pairs=400)
     assert plan.rank == 25
     assert plan.beyond == ["rank 25 is 3.12 times the largest measured (8)"]
-    below = foresee(law, 24, 400, pairs=400).outcome
+    below = outcome_of_rank(law, 24, 400, pairs=400).outcome
     assert below is not None
     assert below.token_accuracy is not None
     assert below.token_accuracy < 0.5
@@ -92,10 +92,11 @@ def test_where_no_rank_will_do_that_is_the_answer(law: LawFit) -> None:
 
 def test_where_a_rank_might_do_within_the_law_s_uncertainty_it_says_which(law: LawFit) -> None:
     plan = rank_for_loss_reduction(law, 10**8, 1.3).model_copy(update={"rank_confidence": (3000, None)})
-    assert plan.lines()[1] == ("rank: none up to 4096, though by the law's uncertainty it may be 3000 (95 % interval)")
+    assert plan.lines()[1] == ("rank: none up to 4096, though the law's 95 % interval begins at 3000")
     found = rank_for_loss_reduction(law, 400, 6.0)
     assert (
-        found.lines()[1] == "rank: 7 (95 % interval 7 to 7, from the law's uncertainty; a run's own luck is not in it)"
+        found.lines()[1]
+        == "rank: 7 (95 % interval 7 to 7, from the law's uncertainty, without the noise of a single run)"
     )
     endless = found.model_copy(update={"rank_confidence": (7, None)})
     assert "(95 % interval 7 to more than 4096, " in endless.lines()[1]
@@ -110,24 +111,24 @@ def test_where_more_rank_is_no_more_likely_to_do_it_says_from_where_and_how_like
     assert (plan.rank, plan.outcome) == (None, None)
     assert "no rank up to 4096 does: from rank " in plan.beyond[0]
     assert "on the probability stays at " in plan.beyond[0]
-    assert "as far as 16 runs and their recall model can tell" in plan.beyond[0]
+    assert "as far as 16 runs and their recall model can say" in plan.beyond[0]
     assert not any(sentence.startswith("rank 4096 is") for sentence in plan.beyond)
 
 
-def test_where_recall_was_never_seen_or_is_not_foretold_it_says_so(law: LawFit) -> None:
+def test_where_the_recall_model_does_not_apply_or_predict_it_says_so(law: LawFit) -> None:
     # 2 sqrt(24) + 1 = 10.8: a final loss of 2.2 nats, and 3 sqrt ... of more than 13 at rank 64: none.
     changed = {"loss_range": (5.0, 9.0), "brier": 0.2, "brier_reference": 0.1}
     worse = law.model_copy(update={"recall": RECALL.model_copy(update=changed)})
-    found, usual = (foresee(which, 24, 400, pairs=400).beyond for which in (worse, law))
-    assert "a final loss of 2.2 nats is below all that recall was learnt from (5 to 9)" in found
-    assert any("foretold no better than by always saying the mean (Brier score 0.200, 0.100)" in s for s in found)
-    assert not any("recall" in sentence for sentence in usual)
+    found, usual = (outcome_of_rank(which, 24, 400, pairs=400).beyond for which in (worse, law))
+    assert "a final loss of 2.2 nats is below all that the recall model was fitted to (5 to 9)" in found
+    assert any("the recall model predicts no better than the mean (Brier score 0.200, 0.100)" in s for s in found)
+    assert not any("recall model" in sentence for sentence in usual)
     # Half of the smallest loss is still near what was seen.
     near = law.model_copy(update={"recall": RECALL.model_copy(update={"loss_range": (4.0, 9.0)})})
-    assert not any("recall" in sentence for sentence in foresee(near, 24, 400, pairs=400).beyond)
+    assert not any("recall" in sentence for sentence in outcome_of_rank(near, 24, 400, pairs=400).beyond)
     # Runs that ended at 0.5 nats had all tokens right: less is no less certain.
     all_right = law.model_copy(update={"recall": RECALL.model_copy(update={"loss_range": (0.5, 9.0)})})
-    assert not any("recall" in sentence for sentence in foresee(all_right, 100, 400, pairs=400).beyond)
+    assert not any("recall" in sentence for sentence in outcome_of_rank(all_right, 100, 400, pairs=400).beyond)
 
 
 def test_the_rank_and_its_interval_rest_on_the_same_runs_and_are_the_same_every_time(noisy: LawFit) -> None:
@@ -138,7 +139,7 @@ def test_the_rank_and_its_interval_rest_on_the_same_runs_and_are_the_same_every_
     assert plans[0].rank > 60
 
     def right(rank: int) -> float:
-        outcome = foresee(noisy, rank, 2048, pairs=200).outcome
+        outcome = outcome_of_rank(noisy, rank, 2048, pairs=200).outcome
         assert outcome is not None
         assert outcome.exact_match is not None
         return outcome.exact_match
@@ -147,10 +148,9 @@ def test_the_rank_and_its_interval_rest_on_the_same_runs_and_are_the_same_every_
 
 
 def test_a_text_that_the_model_knows_better_needs_no_more_than_its_own_loss(law: LawFit) -> None:
-    known = law.about_text(4.0)
-    assert float(known.initial_loss(400)) == 4.0
+    assert float(law.initial_loss(400, 4.0)) == 4.0
     assert float(law.initial_loss(400)) == INITIAL
-    outcome = foresee(known, 8, 400).outcome
+    outcome = outcome_of_rank(law, 8, 400, initial_loss=4.0).outcome
     assert outcome is not None
     # 2 sqrt(8) + 1 = 6.66 is more than there is to lower.
     assert (outcome.initial_loss, outcome.loss_reduction, outcome.final_loss) == (4.0, 4.0, 0.0)
@@ -161,12 +161,12 @@ def test_a_text_that_the_model_knows_better_needs_no_more_than_its_own_loss(law:
 def noisy() -> LawFit:
     """A law whose runs scatter by 0.15 nats, on texts whose frozen losses differ by as much."""
     noise = np.random.default_rng(0)
-    cells = []
+    runs = []
     for n, initial in zip((256, 400, 1024, 2048), (13.2, 12.9, 12.8, 13.1), strict=True):
         for r in (1, 2, 4, 8):
             fallen = reduction(r, n) + 0.15 * float(noise.normal())
-            cells.append(Cell(r, n, initial, initial - fallen, 0, f"r{r}-l{n}"))
-    return fit_law(cells, form="power_offset", compare=False, recall=RECALL)
+            runs.append(Observation(r, n, initial, initial - fallen, 0, f"r{r}-l{n}"))
+    return fit_law(runs, form="power_offset", compare=False, recall=RECALL)
 
 
 @pytest.mark.parametrize("probability", [0.5, 0.95])
@@ -175,19 +175,19 @@ def test_the_interval_of_a_rank_covers_the_rank_that_is_needed(
 ) -> None:
     # As of 360 ranks up to 4096, in less time.
     monkeypatch.setattr("pml.plan.FEWER_RANKS", np.arange(1.0, 81.0))
-    luck = norm.ppf((np.arange(1000) + 0.5) / 1000)
-    left = INITIAL - np.array([reduction(rank, 400) for rank in range(1, 129)])[:, None] - 0.15 * luck
+    noise = norm.ppf((np.arange(1000) + 0.5) / 1000)
+    left = INITIAL - np.array([reduction(rank, 400) for rank in range(1, 129)])[:, None] - 0.15 * noise
     likely = RECALL.recall_probability(left, 10.0, 40, 0.5).mean(axis=1)
     needed = 1 + int(np.argmax(likely >= probability))
 
     noise, draws, inside, width = np.random.default_rng(5), 24, 0, 0.0
     for _ in range(draws):
-        cells = [
-            Cell(r, n, INITIAL, INITIAL - reduction(r, n) - 0.15 * float(noise.normal()), 0, f"r{r}-l{n}")
+        runs = [
+            Observation(r, n, INITIAL, INITIAL - reduction(r, n) - 0.15 * float(noise.normal()), 0, f"r{r}-l{n}")
             for r in (1, 2, 4, 8, 16)
             for n in (256, 400, 1024, 2048)
         ]
-        law = fit_law(cells, form="power_offset", compare=False, recall=RECALL)
+        law = fit_law(runs, form="power_offset", compare=False, recall=RECALL)
         plan = rank_for_recall(law, 400, share=0.5, pairs=40, probability=probability)
         assert plan.rank is not None
         assert plan.rank_confidence is not None
@@ -205,8 +205,8 @@ def test_the_surer_a_run_must_be_the_larger_its_rank_and_all_of_its_interval(noi
     assert all(some is not None and more is not None and some < more for some, more in zip(*ends, strict=True)), ends
 
 
-def test_a_text_whose_frozen_loss_is_not_given_widens_what_is_foretold(noisy: LawFit) -> None:
-    unknown, known = (foresee(law, 2, 400).outcome for law in (noisy, noisy.about_text(13.0)))
+def test_without_the_frozen_loss_of_a_text_the_final_loss_is_less_certain(noisy: LawFit) -> None:
+    unknown, known = (outcome_of_rank(noisy, 2, 400, initial_loss=loss).outcome for loss in (None, 13.0))
     assert unknown is not None
     assert known is not None
     spread, run_alone = (outcome.final_loss_new_run[1] - outcome.final_loss_new_run[0] for outcome in (unknown, known))
@@ -218,15 +218,15 @@ def test_a_text_whose_frozen_loss_is_not_given_widens_what_is_foretold(noisy: La
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_text_has_a_loss_above_zero(law: LawFit, loss: float) -> None:
     with pytest.raises(InputError, match="initial loss is"):
-        law.about_text(loss)
+        outcome_of_rank(law, 1, 400, initial_loss=loss)
 
 
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        (lambda law: foresee(law, 0, 400), "rank is 0; expected at least 1"),
-        (lambda law: foresee(law, 1, 0), "length is 0; expected at least 1 target token"),
-        (lambda law: foresee(law, 1, 10, pairs=11), "pairs is 11; expected between 1 and the 10 target tokens"),
+        (lambda law: outcome_of_rank(law, 0, 400), "rank is 0; expected at least 1"),
+        (lambda law: outcome_of_rank(law, 1, 0), "length is 0; expected at least 1 target token"),
+        (lambda law: outcome_of_rank(law, 1, 10, pairs=11), "pairs is 11; expected between 1 and the 10 target tokens"),
         (lambda law: rank_for_loss_reduction(law, 400, 13.0), "loss reduction is 13 nats; expected above 0 and below"),
         (lambda law: rank_for_recall(law, 400, share=1.5), "recall is 1.5; expected above 0 and at most 1"),
         (lambda law: rank_for_recall(law, 400, probability=1.0), "probability is 1; expected above 0 and below 1"),

@@ -211,7 +211,7 @@ class TestPage:
 class TestWhatIsMissing:
     def test_too_few_runs_have_no_law_and_the_page_says_why(self, small_report: Report) -> None:
         text = Page(small_report.html).text
-        assert "No law: 2 of 2 cells can be used" in text
+        assert "No law: 2 of 2 runs (none left out) can be used" in text
         assert "expected at least 5" in text
 
     def test_runs_without_per_token_results_have_no_histogram(self) -> None:

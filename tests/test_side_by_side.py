@@ -9,7 +9,7 @@ from simulated_runs import write_simulated_run
 
 from pml.figures import NothingToShow, side_by_side_figure
 from pml.groups import group_runs
-from pml.law import Cell, Estimate, LawFit, fit_law
+from pml.law import Estimate, LawFit, Observation, fit_law
 from pml.records import read_records
 from pml.report.side_by_side import common_form, side_by_side
 from pml.report.studies import laws_by_name, make_studies
@@ -23,7 +23,7 @@ def law(alpha: float, beta: float, entropy: bool = True, moving: int = 0) -> Law
         left = max(13.6 - 60 * rank**alpha * length**-beta * noise, 0.05)
         bits = length * math.log2(49152) if entropy else None
         late = 1.0 if i < moving else 0.0
-        cells.append(Cell(rank, length, 13.6, left, 0, f"{i}", True, 1152 * rank, bits, late_loss_drop=late))
+        cells.append(Observation(rank, length, 13.6, left, 0, f"{i}", True, 1152 * rank, bits, late_loss_drop=late))
     return fit_law(cells)
 
 
@@ -33,7 +33,7 @@ def laws() -> dict[str, LawFit]:
 
 
 DRAWN = {
-    "a": {"alpha": Estimate(value=0.5, bootstrap=(0.4, 0.7)), "kappa": Estimate(value=0.9)},
+    "a": {"alpha": Estimate(value=0.5, bootstrap=(0.4, 0.7)), "bits_per_parameter": Estimate(value=0.9)},
     "b": {"alpha": Estimate(value=0.6, bootstrap=(0.55, 0.65))},
 }
 
@@ -62,7 +62,7 @@ class TestForm:
         assert common_form(in_bits) == "stored_bits"
         found = side_by_side(in_bits)
         assert found is not None
-        assert found.table.columns[1].endswith("in bits (95 %)")
+        assert found.table.columns[1].endswith("(bits) (95 %)")
         exact = laws["50 steps"].fit_of("ceiling").model_copy(update={"determined": False})
         undetermined = laws["50 steps"].model_copy(update={"fits": [exact], "form": "ceiling"})
         assert common_form({**laws, "undetermined": undetermined}) is None
@@ -99,7 +99,7 @@ class TestTable:
 
 class TestFigure:
     def test_a_panel_for_each_parameter_that_all_laws_have_the_first_law_on_top(self) -> None:
-        figure = side_by_side_figure(DRAWN, {"alpha": "alpha", "kappa": "kappa"})
+        figure = side_by_side_figure(DRAWN, {"alpha": "alpha", "bits_per_parameter": "bits_per_parameter"})
         (axes,) = figure.axes
         assert axes.get_xlabel() == "alpha"
         assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]

@@ -1,4 +1,4 @@
-"""The table of runs: its rows, its caption, and that it fits a terminal."""
+"""Tables: the one of runs with its rows, its caption and its width, and tables of text in a terminal."""
 
 import io
 from pathlib import Path
@@ -8,7 +8,7 @@ from record_factory import make_record
 from rich.console import Console
 
 from pml.records import Record
-from pml.tables import records_table
+from pml.tables import TextTable, records_table, rich_table, show_interval
 
 
 def printed(records: dict[Path, Record], width: int = 100) -> str:
@@ -113,3 +113,15 @@ class TestRecordsTable:
 
     def test_without_records_the_table_is_empty(self) -> None:
         assert records_table({}).row_count == 0
+
+
+def test_a_table_of_text_shows_its_title_its_values_and_its_note() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(rich_table(TextTable("Forms", ("form", "R²"), [("power", "0.99"), ("ceiling", "1.00")], note="all")))
+    lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
+    assert [line for line in lines if len(line) == 2] == [["form", "R²"], ["power", "0.99"], ["ceiling", "1.00"]]
+    assert (lines[0], lines[-1]) == (["Forms"], ["all"])
+
+
+def test_an_interval_has_three_digits() -> None:
+    assert (show_interval((0.12345, 1234.5)), show_interval(None)) == ("0.123 to 1.23e+03", "-")

@@ -11,14 +11,14 @@ from pml.records import Record, read_records
 __all__ = ["add_runs", "add_where", "chosen_records"]
 
 
-def add_runs(parser: jsonargparse.ArgumentParser) -> None:
-    """Add `runs`, one or several places with records."""
+def add_runs(parser: jsonargparse.ArgumentParser, others: str = "") -> None:
+    """Add `runs`, one or several places with records, or what `others` describes."""
     parser.add_argument(
         "runs",
         nargs="+",
         type=str,
         metavar="RUNS",
-        help="folders of runs, folders with runs anywhere below them, or record.json files",
+        help=f"folders of runs, folders with runs anywhere below them, or record.json files{others}",
     )
 
 
@@ -39,7 +39,7 @@ def chosen_records(args: jsonargparse.Namespace) -> dict[Path, Record]:
         InputError: If there is none, a file is no record, or a record has no such field.
     """
     # Imported here because it takes seconds, which --help need not wait for.
-    from pml.law import select_records
+    from pml.groups import select_records
     from pml.run_folder import check_records
 
     records = select_records(read_records(args.runs), args.where)

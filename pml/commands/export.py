@@ -1,8 +1,8 @@
 """Write a run's model as a plain folder for transformers, with the adapter merged into the weights.
 
-RUN is a run's folder; what is written needs no PEFT. What comes back from the merged model is checked before it is written: every target that greedy
-decoding recalls with the adapter has to come back from the merged weights too. The paper's placement, beside a whole
-MLP, changes no single weight and cannot be merged.
+RUN is a run's folder; what is written needs no PEFT. What comes back from the merged model is checked first: every
+target that greedy decoding recalls with the adapter has to come back from the merged weights too. The paper's
+placement, beside a whole MLP, changes no single weight and cannot be merged.
 """
 
 import os

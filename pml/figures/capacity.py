@@ -16,7 +16,7 @@ from pml.figures.style import (
     new_figure,
     plain_log,
 )
-from pml.law import Cell, saturated
+from pml.law import Observation, saturated
 
 __all__ = ["CAPACITIES", "capacity_figure", "stored_bits_figure"]
 
@@ -27,30 +27,30 @@ CAPACITIES = (
 """Bits per parameter that other work found, and where."""
 
 
-def capacity_figure(cells: Iterable[Cell]) -> Figure:
+def capacity_figure(runs: Iterable[Observation]) -> Figure:
     """Bits stored per adapter parameter against bits of corpus per parameter, both logarithmic.
 
     On the diagonal everything is stored; what an adapter can hold is the height at which points leave it.
 
     Args:
-        cells: Runs of one method; those that were not finished are not drawn.
+        runs: Observations of one method; those that were not finished are not drawn.
 
     Raises:
         NothingToShow: If no run has a corpus of known entropy, or none stored anything.
     """
-    shown = _with_bits(cells)
+    shown = _with_bits(runs)
     looks = _looks(shown)
     with new_figure(4.6) as (figure, axes):
-        offered = [(cell.entropy_bits or 0.0) / _parameters(cell) for cell in shown]
-        stored = [_bits(cell) / _parameters(cell) for cell in shown]
+        offered = [(run.entropy_bits or 0.0) / _parameters(run) for run in shown]
+        stored = [_bits(run) / _parameters(run) for run in shown]
         left, right = min(offered) / 1.4, max(offered) * 1.4
         axes.plot([left, right], [left, right], color=INK, linewidth=1.0, linestyle="--", zorder=1)
         for (capacity, name), dashes in zip(CAPACITIES, ("-.", ":"), strict=True):
             axes.axhline(capacity, color=INK, linewidth=1.1, linestyle=dashes, zorder=1)
             at = (0.0, capacity)
             axes.annotate(name, at, (4, 2), ("axes fraction", "data"), "offset points", va="bottom", fontsize=9.5)
-        for cell, x, y in zip(shown, offered, stored, strict=True):
-            draw_point(axes, x, y, looks[cell.target_tokens], is_hollow=saturated(cell), size=7)
+        for run, x, y in zip(shown, offered, stored, strict=True):
+            draw_point(axes, x, y, looks[run.target_tokens], is_hollow=saturated(run), size=7)
         plain_log(axes, "x")
         plain_log(axes, "y")
         axes.set_xlim(left, right)
@@ -60,69 +60,77 @@ def capacity_figure(cells: Iterable[Cell]) -> Figure:
     return figure
 
 
-def stored_bits_figure(cells: Iterable[Cell], kappa: float | None = None) -> Figure:
+def stored_bits_figure(runs: Iterable[Observation], bits_per_parameter: float | None = None) -> Figure:
     """Stored bits against adapter parameters, both logarithmic; dotted: all the bits of each length.
 
     Args:
-        cells: Runs of one method; those that were not finished are not drawn.
-        kappa: Bits per parameter of the one-constant law, drawn as a line where given.
+        runs: Observations of one method; those that were not finished are not drawn.
+        bits_per_parameter: That of the law with this one constant, drawn as a line where given.
 
     Raises:
         NothingToShow: If no run has a corpus of known entropy, or none stored anything.
     """
-    shown = _with_bits(cells)
+    shown = _with_bits(runs)
     looks = _looks(shown)
-    parameters = sorted({_parameters(cell) for cell in shown})
+    parameters = sorted({_parameters(run) for run in shown})
     left, right = parameters[0] / 1.25, parameters[-1] * 1.25
     with new_figure(4.6) as (figure, axes):
         for length, (colour, _) in looks.items():
-            ceiling = max(cell.entropy_bits or 0.0 for cell in shown if cell.target_tokens == length)
+            ceiling = max(run.entropy_bits or 0.0 for run in shown if run.target_tokens == length)
             axes.axhline(ceiling, color=colour, linewidth=1.2, linestyle=":", zorder=1)
-        if kappa is not None:
-            axes.plot([left, right], [kappa * left, kappa * right], color=INK, linewidth=1.6, zorder=2)
-        for cell in shown:
-            look = looks[cell.target_tokens]
-            draw_point(axes, _parameters(cell), _bits(cell), look, is_hollow=saturated(cell), size=7)
+        if bits_per_parameter is not None:
+            axes.plot(
+                [left, right],
+                [bits_per_parameter * left, bits_per_parameter * right],
+                color=INK,
+                linewidth=1.6,
+                zorder=2,
+            )
+        for run in shown:
+            look = looks[run.target_tokens]
+            draw_point(axes, _parameters(run), _bits(run), look, is_hollow=saturated(run), size=7)
         plain_log(axes, "x")
         plain_log(axes, "y")
         axes.set_xlim(left, right)
         axes.set(xlabel="adapter parameters", ylabel="stored bits")
-        lines = [] if kappa is None else [Line2D([], [], color=INK, label=f"{kappa:.3g} bits per parameter")]
+        lines = []
+        if bits_per_parameter is not None:
+            lines.append(Line2D([], [], color=INK, label=f"{bits_per_parameter:.3g} bits per parameter"))
         _legend(figure, looks, shown, lines)
     return figure
 
 
-def _with_bits(cells: Iterable[Cell]) -> list[Cell]:
+def _with_bits(runs: Iterable[Observation]) -> list[Observation]:
     """The runs that stored something of a corpus of known entropy; logarithmic axes have no place for the others."""
-    finished = [cell for cell in cells if cell.finished]
+    finished = [run for run in runs if run.finished]
     if not finished:
         raise NothingToShow("no run was finished")
-    known = [cell for cell in finished if cell.entropy_bits is not None and cell.effective_parameters is not None]
+    known = [run for run in finished if run.entropy_bits is not None and run.effective_parameters is not None]
     if not known:
         raise NothingToShow("the corpus has no known entropy; random tokens and made-up phone books have one")
-    shown = [cell for cell in known if _bits(cell) > 0]
+    shown = [run for run in known if _bits(run) > 0]
     if not shown:
         raise NothingToShow("no run stored anything: every final loss is above that of guessing uniformly")
     return shown
 
 
-def _bits(cell: Cell) -> float:
-    return cell.stored_bits or 0.0
+def _bits(run: Observation) -> float:
+    return run.stored_bits or 0.0
 
 
-def _parameters(cell: Cell) -> int:
-    return cell.effective_parameters or 1
+def _parameters(run: Observation) -> int:
+    return run.effective_parameters or 1
 
 
-def _looks(cells: Iterable[Cell]) -> Looks:
-    return looks_of(sorted({cell.target_tokens for cell in cells}))
+def _looks(runs: Iterable[Observation]) -> Looks:
+    return looks_of(sorted({run.target_tokens for run in runs}))
 
 
-def _legend(figure: Figure, looks: Looks, cells: Iterable[Cell], others: Iterable[Line2D] = ()) -> None:
+def _legend(figure: Figure, looks: Looks, runs: Iterable[Observation], others: Iterable[Line2D] = ()) -> None:
     lines = [
         Line2D([], [], color=colour, marker=marker, markersize=6, linestyle="none", label=f"{length:,}")
         for length, (colour, marker) in looks.items()
     ]
-    if any(map(saturated, cells)):
+    if any(map(saturated, runs)):
         lines.append(hollow_handle("saturated"))
     legend_below(figure, [*lines, *others], title="target tokens")

@@ -25,7 +25,7 @@ from pml.figures.style import (
     new_figure,
     tidy,
 )
-from pml.law import FORMS, Cell, LawCell, LawFit, saturated
+from pml.law import FORMS, LawFit, Observation, saturated
 
 __all__ = ["agreement_figure", "law_figure", "reduction_figure", "residual_figure"]
 
@@ -35,17 +35,17 @@ REDUCTION = "loss reduction (nats per target token)"
 SATURATED = "hollow: saturated,\nnot used in the fit"
 
 
-def law_figure(fit: LawFit, cells: Iterable[Cell]) -> Figure:
+def law_figure(fit: LawFit, runs: Iterable[Observation]) -> Figure:
     """Measured and fitted loss reduction in nats per target token, in two panels.
 
     Left, predicted against measured, with the line on which both are equal. Right, loss reduction against rank, as
-    `reduction_figure` has it. Saturated cells are hollow; diverged and interrupted ones are not drawn.
+    `reduction_figure` has it. Saturated runs are hollow; diverged and interrupted ones are not drawn.
 
     Args:
         fit: The law.
-        cells: All cells, those that the fit left out too.
+        runs: All runs, those that the fit left out too.
     """
-    filled, hollow = _shown(fit, cells)
+    filled, hollow = _shown(fit, runs)
     looks = _looks(filled + hollow)
     with canvas():
         figure = Figure(figsize=(12, 5.4), dpi=150, layout="constrained", facecolor=PAPER)
@@ -53,21 +53,24 @@ def law_figure(fit: LawFit, cells: Iterable[Cell]) -> Figure:
         for axes in (left, right):
             tidy(axes)
         _draw_agreement(left, fit, filled, hollow, looks)
-        left.set_title(f"$R^2$ = {fit.r2:.4f}, MAPE = {fit.mape_percent:.1f} %, {fit.cells_used} cells", fontsize=12)
+        left.set_title(
+            f"$R^2$ = {fit.best.r2:.4f}, MAPE = {fit.best.mape_percent:.1f} %, {fit.best.observations_used} runs",
+            fontsize=12,
+        )
         _draw_reduction(right, fit, filled, hollow, looks, "rank")
-        if fit.knows_ranks:
-            right.set_title("law and 95 % band; dotted where no cell was used", fontsize=12)
+        if fit.predicts_ranks:
+            right.set_title("law and 95 % band; dotted where no run was used", fontsize=12)
         handles = _length_handles(looks, linewidth=1.8)
         if hollow:
-            handles.append(hollow_handle("hollow: saturated" if FORMS[fit.form].bounded else SATURATED))
+            handles.append(hollow_handle("hollow: saturated" if FORMS[fit.form].saturating else SATURATED))
         figure.legend(handles=handles, loc="outside right center", frameon=False, title="target length")
         figure.suptitle("\n".join(filter(None, (_math(fit), _setting(fit)))), fontsize=13)
     return figure
 
 
-def agreement_figure(fit: LawFit, cells: Iterable[Cell]) -> Figure:
-    """Predicted against measured loss reduction in nats per target token; saturated cells hollow."""
-    filled, hollow = _shown(fit, cells)
+def agreement_figure(fit: LawFit, runs: Iterable[Observation]) -> Figure:
+    """Predicted against measured loss reduction in nats per target token; saturated runs hollow."""
+    filled, hollow = _shown(fit, runs)
     looks = _looks(filled + hollow)
     with new_figure(4.9) as (figure, axes):
         _draw_agreement(axes, fit, filled, hollow, looks)
@@ -76,20 +79,20 @@ def agreement_figure(fit: LawFit, cells: Iterable[Cell]) -> Figure:
     return figure
 
 
-def reduction_figure(fit: LawFit, cells: Iterable[Cell], by: Literal["rank", "length"]) -> Figure:
+def reduction_figure(fit: LawFit, runs: Iterable[Observation], by: Literal["rank", "length"]) -> Figure:
     """Loss reduction in nats per target token against rank or length, both logarithmic, with the fit and its band.
 
-    There is a line for each value of the other one, solid over the cells that the fit used (the saturated ones too
+    There is a line for each value of the other one, solid over the runs that the fit used (the saturated ones too
     where the form knows the ceiling) and dotted beyond them. A law that does not know ranks has no lines, and the title
     says so.
 
     Args:
         fit: The law.
-        cells: All cells, those that the fit left out too.
+        runs: All runs, those that the fit left out too.
         by: What the horizontal axis is.
     """
-    filled, hollow = _shown(fit, cells)
-    looks = looks_of(sorted({_other(cell, by) for cell in filled + hollow}))
+    filled, hollow = _shown(fit, runs)
+    looks = looks_of(sorted({_other(run, by) for run in filled + hollow}))
     with new_figure(4.4) as (figure, axes):
         _draw_reduction(axes, fit, filled, hollow, looks, by)
         legend_below(figure, _handles(looks, hollow), title="target tokens" if by == "rank" else "LoRA rank")
@@ -101,41 +104,41 @@ def residual_figure(fit: LawFit) -> Figure:
 
     The shade is one root mean squared error on either side; a law that holds leaves no trend.
     """
-    looks = looks_of(sorted({cell.target_tokens for cell in fit.used}))
+    looks = looks_of(sorted({run.target_tokens for run, _ in fit.used}))
     with new_figure(5.2, rows=2, sharey=True) as (figure, (by_rank, by_length)):
         for axes in (by_rank, by_length):
-            axes.axhspan(-fit.rmse_nats, fit.rmse_nats, color="#EEEEEE", zorder=0)
+            axes.axhspan(-fit.best.rmse_nats, fit.best.rmse_nats, color="#EEEEEE", zorder=0)
             axes.axhline(0.0, color=INK, linewidth=1.0, zorder=1)
             axes.set_ylabel("measured - predicted\n(nats per target token)")
-        for cell in fit.used:
-            look = looks[cell.target_tokens]
-            draw_point(by_rank, cell.rank, cell.measured - cell.predicted, look, size=6.5)
-            draw_point(by_length, cell.target_tokens, cell.measured - cell.predicted, look, size=6.5)
-        logarithmic(by_rank, "x", {cell.rank for cell in fit.used})
-        logarithmic(by_length, "x", {cell.target_tokens for cell in fit.used})
+        for run, predicted in fit.used:
+            look = looks[run.target_tokens]
+            draw_point(by_rank, run.rank, run.loss_reduction - predicted, look, size=6.5)
+            draw_point(by_length, run.target_tokens, run.loss_reduction - predicted, look, size=6.5)
+        logarithmic(by_rank, "x", {run.rank for run, _ in fit.used})
+        logarithmic(by_length, "x", {run.target_tokens for run, _ in fit.used})
         by_rank.set_xlabel("LoRA rank")
         by_length.set_xlabel("target tokens")
     return figure
 
 
-def _shown(fit: LawFit, cells: Iterable[Cell]) -> tuple[list[Cell], list[Cell]]:
-    """The cells that the fit used, and the saturated ones."""
-    used = set(map(_key, fit.used))
+def _shown(fit: LawFit, runs: Iterable[Observation]) -> tuple[list[Observation], list[Observation]]:
+    """The runs that the fit used, and the saturated ones."""
+    used = {_key(run) for run, _ in fit.used}
     filled, hollow = [], []
-    for cell in cells:
-        if cell.finished and 0 < cell.loss_reduction < math.inf and saturated(cell):
-            hollow.append(cell)
-        elif _key(cell) in used:
-            filled.append(cell)
+    for run in runs:
+        if run.finished and 0 < run.loss_reduction < math.inf and saturated(run):
+            hollow.append(run)
+        elif _key(run) in used:
+            filled.append(run)
     return filled, hollow
 
 
-def _key(cell: Cell | LawCell) -> tuple[str, int, int, int]:
-    return cell.source, cell.rank, cell.target_tokens, cell.seed
+def _key(run: Observation) -> tuple[str, int, int, int]:
+    return run.source, run.rank, run.target_tokens, run.seed
 
 
-def _looks(cells: Iterable[Cell]) -> Looks:
-    return looks_of(sorted({cell.target_tokens for cell in cells}))
+def _looks(runs: Iterable[Observation]) -> Looks:
+    return looks_of(sorted({run.target_tokens for run in runs}))
 
 
 def _length_handles(looks: Looks, **line: float) -> list[Line2D]:
@@ -145,45 +148,50 @@ def _length_handles(looks: Looks, **line: float) -> list[Line2D]:
     ]
 
 
-def _handles(looks: Looks, hollow: list[Cell]) -> list[Line2D]:
+def _handles(looks: Looks, hollow: list[Observation]) -> list[Line2D]:
     """Lines with their markers, and what hollow means where something is."""
     lines = [Line2D([], [], color=c, marker=m, markersize=6, label=f"{value:,}") for value, (c, m) in looks.items()]
     return [*lines, hollow_handle("saturated")] if hollow else lines
 
 
 def _draw_reduction(
-    axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Cell], looks: Looks, by: Literal["rank", "length"]
+    axes: Axes,
+    fit: LawFit,
+    filled: list[Observation],
+    hollow: list[Observation],
+    looks: Looks,
+    by: Literal["rank", "length"],
 ) -> None:
     """Loss reduction against rank or length, with a line of the fit and its band for each value of the other one."""
-    cells = filled + hollow
-    in_fit = cells if FORMS[fit.form].bounded else filled
-    at = sorted({_along(cell, by) for cell in cells})
+    runs = filled + hollow
+    in_fit = runs if FORMS[fit.form].saturating else filled
+    at = sorted({_along(run, by) for run in runs})
     everywhere = np.geomspace(at[0], at[-1], 200)
-    for value, (colour, _) in looks.items() if fit.knows_ranks else ():
+    for value, (colour, _) in looks.items() if fit.predicts_ranks else ():
         axes.plot(everywhere, _law(fit, everywhere, value, by), color=colour, linewidth=1.2, linestyle=":", zorder=1)
-        used = [_along(cell, by) for cell in in_fit if _other(cell, by) == value]
+        used = [_along(run, by) for run in in_fit if _other(run, by) == value]
         if used:
             inside = np.geomspace(min(used), max(used), 100)
             axes.plot(inside, _law(fit, inside, value, by), color=colour, linewidth=1.8, zorder=2)
             _draw_band(axes, fit, inside, value, by, colour)
     for group in (hollow, filled):
-        for cell in group:
-            look = looks[_other(cell, by)]
-            draw_point(axes, _along(cell, by), cell.loss_reduction, look, is_hollow=group is hollow, size=7)
+        for run in group:
+            look = looks[_other(run, by)]
+            draw_point(axes, _along(run, by), run.loss_reduction, look, is_hollow=group is hollow, size=7)
     logarithmic(axes, "x", at)
-    # A line may climb past what any run can reach, the frozen model's loss; the measured cells set the scale.
-    _logarithmic_losses(axes, [cell.loss_reduction for cell in cells])
+    # A line may climb past what any run can reach, the frozen model's loss; the measured runs set the scale.
+    _logarithmic_losses(axes, [run.loss_reduction for run in runs])
     axes.set(xlabel="LoRA rank" if by == "rank" else "target tokens", ylabel=REDUCTION)
-    if not fit.knows_ranks:
+    if not fit.predicts_ranks:
         axes.set_title("no lines: parameters per rank differ", fontsize=12)
 
 
-def _along(cell: Cell, by: str) -> int:
-    return cell.rank if by == "rank" else cell.target_tokens
+def _along(run: Observation, by: str) -> int:
+    return run.rank if by == "rank" else run.target_tokens
 
 
-def _other(cell: Cell, by: str) -> int:
-    return cell.target_tokens if by == "rank" else cell.rank
+def _other(run: Observation, by: str) -> int:
+    return run.target_tokens if by == "rank" else run.rank
 
 
 def _law(fit: LawFit, along: Array, other: int, by: str) -> Array:
@@ -191,7 +199,7 @@ def _law(fit: LawFit, along: Array, other: int, by: str) -> Array:
 
 
 def _draw_band(axes: Axes, fit: LawFit, along: Array, other: int, by: str, colour: str) -> None:
-    """The 95 % interval of the law's mean, from the bootstrap over cells."""
+    """The 95 % interval of the law's mean, from the bootstrap over runs."""
     ranks, lengths = (along, np.full_like(along, other)) if by == "rank" else (np.full_like(along, other), along)
     low, high = np.percentile(fit.predict_draws(ranks, lengths), (2.5, 97.5), axis=0)
     axes.fill_between(along, low, high, color=colour, alpha=0.15, linewidth=0, zorder=1)
@@ -209,23 +217,25 @@ def _logarithmic_losses(axes: Axes, measured: list[float]) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _draw_agreement(axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Cell], looks: Looks) -> None:
+def _draw_agreement(
+    axes: Axes, fit: LawFit, filled: list[Observation], hollow: list[Observation], looks: Looks
+) -> None:
     """Predicted against measured."""
-    values = [cell.loss_reduction for cell in (*hollow, *filled)] + [cell.predicted for cell in fit.used]
+    values = [run.loss_reduction for run in (*hollow, *filled)] + [predicted for _, predicted in fit.used]
     span = max(values) - min(values)
-    # Without a ceiling, what the law says of saturated cells may be so large that the others would be squeezed.
-    beyond_them = hollow and not FORMS[fit.form].bounded
+    # Without a ceiling, what the law says of saturated runs may be so large that the others would be squeezed.
+    beyond_them = hollow and not FORMS[fit.form].saturating
     limits = (min(values) - 0.06 * span, max(values) + (0.3 if beyond_them else 0.06) * span)
     edge, beyond = limits[1] - 0.03 * span, 0
-    # What the law says of each run with that run's own frozen loss, as everywhere else that errors are counted.
-    foretold = dict(zip(map(_key, fit.cells), fit.best.predicted, strict=True))
-    for cell in (*hollow, *filled):
-        predicted = foretold.get(_key(cell))
+    # Given each run's own initial loss, as for every other error.
+    by_run = dict(zip(map(_key, fit.observations), fit.best.predicted, strict=True))
+    for run in (*hollow, *filled):
+        predicted = by_run.get(_key(run))
         if predicted is None:
-            predicted = float(fit.predict(cell.rank, cell.target_tokens))
+            predicted = float(fit.predict(run.rank, run.target_tokens))
         beyond += predicted > edge
         shown = min(predicted, edge)
-        draw_point(axes, cell.loss_reduction, shown, looks[cell.target_tokens], is_hollow=cell in hollow)
+        draw_point(axes, run.loss_reduction, shown, looks[run.target_tokens], is_hollow=run in hollow)
     axes.plot(limits, limits, color=INK, linewidth=1.2, linestyle="--", zorder=1, label="identity")
     axes.set(xlim=limits, ylim=limits, aspect="equal")
     axes.yaxis.set_major_locator(MaxNLocator(7))
@@ -239,15 +249,15 @@ def _draw_agreement(axes: Axes, fit: LawFit, filled: list[Cell], hollow: list[Ce
 
 def _math(fit: LawFit) -> str:
     """The law as mathematical text."""
-    return f"${fit.latex()}$"
+    return f"${fit.equation().latex}$"
 
 
 def _setting(fit: LawFit) -> str:
     """What the runs have in common and how many warnings the fit has, in one line."""
     setting = fit.setting
     caution = f"{len(fit.warnings)} warning{'s' if len(fit.warnings) > 1 else ''} with the fit" if fit.warnings else ""
-    if not setting:
-        return caution
+    if "backbone" not in setting:
+        return ", ".join(filter(None, (literal(", ".join(setting.get("files", []))), caution)))
     block = ", ".join(str(index) for index in setting.get("block", ["any"]))
     placement = setting.get("placement", "any placement")
     placement = placement if isinstance(placement, str) else " ".join(placement)

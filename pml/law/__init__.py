@@ -1,65 +1,63 @@
-"""The Parametric Memory Law: by how much a LoRA adapter of a given size lowers the loss on a given number of tokens.
+"""The Parametric Memory Law: how far a LoRA adapter of a given size reduces the loss on a given number of tokens.
 
     dL(r, l) = C r^alpha l^(-beta) + b                                                     (Eq. 6)
 
-dL is the loss reduction in nats per target token, r the LoRA rank, l the number of target tokens to memorise, summed
-over the corpus. `forms` has this law and those that know its ceiling, `cells` what a run says about it, `content` the
-file that a fit leaves, `fitting` how it is fitted, `uncertainty` how far it can be trusted, `findings` what to say of
-it in words.
+dL is the loss reduction in nats per target token, r the LoRA rank, and l the number of target tokens to memorise,
+summed over the corpus. Read in this order:
+
+    forms           the law as one function, and its forms as `lmfit.Parameters`
+    observations    what a run measured, and which runs belong to one law; `csv_file`: measurements from elsewhere
+    least_squares   the lmfit fit of one form, and many refits at once
+    intervals       noise, standard errors, profile likelihood, bootstrap; `texts`: how texts differ
+    selection       AICc and held-out prediction
+    fit             `fit_law`, which brings these together
+    prediction      `LawFit`: predictions with intervals, and `law.json` (`schema`, `equation`)
+    diagnostics     warnings; `tables`: what commands and pages show
 """
 
-from pml.law.cells import (
+from pml.groups import select_records, shared_setting
+from pml.law.csv_file import read_csv
+from pml.law.equation import Equation
+from pml.law.fit import fit_law
+from pml.law.forms import FORMS, AdapterSize, Form, FormName, loss_reduction
+from pml.law.observations import (
     CRITICAL_LOSS,
-    Cell,
-    LeftOutCell,
+    LeftOutRun,
+    Observation,
     Reason,
-    cells_from_records,
+    observations_from_records,
     saturated,
-    select_records,
-    shared_setting,
     unconverged,
 )
-from pml.law.content import (
-    FACTORS,
-    LAW_NAME,
-    Estimate,
-    Factor,
-    FormFit,
-    HeldOut,
-    LawCell,
-    LawFit,
-    Misfit,
-    Prediction,
-    RunDraws,
-    percentiles,
-    read_law,
-)
-from pml.law.fitting import fit_law
-from pml.law.forms import FORMS, CapacityName, Form, FormName
+from pml.law.prediction import LAW_NAME, LawFit, read_law
+from pml.law.schema import FACTORS, Estimate, Factor, FormFit, HeldOut, Prediction, RunDraws, percentiles
+from pml.law.texts import OTHER_KIND
 
 __all__ = [
     "CRITICAL_LOSS",
     "FACTORS",
     "FORMS",
     "LAW_NAME",
-    "CapacityName",
-    "Cell",
+    "OTHER_KIND",
+    "AdapterSize",
+    "Equation",
     "Estimate",
     "Factor",
     "Form",
     "FormFit",
     "FormName",
     "HeldOut",
-    "LawCell",
     "LawFit",
-    "LeftOutCell",
-    "Misfit",
+    "LeftOutRun",
+    "Observation",
     "Prediction",
     "Reason",
     "RunDraws",
-    "cells_from_records",
     "fit_law",
+    "loss_reduction",
+    "observations_from_records",
     "percentiles",
+    "read_csv",
     "read_law",
     "saturated",
     "select_records",

@@ -1,50 +1,159 @@
-"""The forms of the law as functions of their parameters: loss reduction in nats per target token, and its slopes.
+"""The Parametric Memory Law as one function of named parameters, and its forms as `lmfit.Parameters` on it.
 
-Every form is an offset plus a power of the adapter's size and the length, and most know a ceiling:
+    dL(r, l) = b + min_p(C r^alpha l^(-beta), L0 - b)            min_p(x, c) = (x^-p + c^-p)^(-1/p)
 
-    dL = offset + min_p(C s^alpha l^(-beta), L0 - offset)      min_p(x, c) = (x^-p + c^-p)^(-1/p)
-
-s is the rank or the number of effective parameters, L0 the frozen model's loss, which no run can lower by more than
-itself. min_p is a smooth minimum: the power law while x is small, the ceiling when it is large, and the plain minimum
-for a knee p without end. The offset is nothing, a fitted b, or L0 - H / l, the frozen model's distance from guessing
-uniformly, for a corpus of H nats: what lies above it is information that the adapter holds.
-
-Positive parameters are handled as logarithms, which keeps them positive without a bound.
+Every form is this equation with some parameters fixed or tied. Without the minimum it is the paper's law (Eq. 6).
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Final, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Final, Literal
 
+import lmfit
 import numpy as np
 import numpy.typing as npt
 
+from pml.groups import AdapterSize
+
 __all__ = [
     "FORMS",
-    "KNEE_RANGE",
-    "SHARPEST_KNEE",
+    "POSITIVE",
+    "SHARPNESS_RANGE",
+    "AdapterSize",
     "Array",
-    "CapacityName",
     "Form",
     "FormName",
     "Points",
-    "reduction",
+    "gradient",
+    "loss_reduction",
     "sensitivity",
-    "slopes",
 ]
 
 Array = npt.NDArray[np.float64]
 FormName = Literal["power", "power_offset", "ceiling", "ceiling_offset", "entropy_power", "stored_bits"]
-CapacityName = Literal["rank", "effective_parameters"]
 
-SHARPEST_KNEE: Final = 32.0
-"""From here on the smooth minimum is the plain one to 2 %, so cells cannot tell larger knees apart."""
-SMOOTHEST_KNEE: Final = 0.5
-KNEE_RANGE: Final = (math.log(SMOOTHEST_KNEE), math.log(SHARPEST_KNEE))
-"""Of ln knee; past its ends a knee makes no difference any more."""
-# Bounds the exponent while a start wanders, so that squares of residuals stay finite.
-LARGEST_EXPONENT: Final = 300.0
+SHARPNESS_RANGE: Final = (0.5, 32.0)
+"""At 32 the soft minimum is the plain one to 2 %, so runs cannot distinguish larger values."""
+POSITIVE: Final = ("C", "bits_per_parameter", "sharpness")
+"""Parameters above 0. The bootstrap fits their logarithms, and their intervals are symmetric in the logarithm."""
+# Stands for no ceiling, and keeps squared residuals finite while a fit tries extreme exponents.
+LARGEST_LOG: Final = 300.0
+SMALLEST_CEILING: Final = 1e-9
+
+
+def loss_reduction(
+    rank: npt.ArrayLike,
+    target_tokens: npt.ArrayLike,
+    initial_loss: npt.ArrayLike = math.inf,
+    *,
+    C: npt.ArrayLike,
+    alpha: npt.ArrayLike,
+    beta: npt.ArrayLike,
+    b: npt.ArrayLike = 0.0,
+    sharpness: npt.ArrayLike = math.inf,
+) -> Array:
+    """Loss reduction in nats per target token, dL = b + min_p(C r^alpha l^(-beta), L0 - b).
+
+    All arguments broadcast.
+
+    Args:
+        rank: LoRA rank r, or the number of effective parameters, whichever the law counts as the adapter's size.
+        target_tokens: Length l.
+        initial_loss: Loss of the frozen model L0, which no run can reduce by more than itself. Infinite leaves the
+            power law without a ceiling.
+        C: Power term at size 1 and one target token, in nats.
+        alpha: Exponent of the size.
+        beta: Exponent of the length.
+        b: Offset in nats.
+        sharpness: p of the soft minimum; infinite is the plain minimum.
+
+    Example:
+        >>> round(float(loss_reduction(4, 100, C=40, alpha=0.5, beta=0.5, b=1)), 9)  # 40 * 2 / 10 + 1
+        9.0
+        >>> round(float(loss_reduction(4, 100, 12, C=40, alpha=0.5, beta=0.5, sharpness=1)), 9)  # 1 / (1/8 + 1/12)
+        4.8
+    """
+    log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, C=C, alpha=alpha, beta=beta, b=b)
+    if np.all(np.isinf(sharpness)):
+        return np.asarray(b + np.exp(np.minimum(log_power, log_ceiling)))
+    p = np.asarray(sharpness)
+    return np.asarray(b + np.exp(-np.logaddexp(-p * log_power, -p * log_ceiling) / p))
+
+
+def sensitivity(*where: npt.ArrayLike, sharpness: npt.ArrayLike = math.inf, **parameters: npt.ArrayLike) -> Array:
+    """Derivative of the loss reduction with respect to its power term: 1 far below the ceiling, 0 at it.
+
+    A run's deviation from the power law reaches its loss by this share. Arguments as in `loss_reduction`.
+    """
+    log_power, log_ceiling = _log_terms(*where, **parameters)
+    if np.all(np.isinf(sharpness)):
+        return np.asarray(log_power < log_ceiling, dtype=np.float64)
+    return _share(log_power - log_ceiling, np.asarray(sharpness))
+
+
+def gradient(
+    *where: npt.ArrayLike, sharpness: npt.ArrayLike = math.inf, **parameters: npt.ArrayLike
+) -> dict[str, Array]:
+    """Derivatives of `loss_reduction` by ln C, alpha, beta, b and ln sharpness, under the parameters' names."""
+    log_power, log_ceiling = _log_terms(*where, **parameters)
+    reach = sensitivity(*where, sharpness=sharpness, **parameters)
+    if np.all(np.isinf(sharpness)):
+        by_ceiling, by_log_sharpness = 1.0 - reach, np.zeros_like(reach)
+    else:
+        p, gap = np.asarray(sharpness), log_power - log_ceiling
+        by_ceiling = _share(-gap, p)
+        log_sum = np.logaddexp(-p * log_power, -p * log_ceiling)
+        share = np.exp(-p * log_power - log_sum)
+        by_log_sharpness = np.exp(-log_sum / p) * (log_sum / p + log_ceiling + share * gap)
+    rank, target_tokens = where[:2] if where else (parameters["rank"], parameters["target_tokens"])
+    by_log_power = np.exp(log_power) * reach
+    return {
+        "C": by_log_power,
+        "alpha": by_log_power * np.log(rank),
+        "beta": -by_log_power * np.log(target_tokens),
+        "b": 1.0 - by_ceiling,
+        "sharpness": by_log_sharpness,
+    }
+
+
+def _log_terms(
+    rank: Any, target_tokens: Any, initial_loss: Any = math.inf, *, C: Any, alpha: Any, beta: Any, b: Any = 0.0
+) -> tuple[Array, Array]:
+    """Logarithms of the two arguments of the soft minimum."""
+    with np.errstate(divide="ignore"):
+        log_power = np.log(C) + alpha * np.log(rank) - beta * np.log(target_tokens)
+    ceiling = np.maximum(np.subtract(initial_loss, b), SMALLEST_CEILING)
+    return np.clip(log_power, -LARGEST_LOG, LARGEST_LOG), np.minimum(np.log(ceiling), LARGEST_LOG)
+
+
+def _share(gap: Array, sharpness: Array) -> Array:
+    """Derivative of min_p(x, c) with respect to x at ln(x / c)."""
+    return np.asarray(np.exp(-(1.0 + 1.0 / sharpness) * np.logaddexp(0.0, sharpness * gap)))
+
+
+@dataclass(frozen=True)
+class Points:
+    """Where a law is evaluated: arrays that broadcast, one entry for each run.
+
+    Attributes:
+        size: Rank or effective parameters, whichever the law counts.
+        target_tokens: Length.
+        effective_parameters: NaN where unknown.
+        initial_loss: Loss of the frozen model in nats per target token.
+        entropy: Information in the targets in nats per target token; NaN where unknown.
+    """
+
+    size: Array
+    target_tokens: Array
+    effective_parameters: Array
+    initial_loss: Array
+    entropy: Array
+
+    def at(self, chosen: npt.NDArray[np.bool_]) -> "Points":
+        """Some of the points."""
+        return Points(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -52,177 +161,114 @@ class Form:
     """One form of the law.
 
     Attributes:
-        name: What it is called in `law.json` and on the command line.
-        text: The equation.
-        meaning: When it is the right one, in a line.
-        offset: What the power is added to: nothing, a fitted `b`, or L0 - H / l of a corpus of H nats.
-        bounded: Whether it knows the ceiling, and hence uses saturated cells.
-        proportional: Whether both exponents are 1 and the size is the number of effective parameters: one constant,
-            `kappa` in bits per effective parameter.
+        name: Its name in `law.json` and on the command line.
+        text: The equation, with s for the adapter's size.
+        meaning: When it applies.
+        offset: What b is: 0, fitted, or known for each run as L0 - H / l, the distance of the frozen model from a
+            uniform guess over a corpus of H nats.
+        saturating: Whether it has the ceiling L0, and so describes saturated runs too.
+        proportional: Whether the power term is `bits_per_parameter` times the effective parameters, in bits.
     """
 
     name: FormName
     text: str
     meaning: str
-    offset: Literal["none", "fitted", "entropy"] = "none"
-    bounded: bool = False
+    offset: Literal["zero", "fitted", "known"] = "zero"
+    saturating: bool = False
     proportional: bool = False
 
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the fitted parameters, in order."""
-        power = ("kappa",) if self.proportional else ("C", "alpha", "beta")
-        return power + (("b",) if self.offset == "fitted" else ()) + (("knee",) if self.bounded else ())
+    def parameters(self, **values: float) -> lmfit.Parameters:
+        """The form as `lmfit.Parameters`: which vary, which are fixed or tied, and their bounds.
 
-    @property
-    def text_share(self) -> float:
-        """Of a nat more that the frozen model loses on one text than on another, how much the form takes off."""
-        return 1.0 if self.offset == "entropy" else 0.0
+        Args:
+            values: Initial values of those that vary.
+        """
+        found = lmfit.Parameters()
+        if self.proportional:
+            found.add("bits_per_parameter", 1.0, min=0.0)
+            found.add("C", expr="bits_per_parameter * log(2)")
+            found.add("alpha", 1.0, vary=False)
+            found.add("beta", 1.0, vary=False)
+        else:
+            found.add("C", 1.0, min=0.0)
+            found.add("alpha", 0.5)
+            found.add("beta", 0.5)
+        if self.offset != "known":
+            found.add("b", 0.0, vary=self.offset == "fitted")
+        if self.saturating:
+            low, high = SHARPNESS_RANGE
+            found.add("sharpness", 6.0, min=low, max=high)
+        for name, value in values.items():
+            found[name].value = value
+        return found
+
+    @cached_property
+    def fitted(self) -> tuple[str, ...]:
+        """Names of the parameters that vary, in order."""
+        return tuple(name for name, parameter in self.parameters().items() if parameter.vary)
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether the corpus' information has to be known."""
-        return self.offset == "entropy"
+        """Whether the information in the corpus has to be known."""
+        return self.offset == "known"
+
+    def arguments(self, values: Mapping[str, Any], points: Points) -> dict[str, Any]:
+        """Arguments of `loss_reduction` for values of the fitted parameters, which may be arrays that broadcast."""
+        if self.proportional:
+            power = {"C": math.log(2) * values["bits_per_parameter"], "alpha": 1.0, "beta": 1.0}
+        else:
+            power = {name: values[name] for name in ("C", "alpha", "beta")}
+        return power | {
+            "rank": points.effective_parameters if self.proportional else points.size,
+            "target_tokens": points.target_tokens,
+            "initial_loss": points.initial_loss if self.saturating else math.inf,
+            "b": points.initial_loss - points.entropy if self.offset == "known" else values.get("b", 0.0),
+            "sharpness": values.get("sharpness", math.inf),
+        }
+
+    def evaluate(self, values: Mapping[str, Any], points: Points) -> Array:
+        """Loss reduction in nats per target token at these points."""
+        return loss_reduction(**self.arguments(values, points))
+
+    def sensitivity(self, values: Mapping[str, Any], points: Points) -> Array:
+        """The share of a run's deviation from the power law that reaches its loss; see `sensitivity`."""
+        return np.broadcast_to(sensitivity(**self.arguments(values, points)), np.shape(self.evaluate(values, points)))
+
+    def gradient(self, values: Mapping[str, Any], points: Points, names: tuple[str, ...]) -> Array:
+        """Derivatives by these parameters, those in `POSITIVE` by their logarithm, stacked in the last axis."""
+        by_name = gradient(**self.arguments(values, points))
+        by_name["bits_per_parameter"] = by_name["C"]
+        return np.stack(np.broadcast_arrays(*(by_name[name] for name in names)), axis=-1)
 
 
 FORMS: Final[dict[FormName, Form]] = {
     form.name: form
     for form in (
-        Form("power", "dL = C s^alpha l^-beta", "far below the ceiling, nothing to take off"),
-        Form("power_offset", "dL = C s^alpha l^-beta + b", "the paper's law (Eq. 6), unsaturated cells", "fitted"),
-        Form("ceiling", "dL = min(C s^alpha l^-beta, L0)", "as `power`, up to the frozen model's loss", "none", True),
+        Form("power", "dL = C s^alpha l^-beta", "far below the ceiling, without offset"),
+        Form("power_offset", "dL = C s^alpha l^-beta + b", "the paper's law (Eq. 6), unsaturated runs", "fitted"),
+        Form("ceiling", "dL = min(C s^alpha l^-beta, L0)", "`power` up to the frozen model's loss", "zero", True),
         Form(
             "ceiling_offset",
             "dL = b + min(C s^alpha l^-beta, L0 - b)",
-            "the paper's law, up to the frozen model's loss",
+            "the paper's law up to the frozen model's loss",
             "fitted",
             True,
         ),
         Form(
             "entropy_power",
             "dL = L0 - H/l + min(C s^alpha l^-beta, H/l)",
-            "a power of what is stored, once the frozen model's distance from uniform is taken off",
-            "entropy",
+            "stored information as a power law, after the frozen model's distance from uniform",
+            "known",
             True,
         ),
         Form(
             "stored_bits",
             "stored bits = min(kappa P, H)",
-            "every effective parameter stores kappa bits, until the corpus is stored",
-            "entropy",
+            "every effective parameter stores kappa bits until the corpus is stored",
+            "known",
             True,
             True,
         ),
     )
 }
 """By name, the simplest first."""
-
-
-@dataclass(frozen=True)
-class Points:
-    """Where the law is evaluated, one entry a cell (or a prediction).
-
-    Attributes:
-        log_size: ln of the rank or of the effective parameters, as the law counts.
-        log_tokens: ln of the length in target tokens.
-        log_parameters: ln of the effective parameters; NaN where unknown.
-        initial_loss: L0 in nats per target token.
-        entropy: H / l in nats per target token; NaN where unknown.
-    """
-
-    log_size: Array
-    log_tokens: Array
-    log_parameters: Array
-    initial_loss: Array
-    entropy: Array
-
-    def shifted(self, log_size: float, log_tokens: float) -> "Points":
-        """The same with sizes and lengths in another unit: these logarithms are subtracted."""
-        return replace(self, log_size=self.log_size - log_size, log_tokens=self.log_tokens - log_tokens)
-
-    def at(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> "Points":
-        """Some of the points."""
-        return Points(
-            self.log_size[chosen],
-            self.log_tokens[chosen],
-            self.log_parameters[chosen],
-            self.initial_loss[chosen],
-            self.entropy[chosen],
-        )
-
-
-def reduction(form: Form, theta: Array | Sequence[float], points: Points) -> Array:
-    """Loss reduction in nats per target token.
-
-    Args:
-        form: The form.
-        theta: `(..., parameters)`: the form's parameters in order, ln C, ln kappa and ln knee in place of C, kappa and
-            knee.
-        points: n points.
-
-    Returns:
-        `(..., n)`.
-    """
-    log_power, offset, values = _terms(form, theta, points)
-    if not form.bounded:
-        return np.exp(log_power) + offset
-    log_ceiling = np.log(np.maximum(points.initial_loss - offset, 1e-9))
-    knee = np.exp(values[-1])
-    return np.exp(-np.logaddexp(-knee * log_power, -knee * log_ceiling) / knee) + offset
-
-
-def slopes(form: Form, theta: Array | Sequence[float], points: Points) -> Array:
-    """Derivatives of `reduction` with respect to the parameters as they stand in `theta`, `(..., n, parameters)`."""
-    log_power, offset, values = _terms(form, theta, points)
-    if form.bounded:
-        log_ceiling = np.log(np.maximum(points.initial_loss - offset, 1e-9))
-        knee = np.exp(values[-1])
-        log_sum = np.logaddexp(-knee * log_power, -knee * log_ceiling)
-        value = np.exp(-log_sum / knee)
-        # The share of the smooth minimum's slope that the power has; the ceiling has the rest.
-        share = np.exp(-knee * log_power - log_sum)
-        by_power = value * share
-        by_offset = 1.0 - value * (1.0 - share) / np.maximum(points.initial_loss - offset, 1e-9)
-        by_knee = value * (log_sum / knee + share * log_power + (1.0 - share) * log_ceiling)
-    else:
-        by_power, by_offset, by_knee = np.exp(log_power), np.ones_like(log_power), np.zeros_like(log_power)
-    columns = [by_power]
-    if not form.proportional:
-        columns += [by_power * points.log_size, -by_power * points.log_tokens]
-    if form.offset == "fitted":
-        columns.append(by_offset)
-    if form.bounded:
-        columns.append(by_knee)
-    return np.stack(np.broadcast_arrays(*columns), axis=-1)
-
-
-def sensitivity(form: Form, theta: Array | Sequence[float], points: Points) -> Array:
-    """By how much dL changes per change of the power term, `(..., n)`: 1 far below the ceiling, 0 at it.
-
-    It is the share of a run's luck that gets through to its loss: near the ceiling every run ends alike.
-    """
-    if not form.bounded:
-        return np.ones_like(reduction(form, theta, points))
-    log_power, offset, values = _terms(form, theta, points)
-    log_ceiling = np.log(np.maximum(points.initial_loss - offset, 1e-9))
-    knee = np.exp(values[-1])
-    return np.exp(-(1.0 + 1.0 / knee) * np.logaddexp(0.0, knee * (log_power - log_ceiling)))
-
-
-def _terms(form: Form, theta: Array | Sequence[float], points: Points) -> tuple[Array, Array, list[Array]]:
-    """Logarithm of the power term, the offset, and the parameters one by one, all ready to broadcast with points."""
-    values = np.asarray(theta, dtype=np.float64)
-    one_by_one = [values[..., i, None] for i in range(values.shape[-1])]
-    if form.proportional:
-        # kappa bits per parameter, spread over the target tokens.
-        log_power = one_by_one[0] + math.log(math.log(2)) + points.log_parameters - points.log_tokens
-    else:
-        log_power = one_by_one[0] + one_by_one[1] * points.log_size - one_by_one[2] * points.log_tokens
-    log_power = np.clip(log_power, -LARGEST_EXPONENT, LARGEST_EXPONENT)
-    if form.offset == "fitted":
-        offset = one_by_one[3]
-    elif form.offset == "entropy":
-        offset = points.initial_loss - points.entropy
-    else:
-        offset = np.zeros(1)
-    return log_power, offset, one_by_one

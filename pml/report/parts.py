@@ -1,12 +1,13 @@
-"""What a page is put together from: figures with their words, and tables of text."""
+"""What a page is put together from: figures with their words, and words for numbers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from pml.figures import NothingToShow, png_bytes, settle, svg_data_uri
+from pml.tables import TextTable
 
 __all__ = ["Panel", "TextTable", "count", "draw", "shown"]
 
@@ -32,27 +33,6 @@ class Panel:
     svg: str = ""
     png: bytes = field(default=b"", repr=False)
     missing: str = ""
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """A table of text.
-
-    Attributes:
-        title: What it lists.
-        columns: Their names.
-        rows: As many values as there are columns.
-        words: Columns of words, which are set to the left; the others are numbers.
-        note: How to read it.
-        small: Whether it is long, and so set in smaller letters.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    words: Sequence[int] = (0,)
-    note: str = ""
-    small: bool = False
 
 
 def draw(name: str, title: str, caption: str, alt: str, make: Callable[[], Figure]) -> Panel:

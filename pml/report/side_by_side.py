@@ -1,4 +1,4 @@
-"""Laws beside each other: how exponents and capacity move with the budget, the rate, the place or the method."""
+"""Laws side by side: how exponents and bits per parameter change with budget, learning rate, placement or method."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from pml.figures import side_by_side_figure
 from pml.law import FORMS, Estimate, FormFit, FormName, LawFit, unconverged
-from pml.report.law_part import NAMES, SYMBOLS, UNITS, interval_text
-from pml.report.parts import Panel, TextTable, draw
+from pml.law.tables import SYMBOLS
+from pml.report.parts import Panel, draw
+from pml.tables import TextTable, show_interval
 
 __all__ = ["SideBySide", "common_form", "side_by_side"]
 
@@ -30,15 +31,15 @@ class SideBySide:
 def common_form(laws: Mapping[str, LawFit]) -> FormName | None:
     """The form in which laws are best compared: of those whose exponents all laws determine, with the smallest AICc.
 
-    The laws are of different cells, so their criteria add up; where some law has too few sizes for one, the simplest is
-    taken. Where there is no such form, it is the one of bits per parameter if all have that, and None otherwise.
+    The laws are of different runs, so their criteria add up; if some law has too few grid points for one, the simplest
+    is taken. Where there is no such form, it is the one of bits per parameter if all have that, and None otherwise.
     """
     fits = [{fit.form: fit for fit in law.fits if fit.determined} for law in laws.values()]
     shared = [name for name, form in FORMS.items() if not form.proportional and all(name in found for found in fits)]
 
     def criterion(name: FormName) -> tuple[float, int]:
         total = sum(math.inf if (value := found[name].aicc) is None else value for found in fits)
-        return total, len(FORMS[name].parameters)
+        return total, len(FORMS[name].fitted)
 
     of_bits: FormName | None = "stored_bits" if all("stored_bits" in found for found in fits) else None
     return min(shared, key=criterion, default=of_bits)
@@ -49,21 +50,21 @@ def side_by_side(laws: Mapping[str, LawFit]) -> SideBySide | None:
     if len(laws) < 2 or (form := common_form(laws)) is None:
         return None
     fits = {label: law.fit_of(form) for label, law in laws.items()}
-    names = [name for name in ("alpha", "beta") if name in FORMS[form].parameters]
+    names = [name for name in ("alpha", "beta") if name in FORMS[form].fitted]
     parameters = {
         label: {name: fit.parameters[name] for name in names}
-        | ({"kappa": kappa} if (kappa := laws[label].kappa) else {})
+        | ({"bits_per_parameter": kappa} if (kappa := laws[label].bits_per_parameter) else {})
         for label, fit in fits.items()
     }
-    symbols = {name: SYMBOLS[name] + UNITS.get(name, "") for name in (*names, "kappa")}
+    symbols = {name: SYMBOLS[name] for name in (*names, "bits_per_parameter")}
     if FORMS[form].proportional:
         why = "No form with exponents is determined in all."
     elif any(fit.aicc is None for fit in fits.values()):
-        why = "Of the forms with exponents that all determine it is the simplest; some have too few sizes for AICc."
+        why = "It is the simplest form with exponents that all determine; some have too few grid points for AICc."
     else:
-        why = "Of the forms with exponents that all determine, its AICc is the smallest over all of their runs."
+        why = "Of the forms with exponents that all determine, it has the smallest total AICc."
     return SideBySide(
-        note=f"In one form, so that numbers can be compared: {NAMES[form]}, {FORMS[form].text}. {why}",
+        note=f"In one form, so that numbers can be compared: {form}, {FORMS[form].text}. {why}",
         panel=draw(
             "side-by-side",
             "Parameters of the laws",
@@ -76,7 +77,7 @@ def side_by_side(laws: Mapping[str, LawFit]) -> SideBySide | None:
             (
                 "law",
                 *(f"{SYMBOLS[name]} (95 %)" for name in names),
-                f"{SYMBOLS['kappa']} in bits (95 %)",
+                f"{SYMBOLS['bits_per_parameter']} (95 %)",
                 "R\N{SUPERSCRIPT TWO}",
                 "form chosen for it",
                 "runs",
@@ -94,13 +95,13 @@ def _row(label: str, law: LawFit, fit: FormFit, names: Sequence[str]) -> list[st
     return [
         label,
         *(_with_interval(fit.parameters[name]) for name in names),
-        "-" if law.kappa is None else _with_interval(law.kappa),
+        "-" if law.bits_per_parameter is None else _with_interval(law.bits_per_parameter),
         f"{fit.r2:.4f}",
-        NAMES[law.form],
-        f"{len(law.cells):,}",
-        f"{sum(map(unconverged, law.cells)):,}",
+        law.form,
+        f"{len(law.observations):,}",
+        f"{sum(map(unconverged, law.observations)):,}",
     ]
 
 
 def _with_interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.3g} ({interval_text(estimate.interval)})"
+    return f"{estimate.value:.3g} ({show_interval(estimate.interval)})"

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from pml.compare import Comparison, Difference, Interval, compare
 from pml.errors import InputError
 from pml.figures import (
@@ -20,11 +18,11 @@ from pml.figures import (
 )
 from pml.figures.capacity import CAPACITIES
 from pml.groups import Group, differing, short_method_names
-from pml.law import CRITICAL_LOSS, Cell, LawFit, cells_from_records, saturated, shared_setting
+from pml.law import CRITICAL_LOSS, Equation, LawFit, Observation, observations_from_records, saturated, shared_setting
 from pml.records import Record
-from pml.report.law_part import LawPart, interval_text, law_part
-from pml.report.parts import Panel, TextTable, count, draw, shown, spans
-from pml.tables import show_loss, show_percent
+from pml.report.law_part import LawPart, law_part
+from pml.report.parts import Panel, count, draw, shown, spans
+from pml.tables import TextTable, show_interval, show_loss, show_percent
 from pml.token_results import FirstPositions, TokenResults, first_positions, rank_correlation, read_tokens
 
 __all__ = ["Card", "MethodPart", "Study", "laws_by_name", "make_studies"]
@@ -38,7 +36,7 @@ class Card:
     """One group of runs in short: its equation and a few facts by name."""
 
     title: str
-    equation: Markup
+    equation: Equation
     facts: list[tuple[str, str]]
 
 
@@ -208,7 +206,7 @@ def _tokens(records: Mapping[Path, Record]) -> tuple[dict[Path, TokenResults], l
 
 def _method_part(anchor: str, whose: str, group: Group, tokens: Mapping[Path, TokenResults]) -> MethodPart:
     records = _finished(group.records)
-    cells = cells_from_records(group.records)
+    cells = observations_from_records(group.records)
     law = law_part(cells, shared_setting(group.records), tokens.values(), anchor, whose)
     return MethodPart(
         anchor=anchor,
@@ -221,19 +219,19 @@ def _method_part(anchor: str, whose: str, group: Group, tokens: Mapping[Path, To
     )
 
 
-def _card(whose: str, group: Group, law: LawPart | None, records: list[Record], cells: list[Cell]) -> Card:
+def _card(whose: str, group: Group, law: LawPart | None, records: list[Record], cells: list[Observation]) -> Card:
     facts = [("runs", f"{len(group.records):,}")]
     if law is not None:
-        facts.append(("R² of the law", f"{law.fit.r2:.4f}"))
-        facts.append(("mean error of the law", f"{law.fit.mape_percent:.1f} %"))
-        facts.append(("saturated runs", f"{sum(map(saturated, law.fit.cells)):,}"))
+        facts.append(("R² of the law", f"{law.fit.best.r2:.4f}"))
+        facts.append(("mean error of the law", f"{law.fit.best.mape_percent:.1f} %"))
+        facts.append(("saturated runs", f"{sum(map(saturated, law.fit.observations)):,}"))
     if records:
         whole = sum(record.exact_match == 1 for record in records)
         facts.append(("everything recalled", f"{whole:,} of {count(len(records), 'run')}"))
-        kappa = law.fit.kappa if law is not None else None
+        kappa = law.fit.bits_per_parameter if law is not None else None
         if kappa is not None:
-            facts.append(("bits per parameter, kappa", f"{kappa.value:.3g} ({interval_text(kappa.interval)})"))
-    equation = law.equation if law is not None else Markup("")
+            facts.append(("bits per parameter", f"{kappa.value:.3g} ({show_interval(kappa.interval)})"))
+    equation = law.equation if law is not None else Equation("")
     return Card(whose, equation, facts)
 
 
@@ -344,7 +342,7 @@ def _first_failure_panel(anchor: str, of: str, tokens: Mapping[Path, TokenResult
     )
 
 
-def _capacity_panels(anchor: str, of: str, cells: list[Cell], law: LawPart | None) -> list[Panel]:
+def _capacity_panels(anchor: str, of: str, cells: list[Observation], law: LawPart | None) -> list[Panel]:
     finished = [cell for cell in cells if cell.finished]
     per_parameter = [
         cell.stored_bits / cell.effective_parameters
@@ -354,9 +352,9 @@ def _capacity_panels(anchor: str, of: str, cells: list[Cell], law: LawPart | Non
     below = sum(bits <= 0 for bits in per_parameter)
     hidden = f" {count(below, 'run')} with nothing stored: not drawn." if below else ""
     most = f"at most {max(per_parameter):.3g} bits per parameter" if per_parameter else ""
-    kappa = law.fit.kappa if law is not None else None
+    kappa = law.fit.bits_per_parameter if law is not None else None
     line = (
-        f" Solid: {kappa.value:.3g} bits per parameter (95 % interval {interval_text(kappa.interval)})."
+        f" Solid: {kappa.value:.3g} bits per parameter (95 % interval {show_interval(kappa.interval)})."
         if kappa
         else ""
     )
@@ -476,9 +474,9 @@ def _cells(groups: list[Group], parts: list[MethodPart]) -> TextTable:
     order = []
     short = short_method_names(group.method for group in groups)
     for group, part in zip(groups, parts, strict=True):
-        cells = cells_from_records(group.records)
+        cells = observations_from_records(group.records)
         bits = {cell.source: cell.stored_bits for cell in cells}
-        used = {cell.source: cell.predicted for cell in part.law.fit.used} if part.law else {}
+        used = {run.source: predicted for run, predicted in part.law.fit.used} if part.law else {}
         why: dict[str, str] = {cell.source: "saturated" for cell in cells if cell.finished and saturated(cell)}
         why |= {cell.source: cell.reason for cell in part.law.fit.left_out} if part.law else {}
         for path, record in group.records.items():

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from pml.default_backbone import fetch_default
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from callbacks import StopWhenRecalled
 from data_modules import Facts
 from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
+from pml.default_backbone import fetch_default
 from pml.encoding import TextEncoder
 from pml.errors import InputError
 from pml.modules import SFT

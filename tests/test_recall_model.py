@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import approx_fprime, minimize
 from scipy.stats import betabinom
 
-from pml.calibration import RecallModel, RunTokens, _Likelihood, fit_recall, run_tokens
+from pml.recall_model import RecallModel, RunTokens, _Likelihood, fit_recall, run_tokens
 from pml.token_results import TokenResults
 
 
@@ -109,7 +109,7 @@ def test_the_likelihood_and_its_gradient_are_those_of_every_target_by_itself(
     np.testing.assert_allclose(gradient, approx_fprime(at, plain_likelihood, 1e-6, others), rtol=1e-3, atol=1e-3)
 
 
-def test_a_run_is_foretold_by_a_plain_fit_to_the_others() -> None:
+def test_a_run_is_predicted_by_a_plain_fit_to_the_others() -> None:
     runs = runs_of_all_lengths()
     fitted, whole = fit_recall(runs), plain_fit(runs)
     assert fitted is not None
@@ -142,7 +142,7 @@ def test_the_maximum_without_one_run_is_found_among_many_targets() -> None:
 
 
 def test_of_more_runs_than_folds_those_of_one_fold_are_left_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pml.calibration.MOST_FOLDS", 4)
+    monkeypatch.setattr("pml.recall_model.MOST_FOLDS", 4)
     runs = runs_of_all_lengths()
     fitted = fit_recall(runs)
     assert fitted is not None

@@ -1,15 +1,15 @@
 """From loss to recall: how many target tokens, and how many whole targets, are right at a given mean loss.
 
-The threshold of recall is per token (p > 0.5 makes a token certain) and the mean hides it: at the same mean loss a few
-stubborn tokens or many doubtful ones are possible. How losses spread around their mean belongs to the backbone and the
-kind of text, so it is learnt from the per-token results that runs leave. The model has three numbers:
+The threshold of recall is per token (p > 0.5 makes a token certain), which the mean does not show: the same mean loss
+may come from a few stubborn tokens or from many doubtful ones. How losses spread around their mean depends on the
+backbone and the kind of text, so the model is fitted to the per-token results of runs. It has three numbers:
 
     q(L) = 1 / (1 + (L / L_half)^k)                       share of target tokens right at mean loss L
     right tokens of a target of n ~ BetaBinomial(n, q c, (1 - q) c)
 
 L_half is the mean loss at which half of the tokens are right, k how steeply that changes, and the concentration c says
-how alike the tokens of one target are: without end they are independent and a target is right with q^n; the smaller c,
-the more errors gather in few targets, and the more whole targets are right at the same token accuracy.
+how alike the tokens of one target are. For a large c they are independent and a target is right with q^n; for a small c
+errors concentrate in few targets, and more whole targets are right at the same token accuracy.
 """
 
 import math
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pydantic
 from scipy.optimize import minimize
-from scipy.special import betaln, digamma, expit, gammaln
+from scipy.special import betaln, digamma, expit
 from scipy.stats import binom
 
 from pml.token_results import TokenResults
@@ -39,7 +39,7 @@ BIN_EDGES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)
 SMALLEST_LOSS = 1e-6
 # Shares stay this far from 0 and 1, where the likelihood has no logarithm.
 SMALLEST_SHARE = 1e-12
-# A weak prior keeps what the runs cannot tell finite: normal, on ln k and ln c, as (mean, standard deviation).
+# A weak prior keeps what the runs do not determine finite: normal, on ln k and ln c, as (mean, standard deviation).
 STEEPNESS_PRIOR = (math.log(2.0), 1.0)
 CONCENTRATION_PRIOR = (math.log(20.0), 2.0)
 
@@ -66,13 +66,13 @@ class _Content(pydantic.BaseModel):
 
 
 class ReliabilityBin(_Content):
-    """Targets whose probability of being right was foretold to lie in one range, each from the other runs.
+    """Targets with a predicted probability of being right in one range, each predicted from the other runs.
 
     Attributes:
         low: Lower end of the range.
         high: Upper end.
         targets: How many.
-        predicted: Mean of the foretold probabilities.
+        predicted: Mean of the predicted probabilities.
         observed: Share that were right.
     """
 
@@ -95,12 +95,12 @@ class RecallModel(_Content):
         tokens: Target tokens in them.
         loss_range: Smallest and largest mean loss of these runs, nats per target token.
         tokens_per_target_range: Length of the shortest and the longest target.
-        token_accuracy_error: Mean absolute error of a run's token accuracy, as a share, foretold from the other runs.
+        token_accuracy_error: Mean absolute error of a run's token accuracy, as a share, predicted from the others.
         exact_match_error: The same of its exact match.
-        brier: Mean squared error of the foretold probability that a target is right, each from the other runs.
-        brier_reference: The same where every target is foretold the other runs' share of exact targets: a model that
-            is worth anything is below it.
-        reliability: Foretold against observed exact match.
+        brier: Mean squared error of the predicted probability that a target is right, each from the other runs.
+        brier_reference: The same if the other runs' share of exact targets is predicted for every target; a useful
+            model is below it.
+        reliability: Predicted against observed exact match.
     """
 
     half_loss: float = pydantic.Field(gt=0)
@@ -165,16 +165,16 @@ def run_tokens(results: TokenResults) -> RunTokens:
 
 
 def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
-    """The recall model of runs of one kind, by maximum likelihood with a weak prior, and how well it foretells.
+    """The recall model of runs of one kind, by maximum likelihood with a weak prior, and its calibration.
 
-    Every figure of merit is out of sample: a run is foretold from the others. Of more than 200 runs, every 200th is
-    left out together, so that the time grows in proportion to the runs.
+    Every error is out of sample: a run is predicted from the others. Of more than 200 runs, every 200th is left out
+    together, so that the time grows in proportion to the runs.
 
     Args:
         runs: Runs of one backbone and one kind of text.
 
     Returns:
-        None where the runs cannot tell: fewer than 4, or fewer than 2 with a wrong token.
+        None with fewer than 4 runs, or fewer than 2 with a wrong token.
     """
     if len(runs) < FEWEST_RUNS or sum(bool((run.right < run.tokens).any()) for run in runs) < 2:
         return None
@@ -231,72 +231,36 @@ def _log_all_right(theta: Array, loss: Array, tokens: npt.NDArray[Any]) -> Array
 
 
 @dataclass(frozen=True)
-class _Counts:
-    """How often each count of tokens comes up in each run: few numbers, however many targets there are.
-
-    Attributes:
-        run: Index of the run, `(counts,)`.
-        count: The count, at least 1, `(counts,)`.
-        times: Targets of that run that have it, `(counts,)`.
-    """
-
-    run: npt.NDArray[np.int64]
-    count: npt.NDArray[np.int64]
-    times: npt.NDArray[np.int64]
-
-    @classmethod
-    def of(cls, by_run: Sequence[npt.NDArray[np.int64]]) -> "_Counts":
-        """From the counts of every target of every run."""
-        found = [np.unique(counts[counts > 0], return_counts=True) for counts in by_run]
-        run = np.repeat(np.arange(len(found)), [len(count) for count, _ in found])
-        count, times = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        return cls(run, count, times)
-
-    def rising(self, start: Array) -> tuple[Array, Array]:
-        """ln(x (x + 1) ... (x + count - 1)) summed over the targets of each run, and its derivative by the run's x."""
-        end = start[self.run] + self.count
-
-        def over_runs(each: Array) -> Array:
-            return np.asarray(np.bincount(self.run, self.times * each, minlength=len(start)), dtype=np.float64)
-
-        value, slope = gammaln(end) - gammaln(start)[self.run], digamma(end) - digamma(start)[self.run]
-        return over_runs(value), over_runs(slope)
-
-
-@dataclass(frozen=True)
 class _Likelihood:
-    """The penalised likelihood of runs, any of which can be left out.
-
-    Up to a constant a target's likelihood is x (x + 1) ... (x + m - 1) of x = q c and its m right tokens, times that of
-    x = (1 - q) c and its wrong ones, over that of x = c and all of its tokens. All targets of a run share q, so each of
-    the three needs only how often each m comes up.
+    """The penalised likelihood of runs, any of which can be left out, over the different kinds of targets in each.
 
     Attributes:
         loss: Mean loss of each run in nats per target token, `(runs,)`.
-        right: Of the targets' right tokens.
-        wrong: Of their wrong ones.
-        tokens: Of all of them.
+        run: Index of the run, `(kinds,)`.
+        right: Right tokens of such a target, `(kinds,)`.
+        tokens: Its tokens, `(kinds,)`.
+        times: Number of such targets in the run, `(kinds,)`.
     """
 
     loss: Array
-    right: _Counts
-    wrong: _Counts
-    tokens: _Counts
+    run: npt.NDArray[np.int64]
+    right: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    times: npt.NDArray[np.int64]
 
     @classmethod
     def of(cls, runs: Sequence[RunTokens]) -> "_Likelihood":
-        return cls(
-            np.array([run.mean_loss for run in runs]),
-            _Counts.of([run.right for run in runs]),
-            _Counts.of([run.tokens - run.right for run in runs]),
-            _Counts.of([run.tokens for run in runs]),
-        )
+        found = [np.unique([run.right, run.tokens], axis=1, return_counts=True) for run in runs]
+        run = np.repeat(np.arange(len(runs)), [len(times) for _, times in found])
+        kinds = np.concatenate([kinds for kinds, _ in found], axis=1)
+        times = np.concatenate([times for _, times in found])
+        return cls(np.array([run.mean_loss for run in runs]), run, kinds[0], kinds[1], times)
 
     def most_likely(self, start: Array, kept: npt.NDArray[np.bool_] | None = None) -> Array:
         """(ln L_half, ln k, ln c) at the maximum, over all runs or those that are kept, `(runs,)`."""
         weights = np.ones_like(self.loss) if kept is None else kept.astype(np.float64)
         bounds = [(-7.0, 7.0), (-3.0, 4.0), (-3.0, 12.0)]
-        # One run of many moves the maximum by so little that the search would end where it starts at the usual 2e-9.
+        # One run of many moves the maximum so little that the search would stop at its start with the usual 2e-9.
         options = {"ftol": 1e-13}
         found = minimize(self.penalised, start, (weights,), "L-BFGS-B", jac=True, bounds=bounds, options=options)
         return np.asarray(found.x)
@@ -308,18 +272,17 @@ class _Likelihood:
             theta: (ln L_half, ln k, ln c).
             weights: One for each run; 0 leaves it out.
         """
-        steepness, concentration = np.exp(theta[1:])
-        distance = np.log(np.maximum(self.loss, SMALLEST_LOSS)) - theta[0]
-        exact = _accuracy(theta, self.loss)
+        c, loss, times = np.exp(theta[2]), self.loss[self.run], weights[self.run] * self.times
+        exact = _accuracy(theta, loss)
         share = np.clip(exact, SMALLEST_SHARE, 1 - SMALLEST_SHARE)
-        right, by_right = self.right.rising(share * concentration)
-        wrong, by_wrong = self.wrong.rising((1 - share) * concentration)
-        tokens, by_tokens = self.tokens.rising(np.full_like(share, concentration))
+        a, b, wrong = share * c, (1 - share) * c, self.tokens - self.right
+        value = -float(times @ (betaln(a + self.right, b + wrong) - betaln(a, b)))
+        by_both = digamma(c + self.tokens) - digamma(c)
+        by_a, by_b = digamma(a + self.right) - digamma(a) - by_both, digamma(b + wrong) - digamma(b) - by_both
         # A share that is clipped does not move with theta.
-        by_logit = np.where(share == exact, share * (1 - share), 0.0) * concentration * (by_right - by_wrong)
-        by_concentration = concentration * (share * by_right + (1 - share) * by_wrong - by_tokens)
-        value = -float(weights @ (right + wrong - tokens))
-        gradient = -np.array([steepness * by_logit, -steepness * distance * by_logit, by_concentration]) @ weights
+        by_logit = np.where(share == exact, share * (1 - share), 0.0) * c * (by_a - by_b) * np.exp(theta[1])
+        distance = np.log(np.maximum(loss, SMALLEST_LOSS)) - theta[0]
+        gradient = -np.array([by_logit, -distance * by_logit, a * by_a + b * by_b]) @ times
         for i, (mean, spread) in ((1, STEEPNESS_PRIOR), (2, CONCENTRATION_PRIOR)):
             value += ((theta[i] - mean) / spread) ** 2 / 2
             gradient[i] += (theta[i] - mean) / spread**2

@@ -1,0 +1,134 @@
+"""Reasons in words to trust a fitted law less than its numbers suggest."""
+
+from pml.law.forms import FORMS
+from pml.law.intervals import SPARE_TEXTS, texts_to_spare
+from pml.law.observations import saturated, unconverged
+from pml.law.prediction import LawFit
+from pml.law.schema import FACTORS, FormFit
+from pml.law.texts import FEWEST_TEXTS
+
+__all__ = ["warnings_of"]
+
+# With fewer runs the standard errors themselves are guesses: they rest on fewer than four degrees of freedom.
+FEW_RUNS = 8
+STRONG_CORRELATION = 0.98
+LARGE_MAPE_PERCENT = 10.0
+SMALL_R2 = 0.9
+# Measured exponents lie between 0.4 and 1.1; at 5, doubling the rank would multiply the reduction by 32.
+STEEP_EXPONENT = 5.0
+
+
+def warnings_of(law: LawFit) -> list[str]:
+    """Reasons to trust the chosen form less than its R2 suggests, the most serious first."""
+    return [*_about_parameters(law), *_about_the_grid(law), *_about_the_fit(law.best), *_about_the_runs(law)]
+
+
+def _about_parameters(law: LawFit) -> list[str]:
+    fit, found = law.best, []
+    if not fit.determined:
+        found.append(
+            "C and b are not determined: dL = p + q ln r - s ln l, the limit of the law for alpha and beta near 0, "
+            "describes the runs as well; add smaller ranks and longer targets before reading the parameters"
+        )
+    elif not fit.converged or fit.correlation is None:
+        found.append("the fit did not converge to one solution, so it has no reliable standard errors; add runs")
+    unsaturated = sum(not saturated(run) for run in law.observations)
+    if unsaturated < FEW_RUNS:
+        found.append(
+            f"only {unsaturated} unsaturated runs for {len(fit.free)} parameters: the intervals are themselves "
+            f"uncertain; {FEW_RUNS} or more are better"
+        )
+    if fit.correlation is not None and "b" in fit.free:
+        row = dict(zip(fit.free, fit.correlation[fit.free.index("b")], strict=True))
+        strong = [f"{name} {row[name]:+.3f}" for name in ("C", "alpha", "beta") if abs(row[name]) > STRONG_CORRELATION]
+        if strong:
+            found.append(
+                f"b trades off against other parameters (correlation with {', '.join(strong)}): other values fit "
+                "almost as well, so trust predictions inside the measured range more than the parameters"
+            )
+    for name in fit.free:
+        value, stderr = fit.parameters[name].value, fit.parameters[name].stderr
+        if stderr is not None and stderr > abs(value):
+            found.append(
+                f"{name} is not determined: its standard error ({stderr:.2g}) is larger than its value ({value:.2g})"
+            )
+    for name, effect in (("alpha", "falls as the rank rises"), ("beta", "rises with the length")):
+        if name not in fit.parameters or not fit.determined:
+            continue
+        value = fit.parameters[name].value
+        if value <= 0:
+            found.append(
+                f"{name} is not positive: the fitted loss reduction {effect}, which contradicts the law; "
+                "the larger runs may not have trained long enough"
+            )
+        if abs(value) > STEEP_EXPONENT:
+            found.append(
+                f"{name} is {value:.3g}: the loss reduction jumps between two ranks or lengths instead of following a "
+                "power; look at those runs"
+            )
+    return found
+
+
+def _about_the_grid(law: LawFit) -> list[str]:
+    found = []
+    used = [run for run in law.observations if not saturated(run)]
+    for factor in law.factors:
+        values, noun = {getattr(run, factor) for run in used}, FACTORS[factor]
+        if len(values) == 1:
+            found.append(f"only one {noun}: how the loss reduction depends on it was not measured")
+        elif len(values) == 2:
+            found.append(f"only 2 {noun}s: the curvature of the law between them cannot be checked")
+    fitted = len(law.best.free)
+    if texts_to_spare(used, fitted) < SPARE_TEXTS:
+        number = len({run.text_label for run in used})
+        unknown = (
+            "; nor do they show how texts of one length differ (give pml plan the frozen model's loss, --initial-loss)"
+            if len({run.text_label for run in law.observations}) < FEWEST_TEXTS
+            else ""
+        )
+        found.append(
+            f"only {number} text{'s' if number > 1 else ''} for {fitted} parameters: the effect of a text cannot be "
+            f"separated from that of its length, and the intervals do not allow for it{unknown}"
+        )
+    corpora = law.setting.get("corpus", [])
+    if len(corpora) > 1:
+        found.append(
+            f"the runs are of different corpora ({', '.join(corpora)}): a law belongs to one kind of text, so keep one "
+            "of them (--where.corpus NAME) unless they are of one kind"
+        )
+    pooled = law.setting.get("pooled", {})
+    if pooled:
+        names = "; ".join(f"{name} ({', '.join(map(str, values))})" for name, values in pooled.items())
+        found.append(
+            f"the runs differ in more than rank, length and seed: {names}; one law for them may mean nothing, so keep "
+            f"one value (--where.{next(iter(pooled))} VALUE) unless each was chosen for its size"
+        )
+    return found
+
+
+def _about_the_fit(fit: FormFit) -> list[str]:
+    found = []
+    if fit.r2 < SMALL_R2 and not FORMS[fit.form].proportional:
+        found.append(
+            f"the law explains only part of the variation of the loss reduction (R2 {fit.r2:.2f}): it may not hold "
+            "here, or the runs differ in more than rank and length"
+        )
+    if fit.mape_percent > LARGE_MAPE_PERCENT:
+        found.append(
+            f"the law misses the measured loss reduction by {fit.mape_percent:.1f} % on average: it may not hold here, "
+            "or some runs had not converged"
+        )
+    return found
+
+
+def _about_the_runs(law: LawFit) -> list[str]:
+    """Runs that were still improving when they ended."""
+    moving = [run for run in law.observations if unconverged(run)]
+    if not moving:
+        return []
+    drops = [run.late_loss_drop for run in moving if run.late_loss_drop is not None]
+    return [
+        f"{len(moving)} of {sum(not saturated(run) for run in law.observations)} unsaturated runs had not converged: "
+        f"their training loss still fell by up to {max(drops):.2g} nats over the last tenth of the steps; the law "
+        "holds for this budget, so train longer before comparing it with another"
+    ]

@@ -1,0 +1,224 @@
+"""Fitting every form of the law that the runs determine, and choosing one."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pml.errors import InputError
+from pml.law.diagnostics import warnings_of
+from pml.law.forms import FORMS, POSITIVE, SHARPNESS_RANGE, AdapterSize, Array, Form, FormName
+from pml.law.intervals import (
+    Noise,
+    bootstrap,
+    choose_groups,
+    expansion,
+    groups_of,
+    noise_of,
+    profile_intervals,
+    standard_errors,
+)
+from pml.law.least_squares import Data, Solution, data_of, solve, to_theta
+from pml.law.observations import Observation, saturated, usable
+from pml.law.prediction import LawFit
+from pml.law.schema import Estimate, FormFit, Interval
+from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms, shortfall
+from pml.law.texts import texts_of
+from pml.recall_model import RecallModel
+
+__all__ = ["fit_law"]
+
+# If both exponents are this small, x^alpha is 1 + alpha ln x to 0.1 %: a logarithm.
+SMALL_EXPONENT = 0.02
+# A run is at the ceiling if less than this share of its deviation from the power law reaches its loss.
+AT_CEILING = 0.05
+# An interval of a positive parameter that is wider than this factor is not worth quoting.
+WIDEST = 1e6
+
+
+def fit_law(
+    runs: Iterable[Observation],
+    setting: Mapping[str, Any] | None = None,
+    *,
+    form: FormName | None = None,
+    compare: bool = True,
+    adapter_size: AdapterSize = "rank",
+    recall: RecallModel | None = None,
+) -> LawFit:
+    """Fit the law in every form that the runs determine, by weighted least squares, and choose one.
+
+    Runs that diverged, were interrupted or learned nothing are left out. Saturated ones (final loss <= ln 2) are left
+    out of the forms without a ceiling, as published. Replicated seeds are weighted by their spread. See `rank_forms`
+    for the choice.
+
+    Args:
+        runs: What the runs measured.
+        setting: What the runs have in common (see `shared_setting`); kept with the fit.
+        form: The form to choose; None leaves it to AICc and held-out error.
+        compare: Fit the other forms too if `form` is given.
+        adapter_size: What the law counts as the adapter's size.
+        recall: From loss to recall (see `pml.recall_model`); kept with the fit.
+
+    Raises:
+        InputError: If the runs cannot determine a law: too few that are not saturated, fewer than two ranks or
+            lengths, ranks and lengths that rise together, or a loss reduction that does not vary.
+    """
+    kept, left_out = usable(runs)
+    if adapter_size == "effective_parameters" and any(run.effective_parameters is None for run in kept):
+        raise InputError("by effective_parameters: some runs do not say how many they have; count by rank")
+    counts = Counter[str](run.reason for run in left_out) + Counter({"saturated": sum(map(saturated, kept))})
+    others = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none left out"
+    context = f"of {len(kept) + len(left_out)} runs ({others})"
+    missing = {name: _missing(kind, kept, adapter_size, context) for name, kind in FORMS.items()}
+    possible = [name for name, reason in missing.items() if reason is None]
+    if not possible or (form is not None and form not in possible):
+        raise InputError(missing[form or PUBLISHED] or "")
+    if form is not None and not compare:
+        possible = [form]
+    fits = [fit for name in possible if (fit := _fit_form(FORMS[name], kept, adapter_size)) is not None]
+    if not fits or (form is not None and form not in [fit.form for fit in fits]):
+        raise InputError(f"no C above 0 fits {form or 'any form'}; check what the runs trained on, or the --form")
+    fits, reason = rank_forms(fits, kept)
+    if form is not None:
+        fits, reason = sorted(fits, key=lambda fit: fit.form != form), "requested"
+    elif len(fits) == 1 and missing[PUBLISHED] is not None:
+        reason = f"the others are not determined: {missing[PUBLISHED]}"
+    fits = [_with_profiles(fit, kept, adapter_size) if fit.form in (fits[0].form, PUBLISHED) else fit for fit in fits]
+    per_rank = {(run.effective_parameters or 0) / run.rank for run in kept}
+    law = LawFit(
+        form=fits[0].form,
+        chosen_because=reason,
+        adapter_size=adapter_size,
+        parameters_per_rank=int(per_rank.pop()) or None if len(per_rank) == 1 else None,
+        fits=fits,
+        observations=kept,
+        left_out=left_out,
+        recall=recall,
+        setting=dict(setting or {}),
+        warnings=[],
+    )
+    return law.model_copy(update={"warnings": warnings_of(law)})
+
+
+def _missing(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize, context: str) -> str | None:
+    """Why the runs cannot determine a form; None where they can."""
+    if form.needs_entropy and any(run.entropy_bits is None or run.effective_parameters is None for run in runs):
+        return (
+            f"form {form.name}: the information in some runs' corpus is unknown; leave them out, or choose another form"
+        )
+    return shortfall(form, runs, adapter_size, context)
+
+
+def _fit_form(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize) -> FormFit | None:
+    """One form with everything that is reported about it; None where no C above 0 fits."""
+    everything = data_of(runs, adapter_size)
+    used = everything.unsaturated | form.saturating
+    data, used_runs = everything.at(used), [run for run, use in zip(runs, used, strict=True) if use]
+    solution = solve(form, data)
+    if solution is None:
+        return None
+    predicted = form.evaluate(solution.values, everything.points)
+    residual, fitted = data.measured - predicted[used], len(solution.free)
+    grouped_by = choose_groups(form, data, used_runs, solution)
+    groups = groups_of(used_runs, grouped_by)
+    noise = noise_of(residual, data, groups, fitted)
+    determined = not (form.offset == "fitted" and _is_logarithm(form, solution, data))
+
+    texts, reach = texts_of(runs), form.sensitivity(solution.values, data.points)
+    below = data.unsaturated
+    effect = texts.effect(residual[below], reach[below], texts.of_run[used][below])
+    beyond_text = residual - effect * reach * texts.excess[texts.of_run[used]]
+    # Runs on the way to the ceiling scatter more; they count only if there are no others.
+    at_ceiling = residual[there if (there := ~below & (reach < AT_CEILING)).any() else ~below]
+    result = standard_errors(form, data, solution, noise) if determined else None
+    draws = bootstrap(form, data, solution, groups) if determined else None
+    return FormFit(
+        form=form.name,
+        parameters=_estimates(form, solution, noise, result, draws),
+        at_bound=[name for name in form.fitted if name not in solution.free],
+        correlation=None if result is None else _correlation(result.covar),
+        determined=determined,
+        converged=solution.converged,
+        observations_used=len(used_runs),
+        grouped_by=grouped_by,
+        degrees_of_freedom=noise.degrees_of_freedom,
+        noise_nats=noise_of(beyond_text, data, groups, fitted).of_a_run,
+        noise_at_ceiling_nats=math.sqrt(np.mean(at_ceiling**2)) if len(at_ceiling) else None,
+        text_effect=effect,
+        r2=_r2(data.measured, predicted[used]),
+        r2_all=_r2(everything.measured, np.minimum(predicted, everything.points.initial_loss)),
+        mape_percent=100.0 * float(np.mean(np.abs(residual) / data.measured)),
+        rmse_nats=math.sqrt(np.mean(residual**2)),
+        aicc=aicc(everything, predicted, fitted, runs),
+        held_out=held_out(form, runs, everything, adapter_size),
+        predicted=predicted.tolist(),
+    )
+
+
+def _estimates(
+    form: Form, solution: Solution, noise: Noise, result: Any | None, draws: Array | None
+) -> dict[str, Estimate]:
+    """The parameters with lmfit's standard errors and bootstrap intervals, widened for few degrees of freedom."""
+    theta, estimates = to_theta(form, solution.values), {}
+    for i, (name, value) in enumerate(solution.values.items()):
+        if name not in solution.free:
+            estimates[name] = Estimate(value=value)
+            continue
+        interval = None
+        if draws is not None:
+            ends = np.percentile(draws[:, i], (2.5, 97.5))
+            ends = theta[i] + expansion(noise.degrees_of_freedom) * (ends - theta[i])
+            low, high = (np.exp(np.clip(ends, -300, 300)) if name in POSITIVE else ends).tolist()
+            interval = _quotable(name, low, high)
+        error = None if result is None else float(result.params[name].stderr)
+        estimates[name] = Estimate(value=value, stderr=error, bootstrap=interval)
+    return estimates
+
+
+def _quotable(name: str, low: float, high: float) -> Interval | None:
+    """An interval within the parameter's range, unless it is one of a positive parameter that says nothing."""
+    if name == "sharpness":
+        low, high = (min(max(end, SHARPNESS_RANGE[0]), SHARPNESS_RANGE[1]) for end in (low, high))
+    return None if name in POSITIVE and high > WIDEST * low else (low, high)
+
+
+def _with_profiles(fit: FormFit, runs: Sequence[Observation], adapter_size: AdapterSize) -> FormFit:
+    """The fit with profile-likelihood intervals, which take longer than all the rest."""
+    form = FORMS[fit.form]
+    used = [run for run in runs if form.saturating or not saturated(run)]
+    data, solution = data_of(used, adapter_size), Solution(fit.values, fit.free)
+    residual = data.measured - form.evaluate(fit.values, data.points)
+    noise = noise_of(residual, data, groups_of(used, fit.grouped_by), len(fit.free))
+    profiles = profile_intervals(form, data, solution, noise) if fit.determined else {}
+    parameters = {
+        name: estimate.model_copy(update={"profile": _quotable(name, *profiles[name])})
+        if name in profiles
+        else estimate
+        for name, estimate in fit.parameters.items()
+    }
+    return fit.model_copy(update={"parameters": parameters})
+
+
+def _correlation(covariance: Array) -> list[list[float]]:
+    spread = np.sqrt(np.diag(covariance))
+    found: list[list[float]] = np.clip(covariance / np.outer(spread, spread), -1.0, 1.0).tolist()
+    return found
+
+
+def _r2(measured: Array, predicted: Array) -> float:
+    return 1.0 - float(np.sum((measured - predicted) ** 2)) / float(np.sum((measured - measured.mean()) ** 2))
+
+
+def _is_logarithm(form: Form, solution: Solution, data: Data) -> bool:
+    """Whether dL = p + q ln s - u ln l, the limit of the law as alpha, beta -> 0, describes the runs as well.
+
+    Then C grows and b falls without limit, and the place where the search stopped means nothing.
+    """
+    if form.saturating:
+        return all(abs(solution.values[name]) < SMALL_EXPONENT for name in ("alpha", "beta"))
+    columns = np.stack([np.ones_like(data.measured), np.log(data.points.size), np.log(data.points.target_tokens)], 1)
+    weighted, measured = columns * data.root_weights[:, None], data.measured * data.root_weights
+    residual = measured - weighted @ np.linalg.lstsq(weighted, measured, rcond=None)[0]
+    return float(residual @ residual) <= solution.squares * (1.0 + 1e-6)

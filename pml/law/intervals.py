@@ -1,0 +1,198 @@
+"""How far a fitted form can be trusted: noise, standard errors, profile likelihood and the bootstrap."""
+
+import math
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import lmfit
+import numpy as np
+from scipy.stats import f as f_distribution
+from scipy.stats import norm, t
+
+from pml.law.forms import SHARPNESS_RANGE, Array, Form
+from pml.law.least_squares import Data, Solution, minimize, minimizer, refit_many, to_natural, to_theta
+from pml.law.observations import Observation, saturated
+
+__all__ = [
+    "GroupedBy",
+    "Noise",
+    "bootstrap",
+    "choose_groups",
+    "expansion",
+    "groups_of",
+    "noise_of",
+    "profile_intervals",
+    "standard_errors",
+    "student",
+    "texts_to_spare",
+]
+
+GroupedBy = Literal["grid_point", "text"]
+DRAWS = 500
+BOOTSTRAP_SEED = 0
+SPARE_TEXTS = 3
+"""With fewer texts to spare, the effect of a text cannot be separated from that of its length."""
+# Where the fit leaves less than this share of a group's residual, the rest is rounding.
+LEAST_LEFT = 1e-3
+# The profile needs chi-squared to a few digits. Fits that take more steps belong to parameters without a limit.
+PROFILE_TOLERANCE, PROFILE_STEPS = 1e-6, 150
+# Parameters are indistinguishable in float64 if the Jacobian's condition number is larger.
+LARGEST_CONDITION = 1e12
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviations around a form, in nats per target token; the weight of an ordinary run is 1.
+
+    Attributes:
+        of_a_run: Of a single run.
+        of_the_fit: What the covariance of unit noise has to be scaled with.
+        degrees_of_freedom: On which the latter rests.
+    """
+
+    of_a_run: float
+    of_the_fit: float
+    degrees_of_freedom: int
+
+
+def groups_of(runs: Sequence[Observation], grouped_by: GroupedBy) -> list[Hashable]:
+    """The group of each run. Runs of a group share an error: seeds of one grid point, or ranks on one text."""
+    return [run.text_label if grouped_by == "text" else run.grid_point for run in runs]
+
+
+def texts_to_spare(runs: Sequence[Observation], fitted: int) -> int:
+    """By how many the texts of unsaturated runs outnumber the fitted parameters."""
+    return len({run.text_label for run in runs if not saturated(run)}) - fitted
+
+
+def mean_squares(residual: Array, data: Data, groups: Sequence[Hashable]) -> tuple[float, int]:
+    """Weighted squares of the groups' mean residuals, and the number of groups; unsaturated runs only."""
+    weights = data.root_weights[data.unsaturated] ** 2
+    labels: dict[Hashable, int] = {}
+    of_run = [labels.setdefault(groups[i], len(labels)) for i in np.flatnonzero(data.unsaturated).tolist()]
+    sums = np.bincount(of_run, weights * residual[data.unsaturated])
+    return float(np.sum(sums**2 / np.bincount(of_run, weights))), len(labels)
+
+
+def noise_of(residual: Array, data: Data, groups: Sequence[Hashable], fitted: int) -> Noise:
+    """The noise of the unsaturated runs around a form; runs at the ceiling say nothing about it.
+
+    Runs of one group share an error, so the parameters are known as well as there are groups, not runs: the noise of
+    the fit is that of the groups' means. The noise of a run has the variance between and within groups (a one-way
+    analysis of variance). With no more groups than parameters only the variance within groups is left.
+
+    Args:
+        residual: Measured minus predicted loss reduction of each run.
+        data: The runs.
+        groups: The group of each.
+        fitted: Number of fitted parameters.
+    """
+    of_means, number = mean_squares(residual, data, groups)
+    runs = int(data.unsaturated.sum())
+    squares = float(np.sum((residual * data.root_weights)[data.unsaturated] ** 2))
+    if number <= fitted:
+        degrees = max(runs - fitted, 1)
+        return Noise(math.sqrt(squares / degrees), math.sqrt(squares / degrees), degrees)
+    between = of_means / (number - fitted)
+    within = max(squares - of_means, 0.0) / max(runs - number, 1)
+    of_groups = max(between - within, 0.0) * number / runs if runs > number else between
+    return Noise(math.sqrt(within + of_groups), math.sqrt(between), number - fitted)
+
+
+def student(degrees_of_freedom: int) -> float:
+    """Student's t for a 95 % interval; at least one degree of freedom is assumed."""
+    return float(t.ppf(0.975, max(degrees_of_freedom, 1)))
+
+
+def expansion(degrees_of_freedom: int) -> float:
+    """Ratio of Student's t to the normal quantile, by which intervals from few runs are widened."""
+    return student(degrees_of_freedom) / float(norm.ppf(0.975))
+
+
+def standard_errors(form: Form, data: Data, solution: Solution, noise: Noise) -> lmfit.minimizer.MinimizerResult | None:
+    """lmfit's result with standard errors and correlations for this noise; None where it has no covariance."""
+    names = solution.free
+    whitened = form.gradient(solution.values, data.points, names) * data.root_weights[:, None]
+    scale = np.linalg.norm(whitened, axis=0)
+    if len(whitened) < len(names) or not (np.isfinite(scale).all() and (scale > 0).all()):
+        return None
+    if np.linalg.cond(whitened / scale) > LARGEST_CONDITION:
+        return None
+    least = 1e-12 * float(np.abs(data.measured).max())
+    result = minimize(form, data, solution.parameters(form), max(noise.of_the_fit, least))
+    return result if result.errorbars else None
+
+
+def profile_intervals(form: Form, data: Data, solution: Solution, noise: Noise) -> dict[str, tuple[float, float]]:
+    """95 % profile-likelihood intervals from `lmfit.conf_interval`, where it finds both ends."""
+    exact = noise.of_the_fit <= 1e-9 * float(np.abs(data.measured).max())
+    result = None if exact or len(solution.free) < 2 else standard_errors(form, data, solution, noise)
+    if result is None:
+        return {}
+
+    def probability(best: lmfit.minimizer.MinimizerResult, other: lmfit.minimizer.MinimizerResult) -> float:
+        rise = max(other.chisqr - best.chisqr, 0.0)
+        return float(f_distribution.cdf(rise, 1, noise.degrees_of_freedom))
+
+    problem = minimizer(form, data, result.params, noise.of_the_fit, PROFILE_TOLERANCE)
+    problem.max_nfev = PROFILE_STEPS
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = lmfit.conf_interval(
+                problem, result, p_names=list(solution.free), sigmas=[0.95], prob_func=probability, maxiter=30
+            )
+        except (lmfit.minimizer.MinimizerException, ValueError, AttributeError, TypeError, np.linalg.LinAlgError):
+            return {}
+    ends = {name: (float(found[name][0][1]), float(found[name][-1][1])) for name in solution.free}
+    return {name: pair for name, pair in ends.items() if all(map(math.isfinite, pair))}
+
+
+def choose_groups(form: Form, data: Data, runs: Sequence[Observation], solution: Solution) -> GroupedBy:
+    """Whether errors are shared by grid point or by text: the grouping that leaves the law less certain.
+
+    Texts can decide only where there are enough of them.
+    """
+    if texts_to_spare(runs, len(solution.free)) < SPARE_TEXTS:
+        return "grid_point"
+    below = data.points.at(data.unsaturated)
+    predicted = form.evaluate(solution.values, data.points)
+    doubt: dict[GroupedBy, float] = {}
+    for grouped_by in ("grid_point", "text"):
+        groups = groups_of(runs, grouped_by)
+        draws = bootstrap(form, data, solution, groups)
+        widened = expansion(noise_of(data.measured - predicted, data, groups, len(solution.free)).degrees_of_freedom)
+        doubt[grouped_by] = widened**2 * float(np.mean(np.var(form.evaluate(to_natural(form, draws), below), axis=0)))
+    return "text" if doubt["text"] > doubt["grid_point"] else "grid_point"
+
+
+def bootstrap(form: Form, data: Data, solution: Solution, groups: Sequence[Hashable]) -> Array:
+    """Parameters refitted to resampled noise, `(draws, parameters)`, as `to_theta` orders them.
+
+    A wild cluster bootstrap: every run stays in the grid, and the residuals of each group are multiplied by a common
+    standard normal factor. Residuals are first corrected for what the fit absorbed (the jackknife CR3 of Bell and
+    McCaffrey). With no more groups than parameters the fit goes through their means, and each run is a group.
+    """
+    predicted = form.evaluate(solution.values, data.points)
+    residual = (data.measured - predicted) * data.root_weights
+    whitened = form.gradient(solution.values, data.points, solution.free) * data.root_weights[:, None]
+    basis = np.linalg.qr(whitened)[0]
+    if len({groups[i] for i in np.flatnonzero(data.unsaturated).tolist()}) <= len(solution.free):
+        groups = range(len(groups))
+    labels: dict[Hashable, int] = {}
+    of_run = np.array([labels.setdefault(group, len(labels)) for group in groups])
+    corrected = residual.copy()
+    for i in range(len(labels)):
+        members = np.flatnonzero(of_run == i)
+        eigenvalues, vectors = np.linalg.eigh(np.eye(len(members)) - basis[members] @ basis[members].T)
+        # A run that alone determines a parameter has no residual to scale.
+        scale = np.where(eigenvalues > LEAST_LEFT, 1.0 / np.maximum(eigenvalues, LEAST_LEFT), 0.0)
+        corrected[members] = vectors @ (scale * (vectors.T @ residual[members]))
+    factors = np.random.default_rng(BOOTSTRAP_SEED).standard_normal((DRAWS, len(labels)))[:, of_run]
+    resampled = predicted + factors * corrected / data.root_weights
+    draws = refit_many(form, data, resampled, to_theta(form, solution.values)[None], solution.free)
+    if form.saturating:
+        draws[:, -1] = np.clip(draws[:, -1], *np.log(SHARPNESS_RANGE))
+    return draws[np.isfinite(draws).all(axis=1)]

@@ -1,0 +1,203 @@
+"""What a law is fitted to: one observation for each run, which runs belong together, and which cannot be used."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from pml.groups import select_records, shared_setting
+from pml.law.forms import AdapterSize
+from pml.records import Record
+
+__all__ = [
+    "CRITICAL_LOSS",
+    "LeftOutRun",
+    "Observation",
+    "Reason",
+    "observations_from_records",
+    "saturated",
+    "unconverged",
+    "usable",
+]
+
+Reason = Literal["diverged", "interrupted", "not reduced"]
+
+CRITICAL_LOSS = math.log(2)
+"""Loss in nats below which a token has p > 0.5, so that greedy decoding must produce it."""
+
+# A run had not converged if the last tenth of its steps still gave this share of its loss reduction: at that pace, ten
+# more tenths would change dL by a tenth.
+LATE_DROP_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one run measured; losses in nats per target token.
+
+    Attributes:
+        rank: LoRA rank r.
+        target_tokens: Length l, supervised tokens over the whole corpus.
+        initial_loss: Mean target loss of the frozen model, L0.
+        final_loss: Mean target loss with the adapter.
+        seed: Seed of the run.
+        source: Where the numbers come from, such as the run's folder.
+        finished: False for a run that was stopped from outside, or that diverged.
+        effective_parameters: Trainable parameters of the adapter; None where unknown.
+        entropy_bits: Information in the targets given the queries; None where unknown.
+        pairs: Number of targets.
+        late_loss_drop: By how much the training loss still fell at the end (see `pml.records.Record`).
+        learning_rate_left: The learning rate of the last step, as a share of the peak.
+        text: Identifies the text, such as the hash of its token ids; None where unknown.
+    """
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    rank: int
+    target_tokens: int
+    initial_loss: float
+    final_loss: float
+    seed: int
+    source: str
+    finished: bool = True
+    effective_parameters: int | None = None
+    entropy_bits: float | None = None
+    pairs: int = 1
+    late_loss_drop: float | None = None
+    learning_rate_left: float | None = None
+    text: str | None = None
+
+    @property
+    def loss_reduction(self) -> float:
+        """dL in nats per target token."""
+        return self.initial_loss - self.final_loss
+
+    @property
+    def text_label(self) -> tuple[int, str | float]:
+        """Equal for runs on one text. Where texts are not named, equal losses of the frozen model identify them."""
+        return self.target_tokens, self.text or round(self.initial_loss, 3)
+
+    @property
+    def grid_point(self) -> tuple[int, int | None, int]:
+        """Rank, effective parameters and length. Runs at one grid point are replicates."""
+        return self.rank, self.effective_parameters, self.target_tokens
+
+    def size(self, adapter_size: AdapterSize) -> int:
+        """What a law counts as the adapter's size; 0 where it counts parameters and they are unknown."""
+        return self.rank if adapter_size == "rank" else self.effective_parameters or 0
+
+    @property
+    def stored_bits(self) -> float | None:
+        """Information about the corpus in the adapter, in bits: the entropy minus what is still missing.
+
+        Negative where the adapted model predicts the targets worse than a uniform guess. None where the entropy is
+        unknown or the final loss is not finite.
+        """
+        if self.entropy_bits is None or not math.isfinite(self.final_loss):
+            return None
+        return self.entropy_bits - self.final_loss * self.target_tokens / math.log(2)
+
+
+class LeftOutRun(pydantic.BaseModel):
+    """A run that no form can use, and why; a loss that is not finite is None."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    source: str
+    rank: int
+    target_tokens: int
+    seed: int
+    initial_loss: float | None
+    final_loss: float | None
+    reason: Reason
+
+
+def saturated(run: Observation) -> bool:
+    """Whether the final loss is at most ln 2: p >= 0.5 on average, so the text limits the run, not the adapter."""
+    return run.final_loss <= CRITICAL_LOSS
+
+
+def unconverged(run: Observation) -> bool:
+    """Whether an unsaturated run still gained a hundredth of its loss reduction in the last tenth of its steps."""
+    drop = run.late_loss_drop
+    return not saturated(run) and drop is not None and drop > LATE_DROP_SHARE * run.loss_reduction
+
+
+def usable(runs: Iterable[Observation]) -> tuple[list[Observation], list[LeftOutRun]]:
+    """The runs that inform the law, sorted by length, rank and seed, and the others with the reason.
+
+    An interrupted run did not reach what its rank allows. A run whose loss did not fall learned nothing, and its loss
+    depends on the learning rate. A run whose loss is not finite diverged.
+    """
+    kept, left_out = [], []
+    for run in _sorted(runs):
+        losses = run.initial_loss, run.final_loss
+        reason: Reason | None = None
+        if not all(map(math.isfinite, losses)):
+            reason = "diverged"
+        elif not run.finished:
+            reason = "interrupted"
+        elif run.loss_reduction <= 0:
+            reason = "not reduced"
+        if reason is None:
+            kept.append(run)
+            continue
+        initial, final = (loss if math.isfinite(loss) else None for loss in losses)
+        left_out.append(
+            LeftOutRun(
+                source=run.source,
+                rank=run.rank,
+                target_tokens=run.target_tokens,
+                seed=run.seed,
+                initial_loss=initial,
+                final_loss=final,
+                reason=reason,
+            )
+        )
+    return kept, left_out
+
+
+def observations_from_records(
+    records: Mapping[Path, Record], where: Mapping[str, Any] | None = None, adapter_size: AdapterSize = "rank"
+) -> list[Observation]:
+    """One observation for each run, sorted by length, rank and seed; losses in nats per target token.
+
+    Args:
+        records: Records by the folder of their run, as `read_records` gives them.
+        where: Which to keep, see `select_records`.
+        adapter_size: What the law counts, see `shared_setting`.
+
+    Raises:
+        InputError: If no record is left, or they do not belong to one law (see `shared_setting`).
+    """
+    kept = select_records(records, where)
+    shared_setting(kept, adapter_size)
+    return _sorted(
+        Observation(
+            rank=record.rank,
+            target_tokens=record.target_tokens,
+            initial_loss=_number(record.initial_loss),
+            final_loss=_number(record.final_loss),
+            seed=record.seed,
+            source=path.as_posix(),
+            finished=record.status == "finished",
+            effective_parameters=record.effective_parameters,
+            entropy_bits=record.corpus_entropy_bits,
+            pairs=record.pairs,
+            late_loss_drop=record.late_loss_drop,
+            learning_rate_left=record.learning_rate_left,
+            text=record.corpus_hash,
+        )
+        for path, record in kept.items()
+    )
+
+
+def _number(loss: float | None) -> float:
+    """A loss of a record, where null stands for a number that is not finite."""
+    return math.nan if loss is None else loss
+
+
+def _sorted(runs: Iterable[Observation]) -> list[Observation]:
+    return sorted(runs, key=lambda run: (run.target_tokens, run.rank, run.seed, run.source))

@@ -1,0 +1,221 @@
+"""The parts of a fitted law: parameters, held-out errors, one fitted form, and what it predicts."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import pydantic
+
+from pml.law.equation import Equation, equation_of
+from pml.law.forms import FORMS, AdapterSize, Array, FormName
+from pml.law.intervals import GroupedBy
+
+__all__ = [
+    "FACTORS",
+    "LAW_SCHEMA_VERSION",
+    "Content",
+    "Estimate",
+    "Factor",
+    "FormFit",
+    "HeldOut",
+    "Interval",
+    "Prediction",
+    "RunDraws",
+    "factors_of",
+    "percentiles",
+]
+
+LAW_SCHEMA_VERSION: Final = 5
+Factor = Literal["rank", "effective_parameters", "target_tokens"]
+FACTORS: Final[dict[Factor, str]] = {
+    "rank": "rank",
+    "effective_parameters": "adapter size",
+    "target_tokens": "length",
+}
+"""What runs of a law differ in, with the words for it. A law counts one of the first two."""
+Interval = tuple[float, float]
+
+
+class Content(pydantic.BaseModel):
+    """A part of `law.json`: no unknown keys, no changes, no infinities or NaN."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Estimate(Content):
+    """A parameter with its uncertainty; None where there is none at the solution.
+
+    Attributes:
+        value: Its value.
+        stderr: Standard error, from lmfit.
+        profile: 95 % interval from the profile likelihood.
+        bootstrap: 95 % interval from the bootstrap over groups of runs.
+    """
+
+    value: float
+    stderr: float | None = None
+    profile: Interval | None = None
+    bootstrap: Interval | None = None
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95 % interval to quote: the bootstrap's, which allows for noise that grows with dL, or the profile's."""
+        return self.bootstrap or self.profile
+
+
+class HeldOut(Content):
+    """Held-out prediction of the largest rank or length from the smaller ones.
+
+    Attributes:
+        factor: What was held out by.
+        value: The smallest rank, number of parameters or length that was held out: the largest with unsaturated runs.
+        runs: Number of unsaturated runs held out. Saturated runs from there on are held out too.
+        mape_percent: Mean error of their loss reduction in percent; None where the others do not determine the form.
+    """
+
+    factor: Factor
+    value: int
+    runs: int
+    mape_percent: float | None
+
+
+class FormFit(Content):
+    """One fitted form of the law.
+
+    Attributes:
+        form: Which.
+        parameters: By name. `C` and `b` are in nats per target token, `bits_per_parameter` in bits per effective
+            parameter, the others without a unit. C is the power term at size 1 and one token.
+        at_bound: Parameters held at the end of their range, such as a sharpness of 32, the plain minimum. They have no
+            interval and do not count as fitted.
+        correlation: Of the parameters without those in `at_bound`; None where there is no covariance.
+        determined: False where a logarithm describes the runs as well, so that C and b have no limit.
+        converged: Whether lmfit reached a minimum.
+        observations_used: Number of runs that it was fitted to: the unsaturated ones, and all if it is saturating.
+        grouped_by: Which runs share an error: the seeds of one grid point, or the ranks on one text.
+        degrees_of_freedom: Groups with unsaturated runs minus fitted parameters.
+        noise_nats: Standard deviation of a run around the law far below the ceiling, in nats per target token.
+        noise_at_ceiling_nats: The same of saturated runs; None where there is none.
+        text_effect: Of a nat by which the frozen model's loss on a text exceeds the usual loss at its length, how much
+            a run takes off beyond what the form says; 0 unless significant.
+        r2: Share of the variance of the used runs' loss reduction that it explains.
+        r2_all: The same over all runs, so that forms can be compared; predictions are cut at the frozen model's loss.
+        mape_percent: Mean absolute error relative to the measured loss reduction, in percent, over the used runs.
+        rmse_nats: Root of the mean squared error in nats per target token, over the used runs.
+        aicc: Akaike's criterion with the small-sample correction, over the means of the grid points with unsaturated
+            runs, which every form describes; None with too few of them.
+        held_out: Held-out predictions of the largest rank and the largest length.
+        predicted: Loss reduction in nats per target token for each of the law's observations.
+    """
+
+    form: FormName
+    parameters: dict[str, Estimate]
+    at_bound: list[str]
+    correlation: list[list[float]] | None
+    determined: bool
+    converged: bool
+    observations_used: int
+    grouped_by: GroupedBy
+    degrees_of_freedom: int
+    noise_nats: float
+    noise_at_ceiling_nats: float | None
+    text_effect: float
+    r2: float
+    r2_all: float
+    mape_percent: float
+    rmse_nats: float
+    aicc: float | None
+    held_out: list[HeldOut]
+    predicted: list[float]
+
+    @pydantic.model_validator(mode="after")
+    def _parts_agree(self) -> "FormFit":
+        expected = FORMS[self.form].fitted
+        if tuple(self.parameters) != expected:
+            raise ValueError(
+                f"{self.form}: expected the parameters {', '.join(expected)}; got {', '.join(self.parameters)}"
+            )
+        free = len(self.free)
+        if self.correlation is not None and [len(row) for row in self.correlation] != [free] * free:
+            raise ValueError(f"{self.form}: correlation: expected {free} rows of {free} numbers")
+        return self
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The parameters by name."""
+        return {name: estimate.value for name, estimate in self.parameters.items()}
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """Names of the fitted parameters without those at a bound."""
+        return tuple(name for name in self.parameters if name not in self.at_bound)
+
+    def largest(self, factor: Factor) -> HeldOut | None:
+        """The held-out prediction of the largest rank or length; None with fewer than three of them."""
+        return next((held for held in self.held_out if held.factor == factor), None)
+
+    @property
+    def held_out_percent(self) -> float | None:
+        """Mean error in percent over all held-out runs; None if nothing could be predicted."""
+        return _mean_error(self.held_out)
+
+    def equation(self, errors: bool = False, adapter_size: AdapterSize = "rank") -> Equation:
+        """The form as text, such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`, or `dL = min_2.1(135 r^0.75 l^-0.60, L0)`.
+
+        The number behind `min` is the sharpness of the soft minimum (see `pml.law.forms`).
+
+        Args:
+            errors: Show standard errors.
+            adapter_size: What the law counts: the size is `r` or `P`.
+        """
+        values = {name: (estimate.value, estimate.stderr) for name, estimate in self.parameters.items()}
+        return equation_of(self.form, values, adapter_size, errors)
+
+
+class Prediction(Content):
+    """Loss reduction of a run, in nats per target token.
+
+    Attributes:
+        loss_reduction: The law's value.
+        confidence: 95 % interval of that value, the mean of many runs.
+        new_run: 95 % interval of a single new run, which adds its own noise and text.
+    """
+
+    loss_reduction: float
+    confidence: tuple[float, float]
+    new_run: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class RunDraws:
+    """Simulated new runs, `(laws, runs, ...)`, in nats per target token.
+
+    Attributes:
+        initial_loss: The frozen model's loss on the text of each run.
+        loss_reduction: No more than that.
+    """
+
+    initial_loss: Array
+    loss_reduction: Array
+
+    @property
+    def final_loss(self) -> Array:
+        """Initial loss minus loss reduction."""
+        return self.initial_loss - self.loss_reduction
+
+
+def factors_of(adapter_size: AdapterSize) -> tuple[Factor, Factor]:
+    """What runs differ in, for a law that counts this as the adapter's size."""
+    return adapter_size, "target_tokens"
+
+
+def _mean_error(held: Iterable[HeldOut]) -> float | None:
+    known = [(part.runs, part.mape_percent) for part in held if part.mape_percent is not None]
+    return sum(runs * error for runs, error in known) / sum(runs for runs, _ in known) if known else None
+
+
+def percentiles(draws: Array) -> tuple[float, float]:
+    """The central 95 % interval of draws."""
+    low, high = np.percentile(draws, (2.5, 97.5)).tolist()
+    return low, high

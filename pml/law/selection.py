@@ -1,0 +1,148 @@
+"""Which form: AICc over what all forms describe, and held-out prediction of the largest rank and length."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from pml.law.forms import FORMS, AdapterSize, Array, Form, FormName
+from pml.law.intervals import mean_squares
+from pml.law.least_squares import Data, solve
+from pml.law.observations import Observation, saturated
+from pml.law.schema import FACTORS, FormFit, HeldOut, factors_of
+
+__all__ = ["PUBLISHED", "aicc", "held_out", "rank_forms", "shortfall"]
+
+PUBLISHED: FormName = "power_offset"
+# One more than the four parameters of the published law, so that the residuals inform about the noise.
+FEWEST_RUNS = 5
+# Two more than the two parameters of the law in bits.
+FEWEST_RUNS_IN_BITS = 4
+# Smallest spread of the loss reduction, in nats, that float32 losses can show.
+SMALLEST_SPREAD = 1e-6
+# Forms whose AICc differs by less are chosen by held-out error (Burnham and Anderson's rule of thumb).
+CLOSE_AICC = 2.0
+# Held-out errors within this factor, or of fewer runs, do not separate forms.
+CLOSE_FACTOR = 1.5
+FEWEST_HELD_OUT = 4
+
+
+def aicc(data: Data, predicted: Array, fitted: int, runs: Sequence[Observation]) -> float | None:
+    """AICc of normal noise of unknown variance over the means of the unsaturated grid points.
+
+    These are the same for every form. Saturated runs lie at the ceiling whatever the parameters, so their small
+    residuals are no evidence of small noise. Seeds of one grid point share the form's error there and count once.
+    """
+    squares, number = mean_squares(data.measured - predicted, data, [run.grid_point for run in runs])
+    parameters = fitted + 1
+    if number - parameters - 1 < 1:
+        return None
+    variance = max(squares / number, SMALLEST_SPREAD**2)
+    return number * math.log(variance) + 2 * parameters + 2 * parameters * (parameters + 1) / (number - parameters - 1)
+
+
+def held_out(form: Form, runs: Sequence[Observation], data: Data, adapter_size: AdapterSize) -> list[HeldOut]:
+    """Mean error in percent at the largest size and at the largest length, each predicted from the smaller ones."""
+    found = []
+    for factor in factors_of(adapter_size):
+        levels = np.array([getattr(run, factor) for run in runs])
+        known = np.unique(levels[data.unsaturated])
+        if len(known) < 3:
+            continue
+        # There may be saturated runs beyond the largest; a prediction must not know them either.
+        held = (levels >= known[-1]) & data.unsaturated
+        kept = (levels < known[-1]) & (data.unsaturated | form.saturating)
+        error = None
+        if shortfall(form, [run for run, keep in zip(runs, kept, strict=True) if keep], adapter_size) is None:
+            solution = solve(form, data.at(kept))
+            if solution is not None:
+                predicted = form.evaluate(solution.values, data.points.at(held))
+                error = 100.0 * float(np.mean(np.abs(predicted / data.measured[held] - 1.0)))
+        error = error if error is not None and math.isfinite(error) else None
+        found.append(HeldOut(factor=factor, value=int(known[-1]), runs=int(held.sum()), mape_percent=error))
+    return found
+
+
+def rank_forms(fits: list[FormFit], runs: Sequence[Observation]) -> tuple[list[FormFit], str]:
+    """The fits, the chosen one first and the others by AICc, and the reason in words.
+
+    Where runs are saturated, only saturating forms are candidates, since the others say nothing about these runs. Of
+    the candidates within 2 of the smallest AICc, the simplest is chosen whose held-out error is within 1.5 times the
+    smallest; fewer than 4 held-out runs decide nothing.
+    """
+    saturating = [fit for fit in fits if FORMS[fit.form].saturating] if any(map(saturated, runs)) else []
+    candidates = saturating or fits
+    among = " of the saturating forms" if saturating and len(saturating) < len(fits) else ""
+    known = {fit.form: fit.aicc for fit in candidates if fit.aicc is not None}
+    if not known and not saturating:
+        first = next((fit for fit in fits if fit.form == PUBLISHED), fits[0])
+        reason = "too few grid points for AICc to choose another than the published form"
+        return sorted(fits, key=lambda fit: fit is not first), reason
+    lowest = min(known.values(), default=math.inf)
+    close = [fit for fit in candidates if known.get(fit.form, math.inf) - lowest < CLOSE_AICC] or candidates
+    best = min(map(_held_out_error, close))
+    accurate = [fit for fit in close if _held_out_error(fit) <= CLOSE_FACTOR * best]
+    first = min(accurate, key=lambda fit: (len(fit.free), _or_infinity(fit.aicc)))
+    ranked = sorted(fits, key=lambda fit: (fit is not first, _or_infinity(fit.aicc)))
+    error = _held_out_error(first)
+    simplest = "the simplest" + (
+        f" of those with the smallest held-out error ({error:.1f} %)" if math.isfinite(error) else ""
+    )
+    if not known:
+        return ranked, f"too few grid points for AICc, so {simplest}{among}"
+    if len(close) > 1:
+        return ranked, f"{simplest}; AICc is within {CLOSE_AICC:.0f} of the smallest{among} for {len(close)} forms"
+    others = [value - lowest for name, value in known.items() if name != first.form]
+    return ranked, f"smallest AICc{among}" + (f"; the next is {min(others):.1f} larger" if others else "")
+
+
+def shortfall(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize, context: str = "") -> str | None:
+    """Why runs are too few or too alike to determine a form, and what to do; None where they are not.
+
+    Args:
+        form: The form.
+        runs: The runs.
+        adapter_size: What the law counts.
+        context: How many runs there are and why others are left out.
+    """
+    used = [run for run in runs if not saturated(run)]
+    fewest = FEWEST_RUNS_IN_BITS if form.proportional else FEWEST_RUNS
+    if len(used) < fewest:
+        return (
+            f"{len(used)} {context} can be used; saturated means a final loss <= ln 2: expected at least {fewest}; "
+            "add runs with longer targets or lower ranks"
+        )
+    reductions = [run.loss_reduction for run in used]
+    if max(reductions) - min(reductions) < SMALLEST_SPREAD:
+        return (
+            f"the loss reduction is {reductions[0]:.6g} nats in all {len(used)} runs: expected it to vary with rank "
+            "and length; check that the runs really differ"
+        )
+    if form.proportional:
+        return None
+    grid = {(run.size(adapter_size), run.target_tokens) for run in used}
+    size, length = (FACTORS[factor] for factor in factors_of(adapter_size))
+    for noun, values in ((size, {point[0] for point in grid}), (length, {point[1] for point in grid})):
+        if len(values) < 2:
+            return (
+                f"only {noun} {min(values)} among the {len(used)} {context} that can be used: expected at least 2 "
+                f"{noun}s; add runs with other {noun}s"
+            )
+    logs = np.array([[1.0, math.log(s), math.log(tokens)] for s, tokens in grid])
+    if len(grid) < 4 or np.linalg.matrix_rank(logs, tol=1e-9 * len(grid)) < 3:
+        return (
+            f"the {len(grid)} ({size}, length) pairs of the {len(used)} {context} that can be used cannot separate the "
+            f"effect of {size} from that of length: expected at least 4 different pairs, not all on one line; add runs "
+            f"that change the {size} at the same length"
+        )
+    return None
+
+
+def _held_out_error(fit: FormFit) -> float:
+    """Held-out error in percent, infinite where too few runs were held out to choose by it."""
+    runs = sum(held.runs for held in fit.held_out if held.mape_percent is not None)
+    return _or_infinity(fit.held_out_percent) if runs >= FEWEST_HELD_OUT else math.inf
+
+
+def _or_infinity(value: float | None) -> float:
+    return math.inf if value is None else value

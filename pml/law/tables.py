@@ -1,0 +1,168 @@
+"""Tables about a fitted law, made once for the command and for the page."""
+
+from typing import Final
+
+from pml.law.forms import FORMS
+from pml.law.observations import saturated
+from pml.law.prediction import LawFit
+from pml.law.schema import FACTORS, Factor, FormFit
+from pml.law.selection import PUBLISHED
+from pml.recall_model import RecallModel
+from pml.tables import TextTable, show_interval
+
+__all__ = [
+    "SYMBOLS",
+    "choice_sentence",
+    "forms_table",
+    "held_out_sentence",
+    "observations_table",
+    "parameters_table",
+    "quality_sentence",
+    "recall_table",
+]
+
+SYMBOLS: Final = {
+    "C": "C (nats)",
+    "alpha": "\N{GREEK SMALL LETTER ALPHA}",
+    "beta": "\N{GREEK SMALL LETTER BETA}",
+    "b": "b (nats)",
+    "sharpness": "p",
+    "bits_per_parameter": "\N{GREEK SMALL LETTER KAPPA} (bits)",
+}
+"""Symbols of the parameters, with their units."""
+
+
+def parameters_table(law: LawFit, details: bool = True) -> TextTable:
+    """The chosen form's parameters with 95 % intervals; with details those of the paper's form too."""
+    fits = [law.best, *(fit for fit in law.fits if details and fit.form == PUBLISHED != law.form)]
+    rows = [
+        (
+            fit.form,
+            SYMBOLS[name],
+            f"{estimate.value:.3g}",
+            "at its bound" if name in fit.at_bound else "-" if estimate.stderr is None else f"{estimate.stderr:.2g}",
+            show_interval(estimate.profile),
+            show_interval(estimate.bootstrap),
+        )
+        for fit in fits
+        for name, estimate in fit.parameters.items()
+    ]
+    return TextTable(
+        "Parameters",
+        ("form", "parameter", "value", "standard error", "95 %, profile", "95 %, bootstrap"),
+        rows,
+        words=(0, 1),
+        note="p: sharpness of the soft minimum. Profile: from the likelihood. Bootstrap: over groups of runs, "
+        + ("the ranks on one text" if law.best.grouped_by == "text" else "the seeds of one rank and length")
+        + " together.",
+    )
+
+
+def forms_table(law: LawFit) -> TextTable:
+    """Every form that the runs determine, the best first."""
+    size, _ = law.factors
+    rows = [
+        (
+            fit.form,
+            fit.equation(adapter_size=law.adapter_size),
+            "-" if fit.aicc is None else f"{fit.aicc:.1f}",
+            f"{fit.r2_all:.4f}",
+            f"{fit.noise_nats:.3f}",
+            _held_out(fit, size),
+            _held_out(fit, "target_tokens"),
+        )
+        for fit in law.fits
+    ]
+    return TextTable(
+        "Forms of the law",
+        (
+            "form",
+            "equation",
+            "AICc",
+            "R², all runs",
+            "noise (nats)",
+            f"largest {FACTORS[size]} held out",
+            "largest length held out",
+        ),
+        rows,
+        words=(0, 1),
+        note="r: rank, P: adapter parameters, l: target tokens, L0: loss of the frozen model, H: bits (stored) or nats "
+        "(loss) in the corpus; the number at min is the sharpness of the soft minimum. AICc over the unsaturated grid "
+        "points, smaller is better. Held out: mean error of the loss reduction of the unsaturated runs at the largest "
+        "rank or length, predicted without any run from there on.",
+    )
+
+
+def recall_table(model: RecallModel) -> TextTable:
+    """Calibration of the recall model, each run predicted from the others."""
+    rows = [
+        (f"{row.low:g} to {row.high:g}", f"{row.targets:,}", f"{row.predicted:.3f}", f"{row.observed:.3f}")
+        for row in model.reliability
+    ]
+    return TextTable(
+        "From loss to recall",
+        ("probability", "targets", "predicted", "observed"),
+        rows,
+        note=f"Half of the target tokens are right at a mean loss of {model.half_loss:.3g} nats. Predicted from the "
+        f"other runs, token accuracy is off by {100 * model.token_accuracy_error:.1f} points and exact match by "
+        f"{100 * model.exact_match_error:.1f} on average; the Brier score is {model.brier:.3f}, that of the mean "
+        f"{model.brier_reference:.3f}. Rows: targets by their predicted probability of being right; {model.runs} runs, "
+        f"{model.targets:,} targets.",
+    )
+
+
+def observations_table(law: LawFit) -> TextTable:
+    """The runs that the chosen form was fitted to, with its prediction."""
+    rows = [
+        (
+            f"{run.target_tokens}",
+            f"{run.rank}",
+            f"{run.seed}",
+            f"{run.loss_reduction:.4f}",
+            f"{predicted:.4f}",
+            f"{100 * (predicted / run.loss_reduction - 1):+.1f}",
+            "saturated" if saturated(run) else "",
+        )
+        for run, predicted in law.used
+    ]
+    columns = ("target tokens", "rank", "seed", "measured dL", "predicted dL", "error %", "")
+    return TextTable("Runs", columns, rows, words=(6,), note="dL in nats per target token.", small=True)
+
+
+def choice_sentence(law: LawFit) -> str:
+    """Which form was chosen, and why."""
+    return f"form: {law.form} ({FORMS[law.form].meaning.replace('`', '')}); chosen: {law.chosen_because}"
+
+
+def quality_sentence(law: LawFit) -> str:
+    """How well the chosen form fits, and to what."""
+    best, left_out = law.best, ", ".join(f"{number} {reason}" for reason, number in sorted(law.left_out_counts.items()))
+    (low, high), (short, long) = law.rank_range, law.target_tokens_range
+    return (
+        f"R² {best.r2:.4f}, mean error {best.mape_percent:.2f} %, RMSE {best.rmse_nats:.4f} nats per target token over "
+        f"{best.observations_used} runs{f' (left out: {left_out})' if left_out else ''}; ranks {low} to {high}, "
+        f"{short} to {long} target tokens"
+    )
+
+
+def held_out_sentence(law: LawFit) -> str:
+    """Held-out errors of the chosen form."""
+    parts = []
+    for factor in law.factors:
+        held = law.best.largest(factor)
+        if held is not None:
+            noun = f"{held.runs} run{'s' if held.runs > 1 else ''}"
+            parts.append(f"{FACTORS[factor]} >= {held.value} off by {_percent(held.mape_percent)} ({noun})")
+    return f"held-out prediction from the smaller: {', '.join(parts)}" if parts else ""
+
+
+def _held_out(fit: FormFit, factor: Factor) -> str:
+    """The held-out error, where it begins, and over how many runs."""
+    held = fit.largest(factor)
+    if held is None:
+        return "-"
+    return f"{_percent(held.mape_percent)} (from {held.value:,}, {held.runs} run{'s' if held.runs > 1 else ''})"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} %"

@@ -1,0 +1,359 @@
+"""How far a fitted law can be trusted: noise, weights, intervals, texts, criteria and held-out errors, by hand."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import t
+from simulated_laws import (
+    HIGH_LOSS,
+    TRUTH,
+    grid,
+    law_of,
+    published,
+    run,
+    runs_with_texts,
+    saturating_runs,
+)
+
+from pml.errors import InputError
+from pml.law import FORMS, FormName, Observation, fit_law, saturated
+from pml.law.intervals import (
+    groups_of,
+    noise_of,
+    student,
+)
+from pml.law.least_squares import data_of, weights
+from pml.law.texts import texts_of
+
+
+class TestNoise:
+    """Residuals around a law that says 1 nat everywhere."""
+
+    @staticmethod
+    def of(by_point: list[list[float]], fitted: int, saturated_runs: int = 0) -> tuple[float, float, int]:
+        runs = [run(i + 1, 64, 1.0 + r, seed) for i, seeds in enumerate(by_point) for seed, r in enumerate(seeds)]
+        runs += [Observation(9, 60 + n, 13.0, 0.01, 0, f"s{n}") for n in range(saturated_runs)]
+        data = replace(data_of(runs, "rank"), root_weights=np.ones(len(runs)))
+        found = noise_of(data.measured - 1.0, data, groups_of(runs, "grid_point"), fitted)
+        return found.of_a_run, found.of_the_fit, found.degrees_of_freedom
+
+    def test_with_one_seed_it_is_the_standard_deviation_of_the_residuals(self) -> None:
+        # (1 + 4 + 9 + 16) / (4 - 1) = 10
+        found = self.of([[1.0], [-2.0], [3.0], [-4.0]], fitted=1)
+        assert found == pytest.approx((math.sqrt(10), math.sqrt(10), 3))
+
+    def test_with_several_seeds_the_fit_is_known_as_well_as_there_are_grid_points(self) -> None:
+        # Means 2, -2, 1: 2 (4 + 4 + 1) / (3 - 1) = 9. Within: (2 + 2 + 2) / (6 - 3) = 2. A point: (9 - 2) / 2 = 3.5.
+        found = self.of([[1.0, 3.0], [-1.0, -3.0], [0.0, 2.0]], fitted=1)
+        assert found == pytest.approx((math.sqrt(2 + 3.5), 3.0, 2))
+
+    def test_with_no_more_grid_points_than_parameters_only_seeds_are_left(self) -> None:
+        # (1 + 1 + 4 + 4) / (4 - 2) = 5
+        found = self.of([[1.0, -1.0], [2.0, -2.0]], fitted=2)
+        assert found == pytest.approx((math.sqrt(5), math.sqrt(5), 2))
+
+    def test_saturated_runs_say_nothing_about_it(self) -> None:
+        points = [[1.0], [-2.0], [3.0], [-4.0]]
+        assert self.of(points, fitted=1, saturated_runs=2) == pytest.approx(self.of(points, fitted=1))
+
+    def test_the_noise_of_a_saturating_form_is_that_of_runs_below_the_ceiling(self) -> None:
+        fit = fit_law(saturating_runs(np.random.default_rng(0)), form="ceiling", compare=False)
+        below = [
+            run.loss_reduction - predicted
+            for run, predicted in zip(fit.observations, fit.best.predicted, strict=True)
+            if not saturated(run)
+        ]
+        assert len(below) < len(fit.observations)
+        assert fit.best.degrees_of_freedom == len(below) - 4
+        assert fit.best.noise_nats == pytest.approx(math.sqrt(sum(x * x for x in below) / (len(below) - 4)))
+
+    def test_the_noise_at_the_ceiling_is_not_that_of_runs_on_the_way_to_it(self) -> None:
+        fit = fit_law(saturating_runs(np.random.default_rng(0)), form="ceiling", compare=False)
+        reach = FORMS["ceiling"].sensitivity(fit.best.values, data_of(fit.observations, "rank").points)
+        pairs = zip(fit.observations, fit.best.predicted, reach, strict=True)
+        missed = [(run.loss_reduction - p, f) for run, p, f in pairs if saturated(run)]
+        there = [error for error, f in missed if f < 0.05]
+        assert 0 < len(there) < len(missed)
+        assert fit.best.noise_at_ceiling_nats == pytest.approx(math.sqrt(np.mean(np.square(there))))
+
+
+class TestWeights:
+    def test_replicates_weigh_by_their_spread_shrunk_towards_the_pooled_spread(self) -> None:
+        # Variances 2 and 8 of one degree each: pooled 5. (4 + 1) 5 / (4 * 5 + 2) and (4 + 1) 5 / (4 * 5 + 8).
+        runs = [run(1, 64, 5.0), run(1, 64, 7.0, 1), run(2, 64, 9.0), run(2, 64, 13.0, 1), run(4, 64, 20.0)]
+        assert weights(runs) == pytest.approx([25 / 22, 25 / 22, 25 / 28, 25 / 28, 1.0])
+
+    def test_a_grid_point_whose_seeds_agree_pulls_the_law_more(self) -> None:
+        # Rank 4 has 0.6 nats too much. Its seeds agree and those of the others are far apart, or the reverse.
+        truth = {
+            size: law_of(*size) + (0.6 if size[0] == 4 else 0.0) for size in itertools.product((1, 2, 4), (64, 256))
+        }
+        missed = []
+        for of_rank_4, of_others in ((0.01, 1.0), (1.0, 0.01)):
+            spread = {size: of_rank_4 if size[0] == 4 else of_others for size in truth}
+            runs = [run(*size, truth[size] + sign * spread[size], sign) for size in truth for sign in (-1, 1)]
+            missed.append(np.mean([abs(float(published(runs).predict(*s)) - truth[s]) for s in truth if s[0] == 4]))
+        assert missed[0] < 0.8 * missed[1]
+
+    def test_runs_of_one_rank_with_other_parameters_are_no_replicates(self) -> None:
+        runs = [replace(run(1, 64, 5.0 + seed, seed), effective_parameters=100 + seed) for seed in range(4)]
+        runs += [replace(run(2, 64, 9.0 + 3 * seed, seed), effective_parameters=200 + seed) for seed in range(4)]
+        assert weights(runs) == pytest.approx([1.0] * 8)
+
+
+class TestIntervals:
+    def test_seeds_of_one_grid_point_are_no_further_evidence_for_the_parameters(self) -> None:
+        # Errors that seeds share, and none of their own: the first grid is all that is known.
+        one = grid(np.random.default_rng(1), of_point=0.05)
+        five = [replace(run, seed=seed) for run in one for seed in range(5)]
+        for name in TRUTH:
+            alone, replicated = published(one).parameters[name], published(five).parameters[name]
+            assert replicated.stderr == pytest.approx(alone.stderr, rel=1e-6)
+            # Refits stop far below the spread of their draws.
+            assert replicated.bootstrap == pytest.approx(alone.bootstrap, rel=1e-3)
+            assert replicated.profile == pytest.approx(alone.profile, rel=1e-3)
+
+    def test_a_run_below_the_ceiling_has_its_own_noise_and_at_it_hardly_any(self) -> None:
+        fit = fit_law(saturating_runs(np.random.default_rng(0)), form="ceiling", compare=False)
+        below, above = (fit.predict_interval(rank, 216) for rank in (1, 64))
+        noise = 2 * student(fit.best.degrees_of_freedom) * fit.best.noise_nats
+        # 500 draws know a percentile to some percent.
+        assert np.ptp(below.new_run) == pytest.approx(math.hypot(noise, np.ptp(below.confidence)), rel=0.1)
+        assert np.ptp(above.new_run) < 0.3 * noise
+
+    def test_a_sharpness_has_no_interval_beyond_its_range(self) -> None:
+        fit = fit_law(saturating_runs(np.random.default_rng(0), spread=0.6), form="ceiling", compare=False)
+        interval = fit.parameters["sharpness"].bootstrap
+        assert interval is not None
+        assert 0.5 * (1 - 1e-9) <= interval[0] < interval[1] <= 32 * (1 + 1e-9)
+
+
+@pytest.mark.usefixtures("no_profiles")
+class TestTexts:
+    def test_texts_scatter_around_a_line_in_the_logarithm_of_the_length(self) -> None:
+        # 13 + 0.5 log2(l / 64), and a pattern (1, -1, -1, 1) that no line through four even steps explains.
+        runs = [
+            run(rank, 64 * 2**i, 5.0 + rank - i, initial=13.0 + 0.5 * i + 0.2 * sign)
+            for rank in (1, 2, 4)
+            for i, sign in enumerate((1, -1, -1, 1))
+        ]
+        law = published(runs)
+        # Four residuals of 0.2 with two degrees of freedom.
+        assert law.text_spread == pytest.approx(math.sqrt(4 * 0.04 / 2))
+        assert law.initial_loss([32, 64, 128, 4096]) == pytest.approx([13.0, 13.0, 13.5, 14.5])
+
+    def test_texts_of_one_length_scatter_around_their_mean(self) -> None:
+        texts = texts_of([run(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
+        assert texts.spread == pytest.approx(math.sqrt(0.1 / 4))
+        assert texts.expansion == pytest.approx(float(t.ppf(0.975, 4)) / 1.959964)
+        assert texts.usual_loss(640) == pytest.approx(13.2)
+        # Of a mean of five.
+        assert texts.standard_error(640) == pytest.approx(math.sqrt(0.1 / 4 / 5))
+
+    def test_the_line_is_known_best_in_the_middle(self) -> None:
+        signs = ((64, 1), (128, -1), (256, -1), (512, 1))
+        texts = texts_of([run(1, length, 5.0, initial=13.0 + 0.2 * sign) for length, sign in signs])
+        # In the middle of four texts half of their spread, and at the ends, 1.5 steps of root 5 away, more.
+        middle, end, beyond = texts.standard_error([math.sqrt(64 * 512), 512, 4096])
+        assert middle == pytest.approx(texts.spread / 2)
+        assert end == pytest.approx(texts.spread * math.sqrt(1 / 4 + 1.5**2 / 5))
+        assert beyond == pytest.approx(end)
+
+    def test_a_text_is_identified_by_its_hash_and_without_one_by_its_loss(self) -> None:
+        same_loss = [run(rank, 64, 5.0, seed, initial=13.0) for rank in (1, 2) for seed in (0, 1)]
+        assert texts_of(same_loss).of_run.tolist() == [0, 0, 0, 0]
+        named = [replace(run, text=f"text {run.seed}") for run in same_loss]
+        assert texts_of(named).of_run.tolist() == [0, 1, 0, 1]
+
+    def test_three_texts_do_not_show_how_texts_differ(self) -> None:
+        law = published([run(r, 64 * 2**i, 5.0 + r - i, initial=13.0 + i % 2) for r in (1, 2, 4) for i in range(3)])
+        assert (law.text_spread, law.best.text_effect) == (0.0, 0.0)
+        said = "only 3 texts for 4 parameters: the effect of a text cannot be separated from that of its length"
+        assert any(warning.startswith(said) and "--initial-loss" in warning for warning in law.warnings)
+
+    def test_the_effect_of_a_text_is_regressed_on_its_excess(self) -> None:
+        # Five texts of one length with excess -0.2 to 0.2, of which 0.7 shows, by half in runs half-way to the ceiling.
+        texts = texts_of([run(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
+        reach = np.array([1.0, 0.5, 1.0, 0.5, 1.0])
+        assert texts.effect(0.7 * reach * texts.excess, reach, np.arange(5)) == pytest.approx(0.7)
+
+    def test_an_effect_that_is_not_significant_is_none(self) -> None:
+        # Excess (-3, 1, 1, 1) / 4, slope 0.3: residuals (0, d, -d, 0) have a standard error of d sqrt(2 / 2 / 0.75).
+        texts = texts_of([replace(run(1, 64, 5.0, initial=13.0 + min(i, 1)), text=f"text {i}") for i in range(4)])
+        pattern = np.array([0.0, 1.0, -1.0, 0.0])
+        for size, expected in ((0.3 / 4.4, 0.0), (0.3 / 6.0, 0.3)):
+            # Student's t of 2 degrees of freedom is 4.303, and 0.3 / (size / sqrt(0.75)) is 3.8 and 5.2.
+            found = texts.effect(0.3 * texts.excess + size * pattern, np.ones(4), np.arange(4))
+            assert found == pytest.approx(expected)
+
+    def test_runs_are_grouped_by_text_if_texts_differ_and_by_grid_point_if_they_do_not(self) -> None:
+        noise = np.random.default_rng(0)
+        differing = published(runs_with_texts(noise, effect=1.0))
+        assert (differing.best.grouped_by, differing.best.degrees_of_freedom) == ("text", 8 - 4)
+        off = {size: 0.3 * noise.normal() for size in itertools.product((1, 2, 4, 8), (64, 96, 144, 216))}
+        alike = [
+            run(*size, law_of(*size) + off[size] + 0.01 * noise.normal(), seed, HIGH_LOSS + 0.01 * seed)
+            for size in off
+            for seed in range(3)
+        ]
+        best = published(alike).best
+        assert (best.grouped_by, best.degrees_of_freedom) == ("grid_point", 16 - 4)
+
+    def test_the_effect_of_a_text_of_another_kind_is_limited(self) -> None:
+        fit = published(runs_with_texts(np.random.default_rng(0), effect=1.0))
+        law = fit.model_copy(update={"fits": [fit.best.model_copy(update={"text_effect": 0.5})]})
+        usual = float(law.initial_loss(64))
+        at, further, far = (float(law.predict(4, 64, initial_loss=loss)) for loss in (usual, 0.9 * usual, 0.8 * usual))
+        assert further == pytest.approx(at - 0.5 * 0.1 * usual)
+        assert far == pytest.approx(further)
+
+
+@pytest.mark.usefixtures("no_profiles")
+class TestCriteria:
+    @pytest.mark.parametrize("name", ["power_offset", "ceiling"])
+    def test_aicc_is_that_of_the_unsaturated_runs_for_every_form(self, name: FormName) -> None:
+        law = fit_law(saturating_runs(np.random.default_rng(0)))
+        fit = law.fit_of(name)
+        squares = [
+            (run.loss_reduction - predicted) ** 2
+            for run, predicted in zip(law.observations, fit.predicted, strict=True)
+            if not saturated(run)
+        ]
+        n, p = len(squares), len(fit.free) + 1
+        assert n < len(law.observations)
+        expected = n * math.log(sum(squares) / n) + 2 * p + 2 * p * (p + 1) / (n - p - 1)
+        assert fit.aicc == pytest.approx(expected, rel=1e-9)
+
+    def test_seeds_of_one_grid_point_are_no_further_evidence_for_a_form(self) -> None:
+        # All seeds lie where the only one of the first grid does.
+        runs = saturating_runs(np.random.default_rng(0))
+        once, three_times = fit_law(runs), fit_law([replace(r, seed=seed) for r in runs for seed in range(3)])
+        assert {fit.form for fit in once.fits} >= {"power_offset", "ceiling", "ceiling_offset"}
+        apart = [
+            {fit.form: (fit.aicc or math.nan) - (law.fit_of("ceiling").aicc or math.nan) for fit in law.fits}
+            for law in (once, three_times)
+        ]
+        # With each seed counted all differences would be three times as large.
+        assert apart[0] == pytest.approx(apart[1], rel=0.02)
+
+    def test_with_too_few_grid_points_for_aicc_the_simplest_saturating_form_is_chosen(self) -> None:
+        noise, form, runs = np.random.default_rng(0), FORMS["stored_bits"], []
+        for rank, length, seed in itertools.product((1, 2, 5), (72, 76, 120), range(4)):
+            empty = replace(run(rank, length, 0.0, seed, initial=13.0), effective_parameters=1000 * rank)
+            empty = replace(empty, entropy_bits=15.0 * length)
+            values = {"bits_per_parameter": 0.8, "sharpness": 4.0}
+            reduction = float(form.evaluate(values, data_of([empty], "rank").points)[0])
+            spread = 0.05 if 13.0 - reduction > math.log(2) else 0.001
+            runs.append(replace(empty, final_loss=13.0 - reduction + spread * noise.normal()))
+        law = fit_law(runs)
+        assert len({r.grid_point for r in runs if not saturated(r)}) == 4
+        assert {fit.form for fit in law.fits} >= {"power_offset", "ceiling", "stored_bits"}
+        assert all(fit.aicc is None for fit in law.fits)
+        assert law.form == "stored_bits"
+        assert "too few grid points for AICc" in law.chosen_because
+
+    def test_r2_over_all_runs_cuts_what_no_run_can_do(self) -> None:
+        law = fit_law(saturating_runs(np.random.default_rng(0)))
+        fit = law.fit_of("power_offset")
+        measured = np.array([run.loss_reduction for run in law.observations])
+        cut = np.minimum(fit.predicted, 13.0)
+        assert (np.array(fit.predicted) > 13.0).any()
+        expected = 1 - np.sum((measured - cut) ** 2) / np.sum((measured - measured.mean()) ** 2)
+        assert fit.r2_all == pytest.approx(float(expected), rel=1e-9)
+        assert fit.r2_all != pytest.approx(fit.r2, rel=1e-6)
+
+
+@pytest.mark.usefixtures("no_profiles")
+class TestHeldOut:
+    def test_the_largest_length_is_predicted_from_the_others(self) -> None:
+        runs = grid(np.random.default_rng(4), ranks=(1, 2, 4, 8), of_point=0.2)
+        fit = published(runs)
+        rest = published([run for run in runs if run.target_tokens < 256])
+        missed = [abs(float(rest.predict(r.rank, 256)) / r.loss_reduction - 1) for r in runs if r.target_tokens == 256]
+        held = fit.best.largest("target_tokens")
+        assert held is not None
+        assert (held.value, held.runs) == (256, 4)
+        assert held.mape_percent == pytest.approx(100 * float(np.mean(missed)), rel=1e-5)
+        assert held.mape_percent > 0.5
+
+    def test_saturated_runs_beyond_the_largest_rank_are_held_out_with_it(self) -> None:
+        runs = [r for r in saturating_runs(np.random.default_rng(0)) if not (r.rank == 6 and r.target_tokens > 144)]
+        largest = max(r.rank for r in runs if not saturated(r))
+        assert any(r.rank > largest for r in runs)
+        held = fit_law(runs, form="ceiling", compare=False).best.largest("rank")
+        assert held is not None
+        assert held.value == largest
+        rest = fit_law([r for r in runs if r.rank < largest], form="ceiling", compare=False)
+        there = [r for r in runs if r.rank == largest and not saturated(r)]
+        predicted = FORMS["ceiling"].evaluate(rest.best.values, data_of(there, "rank").points)
+        missed = np.abs(predicted / [r.loss_reduction for r in there] - 1)
+        assert held.runs == len(there)
+        assert held.mape_percent == pytest.approx(100 * float(missed.mean()), rel=1e-4)
+
+    def test_errors_of_rank_and_length_are_averaged_over_their_runs(self) -> None:
+        fit = published(grid(np.random.default_rng(4), ranks=(1, 2, 4, 8), of_point=0.2)).best
+        by_rank, by_length = fit.largest("rank"), fit.largest("target_tokens")
+        assert by_rank is not None
+        assert by_length is not None
+        assert by_rank.mape_percent is not None
+        assert by_length.mape_percent is not None
+        expected = (3 * by_rank.mape_percent + 4 * by_length.mape_percent) / 7
+        assert fit.held_out_percent == pytest.approx(expected)
+
+
+@pytest.mark.usefixtures("no_profiles")
+class TestByParameters:
+    """Laws that count parameters: adapters of one rank in places of several sizes."""
+
+    @staticmethod
+    def runs(places: tuple[int, ...], ranks: tuple[int, ...], short: int = 0) -> list[Observation]:
+        """Runs whose dL is 2 sqrt(parameters / tokens); adapters of `short` parameters reach a tenth less."""
+        noise = np.random.default_rng(0)
+        return [
+            replace(
+                run(
+                    rank,
+                    length,
+                    2 * (per_rank * rank / length) ** 0.5 * (0.9 if per_rank * rank == short else 1.0)
+                    + 0.001 * noise.normal(),
+                ),
+                effective_parameters=per_rank * rank,
+                entropy_bits=15.0 * length,
+            )
+            for per_rank, rank, length in itertools.product(places, ranks, (64, 96, 128, 256))
+        ]
+
+    def test_one_rank_in_places_of_several_sizes_determines_a_law(self) -> None:
+        runs = self.runs((1000, 2000, 5000), (1,))
+        law = fit_law(runs, form="power", compare=False, adapter_size="effective_parameters")
+        assert law.parameters["alpha"].value == pytest.approx(0.5, abs=0.01)
+        assert not any("only one" in warning for warning in law.warnings)
+        with pytest.raises(InputError, match="only rank 1 among the 12 of 12 runs"):
+            fit_law(runs, form="power")
+
+    def test_several_ranks_of_one_number_of_parameters_do_not(self) -> None:
+        runs = self.runs((2000,), (1,)) + self.runs((1000,), (2,))
+        with pytest.raises(InputError, match="expected at least 2 adapter sizes; add runs with other adapter sizes"):
+            fit_law(runs, form="power", adapter_size="effective_parameters")
+
+    def test_the_largest_number_of_parameters_is_held_out(self) -> None:
+        runs = self.runs((1000, 1500), (1, 2, 4), short=6000)
+        law = fit_law(runs, form="power", compare=False, adapter_size="effective_parameters")
+        held = law.best.largest("effective_parameters")
+        assert held is not None
+        assert (held.value, held.runs) == (6000, 4)
+        # Its runs have 0.9 of what the others say: 1 / 0.9 - 1.
+        assert held.mape_percent == pytest.approx(100 / 0.9 - 100, abs=0.5)
+        assert law.best.largest("rank") is None
+
+    def test_a_form_that_counts_parameters_predicts_no_ranks_of_mixed_sizes(self) -> None:
+        # As much information as the frozen model's loss, so that it starts at a uniform guess.
+        bits = HIGH_LOSS / math.log(2)
+        law = fit_law(replace(r, entropy_bits=bits * r.target_tokens) for r in self.runs((1000, 1100), (1, 2, 4)))
+        assert law.parameters_per_rank is None
+        assert float(law.predict(2, 100, form="power")) > 0
+        with pytest.raises(InputError, match="differ in parameters per rank, so a rank has no one size"):
+            law.predict(2, 100, form="stored_bits")
