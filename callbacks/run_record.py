@@ -30,6 +30,7 @@ from pml.model_card import CARD_NAME, model_card
 from pml.modules import Memorization
 from pml.recall import Generated, score_corpus
 from pml.records import RECORD_NAME, Record, Status, write_record
+from pml.run_folder import write_configuration
 from pml.token_results import TOKENS_NAME, replaced_tokens, write_tokens
 from pml.weighting import TokenScores, critical_loss
 
@@ -96,7 +97,7 @@ class RunRecord(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
         if trainer.is_global_zero:
-            self._keep_corpus(trainer)
+            self._keep_corpus(trainer, pl_module)
         with pl_module.frozen():
             self._initial = self._score(trainer, pl_module)
         self.record = None
@@ -179,9 +180,10 @@ class RunRecord(Callback):
                 pl_module.learning_rate,
             )
 
-    def _keep_corpus(self, trainer: Trainer) -> None:
+    def _keep_corpus(self, trainer: Trainer, pl_module: Memorization) -> None:
         """Write what the run memorises into its folder, so that it can be asked for when its source has changed."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        write_configuration(self._folder, pl_module, datamodule)
         write_corpus(self._folder / CORPUS_NAME, datamodule.corpus)
         if datamodule.held_out is not None:
             write_corpus(self._folder / HELD_OUT_NAME, datamodule.held_out)

@@ -53,6 +53,8 @@ class MemorizationDataModule(LightningDataModule, ABC):
         template_date: str = PromptFormat.template_date,
     ) -> None:
         super().__init__()
+        # What it was made with, so that a run made from Python can be opened again.
+        self.save_hyperparameters(logger=False)
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1, or null for the whole corpus")
         self.batch_size = batch_size

@@ -7,23 +7,54 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pml.corpus import Corpus
 from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, corpus_hash, read_corpus
 from pml.encoding import ENCODING_VERSION
 from pml.errors import InputError
 from pml.modules import Memorization
+from pml.plain import as_plain
 from pml.records import RECORD_NAME, Record, read_record
 
-__all__ = ["CONFIG_NAME", "check_corpus", "check_records", "run_folder", "use_corpus_of_run"]
+__all__ = ["CONFIG_NAME", "check_corpus", "check_records", "run_folder", "use_corpus_of_run", "write_configuration"]
 
 log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
+FROM_PYTHON = "# Of a run that was made from Python.\n"
 
 
 def run_folder(path: Path) -> Path:
     """The run folder that is meant by it, or by the adapter folder or the record in it."""
     return path.parent if path.name in ("adapter", RECORD_NAME, CONFIG_NAME) else path
+
+
+def write_configuration(folder: Path, module: Memorization, data: Any) -> None:
+    """Write what a run made from Python was made with, as the command line does for its own runs.
+
+    Args:
+        folder: The run's folder; a configuration that the command line has written stays as it is.
+        module: The run's module.
+        data: The run's data module.
+    """
+    path = folder / CONFIG_NAME
+    if path.exists() and not path.read_text(encoding="utf-8").startswith(FROM_PYTHON):
+        return
+    made_with = {
+        name: {
+            "class_path": f"{type(made).__module__}.{type(made).__qualname__}",
+            "init_args": as_plain(dict(made.hparams)),
+        }
+        for name, made in (("model", module), ("data", data))
+    }
+    try:
+        content = yaml.safe_dump(made_with, sort_keys=False)
+    except yaml.YAMLError:
+        log.warning("%s: made with arguments that YAML has no form for, so commands cannot open this run", folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(FROM_PYTHON + content, encoding="utf-8")
 
 
 def use_corpus_of_run(folder: Path, data: Any, module: Memorization) -> None:

@@ -51,7 +51,7 @@ def open_run(folder: Path) -> Run:
     parser.add_subclass_arguments(Memorization, "model", required=True)
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     try:
-        made = parser.instantiate_classes(parser.parse_object({key: content[key] for key in ("model", "data")}))
+        made = parser.instantiate(parser.parse_object({key: content[key] for key in ("model", "data")}))
     except KeyError as error:
         raise InputError(f"{path}: not the configuration of a run: it has no {error}") from error
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:

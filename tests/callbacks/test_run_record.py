@@ -217,11 +217,17 @@ def test_the_saved_adapter_gives_the_recorded_loss_and_holds_nothing_of_the_back
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 2 * 32 * 16 * 4 + 2000
 
 
-def test_a_run_leaves_corpus_record_tokens_and_adapter_alone(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_what_it_was_and_what_came_out_and_nothing_else(data: Ids, sharp: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     callbacks = [RunRecord(dirpath=str(out))]
     make_trainer(tmp_path, callbacks=callbacks).fit(module_on(sharp), datamodule=data)
-    assert sorted(path.name for path in out.iterdir()) == ["adapter", "corpus.parquet", "record.json", "tokens.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapter",
+        "config.yaml",
+        "corpus.parquet",
+        "record.json",
+        "tokens.parquet",
+    ]
 
 
 class NoTraining(Callback):

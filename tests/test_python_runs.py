@@ -1,0 +1,65 @@
+"""A run made from Python leaves a folder that the commands open."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from callbacks import RunRecord, StopWhenRecalled
+from data_modules import Facts, PhoneBook
+from pml.cli import main
+from pml.modules import MemFT
+from pml.runs import open_run
+from pml.weighting import OnlyThreshold
+from tests.fits import ADAPTER, save_sharpened
+from tests.tiny_runs import make_trainer
+
+
+def test_a_run_from_python_is_recalled_and_certified_by_the_commands(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("f.jsonl").write_text(json.dumps({"query": "code?", "target": "007"}))
+    module = MemFT(
+        backbone=str(save_sharpened(tiny_backbone_folder, tmp_path / "sharp")),
+        adapter=ADAPTER,
+        weighting=OnlyThreshold(0.7),
+        learning_rate=0.02,
+        seed=1,
+    )
+    callbacks = [StopWhenRecalled(), RunRecord(dirpath="run")]
+    make_trainer(tmp_path, max_epochs=200, callbacks=callbacks).fit(module, datamodule=Facts("f.jsonl", seed=3))
+    module.release()
+    opened = open_run(Path("run"))
+    assert type(opened.module) is MemFT
+    assert opened.module.weighting.threshold == 0.7
+    assert (opened.module.adapter, opened.data.seed, opened.data.path) == (ADAPTER, 3, "f.jsonl")
+    opened.module.release()
+    capsys.readouterr()
+    assert main(["recall", "run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["exact_match"] == 1
+    assert main(["certify", "run", "--dtypes=[float32]"]) == 0
+
+
+def test_a_configuration_of_the_command_line_is_left_alone(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", "--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=1"]
+    arguments += ["--data=PhoneBook", "--data.pairs=2", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    assert main([*arguments, "--trainer.enable_progress_bar=false"]) == 0
+    assert "trainer:" in Path("runs/fit/version_0/config.yaml").read_text()
+
+
+def test_what_a_corpus_was_made_with_is_plain() -> None:
+    assert PhoneBook(pairs=3, seed=5, system="Be exact.").hparams == {
+        "pairs": 3,
+        "target_tokens": None,
+        "path": None,
+        "end_of_turn": True,
+        "seed": 5,
+        "system": "Be exact.",
+        **{"batch_size": 8, "shuffle": True, "drop_last": False, "chat_template": True, "template_kwargs": None},
+        "template_date": "2024-07-26",
+    }
