@@ -12,7 +12,7 @@ from torch import Tensor
 from pml.ranks import several_ranks
 from pml.weighting import TokenScores
 
-__all__ = ["LastSeen", "Standing"]
+__all__ = ["LastSeen", "Standing", "shares"]
 
 LOSS, CORRECT, MARGIN, RIVAL, STEP = range(5)
 
@@ -111,3 +111,37 @@ class LastSeen:
         """Take back what `state_dict` gave."""
         self.table.copy_(state["table"])
         self.first_right.copy_(state["first_right"])
+
+
+def shares(standing: Standing, lengths: Sequence[int], threshold: float = 0.5) -> dict[str, float]:
+    """How much of a corpus is certain, how much is right without being certain, and how much is wrong.
+
+    Args:
+        standing: How the tokens stand.
+        lengths: Target tokens of each pair.
+        threshold: Probability that a token has to exceed.
+
+    Returns:
+        Shares of target tokens (`tokens_certain`, `tokens_right_not_certain`, `tokens_wrong`) and of pairs, a pair
+        being what its weakest token is (`pairs_certain`, `pairs_right_not_certain`, `pairs_failing`; and
+        `pairs_once_right`, that were right at some time), `min_probability` and, where margins are known,
+        `median_margin` and `min_margin` (logits).
+    """
+    certain, right = standing.certain(threshold), standing.correct
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    pairs_certain, pairs_right = (np.logical_and.reduceat(mark, starts) for mark in (certain, right))
+    probability = standing.probability[~np.isnan(standing.probability)]
+    values = {
+        "pairs_certain": pairs_certain.mean(),
+        "pairs_failing": 1 - pairs_right.mean(),
+        "pairs_once_right": (standing.first_right >= 0).mean(),
+        "pairs_right_not_certain": pairs_right.mean() - pairs_certain.mean(),
+        "tokens_certain": certain.mean(),
+        "tokens_right_not_certain": (right & ~certain).mean(),
+        "tokens_wrong": 1 - right.mean(),
+        "min_probability": probability.min() if len(probability) else np.nan,
+    }
+    margin = standing.margin[~np.isnan(standing.margin)]
+    if len(margin):
+        values |= {"median_margin": np.median(margin), "min_margin": margin.min()}
+    return {name: float(value) for name, value in values.items()}

@@ -44,7 +44,7 @@ def certified(scores: TokenScores, margin: float = 0.5) -> bool:
 
 def gather_scores(parts: Sequence[TokenScores]) -> TokenScores:
     """Scores of many batches, from all ranks, as one on the host: a row per example, sorted by example id."""
-    gathered = [TokenScores(*(None if t is None else t.detach().cpu() for t in part)) for part in parts]
+    gathered = [TokenScores._make(t if t is None else t.detach().cpu() for t in part) for part in parts]
     if several_ranks():
         everyone: list[list[TokenScores]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, gathered)

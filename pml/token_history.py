@@ -1,4 +1,4 @@
-"""How every target token stood at every look of a run, written and read back: the data behind what TensorBoard shows."""
+"""How every target token stood at every look of a run, written and read back: what TensorBoard shows, as data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class HistoryRecorder:
     def add(self, step: int, standing: Standing) -> None:
         """Keep a look; one at a step that was looked at already takes its place."""
         if self._steps and self._steps[-1] == step:
-            self._steps.pop(), self._looks.pop()
+            del self._steps[-1], self._looks[-1]
         self._steps.append(step)
         self._looks.append(tuple(column[self._kept] for column in standing[:3]))
 

@@ -157,9 +157,7 @@ def _by_rows(
     return losses, margin, rival, gradient
 
 
-def token_losses(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, gradient_above: float | None = None
-) -> TokenLosses:
+def token_losses(hidden: Tensor, head: nn.Linear, targets: Tensor, gradient_above: float | None = None) -> TokenLosses:
     """Negative log-probability of each target token in nats, whether it is the argmax, and by what margin.
 
     Softmax and loss are float32 whatever the dtype of the hidden states; the gradient flows to the hidden states only,
