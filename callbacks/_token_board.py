@@ -6,10 +6,10 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import PreTrainedTokenizerBase
 
-from pml.figures.thresholds import by_position, grid_image, history_image
 from pml.last_seen import Standing
 from pml.stubborn import stubborn_table
 from pml.token_history import History
+from pml.token_pictures import by_position, grid_image, history_image
 
 __all__ = ["show_history", "show_look"]
 

@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks._corpus_metric import CorpusMetricCallback
 from callbacks._logging import exact_scores, log_everywhere
+from callbacks._token_board import show_history, show_look
 from callbacks.run_record import RunRecord
 from pml import metrics
 from pml.errors import InputError
@@ -144,9 +145,6 @@ class TokenThresholds(CorpusMetricCallback):
             trainer, {**{f"corpus/{name}": value for name, value in values.items()}, "train/learning_rate": rate}
         )
         for board in _boards(trainer):
-            # Drawing is imported where there is something to draw on.
-            from callbacks._token_board import show_look
-
             show_look(board, standing, self._targets, module.tokenizer, step, self.threshold)  # type: ignore[arg-type]
 
     def _finish(self, trainer: Trainer) -> None:
@@ -156,8 +154,6 @@ class TokenThresholds(CorpusMetricCallback):
         last = {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith("train/")}
         log_everywhere(trainer, {**last, "epoch": float(trainer.current_epoch)})
         for board in _boards(trainer):
-            from callbacks._token_board import show_history
-
             show_history(board, self._history.history, self.threshold)
         self._write(trainer)
 

@@ -130,7 +130,7 @@ def test_losses_are_logged_after_every_nth_optimiser_step_and_at_the_end(
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     for name in ("python_reference", "non_members"):
         scalars = events.Scalars(f"retention/{name}")
-        assert [event.step for event in scalars] == logged
+        assert [event.step for event in scalars] == [0, *logged]
         # Every step has moved the model.
         assert len({event.value for event in scalars}) == len(logged)
 

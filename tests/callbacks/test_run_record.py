@@ -107,7 +107,7 @@ def test_every_field_is_what_a_computation_of_its_own_gives(
     assert (record.backbone, record.dtype, record.method, record.seed) == (str(sharp), "float32", "sft", 9)
     assert record.backbone_hash == module.backbone.content_hash
     assert record.method_settings == module.settings()
-    assert (record.status, record.steps_to_recall, record.schema_version) == ("finished", None, 2)
+    assert (record.status, record.steps_to_recall, record.schema_version) == ("finished", None, 3)
     assert 0 < record.wall_seconds < 60
     assert record.versions["python"] == platform.python_version()
     assert record.versions["torch"] == torch.__version__
@@ -217,11 +217,11 @@ def test_the_saved_adapter_gives_the_recorded_loss_and_holds_nothing_of_the_back
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 2 * 32 * 16 * 4 + 2000
 
 
-def test_nothing_is_left_but_the_record_the_tokens_and_the_adapter(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_nothing_is_left_but_the_record_the_corpus_and_the_adapter(data: Ids, sharp: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     callbacks = [RunRecord(dirpath=str(out))]
     make_trainer(tmp_path, callbacks=callbacks).fit(module_on(sharp), datamodule=data)
-    assert sorted(path.name for path in out.iterdir()) == ["adapter", "record.json", "tokens.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == ["adapter", "corpus.parquet", "record.json", "tokens.parquet"]
 
 
 class NoTraining(Callback):
@@ -316,13 +316,21 @@ def test_curves_and_one_row_of_hyperparameters_are_in_the_events(
     logged_trainer(max_epochs=4, callbacks=all_callbacks()).fit(module_on(sharp), datamodule=data)
     record = read_record(tmp_path / "run" / "record.json")
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    curves = {"train/loss": 12, "train/sub_threshold_fraction": 12, "val/loss": 4, "val/token_accuracy": 4}
-    curves |= {"val/exact_match": 4, "val/sub_threshold_fraction": 4, "val/min_target_probability": 4}
+    tags = events.Tags()["scalars"]
+    # Twelve steps and four validations, before them the frozen model, and what it came to in the end.
+    curves = {"train/loss": 14, "val/loss": 6, "val/token_accuracy": 6, "val/generated_exact_match": 2}
     assert {tag: len(events.Scalars(tag)) for tag in curves} == curves
-    ends = ["initial_loss", "final_loss", "token_accuracy", "exact_match", "sub_threshold_fraction", "wall_seconds"]
-    for name in ends:
-        (event,) = events.Scalars(f"end/{name}")
-        assert event.value == pytest.approx(getattr(record, name), rel=1e-6)
+    for tag in tags:
+        assert events.Scalars(tag)[0].step == 0, tag
+        assert len(events.Scalars(tag)) > 1, tag
+        assert events.Scalars(tag)[-1].step == 12, tag
+    assert not [tag for tag in tags if tag.startswith("end/")]
+    assert events.Scalars("val/loss")[0].value == pytest.approx(record.initial_loss, rel=1e-6)
+    ends = {"val/loss": record.final_loss, "val/exact_match": record.exact_match}
+    ends |= {"val/token_accuracy": record.token_accuracy, "run/wall_seconds": record.wall_seconds}
+    ends |= {"val/sub_threshold_fraction": record.sub_threshold_fraction, "val/first_failure": record.first_failure}
+    for tag, value in ends.items():
+        assert events.Scalars(tag)[-1].value == pytest.approx(value, rel=1e-6), tag
 
     plugin = [
         value.metadata.plugin_data.content
@@ -352,7 +360,8 @@ def test_the_record_is_plain_json_of_the_schema(data: Ids, sharp: Path, tmp_path
 
 def test_any_other_module_is_refused(sharp: Path, tmp_path: Path) -> None:
     class Other(LightningModule):
-        tokenizer = vocab_size = max_positions = None
+        tokenizer = max_positions = None
+        vocab_size = 256
 
         def training_step(self, *_: Any) -> None: ...
 

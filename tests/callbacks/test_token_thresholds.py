@@ -42,7 +42,7 @@ def test_logged_values_are_those_of_the_tokens_one_by_one(
 ) -> None:
     data = Ids(uneven(5), batch_size=2)
     losses = Losses(data)
-    trainer = logged_trainer(max_epochs=15, callbacks=[TokenThresholds(threshold), losses])
+    trainer = logged_trainer(max_epochs=15, callbacks=[TokenThresholds(threshold, looks=0), losses])
     trainer.fit(module_on(sharp), datamodule=data)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
 

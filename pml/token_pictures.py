@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from pml.figures.style import INK, PAPER
-
 __all__ = ["by_position", "colours", "grid_image", "history_image", "pool_min", "token_grid"]
+
+INK, PAPER = "#333333", "#FFFFFF"
 
 Floats = npt.NDArray[np.floating]
 Pixels = npt.NDArray[np.uint8]
