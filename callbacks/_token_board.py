@@ -30,10 +30,10 @@ def show_look(
     writer = logger.experiment
     lengths = [len(target) for target in targets]
     picture = grid_image(standing.probability, lengths, threshold, f"p of every target token at step {step}")
-    writer.add_image("tokens/probability", picture, step, dataformats="HWC")
+    writer.add_image("tokens/grid", picture, step, dataformats="HWC")
     known = ~np.isnan(standing.probability)
     if known.any():
-        writer.add_histogram("tokens/probability", standing.probability[known], step, bins=PROBABILITY_BINS)
+        writer.add_histogram("tokens/p", standing.probability[known], step, bins=PROBABILITY_BINS)
     margin = standing.margin[~np.isnan(standing.margin)]
     if len(margin):
         inside = margin.clip(MARGIN_BINS[0], MARGIN_BINS[-1])

@@ -14,7 +14,7 @@ from callbacks._token_board import show_history, show_look
 from callbacks.run_record import RunRecord
 from pml import metrics
 from pml.errors import InputError
-from pml.last_seen import LastSeen, shares
+from pml.last_seen import LastSeen, margins, shares
 from pml.looks import Looks
 from pml.modules import Memorization
 from pml.token_history import HISTORY_NAME, HistoryRecorder
@@ -139,11 +139,9 @@ class TokenThresholds(CorpusMetricCallback):
             return
         step = trainer.global_step
         self._history.add(step, standing)
-        values = shares(standing, self._lengths, self.threshold)
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        log_everywhere(
-            trainer, {**{f"corpus/{name}": value for name, value in values.items()}, "train/learning_rate": rate}
-        )
+        values = {f"corpus/{name}": value for name, value in shares(standing, self._lengths, self.threshold).items()}
+        values |= {f"logit_margin/{name}": value for name, value in margins(standing).items()}
+        log_everywhere(trainer, {**values, "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"]})
         for board in _boards(trainer):
             show_look(board, standing, self._targets, module.tokenizer, step, self.threshold)  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pml.ranks import several_ranks
 from pml.weighting import TokenScores
 
-__all__ = ["LastSeen", "Standing", "shares"]
+__all__ = ["LastSeen", "Standing", "margins", "shares"]
 
 LOSS, CORRECT, MARGIN, RIVAL, STEP = range(5)
 
@@ -122,26 +122,29 @@ def shares(standing: Standing, lengths: Sequence[int], threshold: float = 0.5) -
         threshold: Probability that a token has to exceed.
 
     Returns:
-        Shares of target tokens (`tokens_certain`, `tokens_right_not_certain`, `tokens_wrong`) and of pairs, a pair
-        being what its weakest token is (`pairs_certain`, `pairs_right_not_certain`, `pairs_failing`; and
-        `pairs_once_right`, that were right at some time), `min_probability` and, where margins are known,
-        `median_margin` and `min_margin` (logits).
+        Shares of target tokens (`certain_tokens`, `right_not_certain_tokens`, `wrong_tokens`) and of pairs, a pair
+        being what its weakest token is (`certain_pairs`, `right_not_certain_pairs`, `failing_pairs`; and
+        `once_right_pairs`, that were right at some time), and `weakest_probability`. Names are such that what matters
+        first is first by the alphabet.
     """
     certain, right = standing.certain(threshold), standing.correct
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
     pairs_certain, pairs_right = (np.logical_and.reduceat(mark, starts) for mark in (certain, right))
     probability = standing.probability[~np.isnan(standing.probability)]
     values = {
-        "pairs_certain": pairs_certain.mean(),
-        "pairs_failing": 1 - pairs_right.mean(),
-        "pairs_once_right": (standing.first_right >= 0).mean(),
-        "pairs_right_not_certain": pairs_right.mean() - pairs_certain.mean(),
-        "tokens_certain": certain.mean(),
-        "tokens_right_not_certain": (right & ~certain).mean(),
-        "tokens_wrong": 1 - right.mean(),
-        "min_probability": probability.min() if len(probability) else np.nan,
+        "certain_pairs": pairs_certain.mean(),
+        "certain_tokens": certain.mean(),
+        "failing_pairs": 1 - pairs_right.mean(),
+        "once_right_pairs": (standing.first_right >= 0).mean(),
+        "right_not_certain_pairs": pairs_right.mean() - pairs_certain.mean(),
+        "right_not_certain_tokens": (right & ~certain).mean(),
+        "weakest_probability": probability.min() if len(probability) else np.nan,
+        "wrong_tokens": 1 - right.mean(),
     }
-    margin = standing.margin[~np.isnan(standing.margin)]
-    if len(margin):
-        values |= {"median_margin": np.median(margin), "min_margin": margin.min()}
     return {name: float(value) for name, value in values.items()}
+
+
+def margins(standing: Standing) -> dict[str, float]:
+    """`median` and `smallest` margin over all target tokens, in logits; empty where none is known."""
+    known = standing.margin[~np.isnan(standing.margin)]
+    return {"median": float(np.median(known)), "smallest": float(known.min())} if len(known) else {}
