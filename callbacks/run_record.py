@@ -316,7 +316,8 @@ SHOWN_RESULTS = ("val/exact_match", "val/token_accuracy", "val/loss", "val/sub_t
 """Curves whose last points stand beside the settings."""
 
 VARIED_FIRST = ("method", "rank", "target_tokens", "learning_rate", "seed")
-"""Settings in TensorBoard's table: of more than five it shows the first by the alphabet. Its `hparams.yaml` has all."""
+"""Settings in TensorBoard's table: of more than five it shows the first by the alphabet.
+The others are in the run's configuration and its record."""
 
 
 def _log_settings(trainer: Trainer, module: Memorization, start: dict[str, float]) -> None:
@@ -344,7 +345,6 @@ def _log_settings(trainer: Trainer, module: Memorization, start: dict[str, float
         if isinstance(logger, TensorBoardLogger) and start:
             shown = {tag: start[tag] for tag in SHOWN_RESULTS}
             logger.log_hyperparams({name: settings[name] for name in VARIED_FIRST}, shown, step=trainer.global_step)
-            logger.hparams.update(settings)
             logger.log_metrics({tag: value for tag, value in start.items() if tag not in shown}, trainer.global_step)
         else:
             logger.log_hyperparams(settings)

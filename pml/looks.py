@@ -1,6 +1,5 @@
 """When to look at a run: at steps spaced evenly in the logarithm, since what is learnt early is learnt fast."""
 
-import math
 from collections.abc import Iterator
 
 from pml.errors import InputError
@@ -36,7 +35,7 @@ def look_steps(total: int | None, looks: int = 40) -> Iterator[int]:
             following = round(step * (total / step) ** (1 / left))
             left -= 1
         else:
-            following = math.ceil(step * OPEN_RATIO)
+            following = round(step * OPEN_RATIO)
         step = max(step + 1, following)
         yield step
 
