@@ -25,10 +25,10 @@ ABOVE = ((146, 197, 240), (33, 113, 181), (4, 30, 90))
 SHADES = 24
 """Shades in each half: fewer colours make smaller files, and nobody tells more of them apart."""
 
-WIDTH, HEIGHT = 640, 400
+WIDTH, HEIGHT = 480, 400
 """Pixels of the painted area, at most."""
 LEAST_CELL = 4
-MARGIN_LEFT, MARGIN_TOP, MARGIN_BOTTOM, LEAST_WIDTH = 64, 26, 78, 420
+MARGIN_LEFT, MARGIN_TOP, MARGIN_BOTTOM, LEAST_WIDTH = 76, 26, 80, 420
 
 
 def colours(probability: Floats, threshold: float = 0.5) -> Pixels:
@@ -157,7 +157,7 @@ def _framed(
     height, width = body.shape[:2]
     picture = Image.new("RGB", (MARGIN_LEFT + max(width, LEAST_WIDTH) + 16, MARGIN_TOP + height + MARGIN_BOTTOM), PAPER)
     picture.paste(Image.fromarray(body), (MARGIN_LEFT, MARGIN_TOP))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
 
     def write(x: float, y: float, text: str, anchor: str) -> None:
         draw.text((x, y), text, fill=INK, font=font, anchor=anchor)
