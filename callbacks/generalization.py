@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks._logging import log_everywhere
 from pml import metrics
 from pml.corpus import Corpus
 from pml.errors import InputError
@@ -33,7 +34,7 @@ class Generalization(Callback):
             raise InputError(f"batch_size is {batch_size}; expected at least 1 held-out pair")
         self.generate_at_end = generate_at_end
         self.batch_size = batch_size
-        self._initial_loss = float("nan")
+        self._initial: dict[str, float] = {}
         self._end: dict[str, float] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -41,7 +42,11 @@ class Generalization(Callback):
         if (held_out := _held_out(trainer)) is not None:
             assert isinstance(pl_module, Memorization)
             with pl_module.frozen():
-                self._initial_loss = self._teacher_forced(pl_module, held_out)["held_out_loss"]
+                self._initial = self._teacher_forced(pl_module, held_out)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._initial and trainer.global_step == 0:
+            self._log_start(trainer)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log(trainer, pl_module, "val", generate=False)
@@ -62,14 +67,24 @@ class Generalization(Callback):
         held_out = _held_out(trainer)
         if held_out is not None and self._end is None:
             measured = self._measure(pl_module, held_out, self.generate_at_end)
-            if trainer.logger is not None:
-                values = {f"end/{name}": value for name, value in measured.items()}
-                trainer.logger.log_metrics(values, step=trainer.global_step)
+            log_everywhere(trainer, {f"val/{name}": value for name, value in measured.items()})
             if trainer.is_global_zero:
                 right = measured.get("held_out_generated_exact_match", measured["held_out_exact_match"])
                 log.info("held out: %.4f of %d targets right", right, len(held_out))
-            self._end = {"held_out_pairs": len(held_out), "held_out_initial_loss": self._initial_loss, **measured}
+            self._end = {
+                "held_out_pairs": len(held_out),
+                "held_out_initial_loss": self._initial["held_out_loss"],
+                **measured,
+            }
         return self._end or {}
+
+    def _log_start(self, trainer: Trainer) -> None:
+        """The first points of the curves that validations and the end of the fit go on with."""
+        start = {f"val/{name}": value for name, value in self._initial.items()}
+        if self.generate_at_end:
+            # Decoding agrees with teacher forcing but for rounding.
+            start["val/held_out_generated_exact_match"] = self._initial["held_out_exact_match"]
+        log_everywhere(trainer, start)
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, prefix: str, generate: bool) -> None:
         if (held_out := _held_out(trainer)) is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from transformers import PreTrainedTokenizerBase
 
+from callbacks._logging import log_everywhere
 from pml import metrics
 from pml.corpus import Corpus, Example
 from pml.encoding import PromptFormat, TextEncoder
@@ -81,6 +82,10 @@ class Retention(Callback):
         with pl_module.frozen():
             self._before = self._losses(pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0:
+            log_everywhere(trainer, {f"retention/{name}": loss for name, loss in self._before.items()})
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -112,9 +117,7 @@ class Retention(Callback):
             return
         assert isinstance(pl_module, Memorization)
         self._measured_at, self._after = trainer.global_step, self._losses(pl_module)
-        if trainer.logger is not None:
-            values = {f"retention/{name}": loss for name, loss in self._after.items()}
-            trainer.logger.log_metrics(values, step=trainer.global_step)
+        log_everywhere(trainer, {f"retention/{name}": loss for name, loss in self._after.items()})
 
     def _losses(self, module: Memorization) -> dict[str, float]:
         return {

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from callbacks._logging import exact_scores, log_everywhere
 from callbacks.generalization import Generalization
 from callbacks.retention import Retention
 from callbacks.stop_when_recalled import StopWhenRecalled
@@ -28,9 +29,9 @@ from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, write_corpus
 from pml.errors import InputError
 from pml.model_card import CARD_NAME, model_card
 from pml.modules import Memorization
-from pml.recall import Generated, score_corpus
+from pml.recall import Generated
 from pml.records import RECORD_NAME, Record, Status, write_record
-from pml.run_folder import write_configuration
+from pml.run_folder import folder_of_loggers, write_configuration
 from pml.token_results import TOKENS_NAME, replaced_tokens, write_tokens
 from pml.weighting import TokenScores, critical_loss
 
@@ -47,10 +48,11 @@ class RunRecord(Callback):
     When the fit starts, `corpus.parquet` goes into the run's folder: queries and targets as the user wrote them, with
     their token ids. When it ends, so do `record.json` (see `pml.records.Record`), `tokens.parquet` (one row per target
     token) and `adapter/` (as `save_pretrained` writes it). List it after `VerbatimRecall` and `StopWhenRecalled`, whose
-    findings it records; those of `Generalization` and `Retention` it asks for.
+    findings it records; those of `Generalization` and `Retention` it asks for. All loggers get the settings of the
+    run, and its results as first and last points of the curves of `val/`.
 
     Args:
-        dirpath: The run's folder; None is the logger's.
+        dirpath: The run's folder; None is that of the loggers, see `pml.run_folder.folder_of_loggers`.
         threshold: Probability below which a target token counts as not certain.
         overwrite: Write over the record of an earlier run in the same folder.
         extraction_samples: Number of samples at temperature 1 that `extraction_probability` is about.
@@ -72,7 +74,8 @@ class RunRecord(Callback):
         self.extraction_samples = extraction_samples
         self.record: Record | None = None
         """What the last fit came to; None before."""
-        self._folder = Path()
+        self.folder = Path()
+        """Where the run's results go; known once the fit is set up."""
         self._initial: TokenScores | None = None
         self._history = LossHistory()
         self._last_rate = 0.0
@@ -85,9 +88,9 @@ class RunRecord(Callback):
             return
         if not isinstance(pl_module, Memorization):
             raise InputError(f"RunRecord records SFT and MemFT; the model is a {type(pl_module).__name__}")
-        # Asking for the logger's folder takes all ranks, so it is asked for once, here.
-        self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-        path = self._folder / RECORD_NAME
+        # Asking for the loggers' folder takes all ranks, so it is asked for once, here.
+        self.folder = Path(self.dirpath) if self.dirpath else folder_of_loggers(trainer)
+        path = self.folder / RECORD_NAME
         if trainer.is_global_zero and path.exists() and not self.overwrite:
             raise InputError(
                 f"{path} is the record of an earlier run; choose another folder "
@@ -98,13 +101,17 @@ class RunRecord(Callback):
         assert isinstance(pl_module, Memorization)
         if trainer.is_global_zero:
             self._keep_corpus(trainer, pl_module)
-        with pl_module.frozen():
-            self._initial = self._score(trainer, pl_module)
+        self._initial = exact_scores(trainer, pl_module, frozen=True)
         self.record = None
         self._history, self._last_rate = LossHistory(), 0.0
         self._started = self._trained = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Memorization)
+        assert self._initial is not None
+        if trainer.is_global_zero:
+            start = self._results(self._initial) if trainer.global_step == 0 else {}
+            _log_settings(trainer, pl_module, start)
         # Once more: other callbacks may have measured something of their own before the fit.
         self._started = self._trained = time.monotonic()
 
@@ -134,12 +141,12 @@ class RunRecord(Callback):
             self._write(trainer, pl_module, ended=False)
         elif trainer.is_global_zero:
             # Measuring takes all ranks, and some may be gone; what was learnt is kept all the same.
-            pl_module.model.save_pretrained(str(self._folder / "adapter"), save_embedding_layers=False)
+            pl_module.model.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
 
     def _write(self, trainer: Trainer, pl_module: Memorization, ended: bool) -> None:
         # Up to the last epoch: other callbacks may have decoded the whole corpus since.
         wall_seconds = self._trained - self._started
-        scores = self._score(trainer, pl_module)
+        scores = exact_scores(trainer, pl_module)
         trained = trainer.strategy.reduce(
             torch.tensor(pl_module.tokens_trained, device=pl_module.device), reduce_op="sum"
         )
@@ -147,7 +154,7 @@ class RunRecord(Callback):
         held_out, retention = self._outside_the_corpus(trainer, pl_module) if ended else ({}, {})
         if not trainer.is_global_zero:
             return
-        folder = self._folder
+        folder = self.folder
         corpus: Corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
         self.record = self._record(
             trainer,
@@ -170,8 +177,7 @@ class RunRecord(Callback):
         (folder / "adapter" / CARD_NAME).write_text(card, encoding="utf-8")
         # The record comes last: a folder that has one has everything.
         path = write_record(folder, self.record)
-        if isinstance(trainer.logger, TensorBoardLogger):
-            _log_hyperparameters(trainer.logger, self.record)
+        log_everywhere(trainer, self._results(scores, wall_seconds))
         status = self.record.status
         log.info("record: %s%s", path, "" if status == "finished" else f" ({status})")
         if status == "diverged":
@@ -183,10 +189,10 @@ class RunRecord(Callback):
     def _keep_corpus(self, trainer: Trainer, pl_module: Memorization) -> None:
         """Write what the run memorises into its folder, so that it can be asked for when its source has changed."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        write_configuration(self._folder, pl_module, datamodule)
-        write_corpus(self._folder / CORPUS_NAME, datamodule.corpus)
+        write_configuration(self.folder, pl_module, datamodule)
+        write_corpus(self.folder / CORPUS_NAME, datamodule.corpus)
         if datamodule.held_out is not None:
-            write_corpus(self._folder / HELD_OUT_NAME, datamodule.held_out)
+            write_corpus(self.folder / HELD_OUT_NAME, datamodule.held_out)
 
     @staticmethod
     def _outside_the_corpus(
@@ -202,8 +208,17 @@ class RunRecord(Callback):
                 retention |= callback.at_end(trainer, pl_module)
         return held_out, retention
 
-    def _score(self, trainer: Trainer, pl_module: Memorization) -> TokenScores:
-        return score_corpus(pl_module, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+    def _results(self, scores: TokenScores, wall_seconds: float = 0.0) -> dict[str, float]:
+        """What the curves of validations begin and end with, by tag, and how long that took."""
+        return {
+            "val/loss": metrics.mean_loss(scores).item(),
+            "val/token_accuracy": metrics.token_accuracy(scores).item(),
+            "val/exact_match": metrics.exact_match(scores).double().mean().item(),
+            "val/first_failure": metrics.first_failure(scores).double().mean().item(),
+            "val/sub_threshold_fraction": metrics.sub_threshold_fraction(scores, self.threshold).item(),
+            "val/min_target_probability": metrics.min_target_probability(scores).item(),
+            "run/wall_seconds": wall_seconds,
+        }
 
     def _record(
         self,
@@ -303,24 +318,44 @@ def _edit_similarity(module: Memorization, generated: Sequence[Generated] | None
     return fmean(metrics.edit_similarity(text(g.token_ids), text(g.example.target_ids)) for g in generated)
 
 
-def _log_hyperparameters(logger: TensorBoardLogger, record: Record) -> None:
-    """One HParams row per run: TensorBoard takes its metrics only with the first call."""
-    optimiser = {key: record.method_settings[key] for key in ("learning_rate", "schedule", "dropout")}
-    names = ("method", "rank", "target_tokens", "pairs", "corpus", "seed", "init", "dtype", "effective_parameters")
-    names_of_results = (
-        "initial_loss",
-        "final_loss",
-        "token_accuracy",
-        "exact_match",
-        "sub_threshold_fraction",
-        "wall_seconds",
-    )
-    results = {name: getattr(record, name) for name in names_of_results}
-    logger.log_hyperparams(
-        {name: getattr(record, name) for name in names} | optimiser | {"placement": str(record.placement)},
-        # A metric has to be a number here; TensorBoard shows this one as NaN.
-        {f"end/{name}": math.nan if value is None else value for name, value in results.items()},
-    )
+SHOWN_RESULTS = ("val/exact_match", "val/token_accuracy", "val/loss", "val/sub_threshold_fraction", "run/wall_seconds")
+"""Curves whose last points stand beside the settings."""
+
+VARIED_FIRST = ("method", "rank", "target_tokens", "learning_rate", "seed")
+"""Settings in TensorBoard's table: of more than five it shows the first by the alphabet.
+The others are in the run's configuration and its record."""
+
+
+def _log_settings(trainer: Trainer, module: Memorization, start: dict[str, float]) -> None:
+    """Give all loggers the settings of the run, what people vary first, and the first points of its curves.
+
+    TensorBoard takes the names of results with the first call only, and shows the last point of each.
+    """
+    corpus: Corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
+    settings = {
+        "method": module.method,
+        "rank": module.adapter.rank,
+        "target_tokens": corpus.target_tokens,
+        "learning_rate": module.learning_rate,
+        "seed": module.seed,
+        "pairs": len(corpus),
+        "corpus": corpus.name,
+        "placement": str(module.adapter.placement),
+        "init": module.adapter.init,
+        "dropout": module.adapter.dropout,
+        "schedule": module.schedule,
+        "dtype": module.dtype_name,
+        "effective_parameters": sum(p.numel() for p in adapter_parameters(module.model).values()),
+    }
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and start:
+            shown = {tag: start[tag] for tag in SHOWN_RESULTS}
+            logger.log_hyperparams({name: settings[name] for name in VARIED_FIRST}, shown, step=trainer.global_step)
+            logger.log_metrics({tag: value for tag, value in start.items() if tag not in shown}, trainer.global_step)
+        else:
+            logger.log_hyperparams(settings)
+            if start:
+                logger.log_metrics(dict(start), trainer.global_step)
 
 
 def _hardware(trainer: Trainer, module: Memorization) -> dict[str, Any]:

@@ -8,10 +8,11 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from callbacks._logging import exact_scores
 from pml.errors import InputError
 from pml.modules import Memorization
 from pml.ranks import several_ranks
-from pml.recall import certified, score_corpus
+from pml.recall import certified
 
 __all__ = ["StopWhenRecalled"]
 
@@ -62,7 +63,7 @@ class StopWhenRecalled(Callback):
         # A curriculum's early epochs, or a dropped last batch, say nothing about what they left out.
         if unsure or seen < corpus.target_tokens:
             return
-        scores = score_corpus(pl_module, trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
+        scores = exact_scores(trainer, pl_module)
         if certified(scores, self.margin):
             self.steps_to_recall = trainer.global_step - pl_module.skipped_steps
             trainer.should_stop = True

@@ -5,6 +5,7 @@ import logging
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks._corpus_metric import CorpusMetricCallback
+from callbacks._logging import exact_scores, log_everywhere
 from pml import metrics
 from pml.errors import InputError
 from pml.modules import Memorization
@@ -13,6 +14,8 @@ from pml.recall import Generated, greedy_recall
 __all__ = ["VerbatimRecall"]
 
 log = logging.getLogger(__name__)
+
+GENERATED_AT_ENDS = ("generated_exact_match",)
 
 
 class VerbatimRecall(CorpusMetricCallback):
@@ -57,12 +60,14 @@ class VerbatimRecall(CorpusMetricCallback):
             for name, value in self.shares().items():
                 pl_module.log(f"test/{name}", value, rank_zero_only=True)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0 and (self.generate_at_end or self.generate_every):
+            self._log_start(trainer, pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.generate_at_end:
             self._generate(trainer, pl_module)
-            if trainer.logger is not None:
-                values = {f"end/{name}": value for name, value in self.shares().items()}
-                trainer.logger.log_metrics(values, step=trainer.global_step)
+            self._log_curves(trainer)
 
     def shares(self) -> dict[str, float]:
         """`generated_exact_match` (share of examples) and `generated_token_accuracy` (share of target tokens)."""
@@ -73,6 +78,23 @@ class VerbatimRecall(CorpusMetricCallback):
             "generated_exact_match": sum(g.exact for g in self.generated) / len(self.generated),
             "generated_token_accuracy": sum(g.right_tokens for g in self.generated) / tokens,
         }
+
+    def _log_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where the curves of greedy decoding start: at what the frozen model recalls."""
+        assert isinstance(pl_module, Memorization)
+        if self.generate_every:
+            with pl_module.frozen():
+                self._generate(trainer, pl_module)
+            self._log_curves(trainer)
+        else:
+            # Decoding agrees with teacher forcing but for rounding, which is known without it.
+            exact = metrics.exact_match(exact_scores(trainer, pl_module, frozen=True)).double().mean().item()
+            log_everywhere(trainer, {"val/generated_exact_match": exact})
+
+    def _log_curves(self, trainer: Trainer) -> None:
+        # Without decoding in between, the share of tokens would be a single point; it is in the record.
+        curves = ("generated_exact_match", "generated_token_accuracy") if self.generate_every else GENERATED_AT_ENDS
+        log_everywhere(trainer, {f"val/{name}": value for name, value in self.shares().items() if name in curves})
 
     def _generate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)

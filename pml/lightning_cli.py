@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pml.errors import InputError
 from pml.modules import Memorization
 from pml.recall import gather_scores
-from pml.run_folder import use_corpus_of_run
+from pml.run_folder import CONFIG_NAME, folder_of_loggers, use_corpus_of_run
 from pml.token_results import PREDICTIONS_NAME, write_predictions
 
 log = logging.getLogger(__name__)
@@ -81,12 +81,22 @@ ATTEMPTS = re.compile(
 class _SaveConfig(SaveConfigCallback):
     """Saves the configuration of fits alone: evaluating in a run's folder leaves the configuration of the run there.
 
-    A fit without a logger has no folder of its own; Lightning would write into the current one.
+    It goes where the results go. A fit that has neither a logger nor a folder of its own would write into the current
+    one.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.logger is not None:
-            super().setup(trainer, pl_module, stage)
+        if stage != "fit" or self.already_saved:
+            return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        record: Any = next((callback for callback in callbacks if type(callback).__name__ == "RunRecord"), None)
+        if trainer.loggers or (record is not None and record.dirpath):
+            folder = record.folder if record is not None else folder_of_loggers(trainer)
+            if trainer.is_global_zero:
+                folder.mkdir(parents=True, exist_ok=True)
+                path = str(folder / CONFIG_NAME)
+                self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+        self.already_saved = True
 
 
 class MemorizationCLI(LightningCLI):

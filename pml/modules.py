@@ -27,7 +27,7 @@ from pml.frozen_prefix import FrozenPrefix, content_keys
 from pml.plain import as_plain, from_plain
 from pml.prefix_store import PrefixConfig
 from pml.ranks import several_ranks
-from pml.token_loss import token_losses
+from pml.token_loss import TokenLosses, against_the_rest, is_argmax, token_losses
 from pml.weighting import OnlyThreshold, TokenScores, Uniform, Weighting, weighted_mean
 
 __all__ = ["SFT", "MemFT", "Memorization"]
@@ -243,14 +243,15 @@ class Memorization(LightningModule):
         head = self.prefix.head
         if head is not None:
             hidden = self.prefix.final_hidden(batch)[supervised]
-            losses, correct = token_losses(hidden, head, targets, gradient_above)
+            scored = token_losses(hidden, head, targets, gradient_above)
         else:
             # A head that caps or scales its logits is asked as a whole.
             logits = self.model(input_ids=batch["input_ids"], use_cache=False).logits[:, : labels.shape[1]]
             logits = logits[supervised].float()
             losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-            correct = logits.argmax(dim=-1) == targets
-        return _by_target(losses, correct, supervised, batch["example_id"])
+            own, other, rival = (t.squeeze(-1) for t in against_the_rest(logits.detach().clone(), targets[:, None]))
+            scored = TokenLosses(losses, is_argmax(own - other, rival, targets), own - other, rival)
+        return _by_target(scored, supervised, batch["example_id"])
 
     # Training --------------------------------------------------------------------------------------------------------
 
@@ -487,11 +488,13 @@ KNOWN_ARGUMENTS = {name for method in (Memorization, MemFT) for name in inspect.
 """Arguments of what is here; a subclass may have more."""
 
 
-def _by_target(losses: Tensor, correct: Tensor, supervised: Tensor, example_id: Tensor) -> TokenScores:
+def _by_target(scored: TokenLosses, supervised: Tensor, example_id: Tensor) -> TokenScores:
     """Lay the scores of N supervised tokens out as (B, L), column t for the t-th target token of a row."""
     lengths = supervised.sum(dim=1)
-    longest = supervised.shape[1]
-    mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
-    table = losses.new_zeros(mask.shape).masked_scatter(mask, losses)
-    right = torch.zeros_like(mask).masked_scatter(mask, correct)
-    return TokenScores(table, right, mask, example_id)
+    mask = torch.arange(supervised.shape[1], device=lengths.device) < lengths[:, None]
+
+    def table(values: Tensor) -> Tensor:
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+    losses, correct, margin, rival = map(table, scored)
+    return TokenScores(losses, correct, mask, example_id, margin, rival)

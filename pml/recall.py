@@ -44,7 +44,7 @@ def certified(scores: TokenScores, margin: float = 0.5) -> bool:
 
 def gather_scores(parts: Sequence[TokenScores]) -> TokenScores:
     """Scores of many batches, from all ranks, as one on the host: a row per example, sorted by example id."""
-    gathered = [TokenScores(*(t.detach().cpu() for t in part)) for part in parts]
+    gathered = [TokenScores._make(t if t is None else t.detach().cpu() for t in part) for part in parts]
     if several_ranks():
         everyone: list[list[TokenScores]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, gathered)
@@ -59,7 +59,7 @@ def gather_scores(parts: Sequence[TokenScores]) -> TokenScores:
     order = sorted(rows)
 
     def column(name: str) -> Tensor:
-        first = getattr(gathered[0], name)
+        first: Tensor = getattr(gathered[0], name)
         joined = torch.zeros(len(order), longest, dtype=first.dtype)
         for i, example_id in enumerate(order):
             part, row = rows[example_id]
@@ -67,7 +67,15 @@ def gather_scores(parts: Sequence[TokenScores]) -> TokenScores:
             joined[i, : len(values)] = values
         return joined
 
-    return TokenScores(column("losses"), column("correct"), column("mask"), torch.tensor(order))
+    known = all(part.margin is not None and part.rival is not None for part in gathered)
+    return TokenScores(
+        losses=column("losses"),
+        correct=column("correct"),
+        mask=column("mask"),
+        example_id=torch.tensor(order),
+        margin=column("margin") if known else None,
+        rival=column("rival") if known else None,
+    )
 
 
 def score_corpus(module: "Memorization", batches: Iterable[dict[str, Any]]) -> TokenScores:

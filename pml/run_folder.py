@@ -1,6 +1,7 @@
 """What a run leaves in its folder besides its results: its configuration, and its corpus as it was trained on."""
 
 import copy
+import itertools
 import json
 import logging
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from pml.corpus import Corpus
 from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, corpus_hash, read_corpus
@@ -17,7 +20,15 @@ from pml.modules import Memorization
 from pml.plain import as_plain
 from pml.records import RECORD_NAME, Record, read_record
 
-__all__ = ["CONFIG_NAME", "check_corpus", "check_records", "run_folder", "use_corpus_of_run", "write_configuration"]
+__all__ = [
+    "CONFIG_NAME",
+    "check_corpus",
+    "check_records",
+    "folder_of_loggers",
+    "run_folder",
+    "use_corpus_of_run",
+    "write_configuration",
+]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +66,34 @@ def write_configuration(folder: Path, module: Memorization, data: Any) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(FROM_PYTHON + content, encoding="utf-8")
+
+
+def folder_of_loggers(trainer: Trainer) -> Path:
+    """The folder that a run has to itself. Takes all ranks.
+
+    It is that of the first logger which makes one for each run, TensorBoard's or the CSV one, whatever stands before
+    it. Loggers that share one folder among runs, such as those of W&B and MLflow, get `NAME/VERSION` below it, as
+    Lightning does for their checkpoints. Without a logger it is the trainer's `default_root_dir`.
+    """
+    folder = _own_folder(trainer) if trainer.is_global_zero else ""
+    return Path(trainer.strategy.broadcast(folder))
+
+
+def _own_folder(trainer: Trainer) -> str:
+    for logger in trainer.loggers:
+        if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+            return str(logger.log_dir)
+    if not trainer.loggers:
+        return str(trainer.default_root_dir)
+    first = trainer.loggers[0]
+    # Some loggers have no version until their experiment has begun.
+    _ = getattr(first, "experiment", None)
+    shared = Path(first.save_dir or trainer.default_root_dir) / str(first.name or "fit")
+    if isinstance(first.version, str) and first.version:
+        return str(shared / first.version)
+    if first.version is not None:
+        return str(shared / f"version_{first.version}")
+    return str(next(folder for n in itertools.count() if not (folder := shared / f"version_{n}").exists()))
 
 
 def use_corpus_of_run(folder: Path, data: Any, module: Memorization) -> None:

@@ -1,11 +1,11 @@
 """Losses of single tokens straight from hidden states, without ever holding (tokens x vocabulary) logits whole."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["token_losses"]
+__all__ = ["TokenLosses", "against_the_rest", "is_argmax", "token_losses"]
 
 PIECE_BYTES = 16 * 2**20
 """Size of the piece of float32 logits that is held where the vocabulary is taken piece by piece: what a cache may hold,
@@ -17,6 +17,22 @@ LEAST_COLUMNS = 1024
 ROWS_BYTES = 64 * 2**20
 """Size of the piece of float32 logits that is held where tokens are taken piece by piece. Each piece reads the whole
 head from memory, so much smaller ones are slower; larger ones are not faster."""
+
+
+class TokenLosses(NamedTuple):
+    """N target tokens against everything else that could stand in their place.
+
+    Attributes:
+        losses: (N,) float32, negative log-probability in nats.
+        correct: (N,) bool, whether the target token is the argmax; of two equal logits the first is.
+        margin: (N,) float32, its logit minus that of the best other token: negative where that one wins.
+        rival: (N,) int64, id of the best other token.
+    """
+
+    losses: Tensor
+    correct: Tensor
+    margin: Tensor
+    rival: Tensor
 
 
 class _LinearTokenLoss(torch.autograd.Function):
@@ -34,37 +50,55 @@ class _LinearTokenLoss(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         gradient_above: float | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         gradient: Tensor | None
         if ctx.needs_input_grad[0] and gradient_above is not None:
-            losses, best, gradient = _by_rows(hidden, weight, bias, targets, gradient_above)
+            losses, margin, rival, gradient = _by_rows(hidden, weight, bias, targets, gradient_above)
         else:
-            losses, best, gradient = _by_vocabulary(hidden, weight, bias, targets, ctx.needs_input_grad[0])
-        correct = best == targets
+            losses, margin, rival, gradient = _by_vocabulary(hidden, weight, bias, targets, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(correct)
-        return losses, correct
+        ctx.mark_non_differentiable(margin, rival)
+        return losses, margin, rival
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_losses: Tensor, *_: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         if gradient is None:
             return None, None, None, None, None
         return (gradient * grad_losses[:, None]).to(gradient.dtype), None, None, None, None
 
 
+def against_the_rest(logits: Tensor, place: Tensor, here: Tensor | bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The target's logit, the best other one and where that stands, in the one pass that the argmax takes anyway.
+
+    Args:
+        logits: (N, V), hidden for a moment where the target stands; as they were afterwards.
+        place: (N, 1) columns of the targets.
+        here: (N, 1) bool, whether the target is in these columns at all; its logit is -inf where it is not.
+
+    Returns:
+        Three tensors (N, 1): the target's logit, the highest other one, and its column.
+    """
+    own = logits.gather(-1, place)
+    nothing = torch.full_like(own, -torch.inf)
+    logits.scatter_(-1, place, nothing if here is True else torch.where(here, nothing, own))  # type: ignore[arg-type]
+    other, rival = logits.max(dim=-1, keepdim=True)
+    logits.scatter_(-1, place, own)
+    return own if here is True else torch.where(here, own, nothing), other, rival  # type: ignore[arg-type]
+
+
 def _by_vocabulary(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, needs_grad: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Losses, argmax and gradient of all tokens in one pass over pieces of the vocabulary.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Losses, margins, rivals and gradient of all tokens in one pass over pieces of the vocabulary.
 
     The softmax is accumulated relative to the highest logit so far; a higher one shrinks what came before it.
     """
     tokens, vocabulary = len(targets), len(weight)
     highest = torch.full((tokens, 1), -torch.inf, device=hidden.device)
-    total, target_logit = torch.zeros_like(highest), torch.zeros_like(highest)
-    best = torch.zeros_like(targets)
+    total, target_logit, best_other = torch.zeros_like(highest), highest.clone(), highest.clone()
+    rival = torch.zeros_like(targets)[:, None]
     expected = torch.zeros(hidden.shape, device=hidden.device) if needs_grad else None
     columns = max(LEAST_COLUMNS, PIECE_BYTES // (4 * max(tokens, 1)))
     for start in range(0, vocabulary, columns):
@@ -73,10 +107,10 @@ def _by_vocabulary(
         logits = nn.functional.linear(hidden, piece, None if bias is None else bias[start : start + columns]).float()
         place = targets[:, None] - start
         here = (place >= 0) & (place < len(piece))
-        target_logit = torch.where(here, logits.gather(-1, place.clamp(0, len(piece) - 1)), target_logit)
-        highest_here, best_here = logits.max(dim=-1, keepdim=True)
-        best = torch.where(highest_here > highest, best_here + start, best[:, None]).squeeze(-1)
-        before, highest = highest, torch.maximum(highest, highest_here)
+        own, other, rival_here = against_the_rest(logits, place.clamp(0, len(piece) - 1), here)
+        rival = torch.where(other > best_other, rival_here + start, rival)
+        target_logit, best_other = torch.maximum(target_logit, own), torch.maximum(best_other, other)
+        before, highest = highest, torch.maximum(target_logit, best_other)
         shrink = (before - highest).exp_()
         exponentials = logits.sub_(highest).exp_()
         total.mul_(shrink).add_(exponentials.sum(dim=-1, keepdim=True))
@@ -85,26 +119,28 @@ def _by_vocabulary(
         # Before the next piece is made; a name would hold this one until then.
         del logits, exponentials
     losses = (total.log() + highest - target_logit).squeeze(-1)
+    margin, rival = (target_logit - best_other).squeeze(-1), rival.squeeze(-1)
     if expected is None:
-        return losses, best, None
+        return losses, margin, rival, None
     # softmax(logits) W - W[target], with the division by the total after the product, where it is cheap.
-    return losses, best, expected.div_(total).sub_(weight[targets]).to(hidden.dtype)
+    return losses, margin, rival, expected.div_(total).sub_(weight[targets]).to(hidden.dtype)
 
 
 def _by_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradient_above: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same piece of tokens by piece of tokens, so that each loss is known before its gradient has to be made."""
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    best = torch.empty_like(targets)
+    margin, rival = torch.empty_like(losses), torch.empty_like(targets)
     gradient = torch.zeros_like(hidden)
     rows = max(16, ROWS_BYTES // (4 * len(weight)))
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)
         logits = nn.functional.linear(hidden[piece], weight, bias).float()
-        highest, best_here = logits.max(dim=-1, keepdim=True)
-        best[piece] = best_here.squeeze(-1)
-        target_logit = logits.gather(-1, targets[piece, None]) - highest
+        target_logit, other, rival_here = against_the_rest(logits, targets[piece, None])
+        margin[piece], rival[piece] = (target_logit - other).squeeze(-1), rival_here.squeeze(-1)
+        highest = torch.maximum(target_logit, other)
+        target_logit = target_logit - highest
         # From here on in place: every pass over (tokens x vocabulary) costs as much as a tenth of the product.
         exponentials = logits.sub_(highest).exp_()
         total = exponentials.sum(dim=-1, keepdim=True)
@@ -118,13 +154,11 @@ def _by_rows(
         expected = (exponentials.to(weight.dtype) @ weight).float() / total
         gradient[piece][chosen] = (expected - weight[targets[piece][chosen]]).to(gradient.dtype)
         del logits, exponentials
-    return losses, best, gradient
+    return losses, margin, rival, gradient
 
 
-def token_losses(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, gradient_above: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Negative log-probability of each target token in nats, and whether it is the argmax.
+def token_losses(hidden: Tensor, head: nn.Linear, targets: Tensor, gradient_above: float | None = None) -> TokenLosses:
+    """Negative log-probability of each target token in nats, whether it is the argmax, and by what margin.
 
     Softmax and loss are float32 whatever the dtype of the hidden states; the gradient flows to the hidden states only,
     never to the (frozen) head.
@@ -134,8 +168,17 @@ def token_losses(
         head: The LM head, (vocabulary, d).
         targets: (N,) ids of the target tokens.
         gradient_above: Tokens with a loss up to this may be given a gradient of zero, since their weight will be zero.
-
-    Returns:
-        Losses (N,) float32 and correctness (N,) bool.
     """
-    return _LinearTokenLoss.apply(hidden, head.weight, head.bias, targets, gradient_above)
+    losses, margin, rival = _LinearTokenLoss.apply(hidden, head.weight, head.bias, targets, gradient_above)
+    return TokenLosses(losses, is_argmax(margin, rival, targets), margin, rival)
+
+
+def is_argmax(margin: Tensor, rival: Tensor, targets: Tensor) -> Tensor:
+    """(N,) bool, whether the target tokens win: of two equal logits the first does, and nothing wins without a logit.
+
+    Args:
+        margin: (N,) the target's logit minus the best other one.
+        rival: (N,) id of the best other token.
+        targets: (N,) ids of the target tokens.
+    """
+    return (margin > 0) | ((margin == 0) & (targets < rival))

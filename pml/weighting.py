@@ -26,12 +26,16 @@ class TokenScores(NamedTuple):
         correct: (B, L) bool, whether the target token is the argmax; False where there is no token.
         mask: (B, L) bool, True where there is a target token.
         example_id: (B,) which example a row belongs to; -1 for a ghost.
+        margin: (B, L) float32, logit of the target token minus that of the best other one; None where not known.
+        rival: (B, L) int64, id of that other token; None where not known.
     """
 
     losses: Tensor
     correct: Tensor
     mask: Tensor
     example_id: Tensor
+    margin: Tensor | None = None
+    rival: Tensor | None = None
 
     def detach(self) -> "TokenScores":
         """The same scores, cut from the graph."""

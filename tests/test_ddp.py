@@ -116,7 +116,7 @@ def test_window_states_follow_examples_from_rank_to_rank(two: dict[str, Any], fo
 
 def test_both_ranks_see_every_example_once_in_scores_and_in_decoding(two: dict[str, Any]) -> None:
     first, second = (left["recorded"] for left in two["left"])
-    losses, _, mask, example_id = first["scores"]
+    losses, _, mask, example_id, *_ = first["scores"]
     assert example_id.tolist() == list(range(7))
     assert mask.sum(1).tolist() == [len(target) for _, target in uneven(7)]
     for ours, theirs in zip(first["scores"], second["scores"], strict=True):
@@ -127,7 +127,7 @@ def test_both_ranks_see_every_example_once_in_scores_and_in_decoding(two: dict[s
 
 def test_both_ranks_log_the_same_and_it_is_what_one_process_would_log(two: dict[str, Any]) -> None:
     first, second = (left["recorded"] for left in two["left"])
-    losses, correct, mask, _ = first["scores"]
+    losses, correct, mask, *_ = first["scores"]
     tokens = losses[mask]
     values = first["validated"]
     assert values["val/loss"] == pytest.approx(tokens.mean().item(), rel=1e-6)

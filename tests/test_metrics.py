@@ -217,7 +217,7 @@ def test_an_example_seen_twice_counts_once_and_a_ghost_not_at_all(kind: type) ->
     once.update(THREE)
     more.update(THREE)
     more.update(scores([[3.0, 0.5], [9.0, 9.0]], [[0, 1], [0, 0]], [-1, -1]))
-    more.update(TokenScores(*(t[:1] for t in THREE)))
+    more.update(TokenScores(*(t[:1] for t in THREE[:4])))
     more.update(scores([[]], [[]], [-1]))
     assert {k: v.item() for k, v in more.compute().items()} == {k: v.item() for k, v in once.compute().items()}
 

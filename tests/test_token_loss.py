@@ -32,7 +32,7 @@ def test_losses_and_gradients_equal_cross_entropy_whatever_the_piece(
     monkeypatch.setattr(pml.token_loss, "LEAST_COLUMNS", 7)
     hidden, head, targets = problem
     weights = torch.rand(70)
-    losses, correct = token_losses(hidden, head, targets, above)
+    losses, correct, *_ = token_losses(hidden, head, targets, above)
     (gradient,) = torch.autograd.grad((losses * weights).sum(), hidden)
     expected = plain(hidden, head, targets)
     (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), hidden)
@@ -41,12 +41,43 @@ def test_losses_and_gradients_equal_cross_entropy_whatever_the_piece(
     assert torch.equal(correct, head(hidden).argmax(-1) == targets)
 
 
+@pytest.mark.parametrize("above", [None, 3.0], ids=["by vocabulary", "by rows"])
+@pytest.mark.parametrize("piece_bytes", [1, 4 * 70 * 33, 2**30])
+def test_the_margin_is_against_the_best_other_token_whatever_the_piece(
+    piece_bytes: int,
+    above: float | None,
+    problem: tuple[torch.Tensor, nn.Linear, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pml.token_loss, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(pml.token_loss, "ROWS_BYTES", piece_bytes)
+    monkeypatch.setattr(pml.token_loss, "LEAST_COLUMNS", 7)
+    hidden, head, targets = problem
+    logits = head(hidden).detach()
+    # Half of the targets are what the head likes best, so that both signs occur.
+    targets = torch.where(torch.arange(70) < 35, logits.argmax(-1), targets)
+    scored = token_losses(hidden, head, targets, above)
+    others = logits.scatter(1, targets[:, None], -torch.inf)
+    torch.testing.assert_close(scored.margin, logits.gather(1, targets[:, None])[:, 0] - others.amax(1))
+    assert torch.equal(scored.rival, others.argmax(1))
+    assert scored.correct[:35].all()
+    assert torch.equal(scored.margin > 0, scored.correct)
+
+
+def test_a_logit_that_is_no_number_is_never_right() -> None:
+    head = nn.Linear(1, 3, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.tensor([[1.0], [torch.nan], [2.0]]))
+    scored = token_losses(torch.ones(3, 1), head, torch.arange(3))
+    assert not scored.correct.any()
+    assert scored.losses.isnan().all()
+
+
 def test_of_two_equal_logits_the_first_is_the_argmax_across_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pml.token_loss, "PIECE_BYTES", 1)
     monkeypatch.setattr(pml.token_loss, "LEAST_COLUMNS", 2)
     head = nn.Linear(2, 6, bias=False).requires_grad_(False)
     head.weight.copy_(torch.tensor([[0.0, 0], [3, 0], [1, 0], [3, 0], [0, 0], [3, 0]]))
-    losses, correct = token_losses(torch.tensor([[1.0, 0], [1, 0]]), head, torch.tensor([1, 3]))
+    losses, correct, *_ = token_losses(torch.tensor([[1.0, 0], [1, 0]]), head, torch.tensor([1, 3]))
     # exp: 1, e^3, e, e^3, 1, e^3 -> -log(e^3 / (2 + e + 3 e^3)) = log(3 + (2 + e) / e^3)
     torch.testing.assert_close(losses, torch.full((2,), 1.1740009))
     assert correct.tolist() == [True, False]
@@ -56,7 +87,7 @@ def test_logits_far_beyond_what_float32_can_exponentiate_give_finite_losses() ->
     head = nn.Linear(1, 3, bias=False).requires_grad_(False)
     head.weight.copy_(torch.tensor([[1.0], [-1.0], [2.0]]))
     hidden = torch.tensor([[1000.0]], requires_grad=True)
-    losses, _ = token_losses(hidden, head, torch.tensor([0]))
+    losses, *_ = token_losses(hidden, head, torch.tensor([0]))
     losses.sum().backward()
     assert losses.item() == 1000.0
     assert hidden.grad is not None
@@ -74,7 +105,7 @@ def test_tokens_up_to_the_bound_have_no_gradient_and_the_others_their_own(
     above: float, problem: tuple[torch.Tensor, nn.Linear, torch.Tensor]
 ) -> None:
     hidden, head, targets = problem
-    losses, _ = token_losses(hidden, head, targets, gradient_above=above)
+    losses, *_ = token_losses(hidden, head, targets, gradient_above=above)
     (gradient,) = torch.autograd.grad((losses * (losses.detach() > above)).sum(), hidden)
     expected = plain(hidden, head, targets)
     (expected_gradient,) = torch.autograd.grad((expected * (expected.detach() > above)).sum(), hidden)
@@ -85,7 +116,7 @@ def test_losses_of_a_bfloat16_head_are_float32_of_its_own_logits() -> None:
     head = nn.Linear(24, 300, bias=False).to(torch.bfloat16).requires_grad_(False)
     hidden = torch.randn(9, 24, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(300, (9,))
-    losses, _ = token_losses(hidden, head, targets)
+    losses, *_ = token_losses(hidden, head, targets)
     assert losses.dtype == torch.float32
     torch.testing.assert_close(losses, plain(hidden, head, targets))
     losses.sum().backward()
@@ -96,7 +127,7 @@ def test_losses_of_a_bfloat16_head_are_float32_of_its_own_logits() -> None:
 def test_no_token_gives_no_loss_and_a_gradient_of_zero() -> None:
     head = nn.Linear(4, 8, bias=False).requires_grad_(False)
     hidden = torch.randn(3, 4, requires_grad=True)
-    losses, correct = token_losses(hidden[:0], head, torch.empty(0, dtype=torch.long))
+    losses, correct, *_ = token_losses(hidden[:0], head, torch.empty(0, dtype=torch.long))
     losses.sum().backward()
     assert losses.shape == correct.shape == (0,)
     assert hidden.grad is not None

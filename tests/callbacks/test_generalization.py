@@ -70,14 +70,18 @@ def test_validations_and_the_end_are_in_the_events(
     trainer = logged_trainer(max_epochs=3, callbacks=[callback])
     trainer.fit(module, datamodule=data)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    validated = [event.value for event in events.Scalars("val/held_out_loss")]
+    first, *validated, last = (event.value for event in events.Scalars("val/held_out_loss"))
     assert len(validated) == 3
-    assert len(set(validated)) == 3
+    assert len({first, *validated}) == 4
     figures = callback.at_end(trainer, module)
+    assert first == pytest.approx(figures["held_out_initial_loss"], rel=1e-6)
     # The last validation saw the weights that the fit ended with.
-    assert validated[-1] == pytest.approx(figures["held_out_loss"], rel=1e-6)
-    names = [tag.removeprefix("end/") for tag in events.Tags()["scalars"] if tag.startswith("end/")]
-    assert sorted(names) == [
+    assert validated[-1] == last == pytest.approx(figures["held_out_loss"], rel=1e-6)
+    ends = {tag for tag in events.Tags()["scalars"] if tag.startswith("val/held_out")}
+    assert all(
+        [e.step for e in (events.Scalars(tag)[0], events.Scalars(tag)[-1])] == [0, trainer.global_step] for tag in ends
+    )
+    assert sorted(tag.removeprefix("val/") for tag in ends) == [
         "held_out_exact_match",
         "held_out_generated_exact_match",
         "held_out_loss",

@@ -130,9 +130,9 @@ def test_losses_are_logged_after_every_nth_optimiser_step_and_at_the_end(
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     for name in ("python_reference", "non_members"):
         scalars = events.Scalars(f"retention/{name}")
-        assert [event.step for event in scalars] == logged
+        assert [event.step for event in scalars] == [0, *logged]
         # Every step has moved the model.
-        assert len({event.value for event in scalars}) == len(logged)
+        assert len({event.value for event in scalars}) == 1 + len(logged)
 
 
 def test_measurements_before_the_fit_are_not_part_of_its_duration(sharp: Path, tmp_path: Path) -> None:

@@ -1,19 +1,24 @@
 """Where tokens stand against the threshold, as it is logged."""
 
+import csv
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import TokenThresholds
+from callbacks import RunRecord, TokenThresholds, VerbatimRecall
 from pml.errors import InputError
 from pml.recall import score_corpus
+from pml.token_history import read_history
 from tests.fits import module_on
-from tests.tiny_runs import Ids, uneven
+from tests.tiny_runs import Ids, make_trainer, uneven
 
 
 class Losses(Callback):
@@ -42,7 +47,7 @@ def test_logged_values_are_those_of_the_tokens_one_by_one(
 ) -> None:
     data = Ids(uneven(5), batch_size=2)
     losses = Losses(data)
-    trainer = logged_trainer(max_epochs=15, callbacks=[TokenThresholds(threshold), losses])
+    trainer = logged_trainer(max_epochs=15, callbacks=[TokenThresholds(threshold, looks=0), losses])
     trainer.fit(module_on(sharp), datamodule=data)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
 
@@ -63,3 +68,130 @@ def test_logged_values_are_those_of_the_tokens_one_by_one(
 def test_a_threshold_that_is_no_probability_is_refused(threshold: float) -> None:
     with pytest.raises(InputError, match=rf"threshold is {threshold}; expected a probability strictly between 0 and 1"):
         TokenThresholds(threshold)
+
+
+def all_callbacks(**thresholds: Any) -> list[Callback]:
+    return [VerbatimRecall(), TokenThresholds(**thresholds), RunRecord()]
+
+
+def test_looks_are_in_the_events_as_curves_pictures_histograms_and_text(
+    sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
+) -> None:
+    data = Ids(uneven(5), batch_size=2)
+    module = module_on(sharp)
+    logged_trainer(max_epochs=20, limit_val_batches=0, callbacks=all_callbacks(looks=8)).fit(module, datamodule=data)
+    events = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "tensors": 0}).Reload()
+    tags = events.Tags()
+    for tag in tags["scalars"]:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps[0] == 0, tag
+        assert len(steps) > 1, tag
+    looks = [event.step for event in events.Scalars("corpus/certain_tokens")]
+    assert looks[:2] == [0, 1]
+    assert looks[-1] == 60
+    assert len(looks) == 9
+    assert [event.step for event in events.Images("tokens/grid")] == looks
+    assert [event.step for event in events.Images("tokens/history")] == [60]
+    assert {"tokens/p", "tokens/margin_in_logits"} <= set(tags["histograms"])
+    assert len(events.Tensors("tokens/most_stubborn/text_summary")) == 9
+    scores = score_corpus(module, data.val_dataloader())
+    certain = (scores.correct & (scores.losses < math.log(2))).sum().item() / scores.mask.sum().item()
+    assert events.Scalars("corpus/certain_tokens")[-1].value == pytest.approx(certain)
+    history = read_history(tmp_path / "run")
+    assert history.step.tolist() == looks
+    assert scores.margin is not None
+    np.testing.assert_allclose(history.probability[-1], torch.exp(-scores.losses)[scores.mask].numpy(), rtol=1e-5)
+    np.testing.assert_allclose(history.margin[-1], scores.margin[scores.mask].numpy(), rtol=1e-4, atol=1e-5)
+
+
+class Fake(Logger):
+    """Keeps what it is given, in a folder that all runs share, as W&B's logger does."""
+
+    def __init__(self, folder: Path, version: str) -> None:
+        super().__init__()
+        self.folder, self._version = folder, version
+        self.values: dict[str, list[tuple[int, float]]] = {}
+        self.settings: dict[str, Any] = {}
+
+    name = "shared"
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.values.setdefault(name, []).append((step or 0, float(value)))
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        self.settings.update(params)
+
+
+def test_all_loggers_get_the_same_settings_curves_and_results_in_any_order(sharp: Path, tmp_path: Path) -> None:
+    seen = []
+    for order in (1, -1):
+        fake = Fake(tmp_path / "shared", f"run{order}")
+        loggers = [fake, CSVLogger(tmp_path / f"csv{order}", name="", version="")][::order]
+        options: dict[str, Any] = {"logger": loggers, "log_every_n_steps": 1, "max_epochs": 4}
+        make_trainer(tmp_path, callbacks=all_callbacks(), **options).fit(
+            module_on(sharp), datamodule=Ids(uneven(3), batch_size=2)
+        )
+        with (tmp_path / f"csv{order}" / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        for name in ("val/loss", "val/exact_match", "corpus/certain_tokens", "train/learning_rate"):
+            by_step = {int(row["step"]): float(row[name]) for row in rows if row[name]}
+            assert by_step == pytest.approx(dict(fake.values[name])), name
+            assert {0, 8} <= by_step.keys()
+        assert {"method", "rank", "target_tokens", "learning_rate", "seed"} <= fake.settings.keys()
+        assert (tmp_path / f"csv{order}" / "record.json").is_file()
+        seen.append({name: value for name, value in fake.values.items() if name != "run/wall_seconds"})
+    assert seen[0] == seen[1]
+
+
+def test_two_runs_with_a_logger_whose_folder_they_share_have_a_folder_each(sharp: Path, tmp_path: Path) -> None:
+    for version in ("one", "two"):
+        options: dict[str, Any] = {"logger": Fake(tmp_path, version), "callbacks": [RunRecord()]}
+        make_trainer(tmp_path, **options).fit(module_on(sharp), datamodule=Ids(uneven(2)))
+        assert (tmp_path / "shared" / version / "record.json").is_file()
+
+
+def test_an_interrupted_fit_leaves_the_looks_it_had(sharp: Path, tmp_path: Path) -> None:
+    class Broken(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 3:
+                raise RuntimeError("broken")
+
+    callbacks = [TokenThresholds(), RunRecord(), Broken()]
+    with pytest.raises(RuntimeError, match="broken"):
+        make_trainer(tmp_path, max_epochs=9, callbacks=callbacks).fit(module_on(sharp), datamodule=Ids(uneven(3)))
+    assert read_history(tmp_path).step.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_resumed_fit_has_the_looks_of_both_parts(sharp: Path, tmp_path: Path) -> None:
+    data = Ids(uneven(3))
+    first = make_trainer(tmp_path / "first", max_epochs=3, callbacks=[TokenThresholds(), RunRecord()])
+    first.fit(module_on(sharp), datamodule=data)
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    second = make_trainer(tmp_path / "second", max_epochs=6, callbacks=[TokenThresholds(), RunRecord()])
+    second.fit(module_on(sharp), datamodule=Ids(uneven(3)), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert read_history(tmp_path / "second").step.tolist() == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_the_events_of_two_thousand_steps_are_small(
+    sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
+) -> None:
+    data = Ids(uneven(100), batch_size=100)
+    trainer = logged_trainer(
+        max_epochs=-1, max_steps=2000, limit_val_batches=0, log_every_n_steps=10, callbacks=all_callbacks()
+    )
+    trainer.fit(module_on(sharp), datamodule=data)
+    assert sum(path.stat().st_size for path in (tmp_path / "run").glob("events*")) < 5e6
+
+
+def test_a_single_look_is_refused() -> None:
+    with pytest.raises(InputError, match="looks is 1; expected at least 2, the first step and the last, or 0"):
+        TokenThresholds(looks=1)

@@ -1,0 +1,55 @@
+"""What TensorBoard shows of a look at the target tokens: a picture, histograms, and the most stubborn ones as text."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
+from transformers import PreTrainedTokenizerBase
+
+from pml.last_seen import Standing
+from pml.stubborn import stubborn_table
+from pml.token_history import History
+from pml.token_pictures import by_position, grid_image, history_image
+
+__all__ = ["show_history", "show_look"]
+
+PROBABILITY_BINS = np.linspace(0.0, 1.0, 21)
+MARGIN_BINS = np.linspace(-20.0, 20.0, 41)
+"""In logits; what lies beyond is counted at the ends."""
+
+
+def show_look(
+    logger: TensorBoardLogger,
+    standing: Standing,
+    targets: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    step: int,
+    threshold: float,
+) -> None:
+    """Write one look."""
+    writer = logger.experiment
+    lengths = [len(target) for target in targets]
+    picture = grid_image(standing.probability, lengths, threshold, f"p of every target token at step {step}")
+    writer.add_image("tokens/grid", picture, step, dataformats="HWC")
+    known = ~np.isnan(standing.probability)
+    if known.any():
+        writer.add_histogram("tokens/p", standing.probability[known], step, bins=PROBABILITY_BINS)
+    margin = standing.margin[~np.isnan(standing.margin)]
+    if len(margin):
+        inside = margin.clip(MARGIN_BINS[0], MARGIN_BINS[-1])
+        writer.add_histogram("tokens/margin_in_logits", inside, step, bins=MARGIN_BINS)
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+    writer.add_text("tokens/most_stubborn", stubborn_table(standing, targets, text), step)
+
+
+def show_history(logger: TensorBoardLogger, history: History, threshold: float) -> None:
+    """Write the picture of all looks."""
+    order = by_position(history.position, history.example_id)
+    steps = [int(step) for step in history.step]
+    title = f"p of target tokens by position, {len(steps)} looks"
+    picture = history_image(history.probability[:, order], steps, history.position[order], threshold, title)
+    logger.experiment.add_image("tokens/history", picture, steps[-1], dataformats="HWC")
+    logger.experiment.flush()

@@ -1,0 +1,150 @@
+"""How every target token of a corpus stood when it was last scored, kept where the scores are made."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pml.ranks import several_ranks
+from pml.weighting import TokenScores
+
+__all__ = ["LastSeen", "Standing", "margins", "shares"]
+
+LOSS, CORRECT, MARGIN, RIVAL, STEP = range(5)
+
+
+class Standing(NamedTuple):
+    """The target tokens of a corpus at one look, one entry per token by example and position.
+
+    Attributes:
+        probability: (tokens,) float32; not a number where a token was never scored.
+        correct: (tokens,) bool, whether it is the argmax.
+        margin: (tokens,) float32, its logit minus that of the best other token; not a number where not known.
+        rival: (tokens,) int32, id of that other token; -1 where not known.
+        first_right: (examples,) int64, step at which a target was first seen right at every token; -1 where never.
+    """
+
+    probability: npt.NDArray[np.float32]
+    correct: npt.NDArray[np.bool_]
+    margin: npt.NDArray[np.float32]
+    rival: npt.NDArray[np.int32]
+    first_right: npt.NDArray[np.int64]
+
+    def certain(self, threshold: float = 0.5) -> npt.NDArray[np.bool_]:
+        """(tokens,) tokens that greedy decoding cannot miss."""
+        return np.asarray(self.correct & (self.probability > threshold))
+
+
+class LastSeen:
+    """Keeps the last scores of every target token on the device; the host waits for it only when it asks.
+
+    One row of numbers a token, and one more row where padding and ghosts go: picking rows by a mask would make the host
+    wait for the device at every step. Ids and steps are exact as float32 up to 2^24.
+
+    Args:
+        lengths: Target tokens of each example, by example id.
+        device: Where scores are made.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+        sizes = torch.tensor(lengths)
+        # The last entry is the row for everything that is no token.
+        self._offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)]).to(device)
+        self.table = torch.full((int(sizes.sum()) + 1, 5), torch.nan, dtype=torch.float32, device=device)
+        self.table[:, STEP] = -1
+        self.first_right = torch.full((len(lengths) + 1,), torch.inf, dtype=torch.float32, device=device)
+
+    def update(self, scores: TokenScores, step: int) -> None:
+        """Note the scores of a batch.
+
+        Args:
+            scores: On the device, or anywhere else.
+            step: Optimiser steps taken when they were made.
+        """
+        device, nowhere, nobody = self.table.device, len(self.table) - 1, len(self.first_right) - 1
+        losses, correct, mask, example_id = (t.to(device, non_blocking=True) for t in scores[:4])
+        ghost = example_id < 0
+        start = self._offsets[example_id.where(~ghost, torch.full_like(example_id, nobody))]
+        places = start[:, None] + torch.arange(mask.shape[1], device=device)
+        places = places.where(mask & ~ghost[:, None], torch.full_like(places, nowhere))
+        unknown = torch.full_like(losses, torch.nan)
+        margin = unknown if scores.margin is None else scores.margin.to(device)
+        rival = unknown if scores.rival is None else scores.rival.to(device)
+        columns = (losses, correct, margin, rival, torch.full_like(losses, step))
+        self.table[places] = torch.stack([column.float() for column in columns], dim=-1)
+        whole = (correct | ~mask).all(dim=1) & ~ghost
+        first = torch.full_like(whole, step, dtype=torch.float32).where(whole, torch.full((), torch.inf, device=device))
+        rows = example_id.where(~ghost, torch.full_like(example_id, nobody))
+        self.first_right.scatter_reduce_(0, rows, first, "amin")
+
+    def standing(self) -> Standing:
+        """What is known of every token, from all ranks: whichever scored it last. Takes all ranks."""
+        self._share()
+        table, first = self.table[:-1].cpu().numpy(), self.first_right[:-1].cpu().numpy()
+        return Standing(
+            probability=np.exp(-table[:, LOSS]),
+            correct=table[:, CORRECT] == 1,
+            margin=table[:, MARGIN].copy(),
+            rival=np.nan_to_num(table[:, RIVAL], nan=-1).astype(np.int32),
+            first_right=np.where(np.isfinite(first), first, -1).astype(np.int64),
+        )
+
+    def _share(self) -> None:
+        """Have every rank know what each of them has seen."""
+        if several_ranks():
+            everyone = [torch.empty_like(self.table) for _ in range(dist.get_world_size())]
+            dist.all_gather(everyone, self.table)
+            tables = torch.stack(everyone)
+            latest = tables[:, :, STEP].argmax(dim=0)
+            self.table = tables[latest, torch.arange(len(latest), device=latest.device)]
+            dist.all_reduce(self.first_right, op=dist.ReduceOp.MIN)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What has to be in a checkpoint; of this rank alone until the next look."""
+        return {"table": self.table.cpu(), "first_right": self.first_right.cpu()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        self.table.copy_(state["table"])
+        self.first_right.copy_(state["first_right"])
+
+
+def shares(standing: Standing, lengths: Sequence[int], threshold: float = 0.5) -> dict[str, float]:
+    """How much of a corpus is certain, how much is right without being certain, and how much is wrong.
+
+    Args:
+        standing: How the tokens stand.
+        lengths: Target tokens of each pair.
+        threshold: Probability that a token has to exceed.
+
+    Returns:
+        Shares of target tokens (`certain_tokens`, `right_not_certain_tokens`, `wrong_tokens`) and of pairs, a pair
+        being what its weakest token is (`certain_pairs`, `right_not_certain_pairs`, `failing_pairs`; and
+        `once_right_pairs`, that were right at some time), and `weakest_probability`. Names are such that what matters
+        first is first by the alphabet.
+    """
+    certain, right = standing.certain(threshold), standing.correct
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    pairs_certain, pairs_right = (np.logical_and.reduceat(mark, starts) for mark in (certain, right))
+    probability = standing.probability[~np.isnan(standing.probability)]
+    values = {
+        "certain_pairs": pairs_certain.mean(),
+        "certain_tokens": certain.mean(),
+        "failing_pairs": 1 - pairs_right.mean(),
+        "once_right_pairs": (standing.first_right >= 0).mean(),
+        "right_not_certain_pairs": pairs_right.mean() - pairs_certain.mean(),
+        "right_not_certain_tokens": (right & ~certain).mean(),
+        "weakest_probability": probability.min() if len(probability) else np.nan,
+        "wrong_tokens": 1 - right.mean(),
+    }
+    return {name: float(value) for name, value in values.items()}
+
+
+def margins(standing: Standing) -> dict[str, float]:
+    """`median` and `smallest` margin over all target tokens, in logits; empty where none is known."""
+    known = standing.margin[~np.isnan(standing.margin)]
+    return {"median": float(np.median(known)), "smallest": float(known.min())} if len(known) else {}

@@ -1,0 +1,187 @@
+"""Pictures of probabilities against the recall threshold, painted pixel by pixel: a look must not cost a figure.
+
+Colours run in two parts, oranges up to the threshold and blues above it, with a jump between them that colour-blind
+readers see too. Where there are more tokens than pixels the smallest probability stands for all: one failing token ends
+a recitation, so none may vanish.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["by_position", "colours", "grid_image", "history_image", "pool_min", "token_grid"]
+
+INK, PAPER = "#333333", "#FFFFFF"
+
+Floats = npt.NDArray[np.floating]
+Pixels = npt.NDArray[np.uint8]
+
+NO_TOKEN = (226, 226, 226)
+# From certainly wrong to just below the threshold, and from just above it to certain.
+BELOW = ((74, 20, 0), (179, 72, 0), (250, 176, 92))
+ABOVE = ((146, 197, 240), (33, 113, 181), (4, 30, 90))
+SHADES = 24
+"""Shades in each half: fewer colours make smaller files, and nobody tells more of them apart."""
+
+WIDTH, HEIGHT = 480, 400
+"""Pixels of the painted area, at most."""
+LEAST_CELL = 4
+MARGIN_LEFT, MARGIN_TOP, MARGIN_BOTTOM, LEAST_WIDTH = 76, 26, 80, 420
+
+
+def colours(probability: Floats, threshold: float = 0.5) -> Pixels:
+    """(..., 3) RGB of probabilities; grey where there is no number, and exactly the threshold is still below.
+
+    Args:
+        probability: (...).
+        threshold: Where the colours jump.
+    """
+    known = ~np.isnan(probability)
+    p = np.where(known, probability, 0.0)
+    above = p > threshold
+    share = np.where(above, (p - threshold) / (1 - threshold), p / threshold).clip(0, 1)
+    shade = np.minimum((share * SHADES).astype(int), SHADES - 1)
+    painted = np.where(above[..., None], _ramp(ABOVE)[shade], _ramp(BELOW)[shade])
+    return np.where(known[..., None], painted, np.array(NO_TOKEN)).astype(np.uint8)
+
+
+def pool_min(table: Floats, rows: int, columns: int) -> Floats:
+    """A table of at most so many rows and columns: the minimum of neighbours, without those that are no number.
+
+    Args:
+        table: (R, C).
+        rows: Most rows.
+        columns: Most columns.
+    """
+    for axis, most in ((0, rows), (1, columns)):
+        size = table.shape[axis]
+        if size > most:
+            starts = np.arange(most) * size // most
+            table = np.fmin.reduceat(table, starts, axis=axis)
+    return table
+
+
+def token_grid(
+    probability: Floats, lengths: Sequence[int], rows: int = HEIGHT // LEAST_CELL, columns: int = WIDTH // LEAST_CELL
+) -> Floats:
+    """Target tokens by position: a row a pair, or a single target wrapped into rows; pooled to fit.
+
+    Args:
+        probability: (tokens,) by example and position.
+        lengths: Tokens of each target.
+        rows: Most rows.
+        columns: Most columns.
+
+    Returns:
+        Probabilities, not a number where a row is shorter than others.
+    """
+    if len(lengths) == 1:
+        flat = pool_min(probability[None], 1, rows * columns)[0]
+        # Twice as wide as high where it is short, so that a line of text is a line.
+        wide = min(columns, max(8, int(np.ceil(np.sqrt(2 * len(flat))))), len(flat))
+        table = np.full((-(-len(flat) // wide), wide), np.nan)
+        table.ravel()[: len(flat)] = flat
+        return table
+    sizes = np.asarray(lengths)
+    table = np.full((len(sizes), int(sizes.max())), np.nan)
+    table[np.arange(sizes.max()) < sizes[:, None]] = probability
+    return pool_min(table, rows, columns)
+
+
+def by_position(position: npt.NDArray[np.int64], example_id: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Order of tokens in which all first tokens of targets come first, then all second ones, and so on."""
+    return np.lexsort((example_id, position))
+
+
+def grid_image(
+    probability: Floats, lengths: Sequence[int], threshold: float = 0.5, title: str = "", size: int = 1
+) -> Pixels:
+    """(H, W, 3) picture of every target token at one look.
+
+    Args:
+        probability: (tokens,) by example and position.
+        lengths: Tokens of each target.
+        threshold: Where the colours jump.
+        title: A line above it.
+        size: How many times as large as it has to be.
+    """
+    table = token_grid(probability, lengths)
+    tall = -(-(table.shape[1] if len(lengths) == 1 else len(lengths)) // table.shape[0])
+    if len(lengths) == 1:
+        per_cell = -(-len(probability) // table.size) if len(probability) > table.size else 1
+        across, down = f"token (rows of {table.shape[1] * per_cell})", ("0", str(len(probability) - 1))
+        right = str(table.shape[1] * per_cell - 1)
+    else:
+        per_cell = -(-max(lengths) // table.shape[1])
+        across, down, right = "position in target", ("pair 0", f"pair {len(lengths) - 1}"), str(max(lengths) - 1)
+    pooled = per_cell > 1 or (len(lengths) > 1 and tall > 1)
+    if pooled:
+        across += ", smallest of neighbours"
+    return _framed(colours(table, threshold), title, across, right, down, threshold, size)
+
+
+def history_image(
+    probability: Floats, step: Sequence[int], position: npt.NDArray[np.int64], threshold: float = 0.5, title: str = ""
+) -> Pixels:
+    """(H, W, 3) picture of a run: looks from top to bottom, target tokens by position from left to right.
+
+    Args:
+        probability: (looks, tokens), in the order of `by_position`.
+        step: (looks,) optimiser steps.
+        position: (tokens,) place in the target, in the same order.
+        threshold: Where the colours jump.
+        title: A line above it.
+    """
+    table = pool_min(probability, HEIGHT // LEAST_CELL, WIDTH)
+    down = (f"step {step[0]}", f"step {step[-1]}")
+    across = "position in target" + (", smallest of neighbours" if probability.shape[1] > WIDTH else "")
+    return _framed(colours(table, threshold), title, across, str(int(position.max())), down, threshold)
+
+
+def _ramp(stops: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.float64]:
+    """(SHADES, 3) colours between three stops."""
+    places = np.linspace(0, len(stops) - 1, SHADES)
+    return np.stack([np.interp(places, range(len(stops)), channel) for channel in zip(*stops, strict=True)], axis=1)
+
+
+def _framed(
+    pixels: Pixels, title: str, across: str, right: str, down: tuple[str, str], threshold: float, size: int = 1
+) -> Pixels:
+    """The cells as squares or bars, with a title, the ends of both axes, and the key of colours."""
+    rows, columns = pixels.shape[:2]
+    wide = max(1, min(24, WIDTH // columns)) * size
+    high = max(1, min(24, HEIGHT // rows)) * size
+    body = pixels.repeat(high, axis=0).repeat(wide, axis=1)
+    height, width = body.shape[:2]
+    picture = Image.new("RGB", (MARGIN_LEFT + max(width, LEAST_WIDTH) + 16, MARGIN_TOP + height + MARGIN_BOTTOM), PAPER)
+    picture.paste(Image.fromarray(body), (MARGIN_LEFT, MARGIN_TOP))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
+
+    def write(x: float, y: float, text: str, anchor: str) -> None:
+        draw.text((x, y), text, fill=INK, font=font, anchor=anchor)
+
+    write(MARGIN_LEFT, MARGIN_TOP - 8, title, "ls")
+    if height < 40:
+        write(MARGIN_LEFT - 6, MARGIN_TOP + height / 2, down[0] if rows == 1 else "", "rm")
+    else:
+        write(MARGIN_LEFT - 6, MARGIN_TOP, down[0], "rt")
+        write(MARGIN_LEFT - 6, MARGIN_TOP + height, down[1], "rb")
+    below = MARGIN_TOP + height + 4
+    write(MARGIN_LEFT, below, f"0 … {right}  {across}", "lt")
+    _key(picture, draw, write, MARGIN_LEFT, below + 28, threshold)
+    return np.asarray(picture)
+
+
+def _key(picture: Image.Image, draw: ImageDraw.ImageDraw, write: object, x: int, y: int, threshold: float) -> None:
+    """The two ramps side by side with their ends numbered."""
+    assert callable(write)
+    half = 6 * SHADES
+    for start, ramp in ((x, _ramp(BELOW)), (x + half + 8, _ramp(ABOVE))):
+        bar = ramp.astype(np.uint8)[None].repeat(12, axis=0).repeat(6, axis=1)
+        picture.paste(Image.fromarray(bar), (start, y))
+    write(x, y + 15, "p = 0", "lt")
+    write(x + half + 4, y + 15, f"{threshold:g}", "mt")
+    write(x + 2 * half + 8, y + 15, "1", "rt")
+    write(x + 2 * half + 16, y + 6, "certain", "lm")

@@ -1,0 +1,39 @@
+"""The most stubborn tokens as a table, whatever their text is."""
+
+import numpy as np
+import pytest
+
+from pml.last_seen import Standing
+from pml.stubborn import markdown_text, stubborn_table
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("a|b", "a&#124;b"),
+        ("`x`", "&#96;x&#96;"),
+        ("**<b>", "&#42;&#42;&#60;b&#62;"),
+        (" the", "␣the"),
+        ("\n", "&#92;n"),
+        ("\x1b[0m", "&#92;x1b&#91;0m"),
+        ("\u202eevil", "&#92;u202eevil"),
+        ("über 日本", "über 日本"),
+    ],
+)
+def test_text_is_data(text: str, shown: str) -> None:
+    assert markdown_text(text) == shown
+
+
+def test_the_weakest_come_first_with_neighbours_and_what_wins_instead() -> None:
+    standing = Standing(
+        probability=np.array([0.9, 0.1, np.nan, 0.4], dtype=np.float32),
+        correct=np.array([True, False, False, True]),
+        margin=np.array([3.0, -1.5, np.nan, np.nan], dtype=np.float32),
+        rival=np.array([0, 5, -1, -1], dtype=np.int32),
+        first_right=np.array([-1, 12]),
+    )
+    lines = stubborn_table(standing, [[1, 2], [3, 4]], lambda ids: "".join("abc|ef"[i] for i in ids), most=2)
+    first, second = lines.splitlines()[2:]
+    assert first == "| 0 | 1 | b | **c** |  | 0.1 | -1.50 | f | never |"
+    assert second == "| 1 | 1 | &#124; | **e** |  | 0.4 |  |  | 12 |"

@@ -1,0 +1,53 @@
+"""Pictures of tokens: the colour jumps at the threshold, and no failing token vanishes."""
+
+import numpy as np
+
+from pml.token_pictures import by_position, colours, grid_image, history_image, pool_min, token_grid
+
+
+def test_colours_jump_at_the_threshold_which_is_itself_below() -> None:
+    shown = colours(np.array([0.0, 0.499, 0.5, 0.501, 1.0, np.nan])).astype(int)
+    red, blue = shown[:, 0], shown[:, 2]
+    assert (red[:3] > blue[:3]).all()
+    assert (blue[3:5] > red[3:5]).all()
+    # Neighbours on one side differ by a shade at most, across the threshold by far more.
+    assert abs(shown[1] - shown[2]).sum() < 20
+    assert abs(shown[2] - shown[3]).sum() > 150
+    assert len(set(shown[5])) == 1
+
+
+def test_the_jump_is_at_any_other_threshold_too() -> None:
+    below, above = colours(np.array([0.2, 0.21]), threshold=0.2).astype(int)
+    assert abs(below - above).sum() > 150
+
+
+def test_pooling_keeps_the_smallest_of_neighbours_and_leaves_out_what_is_no_number() -> None:
+    table = np.array([[0.9, 0.1, 0.8, np.nan], [0.7, 0.6, np.nan, np.nan]])
+    np.testing.assert_equal(pool_min(table, 2, 2), [[0.1, 0.8], [0.6, np.nan]])
+    np.testing.assert_equal(pool_min(table, 1, 4), [[0.7, 0.1, 0.8, np.nan]])
+    np.testing.assert_equal(pool_min(table, 9, 9), table)
+
+
+def test_many_pairs_have_a_row_each() -> None:
+    np.testing.assert_equal(
+        token_grid(np.array([0.1, 0.2, 0.3, 0.4]), [1, 3]), [[0.1, np.nan, np.nan], [0.2, 0.3, 0.4]]
+    )
+
+
+def test_one_long_target_is_wrapped_and_one_failing_token_in_a_million_is_seen() -> None:
+    assert token_grid(np.full(50, 0.9), [50]).shape == (5, 10)
+    p = np.full(1_000_000, 0.99)
+    p[123_456] = 0.01
+    assert np.nanmin(token_grid(p, [len(p)])) == 0.01
+    picture = grid_image(p, [len(p)])
+    assert picture.shape[1] < 800
+    assert picture.dtype == np.uint8
+
+
+def test_the_history_has_first_tokens_first() -> None:
+    position, example = np.array([0, 1, 0, 1, 2]), np.array([0, 0, 1, 1, 1])
+    order = by_position(position, example)
+    assert position[order].tolist() == [0, 0, 1, 1, 2]
+    assert example[order].tolist() == [0, 1, 0, 1, 1]
+    picture = history_image(np.random.rand(3, 5)[:, order], [0, 1, 9], position[order])
+    assert picture.ndim == 3
