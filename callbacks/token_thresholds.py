@@ -22,6 +22,8 @@ from pml.weighting import TokenScores, critical_loss
 
 __all__ = ["TokenThresholds"]
 
+CHECKPOINT_KEY = "pml_token_thresholds"
+
 
 class TokenThresholds(CorpusMetricCallback):
     """Watches every target token cross the threshold, and logs how the corpus stands at every evaluation.
@@ -57,7 +59,7 @@ class TokenThresholds(CorpusMetricCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
         self._seen = None
-        if self.looks and _has_corpus(trainer):
+        if self.looks and _has_corpus(trainer) and self._is_last(trainer):
             self._prepare(trainer, pl_module)
             if trainer.global_step == 0:
                 self._look_at_the_frozen_model(trainer, pl_module)
@@ -96,15 +98,20 @@ class TokenThresholds(CorpusMetricCallback):
 
     # Resuming --------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        if self._seen is None:
-            return self._restored
-        return {"seen": self._seen.state_dict(), "history": self._history.state_dict()}
+    # Not `state_dict`: Lightning would refuse a second callback of this kind beside the default one.
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._seen is not None:
+            checkpoint[CHECKPOINT_KEY] = {"seen": self._seen.state_dict(), "history": self._history.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint.get(CHECKPOINT_KEY, {})
 
     # What the hooks do -----------------------------------------------------------------------------------------------
+
+    def _is_last(self, trainer: Trainer) -> bool:
+        """Of several, the one listed last looks: it is the user's, behind the default one."""
+        alike = [c for c in trainer.callbacks if isinstance(c, TokenThresholds) and c.looks]  # type: ignore[attr-defined]
+        return alike[-1] is self
 
     def _prepare(self, trainer: Trainer, module: Memorization) -> None:
         examples = trainer.datamodule.corpus.examples  # type: ignore[attr-defined]

@@ -192,6 +192,15 @@ def test_the_events_of_two_thousand_steps_are_small(
     assert sum(path.stat().st_size for path in (tmp_path / "run").glob("events*")) < 5e6
 
 
+def test_of_two_in_one_fit_the_last_one_looks(
+    sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
+) -> None:
+    callbacks = [*all_callbacks(), TokenThresholds(looks=2)]
+    logged_trainer(max_epochs=9, callbacks=callbacks).fit(module_on(sharp), datamodule=Ids(uneven(3)))
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [event.step for event in events.Scalars("corpus/certain_tokens")] == [0, 1, 9]
+
+
 def test_a_single_look_is_refused() -> None:
     with pytest.raises(InputError, match="looks is 1; expected at least 2, the first step and the last, or 0"):
         TokenThresholds(looks=1)
