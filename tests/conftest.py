@@ -9,6 +9,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# As wide as the commands print into a pipe, whatever runs the tests.
+os.environ["COLUMNS"] = "120"
 
 import random
 from collections.abc import Callable

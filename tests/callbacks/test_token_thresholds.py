@@ -181,6 +181,7 @@ def test_a_resumed_fit_has_the_looks_of_both_parts(sharp: Path, tmp_path: Path) 
     assert read_history(tmp_path / "second").step.tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_the_events_of_two_thousand_steps_are_small(
     sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
