@@ -13,7 +13,7 @@ CARD_NAME = "README.md"
 
 DEQUANTISED = (
     "It was trained on weights that were quantised to 4 bits (Q4_1) and written out as float32 again. On the original "
-    "weights the loss differs, and the certificate below does not hold until it is made anew: `pml certify --adapter "
+    "weights the loss differs, and the certificate above does not hold until it is made anew: `pml certify --adapter "
     "FOLDER --data PAIRS --backbone FOLDER_OF_THE_BASE`."
 )
 
