@@ -56,7 +56,7 @@ demo: venv ## Write a phone book into an adapter and recall it, then fit the law
 
 .PHONY: test
 test: fetch ## Run all tests, on all cores with one thread each
-	@OMP_NUM_THREADS=1 pytest -q -n auto --dist worksteal
+	@OMP_NUM_THREADS=1 pytest -q -n logical --dist worksteal
 
 .PHONY: lint
 lint: venv ## Check format, lint and types
