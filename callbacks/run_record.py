@@ -23,6 +23,7 @@ from callbacks.stop_when_recalled import StopWhenRecalled
 from callbacks.verbatim_recall import VerbatimRecall
 from pml import metrics
 from pml.adapter import adapter_parameters
+from pml.atomic import whole_file
 from pml.convergence import LossHistory
 from pml.corpus import Corpus
 from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, write_corpus
@@ -173,8 +174,8 @@ class RunRecord(Callback):
         pl_module.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
         encoder = trainer.datamodule.encoder(pl_module.tokenizer)  # type: ignore[attr-defined]
         # In place of PEFT's, which is blank.
-        card = model_card(self.record, corpus, encoder)
-        (folder / "adapter" / CARD_NAME).write_text(card, encoding="utf-8")
+        with whole_file(folder / "adapter" / CARD_NAME) as file:
+            file.write(model_card(self.record, corpus, encoder).encode())
         # The record comes last: a folder that has one has everything.
         path = write_record(folder, self.record)
         log_everywhere(trainer, self._results(scores, wall_seconds))

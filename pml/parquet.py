@@ -1,25 +1,48 @@
-"""Parquet files that are whole or not there, whenever the process dies."""
+"""Parquet files of a run: written whole, and read back with one line for what is wrong."""
 
-import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["write_table"]
+from pml.atomic import whole_file
+from pml.errors import InputError
+
+__all__ = ["reading", "write_table"]
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """Write a table, making its folder where there is none.
+    """Write a table so that the file is either whole or not there.
 
     Args:
         path: The file; one that is there is replaced in one step.
         table: What it will hold.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with whole_file(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+@contextmanager
+def reading(path: Path, columns: Sequence[str], written: str) -> Iterator[None]:
+    """Turn whatever reading some columns of a file raises into one line.
+
+    Args:
+        path: The file.
+        columns: What it has to have.
+        written: What writes it, for the message.
+
+    Raises:
+        InputError: If it is not there, is not Parquet, or its columns are others.
+    """
     try:
-        pq.write_table(table, partial, compression="zstd")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        # Arrow's own message repeats the path over several lines.
+        reason = "no such file" if not path.is_file() else "not a Parquet file that can be read"
+        raise InputError(f"{path}: {reason}; {written}: run it again") from error
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise InputError(
+            f"{path}: expected the columns {', '.join(columns)} of a run; run it again, or leave this run out"
+        ) from error

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import pydantic
 
+from pml.atomic import whole_file
 from pml.errors import InputError
 
 __all__ = [
@@ -167,17 +167,8 @@ class Record(pydantic.BaseModel):
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that the file is either whole or not there, whenever the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 def write_record(folder: Path, record: Record) -> Path:

@@ -12,6 +12,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from pml.atomic import whole_file
 from pml.corpus import Corpus
 from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, corpus_hash, read_corpus
 from pml.encoding import ENCODING_VERSION
@@ -64,8 +65,8 @@ def write_configuration(folder: Path, module: Memorization, data: Any) -> None:
     except yaml.YAMLError:
         log.warning("%s: made with arguments that YAML has no form for, so commands cannot open this run", folder)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(FROM_PYTHON + content, encoding="utf-8")
+    with whole_file(path) as file:
+        file.write((FROM_PYTHON + content).encode())
 
 
 def folder_of_loggers(trainer: Trainer) -> Path:

@@ -13,7 +13,7 @@ import torch
 
 from pml.errors import InputError
 from pml.last_seen import Standing
-from pml.parquet import write_table
+from pml.parquet import reading, write_table
 
 __all__ = ["HISTORY_NAME", "HISTORY_TOKENS", "History", "HistoryRecorder", "read_history"]
 
@@ -120,19 +120,11 @@ def read_history(folder: Path) -> History:
         InputError: If there are none, or they are not as a run writes them.
     """
     path = folder / HISTORY_NAME
-    try:
+    with reading(path, COLUMNS, "a run with TokenThresholds writes it"):
         table = pq.read_table(path, columns=list(COLUMNS))
         step, example, position, token = (table[name].cast(pa.int64()).to_numpy() for name in COLUMNS[:4])
         probability, margin = (table[name].cast(pa.float32()).to_numpy() for name in COLUMNS[4:6])
         correct = table["correct"].cast(pa.bool_()).to_numpy()
-    except OSError as error:
-        # Arrow's own message repeats the path over several lines.
-        reason = "no such file" if not path.is_file() else "not a Parquet file that can be read"
-        raise InputError(f"{path}: {reason}; a run with TokenThresholds writes it: run it again") from error
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise InputError(
-            f"{path}: expected the columns {', '.join(COLUMNS)} of a run; run it again, or leave this run out"
-        ) from error
     looks = np.unique(step)
     if not len(step) or len(step) % len(looks):
         raise InputError(f"{path}: expected the same tokens at every look; run it again")

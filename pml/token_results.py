@@ -13,7 +13,7 @@ from scipy import stats
 
 from pml.corpus import Corpus
 from pml.errors import InputError
-from pml.parquet import write_table
+from pml.parquet import reading, write_table
 from pml.weighting import TokenScores, critical_loss
 
 __all__ = [
@@ -159,18 +159,10 @@ def read_tokens(folder: Path) -> TokenResults:
         InputError: If there are none, or they are not as a run writes them.
     """
     path = folder / TOKENS_NAME
-    try:
+    with reading(path, COLUMNS, "a run writes it beside its record"):
         table = pq.read_table(path, columns=list(COLUMNS))
         example, position = (table[name].cast(pa.int64()).to_numpy() for name in COLUMNS[:2])
         loss, correct = table["loss"].cast(pa.float64()).to_numpy(), table["correct"].cast(pa.bool_()).to_numpy()
-    except OSError as error:
-        # Arrow's own message repeats the path over several lines.
-        reason = "no such file" if not path.is_file() else "not a Parquet file that can be read"
-        raise InputError(f"{path}: {reason}; a run writes it beside its record: run it again") from error
-    except (pa.ArrowException, KeyError, ValueError) as error:
-        raise InputError(
-            f"{path}: expected the columns {', '.join(COLUMNS)} of a run; run it again, or leave this run out"
-        ) from error
     whole = example.dtype == position.dtype == np.int64 and correct.dtype == np.bool_  # other where values are missing
     if not whole or not len(loss) or not np.isfinite(loss).all() or (loss < 0).any():
         raise InputError(f"{path}: expected a finite loss >= 0 and a verdict for every token; run it again")

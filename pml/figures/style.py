@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from pml.atomic import whole_file
 
 __all__ = [
     "FEW_COLOURS",
@@ -191,16 +192,8 @@ def literal(text: str) -> str:
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure so that the file is either whole or not there; the suffix says the format. Returns the path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            figure.savefig(file, format=path.suffix.removeprefix("."))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."))
     return path
 
 

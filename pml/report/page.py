@@ -1,6 +1,5 @@
 """The page itself: filled in, and written with its figures beside it."""
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from pml.atomic import whole_file
 from pml.errors import InputError
 from pml.groups import group_runs
 from pml.records import Record
@@ -117,17 +117,8 @@ def write_report(report: Report, folder: Path, *, overwrite: bool = False) -> Pa
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(content)
 
 
 def _lead(records: Mapping[Path, Record]) -> str:
