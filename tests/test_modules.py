@@ -56,7 +56,7 @@ WEIGHTINGS = {
         backbone=folder, adapter=SMALL, seed=1, weighting=SlidingWindow(window=2, floor=0.01)
     ),
     "whole targets": lambda folder: MemFT(
-        backbone=folder, adapter=SMALL, seed=1, weighting=WholeTargets(temperature_start=1.0, reach_start=4.0)
+        backbone=folder, adapter=SMALL, seed=1, weighting=WholeTargets(reach_start=4.0)
     ),
     "mostly memorised, uniform": lambda folder: MemFT(
         backbone=folder, adapter=SMALL, seed=1, weighting=OnlyThreshold(threshold=1e-9, when_memorized="uniform")
