@@ -80,7 +80,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 # Runs --------------------------------------------------------------------------------------------------------------
 
 
-CHOSEN_FOR_SPEED = ["float32 products", "frozen prefix", "the blocks above the adapter are not compiled"]
+CHOSEN_FOR_SPEED = ["float32 products", "frozen layers", "the blocks above the adapter are not compiled"]
 """What a fit on a CPU says of itself before it starts, each with its reason."""
 
 
