@@ -11,10 +11,12 @@ from typing import Any
 import jsonargparse
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from pml.errors import InputError, reason
 from pml.modules import Memorization
+from pml.progress import FitProgress, SayWhyItEnded, is_interactive
 from pml.quiet import keep_quiet
 from pml.recall import gather_scores
 from pml.run_folder import CONFIG_NAME, folder_of_loggers, use_corpus_of_run
@@ -47,7 +49,7 @@ class _SaveConfig(SaveConfigCallback):
             if trainer.is_global_zero:
                 folder.mkdir(parents=True, exist_ok=True)
                 path = str(folder / CONFIG_NAME)
-                self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+                self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=self.multifile)
         self.already_saved = True
 
 
@@ -101,6 +103,19 @@ class MemorizationCLI(LightningCLI):
         except (TypeError, ValueError) as error:
             # Constructors only look at what they are given, so what one refuses is the user's.
             raise InputError(reason(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with what every fit of the command line has: a bar where someone watches, and a last word."""
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        callbacks = list(config["callbacks"] or [])
+        if not is_interactive() and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            config["enable_progress_bar"] = False
+        if self.subcommand in ("fit", None):
+            # First, so that it speaks before measurements that take a while.
+            callbacks.insert(0, SayWhyItEnded())
+            if config["enable_progress_bar"] in (None, True):
+                callbacks.append(FitProgress())
+        return super().instantiate_trainer(**{**config, "callbacks": callbacks})
 
     def make_ready(self) -> None:
         """Load the backbone and make the corpus, so that what is wrong with them shows before a folder is made.
