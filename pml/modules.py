@@ -106,6 +106,7 @@ class Memorization(LightningModule):
         self._peft_model: PeftModel | None = None
         self._frozen_layers: FrozenLayers | None = None
         self._goes_on_from: dict[str, Any] = {}
+        self._steps = 0
 
     def settings(self) -> dict[str, Any]:
         """Method and optimiser settings as plain Python, for the record."""
@@ -244,6 +245,7 @@ class Memorization(LightningModule):
 
     def on_fit_start(self) -> None:
         self.train()
+        self._steps = total_steps(self.trainer, self.curriculum) if self.weighting.scheduled else 0
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.weighting.prepare(len(datamodule.corpus), self.device)
@@ -269,6 +271,8 @@ class Memorization(LightningModule):
             self.frozen_layers.release_when_kept(self.trainer.datamodule.val_dataloader)  # type: ignore[attr-defined]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        if self.weighting.scheduled:
+            self.weighting.progress = min(1.0, self.trainer.global_step / self._steps)
         scores = self.score(batch, self.weighting.gradient_above)
         self.global_batch.uniform_when_memorized = self.weighting.when_memorized == "uniform"
         weights = self.weighting.weights(scores)

@@ -21,7 +21,10 @@ def total_steps(trainer: Trainer, curriculum: Any = None) -> int:
         InputError: If the fit has neither a last epoch nor a last step.
     """
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
-        raise InputError("a linear schedule needs an end; set trainer.max_epochs or trainer.max_steps")
+        raise InputError(
+            "schedule linear and a weighting that changes over the run need an end; set trainer.max_epochs or "
+            "trainer.max_steps"
+        )
     steps = int(trainer.estimated_stepping_batches)
     if trainer.max_steps > 0 or curriculum is None:
         return steps
