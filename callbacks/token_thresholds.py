@@ -172,6 +172,8 @@ def _has_corpus(trainer: Trainer) -> bool:
 
 
 def _folder(trainer: Trainer) -> Path | None:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None  # no run, so it has no folder
     records = (c for c in trainer.callbacks if isinstance(c, RunRecord))  # type: ignore[attr-defined]
     return next((record.folder for record in records), None)
 

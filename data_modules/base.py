@@ -11,7 +11,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from pml.corpus import GHOST, Corpus, Example, collate
+from pml.corpus import PADDING_EXAMPLE, Corpus, Example, collate
 from pml.curriculum import CorpusBatchSampler, PrefixRatio
 from pml.encoding import PromptFormat, TextEncoder
 from pml.errors import InputError
@@ -229,7 +229,7 @@ def _refuse_what_cannot_be_learnt(
 
 
 class _Batches(Dataset[Sequence[Example]]):
-    """The examples of a corpus, indexed by a batch of their ids; -1 is the ghost example."""
+    """The examples of a corpus, indexed by a batch of their ids; -1 is the padding example."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -238,4 +238,4 @@ class _Batches(Dataset[Sequence[Example]]):
         return len(self.examples)
 
     def __getitem__(self, example_ids: Sequence[int]) -> Sequence[Example]:
-        return [GHOST if i == GHOST.example_id else self.examples[i] for i in example_ids]
+        return [PADDING_EXAMPLE if i == PADDING_EXAMPLE.example_id else self.examples[i] for i in example_ids]

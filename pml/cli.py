@@ -7,8 +7,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jsonargparse
-
 from pml.errors import InputError
 
 __all__ = ["COMMANDS", "main"]
@@ -47,14 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(command, arguments)
         sys.stdout.flush()
         return code
-    except (InputError, jsonargparse.ArgumentError) as error:
-        where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
-        print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # Who reads the output, such as `head`, has seen enough. What is left in the buffer must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except Exception as error:
+        if not _is_wrong_input(error):
+            raise
+        where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
+        print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _is_wrong_input(error: Exception) -> bool:
+    # jsonargparse is looked for, rather than imported: what has not been imported has raised nothing.
+    parser = sys.modules.get("jsonargparse")
+    return isinstance(error, InputError) or (parser is not None and isinstance(error, parser.ArgumentError))
 
 
 def _dispatch(command: str, arguments: Sequence[str]) -> int:
@@ -62,6 +68,11 @@ def _dispatch(command: str, arguments: Sequence[str]) -> int:
         print(_overview())
         return 0
     if command in FIT_COMMANDS:
+        if {"-h", "--help"} & set(arguments[1:]):
+            from pml.fit_help import fit_help
+
+            print(fit_help(command))
+            return 0
         return _run_lightning(arguments)
     if command in COMMANDS:
         return _run_command(command, arguments[1:])
@@ -69,7 +80,9 @@ def _dispatch(command: str, arguments: Sequence[str]) -> int:
 
 
 def _run_lightning(arguments: Sequence[str]) -> int:
-    # Imported here because it takes seconds, which the other commands need not wait for.
+    if sys.stderr.isatty():
+        # What follows takes seconds before it has anything to say.
+        print(f"pml {arguments[0]}: loading", file=sys.stderr, flush=True)
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from pml.lightning_cli import MemorizationCLI, prepare
@@ -96,6 +109,8 @@ def _with_run(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:
+    import jsonargparse
+
     module = importlib.import_module(f"pml.commands.{name}")
     parser = jsonargparse.ArgumentParser(
         prog=f"pml {name}", description=module.__doc__, exit_on_error=False, allow_abbrev=False

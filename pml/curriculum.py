@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.data import DistributedSampler
 
-from pml.corpus import GHOST
+from pml.corpus import PADDING_EXAMPLE
 from pml.errors import InputError
 
 __all__ = ["CorpusBatchSampler", "PrefixRatio", "active_examples"]
@@ -96,8 +96,8 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
 
     A global batch has `batch_size * world_size` examples; rank k takes the k-th slice of it. So k ranks with batches
     of b walk through the same global batches as one rank with batches of k b. Nothing is repeated to even out the
-    ranks: at the end of the corpus a rank's batch may be shorter, or hold only the ghost example (index -1, see
-    `pml.corpus.GHOST`), but every rank gets the same number of batches.
+    ranks: at the end of the corpus a rank's batch may be shorter, or hold only the padding example (index -1, see
+    `pml.corpus.PADDING_EXAMPLE`), but every rank gets the same number of batches.
 
     Give it to a `DataLoader` as `sampler` together with `batch_size=None`, so that the dataset is indexed with a whole
     batch. Lightning then calls `set_epoch` before each epoch. It wraps samplers that are not `DistributedSampler`s when
@@ -157,7 +157,7 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
         order = self._order(self.epoch)
         for batch in range(self.batches_in_epoch(self.epoch)):
             start = batch * self.examples_per_batch + self.rank * self.examples_per_rank
-            yield order[start : start + self.examples_per_rank] or [GHOST.example_id]
+            yield order[start : start + self.examples_per_rank] or [PADDING_EXAMPLE.example_id]
 
     def _active_count(self, epoch: int) -> int:
         if self.curriculum is None:

@@ -2,80 +2,34 @@
 
 import importlib
 import logging
-import os
-import re
 import sys
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jsonargparse
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 
-from pml.errors import InputError
+from pml.errors import InputError, reason
 from pml.modules import Memorization
+from pml.progress import FitProgress, SayWhyItEnded, is_interactive
+from pml.quiet import keep_quiet
 from pml.recall import gather_scores
 from pml.run_folder import CONFIG_NAME, folder_of_loggers, use_corpus_of_run
 from pml.token_results import PREDICTIONS_NAME, write_predictions
 
 log = logging.getLogger(__name__)
 
-__all__ = ["MemorizationCLI", "ignore_noise", "make_run", "parse_run", "prepare", "reason"]
+__all__ = ["MemorizationCLI", "make_run", "parse_run", "prepare"]
 
 ROOMS = ("data_modules", "callbacks")
 """Imported by name, so that short class names work on the command line; nothing in `pml` refers to what is in them."""
 
-DEFAULTS: dict[str, Any] = {
-    "trainer.logger": {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": "runs", "name": "fit", "default_hp_metric": False},
-    },
-    "trainer.callbacks": [
-        {"class_path": "callbacks.VerbatimRecall"},
-        {"class_path": "callbacks.TokenThresholds"},
-        {"class_path": "callbacks.StopWhenRecalled"},
-        {"class_path": "callbacks.Generalization"},
-        # Short runs need no checkpoint: what they made is in the run folder when they end.
-        {
-            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-            "init_args": {"train_time_interval": "0:15:00", "save_last": True},
-        },
-        {"class_path": "callbacks.RunRecord"},
-    ],
-    "trainer.max_epochs": 200,
-    "trainer.gradient_clip_val": 1.0,
-    # An epoch may be one batch: validating or logging at each would cost as much as training.
-    "trainer.check_val_every_n_epoch": 10,
-    "trainer.log_every_n_steps": 10,
-    "trainer.num_sanity_val_steps": 0,
-    "trainer.enable_model_summary": False,
-    # The corpus shares itself out among ranks without repeating examples.
-    "trainer.use_distributed_sampler": False,
-}
-
-NOISE = (
-    ".*does not have many workers.*",
-    ".*module.s. in eval mode at the start of training.*",
-    ".*LightningCLI's args parameter is intended to run from within Python.*",
-    ".*smaller than the logging interval.*",
-    ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
-    ".*It will use the implementation from `LightningModule` instance.*",
-    ".*`is_gradient_checkpointing` is deprecated.*",
-)
-"""Warnings of libraries about things that are meant."""
-
-CHATTER = ("lightning.pytorch", "lightning.fabric")
-"""Loggers that greet, advise and tell what every run does."""
-
-ATTEMPTS = re.compile(
-    r"(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
-    r"|Expected a <class 'NoneType'>.*)?$"
-)
-"""Lines in which jsonargparse tells what it tried, not what is wrong."""
+DEFAULTS = Path(__file__).with_name("fit_defaults.yaml")
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -95,7 +49,7 @@ class _SaveConfig(SaveConfigCallback):
             if trainer.is_global_zero:
                 folder.mkdir(parents=True, exist_ok=True)
                 path = str(folder / CONFIG_NAME)
-                self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+                self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=self.multifile)
         self.already_saved = True
 
 
@@ -129,7 +83,8 @@ class MemorizationCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults(DEFAULTS)
+        defaults = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
+        parser.set_defaults({f"trainer.{name}": value for name, value in defaults["trainer"].items()})
         if self._fit_alone:
             # All keys of `pml fit`, so that a configuration that it has printed or saved can be the base of a grid.
             parser.add_method_arguments(Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
@@ -148,6 +103,19 @@ class MemorizationCLI(LightningCLI):
         except (TypeError, ValueError) as error:
             # Constructors only look at what they are given, so what one refuses is the user's.
             raise InputError(reason(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with what every fit of the command line has: a bar where someone watches, and a last word."""
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        callbacks = list(config["callbacks"] or [])
+        if not is_interactive() and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            config["enable_progress_bar"] = False
+        if self.subcommand in ("fit", None):
+            # First, so that it speaks before measurements that take a while.
+            callbacks.insert(0, SayWhyItEnded())
+            if config["enable_progress_bar"] in (None, True):
+                callbacks.append(FitProgress())
+        return super().instantiate_trainer(**{**config, "callbacks": callbacks})
 
     def make_ready(self) -> None:
         """Load the backbone and make the corpus, so that what is wrong with them shows before a folder is made.
@@ -283,59 +251,8 @@ def make_run(args: Sequence[str]) -> tuple[Memorization, Any]:
     return made.model, made.datamodule
 
 
-def reason(error: BaseException) -> str:
-    """What is wrong, on one line: the InputError behind an exception, else its message without what was tried."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InputError):
-            return " ".join(str(cause).split())
-        cause = cause.__cause__ or cause.__context__
-    found = re.match(r'(Parser key "[^"]*":)?(.*)', str(error), re.DOTALL)
-    where, message = (found[1] or "", found[2]) if found else ("", str(error))
-    lines = [line.strip().lstrip("- ") for line in message.splitlines()]
-    said = "; ".join(dict.fromkeys(line for line in lines if not ATTEMPTS.match(line)))
-    return " ".join(f"{where} {said or message}".replace(":;", ":").split())
-
-
 def prepare() -> None:
     """What every command needs before a library speaks up: importable rooms, and a quiet stderr with our own lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in CHATTER:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for room in ("callbacks", "pml"):
-        own = logging.getLogger(room)
-        if not any(isinstance(handler, _ToStderr) for handler in own.handlers):
-            own.setLevel(logging.INFO)
-            own.addHandler(_ToStderr())
-    ignore_noise()
+    keep_quiet()
     for room in ROOMS:
         importlib.import_module(room)
-
-
-def ignore_noise() -> None:
-    """Do not show what libraries warn of and is meant."""
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message)
-
-
-class _ToStderr(logging.StreamHandler[TextIO]):
-    """Writes each line once, from one rank: cells of a grid, and ranks, all say the same of the machine they are on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._written: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
-        if line not in self._written and (getattr(rank_zero_only, "rank", 0) == 0 or record.levelno >= logging.WARNING):
-            self._written.add(line)
-            super().emit(record)
-
-    # A progress bar puts its own stderr in place while it is drawn.
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: TextIO) -> None:
-        pass

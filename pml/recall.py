@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pml.adapter import evaluating
 from pml.corpus import Example, collate
-from pml.frozen_prefix import content_keys
+from pml.frozen_layers import content_keys
 from pml.ranks import several_ranks
 from pml.weighting import TokenScores
 
@@ -97,7 +97,7 @@ def score_corpus(module: "Memorization", batches: Iterable[dict[str, Any]]) -> T
 def score_examples(module: "Memorization", examples: Sequence[Example], batch_size: int = 8) -> TokenScores:
     """Teacher-forced scores of examples outside the corpus, on the host, the same on every rank.
 
-    The ranks share the examples. The frozen prefix keeps nothing of them, so that the corpus has all of its room.
+    The ranks share the examples. The frozen-layer cache keeps nothing of them, so that the corpus has all of its room.
 
     Args:
         module: The module whose adapted model is asked.
@@ -106,7 +106,7 @@ def score_examples(module: "Memorization", examples: Sequence[Example], batch_si
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
     own = examples[rank::ranks]
-    with module.prefix.store.closed():
+    with module.frozen_layers.store.closed():
         return score_corpus(
             module, (collate(own[start : start + batch_size]) for start in range(0, len(own), batch_size))
         )

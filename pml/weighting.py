@@ -39,7 +39,7 @@ class TokenScores(NamedTuple):
         losses: (B, L) float32, negative log-probability of the target token in nats; 0 where there is no token.
         correct: (B, L) bool, whether the target token is the argmax; False where there is no token.
         mask: (B, L) bool, True where there is a target token.
-        example_id: (B,) which example a row belongs to; -1 for a ghost.
+        example_id: (B,) which example a row belongs to; -1 for a padding example.
         margin: (B, L) float32, logit of the target token minus that of the best other one; None where not known.
         rival: (B, L) int64, id of that other token; None where not known.
     """

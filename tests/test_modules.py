@@ -14,7 +14,7 @@ from pml.corpus import collate
 from pml.curriculum import PrefixRatio
 from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
-from pml.prefix_store import PrefixConfig
+from pml.state_store import CacheConfig
 from pml.weighting import FallingThreshold, OnlyThreshold, SlidingWindow, WholeTargets
 
 SMALL = AdapterConfig(rank=2, block=1)
@@ -144,7 +144,7 @@ def test_split_and_whole_runs_of_twenty_steps_agree(tiny_backbone_folder: Path, 
             adapter=SMALL,
             seed=1,
             learning_rate=1e-3,
-            frozen_prefix=PrefixConfig(enabled=split),
+            frozen_prefix=CacheConfig(enabled=split),
         )
         make_trainer(tmp_path, max_epochs=20).fit(module, datamodule=Ids(uneven(4), batch_size=4))
         ends.append(torch.cat([p.detach().flatten() for p in adapter_parameters(module.model).values()]))

@@ -104,7 +104,7 @@ def test_the_window_state_survives_a_checkpoint() -> None:
     torch.testing.assert_close(second.weights(ONE), first.weights(ONE))
 
 
-def test_a_ghost_leaves_the_window_state_alone() -> None:
+def test_a_padding_example_leaves_the_window_state_alone() -> None:
     weighting = SlidingWindow()
     weighting.prepare(1, torch.device("cpu"))
     weighting.weights(scores([[0.0]], [[0]], [0], [-1]))
