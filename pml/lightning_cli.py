@@ -19,7 +19,7 @@ from pml.modules import Memorization
 from pml.progress import FitProgress, SayWhyItEnded, is_interactive
 from pml.quiet import keep_quiet
 from pml.recall import gather_scores
-from pml.run_folder import CONFIG_NAME, folder_of_loggers, use_corpus_of_run
+from pml.run_folder import CONFIG_NAME, folder_of_loggers, recorded_folder, use_corpus_of_run
 from pml.token_results import PREDICTIONS_NAME, write_predictions
 
 log = logging.getLogger(__name__)
@@ -42,10 +42,9 @@ class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or self.already_saved:
             return
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        record: Any = next((callback for callback in callbacks if type(callback).__name__ == "RunRecord"), None)
-        if trainer.loggers or (record is not None and record.dirpath):
-            folder = record.folder if record is not None else folder_of_loggers(trainer)
+        own = recorded_folder(trainer)
+        if trainer.loggers or own is not None:
+            folder = own or folder_of_loggers(trainer)
             if trainer.is_global_zero:
                 folder.mkdir(parents=True, exist_ok=True)
                 path = str(folder / CONFIG_NAME)
