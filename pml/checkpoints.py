@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import shlex
 import time
 import zipfile
 from pathlib import Path
@@ -88,6 +89,15 @@ class Checkpoints(StopsAtSteps, Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved_step != trainer.global_step:
             self.save(trainer)
+
+    def how_to_go_on(self) -> str:
+        """The command that goes on from the newest checkpoint, or that there is none."""
+        if not any(self.folder.glob("*.ckpt")):
+            return "there is no checkpoint to go on from yet"
+        config = self.folder.parent / "config.yaml"
+        if config.is_file():
+            return f"go on with: pml fit --config {shlex.quote(str(config))} --ckpt_path last"
+        return f"go on with --ckpt_path {shlex.quote(str(self.folder / LAST))}"
 
     def save(self, trainer: Trainer) -> None:
         """Save now; the checkpoint before this one is kept. Takes all ranks."""
