@@ -91,6 +91,11 @@ class RunRecord(Callback):
                 "(trainer.logger.init_args.name, or RunRecord's dirpath) or set overwrite: true"
             )
 
+    @property
+    def run_folder(self) -> Path | None:
+        """See `pml.run_folder.recorded_folder`; None before the fit is set up, and in a trial."""
+        return self.folder if self.folder != Path() else None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _is_trial(trainer):
             return

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
+import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
@@ -192,11 +193,13 @@ class MemorizationDataModule(LightningDataModule, ABC):
         )
         # Lightning counts the batches of a reloaded epoch before it says which epoch that is.
         sampler.set_epoch(self.trainer.current_epoch if self.trainer is not None else 0)
-        return DataLoader(
+        return _ResumableLoader(
             _Batches(self.corpus.examples),
             sampler=sampler,
             batch_size=None,  # the sampler yields whole batches
             collate_fn=collate,
+            # An iterator draws a number; from a generator of its own, so that evaluating does not change training.
+            generator=torch.Generator(),
             num_workers=0,  # a batch is a few ids that are in memory already; workers would only cost start-up time
         )
 
@@ -226,6 +229,16 @@ def _refuse_what_cannot_be_learnt(
                 f"{where} has the same prompt as example {before.example_id}, and another target; no model can recall "
                 "both: make their queries differ"
             )
+
+
+class _ResumableLoader(DataLoader[Sequence[Example]]):
+    """A loader whose place within an epoch goes into checkpoints: Lightning asks for `state_dict`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler.state_dict()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)  # type: ignore[attr-defined]
 
 
 class _Batches(Dataset[Sequence[Example]]):

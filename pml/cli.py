@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pml.errors import InputError
+from pml.stopping import Stopped, listening
 
 __all__ = ["COMMANDS", "main"]
 
@@ -38,13 +39,18 @@ BROKEN_PIPE = 128 + 13
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `pml`; returns the exit code: 0 done, 1 something in a sweep failed, 2 wrong input."""
+    """Run `pml`; returns the exit code: 0 done, 1 something in a sweep failed, 2 wrong input, 130 or 143 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
+    where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
     try:
-        code = _dispatch(command, arguments)
-        sys.stdout.flush()
-        return code
+        with listening():
+            code = _dispatch(command, arguments)
+            sys.stdout.flush()
+            return code
+    except Stopped as stop:
+        print(f"{where}: {stop}", file=sys.stderr)
+        return stop.code
     except BrokenPipeError:
         # Who reads the output, such as `head`, has seen enough. What is left in the buffer must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_wrong_input(error):
             raise
-        where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
         print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

@@ -14,12 +14,15 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from pml.checkpoints import FOLDER_NAME, Checkpoints, StopsAtSteps, newest_checkpoint, read_checkpoint
 from pml.errors import InputError, reason
 from pml.modules import Memorization
 from pml.progress import FitProgress, SayWhyItEnded, is_interactive
 from pml.quiet import keep_quiet
 from pml.recall import gather_scores
-from pml.run_folder import CONFIG_NAME, folder_of_loggers, use_corpus_of_run
+from pml.run_folder import CONFIG_NAME, folder_of_loggers, recorded_folder, use_corpus_of_run
+from pml.same_model import refuse_other_model
+from pml.stopping import Stopped, at_step_ends
 from pml.token_results import PREDICTIONS_NAME, write_predictions
 
 log = logging.getLogger(__name__)
@@ -42,10 +45,9 @@ class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or self.already_saved:
             return
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        record: Any = next((callback for callback in callbacks if type(callback).__name__ == "RunRecord"), None)
-        if trainer.loggers or (record is not None and record.dirpath):
-            folder = record.folder if record is not None else folder_of_loggers(trainer)
+        own = recorded_folder(trainer)
+        if trainer.loggers or own is not None:
+            folder = own or folder_of_loggers(trainer)
             if trainer.is_global_zero:
                 folder.mkdir(parents=True, exist_ok=True)
                 path = str(folder / CONFIG_NAME)
@@ -90,12 +92,34 @@ class MemorizationCLI(LightningCLI):
             parser.add_method_arguments(Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self._arguments = args
         self._names_data = any(str(argument).startswith("--data") for argument in args or ())
         _make_own_classes_importable(args or ())
         try:
             super().parse_arguments(parser, args)
         except jsonargparse.ArgumentError as error:
             raise InputError(reason(error)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Lay the model that a checkpoint is of over the configuration, and refuse what says otherwise."""
+        command = self.config.get("subcommand")
+        options = self.config.get(str(command), self.config)
+        if options.get("weights_only") is False:
+            raise InputError("weights_only is false; checkpoints are read as data alone, since others could run code")
+        if (given := options.get("ckpt_path")) is None:
+            return
+        if given in ("last", "best"):
+            folders = self._config_folders()
+            folder = next((f for f in folders if (f / FOLDER_NAME).is_dir()), next(iter(folders[-1:]), None))
+            if folder is None:
+                raise InputError(
+                    f"ckpt_path is {given}, of no run; expected a run's configuration too (--config RUN/config.yaml), "
+                    "or the file of a checkpoint"
+                )
+            options["ckpt_path"] = str(newest_checkpoint(folder))
+        made_with = read_checkpoint(Path(options["ckpt_path"])).get("hyper_parameters", {})
+        refuse_other_model(self.parser, self._arguments, command, made_with)
+        super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
         try:
@@ -115,6 +139,10 @@ class MemorizationCLI(LightningCLI):
             callbacks.insert(0, SayWhyItEnded())
             if config["enable_progress_bar"] in (None, True):
                 callbacks.append(FitProgress())
+            if config["enable_checkpointing"] is False or config["fast_dev_run"]:
+                callbacks.append(StopsAtSteps())
+            elif not any(isinstance(callback, Checkpoints) for callback in callbacks):
+                callbacks.append(Checkpoints())
         return super().instantiate_trainer(**{**config, "callbacks": callbacks})
 
     def make_ready(self) -> None:
@@ -123,10 +151,6 @@ class MemorizationCLI(LightningCLI):
         Raises:
             InputError: If the backbone, the adapter, the corpus or the checkpoint cannot be had.
         """
-        checkpoint = self._options.get("ckpt_path")
-        if checkpoint == "last":
-            raise InputError("ckpt_path is last, and a fit starts in a folder of its own; name the file to go on from")
-        _refuse_missing(checkpoint)
         self.model.configure_model()
         self._build()
 
@@ -138,15 +162,12 @@ class MemorizationCLI(LightningCLI):
         """
         folder = self._run_folder()
         checkpoint = self._options.get("ckpt_path")
-        if checkpoint in ("last", "best") and folder is not None:
-            checkpoint = self._options["ckpt_path"] = str(_newest_checkpoint(folder))
         if checkpoint is None and folder is None:
             raise InputError(
                 f"nothing to {self.subcommand}: expected a run's folder, as in `pml {self.subcommand} RUN`, its "
                 "configuration (--config RUN/config.yaml), or a checkpoint (--ckpt_path FILE)"
             )
         if checkpoint is not None or folder is None:
-            _refuse_missing(checkpoint)
             self.model.configure_model()
         else:
             self.model.load_adapter(folder / "adapter")
@@ -172,11 +193,11 @@ class MemorizationCLI(LightningCLI):
 
     def _run_folder(self) -> Path | None:
         """The run whose configuration was given; None where there is none beside an adapter."""
-        for config in self._options.get("config") or []:
-            folder = Path(str(config)).parent
-            if (folder / "adapter" / "adapter_config.json").is_file():
-                return folder
-        return None
+        return next((f for f in self._config_folders() if (f / "adapter" / "adapter_config.json").is_file()), None)
+
+    def _config_folders(self) -> list[Path]:
+        options = self.config.get(str(self.config.get("subcommand")), self.config)
+        return [Path(str(config)).parent for config in options.get("config") or []]
 
     def _build(self) -> None:
         if missing := [name for name in ("build", "corpus", "held_out") if not hasattr(type(self.datamodule), name)]:
@@ -189,8 +210,21 @@ class MemorizationCLI(LightningCLI):
     def run_fit(self) -> None:
         """What `pml fit` does with what has been made."""
         self.make_ready()
-        options = {key: self.config_init[key] for key in ("ckpt_path", "weights_only")}
-        self.trainer.fit(self.model, datamodule=self.datamodule, **options)
+        self.fit(model=self.model, datamodule=self.datamodule, ckpt_path=self.config_init["ckpt_path"])
+
+    def fit(self, **options: Any) -> None:
+        """What `pml fit` does once all is made: a signal ends it at a step's end, with all that is needed to go on.
+
+        Raises:
+            Stopped: When a signal has ended it, with advice on how to go on.
+        """
+        try:
+            with at_step_ends():
+                self.trainer.fit(**{**options, "weights_only": True})
+        except Stopped as stop:
+            saved = next((c for c in self.trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
+            stop.advice = saved.how_to_go_on() if saved is not None else "it made no checkpoints to go on from"
+            raise
 
     before_fit = make_ready
     before_validate = before_test = before_predict = make_ready_to_evaluate
@@ -203,18 +237,6 @@ def _make_own_classes_importable(args: Sequence[str]) -> None:
     for folder in (Path.cwd(), *(Path(config).resolve().parent for config in named)):
         if str(folder) not in sys.path:
             sys.path.append(str(folder))  # last, so that nothing there hides a package
-
-
-def _refuse_missing(checkpoint: str | None) -> None:
-    if checkpoint not in (None, "best", "hpc", "registry") and not Path(str(checkpoint)).is_file():
-        raise InputError(f"ckpt_path is {checkpoint}; expected the file of a checkpoint")
-
-
-def _newest_checkpoint(folder: Path) -> Path:
-    files = list((folder / "checkpoints").glob("*.ckpt"))
-    if not files:
-        raise InputError(f"{folder}: no checkpoint in it; leave ckpt_path out to take the adapter of the run's end")
-    return max(files, key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime))
 
 
 def _unused(path: Path) -> Path:

@@ -30,6 +30,8 @@ class Stopped(BaseException):
         super().__init__(signum, at_once)
         self.signum = signum
         self.at_once = at_once
+        self.advice = ""
+        """How to go on, for whoever says that it stopped."""
 
     @property
     def code(self) -> int:
@@ -37,7 +39,8 @@ class Stopped(BaseException):
         return 128 + self.signum
 
     def __str__(self) -> str:
-        return f"stopped by {NAMES.get(signal.Signals(self.signum), str(self.signum))}"
+        by = NAMES.get(signal.Signals(self.signum), str(self.signum))
+        return f"stopped by {by}" + (f"; {self.advice}" if self.advice else "")
 
 
 class _State:

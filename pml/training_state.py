@@ -37,6 +37,7 @@ def training_state(module: "Memorization") -> dict[str, Any]:
         "generators": _generators(module.device),
         "global_batch": module.global_batch.state_dict(),
         "gradients": gradients if module.global_batch.is_open else {},
+        "batches": _position(module),
     }
 
 
@@ -51,8 +52,18 @@ def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
         module.global_batch.load_state_dict(state["global_batch"], module.device)
     for name, gradient in state.get("gradients", {}).items():
         adapter_parameters(module.model)[name].grad = gradient.to(module.device)
+    loader: Any = module.trainer.train_dataloader
+    if state.get("batches") and hasattr(loader, "load_state_dict"):
+        # Lightning loses it where something has asked how long the fit is before it restores its loops.
+        loader.load_state_dict(state["batches"])
     if "generators" in state:
         _restore_generators(state["generators"], module.device)
+
+
+def _position(module: "Memorization") -> dict[str, Any]:
+    """Where in an epoch the training batches are; empty where the loader cannot say."""
+    loader: Any = module._trainer.train_dataloader if module._trainer is not None else None
+    return loader.state_dict() if hasattr(loader, "state_dict") else {}
 
 
 def own_share(total: int) -> int:
