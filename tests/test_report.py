@@ -170,15 +170,12 @@ class TestPage:
         assert page.said("th").count("95 %, profile") == 2
         assert page.text.count("Forms of the law") == page.text.count("From loss to recall") == 2
 
-    def test_methods_are_compared_at_the_same_budget(self, page: Page) -> None:
-        assert "MemFT OnlyThreshold against SFT, at the same budget" in page.text
-        assert "12 pairs of runs of the same cell and seed" in page.text
-        assert "Every token certain: both 0, only SFT 0, only MemFT OnlyThreshold 0, neither 12." in page.text
-        assert "steps to recall" not in page.text
+    def test_methods_are_compared_with_intervals_and_a_verdict(self, page: Page) -> None:
+        assert "Differences from SFT" in page.text
+        assert "95 % interval" in page.said("th")
+        assert "MemFT OnlyThreshold against SFT:" in page.text
 
-    def test_methods_whose_runs_stop_at_recall_are_compared_by_their_steps_and_by_no_equal_budget(
-        self, tmp_path: Path
-    ) -> None:
+    def test_methods_whose_runs_stop_at_recall_are_compared_by_their_steps(self, tmp_path: Path) -> None:
         for seed, steps in enumerate(((150, 100), (160, 90), (170, 80), (300, 70))):
             for method, needed in zip(("sft", "memft"), steps, strict=True):
                 recalled: dict[str, Any] = {"optimizer_steps": needed, "steps_to_recall": needed}
@@ -186,12 +183,9 @@ class TestPage:
                     recalled |= {"steps_to_recall": None, "sub_threshold_fraction": 0.1}
                 write_simulated_run(tmp_path / f"{method}-{seed}", 4, 64, seed, method, **recalled)
         text = Page(make_report(read_records([tmp_path])).html).text
-        assert "MemFT OnlyThreshold against SFT, by steps to recall, whatever the budget" in text
-        assert "3 pairs of runs of the same cell and seed in which both recalled" in text
-        assert "steps to recall 160.0 90.0 -70.0" in text
-        assert "at the same budget" not in text
-        assert "Every token certain: both 3, only SFT 0, only MemFT OnlyThreshold 1, neither 0." in text
-        assert "No pair has equal budgets; only recall is compared of 4 pairs (budgets differ: 150 and 100" in text
+        assert "steps to all certain 160.0 90.0 -70.0" in text
+        assert "better in steps to all certain (-70.0 steps; 95 % interval" in text
+        assert "(budgets differ: 150 and 100 optimiser steps" in text
         assert "Methods are not compared" not in text
 
     def test_every_run_is_a_row(self, page: Page, runs: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pml.compare import Comparison, Difference, Interval, compare
+from pml.compare import compare, differences_table, means_table
 from pml.errors import InputError
 from pml.figures import (
     capacity_figure,
@@ -27,7 +27,6 @@ from pml.token_results import FirstPositions, TokenResults, first_positions, ran
 
 __all__ = ["Card", "MethodPart", "Study", "laws_by_name", "make_studies"]
 
-UNITS = {"nats per token": "nats", "percentage points": "%"}
 CORPORA = {"random_tokens": "Random tokens", "phonebook": "Phone book"}
 
 
@@ -382,90 +381,18 @@ def _capacity_panels(anchor: str, of: str, cells: list[Observation], law: LawPar
 
 
 def _comparisons(records: Mapping[Path, Record]) -> tuple[list[TextTable], list[str]]:
-    """Methods against each other, at the same budget and by their steps to recall, and what to know of it."""
+    """Methods against each other, and what to know of it."""
     try:
-        found = compare(records)
+        (found,) = compare(records)
     except InputError as error:
         return [], [f"Methods are not compared: {error}."]
-    tables, notes = [], []
-    for comparison in found:
-        against = f"{comparison.second} against {comparison.first}"
-        if comparison.differences:
-            note = (
-                f"{count(len(comparison.pairs), 'pair')} of runs of the same cell and seed whose optimiser steps and "
-                f"target tokens differ by at most {100 * comparison.tolerance:g} %."
-            )
-            title = f"{against}, at the same budget"
-            tables.append(_comparison_table(title, comparison, comparison.differences, note))
-        if (steps := comparison.recalled.steps) is not None:
-            note = (
-                f"{count(steps.pairs, 'pair')} of runs of the same cell and seed in which both recalled; runs may stop "
-                "when they recall, so their budgets may differ."
-            )
-            title = f"{against}, by steps to recall, whatever the budget"
-            tables.append(_comparison_table(title, comparison, [steps], note))
-        notes += _comparison_notes(comparison)
-    return tables, notes
-
-
-def _comparison_table(title: str, comparison: Comparison, differences: list[Difference], note: str) -> TextTable:
-    level = f"{100 * comparison.confidence:g} %"
-    columns = (
-        "measure",
-        *short_method_names((comparison.first, comparison.second)).values(),
-        "change",
-        f"{level}, t",
-        f"{level}, bootstrap",
-        "paired d",
-        "won",
-        "pairs",
-        "verdict",
-    )
-    rows = [_comparison_row(found) for found in differences]
-    return TextTable(
-        title,
-        columns,
-        rows,
-        words=(0, 9),
-        note=(
-            f"{note} Pairs on one text with one seed are averaged first: means, intervals of the mean change "
-            "(Student's t and the BCa bootstrap, not adjusted for their number) and paired d (Cohen's, of the changes) "
-            f"are over {count(differences[0].texts, 'combination')} of text and seed. Won: share of pairs better minus "
-            "share worse."
-        ),
-    )
-
-
-def _comparison_row(found: Difference) -> tuple[str, ...]:
-    digits = 3 if found.unit == "nats per token" else 1
-
-    def interval(bounds: Interval | None) -> str:
-        return "-" if bounds is None else f"{bounds.low:+.{digits}f} to {bounds.high:+.{digits}f}"
-
-    return (
-        found.title if found.unit == "steps" else f"{found.title} ({UNITS[found.unit]})",
-        f"{found.first_mean:.{digits}f}",
-        f"{found.second_mean:.{digits}f}",
-        f"{found.mean:+.{digits}f}",
-        interval(found.t_interval),
-        interval(found.bootstrap_interval),
-        "-" if found.cohens_d is None else f"{found.cohens_d:+.2f}",
-        f"{found.dominance:+.2f}",
-        f"{found.pairs:,}",
-        found.verdict,
-    )
-
-
-def _comparison_notes(comparison: Comparison) -> list[str]:
-    words = (comparison.recall_in_words(), comparison.budgets_in_words())
-    notes = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in words if sentence]
-    for name, (first, second) in comparison.settings.items():
-        notes.append(f"{name} differs too: {shown(first)} and {shown(second)}.")
-    if comparison.left_out:
-        runs = sum(len(left.runs) for left in comparison.left_out)
-        reasons = "; ".join(dict.fromkeys(left.reason for left in comparison.left_out[:3]))
-        notes.append(f"Not compared: {count(runs, 'run')} ({reasons}).")
-    return notes
+    notes = list(found.verdicts)
+    notes += [f"{name} differs too: {', '.join(values)}." for name, values in found.settings.items()]
+    if found.left_out:
+        runs = {run for left in found.left_out for run in left.runs}
+        reasons = "; ".join(list(dict.fromkeys(left.reason for left in found.left_out))[:3])
+        notes.append(f"Not compared, or in steps alone: {count(len(runs), 'run')} ({reasons}).")
+    return [means_table(found), differences_table(found)], notes
 
 
 def _cells(groups: list[Group], parts: list[MethodPart]) -> TextTable:
