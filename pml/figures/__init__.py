@@ -1,6 +1,7 @@
 """Figures of laws, recall and capacity, one a function, in colours that colour-blind readers can tell apart."""
 
 from pml.figures.capacity import capacity_figure, stored_bits_figure
+from pml.figures.heat_map import heat_map_figure
 from pml.figures.law import agreement_figure, law_figure, reduction_figure, residual_figure
 from pml.figures.recall import first_failure_figure, recall_figure, threshold_figure, token_loss_figure
 from pml.figures.side_by_side import side_by_side_figure
@@ -11,6 +12,7 @@ __all__ = [
     "agreement_figure",
     "capacity_figure",
     "first_failure_figure",
+    "heat_map_figure",
     "law_figure",
     "png_bytes",
     "recall_figure",

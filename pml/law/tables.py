@@ -19,6 +19,7 @@ __all__ = [
     "parameters_table",
     "quality_sentence",
     "recall_table",
+    "symbols_sentence",
 ]
 
 SYMBOLS: Final = {
@@ -154,6 +155,19 @@ def held_out_sentence(law: LawFit) -> str:
             noun = f"{held.runs} run{'s' if held.runs > 1 else ''}"
             parts.append(f"{FACTORS[factor]} >= {held.value} off by {_percent(held.mape_percent)} ({noun})")
     return f"held-out prediction from the smaller: {', '.join(parts)}" if parts else ""
+
+
+def symbols_sentence(law: LawFit) -> str:
+    """What the letters of the equation mean."""
+    equation, form = law.equation(), FORMS[law.form]
+    meanings = ["dL: loss reduction in nats per target token"]
+    meanings += ["r: LoRA rank"] if " r^" in equation else []
+    meanings += ["P: effective parameters"] if " P" in equation else []
+    meanings += ["l: target tokens"] if " l^" in equation else []
+    meanings += ["L0: loss of the frozen model"] if "L0" in equation else []
+    meanings += [f"H: {'bits' if form.proportional else 'nats'} in the corpus"] if form.needs_entropy else []
+    meanings += ["min_p: soft minimum (x^-p + y^-p)^(-1/p)"] if "min_" in equation else []
+    return "; ".join(meanings)
 
 
 def _held_out(fit: FormFit, factor: Factor) -> str:
