@@ -146,7 +146,7 @@ class TestPairs:
             "MemFT OnlyThreshold against SFT",
             "MemFT SlidingWindow against SFT",
         ]
-        assert means_table(found).columns == ("mean over runs", "SFT", "MemFT OnlyThreshold", "MemFT SlidingWindow")
+        assert means_table(found).columns == ("outcome", "SFT", "MemFT OnlyThreshold", "MemFT SlidingWindow")
         (found,) = compare(records, baseline="memft slidingwindow")
         assert {d.method: d.mean for d in found.differences if d.outcome is LOSS} == {
             "MemFT OnlyThreshold": -3.0,

@@ -3,7 +3,6 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,27 +13,26 @@ from matplotlib.lines import Line2D
 from record_factory import make_record
 
 from pml.figures import (
+    Curves,
     NothingToShow,
     agreement_figure,
-    capacity_figure,
     first_failure_figure,
     heat_map_figure,
     law_figure,
+    learning_figure,
+    phases_figure,
     png_bytes,
     recall_figure,
     reduction_figure,
     residual_figure,
     save_figure,
-    stored_bits_figure,
     svg_data_uri,
-    threshold_figure,
-    token_loss_figure,
 )
 from pml.figures.heat_map import over_grid
 from pml.figures.style import FEW_COLOURS, literal, looks_of
 from pml.law import FormName, LawFit, Observation, fit_law, saturated
 from pml.records import Record
-from pml.token_results import FirstPositions, TokenResults, rank_correlation
+from pml.token_results import FirstPositions, rank_correlation
 
 RANKS = (1, 2, 4, 6)
 LENGTHS = (64, 128, 256)
@@ -378,33 +376,19 @@ class TestRecallFigure:
         # The third column has nothing below it, and says what its axis is.
         assert [axes.get_xlabel() for axes in panels] == ["", "LoRA rank", "LoRA rank"]
 
-    def test_without_a_run_there_is_nothing_to_show(self) -> None:
-        with pytest.raises(NothingToShow, match="no run was finished"):
-            recall_figure({"SFT": []}, "exact_match")
+    def test_certain_tokens_are_those_that_are_not_below_the_threshold(self) -> None:
+        runs = [run(1, sub_threshold_fraction=0.75), run(2, sub_threshold_fraction=0.25)]
+        (axes,) = recall_figure({"SFT": runs}, "tokens_certain").axes
+        (container,) = axes.containers
+        np.testing.assert_allclose(container.lines[0].get_xydata(), [(1, 0.25), (2, 0.75)])
+
+    @pytest.mark.parametrize("runs", [[], [run(4), run(4, seed=1)]])
+    def test_one_rank_is_no_curve(self, runs: list[Record]) -> None:
+        with pytest.raises(NothingToShow, match="several ranks"):
+            recall_figure({"SFT": runs}, "exact_match")
 
 
-class TestThresholdFigures:
-    def test_points_are_the_share_above_the_threshold(self) -> None:
-        runs = [run(1, 0, sub_threshold_fraction=0.75), run(1, 1, sub_threshold_fraction=0.25)]
-        (by_rank,) = threshold_figure(runs, "rank").axes
-        assert positions(points(by_rank, "used")) == [(1, 0.25), (1, 0.75)]
-        (mean,) = [line for line in by_rank.lines if line.get_linestyle() == "-"]
-        assert np.asarray(mean.get_xydata()).tolist() == [[1, 0.5]]
-        (by_room,) = threshold_figure(runs, "room").axes
-        assert positions(points(by_room, "used"))[0] == (1152 / 64, 0.25)
-
-    def test_bars_are_split_at_ln_2_and_add_up_to_everything(self) -> None:
-        loss = np.array([0.0, 0.01, 0.69, 0.70, 0.70, 5.0, 40.0, 1e-9])
-        correct = np.array([True, True, True, True, False, False, False, True])
-        tokens = TokenResults(np.zeros(8, np.int64), np.arange(8), loss, correct)
-        (axes,) = token_loss_figure([tokens]).axes
-        certain, lucky, wrong = axes.containers
-        assert [sum(bar.get_height() for bar in bars) for bars in axes.containers] == pytest.approx([0.5, 0.125, 0.375])
-        ends = [bar.get_x() + bar.get_width() for bar in certain if bar.get_height() > 0]
-        assert max(ends) == pytest.approx(np.log(2))
-        assert min(bar.get_x() for bars in (lucky, wrong) for bar in bars if bar.get_height() > 0) >= np.log(2) * 0.999
-        assert {bars[0].get_hatch() for bars in axes.containers} == {"", "...", "///"}
-
+class TestFirstFailureFigure:
     def test_first_failures_are_drawn_from_1_with_those_that_can_fail_alone(self) -> None:
         found = FirstPositions(np.array([0, 2, 2, 4, 9]), np.array([0, 5, 5, 6, 9]), np.array([9, 9, 9, 9, 9]))
         correlation = rank_correlation(found)
@@ -416,47 +400,39 @@ class TestThresholdFigures:
         assert axes.get_title().endswith("4 targets")
 
 
-def held(rank: int, final_loss: float, **fields: Any) -> Observation:
-    """A run of 64 tokens of 997.4 bits in an adapter of 1152 parameters a rank."""
-    known = {"effective_parameters": 1152 * rank, "entropy_bits": 997.4}
-    return Observation(rank, 64, 13.6, final_loss, 0, f"r{rank}", **{**known, **fields})
+def curves(certain: list[float], right: list[float]) -> Curves:
+    steps = np.array([0, 1, 10, 100])
+    return Curves(steps, np.array(certain), np.array(right), np.linspace(4, 0, 4))
 
 
-class TestCapacityFigures:
-    def test_points_are_bits_per_parameter_and_the_literature_is_a_line(self) -> None:
-        # 997.4 bits in all; 1 nat on 64 tokens leaves 64 / ln 2 = 92.3 of them out: 905.1 in 1152 parameters.
-        (axes,) = capacity_figure([held(1, 1.0)]).axes
-        ((x, y),) = positions(points(axes, "used"))
-        assert (x, y) == pytest.approx((997.4 / 1152, (997.4 - 64 / np.log(2)) / 1152))
-        heights = {float(np.asarray(line.get_ydata())[0]) for line in axes.lines}
-        assert {2.0, 3.6} <= heights
-        assert [text.get_text()[:3] for text in axes.texts] == ["3.6", "2, "]
+class TestTrainingFigures:
+    def test_phases_are_stacked_from_certain_to_wrong(self) -> None:
+        run = curves([0.0, 0.1, 0.5, 1.0], [0.2, 0.2, 0.3, 0.0])
+        figure = phases_figure({"SFT": run, "MemFT": run})
+        assert [axes.get_title() for axes in figure.axes] == ["SFT", "MemFT"]
+        certain, right, wrong = figure.axes[0].collections
+        at_10 = [max(y for x, y in band.get_paths()[0].vertices if x == 10) for band in (certain, right, wrong)]
+        assert at_10 == pytest.approx([0.5, 0.8, 1.0])
+        assert figure.axes[-1].get_xlabel() == "optimiser steps"
 
-    def test_a_saturated_run_is_hollow_and_one_that_stored_nothing_or_was_cut_short_left_out(self) -> None:
-        runs = [held(1, 0.1), held(2, 3.0), held(4, 13.0), held(6, 3.0, finished=False)]
-        for figure in (capacity_figure(runs), stored_bits_figure(runs)):
-            (axes,) = figure.axes
-            assert (len(points(axes, "saturated")), len(points(axes, "used"))) == (1, 1)
+    def test_learning_curves_have_a_line_for_each_run_and_a_look_for_each_group(self) -> None:
+        run = curves([0.0, 0.1, 0.5, 1.0], [0.0] * 4)
+        figure = learning_figure({"SFT": [run, run], "MemFT": [run]}, "method")
+        loss, certain = figure.axes
+        assert len(loss.lines) == len(certain.lines) == 3
+        assert len({str(line.get_color()) for line in loss.lines}) == 2
+        np.testing.assert_array_equal(certain.lines[0].get_ydata(), run.certain)
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["SFT", "MemFT"]
 
-    def test_the_one_constant_law_is_drawn_where_it_is_known(self) -> None:
-        figure = stored_bits_figure([held(1, 3.0), held(2, 1.0)], bits_per_parameter=0.5)
-        (axes,) = figure.axes
-        (line,) = [line for line in axes.lines if line.get_linestyle() == "-"]
-        np.testing.assert_allclose(np.asarray(line.get_ydata()), 0.5 * np.asarray(line.get_xdata()))
-        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["64", "0.5 bits per parameter"]
+    def test_steps_start_at_0_and_are_logarithmic_from_there(self) -> None:
+        (axes,) = phases_figure({"SFT": curves([0, 0, 0, 1], [0, 0, 0, 0])}).axes
+        assert (axes.get_xscale(), axes.get_xlim()) == ("symlog", (0, 100))
 
-    @pytest.mark.parametrize(
-        ("run", "reason"),
-        [
-            (held(1, 1.0, entropy_bits=None), "no known entropy"),
-            (held(1, 13.0), "no run stored anything"),
-            (held(1, 1.0, finished=False), "no run was finished"),
-        ],
-    )
-    def test_without_bits_there_is_a_reason_in_place_of_a_figure(self, run: Observation, reason: str) -> None:
-        for make in (capacity_figure, stored_bits_figure):
-            with pytest.raises(NothingToShow, match=reason):
-                make([run])
+    def test_without_a_history_there_is_nothing_to_show(self) -> None:
+        with pytest.raises(NothingToShow, match="no run left a history"):
+            phases_figure({})
+        with pytest.raises(NothingToShow, match="no run left a history"):
+            learning_figure({}, "method")
 
 
 def dichromatic(colour: str, kind: str) -> np.ndarray:

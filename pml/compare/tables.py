@@ -19,8 +19,8 @@ def means_table(comparison: Comparison) -> TextTable:
         if any(method.means[outcome.name] is not None for method in methods)
     ]
     return TextTable(
-        "Methods" + "".join(f", {name} {value}" for name, value in comparison.where.items()),
-        ("mean over runs", *short_method_names(method.method for method in methods).values()),
+        "Means over runs" + "".join(f", {name} {value}" for name, value in comparison.where.items()),
+        ("outcome", *short_method_names(method.method for method in methods).values()),
         rows,
         note="Certain: p > 0.5, which greedy decoding cannot miss; match, accuracy, failure: argmax under teacher "
         "forcing; loss per target token; steps: of the runs that got there.",

@@ -53,7 +53,7 @@ def law_figure(fit: LawFit, runs: Iterable[Observation], token_accuracy: Mapping
     with canvas():
         figure = Figure(figsize=(14, 9.6) if maps else (15, 5.2), dpi=120, layout="constrained", facecolor=PAPER)
         if maps:
-            above, below = figure.subfigures(2, 1)
+            above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
             by_rank, by_length = above.subplots(1, 2)
             agreement, *cells = below.subplots(1, 1 + len(maps))
         else:
@@ -65,8 +65,16 @@ def law_figure(fit: LawFit, runs: Iterable[Observation], token_accuracy: Mapping
             _draw_reduction(axes, fit, filled, hollow, looks, by)
             handles = _handles(looks, hollow if by == "rank" else [])
             title = "target tokens" if by == "rank" else "LoRA rank"
-            beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "ncols": 1 + len(handles) // 18}
-            axes.legend(handles=handles, title=title, frameon=False, fontsize=9.5, handlelength=1.5, **beside)
+            axes.legend(
+                handles=handles,
+                title=title,
+                loc="center left",
+                bbox_to_anchor=(1.0, 0.5),
+                ncols=1 + len(handles) // 18,
+                frameon=False,
+                fontsize=9.5,
+                handlelength=1.5,
+            )
         tidy(agreement)
         _draw_agreement(agreement, fit, filled, hollow, _looks(filled + hollow))
         agreement.set_title(f"$R^2$ = {fit.best.r2:.4f}, MAPE = {fit.best.mape_percent:.1f} %", fontsize=12)

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from pml.atomic import whole_file
 
@@ -25,6 +25,7 @@ __all__ = [
     "Looks",
     "NothingToShow",
     "canvas",
+    "dashes",
     "draw_point",
     "hollow_handle",
     "legend_below",
@@ -32,6 +33,7 @@ __all__ = [
     "logarithmic",
     "looks_of",
     "new_figure",
+    "percent_axis",
     "plain_log",
     "png_bytes",
     "save_figure",
@@ -184,6 +186,17 @@ def plain_log(axes: Axes, which: str, *, decades: bool = False) -> None:
     axis.set_major_locator(LogLocator(base=10, subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def percent_axis(axes: Axes) -> None:
+    """A vertical axis of shares from 0 to 100 %."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def dashes(i: int) -> Any:
+    """Another line for each method, for those who cannot see the colours."""
+    return ("-", "--", ":", "-.")[i % 4]
 
 
 def literal(text: str) -> str:
