@@ -116,7 +116,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
     write_simulated_grid(
         folder, ranks=(1, 2, 4), lengths=(128, 256), seeds=(0,), method_settings={HOSTILE: HOSTILE}, **fields
     )
-    write_simulated_run(folder / "<b>other", 1, 64, **fields, method_settings={"weighting": HOSTILE})
+    write_history(write_simulated_run(folder / "<b>other", 1, 64, **fields, method_settings={"weighting": HOSTILE}))
     return make_report(read_records([folder]), title=HOSTILE)
 
 

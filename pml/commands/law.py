@@ -42,7 +42,7 @@ from pml.law.tables import (
 )
 from pml.recall_model import RecallModel, fit_recall, run_tokens
 from pml.records import write_json
-from pml.tables import PAPER_WIDTH, rich_table, show_interval
+from pml.tables import rich_table, show_interval
 from pml.token_results import TOKENS_NAME, read_tokens
 
 __all__ = ["FIGURE_NAME", "configure", "run"]
@@ -153,7 +153,7 @@ def _print_law(law: LawFit, details: bool, out: Path | None) -> None:
         tables += [forms_table(law), *([recall_table(law.recall)] if law.recall else []), observations_table(law)]
     for table in tables:
         console.print()
-        console.print(rich_table(table), width=min(console.width, PAPER_WIDTH))
+        console.print(rich_table(table))
     if law.text_spread > 0 and details:
         effect = law.best.text_effect
         learnt = f"a run takes off {effect:.2f} of a nat more" if effect else "its effect on dL is not significant"

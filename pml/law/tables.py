@@ -80,7 +80,7 @@ def forms_table(law: LawFit) -> TextTable:
             "form",
             "equation",
             "AICc",
-            "R², all runs",
+            "R²",
             "noise (nats)",
             f"largest {FACTORS[size]} held out",
             "largest length held out",
@@ -88,9 +88,9 @@ def forms_table(law: LawFit) -> TextTable:
         rows,
         words=(0, 1),
         note="r: rank, P: adapter parameters, l: target tokens, L0: loss of the frozen model, H: bits (stored) or nats "
-        "(loss) in the corpus; the number at min is the sharpness of the soft minimum. AICc over the unsaturated grid "
-        "points, smaller is better. Held out: mean error of the loss reduction of the unsaturated runs at the largest "
-        "rank or length, predicted without any run from there on.",
+        "(loss) in the corpus; the number at min is the sharpness of the soft minimum. R² over all runs; AICc over the "
+        "unsaturated grid points, smaller is better. Held out: mean error of the loss reduction of the unsaturated "
+        "runs at the largest rank or length, predicted without any run from there on.",
     )
 
 
@@ -171,11 +171,11 @@ def symbols_sentence(law: LawFit) -> str:
 
 
 def _held_out(fit: FormFit, factor: Factor) -> str:
-    """The held-out error, where it begins, and over how many runs."""
+    """The held-out error, and over how many runs."""
     held = fit.largest(factor)
     if held is None:
         return "-"
-    return f"{_percent(held.mape_percent)} (from {held.value:,}, {held.runs} run{'s' if held.runs > 1 else ''})"
+    return f"{_percent(held.mape_percent)} ({held.runs} run{'s' if held.runs > 1 else ''})"
 
 
 def _percent(value: float | None) -> str:

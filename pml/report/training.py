@@ -1,10 +1,12 @@
 """What the tokens of single runs went through: curves, phases and first failures, the targets, and stubborn tokens.
 
-Histories are read one at a time, and of each only its curves are kept; of one run a method also the last look.
+Histories are read one at a time, and of each only its curves and first positions are kept; of one run a method, the
+example, all of it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +21,14 @@ from pml.records import Record
 from pml.report.parts import Panel, count, draw, spans
 from pml.stubborn import most_stubborn, visible_text
 from pml.tables import TextTable
-from pml.token_history import History, read_history
+from pml.token_history import HISTORY_NAME, History, read_history
 from pml.token_results import FirstPositions, TokenResults, first_positions, rank_correlation, read_tokens
 
 __all__ = ["TrainingPart", "curves_of", "training_part"]
 
 THRESHOLD = 0.5
+# What float32 rounds to 0 is smaller: a loss of some 100 nats.
+SMALLEST = 1e-44
 MOST_TARGETS, MOST_TOKENS, MOST_LETTERS = 12, 5, 60
 
 
@@ -51,30 +55,29 @@ def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Reco
         of: Whose tokens they are, for those who cannot see the figures.
         methods: Finished runs by the name of their method and their folder.
     """
-    # Of each method one run is shown as an example: its longest text, and there the largest rank.
     chosen = {
-        method: max(runs, key=lambda path: (runs[path].target_tokens, runs[path].rank, -runs[path].seed))
-        for method, runs in methods.items()
-        if runs
+        method: max(runs, key=lambda path: _as_example(path, runs[path])) for method, runs in methods.items() if runs
     }
     curves: dict[Path, Curves] = {}
     examples: dict[str, History] = {}
     failures, steps, unread = [], [], []
     for method, runs in methods.items():
         for path in runs:
+            found = None
             try:
                 history = read_history(path)
                 curves[path] = curves_of(history)
-                step, positions = _first_positions(history)
-                steps.append(step)
+                found = _first_positions(history)
                 if path == chosen[method]:
                     examples[method] = history
             except InputError:
-                try:
-                    positions = first_positions(read_tokens(path))
-                except InputError as error:
-                    unread.append(str(error))
-                    continue
+                pass  # a run without looks has its end, in another file
+            try:
+                positions = first_positions(read_tokens(path)) if found is None else found[1]
+            except InputError as error:
+                unread.append(str(error))
+                continue
+            steps += [] if found is None else [found[0]]
             failures.append(positions)
     records = {path: record for runs in methods.values() for path, record in runs.items()}
     missing = (
@@ -94,13 +97,17 @@ def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Reco
     )
 
 
+def _as_example(path: Path, record: Record) -> tuple[bool, int, int, int]:
+    """Of each method one run is shown as an example: of those with a history the longest text at the largest rank."""
+    return (path / HISTORY_NAME).is_file(), record.target_tokens, record.rank, -record.seed
+
+
 def curves_of(history: History) -> Curves:
     """Shares and mean loss at each look, over the tokens that had been scored."""
     known = ~np.isnan(history.probability)
     tokens = known.sum(axis=1).clip(1)
     certain = history.correct & (history.probability > THRESHOLD)
-    # A probability that float32 rounds to 0 has a loss of at least 100 nats.
-    losses = -np.log(np.where(known, history.probability, 1.0).clip(1e-44))
+    losses = -np.log(np.where(known, history.probability, 1.0).clip(SMALLEST))
     return Curves(
         step=history.step,
         certain=(certain & known).sum(axis=1) / tokens,
@@ -109,20 +116,22 @@ def curves_of(history: History) -> Curves:
     )
 
 
-def _first_positions(history: History) -> tuple[int, FirstPositions]:
-    """First sub-threshold and wrong tokens at the last look at which half of the targets had a wrong one."""
+def _first_positions(history: History) -> tuple[int, FirstPositions] | None:
+    """First sub-threshold and wrong tokens at the last look at which half of the targets had a wrong one, and its step.
+
+    Where there is no such look, those of the first one; None where no look has scored every token.
+    """
     found = None
     for look in range(len(history.step) - 1, -1, -1):
         probability = history.probability[look].astype(np.float64)
         if np.isnan(probability).any():
             continue
-        losses = -np.log(probability.clip(1e-44))
-        found = first_positions(TokenResults(history.example_id, history.position, losses, history.correct[look]))
-        if 2 * (found.failure < found.length).sum() >= len(found.length):
-            return int(history.step[look]), found
-    if found is None:
-        raise InputError("no look at which every token had been scored")
-    return int(history.step[0]), found
+        losses = -np.log(probability.clip(SMALLEST))
+        tokens = TokenResults(history.example_id, history.position, losses, history.correct[look])
+        found = int(history.step[look]), first_positions(tokens)
+        if 2 * (found[1].failure < found[1].length).sum() >= len(found[1].length):
+            break
+    return found
 
 
 def _phase_panel(
@@ -287,6 +296,7 @@ def _first_right(history: History, starts: npt.NDArray[np.int64]) -> npt.NDArray
     return np.where(whole.any(axis=0), history.step[whole.argmax(axis=0)], -1)
 
 
+@cache
 def _text_of(backbone: str) -> Callable[[Sequence[int]], str]:
     """The text of token ids where the tokenizer is on this machine, else the ids: a page downloads nothing."""
     # Imported here because they take seconds.
@@ -295,8 +305,9 @@ def _text_of(backbone: str) -> Callable[[Sequence[int]], str]:
 
     folder = cache_folder() / DEFAULT_BACKBONE if backbone == DEFAULT_BACKBONE else Path(backbone)
     try:
+        # Other text than a path, such as a hub id, is no folder, or too long to be one.
         tokenizer = load_tokenizer(str(folder)) if folder.is_dir() else None
-    except InputError:
+    except (InputError, OSError):
         tokenizer = None
     if tokenizer is None:
         return lambda ids: " ".join(map(str, ids))
