@@ -7,14 +7,16 @@ the budget. What is left out is listed.
 
 import json
 from collections import Counter
+from typing import TYPE_CHECKING
 
 import jsonargparse
 from rich.console import Console
 
 from pml.commands._console import make_console
 from pml.commands._runs import add_runs, add_where, chosen_records
-from pml.compare import Comparison, compare, differences_table, means_table
-from pml.tables import PAPER_WIDTH, rich_table
+
+if TYPE_CHECKING:
+    from pml.compare import Comparison
 
 __all__ = ["configure", "run"]
 
@@ -40,6 +42,9 @@ def run(args: jsonargparse.Namespace) -> int:
     Raises:
         InputError: If there are no two methods, or no pair of runs that can be compared.
     """
+    # Imported here because it takes seconds, which --help need not wait for.
+    from pml.compare import compare
+
     comparisons = compare(
         chosen_records(args),
         baseline=args.baseline,
@@ -57,7 +62,10 @@ def run(args: jsonargparse.Namespace) -> int:
     return 0
 
 
-def _print(console: Console, comparison: Comparison) -> None:
+def _print(console: Console, comparison: "Comparison") -> None:
+    from pml.compare import differences_table, means_table
+    from pml.tables import PAPER_WIDTH, rich_table
+
     width = min(console.width, PAPER_WIDTH)
     for table in (means_table(comparison), differences_table(comparison)):
         if table.rows:
