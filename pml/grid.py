@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
-import yaml
 
 from pml.errors import InputError
 from pml.lightning_cli import parse_run
 from pml.records import RECORD_NAME, Record, read_record
+from pml.yaml_file import read_yaml
 
 __all__ = ["ERROR_NAME", "Cell", "Grid", "expand", "read_grid", "resolve"]
 
@@ -100,13 +100,7 @@ def read_grid(path: Path, kind: type[AnyGrid] = Grid) -> AnyGrid:  # type: ignor
         InputError: If it cannot be read, is not YAML, or does not say what a grid needs.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not YAML: {error}") from error
-    try:
-        grid = kind.model_validate(content)
+        grid = kind.model_validate(read_yaml(path))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
