@@ -1,10 +1,19 @@
 """Observers of a run, one a file: they decide when to measure and what to log."""
 
 from callbacks.generalization import Generalization
+from callbacks.harm import Harm
 from callbacks.retention import Retention
 from callbacks.run_record import RunRecord
 from callbacks.stop_when_recalled import StopWhenRecalled
 from callbacks.token_thresholds import TokenThresholds
 from callbacks.verbatim_recall import VerbatimRecall
 
-__all__ = ["Generalization", "Retention", "RunRecord", "StopWhenRecalled", "TokenThresholds", "VerbatimRecall"]
+__all__ = [
+    "Generalization",
+    "Harm",
+    "Retention",
+    "RunRecord",
+    "StopWhenRecalled",
+    "TokenThresholds",
+    "VerbatimRecall",
+]

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks._logging import exact_scores, log_everywhere
 from callbacks.generalization import Generalization
+from callbacks.harm import Harm
 from callbacks.retention import Retention
 from callbacks.stop_when_recalled import StopWhenRecalled
 from callbacks.verbatim_recall import VerbatimRecall
@@ -49,8 +50,8 @@ class RunRecord(Callback):
     When the fit starts, `corpus.parquet` goes into the run's folder: queries and targets as the user wrote them, with
     their token ids. When it ends, so do `record.json` (see `pml.records.Record`), `tokens.parquet` (one row per target
     token) and `adapter/` (as `save_pretrained` writes it). List it after `VerbatimRecall` and `StopWhenRecalled`, whose
-    findings it records; those of `Generalization` and `Retention` it asks for. All loggers get the settings of the
-    run, and its results as first and last points of the curves of `val/`.
+    findings it records; those of `Generalization`, `Harm` and `Retention` it asks for. All loggers get the settings of
+    the run, and its results as first and last points of the curves of `val/`.
 
     Args:
         dirpath: The run's folder; None is that of the loggers, see `pml.run_folder.folder_of_loggers`.
@@ -152,7 +153,7 @@ class RunRecord(Callback):
             torch.tensor(pl_module.tokens_trained, device=pl_module.device), reduce_op="sum"
         )
         history = trainer.strategy.reduce(self._history.sums().to(pl_module.device), reduce_op="sum").cpu()
-        held_out, retention = self._outside_the_corpus(trainer, pl_module) if ended else ({}, {})
+        held_out, other_text = self._outside_the_corpus(trainer, pl_module) if ended else ({}, {})
         if not trainer.is_global_zero:
             return
         folder = self.folder
@@ -168,7 +169,7 @@ class RunRecord(Callback):
             late_loss_drop=LossHistory.late_drop(history, self._history.steps),
             learning_rate_left=self._last_rate / pl_module.learning_rate,
             corpus_figures=trainer.datamodule.figures(scores) | held_out,  # type: ignore[attr-defined]
-            retention=retention,
+            **other_text,
         )
         write_tokens(folder / TOKENS_NAME, corpus, scores)
         pl_module.model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
@@ -198,16 +199,18 @@ class RunRecord(Callback):
     @staticmethod
     def _outside_the_corpus(
         trainer: Trainer, pl_module: Memorization
-    ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    ) -> tuple[dict[str, float], dict[str, dict[str, dict[str, float]]]]:
         """Figures of the held-out part and of other text; the callbacks may stand behind this one. Takes all ranks."""
         held_out: dict[str, float] = {}
-        retention: dict[str, dict[str, float]] = {}
+        other_text: dict[str, dict[str, dict[str, float]]] = {}
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Generalization):
                 held_out |= callback.at_end(trainer, pl_module)
             elif isinstance(callback, Retention):
-                retention |= callback.at_end(trainer, pl_module)
-        return held_out, retention
+                other_text["retention"] = other_text.get("retention", {}) | callback.at_end(trainer, pl_module)
+            elif isinstance(callback, Harm):
+                other_text["harm"] = callback.at_end(trainer, pl_module)
+        return held_out, other_text
 
     def _results(self, scores: TokenScores, wall_seconds: float = 0.0) -> dict[str, float]:
         """What the curves of validations begin and end with, by tag, and how long that took."""

@@ -16,11 +16,14 @@ from transformers import PreTrainedModel
 
 from pml.backbone import Backbone
 from pml.errors import InputError
+from pml.guard import GuardConfig, guard_layers
+from pml.plain import from_plain
 
 __all__ = [
     "AdapterConfig",
     "MlpBlockLora",
     "adapter_parameters",
+    "adapter_state",
     "attach_adapter",
     "detach_adapter",
     "evaluating",
@@ -44,6 +47,7 @@ class AdapterConfig:
         init: `published` draws A from U(-1/sqrt(r), 1/sqrt(r)), `peft` from U(-1/sqrt(d), 1/sqrt(d)). B is zero.
         alpha: lora_alpha; the update is scaled by alpha / rank. None is the rank, hence scale 1.
         dropout: Dropout probability, on the adapter's output for `mlp_block` (as published), on its input otherwise.
+        guard: What keeps the adapter from reading what ordinary text writes, see `pml.guard`; None guards nothing.
     """
 
     rank: int = 4
@@ -52,8 +56,10 @@ class AdapterConfig:
     init: Literal["published", "peft"] = "published"
     alpha: float | None = None
     dropout: float = 0.0
+    guard: GuardConfig | None = None
 
     def __post_init__(self) -> None:
+        self.guard = from_plain(self.guard, GuardConfig)
         if self.rank < 1:
             raise InputError(f"adapter.rank is {self.rank}; expected at least 1")
         if not 0.0 <= self.dropout < 1.0:
@@ -190,8 +196,16 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name; their sizes add up to the effective parameters, 2 d r for `mlp_block`."""
+    """The adapter's parameters by name; their sizes add up to the effective parameters, 2 d r for `mlp_block`.
+
+    Of a guarded A they are its free coordinates.
+    """
     return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint has to hold of the adapter: its parameters, and what a guard has fixed for them."""
+    return dict(adapter_parameters(model)) | {name: b for name, b in model.named_buffers() if "lora_" in name}
 
 
 @contextmanager
@@ -257,6 +271,13 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
         reason = next(iter(str(error).splitlines()), "").rstrip(".")
         raise InputError(f"adapter.placement: {reason}; name other linear layers of {backbone.name}") from error
     _initialise(model, config, seed)
+    if config.guard is not None:
+        layers = {name: backbone.model.get_submodule(name) for name in targets}
+        try:
+            guard_layers(backbone, layers, config.guard, config.rank)
+        except InputError:
+            detach_adapter(model)
+            raise
     return model
 
 

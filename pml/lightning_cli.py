@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
         {"class_path": "callbacks.TokenThresholds"},
         {"class_path": "callbacks.StopWhenRecalled"},
         {"class_path": "callbacks.Generalization"},
+        {"class_path": "callbacks.Harm"},
         # Short runs need no checkpoint: what they made is in the run folder when they end.
         {
             "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",

@@ -16,7 +16,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from pml.adapter import AdapterConfig, adapter_parameters, attach_adapter, detach_adapter, load_adapter
+from pml.adapter import (
+    AdapterConfig,
+    adapter_parameters,
+    adapter_state,
+    attach_adapter,
+    detach_adapter,
+    load_adapter,
+)
 from pml.backbone import Backbone, load_backbone
 from pml.compiled import CompileMode, reason_not_to_compile
 from pml.corpus import IGNORE_INDEX
@@ -116,6 +123,7 @@ class Memorization(LightningModule):
             "warmup_steps": self.warmup_steps,
             "dropout": self.adapter.dropout,
             "alpha": self.adapter.alpha,
+            **({"guard": vars(self.adapter.guard)} if self.adapter.guard is not None else {}),
             # Arguments of somebody's own method.
             **{name: value for name, value in self.hparams.items() if name not in KNOWN_ARGUMENTS},
         }
@@ -381,7 +389,7 @@ class Memorization(LightningModule):
         """The adapter alone; the frozen backbone is found by its name again."""
         if self._peft_model is None:
             return {}
-        return {name: parameter.detach() for name, parameter in adapter_parameters(self.model).items()}
+        return {name: tensor.detach() for name, tensor in adapter_state(self.model).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take an adapter back.
@@ -390,7 +398,7 @@ class Memorization(LightningModule):
             InputError: If a weight of the adapter is missing, unknown, or of another shape.
         """
         self.configure_model()
-        own = adapter_parameters(self.model)
+        own = adapter_state(self.model)
         if missing := sorted(own.keys() - state_dict.keys()):
             raise InputError(f"checkpoint lacks {len(missing)} adapter weights, such as {missing[0]}")
         if unknown := sorted(state_dict.keys() - own.keys()):
@@ -400,7 +408,7 @@ class Memorization(LightningModule):
                 if parameter.shape != state_dict[name].shape:
                     raise InputError(
                         f"checkpoint: {name} has shape {tuple(state_dict[name].shape)}; this adapter's is "
-                        f"{tuple(parameter.shape)}; set adapter.rank and adapter.block to what it was trained with"
+                        f"{tuple(parameter.shape)}; set adapter.rank, block and guard to what it was trained with"
                     )
                 parameter.copy_(state_dict[name])
         return torch.nn.modules.module._IncompatibleKeys([], [])

@@ -82,7 +82,7 @@ class TestSchema:
     @pytest.mark.parametrize(
         ("change", "named"),
         [
-            ({"schema_version": 4}, "schema_version: Input should be 1, 2 or 3"),
+            ({"schema_version": 5}, "schema_version: Input should be 1, 2, 3 or 4"),
             ({"rank": 0}, "rank: Input should be greater than or equal to 1"),
             ({"target_tokens": 0}, "target_tokens: Input should be greater than or equal to 1"),
             ({"status": "failed"}, "status: Input should be 'finished', 'diverged' or 'interrupted'"),
@@ -104,7 +104,7 @@ class TestSchema:
         with pytest.raises(InputError) as caught:
             read_record(path)
         message = str(caught.value)
-        assert message.startswith(f"{path}: not a record of schema version 1 to 3: {named}")
+        assert message.startswith(f"{path}: not a record of schema version 1 to 4: {named}")
         assert message.endswith("run it again, or leave this path out")
 
     def test_a_missing_field_is_named(self, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_every_field_is_what_a_computation_of_its_own_gives(
     assert (record.backbone, record.dtype, record.method, record.seed) == (str(sharp), "float32", "sft", 9)
     assert record.backbone_hash == module.backbone.content_hash
     assert record.method_settings == module.settings()
-    assert (record.status, record.steps_to_recall, record.schema_version) == ("finished", None, 3)
+    assert (record.status, record.steps_to_recall, record.schema_version) == ("finished", None, 4)
     assert 0 < record.wall_seconds < 60
     assert record.versions["python"] == platform.python_version()
     assert record.versions["torch"] == torch.__version__
