@@ -20,6 +20,7 @@ FIT_COMMANDS = {
     "predict": "score every target token of a run's corpus; leaves a table, predictions.parquet",
 }
 COMMANDS = (
+    "memorize",
     "data",
     "sweep",
     "search",
