@@ -108,6 +108,7 @@ class Memorization(LightningModule):
         self._backbone: Backbone | None = None
         self._peft_model: PeftModel | None = None
         self._prefix: FrozenPrefix | None = None
+        self._steps = 0
         self._budget: Tensor | None = None
         self._any_active: Tensor | None = None
 
@@ -265,6 +266,7 @@ class Memorization(LightningModule):
 
     def on_fit_start(self) -> None:
         self.train()
+        self._steps = self._total_steps() if self.weighting.scheduled else 0
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.weighting.prepare(len(datamodule.corpus), self.device)
@@ -289,6 +291,8 @@ class Memorization(LightningModule):
             self.prefix.release()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        if self.weighting.scheduled:
+            self.weighting.progress = min(1.0, self.trainer.global_step / self._steps)
         scores = self.score(batch, self.weighting.gradient_above)
         weights = self._fall_back(self.weighting.weights(scores), scores.mask)
         self._budget = weights.sum() if self._budget is None else self._budget + weights.sum()
@@ -340,7 +344,10 @@ class Memorization(LightningModule):
         """Optimiser steps of the whole run."""
         trainer = self.trainer
         if trainer.max_epochs == -1 and trainer.max_steps == -1:
-            raise InputError("a linear schedule needs an end; set trainer.max_epochs or trainer.max_steps")
+            raise InputError(
+                "schedule linear and a weighting that changes over the run need an end; set trainer.max_epochs or "
+                "trainer.max_steps"
+            )
         steps = int(trainer.estimated_stepping_batches)
         if trainer.max_steps > 0 or self.curriculum is None:
             return steps

@@ -15,7 +15,21 @@ from torch import Tensor
 from pml.errors import InputError
 from pml.ranks import several_ranks
 
-__all__ = ["OnlyThreshold", "SlidingWindow", "TokenScores", "Uniform", "Weighting", "critical_loss", "weighted_mean"]
+__all__ = [
+    "ExpectedRecall",
+    "FallingThreshold",
+    "OnlyThreshold",
+    "SlidingWindow",
+    "TokenScores",
+    "Uniform",
+    "Weighting",
+    "WholeTargets",
+    "critical_loss",
+    "expected_recall_slope",
+    "geometric",
+    "weighted_mean",
+    "within_reach",
+]
 
 
 class TokenScores(NamedTuple):
@@ -59,10 +73,50 @@ def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
     return (weights * losses).sum() / total.where(total > 0, torch.ones_like(total))
 
 
+def geometric(start: float, end: float, progress: float) -> float:
+    """start^(1 - progress) end^progress: from `start` to `end` by equal factors, for a progress from 0 to 1."""
+    return start ** (1 - progress) * end**progress
+
+
+def expected_recall_slope(losses: Tensor, temperature: float, threshold: float = 0.5) -> Tensor:
+    """4 s (1 - s) with s = sigmoid((L_crit - L) / T), which is 1 at the threshold.
+
+    With s as the chance that a token ends above threshold, this is proportional to how much a lower loss adds to the
+    expected number of tokens there.
+
+    Args:
+        losses: Token losses in nats, any shape.
+        temperature: T in nats; a large one treats all tokens alike, a small one leaves out those far from L_crit.
+        threshold: Probability whose loss is L_crit.
+    """
+    s = torch.sigmoid((critical_loss(threshold) - losses) / temperature)
+    return 4 * s * (1 - s)
+
+
+def within_reach(losses: Tensor, mask: Tensor, temperature: float, floor: float, threshold: float = 0.5) -> Tensor:
+    """floor + (1 - floor) exp(-D / T) for each target, D being its loss above threshold summed over its tokens.
+
+    Args:
+        losses: Token losses (B, L) in nats.
+        mask: (B, L), True where there is a target token.
+        temperature: T in nats.
+        floor: What a target out of reach keeps. With none its loss may grow without bound, since nothing holds it.
+        threshold: Probability whose loss is L_crit.
+
+    Returns:
+        (B, 1), 1 for a target of which every token is above threshold.
+    """
+    shortfall = ((losses - critical_loss(threshold)).clamp(min=0) * mask).sum(dim=1, keepdim=True)
+    return floor + (1 - floor) * torch.exp(-shortfall / temperature)
+
+
 class Weighting:
     """A rule that gives every target token a weight.
 
     Attributes:
+        scheduled: Whether the weights depend on `progress`, so that the run needs an end.
+        progress: Share of the run's optimiser steps that is done, from 0 to 1; the module sets it before each step,
+            the same for all micro-batches and ranks. It follows from the step, so checkpoints need not hold it.
         when_memorized: What to train on when no token of the global batch has weight: `skip` takes no step, `uniform`
             falls back to the plain mean.
         gradient_above: Loss in nats up to which a token is certain to have weight 0, so that its gradient need not
@@ -70,6 +124,8 @@ class Weighting:
     """
 
     when_memorized: Literal["skip", "uniform"] = "skip"
+    scheduled = False
+    progress = 0.0
 
     @property
     def gradient_above(self) -> float | None:
@@ -132,6 +188,97 @@ class OnlyThreshold(Weighting):
 
 
 @dataclass
+class FallingThreshold(Weighting):
+    """Weight 1 for tokens with L > L_crit(progress), nothing for the others; the threshold falls over the run.
+
+    Aim: everything certain soonest where it fits, and a lower loss than `OnlyThreshold` where it does not. Training
+    starts as plain SFT and ends on the tokens that are not safe yet. L_crit rises from -ln(start) to -ln(end) by equal
+    factors.
+
+    Args:
+        start: Probability above which a token gets no weight at the first step.
+        end: The same at the last step. Above 0.5, so that tokens are not left at the threshold.
+    """
+
+    start: float = 0.999
+    end: float = 0.6
+    when_memorized: Literal["skip", "uniform"] = "skip"
+    scheduled = True
+
+    def __post_init__(self) -> None:
+        if not critical_loss(self.start) <= critical_loss(self.end):
+            raise InputError(
+                f"{type(self).__name__}: the threshold rises from {self.start} to {self.end}; expected one that falls, "
+                "such as start 0.999 and end 0.6"
+            )
+
+    @property
+    def critical(self) -> float:
+        """Loss in nats up to which a token has no weight now."""
+        return geometric(critical_loss(self.start), critical_loss(self.end), self.progress)
+
+    @property
+    def gradient_above(self) -> float | None:
+        return self.critical if self.when_memorized == "skip" else None
+
+    def weights(self, scores: TokenScores) -> Tensor:
+        active = (scores.losses.detach() > self.critical) & scores.mask
+        return active.to(scores.losses.dtype)
+
+
+@dataclass
+class ExpectedRecall(FallingThreshold):
+    """`FallingThreshold` times `expected_recall_slope`, whose temperature falls over the run.
+
+    Aim: most tokens certain. A token that the adapter has no room for gets less and less of the budget.
+
+    Args:
+        temperature_start: Temperature in nats at the first step: nearly all tokens alike.
+        temperature_end: The same at the last step; by equal factors in between.
+    """
+
+    temperature_start: float = 8.0
+    temperature_end: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "temperature_start", "temperature_end")
+
+    def weights(self, scores: TokenScores) -> Tensor:
+        temperature = geometric(self.temperature_start, self.temperature_end, self.progress)
+        return super().weights(scores) * expected_recall_slope(scores.losses.detach(), temperature)
+
+
+@dataclass
+class WholeTargets(ExpectedRecall):
+    """`ExpectedRecall` times `within_reach`, whose temperature falls over the run.
+
+    Aim: most targets certain from the first token to the last. Where not all can be had, the budget goes to targets
+    that lack little; with a single target a batch it is `ExpectedRecall`.
+
+    Args:
+        reach_start: Shortfall in nats that cuts a target's weight to 1/e at the first step, less the floor.
+        reach_end: The same at the last step; by equal factors in between.
+        floor: Share of its weight that a target out of reach keeps.
+    """
+
+    reach_start: float = 32.0
+    reach_end: float = 4.0
+    floor: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "reach_start", "reach_end")
+        if not 0 < self.floor <= 1:
+            raise InputError(f"WholeTargets: floor is {self.floor}; expected a share above 0 and up to 1, such as 0.3")
+
+    def weights(self, scores: TokenScores) -> Tensor:
+        temperature = geometric(self.reach_start, self.reach_end, self.progress)
+        reach = within_reach(scores.losses.detach(), scores.mask, temperature, self.floor)
+        return super().weights(scores) * reach
+
+
+@dataclass
 class SlidingWindow(Weighting):
     """SW: a soft threshold times a window that follows the first wrong token of each example (Eq. 10).
 
@@ -164,9 +311,7 @@ class SlidingWindow(Weighting):
 
     def __post_init__(self) -> None:
         self._critical = critical_loss(self.threshold)
-        for name in ("scale", "window", "tau", "max_growth"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"SlidingWindow: {name} is {getattr(self, name)}; expected a number above 0")
+        _positive(self, "scale", "window", "tau", "max_growth")
         self._anchor = torch.empty(0, dtype=torch.long)
         self._stuck = torch.empty(0, dtype=torch.long)
 
@@ -220,3 +365,11 @@ class SlidingWindow(Weighting):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._anchor, self._stuck = state["anchor"].clone(), state["stuck"].clone()
+
+
+def _positive(weighting: Weighting, *names: str) -> None:
+    for name in names:
+        if not getattr(weighting, name) > 0:
+            raise InputError(
+                f"{type(weighting).__name__}: {name} is {getattr(weighting, name)}; expected a number above 0"
+            )

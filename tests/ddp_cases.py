@@ -16,7 +16,7 @@ from pml.corpus import Corpus, Example
 from pml.guard import GuardConfig
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import gather_scores, greedy_recall, score_corpus
-from pml.weighting import OnlyThreshold, SlidingWindow, Weighting
+from pml.weighting import OnlyThreshold, SlidingWindow, Weighting, WholeTargets
 from tests.fits import module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -36,6 +36,7 @@ WEIGHTINGS: dict[str, Callable[[float], Weighting | None]] = {
     "only threshold": lambda threshold: OnlyThreshold(threshold),
     "only threshold, uniform": lambda threshold: OnlyThreshold(threshold, when_memorized="uniform"),
     "all memorised, uniform": lambda threshold: OnlyThreshold(1e-12, when_memorized="uniform"),
+    "whole targets": lambda threshold: WholeTargets(temperature_start=1.0, reach_start=4.0),
     "sliding window": lambda threshold: SlidingWindow(window=2, floor=0.01),
 }
 # Weighting, examples, examples in a global batch, micro-batches that a step accumulates.

@@ -15,7 +15,7 @@ from pml.curriculum import PrefixRatio
 from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
 from pml.prefix_store import PrefixConfig
-from pml.weighting import OnlyThreshold, SlidingWindow
+from pml.weighting import FallingThreshold, OnlyThreshold, SlidingWindow, WholeTargets
 
 SMALL = AdapterConfig(rank=2, block=1)
 
@@ -54,6 +54,9 @@ WEIGHTINGS = {
     "only threshold": lambda folder: MemFT(backbone=folder, adapter=SMALL, seed=1),
     "sliding window": lambda folder: MemFT(
         backbone=folder, adapter=SMALL, seed=1, weighting=SlidingWindow(window=2, floor=0.01)
+    ),
+    "whole targets": lambda folder: MemFT(
+        backbone=folder, adapter=SMALL, seed=1, weighting=WholeTargets(temperature_start=1.0, reach_start=4.0)
     ),
     "mostly memorised, uniform": lambda folder: MemFT(
         backbone=folder, adapter=SMALL, seed=1, weighting=OnlyThreshold(threshold=1e-9, when_memorized="uniform")
@@ -222,6 +225,27 @@ def test_a_run_that_is_resumed_ends_like_one_that_was_not_stopped(tiny_backbone_
     resumed, _ = run(6, stopped)
     for name, parameter in adapter_parameters(whole.model).items():
         assert torch.equal(adapter_parameters(resumed.model)[name], parameter)
+
+
+def test_a_schedule_goes_by_the_share_of_optimiser_steps(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append(pl_module.weighting.progress)
+
+    module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1, weighting=FallingThreshold())
+    make_trainer(tmp_path, max_epochs=5, accumulate_grad_batches=2, callbacks=[Watch()]).fit(
+        module, datamodule=Ids(uneven(4), batch_size=1)
+    )
+    # Four batches an epoch, two steps of two micro-batches each.
+    assert seen == pytest.approx([step / 10 for step in range(10) for _ in range(2)])
+
+
+def test_a_schedule_without_an_end_is_refused(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, schedule="constant", weighting=FallingThreshold())
+    with pytest.raises(InputError, match=r"need an end; set trainer\.max_epochs or trainer\.max_steps"):
+        make_trainer(tmp_path, max_epochs=-1).fit(module, datamodule=Ids(uneven(4), batch_size=1))
 
 
 def test_a_checkpoint_that_lacks_or_adds_weights_or_has_another_shape_is_refused(tiny_backbone_folder: Path) -> None:

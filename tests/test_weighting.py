@@ -1,12 +1,25 @@
 """Weights by hand: who gets how much of the budget."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from pml.errors import InputError
-from pml.weighting import OnlyThreshold, SlidingWindow, TokenScores, Uniform, critical_loss, weighted_mean
+from pml.weighting import (
+    ExpectedRecall,
+    FallingThreshold,
+    OnlyThreshold,
+    SlidingWindow,
+    TokenScores,
+    Uniform,
+    WholeTargets,
+    critical_loss,
+    expected_recall_slope,
+    weighted_mean,
+    within_reach,
+)
 
 
 def scores(losses: list[list[float]], correct: list[list[int]], lengths: list[int], ids: list[int]) -> TokenScores:
@@ -118,3 +131,81 @@ def test_a_threshold_outside_zero_and_one_is_refused(kind: type, threshold: floa
 def test_a_window_of_no_size_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=rf"{name} is 0; expected a number above 0"):
         SlidingWindow(**{name: 0})
+
+
+def test_a_falling_threshold_starts_as_the_plain_loss_and_ends_as_a_hard_threshold() -> None:
+    weighting = FallingThreshold(start=0.999, end=0.5)
+    assert weighting.weights(ONE).tolist() == [[1, 1, 1, 1, 0]]
+    weighting.progress = 1.0
+    assert weighting.weights(ONE).tolist() == OnlyThreshold(0.5).weights(ONE).tolist()
+
+
+def test_the_critical_loss_rises_by_equal_factors() -> None:
+    weighting = FallingThreshold(start=math.exp(-0.01), end=math.exp(-0.64))
+    critical = []
+    for weighting.progress in (0.0, 0.5, 1.0):
+        critical.append(weighting.gradient_above)
+    assert critical == pytest.approx([0.01, 0.08, 0.64])
+
+
+def test_the_slope_is_the_derivative_of_the_expected_number_of_tokens_above_threshold() -> None:
+    losses = torch.tensor([0.0, 0.3, 0.7, 2.0, 9.0], dtype=torch.float64, requires_grad=True)
+    expected = torch.sigmoid((math.log(2) - losses) / 1.5).sum()
+    expected.backward()
+    assert losses.grad is not None
+    torch.testing.assert_close(expected_recall_slope(losses.detach(), 1.5), -losses.grad * 4 * 1.5)
+
+
+def test_a_hot_slope_weighs_all_tokens_alike_and_a_cold_one_those_near_the_threshold() -> None:
+    losses = torch.tensor([0.0, math.log(2), 5.0])
+    assert expected_recall_slope(losses, 1e4).tolist() == pytest.approx([1, 1, 1], abs=1e-6)
+    # At T = 0.1: s = sigmoid(6.93) and sigmoid(-43.1).
+    assert expected_recall_slope(losses, 0.1).tolist() == pytest.approx([4 * 0.99902 * 0.00098, 1, 0], abs=2e-5)
+
+
+def test_a_target_is_within_reach_by_what_its_tokens_lack() -> None:
+    ln2 = math.log(2)
+    losses = torch.tensor([[0.1, ln2, 9.0], [ln2 + 1, 0.2, ln2 + 2]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    # The first target lacks nothing (its 9.0 is padding); the second lacks 3 nats.
+    reach = within_reach(losses, mask, temperature=1.5, floor=0.2)
+    assert reach.flatten().tolist() == pytest.approx([1, 0.2 + 0.8 * math.exp(-2)])
+
+
+def test_whole_targets_multiplies_threshold_slope_and_reach() -> None:
+    weighting = WholeTargets(
+        start=0.9, end=0.6, temperature_start=4, temperature_end=1, reach_start=8, reach_end=2, floor=0.25
+    )
+    weighting.progress = 0.5
+    ln2 = math.log(2)
+    temperature, reach = 2.0, 0.25 + 0.75 * math.exp(-((2 - ln2) + (0.7 - ln2) + (3 - ln2)) / 4)
+
+    def by_hand(loss: float) -> float:
+        s = 1 / (1 + math.exp((loss - ln2) / temperature))
+        return 4 * s * (1 - s) * reach
+
+    # 0.1 lies below the critical loss of sqrt(ln 0.9 ln 0.6) = 0.232.
+    assert weighting.weights(ONE)[0].tolist() == pytest.approx([0, by_hand(2), by_hand(0.7), by_hand(3), 0], rel=1e-5)
+
+
+def test_a_target_out_of_reach_keeps_its_floor() -> None:
+    far = scores([[50.0, 60.0], [2.0, 0.1]], [[0, 0], [0, 1]], [2, 2], [0, 1])
+    weighting = WholeTargets(temperature_start=1e3, temperature_end=1e3, floor=0.25)
+    weighting.progress = 1.0
+    weights = weighting.weights(far)
+    # The slope at T = 1000 is 1 within 1e-3 for losses up to 60 nats.
+    assert weights[0].tolist() == pytest.approx([0.25, 0.25], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: FallingThreshold(start=0.5, end=0.9), "the threshold rises from 0.5 to 0.9"),
+        (lambda: ExpectedRecall(temperature_end=0.0), "temperature_end is 0.0; expected a number above 0"),
+        (lambda: WholeTargets(reach_end=float("nan")), "reach_end is nan; expected a number above 0"),
+        (lambda: WholeTargets(floor=0.0), "floor is 0.0; expected a share above 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make: Callable[[], object], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        make()
