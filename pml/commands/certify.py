@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jsonargparse
 
 from pml.commands._console import make_console, one_line
+from pml.commands._facts import base_of, read_facts
 from pml.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,26 +116,11 @@ def _run_to_certify(args: jsonargparse.Namespace) -> Asked:
 
 
 def _adapter_to_certify(args: jsonargparse.Namespace) -> Asked:
-    from pml.backbone import load_config, load_tokenizer
-    from pml.lightning_cli import make_run
-
     if args.data is None:
         raise InputError("--adapter needs --data, a file of pairs that it is to recall")
-    backbone = args.backbone or _base_of(args.adapter)
-    _, data = make_run([f"--model.backbone={backbone}", "--model=SFT", "--data=Facts", f"--data.path={args.data}"])
-    tokenizer, config = load_tokenizer(backbone), load_config(backbone)
-    corpus = data.build(tokenizer, int(config.vocab_size), getattr(config, "max_position_embeddings", None))
-    return Asked(backbone, "float32", args.adapter, corpus.examples[: args.limit], data.encoder(tokenizer))
-
-
-def _base_of(adapter: Path) -> str:
-    from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
-
-    try:
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{adapter}: no adapter_config.json that names a base; give --backbone") from error
-    return DEFAULT_BACKBONE if base == DEFAULT_HUB_ID else str(base)
+    backbone = args.backbone or base_of(args.adapter)
+    _, corpus, encoder = read_facts(args.data, backbone)
+    return Asked(backbone, "float32", args.adapter, corpus.examples[: args.limit], encoder)
 
 
 def _decoded(model: Any, examples: "Sequence[Example]", dtype: str) -> Iterator[Decoding]:
