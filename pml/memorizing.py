@@ -255,7 +255,8 @@ def _train(
             grow(module.model, learnt)
         stop = observers.StopWhenRecalled(chosen.margin)
         batches = math.ceil(len(data.corpus) / PER_STEP)
-        callbacks = [stop, observers.Harm(), observers.RunRecord(dirpath=str(folder), overwrite=True)]
+        callbacks = [stop, observers.Generalization(), observers.Harm()]
+        callbacks.append(observers.RunRecord(dirpath=str(folder), overwrite=True))
         if on_progress is not None:
             callbacks.append(_Watch(chosen.margin, adapter.rank, on_progress))
         trainer = Trainer(

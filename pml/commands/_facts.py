@@ -4,13 +4,23 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jsonargparse
+
 from pml.errors import InputError
 
 if TYPE_CHECKING:
     from pml.corpus import Corpus
     from pml.encoding import TextEncoder
 
-__all__ = ["FACT_FILES", "Facts", "base_of", "read_facts"]
+__all__ = [
+    "FACT_FILES",
+    "Facts",
+    "add_adapter_arguments",
+    "base_of",
+    "check_adapter_arguments",
+    "open_adapter",
+    "read_facts",
+]
 
 FACT_FILES = (".jsonl", ".csv", ".parquet", ".yaml", ".yml")
 """What `data_modules.Facts` reads."""
@@ -56,3 +66,39 @@ def base_of(adapter: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{adapter}: no adapter_config.json that names a base; give --backbone") from error
     return DEFAULT_BACKBONE if base == DEFAULT_HUB_ID else str(base)
+
+
+def add_adapter_arguments(parser: jsonargparse.ArgumentParser) -> None:
+    """Arguments by which a command takes an adapter that somebody else trained, in place of a run."""
+    parser.add_argument("--adapter", type=Path | None, help="folder of any PEFT LoRA adapter, in place of RUN")
+    parser.add_argument("--data", type=Path | None, help="file of pairs for --adapter, as data_modules.Facts reads it")
+    parser.add_argument("--backbone", type=str | None, help="backbone of --adapter; its own base unless given")
+
+
+def check_adapter_arguments(args: jsonargparse.Namespace) -> None:
+    """Refuse a run and an adapter at once, neither, or an adapter without pairs.
+
+    Raises:
+        InputError: If the arguments are none of the two.
+    """
+    if (args.run is None) == (args.adapter is None):
+        raise InputError("expected either the folder of a run, or --adapter with --data")
+    if args.adapter is not None and args.data is None:
+        raise InputError("--adapter needs --data, a file of pairs that it is to recall")
+    if args.adapter is None and (given := [name for name in ("data", "backbone") if args[name] is not None]):
+        raise InputError(f"--{given[0]} belongs to --adapter; a run has its own")
+
+
+def open_adapter(args: jsonargparse.Namespace) -> tuple[Any, Any]:
+    """A module with the adapter of --adapter on it, in evaluation mode, and the pairs of --data.
+
+    Raises:
+        InputError: If either will not do.
+    """
+    from pml.modules import SFT
+
+    backbone = args.backbone or base_of(args.adapter)
+    data = read_facts(args.data, backbone).data
+    module = SFT(backbone=backbone)
+    module.load_adapter(args.adapter)
+    return module.eval(), data

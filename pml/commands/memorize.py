@@ -143,6 +143,9 @@ def _print(made: "Memorized") -> None:
         print(f"{whole} of {pairs} came back byte for byte from transformers and PEFT alone")
     if made.harm is not None:
         print(f"harm: {made.harm:+.3f} nats a token on other text ({', '.join(_kinds(made))})")
+    figures = made.record.corpus_figures
+    if (held_out := figures.get("held_out_generated_exact_match")) is not None:
+        print(f"{held_out:.1%} of {figures['held_out_pairs']:.0f} held-out wordings are answered as their facts are")
     for known in failed[:SHOWN]:
         where = f"token {known.position + 1}, p {known.probability:.3f}"
         print(f"  {known.verdict}: {one_line(known.example.query)} ({where})")
