@@ -26,6 +26,7 @@ COMMANDS = (
     "search",
     "law",
     "plan",
+    "calibrate",
     "compare",
     "report",
     "recall",
