@@ -7,8 +7,10 @@ from callbacks.run_record import RunRecord
 from callbacks.stop_when_recalled import StopWhenRecalled
 from callbacks.token_thresholds import TokenThresholds
 from callbacks.verbatim_recall import VerbatimRecall
+from pml.checkpoints import Checkpoints
 
 __all__ = [
+    "Checkpoints",
     "Generalization",
     "Harm",
     "Retention",

@@ -5,13 +5,15 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from pml.adapter import adapter_parameters
+from pml.corpus import Corpus
 from pml.modules import Memorization
 from pml.recall import score_corpus
 from pml.weighting import TokenScores
 
-__all__ = ["exact_scores", "log_everywhere"]
+__all__ = ["exact_scores", "log_everywhere", "log_settings"]
 
 _latest: WeakKeyDictionary[Memorization, tuple[Any, tuple[Any, ...], TokenScores]] = WeakKeyDictionary()
 
@@ -53,3 +55,43 @@ def exact_scores(trainer: Trainer, module: Memorization, frozen: bool = False) -
         scores = score_corpus(module, datamodule.val_dataloader())
     _latest[module] = (datamodule, state, scores)
     return scores
+
+
+SHOWN_RESULTS = ("val/exact_match", "val/token_accuracy", "val/loss", "val/sub_threshold_fraction", "run/wall_seconds")
+"""Curves whose last points stand beside the settings."""
+
+VARIED_FIRST = ("method", "rank", "target_tokens", "learning_rate", "seed")
+"""Settings in TensorBoard's table: of more than five it shows the first by the alphabet.
+The others are in the run's configuration and its record."""
+
+
+def log_settings(trainer: Trainer, module: Memorization, start: dict[str, float]) -> None:
+    """Give all loggers the settings of the run, what people vary first, and the first points of its curves.
+
+    TensorBoard takes the names of results with the first call only, and shows the last point of each.
+    """
+    corpus: Corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
+    settings = {
+        "method": module.method,
+        "rank": module.adapter.rank,
+        "target_tokens": corpus.target_tokens,
+        "learning_rate": module.learning_rate,
+        "seed": module.seed,
+        "pairs": len(corpus),
+        "corpus": corpus.name,
+        "placement": str(module.adapter.placement),
+        "init": module.adapter.init,
+        "dropout": module.adapter.dropout,
+        "schedule": module.schedule,
+        "dtype": module.dtype_name,
+        "effective_parameters": sum(p.numel() for p in adapter_parameters(module.model).values()),
+    }
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and start:
+            shown = {tag: start[tag] for tag in SHOWN_RESULTS}
+            logger.log_hyperparams({name: settings[name] for name in VARIED_FIRST}, shown, step=trainer.global_step)
+            logger.log_metrics({tag: value for tag, value in start.items() if tag not in shown}, trainer.global_step)
+        else:
+            logger.log_hyperparams(settings)
+            if start:
+                logger.log_metrics(dict(start), trainer.global_step)

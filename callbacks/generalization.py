@@ -55,9 +55,13 @@ class Generalization(Callback):
         self._log(trainer, pl_module, "test", generate=self.generate_at_end)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.at_end(trainer, pl_module)
+        self._at_end(trainer, pl_module)
 
-    def at_end(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+    def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
+        """`corpus_figures`: what `_at_end` gives; see `pml.records.MeasuresForRecord`."""
+        return {"corpus_figures": self._at_end(trainer, pl_module)} if ended else {}
+
+    def _at_end(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Figures of the adapter that a fit ends with, measured the first time that someone asks; takes all ranks.
 
         Returns:

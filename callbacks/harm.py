@@ -55,9 +55,13 @@ class Harm(Callback):
             log_everywhere(trainer, {f"harm/{kind}": loss for kind, loss in self._before.items()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.at_end(trainer, pl_module)
+        self._at_end(trainer, pl_module)
 
-    def at_end(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, float]]:
+    def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
+        """`harm`: what `_at_end` gives; see `pml.records.MeasuresForRecord`."""
+        return {"harm": self._at_end(trainer, pl_module)} if ended else {}
+
+    def _at_end(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, float]]:
         """By kind, and for their `mean`: `target_tokens`, and `loss_before` and `loss_after` in nats per token.
 
         For the adapter that a fit ends with, measured the first time that someone asks; takes all ranks. Empty where no

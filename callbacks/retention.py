@@ -94,15 +94,14 @@ class Retention(Callback):
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.at_end(trainer, pl_module)
-
-    def at_end(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, float]]:
-        """By name of the text: `target_tokens`, and `loss_before` and `loss_after` in nats per target token.
-
-        For the adapter that a fit ends with, whoever asks first; takes all ranks.
-        """
         self._measure(trainer, pl_module)
-        return {
+
+    def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
+        """`retention`; see `pml.records.MeasuresForRecord`."""
+        if not ended:
+            return {}
+        self._measure(trainer, pl_module)
+        retention = {
             name: {
                 "target_tokens": sum(len(e.target_ids) for e in examples),
                 "loss_before": self._before[name],
@@ -110,6 +109,7 @@ class Retention(Callback):
             }
             for name, examples in self._texts.items()
         }
+        return {"retention": retention}
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure and log the adapted model, once for each optimiser step."""

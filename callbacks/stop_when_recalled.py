@@ -4,14 +4,13 @@ import logging
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks._logging import exact_scores
 from pml.errors import InputError
 from pml.modules import Memorization
-from pml.ranks import several_ranks
+from pml.ranks import is_first_rank, summed_over_ranks
 from pml.recall import certified
 
 __all__ = ["StopWhenRecalled"]
@@ -38,6 +37,7 @@ class StopWhenRecalled(Callback):
         """Optimiser steps taken when the corpus was certified; None while it is not."""
         self._unsure: Tensor | None = None
         self._seen = 0
+        self._restored = (0, 0)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unsure, self._seen = None, 0
@@ -55,10 +55,7 @@ class StopWhenRecalled(Callback):
         assert isinstance(pl_module, Memorization)
         if self._unsure is None:
             return
-        watched = torch.stack([self._unsure, torch.full_like(self._unsure, self._seen)])
-        if several_ranks():
-            dist.all_reduce(watched)
-        unsure, seen = watched.tolist()
+        unsure, seen = self._watched().tolist()
         corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
         # A curriculum's early epochs, or a dropped last batch, say nothing about what they left out.
         if unsure or seen < corpus.target_tokens:
@@ -75,8 +72,25 @@ class StopWhenRecalled(Callback):
                     self.steps_to_recall,
                 )
 
-    def state_dict(self) -> dict[str, Any]:
+    def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
+        """`steps_to_recall`; see `pml.records.MeasuresForRecord`."""
         return {"steps_to_recall": self.steps_to_recall}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps to recall, and what this epoch's batches have shown so far. Takes all ranks."""
+        watched = (0, 0) if self._unsure is None else self._watched().tolist()
+        return {"steps_to_recall": self.steps_to_recall, "unsure_and_seen": watched}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps_to_recall = state_dict["steps_to_recall"]
+        self._restored = state_dict.get("unsure_and_seen", (0, 0))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        unsure, seen = self._restored if is_first_rank() else (0, 0)
+        self._unsure, self._seen = torch.tensor(unsure, device=pl_module.device), seen
+        self._restored = (0, 0)
+
+    def _watched(self) -> Tensor:
+        """Target tokens of this epoch's batches, of all ranks: those that are not sure, and all."""
+        assert self._unsure is not None
+        return summed_over_ranks(torch.stack([self._unsure, torch.full_like(self._unsure, self._seen)]))

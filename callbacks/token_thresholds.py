@@ -1,7 +1,6 @@
 """Where target tokens stand against the recall threshold: what is certain, what is only right, and what is wrong."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,12 +10,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks._corpus_metric import CorpusMetricCallback
 from callbacks._logging import exact_scores, log_everywhere
 from callbacks._token_board import show_history, show_look
-from callbacks.run_record import RunRecord
 from pml import metrics
 from pml.errors import InputError
 from pml.last_seen import LastSeen, margins, shares
 from pml.looks import Looks
 from pml.modules import Memorization
+from pml.run_folder import recorded_folder
 from pml.token_history import HISTORY_NAME, HistoryRecorder
 from pml.weighting import TokenScores, critical_loss
 
@@ -123,7 +122,7 @@ class TokenThresholds(CorpusMetricCallback):
             self._seen.load_state_dict(self._restored["seen"])
             self._history.load_state_dict(self._restored["history"])
             self._restored = {}
-        self._folder = _folder(trainer)
+        self._folder = recorded_folder(trainer)
         steps = trainer.estimated_stepping_batches
         self._total = int(steps) if math.isfinite(steps) and steps > 0 else None
         self._looks = Looks(self._total, self.looks, after=trainer.global_step)
@@ -169,11 +168,6 @@ class TokenThresholds(CorpusMetricCallback):
 
 def _has_corpus(trainer: Trainer) -> bool:
     return hasattr(getattr(trainer, "datamodule", None), "corpus")
-
-
-def _folder(trainer: Trainer) -> Path | None:
-    records = (c for c in trainer.callbacks if isinstance(c, RunRecord))  # type: ignore[attr-defined]
-    return next((record.folder for record in records), None)
 
 
 def _boards(trainer: Trainer) -> list[TensorBoardLogger]:

@@ -1,6 +1,9 @@
 """Verbatim recall: teacher-forced at every evaluation, by greedy decoding on demand and when the fit ends."""
 
 import logging
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -44,6 +47,7 @@ class VerbatimRecall(CorpusMetricCallback):
         self.generated_at_step: int | None = None
         """The trainer's step at that time."""
         self._validations = 0
+        self._ended = False
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_end(trainer, pl_module)
@@ -61,13 +65,22 @@ class VerbatimRecall(CorpusMetricCallback):
                 pl_module.log(f"test/{name}", value, rank_zero_only=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = False
         if trainer.global_step == 0 and (self.generate_at_end or self.generate_every):
             self._log_start(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.generate_at_end:
-            self._generate(trainer, pl_module)
-            self._log_curves(trainer)
+        self._generate_at_end(trainer, pl_module)
+
+    def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
+        """What greedy decoding gave; see `pml.records.MeasuresForRecord`."""
+        assert isinstance(pl_module, Memorization)
+        if ended:
+            self._generate_at_end(trainer, pl_module)
+        # What an earlier validation decoded says nothing about the weights as they are now.
+        if not self.generated or self.generated_at_step != trainer.global_step:
+            return {}
+        return {**self.shares(), "generated_edit_similarity": _edit_similarity(pl_module, self.generated)}
 
     def shares(self) -> dict[str, float]:
         """`generated_exact_match` (share of examples) and `generated_token_accuracy` (share of target tokens)."""
@@ -78,6 +91,13 @@ class VerbatimRecall(CorpusMetricCallback):
             "generated_exact_match": sum(g.exact for g in self.generated) / len(self.generated),
             "generated_token_accuracy": sum(g.right_tokens for g in self.generated) / tokens,
         }
+
+    def _generate_at_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Decode what a fit ends with, for whoever asks first: this callback's turn, or the record's."""
+        if self.generate_at_end and not self._ended:
+            self._ended = True
+            self._generate(trainer, pl_module)
+            self._log_curves(trainer)
 
     def _log_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where the curves of greedy decoding start: at what the frozen model recalls."""
@@ -103,3 +123,12 @@ class VerbatimRecall(CorpusMetricCallback):
             log.info("decoding %d targets greedily", len(examples))
         self.generated = greedy_recall(pl_module, examples, self.generate_batch_size)
         self.generated_at_step = trainer.global_step
+
+
+def _edit_similarity(module: Memorization, generated: Sequence[Generated]) -> float:
+    """Mean over targets of the similarity in characters of greedy decoding and target, special tokens left out."""
+
+    def text(ids: tuple[int, ...]) -> str:
+        return str(module.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    return fmean(metrics.edit_similarity(text(g.token_ids), text(g.example.target_ids)) for g in generated)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
+import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-from pml.corpus import GHOST, Corpus, Example, collate
+from pml.corpus import PADDING_EXAMPLE, Corpus, Example, collate
 from pml.curriculum import CorpusBatchSampler, PrefixRatio
 from pml.encoding import PromptFormat, TextEncoder
 from pml.errors import InputError
@@ -192,11 +193,13 @@ class MemorizationDataModule(LightningDataModule, ABC):
         )
         # Lightning counts the batches of a reloaded epoch before it says which epoch that is.
         sampler.set_epoch(self.trainer.current_epoch if self.trainer is not None else 0)
-        return DataLoader(
+        return _ResumableLoader(
             _Batches(self.corpus.examples),
             sampler=sampler,
             batch_size=None,  # the sampler yields whole batches
             collate_fn=collate,
+            # An iterator draws a number; from a generator of its own, so that evaluating does not change training.
+            generator=torch.Generator(),
             num_workers=0,  # a batch is a few ids that are in memory already; workers would only cost start-up time
         )
 
@@ -228,8 +231,18 @@ def _refuse_what_cannot_be_learnt(
             )
 
 
+class _ResumableLoader(DataLoader[Sequence[Example]]):
+    """A loader whose place within an epoch goes into checkpoints: Lightning asks for `state_dict`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler.state_dict()  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)  # type: ignore[attr-defined]
+
+
 class _Batches(Dataset[Sequence[Example]]):
-    """The examples of a corpus, indexed by a batch of their ids; -1 is the ghost example."""
+    """The examples of a corpus, indexed by a batch of their ids; -1 is the padding example."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.examples = examples
@@ -238,4 +251,4 @@ class _Batches(Dataset[Sequence[Example]]):
         return len(self.examples)
 
     def __getitem__(self, example_ids: Sequence[int]) -> Sequence[Example]:
-        return [GHOST if i == GHOST.example_id else self.examples[i] for i in example_ids]
+        return [PADDING_EXAMPLE if i == PADDING_EXAMPLE.example_id else self.examples[i] for i in example_ids]

@@ -68,7 +68,7 @@ class Backbone:
         name: What was asked for: `smollm2-135m`, a folder or a hub id.
         content_hash: Hash of its configuration and weights.
         blocks_path: Dotted path of the list of decoder blocks, seen from `model`, such as `model.layers`.
-        prefixes: What `pml.frozen_prefix` has computed once and keeps, by where the model is cut.
+        kept_states: What `pml.frozen_layers` has computed once and keeps, by where the model is cut.
 
     Raises:
         InputError: If the model has no list of decoder blocks.
@@ -79,7 +79,7 @@ class Backbone:
     name: str
     content_hash: str
     blocks_path: str = field(init=False)
-    prefixes: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    kept_states: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
     _released: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:

@@ -23,9 +23,9 @@ from pml.adapter import AdapterConfig, adapter_parameters, attach_adapter, detac
 from pml.backbone import Backbone, load_backbone
 from pml.corpus import Corpus, collate
 from pml.cpu import give_back_memory, tune_cpu
-from pml.frozen_prefix import content_keys
+from pml.frozen_layers import content_keys
 from pml.modules import SFT
-from pml.prefix_store import PrefixConfig
+from pml.state_store import CacheConfig
 from pml.weighting import weighted_mean
 
 __all__ = ["WAYS", "Case", "Measurement", "RecallRun", "matmul_rate", "measure_recall", "measure_steps", "step_flops"]
@@ -74,7 +74,7 @@ class Measurement:
         peak_mib: Largest memory in use while stepping, weights and all: resident memory of the process above what it
             was before the backbone was loaded, or allocated memory of the GPU.
         step_mib: How far that is above what was held between steps.
-        cut: Where the frozen prefix was cut.
+        cut: Where the frozen-layer cache was cut.
         gflop: Arithmetic that this way of stepping takes, in 10^9 operations: see `step_flops`.
     """
 
@@ -142,7 +142,7 @@ def _ask(pipe: Connection, request: tuple[str, Any]) -> Any:
 
 def _worker(way: Way, pipe: Connection) -> None:
     """Serves one way of stepping until the pipe is closed."""
-    from pml.lightning_cli import ignore_noise
+    from pml.quiet import ignore_noise
 
     ignore_noise()
     stepper: _Stepper | None = None
@@ -204,20 +204,20 @@ class _Stepper:
             cut = "whole"
             parameters = adapter_parameters(model)
         else:
-            module = SFT(adapter=adapter, seed=1, frozen_prefix=PrefixConfig(enabled=way == "split"))
+            module = SFT(adapter=adapter, seed=1, frozen_prefix=CacheConfig(enabled=way == "split"))
             module._backbone = backbone
             module.configure_model()
             self.close = module.release
             keys = content_keys(self.batch["input_ids"].cpu(), self.batch["lengths"].cpu())
             self._loss = lambda: _pml_loss(module, {**self.batch, "keys": keys})
-            cut = module.prefix.cut
+            cut = module.frozen_layers.cut
             parameters = adapter_parameters(module.model)
         self.parameters = list(parameters.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
         self.facts = {"cut": cut, "gflop": step_flops(backbone, corpus, adapter, way) / 1e9}
         if way == "split":
             self._loss()  # everything below the adapter is kept from here on, so its weights can go
-            module.prefix.release()
+            module.frozen_layers.release()
         give_back_memory()
         _reset_peak(device)
         self._held = _held_mib(device)

@@ -7,9 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jsonargparse
-
 from pml.errors import InputError
+from pml.stopping import Stopped, listening
 
 __all__ = ["COMMANDS", "main"]
 
@@ -42,21 +41,33 @@ BROKEN_PIPE = 128 + 13
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `pml`; returns the exit code: 0 done, 1 something in a sweep failed, 2 wrong input."""
+    """Run `pml`; returns the exit code: 0 done, 1 something in a sweep failed, 2 wrong input, 130 or 143 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
+    where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
     try:
-        code = _dispatch(command, arguments)
-        sys.stdout.flush()
-        return code
-    except (InputError, jsonargparse.ArgumentError) as error:
-        where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
-        print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        with listening():
+            code = _dispatch(command, arguments)
+            sys.stdout.flush()
+            return code
+    except Stopped as stop:
+        print(f"{where}: {stop}", file=sys.stderr)
+        return stop.code
     except BrokenPipeError:
         # Who reads the output, such as `head`, has seen enough. What is left in the buffer must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except Exception as error:
+        if not _is_wrong_input(error):
+            raise
+        print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _is_wrong_input(error: Exception) -> bool:
+    # jsonargparse is looked for, rather than imported: what has not been imported has raised nothing.
+    parser = sys.modules.get("jsonargparse")
+    return isinstance(error, InputError) or (parser is not None and isinstance(error, parser.ArgumentError))
 
 
 def _dispatch(command: str, arguments: Sequence[str]) -> int:
@@ -64,6 +75,11 @@ def _dispatch(command: str, arguments: Sequence[str]) -> int:
         print(_overview())
         return 0
     if command in FIT_COMMANDS:
+        if {"-h", "--help"} & set(arguments[1:]):
+            from pml.fit_help import fit_help
+
+            print(fit_help(command))
+            return 0
         return _run_lightning(arguments)
     if command in COMMANDS:
         return _run_command(command, arguments[1:])
@@ -71,7 +87,9 @@ def _dispatch(command: str, arguments: Sequence[str]) -> int:
 
 
 def _run_lightning(arguments: Sequence[str]) -> int:
-    # Imported here because it takes seconds, which the other commands need not wait for.
+    if sys.stderr.isatty():
+        # What follows takes seconds before it has anything to say.
+        print(f"pml {arguments[0]}: loading", file=sys.stderr, flush=True)
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from pml.lightning_cli import MemorizationCLI, prepare
@@ -98,6 +116,8 @@ def _with_run(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:
+    import jsonargparse
+
     module = importlib.import_module(f"pml.commands.{name}")
     parser = jsonargparse.ArgumentParser(
         prog=f"pml {name}", description=module.__doc__, exit_on_error=False, allow_abbrev=False

@@ -1,7 +1,11 @@
 """Whether a fit had converged: how fast the training loss still fell when it ended."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from pml.ranks import is_first_rank, summed_over_ranks
 
 __all__ = ["LossHistory"]
 
@@ -39,6 +43,20 @@ class LossHistory:
     def sums(self) -> Tensor:
         """(segments, 2) float64: sums of losses in nats and numbers of target tokens; sums over ranks add up."""
         return torch.stack(self._segments) if self._segments else torch.zeros(0, 2, dtype=torch.float64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be in a checkpoint, with the sums of all ranks. Takes all ranks."""
+        return {"steps": self.steps, "length": self._length, "sums": summed_over_ranks(self.sums()).cpu()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        """Take back what `state_dict` gave; the first rank keeps the sums.
+
+        Args:
+            state: That.
+            device: Where losses will be.
+        """
+        self.steps, self._length = state["steps"], state["length"]
+        self._segments = list((state["sums"] * is_first_rank()).to(device))
 
     @staticmethod
     def late_drop(sums: Tensor, steps: int) -> float | None:

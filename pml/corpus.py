@@ -14,8 +14,8 @@ from pml.encoding import ENCODING_VERSION, TextEncoder
 from pml.errors import InputError
 
 __all__ = [
-    "GHOST",
     "IGNORE_INDEX",
+    "PADDING_EXAMPLE",
     "Corpus",
     "EncodedPairs",
     "Example",
@@ -77,7 +77,7 @@ class Example:
         return len(self.prompt_ids) + len(self.target_ids)
 
 
-GHOST = Example(example_id=-1, prompt_ids=(0,), target_ids=())
+PADDING_EXAMPLE = Example(example_id=-1, prompt_ids=(0,), target_ids=())
 """Stands in for a missing example where every rank must have a batch; it supervises nothing."""
 
 

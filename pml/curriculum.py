@@ -3,11 +3,12 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.data import DistributedSampler
 
-from pml.corpus import GHOST
+from pml.corpus import PADDING_EXAMPLE
 from pml.errors import InputError
 
 __all__ = ["CorpusBatchSampler", "PrefixRatio", "active_examples"]
@@ -96,8 +97,8 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
 
     A global batch has `batch_size * world_size` examples; rank k takes the k-th slice of it. So k ranks with batches
     of b walk through the same global batches as one rank with batches of k b. Nothing is repeated to even out the
-    ranks: at the end of the corpus a rank's batch may be shorter, or hold only the ghost example (index -1, see
-    `pml.corpus.GHOST`), but every rank gets the same number of batches.
+    ranks: at the end of the corpus a rank's batch may be shorter, or hold only the padding example (index -1, see
+    `pml.corpus.PADDING_EXAMPLE`), but every rank gets the same number of batches.
 
     Give it to a `DataLoader` as `sampler` together with `batch_size=None`, so that the dataset is indexed with a whole
     batch. Lightning then calls `set_epoch` before each epoch. It wraps samplers that are not `DistributedSampler`s when
@@ -135,6 +136,7 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
         self.examples_per_rank = batch_size
         self.examples_per_batch = batch_size * world_size
         self.curriculum = curriculum
+        self._position = self._restored = {"epoch": 0, "batches": 0}
         if drop_last and total < self.examples_per_batch:
             raise InputError(
                 f"drop_last leaves no batch: the corpus has {total} examples, a batch over {world_size} rank(s) "
@@ -155,9 +157,42 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # A generator's body runs at the first `next`: Lightning may call `iter` first and `set_epoch` second.
         order = self._order(self.epoch)
-        for batch in range(self.batches_in_epoch(self.epoch)):
-            start = batch * self.examples_per_batch + self.rank * self.examples_per_rank
-            yield order[start : start + self.examples_per_rank] or [GHOST.example_id]
+        # Only what is asked for counts: the epoch may be left, and gone on with, anywhere.
+        start = self._restored["batches"] if self._restored.get("epoch") == self.epoch else 0
+        for batch in range(start, self.batches_in_epoch(self.epoch)):
+            self._position = {"epoch": self.epoch, "batches": batch + 1}
+            first = batch * self.examples_per_batch + self.rank * self.examples_per_rank
+            yield order[first : first + self.examples_per_rank] or [PADDING_EXAMPLE.example_id]
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the epoch is, in batches that were asked for, and what the order of batches depends on."""
+        return {**self._position, "order": self._order_settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called, when that epoch is iterated next.
+
+        Raises:
+            InputError: If the epoch had begun, and its batches are others now.
+        """
+        begun = 0 < state["batches"] < self.batches_in_epoch(state["epoch"])
+        if begun and state["order"] != self._order_settings():
+            now = self._order_settings()
+            changed = ", ".join(f"{k} {v} and now {now.get(k)}" for k, v in state["order"].items() if v != now.get(k))
+            raise InputError(
+                f"this checkpoint stands {state['batches']} batches into an epoch whose batches were others: "
+                f"{changed}; go on with the same batches and as many devices, or start anew"
+            )
+        self._restored = {"epoch": state["epoch"], "batches": state["batches"]}
+
+    def _order_settings(self) -> dict[str, Any]:
+        return {
+            "examples": self.total,
+            "batch_size": self.examples_per_rank,
+            "global_batch": self.examples_per_batch,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+        }
 
     def _active_count(self, epoch: int) -> int:
         if self.curriculum is None:

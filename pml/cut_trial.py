@@ -89,7 +89,7 @@ def fault(cut: CutModel, model: PeftModel) -> str | None:
                         return _compare(cut, model, input_ids)
                 except FAILURES as error:
                     # Code may keep a dtype elsewhere than in weights.
-                    log.info("frozen prefix: no trial in float32: %s", error)
+                    log.info("frozen layers: no trial in float32: %s", error)
             return _compare(cut, model, input_ids)
     except FAILURES as error:
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"

@@ -42,8 +42,8 @@ class Standing(NamedTuple):
 class LastSeen:
     """Keeps the last scores of every target token on the device; the host waits for it only when it asks.
 
-    One row of numbers a token, and one more row where padding and ghosts go: picking rows by a mask would make the host
-    wait for the device at every step. Ids and steps are exact as float32 up to 2^24.
+    One row of numbers a token, and one more row where padding goes: picking rows by a mask would make the host wait
+    for the device at every step. Ids and steps are exact as float32 up to 2^24.
 
     Args:
         lengths: Target tokens of each example, by example id.
@@ -67,18 +67,18 @@ class LastSeen:
         """
         device, nowhere, nobody = self.table.device, len(self.table) - 1, len(self.first_right) - 1
         losses, correct, mask, example_id = (t.to(device, non_blocking=True) for t in scores[:4])
-        ghost = example_id < 0
-        start = self._offsets[example_id.where(~ghost, torch.full_like(example_id, nobody))]
+        padding = example_id < 0
+        start = self._offsets[example_id.where(~padding, torch.full_like(example_id, nobody))]
         places = start[:, None] + torch.arange(mask.shape[1], device=device)
-        places = places.where(mask & ~ghost[:, None], torch.full_like(places, nowhere))
+        places = places.where(mask & ~padding[:, None], torch.full_like(places, nowhere))
         unknown = torch.full_like(losses, torch.nan)
         margin = unknown if scores.margin is None else scores.margin.to(device)
         rival = unknown if scores.rival is None else scores.rival.to(device)
         columns = (losses, correct, margin, rival, torch.full_like(losses, step))
         self.table[places] = torch.stack([column.float() for column in columns], dim=-1)
-        whole = (correct | ~mask).all(dim=1) & ~ghost
+        whole = (correct | ~mask).all(dim=1) & ~padding
         first = torch.full_like(whole, step, dtype=torch.float32).where(whole, torch.full((), torch.inf, device=device))
-        rows = example_id.where(~ghost, torch.full_like(example_id, nobody))
+        rows = example_id.where(~padding, torch.full_like(example_id, nobody))
         self.first_right.scatter_reduce_(0, rows, first, "amin")
 
     def standing(self) -> Standing:

@@ -2,81 +2,37 @@
 
 import importlib
 import logging
-import os
-import re
 import sys
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jsonargparse
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 
-from pml.errors import InputError
+from pml.checkpoints import FOLDER_NAME, Checkpoints, StopsAtSteps, newest_checkpoint, read_checkpoint
+from pml.errors import InputError, reason
 from pml.modules import Memorization
+from pml.progress import FitProgress, SayWhyItEnded, is_interactive
+from pml.quiet import keep_quiet
 from pml.recall import gather_scores
-from pml.run_folder import CONFIG_NAME, folder_of_loggers, use_corpus_of_run
+from pml.run_folder import CONFIG_NAME, folder_of_loggers, recorded_folder, use_corpus_of_run
+from pml.same_model import refuse_other_model
+from pml.stopping import Stopped, at_step_ends
 from pml.token_results import PREDICTIONS_NAME, write_predictions
 
 log = logging.getLogger(__name__)
 
-__all__ = ["MemorizationCLI", "ignore_noise", "make_run", "parse_run", "prepare", "reason"]
+__all__ = ["MemorizationCLI", "make_run", "parse_run", "prepare"]
 
 ROOMS = ("data_modules", "callbacks")
 """Imported by name, so that short class names work on the command line; nothing in `pml` refers to what is in them."""
 
-DEFAULTS: dict[str, Any] = {
-    "trainer.logger": {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": "runs", "name": "fit", "default_hp_metric": False},
-    },
-    "trainer.callbacks": [
-        {"class_path": "callbacks.VerbatimRecall"},
-        {"class_path": "callbacks.TokenThresholds"},
-        {"class_path": "callbacks.StopWhenRecalled"},
-        {"class_path": "callbacks.Generalization"},
-        {"class_path": "callbacks.Harm"},
-        # Short runs need no checkpoint: what they made is in the run folder when they end.
-        {
-            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-            "init_args": {"train_time_interval": "0:15:00", "save_last": True},
-        },
-        {"class_path": "callbacks.RunRecord"},
-    ],
-    "trainer.max_epochs": 200,
-    "trainer.gradient_clip_val": 1.0,
-    # An epoch may be one batch: validating or logging at each would cost as much as training.
-    "trainer.check_val_every_n_epoch": 10,
-    "trainer.log_every_n_steps": 10,
-    "trainer.num_sanity_val_steps": 0,
-    "trainer.enable_model_summary": False,
-    # The corpus shares itself out among ranks without repeating examples.
-    "trainer.use_distributed_sampler": False,
-}
-
-NOISE = (
-    ".*does not have many workers.*",
-    ".*module.s. in eval mode at the start of training.*",
-    ".*LightningCLI's args parameter is intended to run from within Python.*",
-    ".*smaller than the logging interval.*",
-    ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
-    ".*It will use the implementation from `LightningModule` instance.*",
-    ".*`is_gradient_checkpointing` is deprecated.*",
-)
-"""Warnings of libraries about things that are meant."""
-
-CHATTER = ("lightning.pytorch", "lightning.fabric")
-"""Loggers that greet, advise and tell what every run does."""
-
-ATTEMPTS = re.compile(
-    r"(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
-    r"|Expected a <class 'NoneType'>.*)?$"
-)
-"""Lines in which jsonargparse tells what it tried, not what is wrong."""
+DEFAULTS = Path(__file__).with_name("fit_defaults.yaml")
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -89,14 +45,13 @@ class _SaveConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or self.already_saved:
             return
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        record: Any = next((callback for callback in callbacks if type(callback).__name__ == "RunRecord"), None)
-        if trainer.loggers or (record is not None and record.dirpath):
-            folder = record.folder if record is not None else folder_of_loggers(trainer)
+        own = recorded_folder(trainer)
+        if trainer.loggers or own is not None:
+            folder = own or folder_of_loggers(trainer)
             if trainer.is_global_zero:
                 folder.mkdir(parents=True, exist_ok=True)
                 path = str(folder / CONFIG_NAME)
-                self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
+                self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=self.multifile)
         self.already_saved = True
 
 
@@ -130,18 +85,41 @@ class MemorizationCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults(DEFAULTS)
+        defaults = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
+        parser.set_defaults({f"trainer.{name}": value for name, value in defaults["trainer"].items()})
         if self._fit_alone:
             # All keys of `pml fit`, so that a configuration that it has printed or saved can be the base of a grid.
             parser.add_method_arguments(Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self._arguments = args
         self._names_data = any(str(argument).startswith("--data") for argument in args or ())
         _make_own_classes_importable(args or ())
         try:
             super().parse_arguments(parser, args)
         except jsonargparse.ArgumentError as error:
             raise InputError(reason(error)) from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Lay the model that a checkpoint is of over the configuration, and refuse what says otherwise."""
+        command = self.config.get("subcommand")
+        options = self.config.get(str(command), self.config)
+        if options.get("weights_only") is False:
+            raise InputError("weights_only is false; checkpoints are read as data alone, since others could run code")
+        if (given := options.get("ckpt_path")) is None:
+            return
+        if given in ("last", "best"):
+            folders = self._config_folders()
+            folder = next((f for f in folders if (f / FOLDER_NAME).is_dir()), next(iter(folders[-1:]), None))
+            if folder is None:
+                raise InputError(
+                    f"ckpt_path is {given}, of no run; expected a run's configuration too (--config RUN/config.yaml), "
+                    "or the file of a checkpoint"
+                )
+            options["ckpt_path"] = str(newest_checkpoint(folder))
+        made_with = read_checkpoint(Path(options["ckpt_path"])).get("hyper_parameters", {})
+        refuse_other_model(self.parser, self._arguments, command, made_with)
+        super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
         try:
@@ -150,16 +128,29 @@ class MemorizationCLI(LightningCLI):
             # Constructors only look at what they are given, so what one refuses is the user's.
             raise InputError(reason(error)) from error
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with what every fit of the command line has: a bar where someone watches, and a last word."""
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        callbacks = list(config["callbacks"] or [])
+        if not is_interactive() and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            config["enable_progress_bar"] = False
+        if self.subcommand in ("fit", None):
+            # First, so that it speaks before measurements that take a while.
+            callbacks.insert(0, SayWhyItEnded())
+            if config["enable_progress_bar"] in (None, True):
+                callbacks.append(FitProgress())
+            if config["enable_checkpointing"] is False or config["fast_dev_run"]:
+                callbacks.append(StopsAtSteps())
+            elif not any(isinstance(callback, Checkpoints) for callback in callbacks):
+                callbacks.append(Checkpoints())
+        return super().instantiate_trainer(**{**config, "callbacks": callbacks})
+
     def make_ready(self) -> None:
         """Load the backbone and make the corpus, so that what is wrong with them shows before a folder is made.
 
         Raises:
             InputError: If the backbone, the adapter, the corpus or the checkpoint cannot be had.
         """
-        checkpoint = self._options.get("ckpt_path")
-        if checkpoint == "last":
-            raise InputError("ckpt_path is last, and a fit starts in a folder of its own; name the file to go on from")
-        _refuse_missing(checkpoint)
         self.model.configure_model()
         self._build()
 
@@ -171,15 +162,12 @@ class MemorizationCLI(LightningCLI):
         """
         folder = self._run_folder()
         checkpoint = self._options.get("ckpt_path")
-        if checkpoint in ("last", "best") and folder is not None:
-            checkpoint = self._options["ckpt_path"] = str(_newest_checkpoint(folder))
         if checkpoint is None and folder is None:
             raise InputError(
                 f"nothing to {self.subcommand}: expected a run's folder, as in `pml {self.subcommand} RUN`, its "
                 "configuration (--config RUN/config.yaml), or a checkpoint (--ckpt_path FILE)"
             )
         if checkpoint is not None or folder is None:
-            _refuse_missing(checkpoint)
             self.model.configure_model()
         else:
             self.model.load_adapter(folder / "adapter")
@@ -205,11 +193,11 @@ class MemorizationCLI(LightningCLI):
 
     def _run_folder(self) -> Path | None:
         """The run whose configuration was given; None where there is none beside an adapter."""
-        for config in self._options.get("config") or []:
-            folder = Path(str(config)).parent
-            if (folder / "adapter" / "adapter_config.json").is_file():
-                return folder
-        return None
+        return next((f for f in self._config_folders() if (f / "adapter" / "adapter_config.json").is_file()), None)
+
+    def _config_folders(self) -> list[Path]:
+        options = self.config.get(str(self.config.get("subcommand")), self.config)
+        return [Path(str(config)).parent for config in options.get("config") or []]
 
     def _build(self) -> None:
         if missing := [name for name in ("build", "corpus", "held_out") if not hasattr(type(self.datamodule), name)]:
@@ -222,8 +210,21 @@ class MemorizationCLI(LightningCLI):
     def run_fit(self) -> None:
         """What `pml fit` does with what has been made."""
         self.make_ready()
-        options = {key: self.config_init[key] for key in ("ckpt_path", "weights_only")}
-        self.trainer.fit(self.model, datamodule=self.datamodule, **options)
+        self.fit(model=self.model, datamodule=self.datamodule, ckpt_path=self.config_init["ckpt_path"])
+
+    def fit(self, **options: Any) -> None:
+        """What `pml fit` does once all is made: a signal ends it at a step's end, with all that is needed to go on.
+
+        Raises:
+            Stopped: When a signal has ended it, with advice on how to go on.
+        """
+        try:
+            with at_step_ends():
+                self.trainer.fit(**{**options, "weights_only": True})
+        except Stopped as stop:
+            saved = next((c for c in self.trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
+            stop.advice = saved.how_to_go_on() if saved is not None else "it made no checkpoints to go on from"
+            raise
 
     before_fit = make_ready
     before_validate = before_test = before_predict = make_ready_to_evaluate
@@ -236,18 +237,6 @@ def _make_own_classes_importable(args: Sequence[str]) -> None:
     for folder in (Path.cwd(), *(Path(config).resolve().parent for config in named)):
         if str(folder) not in sys.path:
             sys.path.append(str(folder))  # last, so that nothing there hides a package
-
-
-def _refuse_missing(checkpoint: str | None) -> None:
-    if checkpoint not in (None, "best", "hpc", "registry") and not Path(str(checkpoint)).is_file():
-        raise InputError(f"ckpt_path is {checkpoint}; expected the file of a checkpoint")
-
-
-def _newest_checkpoint(folder: Path) -> Path:
-    files = list((folder / "checkpoints").glob("*.ckpt"))
-    if not files:
-        raise InputError(f"{folder}: no checkpoint in it; leave ckpt_path out to take the adapter of the run's end")
-    return max(files, key=lambda path: (path.name == "last.ckpt", path.stat().st_mtime))
 
 
 def _unused(path: Path) -> Path:
@@ -284,59 +273,8 @@ def make_run(args: Sequence[str]) -> tuple[Memorization, Any]:
     return made.model, made.datamodule
 
 
-def reason(error: BaseException) -> str:
-    """What is wrong, on one line: the InputError behind an exception, else its message without what was tried."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InputError):
-            return " ".join(str(cause).split())
-        cause = cause.__cause__ or cause.__context__
-    found = re.match(r'(Parser key "[^"]*":)?(.*)', str(error), re.DOTALL)
-    where, message = (found[1] or "", found[2]) if found else ("", str(error))
-    lines = [line.strip().lstrip("- ") for line in message.splitlines()]
-    said = "; ".join(dict.fromkeys(line for line in lines if not ATTEMPTS.match(line)))
-    return " ".join(f"{where} {said or message}".replace(":;", ":").split())
-
-
 def prepare() -> None:
     """What every command needs before a library speaks up: importable rooms, and a quiet stderr with our own lines."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in CHATTER:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for room in ("callbacks", "pml"):
-        own = logging.getLogger(room)
-        if not any(isinstance(handler, _ToStderr) for handler in own.handlers):
-            own.setLevel(logging.INFO)
-            own.addHandler(_ToStderr())
-    ignore_noise()
+    keep_quiet()
     for room in ROOMS:
         importlib.import_module(room)
-
-
-def ignore_noise() -> None:
-    """Do not show what libraries warn of and is meant."""
-    for message in NOISE:
-        warnings.filterwarnings("ignore", message)
-
-
-class _ToStderr(logging.StreamHandler[TextIO]):
-    """Writes each line once, from one rank: cells of a grid, and ranks, all say the same of the machine they are on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._written: set[str] = set()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
-        if line not in self._written and (getattr(rank_zero_only, "rank", 0) == 0 or record.levelno >= logging.WARNING):
-            self._written.add(line)
-            super().emit(record)
-
-    # A progress bar puts its own stderr in place while it is drawn.
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: TextIO) -> None:
-        pass

@@ -215,7 +215,7 @@ class TokenThresholds(_ByExample):
     def update(self, scores: TokenScores) -> None:
         losses = scores.losses * scores.mask
         below = below_threshold(scores, self.threshold)
-        # amax needs at least one column, which a batch of ghosts does not have.
+        # amax needs at least one column, which a batch of padding examples does not have.
         worst = losses.amax(dim=1) if losses.shape[1] else losses.sum(dim=1)
         self.add(scores, scores.mask.sum(1), below.sum(1), worst, losses.sum(1))
 

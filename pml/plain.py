@@ -4,7 +4,10 @@ import dataclasses
 from importlib import import_module
 from typing import Any
 
-__all__ = ["as_plain", "from_plain"]
+__all__ = ["as_plain", "from_plain", "renamed"]
+
+RENAMED: dict[str, str] = {"pml.prefix_store.PrefixConfig": "pml.state_store.CacheConfig"}
+"""Class paths in older checkpoints and configurations, and what they are now."""
 
 
 def as_plain(value: Any) -> Any:
@@ -34,10 +37,19 @@ def from_plain(value: Any, kind: type) -> Any:
     arguments, cls = value, kind
     if "class_path" in value:
         # A checkpoint may come from anyone: only classes of this package are looked up, and only of the right kind.
-        module, _, name = value["class_path"].rpartition(".")
+        module, _, name = str(renamed(value["class_path"])).rpartition(".")
         if module.partition(".")[0] != "pml":
             raise TypeError(f"{value['class_path']} is not a class of pml")
         cls, arguments = getattr(import_module(module), name), value.get("init_args", {})
         if not (isinstance(cls, type) and issubclass(cls, kind)):
             raise TypeError(f"{value['class_path']} is not a {kind.__name__}")
     return cls(**arguments)
+
+
+def renamed(value: Any) -> Any:
+    """A configuration in which the class paths of older versions are those of this one."""
+    if isinstance(value, dict):
+        return {key: renamed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [renamed(item) for item in value]
+    return RENAMED.get(value, value) if isinstance(value, str) else value

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pml.adapter import evaluating
 from pml.corpus import Example, collate
-from pml.frozen_prefix import content_keys
+from pml.frozen_layers import content_keys
 from pml.ranks import several_ranks
 from pml.weighting import TokenScores
 
@@ -106,11 +106,11 @@ def score_examples(
         module: The module whose adapted model is asked.
         examples: At least one; their ids differ.
         batch_size: Examples scored together.
-        keep: Let the frozen prefix keep them, as it does the corpus, which needs all the room where there is little.
+        keep: Let the frozen-layer cache keep them; by default the corpus has all of its room.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
     own = examples[rank::ranks]
-    with nullcontext() if keep else module.prefix.store.closed():
+    with nullcontext() if keep else module.frozen_layers.store.closed():
         return score_corpus(
             module, (collate(own[start : start + batch_size]) for start in range(0, len(own), batch_size))
         )

@@ -4,17 +4,21 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Protocol, runtime_checkable
 
 import pydantic
 
 from pml.atomic import whole_file
 from pml.errors import InputError
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
 __all__ = [
     "RECORD_NAME",
     "SCHEMA_VERSION",
     "Measured",
+    "MeasuresForRecord",
     "Record",
     "Status",
     "read_record",
@@ -25,6 +29,19 @@ __all__ = [
 
 RECORD_NAME = "record.json"
 SCHEMA_VERSION: Final = 4
+
+SHARES = (
+    "token_accuracy",
+    "exact_match",
+    "generated_exact_match",
+    "generated_token_accuracy",
+    "sub_threshold_fraction",
+    "min_target_probability",
+    "generated_edit_similarity",
+    "extraction_probability",
+)
+
+ROUNDING = 1e-6
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -65,8 +82,12 @@ class Record(pydantic.BaseModel):
         corpus_entropy_bits: Information in the targets given the queries; None where unknown.
         method: `sft` or `memft`.
         method_settings: Weighting, curriculum and optimiser settings.
+        training: What else changes the result: `batch_size` and `global_batch_size` (examples, over accumulation and
+            ranks), `accumulate_grad_batches`, `max_epochs`, `max_steps`, clipping, precision as run, strategy. Empty
+            before schema version 4.
         seed: Seed of the run.
         optimizer_steps: Steps taken.
+        resumed: How often the fit went on from a checkpoint.
         skipped_steps: Steps not taken because no token had a weight: MemFT had nothing left to train.
         target_tokens_trained: Target tokens that were in training batches, repetitions counted.
         initial_loss: Mean target loss of the frozen model.
@@ -90,7 +111,7 @@ class Record(pydantic.BaseModel):
             `late_loss_drop` says that the schedule ended, not that the adapter was full.
         by_kind: Target tokens put in at random apart from the others, where the corpus has both: for `random` and
             `natural`, `target_tokens`, `initial_loss`, `final_loss` and `token_accuracy`.
-        corpus_figures: What only this kind of corpus has, unit in the name.
+        corpus_figures: What only this kind of corpus has, or a callback of one's own measured, unit in the name.
         retention: What memorising did to text outside the corpus: by name of the text, `target_tokens`, `loss_before`
             and `loss_after`.
         harm: The same for ordinary text, by its kind (`prose`, `code`, `chat`) and for their `mean`.
@@ -133,14 +154,14 @@ class Record(pydantic.BaseModel):
     loss_reduction: Measured
     token_accuracy: float
     exact_match: float
-    generated_exact_match: float | None
-    generated_token_accuracy: float | None
+    generated_exact_match: float | None = None
+    generated_token_accuracy: float | None = None
     sub_threshold_fraction: float
     min_target_probability: Measured
     first_failure: float
     memorized_bits: Measured
     bits_per_parameter: Measured
-    steps_to_recall: int | None
+    steps_to_recall: int | None = None
     wall_seconds: float
     versions: dict[str, str]
     hardware: dict[str, Any]
@@ -156,6 +177,8 @@ class Record(pydantic.BaseModel):
     extraction_samples: int | None = None
     skipped_steps: int = 0
     corpus_encoding: int = 1
+    training: Mapping[str, Any] = {}
+    resumed: int = 0
 
     @pydantic.model_validator(mode="after")
     def _says_whether_it_diverged(self) -> "Record":
@@ -165,6 +188,24 @@ class Record(pydantic.BaseModel):
                 "final loss of a fit that ended is not a finite number, and nowhere else"
             )
         return self
+
+
+@runtime_checkable
+class MeasuresForRecord(Protocol):
+    """A callback that adds what it has measured to the record; `RunRecord` asks every callback that has the method."""
+
+    def record_fields(self, trainer: "Trainer", pl_module: "LightningModule", ended: bool) -> Mapping[str, Any]:
+        """Fields of `Record` with what was measured of the adapter as it is now; called on all ranks.
+
+        Mappings, such as `corpus_figures`, are merged with those of others; where several give another field, the
+        callback listed last does.
+
+        Args:
+            trainer: Of the fit.
+            pl_module: With the adapter as it is.
+            ended: Whether the fit ended by itself. If not, give only what is known already: whoever stopped it waits.
+        """
+        ...
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -184,10 +225,10 @@ def read_record(path: Path) -> Record:
     """Read one `record.json`.
 
     Raises:
-        InputError: If it cannot be read, is not JSON, or does not follow the schema.
+        InputError: If it cannot be read, is not JSON, does not follow the schema, or its numbers contradict each other.
     """
     try:
-        return Record.model_validate_json(path.read_bytes())
+        record = Record.model_validate_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except pydantic.ValidationError as error:
@@ -197,6 +238,29 @@ def read_record(path: Path) -> Record:
             f"{path}: not a record of schema version 1 to {SCHEMA_VERSION}: {where}: {first['msg']}; "
             "run it again, or leave this path out"
         ) from error
+    if (problem := _contradiction(record)) is not None:
+        raise InputError(f"{path}: damaged, and so no evidence: {problem}; run it again, or leave this path out")
+    return record
+
+
+def _contradiction(record: Record) -> str | None:
+    """What the numbers of a record cannot be together; None where they can."""
+    for name in SHARES:
+        share = getattr(record, name)
+        # Means of float32 numbers may be above 1 by their rounding.
+        if share is not None and not -ROUNDING <= share <= 1 + ROUNDING:
+            return f"{name} is {share}; expected a share from 0 to 1"
+    for name in ("first_failure", "wall_seconds", "optimizer_steps", "target_tokens_trained", "skipped_steps"):
+        if not 0 <= getattr(record, name) < math.inf:
+            return f"{name} is {getattr(record, name)}; expected a finite number, at least 0"
+    initial, final, reduction = record.initial_loss, record.final_loss, record.loss_reduction
+    if initial is None or final is None:
+        return None if reduction is None else f"loss_reduction is {reduction} where a loss is missing"
+    if reduction is None or abs(initial - final - reduction) > ROUNDING * max(1.0, abs(initial), abs(final)):
+        return f"loss_reduction is {reduction}, and initial_loss - final_loss is {initial - final}"
+    if (bits := record.memorized_bits) is not None and bits < 0:
+        return f"memorized_bits is {bits}; expected at least 0"
+    return None
 
 
 def read_records(paths: Iterable[str | Path]) -> dict[Path, Record]:

@@ -26,6 +26,8 @@ __all__ = [
     "check_corpus",
     "check_records",
     "folder_of_loggers",
+    "folder_of_run",
+    "recorded_folder",
     "run_folder",
     "use_corpus_of_run",
     "write_configuration",
@@ -67,6 +69,17 @@ def write_configuration(folder: Path, module: Memorization, data: Any) -> None:
         return
     with whole_file(path) as file:
         file.write((FROM_PYTHON + content).encode())
+
+
+def recorded_folder(trainer: Trainer) -> Path | None:
+    """The folder that a callback of the trainer keeps the run in: the one whose `run_folder` says so, or None."""
+    folders = (getattr(callback, "run_folder", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return next((folder for folder in folders if folder is not None), None)
+
+
+def folder_of_run(trainer: Trainer) -> Path:
+    """Where a run's files go: the folder that its record is kept in, or that of the loggers. Takes all ranks."""
+    return recorded_folder(trainer) or folder_of_loggers(trainer)
 
 
 def folder_of_loggers(trainer: Trainer) -> Path:

@@ -8,8 +8,8 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 from pml.corpus import Corpus
-from pml.errors import InputError
-from pml.lightning_cli import prepare, reason
+from pml.errors import InputError, reason
+from pml.lightning_cli import prepare
 from pml.modules import Memorization
 from pml.run_folder import CONFIG_NAME, use_corpus_of_run
 

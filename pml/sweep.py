@@ -15,14 +15,19 @@ import pydantic
 import yaml
 
 from pml.backbone import load_config, load_tokenizer, shared_backbones
+from pml.checkpoints import newest_checkpoint
 from pml.corpus import Corpus
 from pml.errors import InputError
 from pml.lightning_cli import MemorizationCLI, make_run, parse_run
 from pml.modules import Memorization
 from pml.records import RECORD_NAME, Record, read_record
 from pml.run_folder import check_corpus
+from pml.stopping import Stopped, requested
 
 __all__ = ["Cell", "Grid", "Outcome", "expand", "read_grid", "resolve", "run_cells"]
+
+
+ERROR_NAME = "error.txt"
 
 
 class Grid(pydantic.BaseModel):
@@ -165,11 +170,14 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
 
     A cell that fails leaves `error.txt` in its folder and the others go on. A cell that was run on other data than its
     configuration gives now has failed too; its record stays as it is. What an earlier, unfinished attempt left is
-    moved aside, never deleted.
+    moved aside, never deleted, and gone on from where it has a checkpoint.
 
     Args:
         cells: What to run, in this order.
         report: Called with the outcome of each cell as soon as it is known.
+
+    Raises:
+        Stopped: If a signal has ended it; the cell that was running is saved.
     """
     outcomes = []
     corpora: dict[str, Corpus] = {}
@@ -178,10 +186,12 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
             if (record := cell.record) is not None:
                 outcome = _recorded(cell, record, corpora)
             else:
-                _set_aside(cell.folder)
-                outcome = _run_cell(cell)
+                outcome = _run_cell(cell, _checkpoint_in(_set_aside(cell.folder)))
             outcomes.append(outcome)
             report(outcome)
+            if (signum := requested()) is not None:
+                # The cell has just come to its end by itself.
+                raise Stopped(signum, at_once=False)
     return outcomes
 
 
@@ -205,16 +215,17 @@ def _data_of(config: Any) -> str:
     return json.dumps([plain["model"]["init_args"].get("backbone"), plain["data"]], sort_keys=True, default=str)
 
 
-def _run_cell(cell: Cell) -> Outcome:
+def _run_cell(cell: Cell, checkpoint: Path | None = None) -> Outcome:
     module: Memorization | None = None
     try:
-        cli = MemorizationCLI(cell.arguments, run=False)
+        going_on = () if checkpoint is None else (f"--ckpt_path={checkpoint}",)
+        cli = MemorizationCLI([*cell.arguments, *going_on], run=False)
         module = cli.model
         cli.run_fit()
         return Outcome(cell, read_record(cell.folder / RECORD_NAME))
     except Exception as error:
         cell.folder.mkdir(parents=True, exist_ok=True)
-        (cell.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        (cell.folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
         return Outcome(cell, error=" ".join(f"{type(error).__name__}: {error}".split()))
     finally:
         if module is not None:
@@ -260,7 +271,19 @@ def _label(setting: dict[str, Any], keys: Sequence[str]) -> str:
     return re.sub(r"[^\w=.,+-]+", "_", ",".join(parts))[:120]
 
 
-def _set_aside(folder: Path) -> None:
-    if folder.exists():
-        attempt = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.unfinished-{n}").exists())
-        folder.rename(folder.with_name(f"{folder.name}.unfinished-{attempt}"))
+def _set_aside(folder: Path) -> Path | None:
+    """Move what an unfinished attempt has left aside; returns where it is now, None where there was nothing."""
+    if not folder.exists():
+        return None
+    attempt = next(n for n in itertools.count(1) if not folder.with_name(f"{folder.name}.unfinished-{n}").exists())
+    return folder.rename(folder.with_name(f"{folder.name}.unfinished-{attempt}"))
+
+
+def _checkpoint_in(folder: Path | None) -> Path | None:
+    """What an attempt can be gone on from; None where there is nothing, or it failed by itself."""
+    if folder is None or (folder / ERROR_NAME).exists():
+        return None
+    try:
+        return newest_checkpoint(folder)
+    except InputError:
+        return None

@@ -36,7 +36,7 @@ WEIGHTINGS: dict[str, Callable[[float], Weighting | None]] = {
     "only threshold": lambda threshold: OnlyThreshold(threshold),
     "only threshold, uniform": lambda threshold: OnlyThreshold(threshold, when_memorized="uniform"),
     "all memorised, uniform": lambda threshold: OnlyThreshold(1e-12, when_memorized="uniform"),
-    "whole targets": lambda threshold: WholeTargets(temperature_start=1.0, reach_start=4.0),
+    "whole targets": lambda threshold: WholeTargets(reach_start=4.0),
     "sliding window": lambda threshold: SlidingWindow(window=2, floor=0.01),
 }
 # Weighting, examples, examples in a global batch, micro-batches that a step accumulates.

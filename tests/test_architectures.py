@@ -182,7 +182,7 @@ def test_losses_before_and_after_training_are_those_of_plain_transformers(name: 
     after = ours(module).detach()
     assert after.mean() < before.mean()
     torch.testing.assert_close(after, plain(module.model), rtol=0, atol=1e-4)
-    assert (module.prefix.cut == "whole") is (name in WHOLE)
+    assert (module.frozen_layers.cut == "whole") is (name in WHOLE)
 
 
 @pytest.mark.parametrize("name", [case for case in cases() if case.values[0] not in REFUSED])  # type: ignore[attr-defined]
@@ -204,7 +204,7 @@ def test_in_bfloat16_they_are_those_of_plain_transformers_but_for_rounding(name:
             exact = plain(module.model)
         # Each of the two is as far from what the weights say as rounding takes it.
         assert size(ours(module).detach() - rounded) <= 2 * size(rounded - exact) + 1e-4
-    assert (module.prefix.cut == "whole") is (name in WHOLE | WHOLE_IN_BFLOAT16)
+    assert (module.frozen_layers.cut == "whole") is (name in WHOLE | WHOLE_IN_BFLOAT16)
 
 
 def test_every_architecture_is_tried_or_skipped_for_a_reason() -> None:

@@ -1,6 +1,7 @@
 """The command line as people use it: what it leaves, what it prints, and what it says to wrong input."""
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -16,7 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import callbacks
+import data_modules
+from pml.adapter import AdapterConfig
 from pml.cli import COMMANDS, FIT_COMMANDS, main
+from pml.modules import SFT, MemFT
 from pml.records import read_record
 from tests import fits  # one thread
 
@@ -68,19 +73,49 @@ def test_the_overview_names_every_command_with_what_it_does(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("command", [*FIT_COMMANDS, *COMMANDS])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+    try:
+        code: Any = main([command, "--help"])
+    except SystemExit as stop:  # of a parser's own help
+        code = stop.code or 0
     out, err = capsys.readouterr()
-    assert (stop.value.code or 0, err) == (0, "")
+    assert (code, err) == (0, "")
     assert out.startswith("usage: pml ")
     assert f" {command} " in out.splitlines()[0]
     assert len(out.splitlines()) > 5
 
 
+def test_the_help_of_fit_names_what_the_parser_takes_with_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning.pytorch import Trainer
+
+    assert main(["fit", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    options = {line.split()[0] for line in lines if line.strip().startswith("--")}
+    for group, made in (("trainer", Trainer), ("model", MemFT), ("model", SFT), ("model.adapter", AdapterConfig)):
+        names = inspect.signature(made).parameters.keys() - {"kwargs"}
+        assert {f"--{group}.{name}" for name in names} <= options
+    data = inspect.signature(data_modules.PhoneBook).parameters.keys() - {"kwargs"}
+    assert {f"--data.{name}" for name in data} <= options
+    named = {line.split()[0] for line in lines if line.startswith("  ")}
+    assert {*data_modules.__all__} - {"MemorizationDataModule"} | {*callbacks.__all__} <= named
+    (rank,) = [line for line in lines if "--model.adapter.rank" in line]
+    assert rank.split(maxsplit=1)[1] == "LoRA rank r. (default: 4)"
+    assert any("--trainer.max_epochs" in line and "(default: 200)" in line for line in lines)
+
+
+@pytest.mark.parametrize("command", [*FIT_COMMANDS, "law", "plan", "compare", "sweep"])
+def test_help_imports_nothing_that_takes_seconds(command: str, tmp_path: Path) -> None:
+    heavy = ["torch", "lightning", "transformers", "scipy", "lmfit", "matplotlib"]
+    code = f"import sys; from pml.cli import main\ntry: main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
+    code += f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
+    command_line = [sys.executable, "-c", code]
+    done = subprocess.run(command_line, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+
+
 # Runs --------------------------------------------------------------------------------------------------------------
 
 
-CHOSEN_FOR_SPEED = ["float32 products", "frozen prefix", "the blocks above the adapter are not compiled"]
+CHOSEN_FOR_SPEED = ["float32 products", "frozen layers", "the blocks above the adapter are not compiled"]
 """What a fit on a CPU says of itself before it starts, each with its reason."""
 
 

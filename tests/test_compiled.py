@@ -104,7 +104,7 @@ def test_a_compiled_fit_ends_where_a_plain_one_does(
         # Two shapes: batches of two examples and of one.
         make_trainer(tmp_path, max_epochs=4).fit(module, datamodule=Ids(uneven(3), batch_size=2))
         ends[mode] = module.state_dict()
-        compiled = module.prefix._compiled
+        compiled = module.frozen_layers._compiled
         assert (compiled is not None) is (mode == "always")
         assert compiled is None or compiled._call not in (compiled._plain, compiled._first_call)
     for name, weight in ends["never"].items():

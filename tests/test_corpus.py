@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from pml.corpus import (
-    GHOST,
     IGNORE_INDEX,
+    PADDING_EXAMPLE,
     Corpus,
     Example,
     Pair,
@@ -32,7 +32,7 @@ def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def test_a_batch_is_padded_on_the_right_and_labels_cover_exactly_the_targets() -> None:
-    batch = collate([Example(7, (11, 12), (13, 14, 15)), Example(3, (21,), (22,)), GHOST])
+    batch = collate([Example(7, (11, 12), (13, 14, 15)), Example(3, (21,), (22,)), PADDING_EXAMPLE])
     expected = {
         "input_ids": [[11, 12, 13, 14, 15], [21, 22, 0, 0, 0], [0, 0, 0, 0, 0]],
         "labels": [[-100, -100, 13, 14, 15], [-100, 22, -100, -100, -100], [-100] * 5],
@@ -44,8 +44,8 @@ def test_a_batch_is_padded_on_the_right_and_labels_cover_exactly_the_targets() -
         torch.testing.assert_close(batch[name], torch.tensor(values))
 
 
-def test_a_batch_of_ghosts_supervises_nothing() -> None:
-    batch = collate([GHOST])
+def test_a_batch_of_padding_examples_supervises_nothing() -> None:
+    batch = collate([PADDING_EXAMPLE])
     assert batch["input_ids"].shape == (1, 1)
     assert (batch["labels"] == IGNORE_INDEX).all()
 

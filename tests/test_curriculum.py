@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pml.corpus import GHOST
+from pml.corpus import PADDING_EXAMPLE
 from pml.curriculum import CorpusBatchSampler, PrefixRatio, active_examples
 from pml.errors import InputError
 
@@ -37,8 +37,10 @@ def batches_of_all_ranks(
 
 
 def global_batches(ranks: list[list[list[int]]]) -> list[list[int]]:
-    """The ranks' slices put together again, without ghosts."""
-    return [[i for part in parts for i in part if i != GHOST.example_id] for parts in zip(*ranks, strict=True)]
+    """The ranks' slices put together again, without padding examples."""
+    return [
+        [i for part in parts for i in part if i != PADDING_EXAMPLE.example_id] for parts in zip(*ranks, strict=True)
+    ]
 
 
 def test_active_examples_are_those_of_the_published_code(shared_folder: Path) -> None:
@@ -96,7 +98,7 @@ def test_without_shuffling_batches_follow_the_corpus() -> None:
     assert list(CorpusBatchSampler(5, 2, shuffle=False, drop_last=True)) == [[0, 1], [2, 3]]
 
 
-def test_a_rank_takes_its_slice_of_each_global_batch_and_a_ghost_where_there_is_none() -> None:
+def test_a_rank_takes_its_slice_of_each_global_batch_and_a_padding_example_where_there_is_none() -> None:
     assert batches_of_all_ranks(9, 2, 3, shuffle=False) == [
         [[0, 1], [6, 7]],
         [[2, 3], [8]],

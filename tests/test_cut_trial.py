@@ -10,12 +10,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig, LlamaConfig, PretrainedConfig
 
 import pml.cut_trial
-import pml.frozen_prefix
+import pml.frozen_layers
 from pml.adapter import AdapterConfig, attach_adapter
 from pml.backbone import Backbone
 from pml.corpus import Example, collate
 from pml.cut_trial import in_float32, narrow_windows
-from pml.frozen_prefix import FrozenPrefix
+from pml.frozen_layers import FrozenLayers
 from pml.modules import SFT
 
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": 160}
@@ -39,8 +39,8 @@ def backbone_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) ->
     return Backbone(model, None, "tiny", "tiny")  # type: ignore[arg-type]
 
 
-def prefix_on(backbone: Backbone, block: int = 2) -> FrozenPrefix:
-    return FrozenPrefix(backbone, attach_adapter(backbone, AdapterConfig(rank=3, block=block)))
+def prefix_on(backbone: Backbone, block: int = 2) -> FrozenLayers:
+    return FrozenLayers(backbone, attach_adapter(backbone, AdapterConfig(rank=3, block=block)))
 
 
 @pytest.fixture(params=WAYS)
@@ -82,14 +82,14 @@ def test_a_mask_for_another_block_shows_although_the_window_is_longer_than_the_t
         **SIZES, sliding_window=4096, layer_types=kinds, final_logit_softcapping=None, query_pre_attn_scalar=8
     )
     assert prefix_on(backbone_of(config, dtype)).cut == "before_block"
-    with_blocks = pml.frozen_prefix._with_blocks
+    with_blocks = pml.frozen_layers._with_blocks
 
     def forgetful(backbone: Backbone, blocks: slice) -> nn.Module:
         decoder: Any = with_blocks(backbone, blocks)
         decoder.config.layer_types = kinds[: len(decoder.layers)]
         return decoder
 
-    monkeypatch.setattr(pml.frozen_prefix, "_with_blocks", forgetful)
+    monkeypatch.setattr(pml.frozen_layers, "_with_blocks", forgetful)
     assert prefix_on(backbone_of(config, dtype)).cut == "whole"
 
 
@@ -157,7 +157,7 @@ def test_the_trial_leaves_adapter_and_configuration_as_they_were() -> None:
     backbone = backbone_of(config, torch.bfloat16)
     model = attach_adapter(backbone, AdapterConfig(rank=3, block=2))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    prefix = FrozenPrefix(backbone, model)
+    prefix = FrozenLayers(backbone, model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert backbone.model.config.sliding_window == prefix._suffix.config.sliding_window == 4096  # type: ignore[union-attr]
 

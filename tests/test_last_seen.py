@@ -17,7 +17,7 @@ def batch(ids: list[int], p: list[list[float]], right: list[list[int]], margin: 
     return TokenScores(losses, torch.tensor(right).bool() & mask, mask, torch.tensor(ids), known, rival)
 
 
-def test_the_last_scores_of_each_token_stand_whatever_the_order_of_examples_and_ghosts() -> None:
+def test_the_last_scores_of_each_token_stand_whatever_the_order_of_examples_and_padding_examples() -> None:
     seen = LastSeen([2, 1, 3])
     seen.update(batch([2, 0], [[0.1, 0.2, 0.3], [0.9, 0.4, 0]], [[0, 0, 0], [1, 1, 0]]), step=0)
     seen.update(batch([-1, 2], [[0.5, 0.5, 0.5], [0.6, 0.7, 0.45]], [[1, 1, 1], [1, 1, 1]], margin=2.0), step=5)

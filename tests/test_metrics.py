@@ -80,8 +80,8 @@ def test_the_smallest_probability_is_that_of_the_largest_loss() -> None:
 
 def test_without_target_tokens_the_smallest_probability_is_one() -> None:
     assert metrics.min_target_probability(scores([[]], [[]], [-1])).item() == 1
-    ghost = TokenScores(torch.zeros(1, 3), torch.zeros(1, 3).bool(), torch.zeros(1, 3).bool(), torch.tensor([-1]))
-    assert metrics.min_target_probability(ghost).item() == 1
+    padding = TokenScores(torch.zeros(1, 3), torch.zeros(1, 3).bool(), torch.zeros(1, 3).bool(), torch.tensor([-1]))
+    assert metrics.min_target_probability(padding).item() == 1
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_token_thresholds_say_what_the_pure_functions_say() -> None:
 
 
 @pytest.mark.parametrize("kind", [metrics.VerbatimRecall, metrics.TokenThresholds])
-def test_an_example_seen_twice_counts_once_and_a_ghost_not_at_all(kind: type) -> None:
+def test_an_example_seen_twice_counts_once_and_a_padding_example_not_at_all(kind: type) -> None:
     once, more = kind(), kind()
     once.update(THREE)
     more.update(THREE)

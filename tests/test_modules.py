@@ -14,7 +14,7 @@ from pml.corpus import collate
 from pml.curriculum import PrefixRatio
 from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
-from pml.prefix_store import PrefixConfig
+from pml.state_store import CacheConfig
 from pml.weighting import FallingThreshold, OnlyThreshold, SlidingWindow, WholeTargets
 
 SMALL = AdapterConfig(rank=2, block=1)
@@ -56,7 +56,7 @@ WEIGHTINGS = {
         backbone=folder, adapter=SMALL, seed=1, weighting=SlidingWindow(window=2, floor=0.01)
     ),
     "whole targets": lambda folder: MemFT(
-        backbone=folder, adapter=SMALL, seed=1, weighting=WholeTargets(temperature_start=1.0, reach_start=4.0)
+        backbone=folder, adapter=SMALL, seed=1, weighting=WholeTargets(reach_start=4.0)
     ),
     "mostly memorised, uniform": lambda folder: MemFT(
         backbone=folder, adapter=SMALL, seed=1, weighting=OnlyThreshold(threshold=1e-9, when_memorized="uniform")
@@ -144,7 +144,7 @@ def test_split_and_whole_runs_of_twenty_steps_agree(tiny_backbone_folder: Path, 
             adapter=SMALL,
             seed=1,
             learning_rate=1e-3,
-            frozen_prefix=PrefixConfig(enabled=split),
+            frozen_prefix=CacheConfig(enabled=split),
         )
         make_trainer(tmp_path, max_epochs=20).fit(module, datamodule=Ids(uneven(4), batch_size=4))
         ends.append(torch.cat([p.detach().flatten() for p in adapter_parameters(module.model).values()]))

@@ -68,7 +68,7 @@ def test_certified_asks_every_target_token_for_a_right_argmax_and_a_probability_
     assert certified(table(losses, correct), margin) is certain
 
 
-def test_gathered_scores_are_sorted_by_example_with_ghosts_dropped_and_repeats_once() -> None:
+def test_gathered_scores_are_sorted_by_example_with_padding_examples_dropped_and_repeats_once() -> None:
     first = TokenScores(
         torch.tensor([[0.1, 0.2], [0.3, 0.0]]),
         torch.tensor([[True, False], [True, False]]),

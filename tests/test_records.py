@@ -117,8 +117,41 @@ class TestSchema:
     @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
     def test_what_is_no_json_object_is_refused(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "record.json").write_text(text)
-        with pytest.raises(InputError, match="not a record of schema version 1 to 3: file: "):
+        with pytest.raises(InputError, match="not a record of schema version 1 to 4: file: "):
             read_record(tmp_path / "record.json")
+
+    @pytest.mark.parametrize(
+        ("change", "named"),
+        [
+            ({"loss_reduction": 10.4}, "loss_reduction is 10.4, and initial_loss - final_loss is 10.5"),
+            ({"loss_reduction": None}, "loss_reduction is None, and initial_loss - final_loss is 10.5"),
+            ({"token_accuracy": math.nan}, "token_accuracy is nan; expected a share from 0 to 1"),
+            ({"exact_match": 1.1}, "exact_match is 1.1; expected a share from 0 to 1"),
+            ({"min_target_probability": -0.5}, "min_target_probability is -0.5; expected a share"),
+            ({"wall_seconds": math.inf}, "wall_seconds is inf; expected a finite number, at least 0"),
+            ({"optimizer_steps": -1}, "optimizer_steps is -1; expected a finite number, at least 0"),
+            ({"memorized_bits": -3.0}, "memorized_bits is -3.0; expected at least 0"),
+            (
+                {"status": "diverged", "final_loss": None},
+                "loss_reduction is 10.5 where a loss is missing",
+            ),
+        ],
+    )
+    def test_numbers_that_contradict_each_other_are_a_damaged_record(
+        self, tmp_path: Path, change: dict[str, Any], named: str
+    ) -> None:
+        path = tmp_path / "record.json"
+        path.write_text(json.dumps(make_record().model_dump(mode="json") | change))
+        with pytest.raises(InputError) as caught:
+            read_record(path)
+        assert str(caught.value).startswith(f"{path}: damaged, and so no evidence: {named}")
+
+    def test_a_record_of_an_older_version_lacks_what_came_later(self, tmp_path: Path) -> None:
+        content = make_record().model_dump(mode="json") | {"schema_version": 3}
+        del content["training"], content["resumed"]
+        (tmp_path / "record.json").write_text(json.dumps(content))
+        record = read_record(tmp_path / "record.json")
+        assert (record.training, record.resumed) == ({}, 0)
 
     def test_a_record_cannot_be_changed(self) -> None:
         with pytest.raises(pydantic.ValidationError, match="frozen"):

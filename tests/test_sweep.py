@@ -13,7 +13,7 @@ import pml.backbone
 from pml.backbone import Backbone
 from pml.cli import main
 from pml.errors import InputError
-from pml.frozen_prefix import FrozenPrefix
+from pml.frozen_layers import FrozenLayers
 from pml.records import read_record
 from pml.sweep import Cell, expand, read_grid, resolve, run_cells
 from tests import fits  # one thread, which makes runs comparable bit for bit
@@ -259,18 +259,18 @@ def test_the_backbone_is_loaded_once_and_each_corpus_goes_through_the_prefix_onc
 ) -> None:
     loaded: list[str] = []
     captured: list[tuple[int, ...]] = []
-    load, capture = pml.backbone._load_model, FrozenPrefix._capture
+    load, capture = pml.backbone._load_model, FrozenLayers._capture
 
     def loading(name: str, *rest: Any) -> Any:
         loaded.append(name)
         return load(name, *rest)
 
-    def capturing(self: FrozenPrefix, input_ids: torch.Tensor) -> Any:
+    def capturing(self: FrozenLayers, input_ids: torch.Tensor) -> Any:
         captured.append(tuple(input_ids[0].tolist()))
         return capture(self, input_ids)
 
     monkeypatch.setattr(pml.backbone, "_load_model", loading)
-    monkeypatch.setattr(FrozenPrefix, "_capture", capturing)
+    monkeypatch.setattr(FrozenLayers, "_capture", capturing)
     cells = cells_of(tmp_path, {"model.init_args.adapter.rank": [1, 2, 3], "data.init_args.length": [6, 9]})
     outcomes = run_cells(cells, lambda outcome: None)
     assert all(outcome.record is not None for outcome in outcomes)

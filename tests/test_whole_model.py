@@ -61,7 +61,7 @@ def test_a_model_that_does_not_run_is_refused_in_a_line_that_says_what_is_missin
 
     monkeypatch.setattr(tiny_backbone.model.model, "forward", forward)
     with pytest.raises(InputError) as refusal:
-        _ = module_on(tiny_backbone).prefix
+        _ = module_on(tiny_backbone).frozen_layers
     assert str(refusal.value) == (
         "backbone tiny-llama: LlamaForCausalLM does not run here on token ids alone (ImportError: the package "
         "`mamba_ssm` is required: run pip install mamba-ssm); install what it asks for, or take another backbone"
@@ -74,8 +74,8 @@ def test_an_attribute_that_is_missing_below_is_not_taken_for_a_missing_prefix(
     def broken(*_: Any) -> None:
         raise AttributeError("'Odd' object has no attribute 'layers'")
 
-    monkeypatch.setattr(pml.modules, "FrozenPrefix", broken)
+    monkeypatch.setattr(pml.modules, "FrozenLayers", broken)
     with pytest.raises(
         InputError, match=r"LlamaForCausalLM is not made as a causal decoder is .*no attribute 'layers'"
     ):
-        _ = module_on(tiny_backbone).prefix
+        _ = module_on(tiny_backbone).frozen_layers

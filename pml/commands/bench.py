@@ -1,8 +1,8 @@
 """Measure what an optimiser step costs on this machine, the ordinary way and pml's, and how long recall takes.
 
 Seconds per optimiser step and peak memory of the whole model through PEFT with logits at every position (`ordinary`),
-of pml without the frozen prefix (`whole`) and with it (`split`), taken in turns; the share of the machine's own matrix
-product rate that the split step's necessary arithmetic reaches; and steps and seconds to certified recall.
+of pml without the frozen-layer cache (`whole`) and with it (`split`), taken in turns; the share of the machine's own
+matrix product rate that the split step's necessary arithmetic reaches; and steps and seconds to certified recall.
 """
 
 import json

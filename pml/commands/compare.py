@@ -7,7 +7,7 @@ compared whatever the budget, over the pairs in which both recalled. What is lef
 
 import json
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 from rich import box
@@ -16,8 +16,10 @@ from rich.table import Table
 
 from pml.commands._console import make_console
 from pml.commands._runs import add_runs, add_where, chosen_records
-from pml.compare import Comparison, Difference, Interval, compare
 from pml.groups import short_method_names
+
+if TYPE_CHECKING:
+    from pml.compare import Comparison, Difference, Interval
 
 __all__ = ["configure", "run"]
 
@@ -47,6 +49,9 @@ def run(args: jsonargparse.Namespace) -> int:
         InputError: If there are no two methods, or no pair of runs of equal budgets and none that recall can be
             compared of.
     """
+    # Imported here because it takes seconds, which --help need not wait for.
+    from pml.compare import compare
+
     comparisons = compare(
         chosen_records(args),
         baseline=args.baseline,
@@ -67,7 +72,7 @@ def run(args: jsonargparse.Namespace) -> int:
     return 0
 
 
-def _print(console: Console, comparison: Comparison) -> None:
+def _print(console: Console, comparison: "Comparison") -> None:
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)
 
@@ -94,7 +99,7 @@ def _print(console: Console, comparison: Comparison) -> None:
         say(f"left out: {reason} ({', '.join(example.runs)}{more})")
 
 
-def _table(comparison: Comparison, differences: list[Difference], *, legend: bool = True) -> Table:
+def _table(comparison: "Comparison", differences: "list[Difference]", *, legend: bool = True) -> Table:
     level = f"{100 * comparison.confidence:g} %"
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -133,7 +138,7 @@ def _table(comparison: Comparison, differences: list[Difference], *, legend: boo
     return table
 
 
-def _budget(comparison: Comparison) -> str:
+def _budget(comparison: "Comparison") -> str:
     """Steps, target tokens and seconds of both methods, from the smallest to the largest."""
     parts = []
     for name, unit in (("optimizer_steps", "steps"), ("target_tokens_trained", "target tokens"), ("wall_seconds", "s")):
@@ -158,17 +163,17 @@ def _values(values: list[Any]) -> str:
     return ", ".join(map(str, values))
 
 
-def _digits(found: Difference) -> int:
+def _digits(found: "Difference") -> int:
     return {"nats per token": 3, "percentage points": 1, "steps": 1}[found.unit]
 
 
-def _number(value: float, found: Difference) -> str:
+def _number(value: float, found: "Difference") -> str:
     return f"{value:.{_digits(found)}f}"
 
 
-def _signed(value: float, found: Difference) -> str:
+def _signed(value: float, found: "Difference") -> str:
     return f"{value:+.{_digits(found)}f}"
 
 
-def _interval(interval: Interval | None, found: Difference) -> str:
+def _interval(interval: "Interval | None", found: "Difference") -> str:
     return "-" if interval is None else f"{_signed(interval.low, found)}, {_signed(interval.high, found)}"

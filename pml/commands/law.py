@@ -8,45 +8,16 @@ Measurements from elsewhere come as a CSV file with one run a row: rank, target_
 loss_reduction (nats per target token); optional are effective_parameters, entropy_bits, seed and text.
 """
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import jsonargparse
 
-from pml.commands._console import make_console
-from pml.commands._runs import add_runs, add_where, chosen_records
-from pml.errors import InputError
-from pml.figures import law_figure, save_figure
-from pml.law import (
-    FORMS,
-    LAW_NAME,
-    AdapterSize,
-    FormName,
-    LawFit,
-    Observation,
-    fit_law,
-    observations_from_records,
-    read_csv,
-    shared_setting,
-)
-from pml.law.tables import (
-    choice_sentence,
-    forms_table,
-    held_out_sentence,
-    observations_table,
-    parameters_table,
-    quality_sentence,
-    recall_table,
-)
-from pml.recall_model import RecallModel, fit_recall, run_tokens
-from pml.records import write_json
-from pml.tables import rich_table, show_interval
-from pml.token_results import TOKENS_NAME, read_tokens
+from pml.commands._runs import add_runs, add_where
+from pml.groups import AdapterSize
+from pml.names import FormName
 
-__all__ = ["FIGURE_NAME", "configure", "run"]
-
-FIGURE_NAME = "law.png"
+__all__ = ["configure", "run"]
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
@@ -55,7 +26,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument(
         "--form",
         type=FormName | None,
-        help=f"the form to choose: {', '.join(FORMS)}; by default AICc and held-out error choose",
+        help=f"the form to choose: {', '.join(get_args(FormName))}; by default AICc and held-out error choose",
     )
     parser.add_argument(
         "--by",
@@ -78,94 +49,7 @@ def run(args: jsonargparse.Namespace) -> int:
     Raises:
         InputError: If the runs cannot determine a law, or `--out` holds another one.
     """
-    runs, setting = _measurements(args)
-    law = fit_law(runs, setting, form=args.form, adapter_size=args.by, recall=_recall(runs))
-    content = law.to_json()
-    if args.out is not None:
-        _check_free(args.out / LAW_NAME, content, args.overwrite)
-        try:
-            # The figure first: where there is a law.json, everything is there.
-            save_figure(law_figure(law, runs), args.out / FIGURE_NAME)
-            write_json(args.out / LAW_NAME, content)
-        except OSError as error:
-            raise InputError(
-                f"--out {args.out}: cannot be written ({error.strerror}); choose another folder"
-            ) from error
-    if args.json:
-        print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
-    else:
-        _print_law(law, args.details, args.out)
-    return 0
+    # Imported here because it takes seconds, which --help need not wait for.
+    from pml.commands._law_screen import fit_and_show
 
-
-def _measurements(args: jsonargparse.Namespace) -> tuple[list[Observation], dict[str, Any]]:
-    """What to fit the law to, and what the runs have in common."""
-    files = [Path(place) for place in args.runs if place.lower().endswith(".csv")]
-    if not files:
-        records = chosen_records(args)
-        return observations_from_records(records, adapter_size=args.by), shared_setting(records, args.by)
-    if len(files) < len(args.runs) or args.where:
-        raise InputError(f"{files[0]}: expected CSV files alone, without run folders and --where; fit them separately")
-    return [run for path in files for run in read_csv(path)], {"files": [path.as_posix() for path in files]}
-
-
-def _recall(runs: list[Observation]) -> RecallModel | None:
-    """From loss to recall, from the per-token results of the finished runs."""
-    folders = [Path(run.source) for run in runs if run.finished]
-    return fit_recall([run_tokens(read_tokens(folder)) for folder in folders if (folder / TOKENS_NAME).is_file()])
-
-
-def _check_free(path: Path, content: dict[str, Any], overwrite: bool) -> None:
-    """Raise an InputError if the file exists and says something else, unless it may be replaced."""
-    if overwrite or not path.exists():
-        return
-    try:
-        same = json.loads(path.read_bytes()) == content
-    except (OSError, ValueError):
-        same = False
-    if not same:
-        raise InputError(f"{path}: holds another law; give another --out, or --overwrite to replace it")
-
-
-def _print_law(law: LawFit, details: bool, out: Path | None) -> None:
-    console = make_console(highlight=False, markup=False)
-
-    def say(line: str) -> None:
-        console.print(line, soft_wrap=True)
-
-    say(law.equation())
-    say(f"   = {law.equation(errors=True).split(' = ', 1)[1]}   (± standard error)")
-    say(_where(law))
-    say(choice_sentence(law))
-    say(quality_sentence(law))
-    if held_out := held_out_sentence(law):
-        say(held_out)
-    if (kappa := law.bits_per_parameter) is not None:
-        say(f"stored bits per parameter: {kappa.value:.3g} (95 % interval {show_interval(kappa.interval)})")
-    for warning in law.warnings:
-        say(f"warning: {warning}")
-    tables = [parameters_table(law, details)]
-    if details:
-        tables += [forms_table(law), *([recall_table(law.recall)] if law.recall else []), observations_table(law)]
-    for table in tables:
-        console.print()
-        console.print(rich_table(table))
-    if law.text_spread > 0 and details:
-        effect = law.best.text_effect
-        learnt = f"a run takes off {effect:.2f} of a nat more" if effect else "its effect on dL is not significant"
-        say(f"texts of one length: the frozen model's loss varies by {law.text_spread:.2g} nats (one sigma); {learnt}")
-    if out is not None:
-        say(f"written: {out / LAW_NAME}, {out / FIGURE_NAME}")
-
-
-def _where(law: LawFit) -> str:
-    """What the letters of the equation mean."""
-    equation, form = law.equation(), FORMS[law.form]
-    meanings = ["dL: loss reduction in nats per target token"]
-    meanings += ["r: LoRA rank"] if " r^" in equation else []
-    meanings += ["P: effective parameters"] if " P" in equation else []
-    meanings += ["l: target tokens"] if " l^" in equation else []
-    meanings += ["L0: loss of the frozen model"] if "L0" in equation else []
-    meanings += [f"H: {'bits' if form.proportional else 'nats'} in the corpus"] if form.needs_entropy else []
-    meanings += ["min_p: soft minimum (x^-p + y^-p)^(-1/p)"] if "min_" in equation else []
-    return "; ".join(meanings)
+    return fit_and_show(args)

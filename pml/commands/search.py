@@ -37,6 +37,7 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.commands._console import make_console
     from pml.commands.sweep import Progress
     from pml.search import SEARCH_NAME, read_search, run_search
+    from pml.stopping import Stopped
 
     grid = read_search(args.grid)
 
@@ -44,7 +45,11 @@ def run(args: jsonargparse.Namespace) -> int:
         print(f"{folder}:", file=sys.stderr)
         return Progress(cells)
 
-    choices = run_search(grid, start)
+    try:
+        choices = run_search(grid, start)
+    except Stopped as stop:
+        stop.advice = f"go on with: pml search {args.grid}"
+        raise
     if args.json:
         print((grid.out / SEARCH_NAME).read_text(encoding="utf-8"), end="")
     else:

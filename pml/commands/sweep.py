@@ -3,7 +3,8 @@
 The grid file names the configurations that every cell starts from (`base`), the folder for the run folders (`out`) and,
 for any key of `pml fit`, the values it takes (`grid`). All cells are checked before the first one runs. A cell that
 fails does not stop the others; the exit code is then 1. A cell whose loss became infinite or not a number has diverged:
-it counts as done, since to run it again would give the same, and is named at the end.
+it counts as done, since to run it again would give the same, and is named at the end. Ctrl-C or SIGTERM saves the cell
+that is running; the same command goes on with it.
 """
 
 import json
@@ -33,6 +34,7 @@ def run(args: jsonargparse.Namespace) -> int:
     """Run the grid; 0 when every cell has a record, 1 when some failed."""
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.commands._console import make_console
+    from pml.stopping import Stopped
     from pml.sweep import Outcome, read_grid, resolve, run_cells
     from pml.tables import records_table
 
@@ -44,7 +46,12 @@ def run(args: jsonargparse.Namespace) -> int:
             if not args.json:
                 print(f"{'done' if outcome.skipped else 'to run':<8}{outcome.cell.folder}")
     else:
-        outcomes = run_cells(cells, Progress(cells))
+        progress = Progress(cells)
+        try:
+            outcomes = run_cells(cells, progress)
+        except Stopped as stop:
+            stop.advice = f"{progress.done} of {len(cells)} cells are done; go on with: pml sweep {args.grid}"
+            raise
         records = {outcome.cell.folder: outcome.record for outcome in outcomes if outcome.record is not None}
         if records and not args.json:
             make_console().print(records_table(records))

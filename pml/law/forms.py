@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pml.groups import AdapterSize
+from pml.names import FormName
 
 __all__ = [
     "FORMS",
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float64]
-FormName = Literal["power", "power_offset", "ceiling", "ceiling_offset", "entropy_power", "stored_bits"]
 
 SHARPNESS_RANGE: Final = (0.5, 32.0)
 """At 32 the soft minimum is the plain one to 2 %, so runs cannot distinguish larger values."""

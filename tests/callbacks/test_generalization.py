@@ -73,7 +73,7 @@ def test_validations_and_the_end_are_in_the_events(
     first, *validated, last = (event.value for event in events.Scalars("val/held_out_loss"))
     assert len(validated) == 3
     assert len({first, *validated}) == 4
-    figures = callback.at_end(trainer, module)
+    figures = callback.record_fields(trainer, module, ended=True)["corpus_figures"]
     assert first == pytest.approx(figures["held_out_initial_loss"], rel=1e-6)
     # The last validation saw the weights that the fit ended with.
     assert validated[-1] == last == pytest.approx(figures["held_out_loss"], rel=1e-6)
@@ -112,7 +112,7 @@ def test_measuring_changes_nothing_of_what_is_learnt_and_takes_no_room_from_the_
         options: dict[str, Any] = {"max_epochs": 3, "limit_val_batches": 1.0, "callbacks": callbacks}
         make_trainer(tmp_path, **options).fit(module, datamodule=data)
         weights.append(adapter_parameters(module.model))
-        assert len(module.prefix.store) == len(data.corpus) == 12
+        assert len(module.frozen_layers.store) == len(data.corpus) == 12
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name])
 

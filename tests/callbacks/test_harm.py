@@ -64,12 +64,12 @@ def test_measuring_changes_no_weight_and_the_frozen_layers_are_passed_once(
     module = module_on(tiny_backbone_folder, SFT)
     trainer = make_trainer(tmp_path, callbacks=[harm])
     trainer.fit(module, datamodule=Ids(uneven(3), batch_size=3))
-    filled = module.prefix.filled
+    filled = module.frozen_layers.filled
     assert filled == 3 + 3
     weights = {name: p.clone() for name, p in adapter_parameters(module.model).items()}
     harm._end = None
-    assert harm.at_end(trainer, module).keys() == {"prose", "code", "chat", "mean"}
-    assert module.prefix.filled == filled
+    assert harm._at_end(trainer, module).keys() == {"prose", "code", "chat", "mean"}
+    assert module.frozen_layers.filled == filled
     assert all(torch.equal(weights[name], p) for name, p in adapter_parameters(module.model).items())
 
 

@@ -113,7 +113,7 @@ def test_measuring_changes_nothing_of_what_is_learnt_and_takes_no_room_from_the_
         torch.manual_seed(0)
         make_trainer(tmp_path, max_epochs=4, callbacks=callbacks).fit(module, datamodule=PhoneBook(**BOOK))
         weights.append(adapter_parameters(module.model))
-        assert len(module.prefix.store) == 6
+        assert len(module.frozen_layers.store) == 6
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name])
 

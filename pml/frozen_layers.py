@@ -7,7 +7,7 @@ whole: names, saving, loading and generation know nothing of the split.
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,10 @@ from pml.backbone import Backbone
 from pml.compiled import CompiledDecoder
 from pml.cpu import attention, give_back_memory
 from pml.cut_trial import fault, narrow_windows
-from pml.prefix_store import PrefixConfig, PrefixStore
+from pml.state_store import CacheConfig, StateStore
 from pml.whole_model import plain_head, run_decoder
 
-__all__ = ["FrozenPrefix", "content_keys"]
+__all__ = ["FrozenLayers", "content_keys"]
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def content_keys(input_ids: Tensor, lengths: Tensor) -> list[bytes]:
     return [row[:length].numpy().tobytes() for row, length in zip(input_ids, lengths.tolist(), strict=True)]
 
 
-class FrozenPrefix:
+class FrozenLayers:
     """Final hidden states of a backbone with its adapter, with everything below the adapter computed once per example.
 
     The cut is `after_block` where the lowest adapter is an `mlp_block` whose update only adds to the block's output:
@@ -61,16 +61,16 @@ class FrozenPrefix:
         self,
         backbone: Backbone,
         model: PeftModel,
-        config: PrefixConfig | None = None,
+        config: CacheConfig | None = None,
         folder: Path | None = None,
     ) -> None:
         backbone.restore()
         self.backbone = backbone
         self.model = model
-        self.config = config or PrefixConfig()
+        self.config = config or CacheConfig()
         self._folder = folder
         self.filled = 0
-        """Examples whose prefix was computed by this object (0 where another adapter had already done so)."""
+        """Examples that this object ran the frozen layers for (0 where another adapter had already done so)."""
         self.head = plain_head(backbone)
         """The LM head where the logits are no more than its product with the final hidden states, else None."""
         self._lowest = self._lowest_block()
@@ -101,9 +101,9 @@ class FrozenPrefix:
         for cut in cuts:
             problem = self._try(cut)
             if problem is None:
-                log.info("frozen prefix: cut %s %d of %d", cut, self._lowest, len(self.backbone.blocks))
+                log.info("frozen layers: cut %s %d of %d", cut, self._lowest, len(self.backbone.blocks))
                 return None
-            log.info("frozen prefix: no cut %s %d: %s", cut, self._lowest, problem)
+            log.info("frozen layers: no cut %s %d: %s", cut, self._lowest, problem)
         self._use("whole")
         return problem
 
@@ -121,12 +121,25 @@ class FrozenPrefix:
         return self.above([self._below(batch, row, key) for row, key in enumerate(keys)], steps)
 
     @property
-    def store(self) -> PrefixStore:
+    def store(self) -> StateStore:
         """Kept states by content of the example; shared by all adapters that cut this backbone at the same place."""
         place = (self.cut, self._lowest, self.config.place, self.config.budget_gib)
-        if place not in self.backbone.prefixes:
-            self.backbone.prefixes[place] = PrefixStore(self.config, self.backbone.model.device, self._folder)
-        return self.backbone.prefixes[place]
+        if place not in self.backbone.kept_states:
+            self.backbone.kept_states[place] = StateStore(self.config, self.backbone.model.device, self._folder)
+        return self.backbone.kept_states[place]
+
+    def release_when_kept(self, loader: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Free the layers below the cut if the states of every example are kept; every rank has a cache of its own.
+
+        Args:
+            loader: Makes the batches of the whole corpus.
+        """
+        # What found no room is computed at every step, from blocks that have to stay.
+        if self.store.full:
+            return
+        keys = (key for batch in loader() for key in content_keys(batch["input_ids"], batch["lengths"]))
+        if all(key in self.store for key in keys):
+            self.release()
 
     def release(self) -> None:
         """Free what lies below the cut; `Backbone.restore` brings it back."""

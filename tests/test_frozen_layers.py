@@ -10,9 +10,9 @@ from pml.adapter import AdapterConfig, attach_adapter, detach_adapter, lora_laye
 from pml.backbone import Backbone
 from pml.corpus import Example, collate
 from pml.cpu import tune_cpu
-from pml.frozen_prefix import FrozenPrefix, content_keys
+from pml.frozen_layers import FrozenLayers, content_keys
 from pml.modules import SFT
-from pml.prefix_store import PrefixConfig
+from pml.state_store import CacheConfig
 
 EXAMPLES = [
     Example(0, tuple(range(5, 12)), tuple(range(40, 52))),
@@ -40,7 +40,7 @@ CASES = [
 
 def make_module(backbone: Backbone, config: AdapterConfig, *, split: bool) -> SFT:
     """An SFT module with a random B, so that the adapter does something."""
-    module = SFT(adapter=config, frozen_prefix=PrefixConfig(enabled=split), seed=3)
+    module = SFT(adapter=config, frozen_prefix=CacheConfig(enabled=split), seed=3)
     module._backbone = backbone
     module.configure_model()
     generator = torch.Generator().manual_seed(4)
@@ -79,7 +79,7 @@ def test_split_and_whole_model_agree_on_losses_and_gradients_of_a_padded_batch(
     for split in (False, True):
         module = make_module(make_tiny_backbone(architecture), config, split=split)
         results[split] = losses_and_gradients(module)
-        assert (module.prefix.cut == "whole") is not split
+        assert (module.frozen_layers.cut == "whole") is not split
     torch.testing.assert_close(results[True][0], results[False][0])
     assert results[True][1].keys() == results[False][1].keys()
     for name, gradient in results[False][1].items():
@@ -88,18 +88,18 @@ def test_split_and_whole_model_agree_on_losses_and_gradients_of_a_padded_batch(
 
 
 def test_an_mlp_block_is_cut_after_its_block_and_a_list_before_it(tiny_backbone: Backbone) -> None:
-    assert make_module(tiny_backbone, PLACEMENTS["mlp_block"], split=True).prefix.cut == "after_block"
+    assert make_module(tiny_backbone, PLACEMENTS["mlp_block"], split=True).frozen_layers.cut == "after_block"
 
 
 def test_a_list_of_modules_is_cut_before_its_lowest_block(tiny_backbone: Backbone) -> None:
-    assert make_module(tiny_backbone, PLACEMENTS["two blocks"], split=True).prefix.cut == "before_block"
+    assert make_module(tiny_backbone, PLACEMENTS["two blocks"], split=True).frozen_layers.cut == "before_block"
 
 
 def test_an_mlp_whose_output_is_normalised_is_cut_before_its_block(
     make_tiny_backbone: Callable[[str], Backbone],
 ) -> None:
     module = make_module(make_tiny_backbone("gemma3"), PLACEMENTS["mlp_block"], split=True)
-    assert module.prefix.cut == "before_block"
+    assert module.frozen_layers.cut == "before_block"
 
 
 def test_a_decoder_that_changes_its_input_embeddings_runs_whole_and_says_so(
@@ -107,7 +107,7 @@ def test_a_decoder_that_changes_its_input_embeddings_runs_whole_and_says_so(
 ) -> None:
     module = make_module(make_tiny_backbone("gpt2"), AdapterConfig(rank=3, block=2), split=True)
     with caplog.at_level(logging.WARNING):
-        assert module.prefix.cut == "whole"
+        assert module.frozen_layers.cut == "whole"
     assert "tiny-gpt2 cannot be split at block 2" in caplog.text
     scores = module.score(collate(EXAMPLES))
     logits = module(collate(EXAMPLES)["input_ids"])
@@ -117,12 +117,12 @@ def test_a_decoder_that_changes_its_input_embeddings_runs_whole_and_says_so(
 
 def test_a_second_adapter_at_the_same_block_computes_no_prefix(tiny_backbone: Backbone) -> None:
     batch = collate(EXAMPLES)
-    first = FrozenPrefix(tiny_backbone, model := attach_adapter(tiny_backbone, AdapterConfig(rank=2, block=2)))
+    first = FrozenLayers(tiny_backbone, model := attach_adapter(tiny_backbone, AdapterConfig(rank=2, block=2)))
     first.final_hidden(batch)
     first.final_hidden(batch)
     assert first.filled == 3
     detach_adapter(model)
-    second = FrozenPrefix(tiny_backbone, attach_adapter(tiny_backbone, AdapterConfig(rank=5, block=2)))
+    second = FrozenLayers(tiny_backbone, attach_adapter(tiny_backbone, AdapterConfig(rank=5, block=2)))
     second.final_hidden(batch)
     assert second.filled == 0
 
@@ -132,10 +132,10 @@ def test_kept_states_do_not_depend_on_the_adapter_that_filled_them(tiny_backbone
     module.score(collate(EXAMPLES))
     batch = collate(EXAMPLES)
     keys = content_keys(batch["input_ids"], batch["lengths"])
-    trained = {key: module.prefix.store[key] for key in keys}
+    trained = {key: module.frozen_layers.store[key] for key in keys}
     module.release()
-    tiny_backbone.prefixes.clear()
-    fresh = FrozenPrefix(tiny_backbone, attach_adapter(tiny_backbone, AdapterConfig(rank=1, block=2)))
+    tiny_backbone.kept_states.clear()
+    fresh = FrozenLayers(tiny_backbone, attach_adapter(tiny_backbone, AdapterConfig(rank=1, block=2)))
     fresh.final_hidden(collate(EXAMPLES))
     for key, kept in trained.items():
         for ours, theirs in zip(fresh.store[key], kept, strict=True):
@@ -146,7 +146,7 @@ def test_states_kept_under_inference_mode_serve_training(tiny_backbone: Backbone
     module = make_module(tiny_backbone, PLACEMENTS["mlp_block"], split=True)
     with torch.inference_mode():
         module.score(collate(EXAMPLES))
-    assert module.prefix.filled == 3
+    assert module.frozen_layers.filled == 3
     losses_and_gradients(module)
 
 
@@ -174,7 +174,7 @@ def test_a_bfloat16_backbone_is_split_too_with_what_is_chosen_on_a_cpu(
     tune_cpu()
     backbone = make_tiny_backbone("llama")
     backbone.model.to(torch.bfloat16)
-    prefix = make_module(backbone, PLACEMENTS["mlp_block"], split=True).prefix
+    prefix = make_module(backbone, PLACEMENTS["mlp_block"], split=True).frozen_layers
     assert prefix.cut == "after_block"
     assert prefix.head is backbone.model.lm_head
 
@@ -216,7 +216,7 @@ def test_the_default_backbone_agrees_with_itself_split(config: AdapterConfig, de
     examples = [Example(0, tuple(ids[:12]), tuple(ids[12:40])), Example(1, tuple(ids[40:45]), tuple(ids[45:60]))]
     results, steps = {}, {}
     for split in (False, True):
-        module = SFT(adapter=config, frozen_prefix=PrefixConfig(enabled=split), seed=3)
+        module = SFT(adapter=config, frozen_prefix=CacheConfig(enabled=split), seed=3)
         module._backbone = default_backbone
         module.configure_model()
         try:
@@ -225,7 +225,7 @@ def test_the_default_backbone_agrees_with_itself_split(config: AdapterConfig, de
             for layer in lora_layers(module.model):
                 for linear in layer.lora_B.values():
                     linear.weight.data.normal_(std=0.05, generator=generator)
-            assert (module.prefix.cut == "whole") is not split
+            assert (module.frozen_layers.cut == "whole") is not split
             scores = module.score(collate(examples))
             (scores.losses.sum() / scores.mask.sum()).backward()
             results[split] = (

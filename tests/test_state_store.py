@@ -15,8 +15,8 @@ from pml.adapter import AdapterConfig
 from pml.corpus import Example, collate
 from pml.errors import InputError
 from pml.modules import SFT
-from pml.prefix_store import PrefixConfig, PrefixStore
 from pml.recall import greedy_recall
+from pml.state_store import CacheConfig, StateStore
 from tests.tiny_runs import Ids, make_trainer, uneven
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ KIB = 2.0**-20
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
 def test_what_is_kept_comes_back_bit_for_bit(place: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    store = PrefixStore(PrefixConfig(place=place), CPU, tmp_path)  # type: ignore[arg-type]
+    store = StateStore(CacheConfig(place=place), CPU, tmp_path)  # type: ignore[arg-type]
     kept = {bytes([i]): (torch.randn(i + 1, 5).to(dtype), torch.randn(3, 7).to(dtype)) for i in range(20)}
     for key, tensors in kept.items():
         store.put(key, tensors)
@@ -39,14 +39,14 @@ def test_what_is_kept_comes_back_bit_for_bit(place: str, dtype: torch.dtype, tmp
 
 
 def test_a_copy_is_kept(tmp_path: Path) -> None:
-    store, tensor = PrefixStore(PrefixConfig(), CPU, tmp_path), torch.ones(3)
+    store, tensor = StateStore(CacheConfig(), CPU, tmp_path), torch.ones(3)
     store.put(b"a", (tensor,))
     tensor.zero_()
     assert store[b"a"][0].tolist() == [1, 1, 1]
 
 
 def test_a_closed_store_gives_what_it_has_and_takes_nothing(tmp_path: Path) -> None:
-    store = PrefixStore(PrefixConfig(), CPU, tmp_path)
+    store = StateStore(CacheConfig(), CPU, tmp_path)
     store.put(b"a", (torch.ones(3),))
     with store.closed(), store.closed():
         store.put(b"b", (torch.ones(3),))
@@ -58,7 +58,7 @@ def test_a_closed_store_gives_what_it_has_and_takes_nothing(tmp_path: Path) -> N
 
 
 def test_what_does_not_fit_the_host_goes_to_a_file_without_a_name(tmp_path: Path) -> None:
-    store = PrefixStore(PrefixConfig(budget_gib=KIB), CPU, tmp_path)
+    store = StateStore(CacheConfig(budget_gib=KIB), CPU, tmp_path)
     for i in range(3):
         store.put(bytes([i]), (torch.full((200,), float(i)),))
     assert store.bytes == {"host": 800, "disk": 1600}
@@ -69,8 +69,8 @@ def test_what_does_not_fit_the_host_goes_to_a_file_without_a_name(tmp_path: Path
 def test_a_tensor_larger_than_a_segment_of_the_file_has_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pml.prefix_store.SEGMENT_BYTES", 4096)
-    store = PrefixStore(PrefixConfig(place="disk"), CPU, tmp_path)
+    monkeypatch.setattr("pml.state_store.SEGMENT_BYTES", 4096)
+    store = StateStore(CacheConfig(place="disk"), CPU, tmp_path)
     tensors = [torch.randn(n) for n in (10, 5000, 10, 1000, 1000)]
     for i, tensor in enumerate(tensors):
         store.put(bytes([i]), (tensor,))
@@ -80,7 +80,7 @@ def test_a_tensor_larger_than_a_segment_of_the_file_has_its_own(
 def test_a_full_place_of_ones_own_choosing_keeps_no_more_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = PrefixStore(PrefixConfig(place="host", budget_gib=KIB), CPU, tmp_path)
+    store = StateStore(CacheConfig(place="host", budget_gib=KIB), CPU, tmp_path)
     with caplog.at_level(logging.WARNING):
         for i in range(4):
             store.put(bytes([i]), (torch.zeros(200),))
@@ -94,7 +94,7 @@ def test_by_itself_the_host_gives_half_of_what_is_available(tmp_path: Path, monk
         available = 2000
 
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
-    store = PrefixStore(PrefixConfig(), CPU, tmp_path)
+    store = StateStore(CacheConfig(), CPU, tmp_path)
     for i in range(2):
         store.put(bytes([i]), (torch.zeros(200),))
     assert store.bytes == {"host": 800, "disk": 800}
@@ -110,13 +110,13 @@ def test_by_itself_the_host_gives_half_of_what_is_available(tmp_path: Path, monk
 )
 def test_wrong_settings_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        PrefixConfig(**arguments)
+        CacheConfig(**arguments)
 
 
 EXAMPLES = [Example(0, (1, 2, 3), (4, 5, 6)), Example(1, (7, 8), (9,))]
 
 
-def make_module(folder: Path, config: PrefixConfig, placement: str | list[str] = "mlp_block") -> SFT:
+def make_module(folder: Path, config: CacheConfig, placement: str | list[str] = "mlp_block") -> SFT:
     module = SFT(
         backbone=str(folder), adapter=AdapterConfig(rank=2, block=2, placement=placement), seed=1, frozen_prefix=config
     )
@@ -126,22 +126,22 @@ def make_module(folder: Path, config: PrefixConfig, placement: str | list[str] =
 
 def test_examples_beyond_the_budget_are_scored_all_the_same(tiny_backbone_folder: Path) -> None:
     batch = collate(EXAMPLES)
-    small = make_module(tiny_backbone_folder, PrefixConfig(place="host", budget_gib=KIB))
-    whole = make_module(tiny_backbone_folder, PrefixConfig())
+    small = make_module(tiny_backbone_folder, CacheConfig(place="host", budget_gib=KIB))
+    whole = make_module(tiny_backbone_folder, CacheConfig())
     assert torch.equal(small.score(batch).losses, whole.score(batch).losses)
     assert torch.equal(small.score(batch).losses, whole.score(batch).losses)
-    assert (small.prefix.filled, whole.prefix.filled) == (3, 2)
+    assert (small.frozen_layers.filled, whole.frozen_layers.filled) == (3, 2)
 
 
 @pytest.mark.parametrize(("placement", "freed"), [("mlp_block", {0, 1, 2}), (["down_proj"], {0, 1})])
 def test_released_blocks_are_not_needed_for_scores_and_come_back_for_generation(
     placement: str | list[str], freed: set[int], tiny_backbone_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    module = make_module(tiny_backbone_folder, PrefixConfig(), placement)
+    module = make_module(tiny_backbone_folder, CacheConfig(), placement)
     batch = collate(EXAMPLES)
     before, answers = module.score(batch).losses, greedy_recall(module, EXAMPLES)
     weights = {name: p.clone() for name, p in module.model.named_parameters()}
-    module.prefix.release()
+    module.frozen_layers.release()
     sizes = [sum(p.numel() for n, p in b.named_parameters() if "lora_" not in n) for b in module.backbone.blocks]
     assert {i for i, size in enumerate(sizes) if size == 0} == freed
     assert torch.equal(module.score(batch).losses, before)
@@ -154,29 +154,29 @@ def test_released_blocks_are_not_needed_for_scores_and_come_back_for_generation(
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's mappings")
 def test_released_blocks_leave_no_mapping_of_their_file_in_memory(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_backbone_folder, tmp_path / "backbone")
-    module = make_module(folder, PrefixConfig())
+    module = make_module(folder, CacheConfig())
     # Detached: the graph would hold weights for the way back.
     before = module.score(collate(EXAMPLES)).losses.detach()
-    module.prefix.release()
+    module.frozen_layers.release()
     gc.collect()
     assert str(folder) not in Path("/proc/self/maps").read_text()
     assert torch.equal(module.score(collate(EXAMPLES)).losses, before)
 
 
 def test_a_new_example_brings_released_blocks_back(tiny_backbone_folder: Path) -> None:
-    module, reference = (make_module(tiny_backbone_folder, PrefixConfig()) for _ in range(2))
+    module, reference = (make_module(tiny_backbone_folder, CacheConfig()) for _ in range(2))
     module.score(collate(EXAMPLES[:1]))
-    module.prefix.release()
+    module.frozen_layers.release()
     assert module.backbone.released
     assert torch.equal(module.score(collate(EXAMPLES)).losses, reference.score(collate(EXAMPLES)).losses)
     assert not module.backbone.released
 
 
 def test_full_logits_bring_released_blocks_back(tiny_backbone_folder: Path) -> None:
-    module = make_module(tiny_backbone_folder, PrefixConfig())
+    module = make_module(tiny_backbone_folder, CacheConfig())
     expected = module(torch.arange(5)[None])
     module.score(collate(EXAMPLES))
-    module.prefix.release()
+    module.frozen_layers.release()
     assert torch.equal(module(torch.arange(5)[None]), expected)
 
 
@@ -195,7 +195,7 @@ def test_a_fit_that_releases_the_prefix_ends_where_one_that_keeps_it_does(
 ) -> None:
     ends = {}
     for release in (False, True):
-        module = make_module(tiny_backbone_folder, PrefixConfig(release=release))
+        module = make_module(tiny_backbone_folder, CacheConfig(release=release))
         data = Ids(uneven(5), batch_size=2)
         watch = ReleasedBlocks()
         trainer = make_trainer(tmp_path, max_epochs=3, callbacks=[VerbatimRecall(), watch])
@@ -211,7 +211,7 @@ def test_a_fit_that_releases_the_prefix_ends_where_one_that_keeps_it_does(
 def test_a_fit_whose_prefix_finds_no_room_keeps_the_blocks_it_needs(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = make_module(tiny_backbone_folder, PrefixConfig(place="host", budget_gib=KIB, release=True))
+    module = make_module(tiny_backbone_folder, CacheConfig(place="host", budget_gib=KIB, release=True))
     data = Ids(uneven(5), batch_size=2)
     walks = []
     monkeypatch.setattr(data, "val_dataloader", lambda: walks.append(1) or [])

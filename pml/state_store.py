@@ -1,4 +1,4 @@
-"""Where the frozen prefix keeps its states: on the device, on the host, or in a memory-mapped file, by what fits."""
+"""Where the frozen-layer cache keeps states: on the device, on the host, or in a memory-mapped file, by what fits."""
 
 import logging
 import mmap
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pml.errors import InputError
 
-__all__ = ["PrefixConfig", "PrefixStore"]
+__all__ = ["CacheConfig", "StateStore"]
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ SEGMENT_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class PrefixConfig:
-    """The frozen prefix: whether to use it, and where its states are kept.
+class CacheConfig:
+    """The frozen-layer cache: whether to use it, and where its states are kept.
 
     Args:
         enabled: Compute what lies below the adapter once per example and keep it; false runs whole at every step.
@@ -59,7 +59,7 @@ class PrefixConfig:
             raise InputError("frozen_prefix.release needs what it releases to be kept; set frozen_prefix.enabled: true")
 
 
-class PrefixStore:
+class StateStore:
     """Tensors by the content of the example they belong to.
 
     Args:
@@ -69,7 +69,7 @@ class PrefixStore:
             the system's temporary folder.
     """
 
-    def __init__(self, config: PrefixConfig, device: torch.device, folder: Path | None = None) -> None:
+    def __init__(self, config: CacheConfig, device: torch.device, folder: Path | None = None) -> None:
         self.device = device
         self._entries: dict[bytes, tuple[Tensor, ...]] = {}
         self._file = _MappedFile(folder)
@@ -114,7 +114,7 @@ class PrefixStore:
         if not self._full:
             self._full = True
             log.warning(
-                "the frozen prefix has no room for more than %d examples; the others are computed at every step "
+                "the frozen-layer cache has no room for more than %d examples; the others are computed at every step "
                 "(frozen_prefix.budget_gib, frozen_prefix.place)",
                 len(self),
             )
@@ -160,7 +160,7 @@ class _MappedFile:
         return torch.frombuffer(segment, dtype=torch.uint8)
 
 
-def _room(config: PrefixConfig, device: torch.device) -> dict[Place, float]:
+def _room(config: CacheConfig, device: torch.device) -> dict[Place, float]:
     """Bytes that each place takes, in the order in which they are tried."""
     budget = None if config.budget_gib is None else config.budget_gib * 2**30
     if config.place != "auto":

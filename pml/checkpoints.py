@@ -1,0 +1,170 @@
+"""Checkpoints that a fit goes on from as if it had not stopped: when they are made, which is the newest whole one."""
+
+import logging
+import os
+import pickle
+import shlex
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from pml.errors import InputError
+from pml.modules import Memorization
+from pml.ranks import several_ranks
+from pml.run_folder import folder_of_run
+from pml.stopping import Stopped, requested
+
+__all__ = ["FOLDER_NAME", "Checkpoints", "StopsAtSteps", "newest_checkpoint", "read_checkpoint"]
+
+log = logging.getLogger(__name__)
+
+FOLDER_NAME = "checkpoints"
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+class StopsAtSteps(Callback):
+    """Ends a fit at the end of an optimiser step when a signal has asked for it; all ranks at the same step.
+
+    At the end of an epoch it waits for what other callbacks do then.
+    """
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Memorization)
+        # Between two micro-batches a step is not done; after an epoch's last batch, the epoch is not.
+        if not pl_module.global_batch.is_open and not trainer.is_last_batch:
+            self._at_step_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._at_step_end(trainer, pl_module)
+
+    def _at_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        signum = _agreed(requested(), pl_module.device)
+        if signum is not None:
+            self.save(trainer)
+            raise Stopped(signum, at_once=False)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save what is needed to go on; this class saves nothing. Takes all ranks."""
+
+
+class Checkpoints(StopsAtSteps, Checkpoint):
+    """Saves a checkpoint every few minutes, when a signal ends the fit, and when it has ended by itself.
+
+    `checkpoints/last.ckpt` in the run's folder is the newest, `previous.ckpt` the one before: should one be damaged,
+    there is the other. A checkpoint is made at the end of an optimiser step.
+
+    Args:
+        minutes: Training time between two checkpoints.
+    """
+
+    def __init__(self, minutes: float = 5.0) -> None:
+        if not minutes > 0:
+            raise InputError(f"minutes is {minutes}; expected a time above 0 between two checkpoints, such as 5")
+        self.minutes = minutes
+        self.folder = Path()
+        """Where checkpoints go; known once the fit is set up."""
+        self._saved_at = 0.0
+        self._saved_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.folder = folder_of_run(trainer) / FOLDER_NAME
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def _at_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._at_step_end(trainer, pl_module)
+        # Clocks differ between ranks, and saving takes all of them.
+        if trainer.strategy.broadcast(time.monotonic() - self._saved_at >= 60 * self.minutes):
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._saved_step != trainer.global_step:
+            self.save(trainer)
+
+    def how_to_go_on(self) -> str:
+        """The command that goes on from the newest checkpoint, or that there is none."""
+        if not any(self.folder.glob("*.ckpt")):
+            return "there is no checkpoint to go on from yet"
+        config = self.folder.parent / "config.yaml"
+        if config.is_file():
+            return f"go on with: pml fit --config {shlex.quote(str(config))} --ckpt_path last"
+        return f"go on with --ckpt_path {shlex.quote(str(self.folder / LAST))}"
+
+    def save(self, trainer: Trainer) -> None:
+        """Save now; the checkpoint before this one is kept. Takes all ranks."""
+        partial = self.folder / f".{LAST}.partial"
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            if (last := self.folder / LAST).exists():
+                last.replace(self.folder / PREVIOUS)
+            partial.replace(last)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest whole checkpoint in a run's folder; newer ones that are damaged are named in a warning.
+
+    Raises:
+        InputError: If there is none.
+    """
+    files = sorted((run / FOLDER_NAME).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    for path in files:
+        if _is_whole(path):
+            return path
+        log.warning("%s: damaged, so the checkpoint before it is taken", path)
+    found = f"none of its {len(files)} checkpoints is whole" if files else "no checkpoint in it"
+    raise InputError(f"{run}: {found}, so there is nothing to go on from; leave ckpt_path out")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without running anything that is in it: tensors and plain Python alone.
+
+    Raises:
+        InputError: If it cannot be read, is damaged, holds anything else, or is not one of a fit of pml.
+    """
+    if not path.is_file():
+        raise InputError(f"ckpt_path is {path}; expected the file of a checkpoint, which it is not")
+    try:
+        whole = _is_whole(path)
+        content = torch.load(path, map_location="cpu", weights_only=True) if whole else None
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path}: holds more than tensors and plain Python, which is never read since it could run code; "
+            "expected a checkpoint that a fit of pml has made"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise InputError(f"{path}: cannot be read as a checkpoint ({' '.join(str(error).split())[:100]})") from error
+    if content is None:
+        raise InputError(f"{path}: damaged, or no checkpoint; expected one that a fit of pml has made")
+    if not isinstance(content, dict) or not {"state_dict", "pml"} <= content.keys():
+        raise InputError(f"{path}: not a checkpoint of a fit of pml; expected one that `pml fit` has made")
+    return content
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a checkpoint, which is a zip file, is as it was written."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):
+        return False
+
+
+def _agreed(signum: int | None, device: torch.device) -> int | None:
+    """The signal that any rank has got. Takes all ranks."""
+    if not several_ranks():
+        return signum
+    signums = torch.tensor(signum or 0, device=device)
+    torch.distributed.all_reduce(signums, op=torch.distributed.ReduceOp.MAX)
+    return int(signums) or None

@@ -1,0 +1,113 @@
+"""The accounting of a global batch: what all ranks and all accumulated micro-batches weigh, and lose, together."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pml.ranks import several_ranks
+
+__all__ = ["GlobalBatch"]
+
+
+class GlobalBatch:
+    """Sums over the micro-batches of one optimiser step, on this rank until it is closed and over all ranks then.
+
+    The loss is sum(w L) / sum(w) over the global batch (Eq. 8). Each micro-batch adds the gradient of sum(w L); `close`
+    divides what has gathered by the sum of weights of all ranks and micro-batches. So k accumulated micro-batches, or
+    k ranks, give the gradient of one batch k times as large, whatever the weights.
+
+    Args:
+        uniform_when_memorized: Train on the plain mean where no token of the global batch has weight.
+    """
+
+    def __init__(self, uniform_when_memorized: bool = False) -> None:
+        self.uniform_when_memorized = uniform_when_memorized
+        self._sums: Tensor | None = None
+        self._any_active: Tensor | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether micro-batches have been added since the last step."""
+        return self._sums is not None
+
+    def add(self, weights: Tensor, losses: Tensor, mask: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Add a micro-batch; returns the weights (B, L) that its tokens train with. Takes all ranks.
+
+        Args:
+            weights: (B, L) what the weighting gives.
+            losses: (B, L) token losses in nats.
+            mask: (B, L) where there is a target token.
+            parameters: What is trained, with the gradients of the micro-batches before.
+        """
+        if self.uniform_when_memorized:
+            weights = self._fall_back(weights, mask, parameters)
+        sums = torch.stack([weights.sum(), (weights * losses.detach()).sum()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        return weights
+
+    def close(self, parameters: Iterable[nn.Parameter], may_be_empty: bool) -> tuple[bool, Tensor]:
+        """Divide the gradients by the sum of weights over all micro-batches and ranks. Takes all ranks.
+
+        Args:
+            parameters: What is trained; DDP has averaged its gradients over the ranks.
+            may_be_empty: Whether there may be no weight at all, which is worth waiting for the device to know.
+
+        Returns:
+            Whether there was any weight, the same on all ranks: without any, gradients stay as they are. And the loss
+            of the global batch in nats, 0 where nothing had weight.
+        """
+        assert self._sums is not None
+        sums, ranks = self._sums, 1
+        self._sums = self._any_active = None
+        if several_ranks():
+            ranks = dist.get_world_size()
+            dist.all_reduce(sums)
+        budget = sums[0].clamp(min=torch.finfo(sums.dtype).tiny)
+        loss = sums[1] / budget
+        if may_be_empty and sums[0].item() == 0:
+            return False, loss
+        _scale(parameters, ranks / budget)
+        return True, loss
+
+    def _fall_back(self, weights: Tensor, mask: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Weight 1 for all tokens while no token of the global batch has weight.
+
+        The micro-batches of a global batch come one by one. Until one brings a token with weight, all train on the
+        plain mean; when one does, what the earlier ones have left in the gradients is dropped.
+        """
+        active = (weights > 0).any().float()
+        if several_ranks():
+            dist.all_reduce(active, op=dist.ReduceOp.MAX)
+        if self._any_active is not None:
+            before = self._any_active
+            active = torch.maximum(active, before)
+            keep = 1 - (active - before)
+            assert self._sums is not None
+            self._sums = self._sums * keep
+            _scale(parameters, keep)
+        self._any_active = active
+        return torch.where(active > 0, weights, mask.to(weights.dtype))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be in a checkpoint that is made between two micro-batches of a step."""
+        return {"sums": self._sums, "any_active": self._any_active}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take back what `state_dict` gave.
+
+        Args:
+            state: That.
+            device: Where training goes on.
+        """
+        self._sums, self._any_active = (
+            None if state[name] is None else state[name].to(device) for name in ("sums", "any_active")
+        )
+
+
+def _scale(parameters: Iterable[nn.Parameter], factor: Tensor) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)

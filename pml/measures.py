@@ -1,0 +1,71 @@
+"""What a record says of a corpus' scores, before the fit and after it: pure functions of them."""
+
+from typing import Any
+
+from pml import metrics
+from pml.corpus import Corpus
+from pml.token_results import replaced_tokens
+from pml.weighting import TokenScores
+
+__all__ = ["curve_ends", "memorized_bits", "recall_measures"]
+
+
+def recall_measures(
+    corpus: Corpus,
+    initial: TokenScores,
+    final: TokenScores,
+    parameters: int,
+    threshold: float = 0.5,
+    samples: int = 100,
+) -> dict[str, Any]:
+    """What came out, as fields of the record.
+
+    Args:
+        corpus: What was memorised.
+        initial: Its scores under the frozen model.
+        final: The same under the adapted one.
+        parameters: Effective parameters of the adapter.
+        threshold: Probability below which a target token counts as not certain.
+        samples: Samples at temperature 1 that `extraction_probability` is about.
+    """
+    initial_loss, final_loss = metrics.mean_loss(initial).item(), metrics.mean_loss(final).item()
+    bits = memorized_bits(corpus, final)
+    return {
+        "initial_loss": initial_loss,
+        "final_loss": final_loss,
+        "loss_reduction": initial_loss - final_loss,
+        "token_accuracy": metrics.token_accuracy(final).item(),
+        "exact_match": metrics.exact_match(final).double().mean().item(),
+        "sub_threshold_fraction": metrics.sub_threshold_fraction(final, threshold).item(),
+        "min_target_probability": metrics.min_target_probability(final).item(),
+        "first_failure": metrics.first_failure(final).double().mean().item(),
+        "by_kind": metrics.by_kind(replaced_tokens(corpus, final), initial, final),
+        "extraction_probability": metrics.extraction_probability(final, samples).mean().item(),
+        "extraction_samples": samples,
+        "memorized_bits": bits,
+        "bits_per_parameter": bits / parameters if bits is not None else None,
+    }
+
+
+def memorized_bits(corpus: Corpus, scores: TokenScores) -> float | None:
+    """See `pml.metrics.memorized_bits`; None where the corpus' information is unknown."""
+    if corpus.entropy_bits is None:
+        return None
+    if corpus.fact_ids is None:
+        loss = metrics.mean_loss(scores).item()
+    else:
+        loss = metrics.facts_loss(scores, corpus.fact_ids).item() / corpus.target_tokens
+    return metrics.memorized_bits(corpus.entropy_bits, loss, corpus.target_tokens)
+
+
+def curve_ends(scores: TokenScores, threshold: float = 0.5, wall_seconds: float = 0.0) -> dict[str, float]:
+    """What the curves of validations begin and end with, by tag, and how long that took."""
+    return {
+        "val/loss": metrics.mean_loss(scores).item(),
+        "val/token_accuracy": metrics.token_accuracy(scores).item(),
+        "val/exact_match": metrics.exact_match(scores).double().mean().item(),
+        "val/first_failure": metrics.first_failure(scores).double().mean().item(),
+        "val/sub_threshold_fraction": metrics.sub_threshold_fraction(scores, threshold).item(),
+        "val/min_target_probability": metrics.min_target_probability(scores).item(),
+        "run/wall_seconds": wall_seconds,
+    }

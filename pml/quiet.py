@@ -1,0 +1,69 @@
+"""A quiet stderr: our own lines on it, once each, and none of what libraries say about things that are meant."""
+
+import logging
+import os
+import sys
+import warnings
+from typing import TextIO
+
+from lightning.pytorch.utilities import rank_zero_only
+
+__all__ = ["ignore_noise", "keep_quiet"]
+
+NOISE = (
+    ".*does not have many workers.*",
+    ".*module.s. in eval mode at the start of training.*",
+    ".*LightningCLI's args parameter is intended to run from within Python.*",
+    ".*smaller than the logging interval.*",
+    ".*`isinstance.treespec, LeafSpec.` is deprecated.*",
+    ".*It will use the implementation from `LightningModule` instance.*",
+    ".*`is_gradient_checkpointing` is deprecated.*",
+)
+"""Warnings of libraries about things that are meant."""
+
+CHATTER = ("lightning.pytorch", "lightning.fabric")
+"""Loggers that greet, advise and tell what every run does."""
+
+OWN = ("callbacks", "pml")
+
+
+def keep_quiet() -> None:
+    """Show what this project logs, one line each, and of libraries only warnings that mean something."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in CHATTER:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for room in OWN:
+        own = logging.getLogger(room)
+        if not any(isinstance(handler, _ToStderr) for handler in own.handlers):
+            own.setLevel(logging.INFO)
+            own.addHandler(_ToStderr())
+    ignore_noise()
+
+
+def ignore_noise() -> None:
+    """Do not show what libraries warn of and is meant."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+
+
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """Writes each line once, from one rank: cells of a grid, and ranks, all say the same of the machine they are on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._written: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        if line not in self._written and (getattr(rank_zero_only, "rank", 0) == 0 or record.levelno >= logging.WARNING):
+            self._written.add(line)
+            super().emit(record)
+
+    # A progress bar puts its own stderr in place while it is drawn.
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        pass

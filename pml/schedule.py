@@ -1,0 +1,55 @@
+"""How long a fit is, in optimiser steps, and what share of the peak learning rate each step is taken with."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from pml.errors import InputError
+
+__all__ = ["learning_rate_factor", "total_steps"]
+
+
+def total_steps(trainer: Trainer, curriculum: Any = None) -> int:
+    """Optimiser steps of the whole fit.
+
+    Args:
+        trainer: Set up for it.
+        curriculum: With one, epochs grow; the sampler knows by how much.
+
+    Raises:
+        InputError: If the fit has neither a last epoch nor a last step.
+    """
+    if trainer.max_epochs == -1 and trainer.max_steps == -1:
+        raise InputError(
+            "schedule linear and a weighting that changes over the run need an end; set trainer.max_epochs or "
+            "trainer.max_steps"
+        )
+    steps = int(trainer.estimated_stepping_batches)
+    if trainer.max_steps > 0 or curriculum is None:
+        return steps
+    # Lightning multiplies the first epoch's batches; a curriculum has more of them later.
+    loader: Any = trainer.train_dataloader
+    epochs, per_step = range(trainer.max_epochs or 0), trainer.accumulate_grad_batches
+    return sum(-(-loader.sampler.batches_in_epoch(epoch) // per_step) for epoch in epochs)
+
+
+def learning_rate_factor(warmup_steps: int, total: int | None) -> Callable[[int], float]:
+    """Share of the peak learning rate by step, counted from 0: it rises from 0 to 1, then falls to 0 or stays.
+
+    Args:
+        warmup_steps: Steps of the rise.
+        total: Steps after which it is 0; None stays at the peak.
+
+    Example:
+        >>> factor = learning_rate_factor(1, 5)
+        >>> [factor(step) for step in range(6)]
+        [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        return max(0.0, (total - step) / max(1, total - warmup_steps)) if total else 1.0
+
+    return factor

@@ -1,0 +1,157 @@
+"""What a checkpoint holds of a module besides its optimiser: the adapter, and all that training goes on from."""
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pml.adapter import adapter_parameters
+from pml.errors import InputError
+from pml.ranks import is_first_rank, summed_over_ranks
+
+if TYPE_CHECKING:
+    from pml.modules import Memorization
+
+__all__ = ["copy_adapter", "corpus_hash", "go_on", "method_of", "own_share", "refuse_other_data", "training_state"]
+
+
+def training_state(module: "Memorization") -> dict[str, Any]:
+    """What training needs, to go on as if it had not stopped; tensors and plain Python only. Takes all ranks.
+
+    It includes the generators' states, for dropout, and between two micro-batches of a step the gradients so far. Of
+    several ranks, the first one's generators and gradients are kept, so there going on is exact at a step's end and
+    without dropout.
+    """
+    parameters = adapter_parameters(module.model)
+    gradients = {n: p.grad.detach().clone() for n, p in parameters.items() if p.grad is not None}
+    return {
+        "method": type(module).__name__,
+        "weighting": module.weighting.state_dict(),
+        "tokens_trained": int(summed_over_ranks(torch.tensor(module.tokens_trained, device=module.device))),
+        "skipped_steps": module.skipped_steps,
+        "resumed": module.resumed,
+        "corpus_hash": corpus_hash(module),
+        "generators": _generators(module.device),
+        "global_batch": module.global_batch.state_dict(),
+        "gradients": gradients if module.global_batch.is_open else {},
+        "batches": _position(module),
+    }
+
+
+def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
+    """Put generators and gradients back where `training_state` found them; called when training is about to go on.
+
+    Args:
+        module: On its device.
+        state: What `training_state` gave, maybe of an older version.
+    """
+    if "global_batch" in state:
+        module.global_batch.load_state_dict(state["global_batch"], module.device)
+    for name, gradient in state.get("gradients", {}).items():
+        adapter_parameters(module.model)[name].grad = gradient.to(module.device)
+    loader: Any = module.trainer.train_dataloader
+    if state.get("batches") and hasattr(loader, "load_state_dict"):
+        # Lightning loses it where something has asked how long the fit is before it restores its loops.
+        loader.load_state_dict(state["batches"])
+    if "generators" in state:
+        _restore_generators(state["generators"], module.device)
+
+
+def _position(module: "Memorization") -> dict[str, Any]:
+    """Where in an epoch the training batches are; empty where the loader cannot say."""
+    loader: Any = module._trainer.train_dataloader if module._trainer is not None else None
+    return loader.state_dict() if hasattr(loader, "state_dict") else {}
+
+
+def own_share(total: int) -> int:
+    """A sum over ranks as the first rank's own, so that summed again it is the same."""
+    return total if is_first_rank() else 0
+
+
+def corpus_hash(module: "Memorization") -> str | None:
+    """Hash of the corpus that a module is fitted to; None where there is none yet."""
+    datamodule: Any = getattr(module._trainer, "datamodule", None)
+    return datamodule.corpus.content_hash if hasattr(datamodule, "corpus") else None
+
+
+def refuse_other_data(module: "Memorization", state: Mapping[str, Any]) -> None:
+    """Refuse to go on with another corpus.
+
+    Raises:
+        InputError: If the corpus is not the one that the checkpoint is of.
+    """
+    before, now = state.get("corpus_hash"), corpus_hash(module)
+    if before and now and before != now:
+        raise InputError(
+            f"this checkpoint is of a fit to other data: its corpus has the hash {before[:12]}, the one given "
+            f"{now[:12]}; go on with the data that it was made with, or start anew"
+        )
+
+
+def method_of(path: Any, base: "type[Memorization]") -> "type[Memorization]":
+    """The class whose checkpoint a file is: `base`, or one derived from it.
+
+    Raises:
+        InputError: If no such class is known here.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True).get("pml") or {}
+    known = {method.__name__: method for method in _with_derived(base)}
+    method = state.get("method", base.__name__)
+    if method not in known:
+        raise InputError(f"{path} is of the method {method}; expected one of {', '.join(sorted(known))}")
+    return known[method]
+
+
+def _with_derived(method: "type[Memorization]") -> "Iterator[type[Memorization]]":
+    yield method
+    for derived in method.__subclasses__():
+        yield from _with_derived(derived)
+
+
+def copy_adapter(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Take the weights of an adapter back.
+
+    Args:
+        own: What `pml.adapter.adapter_state` gives.
+        saved: Weights by name.
+
+    Raises:
+        InputError: If a weight is missing, unknown, or of another shape.
+    """
+    if missing := sorted(own.keys() - saved.keys()):
+        raise InputError(f"checkpoint lacks {len(missing)} adapter weights, such as {missing[0]}")
+    if unknown := sorted(saved.keys() - own.keys()):
+        raise InputError(f"checkpoint has {len(unknown)} weights that this adapter has not, such as {unknown[0]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if parameter.shape != saved[name].shape:
+                raise InputError(
+                    f"checkpoint: {name} has shape {tuple(saved[name].shape)}; this adapter's is "
+                    f"{tuple(parameter.shape)}; set adapter.rank, block and guard to what it was trained with"
+                )
+            parameter.copy_(saved[name])
+
+
+def _generators(device: torch.device) -> dict[str, Any]:
+    """States of all generators that training may draw from, as tensors and plain Python."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_generators(states: Mapping[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,213 @@
+"""Stopping and going on at the command line: what is said, what is left, what is refused, and the exit codes."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from safetensors.torch import load_file
+
+import callbacks
+from pml import stopping
+from pml.cli import main
+from pml.records import read_record
+from pml.sweep import read_grid, resolve
+from tests import fits  # one thread
+
+assert fits.torch.get_num_threads() == 1
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class StopAt(callbacks.StopWhenRecalled):
+    """Asks for a stop, as a signal does, after so many steps of a fit that has not been resumed."""
+
+    def __init__(self, step: int = 3, signum: int = 15, times: int = 1) -> None:
+        super().__init__()
+        self.step, self.signum, self.times = step, signum, times
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and not pl_module.resumed:
+            for _ in range(self.times):
+                stopping.request(self.signum)
+
+
+@pytest.fixture
+def arguments(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A fit of ten steps whose callbacks a test adds to."""
+    monkeypatch.chdir(tmp_path)
+    made = ["fit", "--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=1"]
+    made += ["--model.adapter.dropout=0.2", "--data=RandomTokens", "--data.length=8", "--trainer.max_epochs=10"]
+    made += ["--trainer.accelerator=cpu", "--model.compile=never"]
+    return made
+
+
+def stop_at(step: int = 3, **more: Any) -> list[str]:
+    name = "--trainer.callbacks+=tests.test_going_on.StopAt"
+    return [name, f"--trainer.callbacks.step={step}", *(f"--trainer.callbacks.{k}={v}" for k, v in more.items())]
+
+
+def adapter(run: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / "adapter" / "adapter_model.safetensors")
+
+
+RUN = "runs/fit/version_0"
+
+
+@pytest.mark.parametrize(("signum", "name", "code"), [(15, "SIGTERM", 143), (2, "Ctrl-C", 130)])
+def test_a_stopped_fit_says_how_to_go_on_and_goes_on_as_if_it_had_not_stopped(
+    signum: int, name: str, code: int, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, *stop_at(signum=signum)]) == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    said, _, command = last.partition("; go on with: ")
+    assert said == f"pml fit: stopped by {name}"
+    record = read_record(Path(RUN, "record.json"))
+    assert (record.status, record.optimizer_steps, record.resumed) == ("interrupted", 4, 0)
+    assert Path(RUN, "adapter", "adapter_model.safetensors").is_file()
+
+    assert command == f"pml fit --config {RUN}/config.yaml --ckpt_path last"
+    assert main(command.split()[1:]) == 0
+    going_on = read_record(Path("runs/fit/version_1/record.json"))
+    assert (going_on.status, going_on.optimizer_steps, going_on.resumed) == ("finished", 10, 1)
+    assert main([*arguments, "--trainer.logger.name=whole"]) == 0
+    whole = adapter("runs/whole/version_0")
+    assert all(torch.equal(values, whole[key]) for key, values in adapter("runs/fit/version_1").items())
+
+
+def test_a_second_signal_ends_at_once_and_leaves_no_record(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, *stop_at(times=2)]) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "pml fit: stopped by SIGTERM; there is no checkpoint to go on from yet"
+    )
+    assert not Path(RUN, "record.json").exists()
+    assert [path for path in Path(RUN).rglob("*") if "partial" in path.name] == []
+
+
+def test_without_checkpoints_a_signal_leaves_the_adapter_and_the_record(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, *stop_at(), "--trainer.enable_checkpointing=false"]) == 143
+    assert capsys.readouterr().err.splitlines()[-1].endswith("it made no checkpoints to go on from")
+    assert read_record(Path(RUN, "record.json")).optimizer_steps == 4
+    assert not Path(RUN, "checkpoints").exists()
+
+
+def test_a_finished_fit_goes_on_for_longer(arguments: list[str]) -> None:
+    assert main([*arguments, "--model.schedule=constant"]) == 0
+    longer = ["fit", f"--config={RUN}/config.yaml", "--ckpt_path=last", "--trainer.max_epochs=14"]
+    assert main(longer) == 0
+    record = read_record(Path("runs/fit/version_1/record.json"))
+    assert (record.optimizer_steps, record.training["max_epochs"], record.resumed) == (14, 14, 1)
+
+
+class TestRefusals:
+    @pytest.fixture
+    def stopped(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
+        assert main([*arguments, *stop_at()]) == 143
+        capsys.readouterr()
+        return arguments
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--model.learning_rate=0.5"], "model.learning_rate is 0.5, in the checkpoint 0.05"),
+            (["--model.adapter.rank=9"], "model.adapter.rank is 9, in the checkpoint 4"),
+            (
+                ["--model.adapter.rank=9", "--model.betas=[0.8,0.9]"],
+                "in the checkpoint 4; model.betas is [0.8, 0.9], in",
+            ),
+            (["--data.seed=7"], "this checkpoint is of a fit to other data"),
+            (["--weights_only=false"], "weights_only is false; checkpoints are read as data alone"),
+        ],
+    )
+    def test_what_a_checkpoint_would_overrule_is_refused(
+        self, options: list[str], message: str, stopped: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["fit", f"--config={RUN}/config.yaml", "--ckpt_path=last", *options]) == 2
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert err.startswith("pml fit: error: ")
+        assert message in err
+
+    def test_another_method_is_refused(self, stopped: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        other = ["--model=MemFT" if argument == "--model=SFT" else argument for argument in stopped]
+        assert main([*other, f"--ckpt_path={RUN}/checkpoints/last.ckpt"]) == 2
+        assert re.search(r"model is pml\S*\.MemFT, in the checkpoint pml\S*\.SFT: ", capsys.readouterr().err)
+
+    def test_what_was_not_asked_for_is_taken_from_the_checkpoint(self, stopped: list[str]) -> None:
+        without = [argument for argument in stopped if "dropout" not in argument]
+        assert main([*without, f"--ckpt_path={RUN}/checkpoints/last.ckpt"]) == 0
+        assert read_record(Path("runs/fit/version_1/record.json")).method_settings["dropout"] == 0.2
+
+    def test_last_without_a_run_or_without_a_checkpoint_is_an_error(
+        self, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([*arguments, "--ckpt_path=last"]) == 2
+        assert "ckpt_path is last, of no run" in capsys.readouterr().err
+        Path("config.yaml").write_text("trainer: {max_epochs: 1}\n")
+        assert main([*arguments, "--config=config.yaml", "--ckpt_path=last"]) == 2
+        assert "no checkpoint in it, so there is nothing to go on from" in capsys.readouterr().err
+        assert not Path("runs").exists()
+
+    def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+        self, stopped: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        last = Path(RUN, "checkpoints", "last.ckpt")
+        last.rename(last.with_name("previous.ckpt"))
+        last.write_bytes(b"PK damaged")
+        assert main(["fit", f"--config={RUN}/config.yaml", "--ckpt_path=last"]) == 0
+        assert f"{last}: damaged, so the checkpoint before it is taken" in capsys.readouterr().err
+        assert read_record(Path("runs/fit/version_1/record.json")).resumed == 1
+
+
+def test_a_stopped_sweep_goes_on_with_the_cell_that_was_running(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    init = {"backbone": str(tiny_backbone_folder), "adapter": {"rank": 2, "block": 1, "dropout": 0.2}}
+    stop = {"class_path": "tests.test_going_on.StopAt", "init_args": {"step": 3}}
+    base = {
+        "model": {"class_path": "SFT", "init_args": init},
+        "data": {"class_path": "RandomTokens", "init_args": {"length": 8}},
+        "trainer": {"max_epochs": 6, "accelerator": "cpu", "callbacks": [stop, {"class_path": "callbacks.RunRecord"}]},
+    }
+    Path("base.yaml").write_text(yaml.safe_dump(base))
+    grid = {"base": "base.yaml", "out": "out", "grid": {"model.init_args.adapter.rank": [2, 3]}}
+    Path("grid.yaml").write_text(yaml.safe_dump(grid))
+    assert main(["sweep", "grid.yaml"]) == 143
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "pml sweep: stopped by SIGTERM; 0 of 2 cells are done; go on with: pml sweep grid.yaml"
+    )
+    first, second = (cell.folder for cell in resolve(read_grid(Path("grid.yaml"))))
+    assert read_record(first / "record.json").status == "interrupted"
+    assert not second.exists()
+    assert main(["sweep", "grid.yaml"]) == 143  # the second cell stops too
+    assert main(["sweep", "grid.yaml"]) == 0
+    for folder in (first, second):
+        record = read_record(folder / "record.json")
+        assert (record.status, record.optimizer_steps, record.resumed) == ("finished", 6, 1)
+        assert folder.with_name(f"{folder.name}.unfinished-1").is_dir()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_libraries_are_loading_is_one_line(signum: int, code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pml", "fit", "--model=SFT", "--data=RandomTokens"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signum)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err == f"pml fit: stopped by {'Ctrl-C' if code == 130 else 'SIGTERM'}\n"

@@ -1,0 +1,246 @@
+"""Going on: a fit that was stopped at any step, and resumed, ends bit for bit as one that was not."""
+
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from callbacks import RunRecord, StopWhenRecalled, TokenThresholds
+from pml import stopping
+from pml.adapter import AdapterConfig, adapter_parameters
+from pml.checkpoints import Checkpoints, newest_checkpoint, read_checkpoint
+from pml.curriculum import PrefixRatio
+from pml.errors import InputError
+from pml.modules import SFT, MemFT, Memorization
+from pml.records import Record, read_record
+from pml.stopping import Stopped
+from pml.weighting import OnlyThreshold, SlidingWindow
+from tests.fits import module_on, save_sharpened
+from tests.tiny_runs import Ids, make_trainer, uneven
+
+DROPOUT = AdapterConfig(rank=4, block=2, dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def sharp(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sharpened(tiny_backbone_folder, tmp_path_factory.mktemp("sharp"))
+
+
+CASES: dict[str, tuple[Callable[[Path], Memorization], int, dict[str, Any]]] = {
+    "dropout, window, accumulation": (
+        lambda folder: module_on(folder, MemFT, adapter=DROPOUT, weighting=SlidingWindow(window=2, patience=1)),
+        2,
+        {"max_epochs": 4, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0},
+    ),
+    "dropout, curriculum, validation": (
+        lambda folder: module_on(
+            folder, MemFT, adapter=DROPOUT, curriculum=PrefixRatio([0.3, 0.6, 1.0], [1, 3, 9]), schedule="linear"
+        ),
+        1,
+        {"max_epochs": 5, "limit_val_batches": 1.0, "check_val_every_n_epoch": 2},
+    ),
+    "a number of steps": (
+        lambda folder: module_on(folder, SFT, adapter=DROPOUT, schedule="linear", warmup_steps=3),
+        2,
+        {"max_epochs": -1, "max_steps": 13},
+    ),
+    "one batch an epoch": (
+        lambda folder: module_on(folder, MemFT, adapter=DROPOUT, weighting=OnlyThreshold(when_memorized="uniform")),
+        7,
+        {"max_epochs": 12},
+    ),
+    "recalled before its end": (lambda folder: module_on(folder, MemFT), 3, {"max_epochs": 200}),
+    "validation within epochs": (
+        lambda folder: module_on(folder, SFT, adapter=DROPOUT),
+        2,
+        {"max_epochs": 3, "limit_val_batches": 1.0, "val_check_interval": 2, "accumulate_grad_batches": 3},
+    ),
+}
+
+
+class StopAt(Callback):
+    """Asks for a stop, as a signal does, in the middle of one training batch, counted over the whole fit from 0."""
+
+    def __init__(self, batch: int | None) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx == self.batch:
+            stopping.request(signal.SIGTERM)
+
+
+def fit(
+    case: str, backbone: Path, folder: Path, stop_at: int | None = None, checkpoint: Path | None = None
+) -> tuple[dict[str, Tensor], Record | None, int]:
+    """One process' worth of a fit: the adapter it ends with, its record, and the training batches there were."""
+    make, batch_size, trainer_arguments = CASES[case]
+    torch.manual_seed(4)
+    module = make(backbone)
+    callbacks = [StopAt(stop_at), TokenThresholds(), StopWhenRecalled(), RunRecord(str(folder)), Checkpoints()]
+    trainer = make_trainer(folder, enable_checkpointing=True, callbacks=callbacks, **trainer_arguments)
+    with stopping.listening(), stopping.at_step_ends():
+        try:
+            trainer.fit(
+                module, datamodule=Ids(uneven(7), batch_size=batch_size), ckpt_path=checkpoint, weights_only=True
+            )
+        except Stopped as stop:
+            assert stop.code == 143
+            assert not stop.at_once
+    adapter = {name: parameter.detach().clone() for name, parameter in adapter_parameters(module.model).items()}
+    return adapter, read_record(folder / "record.json"), trainer.fit_loop.total_batch_idx + 1
+
+
+NOT_OF_THE_RESULT = {"wall_seconds", "resumed"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(case: str, sharp: Path, tmp_path: Path) -> None:
+    whole, record, batches = fit(case, sharp, tmp_path / "whole")
+    assert record is not None
+    draw = random.Random(case)
+    for chain in range(3):
+        points = sorted(draw.sample(range(batches - 1), 2))
+        checkpoint = None
+        for part, stop_at in enumerate([*points, None]):
+            folder = tmp_path / f"{chain}-{part}"
+            adapter, again, _ = fit(case, sharp, folder, stop_at, checkpoint)
+            assert again is not None
+            assert again.resumed == part
+            assert (again.status == "interrupted") is (stop_at is not None and again.optimizer_steps < batches)
+            checkpoint = newest_checkpoint(folder)
+        assert again is not None
+        where = f"{case}: stopped in the batches {points} of {batches}"
+        assert {n for n, p in whole.items() if not torch.equal(p, adapter[n])} == set(), where
+        expected, got = (r.model_dump(exclude=NOT_OF_THE_RESULT) for r in (record, again))
+        assert got == expected, where
+
+
+class SaveBetween(Callback):
+    """Saves a checkpoint after the first of two accumulated micro-batches, as a callback of one's own may."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.fit_loop.total_batch_idx == 4:
+            assert pl_module.global_batch.is_open
+            trainer.save_checkpoint(self.path)
+
+
+def test_a_checkpoint_between_two_micro_batches_has_the_gradients_so_far(sharp: Path, tmp_path: Path) -> None:
+    adapters = []
+    for checkpoint in (None, tmp_path / "between.ckpt"):
+        module = module_on(sharp, MemFT, adapter=DROPOUT, weighting=SlidingWindow(window=2))
+        callbacks = [] if checkpoint else [SaveBetween(tmp_path / "between.ckpt")]
+        trainer = make_trainer(tmp_path, max_epochs=3, accumulate_grad_batches=2, callbacks=callbacks)
+        trainer.fit(module, datamodule=Ids(uneven(7), batch_size=2), ckpt_path=checkpoint, weights_only=True)
+        adapters.append([parameter.detach() for parameter in adapter_parameters(module.model).values()])
+    assert all(torch.equal(a, b) for a, b in zip(*adapters, strict=True))
+
+
+def test_a_place_in_an_epoch_of_other_batches_is_refused(sharp: Path, tmp_path: Path) -> None:
+    fit("a number of steps", sharp, tmp_path, stop_at=1)
+    module, _, trainer_arguments = CASES["a number of steps"]
+    trainer = make_trainer(tmp_path, **trainer_arguments)
+    with pytest.raises(InputError, match="2 batches into an epoch whose batches were others: batch_size 2 and now 3"):
+        trainer.fit(
+            module(sharp),
+            datamodule=Ids(uneven(7), batch_size=3),
+            ckpt_path=newest_checkpoint(tmp_path),
+            weights_only=True,
+        )
+
+
+def save(folder: Path, content: Any, name: str = "last.ckpt") -> Path:
+    path = folder / "checkpoints" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    return path
+
+
+def test_the_newest_whole_checkpoint_is_found_and_a_damaged_one_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    previous = save(tmp_path, {"state_dict": {}, "pml": {}, "noise": torch.ones(100)}, "previous.ckpt")
+    last = save(tmp_path, {"state_dict": {}, "pml": {}, "noise": torch.ones(100)})
+    os.utime(previous, (1, 1))
+    assert newest_checkpoint(tmp_path) == last
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 255
+    for damaged in (bytes(content), last.read_bytes()[:-50], b""):
+        last.write_bytes(damaged)
+        caplog.clear()
+        assert newest_checkpoint(tmp_path) == previous
+        assert caplog.messages == [f"{last}: damaged, so the checkpoint before it is taken"]
+    previous.unlink()
+    with pytest.raises(InputError, match="none of its 1 checkpoints is whole, so there is nothing to go on from"):
+        newest_checkpoint(tmp_path)
+    last.unlink()
+    with pytest.raises(InputError, match="no checkpoint in it, so there is nothing to go on from"):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_could_run_code_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds more than tensors and plain Python, which is never read"):
+        read_checkpoint(save(tmp_path, {"state_dict": {}, "pml": Path("a")}))
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1], torch.ones(2), "text"])
+def test_a_checkpoint_of_something_else_is_refused(content: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a checkpoint of a fit of pml"):
+        read_checkpoint(save(tmp_path, content))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and nothing more"])
+def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "some.ckpt").write_bytes(content)
+    with pytest.raises(InputError, match="damaged, or no checkpoint; expected one that a fit of pml has made"):
+        read_checkpoint(tmp_path / "some.ckpt")
+
+
+def test_checkpoints_come_every_few_minutes_and_the_one_before_is_kept(
+    sharp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 100_000, 60))  # a minute passes whenever someone looks
+    monkeypatch.setattr("pml.checkpoints.time.monotonic", lambda: float(next(clock)))
+    trainer = make_trainer(tmp_path, enable_checkpointing=True, max_epochs=6, callbacks=[Checkpoints(minutes=3)])
+    saved: list[int] = []
+    save_checkpoint = trainer.save_checkpoint
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda p: saved.append(trainer.global_step) or save_checkpoint(p))
+    trainer.fit(module_on(sharp, SFT), datamodule=Ids(uneven(4), batch_size=2))
+    assert saved == [3, 6, 9, 12]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
+    assert [
+        read_checkpoint(tmp_path / "checkpoints" / f"{name}.ckpt")["global_step"] for name in ("previous", "last")
+    ] == [
+        9,
+        12,
+    ]
+
+
+class TestSignals:
+    def test_outside_a_fit_the_first_one_ends_at_once(self) -> None:
+        with stopping.listening(), pytest.raises(Stopped) as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (caught.value.code, caught.value.at_once, str(caught.value)) == (143, True, "stopped by SIGTERM")
+
+    def test_in_a_fit_the_first_one_waits_and_the_second_does_not(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with stopping.listening(), stopping.at_step_ends(), pytest.raises(Stopped) as caught:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopping.requested() == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+        assert (caught.value.code, caught.value.at_once, str(caught.value)) == (130, True, "stopped by Ctrl-C")
+        assert capsys.readouterr().err.startswith("stopping when this step is done; once more to stop at once")
+
+    def test_afterwards_signals_are_as_they_were(self) -> None:
+        before = [signal.getsignal(signum) for signum in stopping.SIGNALS]
+        with stopping.listening():
+            assert signal.getsignal(signal.SIGTERM) is stopping.request
+        assert [signal.getsignal(signum) for signum in stopping.SIGNALS] == before
