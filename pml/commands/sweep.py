@@ -262,12 +262,12 @@ def _duration(seconds: float) -> str:
 def _plain(outcome: "Outcome") -> dict[str, str | None]:
     if outcome.error is not None:
         status = "failed"
+    elif outcome.record is None:
+        status = "to run"
     elif outcome.diverged:
         status = "diverged"
-    elif outcome.skipped:
-        status = "recorded"
     else:
-        status = "finished" if outcome.record is not None else "to run"
+        status = "recorded" if outcome.skipped else "finished"
     return {
         "name": outcome.cell.name,
         "folder": str(outcome.cell.folder),
