@@ -36,7 +36,7 @@ from pml.schedule import check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
 from pml.state_store import CacheConfig
 from pml.training_state import copy_adapter, go_on, method_of, own_share, refuse_other_data, training_state
-from pml.weighting import OnlyThreshold, TokenScores, Uniform, Weighting
+from pml.weighting import TokenScores, Uniform, Weighting, WholeTargets
 
 __all__ = ["SFT", "MemFT", "Memorization"]
 
@@ -384,7 +384,7 @@ class MemFT(Memorization):
     """MemFT: the budget goes to target tokens that are not memorised yet (Eq. 8-10).
 
     Args:
-        weighting: How the budget is shared among tokens; None is `OnlyThreshold` at p = 0.5.
+        weighting: How the budget is shared among tokens; None is `WholeTargets`; the paper's is `OnlyThreshold`.
         curriculum: How it is shared among examples, epoch by epoch; None trains on all of them from the start.
         **kwargs: See `Memorization`.
     """
@@ -398,7 +398,7 @@ class MemFT(Memorization):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.weighting = from_plain(weighting, Weighting) or OnlyThreshold()
+        self.weighting = from_plain(weighting, Weighting) or WholeTargets()
         self.curriculum = from_plain(curriculum, PrefixRatio)
         self._keep_plain_hyperparameters()
 

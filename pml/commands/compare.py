@@ -63,11 +63,11 @@ def run(args: jsonargparse.Namespace) -> int:
 
 
 def _print(console: Console, comparison: "Comparison") -> None:
-    from pml.compare import differences_table, means_table
+    from pml.compare import differences_tables, means_table
     from pml.tables import PAPER_WIDTH, rich_table
 
     width = min(console.width, PAPER_WIDTH)
-    for table in (means_table(comparison), differences_table(comparison)):
+    for table in (means_table(comparison), *differences_tables(comparison)):
         if table.rows:
             console.print(rich_table(table), width=width)
             console.print()

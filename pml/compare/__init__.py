@@ -10,7 +10,7 @@ tables        what the command and the page show
 from pml.compare.comparison import Comparison, compare
 from pml.compare.difference import Difference, paired_difference
 from pml.compare.outcomes import OUTCOMES, Outcome
-from pml.compare.tables import differences_table, means_table
+from pml.compare.tables import differences_tables, means_table
 
 __all__ = [
     "OUTCOMES",
@@ -18,7 +18,7 @@ __all__ = [
     "Difference",
     "Outcome",
     "compare",
-    "differences_table",
+    "differences_tables",
     "means_table",
     "paired_difference",
 ]

@@ -5,7 +5,7 @@ from pml.compare.outcomes import OUTCOMES
 from pml.groups import short_method_names
 from pml.tables import TextTable
 
-__all__ = ["differences_table", "means_table"]
+__all__ = ["differences_tables", "means_table"]
 
 
 def means_table(comparison: Comparison) -> TextTable:
@@ -27,38 +27,48 @@ def means_table(comparison: Comparison) -> TextTable:
     )
 
 
-def differences_table(comparison: Comparison) -> TextTable:
-    """Each method minus the baseline, with intervals."""
-    methods = [means.method for means in comparison.methods]
-    short = short_method_names(methods)
-    several = len(methods) > 2
-    rows = [
-        (
-            *((short[found.method],) if several else ()),
-            found.outcome.header,
-            found.outcome.show(found.baseline_mean),
-            found.outcome.show(found.method_mean),
-            found.outcome.show(found.mean, "+"),
-            found.interval_shown,
-            f"{found.pairs:,}",
-            f"{found.samples:,}",
-            found.verdict,
-        )
-        for found in comparison.differences
-    ]
+def differences_tables(comparison: Comparison) -> list[TextTable]:
+    """Each method minus the baseline, with intervals: a table a method, the last one with how to read them."""
+    short = short_method_names(means.method for means in comparison.methods)
+    baseline = short.get(comparison.baseline, comparison.baseline)
     samples = "texts" if comparison.by_text else "seeds"
-    own = "method" if several else short[methods[-1]]
-    columns = ("outcome", short.get(comparison.baseline, comparison.baseline), own, "difference")
-    level = f"{100 * comparison.confidence:g} % interval"
-    columns = (*(("method",) if several else ()), *columns, level, "pairs", samples, "verdict")
+    methods = list(dict.fromkeys(found.method for found in comparison.differences))
     one_text = "" if comparison.by_text else " All are on one text: of other texts the intervals say nothing."
-    return TextTable(
-        f"Differences from {comparison.baseline}",
-        columns,
-        rows,
-        words=(0, 1, len(columns) - 1) if several else (0, len(columns) - 1),
-        note="Pairs: runs of one rank, text and seed whose optimiser steps and target tokens differ by at most "
+    note = (
+        "Pairs: runs of one rank, text and seed whose optimiser steps and target tokens differ by at most "
         f"{100 * comparison.tolerance:g} %; steps are compared whatever the budget, where both got there. Pairs of one "
         f"{samples[:-1]} are averaged first. Intervals: Student's t over {samples}, not adjusted for their number."
-        f"{one_text}",
+        f"{one_text}"
     )
+    return [
+        TextTable(
+            f"{method} against {comparison.baseline}",
+            (
+                "outcome",
+                baseline,
+                "method",
+                "difference",
+                f"{100 * comparison.confidence:g} % interval",
+                "pairs",
+                samples,
+                "verdict",
+            ),
+            [
+                (
+                    found.outcome.header,
+                    found.outcome.show(found.baseline_mean),
+                    found.outcome.show(found.method_mean),
+                    found.outcome.show(found.mean, "+"),
+                    found.interval_shown,
+                    f"{found.pairs:,}",
+                    f"{found.samples:,}",
+                    found.verdict,
+                )
+                for found in comparison.differences
+                if found.method == method
+            ],
+            words=(0, 7),
+            note=note if method == methods[-1] else "",
+        )
+        for method in methods
+    ]

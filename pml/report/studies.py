@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pml.compare import compare, differences_table, means_table
+from pml.compare import compare, differences_tables, means_table
 from pml.errors import InputError
 from pml.figures import recall_figure
 from pml.figures.recall import Measure
@@ -166,7 +166,7 @@ def _comparisons(records: Mapping[Path, Record]) -> tuple[list[TextTable], list[
         runs = {run for left in found.left_out for run in left.runs}
         reasons = "; ".join(list(dict.fromkeys(left.reason for left in found.left_out))[:3])
         notes.append(f"Not compared, or in steps alone: {count(len(runs), 'run')} ({reasons}).")
-    return [means_table(found), differences_table(found)], notes
+    return [means_table(found), *differences_tables(found)], notes
 
 
 def _recall_panels(anchor: str, methods: Mapping[str, list[Record]]) -> list[Panel]:
