@@ -39,13 +39,12 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int | None, help="LoRA rank to begin with; planned unless given")
     parser.add_argument(
         "--placement",
-        type=str | list[str],
-        default=["down_proj"],
-        help="linear layers of a block, or mlp_block, which plain PEFT cannot load",
+        type=str | list[str] | None,
+        help="linear layers of a block, all unless given; or mlp_block, which plain PEFT cannot load",
     )
     parser.add_argument("--block", type=int | float | list[int], default=2 / 3, help="block, blocks or depth")
     parser.add_argument("--guard", type=bool, default=True, help="keep the adapter away from ordinary text")
-    parser.add_argument("--learning_rate", type=float, default=0.015, help="peak learning rate of AdamW")
+    parser.add_argument("--learning_rate", type=float, default=0.005, help="peak learning rate of AdamW")
     parser.add_argument("--margin", type=float, default=0.6, help="probability that every target token has to exceed")
     parser.add_argument("--query_column", type=str, default="query", help="where a row has what is asked")
     parser.add_argument("--target_column", type=str, default="target", help="where it has what has to come back")
