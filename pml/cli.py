@@ -1,13 +1,16 @@
 """The `pml` command: LightningCLI's own subcommands, and the commands around a run."""
 
 import ast
+import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pml.errors import InputError
+from pml.errors import InputError, reason
+from pml.escape import one_line
+from pml.own_classes import OPTION, allowed
 from pml.stopping import Stopped, listening
 
 __all__ = ["COMMANDS", "main"]
@@ -40,14 +43,20 @@ BROKEN_PIPE = 128 + 13
 """What shells say of a program that SIGPIPE ended."""
 
 
+PATH_ERRORS = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+
+LONGEST_PATH = 200
+"""Characters of a path that a message shows."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pml`; returns the exit code: 0 done, 1 something in a sweep failed, 2 wrong input, 130 or 143 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
     try:
-        with listening():
-            code = _dispatch(command, arguments)
+        with listening(), allowed(OPTION in arguments):
+            code = _dispatch(command, [argument for argument in arguments if argument != OPTION])
             sys.stdout.flush()
             return code
     except Stopped as stop:
@@ -60,11 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _is_wrong_input(error):
             raise
-        print(f"{where}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{where}: error: {one_line(' '.join(_message(error).split()))}", file=sys.stderr)
         return 2
 
 
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{str(error.filename)[:LONGEST_PATH]}: {error.strerror}; expected a file or folder that can be used so"
+    return str(error) if isinstance(error, InputError) else reason(error)
+
+
 def _is_wrong_input(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        # Of a path that somebody gave, rather than of a device or a process.
+        return error.filename is not None and error.errno in PATH_ERRORS
     # jsonargparse is looked for, rather than imported: what has not been imported has raised nothing.
     parser = sys.modules.get("jsonargparse")
     return isinstance(error, InputError) or (parser is not None and isinstance(error, parser.ArgumentError))
@@ -107,11 +125,17 @@ def _with_run(arguments: Sequence[str]) -> Sequence[str]:
     command, *rest = arguments
     if command == "fit" or not rest or rest[0].startswith("-"):
         return arguments
+    from pml.own_classes import refuse_own_classes
     from pml.run_folder import CONFIG_NAME, run_folder
+    from pml.yaml_file import read_yaml
 
     config = run_folder(Path(rest[0])) / CONFIG_NAME
     if not config.is_file():
-        raise InputError(f"{config}: no such file; expected the folder of a run that `pml fit` or `pml sweep` made")
+        raise InputError(
+            f"{str(config)[:LONGEST_PATH]}: no such file; expected the folder of a run that `pml fit` or `pml sweep` "
+            "made"
+        )
+    refuse_own_classes(read_yaml(config), config)
     return [command, f"--config={config}", "--ckpt_path=null", "--trainer.logger=false", *rest[1:]]
 
 

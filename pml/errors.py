@@ -19,6 +19,10 @@ class InputError(ValueError):
     """
 
 
+KEY = re.compile(r'Parser key "([^"]*)":\s*(?:Problem with given class_path \'[^\']*\':\s*)?(.*)', re.DOTALL)
+"""A key that jsonargparse names, maybe within another's message, and what it says of it."""
+
+
 def reason(error: BaseException) -> str:
     """What is wrong, on one line: the InputError behind an exception, else its message without what was tried."""
     cause: BaseException | None = error
@@ -26,8 +30,16 @@ def reason(error: BaseException) -> str:
         if isinstance(cause, InputError):
             return " ".join(str(cause).split())
         cause = cause.__cause__ or cause.__context__
-    found = re.match(r'(Parser key "[^"]*":)?(.*)', str(error), re.DOTALL)
-    where, message = (found[1] or "", found[2]) if found else ("", str(error))
-    lines = [line.strip().lstrip("- ") for line in message.splitlines()]
-    said = "; ".join(dict.fromkeys(line for line in lines if not ATTEMPTS.match(line)))
-    return " ".join(f"{where} {said or message}".replace(":;", ":").split())
+    lines = [line.strip().lstrip("- ") for line in str(error).splitlines()]
+    said = "; ".join(dict.fromkeys(line for line in lines if not ATTEMPTS.match(line))) or str(error)
+    said, keys = said.replace(":;", ":"), []
+    while found := KEY.match(said):
+        keys.append(found[1])
+        said = found[2]
+    said = re.sub(r"Expected an? <class '(\w+)'>(?:\. Got value: ([^;]*))?", _expected, said)
+    return " ".join(f"{'.'.join(keys)}{': ' if keys else ''}{said}".split())
+
+
+def _expected(found: re.Match[str]) -> str:
+    got = f", got {found[2]}" if found[2] else ""
+    return f"expected {'an' if found[1][0] in 'aeiou' else 'a'} {found[1]}{got}"

@@ -2,7 +2,6 @@
 
 import importlib
 import logging
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +15,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from pml.checkpoints import FOLDER_NAME, Checkpoints, StopsAtSteps, newest_checkpoint, read_checkpoint
 from pml.errors import InputError, reason
+from pml.fit_config import check_configuration
 from pml.modules import Memorization
+from pml.own_classes import make_importable
 from pml.progress import FitProgress, SayWhyItEnded, is_interactive
 from pml.quiet import keep_quiet
 from pml.recall import gather_scores
@@ -24,10 +25,16 @@ from pml.run_folder import CONFIG_NAME, folder_of_loggers, recorded_folder, use_
 from pml.same_model import refuse_other_model
 from pml.stopping import Stopped, at_step_ends
 from pml.token_results import PREDICTIONS_NAME, write_predictions
+from pml.yaml_file import read_yaml
 
 log = logging.getLogger(__name__)
 
 __all__ = ["MemorizationCLI", "make_run", "parse_run", "prepare"]
+
+CONFIG_OPTIONS = ("--config", "-c")
+
+SUFFIXES = (".yaml", ".yml", ".json")
+"""Of files that stand for a part of the configuration."""
 
 ROOMS = ("data_modules", "callbacks")
 """Imported by name, so that short class names work on the command line; nothing in `pml` refers to what is in them."""
@@ -66,9 +73,13 @@ class MemorizationCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         self._fit_alone = not run
+        asked = str(args[0]) if args else ""
+        # A parser takes a while to make, so only that of the subcommand that is asked for is made.
+        self._commands = {n: skip for n, skip in LightningCLI.subcommands().items() if asked in (n, "")}
+        _check_files(args or ())
         # A key that is nearly right is a mistake, not an abbreviation.
         strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
-        subcommands = {name: dict(strict) for name in LightningCLI.subcommands()}
+        subcommands = {name: dict(strict) for name in self._commands}
         super().__init__(
             Memorization,
             LightningDataModule,
@@ -84,6 +95,10 @@ class MemorizationCLI(LightningCLI):
             run=run,
         )
 
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The subcommand that is asked for, with the arguments that it does not take."""
+        return self._commands
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         defaults = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults["trainer"].items()})
@@ -94,11 +109,13 @@ class MemorizationCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self._arguments = args
         self._names_data = any(str(argument).startswith("--data") for argument in args or ())
-        _make_own_classes_importable(args or ())
+        make_importable([Path.cwd(), *(path.resolve().parent for path in _given(args or (), CONFIG_OPTIONS))])
         try:
             super().parse_arguments(parser, args)
-        except jsonargparse.ArgumentError as error:
+        except (jsonargparse.ArgumentError, ValueError, TypeError, RecursionError) as error:
             raise InputError(reason(error)) from error
+        command = self.config.get("subcommand")
+        check_configuration(self.config.get(str(command), self.config).as_dict(), command)
 
     def _parse_ckpt_path(self) -> None:
         """Lay the model that a checkpoint is of over the configuration, and refuse what says otherwise."""
@@ -230,13 +247,18 @@ class MemorizationCLI(LightningCLI):
     before_validate = before_test = before_predict = make_ready_to_evaluate
 
 
-def _make_own_classes_importable(args: Sequence[str]) -> None:
-    """Let people name classes of their own that lie in the working directory or beside a configuration."""
-    configs = [b if a == "--config" else a.removeprefix("--config=") for a, b in pairwise([*map(str, args), ""])]
-    named = [c for c, a in zip(configs, map(str, args), strict=True) if a.startswith("--config")]
-    for folder in (Path.cwd(), *(Path(config).resolve().parent for config in named)):
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))  # last, so that nothing there hides a package
+def _check_files(arguments: Sequence[str]) -> None:
+    """Read the files that a configuration comes from strictly, before parsers, which let some things pass."""
+    parts = [path for path in _given(arguments, ("--model", "--data", "--trainer")) if path.suffix in SUFFIXES]
+    for path in (*_given(arguments, CONFIG_OPTIONS), *parts):
+        if not read_yaml(path):
+            raise InputError(f"{path}: empty; expected keys with values, such as `trainer: {{max_epochs: 5}}`")
+
+
+def _given(arguments: Sequence[str], names: Sequence[str]) -> list[Path]:
+    """Files that options of these names were given."""
+    pairs = [a.split("=", 1) if "=" in a else [a, b] for a, b in pairwise([*map(str, arguments), ""])]
+    return [Path(value) for name, value in pairs if name in names]
 
 
 def _unused(path: Path) -> Path:

@@ -3,7 +3,7 @@
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -32,7 +32,7 @@ from pml.errors import InputError
 from pml.frozen_layers import FrozenLayers, content_keys
 from pml.global_batch import GlobalBatch
 from pml.plain import as_plain, from_plain
-from pml.schedule import learning_rate_factor, total_steps
+from pml.schedule import check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
 from pml.state_store import CacheConfig
 from pml.training_state import copy_adapter, go_on, method_of, own_share, refuse_other_data, training_state
@@ -83,11 +83,12 @@ class Memorization(LightningModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if learning_rate <= 0:
-            raise InputError(f"learning_rate is {learning_rate}; expected a number above 0")
+        check_optimizer(learning_rate, weight_decay, betas, schedule, warmup_steps)
         self.backbone_name = backbone
         self.dtype_name = dtype
         self.adapter = from_plain(adapter, AdapterConfig) or AdapterConfig()
+        if self.adapter.alpha is not None and not self.adapter.alpha > 0:
+            raise InputError(f"adapter.alpha is {self.adapter.alpha}; expected a number above 0, or null for the rank")
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.betas = (betas[0], betas[1])
@@ -284,7 +285,7 @@ class Memorization(LightningModule):
         scores = self.score(batch, self.weighting.gradient_above)
         self.global_batch.uniform_when_memorized = self.weighting.when_memorized == "uniform"
         weights = self.weighting.weights(scores)
-        weights = self.global_batch.add(weights, scores.losses, scores.mask, self._trained_parameters())
+        weights = self.global_batch.add(weights, scores.losses, scores.mask, adapter_parameters(self.model).values())
         self.tokens_trained += batch["target_tokens"]
         # Lightning divides by the number of accumulated micro-batches; on_before_optimizer_step knows better.
         total = (weights * scores.losses).sum() * self.trainer.accumulate_grad_batches
@@ -293,7 +294,7 @@ class Memorization(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         # Only a hard threshold can leave nothing to train on, so only it pays for looking at the number.
         hard = self.weighting.gradient_above is not None
-        anything, loss = self.global_batch.close(self._trained_parameters(), may_be_empty=hard)
+        anything, loss = self.global_batch.close(adapter_parameters(self.model).values(), may_be_empty=hard)
         if not anything:
             # AdamW would move on its momentum. Without gradients it leaves parameters and state alone.
             optimizer.zero_grad(set_to_none=True)
@@ -311,9 +312,6 @@ class Memorization(LightningModule):
         factor = learning_rate_factor(self.warmup_steps, total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _trained_parameters(self) -> Iterable[torch.nn.Parameter]:
-        return adapter_parameters(self.model).values()
 
     # Evaluation ------------------------------------------------------------------------------------------------------
 

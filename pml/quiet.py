@@ -4,9 +4,10 @@ import logging
 import os
 import sys
 import warnings
-from typing import TextIO
 
 from lightning.pytorch.utilities import rank_zero_only
+
+from pml.escape import one_line
 
 __all__ = ["ignore_noise", "keep_quiet"]
 
@@ -46,7 +47,7 @@ def ignore_noise() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-class _ToStderr(logging.StreamHandler[TextIO]):
+class _ToStderr(logging.Handler):
     """Writes each line once, from one rank: cells of a grid, and ranks, all say the same of the machine they are on."""
 
     def __init__(self) -> None:
@@ -54,16 +55,8 @@ class _ToStderr(logging.StreamHandler[TextIO]):
         self._written: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        line = self.format(record)
+        # What is said may have text of data in it.
+        line = "\n".join(one_line(part) for part in self.format(record).split("\n"))
         if line not in self._written and (getattr(rank_zero_only, "rank", 0) == 0 or record.levelno >= logging.WARNING):
             self._written.add(line)
-            super().emit(record)
-
-    # A progress bar puts its own stderr in place while it is drawn.
-    @property
-    def stream(self) -> TextIO:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: TextIO) -> None:
-        pass
+            print(line, file=sys.stderr, flush=True)

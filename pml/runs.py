@@ -4,14 +4,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jsonargparse
-import yaml
 from lightning.pytorch import LightningDataModule
 
 from pml.corpus import Corpus
 from pml.errors import InputError, reason
 from pml.lightning_cli import prepare
 from pml.modules import Memorization
+from pml.own_classes import refuse_own_classes
+from pml.plain import renamed
 from pml.run_folder import CONFIG_NAME, use_corpus_of_run
+from pml.yaml_file import read_yaml
 
 __all__ = ["Run", "open_run"]
 
@@ -40,13 +42,15 @@ def open_run(folder: Path) -> Run:
         folder: A run folder, with `config.yaml` and `adapter/`.
 
     Raises:
-        InputError: If the folder lacks either, its configuration no longer parses, or its corpus cannot be had.
+        InputError: If the folder lacks either, its configuration no longer parses or names classes that are not pml's
+            (see `pml.own_classes`), or its corpus cannot be had.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected the folder of a run that `pml fit` or `pml sweep` made")
     prepare()
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = renamed(read_yaml(path))
+    refuse_own_classes({key: content.get(key) for key in ("model", "data")}, path)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Memorization, "model", required=True)
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)

@@ -1,13 +1,34 @@
 """How long a fit is, in optimiser steps, and what share of the peak learning rate each step is taken with."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 from pml.errors import InputError
 
-__all__ = ["learning_rate_factor", "total_steps"]
+__all__ = ["check_optimizer", "learning_rate_factor", "total_steps"]
+
+
+def check_optimizer(
+    learning_rate: float, weight_decay: float, betas: Sequence[float], schedule: str, warmup_steps: int
+) -> None:
+    """Refuse settings of AdamW and its schedule that make no sense; see `pml.modules.Memorization` for what they are.
+
+    Raises:
+        InputError: Naming the first.
+    """
+    if not 0 < learning_rate < math.inf:
+        raise InputError(f"learning_rate is {learning_rate}; expected a number above 0")
+    if not 0 <= weight_decay < math.inf:
+        raise InputError(f"weight_decay is {weight_decay}; expected a number, at least 0")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise InputError(f"betas are {list(betas)}; expected two numbers from 0 to below 1, such as [0.9, 0.999]")
+    if schedule not in ("linear", "constant"):
+        raise InputError(f"schedule is {schedule!r}; expected linear or constant")
+    if warmup_steps < 0:
+        raise InputError(f"warmup_steps is {warmup_steps}; expected a number of steps, or 0 for none")
 
 
 def total_steps(trainer: Trainer, curriculum: Any = None) -> int:

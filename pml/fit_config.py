@@ -1,0 +1,145 @@
+"""What a configuration cannot ask of a fit: checked before anything is loaded, in the order that people read it."""
+
+import math
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+from pml.errors import InputError
+
+__all__ = ["check_configuration"]
+
+MOST_SEEDS = 2**32 - 1
+
+SHARDED = ("fsdp", "deepspeed", "modelparallel", "model_parallel")
+
+MIXED = ("16", "16-mixed", "bf16", "bf16-mixed")
+FULL = ("32", "32-true")
+
+
+def check_configuration(config: Mapping[str, Any], command: str | None) -> None:
+    """Refuse what makes no sense, or would do nothing.
+
+    Args:
+        config: All keys of a subcommand, as plain Python.
+        command: The subcommand; None is a fit too.
+
+    Raises:
+        InputError: Naming the key, what was expected, and what to do.
+    """
+    for key, leaf in _leaves(config):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise InputError(f"{key} is {leaf}; expected a finite number")
+    seed = config.get("seed_everything")
+    if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed <= MOST_SEEDS:
+        raise InputError(f"seed_everything is {seed}; expected a number from 0 to {MOST_SEEDS}")
+    trainer = config.get("trainer") or {}
+    _check_precision(trainer.get("precision"))
+    _check_strategy(trainer.get("strategy"))
+    for name in ("model", "data"):
+        seed = ((config.get(name) or {}).get("init_args") or {}).get("seed")
+        if isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+            raise InputError(f"{name}.seed is {seed}; expected a number that fits into 64 bits")
+    if trainer.get("devices") in (0, "0", []):
+        raise InputError("trainer.devices is 0; expected at least 1 device, or auto")
+    if command in ("fit", None):
+        _check_training(trainer)
+
+
+def _check_training(trainer: Mapping[str, Any]) -> None:
+    nothing = "so nothing would be trained"
+    for name, unit in (("max_epochs", "epoch"), ("max_steps", "step")):
+        value = trainer.get(name)
+        if value is not None and (value == 0 or value < -1):
+            raise InputError(
+                f"trainer.{name} is {value}, {nothing}; expected at least 1 {unit}, or -1 for no limit"
+                if value == 0
+                else f"trainer.{name} is {value}; expected at least 1 {unit}, or -1 for no limit"
+            )
+    batches = trainer.get("limit_train_batches")
+    if batches is not None and (batches <= 0 or (isinstance(batches, float) and batches > 1)):
+        raise InputError(
+            f"trainer.limit_train_batches is {batches}{f', {nothing}' if batches == 0 else ''}; expected a number of "
+            "batches, at least 1, or a share above 0 and up to 1.0"
+        )
+    for name in ("limit_val_batches", "limit_test_batches", "limit_predict_batches"):
+        batches = trainer.get(name)
+        if batches is not None and (batches < 0 or (isinstance(batches, float) and batches > 1)):
+            raise InputError(f"trainer.{name} is {batches}; expected a number of batches, or a share up to 1.0")
+    if trainer.get("overfit_batches"):
+        raise InputError(
+            f"trainer.overfit_batches is {trainer['overfit_batches']}; a corpus is memorised as a whole, so there is "
+            "nothing to overfit: take a smaller corpus, or trainer.limit_train_batches"
+        )
+    _check_time(trainer.get("max_time"), nothing)
+    for name, least in (
+        ("accumulate_grad_batches", 1),
+        ("num_nodes", 1),
+        ("check_val_every_n_epoch", 1),
+        ("log_every_n_steps", 0),
+        ("num_sanity_val_steps", -1),
+        ("min_epochs", 0),
+        ("min_steps", 0),
+        ("fast_dev_run", 0),
+        ("reload_dataloaders_every_n_epochs", 0),
+    ):
+        value = trainer.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < least:
+            raise InputError(f"trainer.{name} is {value}; expected at least {least}")
+    clip = trainer.get("gradient_clip_val")
+    if clip is not None and clip < 0:
+        raise InputError(f"trainer.gradient_clip_val is {clip}; expected a number above 0, or null not to clip")
+    for unit in ("epochs", "steps"):
+        fewest, most = trainer.get(f"min_{unit}"), trainer.get(f"max_{unit}")
+        if fewest is not None and most not in (None, -1) and fewest > most:
+            raise InputError(f"trainer.min_{unit} is {fewest}, above trainer.max_{unit}, {most}; lower it")
+
+
+def _check_time(limit: Any, nothing: str) -> None:
+    if limit is None:
+        return
+    if isinstance(limit, Mapping):
+        try:
+            seconds = timedelta(**limit).total_seconds()
+        except (TypeError, OverflowError) as error:
+            raise InputError(f"trainer.max_time is {dict(limit)}; expected such as {{minutes: 30}}") from error
+    elif isinstance(limit, timedelta):
+        seconds = limit.total_seconds()
+    else:
+        parts = str(limit).split(":")
+        if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+            raise InputError(f"trainer.max_time is {str(limit)!r}; expected days:hours:minutes:seconds, 00:00:30:00")
+        seconds = 0.0 + sum(int(part) * size for part, size in zip(parts, (86400, 3600, 60, 1), strict=True))
+    if seconds <= 0:
+        raise InputError(f"trainer.max_time is {limit}, {nothing}; expected a time above 0, such as 00:00:30:00")
+
+
+def _check_precision(precision: Any) -> None:
+    if precision is None or str(precision) in (*MIXED, *FULL):
+        return
+    raise InputError(
+        f"trainer.precision is {precision}; the adapter and all losses are float32, so expected 32-true, 16-mixed or "
+        "bf16-mixed; the type of the frozen weights is --model.dtype, such as --model.dtype bfloat16"
+    )
+
+
+def _check_strategy(strategy: Any) -> None:
+    name = str(strategy.get("class_path", "") if isinstance(strategy, Mapping) else strategy).lower()
+    if any(kind in name.replace("_", "") for kind in (kind.replace("_", "") for kind in SHARDED)):
+        shown = strategy.get("class_path") if isinstance(strategy, Mapping) else strategy
+        raise InputError(
+            f"trainer.strategy is {shown}, which shares out weights that are frozen here; take --trainer.devices 1 "
+            "with --model.frozen_prefix.release true, which frees the layers below the adapter, or "
+            "--trainer.strategy ddp"
+        )
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            yield from _leaves(item, f"{key}[{number}]")
+    else:
+        yield key, value

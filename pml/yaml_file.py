@@ -1,0 +1,106 @@
+"""YAML as people write it, read strictly: text, one mapping, every key once, numbers that are numbers."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pml.errors import InputError
+
+__all__ = ["read_yaml"]
+
+DEEPEST = 100
+"""Levels within each other; Python's own limit would end in a traceback."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML or JSON file holds.
+
+    Raises:
+        InputError: If the file cannot be read, is not UTF-8 text or not YAML, is no mapping, or says something twice
+            or with a number that is not finite; naming the line.
+    """
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{str(path)[:200]}: cannot be read ({said})") from error
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text; expected YAML, saved as UTF-8") from error
+    _refuse_control_characters(text, path)
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        for problem in _problems(node):
+            raise InputError(f"{path}:{problem}")
+        value = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise InputError(f"{_where(path, error)}: not YAML: {_said(error)}") from error
+    except (ValueError, RecursionError, TypeError) as error:
+        raise InputError(f"{path}: not YAML that can be read: {error}") from error
+    finally:
+        loader.dispose()
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected keys with values, such as `trainer: {{max_epochs: 5}}`, not a single value")
+    return value
+
+
+def _refuse_control_characters(text: str, path: Path) -> None:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if bad := yaml.reader.Reader.NON_PRINTABLE.search(line):
+            raise InputError(f"{path}:{number}: has the character U+{ord(bad[0]):04X}, which YAML text cannot have")
+
+
+def _problems(root: yaml.Node) -> Iterator[str]:
+    """What is wrong with the nodes of a document, from its beginning on, each with its line."""
+    todo: list[tuple[yaml.Node, int]] = [(root, 0)]
+    seen: set[int] = set()
+    while todo:
+        node, depth = todo.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        line = node.start_mark.line + 1
+        if depth > DEEPEST:
+            yield f"{line}: more than {DEEPEST} levels within each other"
+        if isinstance(node, yaml.MappingNode):
+            first: dict[str, yaml.Node] = {}
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode) and (before := first.setdefault(key.value, key)) is not key:
+                    lines = f"{before.start_mark.line + 1} and {key.start_mark.line + 1}"
+                    yield f"{key.start_mark.line + 1}: the key {key.value!r} is there twice, on lines {lines}; keep one"
+                todo.append((value, depth + 1))
+        elif isinstance(node, yaml.SequenceNode):
+            todo += [(item, depth + 1) for item in node.value]
+        elif isinstance(node, yaml.ScalarNode) and _is_not_finite(node):
+            yield f"{line}: {node.value} is not a finite number; expected one"
+
+
+def _is_not_finite(node: yaml.ScalarNode) -> bool:
+    if node.tag == "tag:yaml.org,2002:float":
+        value = node.value.replace("_", "").lower()
+        if value.lstrip("+-") in (".inf", ".nan"):
+            return True
+        try:
+            return not math.isfinite(float(value))
+        except ValueError:
+            return False
+    return False
+
+
+def _where(path: Path, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f"{path}:{mark.line + 1}" if mark is not None else str(path)
+
+
+def _said(error: yaml.YAMLError) -> str:
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    context = getattr(error, "context", None)
+    return " ".join(f"{problem} {context or ''}".split())
