@@ -73,7 +73,7 @@ class Settings:
     placement: str | list[str] | None = None
     block: int | float | list[int] = 2 / 3
     guard: GuardConfig | None = field(default_factory=GuardConfig)
-    learning_rate: float = 0.005
+    learning_rate: float = 0.015
     margin: float = 0.6
     query_column: str = "query"
     target_column: str = "target"

@@ -44,7 +44,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument("--block", type=int | float | list[int], default=2 / 3, help="block, blocks or depth")
     parser.add_argument("--guard", type=bool, default=True, help="keep the adapter away from ordinary text")
-    parser.add_argument("--learning_rate", type=float, default=0.005, help="peak learning rate of AdamW")
+    parser.add_argument("--learning_rate", type=float, default=0.015, help="peak learning rate of AdamW")
     parser.add_argument("--margin", type=float, default=0.6, help="probability that every target token has to exceed")
     parser.add_argument("--query_column", type=str, default="query", help="where a row has what is asked")
     parser.add_argument("--target_column", type=str, default="target", help="where it has what has to come back")
