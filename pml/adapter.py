@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pml.backbone import Backbone
 from pml.errors import InputError
@@ -28,6 +29,7 @@ __all__ = [
     "attach_adapter",
     "detach_adapter",
     "evaluating",
+    "linear_layers",
     "load_adapter",
     "lora_layers",
 ]
@@ -181,6 +183,18 @@ def _target_modules(config: AdapterConfig, backbone: Backbone, blocks: list[int]
                 raise InputError(f"adapter.placement names {wanted!r}, which block {index} has not; it has {have}")
             targets.extend(f"{path}.{name}" for name in found)
     return targets
+
+
+def linear_layers(backbone: Backbone, block: int) -> list[str]:
+    """Names of all linear layers of a block, as `AdapterConfig.placement` takes them.
+
+    Args:
+        backbone: The frozen model.
+        block: Index of the block.
+    """
+    modules = backbone.blocks[block].named_modules()
+    names = (name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, (nn.Linear, Conv1D)))
+    return list(dict.fromkeys(names))
 
 
 def _register_mlp_block(config: LoraConfig, model: PreTrainedModel, targets: list[str]) -> None:

@@ -19,9 +19,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 from torch import Tensor
 
-from pml.adapter import AdapterConfig, lora_layers
+from pml.adapter import AdapterConfig, linear_layers, lora_layers
 from pml.atomic import whole_file
-from pml.backbone import backbone_facts, load_backbone, shared_backbones
+from pml.backbone import Backbone, backbone_facts, load_backbone, shared_backbones
 from pml.certificate import PairCertificate, certify
 from pml.corpus import Corpus
 from pml.default_backbone import DEFAULT_BACKBONE
@@ -58,7 +58,7 @@ class Settings:
     Args:
         backbone: `smollm2-135m`, a folder, or a hub id.
         rank: LoRA rank to begin with; None plans it.
-        placement: `[down_proj]`, or other layers that plain PEFT loads; `mlp_block` loads with `pml` alone.
+        placement: Linear layers, which plain PEFT loads; all unless given. `mlp_block` loads with `pml` alone.
         block: See `pml.adapter.AdapterConfig`.
         guard: What keeps the adapter away from other text; None guards nothing.
         learning_rate: Peak learning rate of AdamW.
@@ -70,7 +70,7 @@ class Settings:
 
     backbone: str = DEFAULT_BACKBONE
     rank: int | None = None
-    placement: str | list[str] = field(default_factory=lambda: ["down_proj"])
+    placement: str | list[str] | None = None
     block: int | float | list[int] = 2 / 3
     guard: GuardConfig | None = field(default_factory=GuardConfig)
     learning_rate: float = 0.015
@@ -169,7 +169,7 @@ def memorize(
             seed=chosen.seed,
         )
         corpus = data.build(backbone.tokenizer, backbone.vocab_size, backbone.max_positions)
-        adapter = AdapterConfig(placement=chosen.placement, block=chosen.block, guard=chosen.guard)
+        adapter = adapter_for(backbone, chosen.placement, chosen.block, chosen.guard)
         plan = plan_rank(backbone, corpus.examples, adapter) if chosen.rank is None else None
         if on_plan is not None:
             on_plan(corpus, plan)
@@ -180,7 +180,7 @@ def memorize(
         encoder = data.encoder(module.tokenizer)
         module.release()
     served = None
-    if isinstance(chosen.placement, list):
+    if isinstance(adapter.placement, list):
         base = Path(backbone_facts(chosen.backbone)["path"])
         served = serve(base, folder / "adapter", corpus.examples, encoder)
     record = _record(folder)
@@ -190,6 +190,16 @@ def memorize(
     with whole_file(made.adapter / CARD_NAME) as file:
         file.write(model_card(record, corpus, encoder, served=served).encode())
     return made
+
+
+def adapter_for(
+    backbone: Backbone, placement: str | list[str] | None, block: int | float | list[int], guard: GuardConfig | None
+) -> AdapterConfig:
+    """Where an adapter sits; without a placement on all linear layers of its block."""
+    if placement is None:
+        lowest = AdapterConfig(block=block).block_indices(len(backbone.blocks))[0]
+        placement = linear_layers(backbone, lowest)
+    return AdapterConfig(placement=placement, block=block, guard=guard)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,13 @@ def test_other_pairs_that_do_not_fit_into_the_context_are_left_out(tiny_backbone
     assert surprise_bits(tiny_backbone, TWO, others=1) == pytest.approx(surprise_bits(tiny_backbone, TWO))
 
 
+def test_of_many_pairs_some_are_measured_and_the_others_taken_to_be_alike(tiny_backbone: Backbone) -> None:
+    four = [*TWO, Example(2, (3, 4), (5,)), Example(3, (9,), (1, 1))]
+    # The first and the third: three of the eight target tokens.
+    some = by_hand(tiny_backbone, [3, 4, 5, 6], 2) + by_hand(tiny_backbone, [3, 4, 5], 1)
+    assert surprise_bits(tiny_backbone, four, sample=2) == pytest.approx(some * 8 / 3, rel=1e-5)
+
+
 def test_the_size_of_a_rank_is_counted_on_the_adapter_itself(tiny_backbone: Backbone) -> None:
     # Width 32, MLP 64.
     size = adapter_size(tiny_backbone, AdapterConfig(block=1))

@@ -39,9 +39,8 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int | None, help="LoRA rank to begin with; planned unless given")
     parser.add_argument(
         "--placement",
-        type=str | list[str],
-        default=["down_proj"],
-        help="linear layers of a block, or mlp_block, which plain PEFT cannot load",
+        type=str | list[str] | None,
+        help="linear layers of a block, all unless given; or mlp_block, which plain PEFT cannot load",
     )
     parser.add_argument("--block", type=int | float | list[int], default=2 / 3, help="block, blocks or depth")
     parser.add_argument("--guard", type=bool, default=True, help="keep the adapter away from ordinary text")

@@ -35,7 +35,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backbone", type=str | None, help="pairs: the backbone; default smollm2-135m")
     parser.add_argument(
-        "--placement", type=str | list[str] | None, help="pairs: where the adapter sits; default [down_proj]"
+        "--placement", type=str | list[str] | None, help="pairs: where the adapter sits; default all linear layers"
     )
     parser.add_argument("--block", type=int | float | list[int] | None, help="pairs: block, blocks or depth")
     parser.add_argument("--guard", type=bool | None, help="pairs: whether it is guarded; default true")
@@ -94,17 +94,15 @@ def _of_pairs(args: jsonargparse.Namespace) -> Any:
     from pml.backbone import load_backbone
     from pml.default_backbone import DEFAULT_BACKBONE
     from pml.guard import GuardConfig
+    from pml.memorizing import adapter_for
     from pml.storage import plan_rank, read_constants
 
     name = args.backbone or DEFAULT_BACKBONE
     constants = read_constants(args.constants)
-    adapter = AdapterConfig(
-        placement=args.placement or ["down_proj"],
-        block=args.block if args.block is not None else AdapterConfig.block,
-        guard=None if args.guard is False else GuardConfig(),
-    )
-    facts = read_facts(args.what, name)
-    return plan_rank(load_backbone(name), facts.corpus.examples, adapter, constants)
+    facts, backbone = read_facts(args.what, name), load_backbone(name)
+    block = args.block if args.block is not None else AdapterConfig.block
+    adapter = adapter_for(backbone, args.placement, block, None if args.guard is False else GuardConfig())
+    return plan_rank(backbone, facts.corpus.examples, adapter, constants)
 
 
 def _of_law(args: jsonargparse.Namespace) -> Any:
