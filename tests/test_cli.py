@@ -482,7 +482,11 @@ WRONG: dict[str, tuple[Callable[[Path, Path], Sequence[str]], str, str]] = {
     "unknown trainer option": (fit("--trainer.max_epoch=3"), "pml fit", "unrecognized arguments: --trainer.max_epoch"),
     "unknown model": (fit("--model=Nobody"), "pml fit", "Nobody"),
     "no model": (lambda folder, files: ["fit"], "pml fit", "required: fit.data, fit.model"),
-    "no such configuration": (fit("--config=none.yaml"), "pml fit", "File does not exist: "),
+    "no such configuration": (
+        fit("--config=none.yaml"),
+        "pml fit",
+        "none.yaml: cannot be read (No such file or directory)",
+    ),
     "no such checkpoint": (
         lambda folder, files: ["validate", *quick(folder), "--ckpt_path=none.ckpt"],
         "pml validate",
