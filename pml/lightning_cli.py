@@ -107,7 +107,7 @@ class MemorizationCLI(LightningCLI):
             parser.add_method_arguments(Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self._arguments = args
+        self._arguments = list(args or ())
         self._names_data = any(str(argument).startswith("--data") for argument in args or ())
         make_importable([Path.cwd(), *(path.resolve().parent for path in _given(args or (), CONFIG_OPTIONS))])
         try:
@@ -135,7 +135,7 @@ class MemorizationCLI(LightningCLI):
                 )
             options["ckpt_path"] = str(newest_checkpoint(folder))
         made_with = read_checkpoint(Path(options["ckpt_path"])).get("hyper_parameters", {})
-        refuse_other_model(self.parser, self._arguments, command, made_with)
+        refuse_other_model(self._arguments, _given(self._arguments, CONFIG_OPTIONS), made_with)
         super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:

@@ -1,45 +1,64 @@
 """Whether the model that is asked for is the one that a checkpoint is of: going on with another is refused."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import jsonargparse
+import yaml
 
 from pml.errors import InputError
+from pml.yaml_file import read_yaml
 
-__all__ = ["differences", "refuse_other_model"]
+__all__ = ["asked_model", "differences", "refuse_other_model"]
 
 
-def refuse_other_model(
-    parser: jsonargparse.ArgumentParser, arguments: Sequence[str] | None, command: Any, made_with: Mapping[str, Any]
-) -> None:
+def refuse_other_model(arguments: Sequence[str], configs: Sequence[Path], made_with: Mapping[str, Any]) -> None:
     """Refuse model options that say otherwise than a checkpoint, which would overrule them without a word.
 
     Args:
-        parser: Of the command line.
-        arguments: What it was given.
-        command: The subcommand, or None.
+        arguments: What the command line was given.
+        configs: The configurations among that.
         made_with: Hyperparameters in the checkpoint.
 
     Raises:
         InputError: If an option that was given, or a key of a configuration, has another value there.
     """
-    given = parser.parse_args(None if arguments is None else list(arguments), defaults=False).as_dict()
-    asked = (given.get(command) or {}).get("model") if command else given.get("model")
-    if not isinstance(asked, dict) or not made_with:
-        return
-    own = {key: value for key, value in made_with.items() if not key.startswith("_")}
-    found = differences(asked.get("init_args") or {}, own, "model")
-    method, before = str(asked.get("class_path", "")), str(made_with.get("_class_path", ""))
-    if before and method and method.rpartition(".")[2] != before.rpartition(".")[2]:
-        found.insert(0, f"model is {method}, in the checkpoint {before}")
-    if found:
+    made = {key: value for key, value in made_with.items() if not key.startswith("_")}
+    if method := made_with.get("_class_path"):
+        made["class"] = str(method).rpartition(".")[2]
+    if made and (found := differences(asked_model(arguments, configs), made, "model")):
         raise InputError(
             f"{'; '.join(found)}: a checkpoint is gone on with as it was made; leave out what differs, or start anew"
         )
 
 
-def differences(asked: Mapping[str, Any], made_with: Mapping[str, Any], where: str = "") -> list[str]:
+def asked_model(arguments: Sequence[str], configs: Sequence[Path]) -> dict[str, Any]:
+    """Settings of the model that were given, nested by their keys; the class of each under `class`.
+
+    Example:
+        >>> asked_model(["--model=SFT", "--model.adapter.rank=4", "--model.init_args.seed", "3"], [])
+        {'class': 'SFT', 'adapter': {'rank': 4}, 'seed': 3}
+    """
+    asked: dict[str, Any] = {}
+    for config in configs:
+        content = read_yaml(config)
+        _lay_over(asked, _settings((content.get("fit") or content).get("model")))
+    given = [str(argument) for argument in arguments]
+    for number, argument in enumerate(given):
+        name, equals, text = argument.partition("=")
+        if name != "--model" and not name.startswith("--model."):
+            continue
+        if not equals:
+            text = given[number + 1] if number + 1 < len(given) else ""
+        keys = [key for key in name.removeprefix("--model").split(".") if key not in ("", "init_args")]
+        value: Any = _settings(yaml.safe_load(text) if keys else text)
+        for key in reversed(keys):
+            value = {"class" if key == "class_path" else key: value}
+        _lay_over(asked, value if isinstance(value, dict) else {"class": _class(str(value))})
+    return asked
+
+
+def differences(asked: Mapping[str, Any], made_with: Mapping[str, Any], where: str) -> list[str]:
     """Where settings that were asked for are not those that something was made with; what is null asks for nothing.
 
     Args:
@@ -53,22 +72,43 @@ def differences(asked: Mapping[str, Any], made_with: Mapping[str, Any], where: s
     """
     found = []
     for name, value in asked.items():
-        key = f"{where}.{name}" if where else name
+        key = where if name == "class" else f"{where}.{name}"
         if value is None or name not in made_with:
             continue
-        here, there = _settings(value), _settings(made_with[name])
-        if isinstance(here, dict) and isinstance(there, dict):
-            found += differences(here, there, key)
-        elif here != there:
+        here, there = value, _settings(made_with[name])
+        if isinstance(there, dict):
+            found += differences(here if isinstance(here, dict) else {"class": _class(str(here))}, there, key)
+        elif there is not None and not _same(here, there):
             found.append(f"{key} is {here}, in the checkpoint {there}")
     return found
 
 
+def _same(here: Any, there: Any) -> bool:
+    if isinstance(here, list) and isinstance(there, (list, tuple)):
+        return len(here) == len(there) and all(map(_same, here, there))
+    try:
+        # YAML takes 1e-3 for text.
+        return float(here) == float(there)
+    except (TypeError, ValueError):
+        return str(here) == str(there)
+
+
 def _settings(value: Any) -> Any:
-    """A settings object as its arguments, its class among them where there are several of its kind."""
-    if isinstance(value, Mapping):
-        if "class_path" in value:
-            name = str(value["class_path"]).rpartition(".")[2]
-            return {"class": name, **(value.get("init_args") or {})}
-        return dict(value)
-    return list(value) if isinstance(value, tuple) else value
+    """A settings object as its arguments, with the last part of its class' name as `class`."""
+    if not isinstance(value, Mapping):
+        return value
+    arguments = {key: _settings(item) for key, item in value.items() if key not in ("class_path", "init_args")}
+    arguments |= _settings(value.get("init_args")) or {}
+    return {"class": _class(str(value["class_path"])), **arguments} if "class_path" in value else arguments
+
+
+def _class(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _lay_over(below: dict[str, Any], above: Any) -> None:
+    for key, value in above.items() if isinstance(above, Mapping) else ():
+        if isinstance(value, Mapping) and isinstance(below.get(key), dict):
+            _lay_over(below[key], value)
+        else:
+            below[key] = dict(value) if isinstance(value, Mapping) else value

@@ -1,5 +1,6 @@
 """Classes of people's own: found beside their configuration, recorded with their arguments, loaded again."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,27 @@ def test_a_data_module_of_another_kind_is_refused_with_what_it_lacks(
     assert main(["fit", f"--config={config}", "--data=own_classes.Foreign"]) == 2
     err = capsys.readouterr().err
     assert "data is a Foreign, which has no build and no corpus and no held_out; derive it from data_modules." in err
+
+
+def test_a_run_with_own_classes_is_opened_only_when_that_is_allowed(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["fit", f"--config={config}"]) == 0
+    # As in another process, and in another folder than that of the classes.
+    monkeypatch.delitem(sys.modules, "own_classes")
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(config.parent)])
+    for command in ("recall", "validate"):
+        capsys.readouterr()
+        assert main([command, "runs/fit/version_0"]) == 2
+        assert "names the class own_classes.My" in capsys.readouterr().err
+    assert "own_classes" not in sys.modules
+    (Path("runs/fit/version_0") / "own_classes.py").write_text(MINE)
+    assert main(["recall", "runs/fit/version_0", "--own_classes"]) == 0
+    assert "true     007" in capsys.readouterr().out
+
+
+def test_what_a_terminal_would_obey_is_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recall", "no\x1b[2Jsuch\rrun"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no\\x1b[2Jsuch" in line
+    assert line.isprintable()
