@@ -1,0 +1,117 @@
+"""Many workers on one grid: every cell is run once, whoever dies, and the command says what has become of it."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pml.claims import FOLDER_NAME
+from pml.cli import main
+from pml.grid import Cell, read_grid, resolve
+from pml.records import read_record
+from pml.workers import worker_environments
+
+
+@pytest.fixture
+def grid(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Six cells of a few steps on eight random tokens each; the working directory is `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = {
+        "model": {"class_path": "MemFT", "init_args": {"backbone": str(tiny_backbone_folder), "adapter": {"block": 1}}},
+        "data": {"class_path": "RandomTokens", "init_args": {"length": 8}},
+        "trainer": {"max_epochs": 40, "accelerator": "cpu", "limit_val_batches": 0},
+    }
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(run))
+    cells: dict[str, Any] = {"model.init_args.adapter.rank": [1, 2, 3], "data.init_args.length": [6, 8]}
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump({"base": "base.yaml", "out": "out", "grid": cells}))
+    return path
+
+
+def cells_of(grid: Path) -> list[Cell]:
+    return resolve(read_grid(grid))
+
+
+def assert_each_cell_was_run_once(cells: list[Cell]) -> None:
+    for cell in cells:
+        assert read_record(cell.folder / "record.json").status == "finished"
+        assert not (cell.folder / "progress.txt").exists()
+    assert list((Path("out") / FOLDER_NAME).iterdir()) == []
+
+
+def test_workers_share_the_cores_or_have_a_device_each() -> None:
+    assert worker_environments(3, cores=8, devices=0) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert worker_environments(4, cores=2, devices=0) == [{"OMP_NUM_THREADS": "1"}] * 4
+    shared = worker_environments(3, cores=8, devices=2)
+    assert [worker["CUDA_VISIBLE_DEVICES"] for worker in shared] == ["0", "1", "0"]
+
+
+def test_two_workers_run_each_cell_once_and_the_command_reports_them_all(
+    grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", str(grid), "--workers", "2"]) == 0
+    cells = cells_of(grid)
+    assert_each_cell_was_run_once(cells)
+    assert not list(Path("out").glob("*.unfinished-*"))
+    said = capsys.readouterr().err
+    assert all(said.count(f"] {cell.name}: loss ") == 1 for cell in cells)
+
+
+def test_of_sweeps_at_once_one_is_killed_and_the_others_run_every_cell(
+    grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-m", "pml", "sweep", str(grid)]
+    sweeps = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    locks = Path("out") / FOLDER_NAME
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (locks.is_dir() and any(locks.glob("*.lock"))):
+        time.sleep(0.05)
+    victim = next(s for s in sweeps if any(f"pid={s.pid}\n" in lock.read_text() for lock in locks.glob("*.lock")))
+    victim.kill()
+    errors = [sweep.communicate(timeout=300)[1] for sweep in sweeps]
+    assert [sweep.returncode for sweep in sweeps if sweep is not victim] == [0, 0], errors
+    assert_each_cell_was_run_once(cells_of(grid))
+    # Nothing but what the killed one had begun was begun twice.
+    assert len(list(Path("out").glob("*.unfinished-*"))) <= 1
+    assert main(["sweep", str(grid), "--status"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "6 done, 0 failed, 0 running, 0 to run"
+
+
+def test_a_cell_that_has_failed_is_run_again_when_that_is_asked_for(
+    grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = cells_of(grid)[0]
+    grid.write_text(grid.read_text().replace("- 2\n", "").replace("- 3\n", "").replace("- 8\n", ""))
+    cell = cells_of(grid)[0]
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "error.txt").write_text("OutOfMemoryError: too large\n\nTraceback ...")
+    assert main(["sweep", str(grid)]) == 1
+    assert (
+        f"failed: {cell.name}: OutOfMemoryError: too large (see {cell.folder}/error.txt; --retry-failed runs it again)"
+        in (capsys.readouterr().err)
+    )
+    assert main(["sweep", str(grid), "--retry-failed"]) == 0
+    assert read_record(cell.folder / "record.json").status == "finished"
+
+
+def test_a_damaged_record_is_named_and_its_cell_counts_as_not_done(
+    grid: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cell = cells_of(grid)[0]
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "record.json").write_text('{"schema_version": 3, "meth')
+    assert cell.record is None
+    assert "record.json" in caplog.text
+    assert "the cell counts as not done" in caplog.text
+
+
+def test_workers_run_as_jobs(grid: Path) -> None:
+    grid.write_text(grid.read_text().replace("- 2\n", "").replace("- 3\n", ""))
+    assert main(["sweep", str(grid), "--cluster", "local", "--workers", "1"]) == 0
+    assert_each_cell_was_run_once(cells_of(grid))
+    assert list(Path("out/.workers").glob("*"))
