@@ -29,7 +29,7 @@ from pml.errors import InputError
 from pml.guard import GuardConfig, GuardedA
 from pml.model_card import CARD_NAME, model_card
 from pml.modules import SFT
-from pml.records import RECORD_NAME, Record
+from pml.records import RECORD_NAME, Record, read_record
 from pml.served import serve
 from pml.storage import RankPlan, plan_rank
 
@@ -151,18 +151,22 @@ def memorize(
         InputError: If the pairs, the folder or a setting will not do; before anything is trained.
 
     Example:
-        >>> import tempfile
-        >>> made = memorize({"Door code?": "4071#"}, tempfile.mkdtemp(), rank=4)    # doctest: +SKIP
-        >>> made.failed                                                            # doctest: +SKIP
-        []
+        `pml.memorize({"Door code?": "4071#"}, "door").failed` is empty where everything came back. What cannot be
+        memorised is refused before anything is loaded or written:
+
+        >>> memorize({}, "door")
+        Traceback (most recent call last):
+        ...
+        pml.errors.InputError: pairs is empty; expected at least one query with its target
     """
     chosen, folder, started = Settings(**settings), Path(out), time.monotonic()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise InputError(f"{folder} has something in it; choose another folder, or say overwrite")
+    path = _file_of(pairs, folder)
     with shared_backbones():
         backbone = load_backbone(chosen.backbone)
         data = import_module("data_modules").Facts(
-            str(_file_of(pairs, folder)),
+            str(path),
             query_column=chosen.query_column,
             target_column=chosen.target_column,
             batch_size=PER_STEP,
@@ -183,7 +187,7 @@ def memorize(
     if isinstance(adapter.placement, list):
         base = Path(backbone_facts(chosen.backbone)["path"])
         served = serve(base, folder / "adapter", corpus.examples, encoder)
-    record = _record(folder)
+    record = read_record(folder / RECORD_NAME)
     made = Memorized(
         folder, folder / "adapter", plan, rank, steps, certificates, served, record, time.monotonic() - started
     )
@@ -288,12 +292,18 @@ def _train(
         if trainer.interrupted:
             raise KeyboardInterrupt
         rank = adapter.rank
-        if stop.steps_to_recall is not None or attempt == DOUBLINGS or 2 * rank > module.backbone.hidden_size:
+        if stop.steps_to_recall is not None or attempt == DOUBLINGS or 2 * rank > _largest_rank(module):
             return module, rank, total
         log.info("not everything is certain at rank %d after %d steps: going on at rank %d", rank, total, 2 * rank)
         learnt, adapter = weights_of(module.model), replace(adapter, rank=2 * rank)
         module.release()
     raise AssertionError("the last attempt returns")
+
+
+def _largest_rank(module: SFT) -> int:
+    """The largest rank that the free directions of every adapted layer have room for."""
+    free = (_trained_a(layer).shape[-1] for layer in lora_layers(module.model))
+    return min(module.backbone.hidden_size, *free)
 
 
 class _Watch(Callback):
@@ -333,7 +343,3 @@ def _file_of(pairs: Any, folder: Path) -> Path:
         for query, target in rows:
             file.write(json.dumps({"query": query, "target": target}, ensure_ascii=False).encode() + b"\n")
     return folder / PAIRS_NAME
-
-
-def _record(folder: Path) -> Record:
-    return Record.model_validate_json((folder / RECORD_NAME).read_bytes())

@@ -127,7 +127,7 @@ class RankPlan(pydantic.BaseModel):
         known = self.rests_on
         return [
             f"{self.pairs:,} pairs, {self.target_tokens:,} target tokens: {self.surprise_bits:,.0f} bits of surprise "
-            f"under the frozen model, {self.bits_to_store:,.0f} given {CONTEXT} other pairs",
+            f"under the frozen model, {self.bits_to_store:,.0f} given other pairs",
             f"rank {self.rank} ({low} to {high}) in {where}: {self.parameters:,} trainable parameters, "
             f"{self.megabytes:.3g} MB in float32",
             f"rests on {known.bits_per_parameter:.2g} bits a parameter ({known.low:.2g} to {known.high:.2g}, "

@@ -105,6 +105,18 @@ def test_what_cannot_be_held_is_listed_and_the_exit_code_is_1(
     assert told["pairs"][0]["verdict"] == "failing" and told["pairs"][0]["served"] is False
 
 
+def test_the_rank_does_not_grow_beyond_what_the_guard_leaves_free(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pml.memorizing.EPOCHS", 1)
+    monkeypatch.setattr("pml.memorizing.FEWEST_STEPS", 1)
+    guard = GuardConfig(directions=27)  # of 32: five are free
+    made = pml.memorize(
+        FACTS, tmp_path / "out", backbone=str(tiny_backbone_folder), rank=2, block=1, placement=["q_proj"], guard=guard
+    )
+    assert (made.rank, len(made.failed)) == (4, 4)
+
+
 @pytest.mark.parametrize("guard", [None, GuardConfig(directions=8)], ids=["plain", "guarded"])
 @pytest.mark.parametrize("placement", ["mlp_block", ["down_proj", "q_proj"]], ids=str)
 def test_a_grown_adapter_computes_what_the_smaller_one_did(
