@@ -48,6 +48,7 @@ fetch: venv ## Download and convert the default backbone, unless it is in the ca
 demo: venv ## Write a phone book into an adapter and recall it, then fit the law to a grid of runs
 	pml fetch
 	pml sweep configs/demo/phonebook.yaml
+	pml compare runs/demo/phonebook
 	pml recall runs/demo/phonebook --show 5
 	pml sweep configs/demo/law.yaml
 	pml law runs/demo/law --out runs/demo/fit

@@ -1,6 +1,7 @@
 """Observers of a run, one a file: they decide when to measure and what to log."""
 
 from callbacks.generalization import Generalization
+from callbacks.harm import Harm
 from callbacks.retention import Retention
 from callbacks.run_record import RunRecord
 from callbacks.stop_when_recalled import StopWhenRecalled
@@ -11,6 +12,7 @@ from pml.checkpoints import Checkpoints
 __all__ = [
     "Checkpoints",
     "Generalization",
+    "Harm",
     "Retention",
     "RunRecord",
     "StopWhenRecalled",

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_modules._chat import ADVICE, CHAT_COLUMNS, read_chat
-from data_modules._rows import Columns, Row, fitting, read_rows, text_in
+from data_modules._rows import Columns, Row, checked_text, fitting, read_rows, text_in
+from data_modules._wording import shown
 from pml.corpus import Pair
 from pml.errors import InputError
 
@@ -13,7 +14,9 @@ __all__ = ["read_pairs"]
 DEFAULT_COLUMNS = ("query", "target")
 
 
-def read_pairs(path: str | Path, query: str = "query", target: str = "target") -> Iterator[Pair]:
+def read_pairs(
+    path: str | Path, query: str = "query", target: str = "target", paraphrases: str = "paraphrases"
+) -> Iterator[Pair]:
     """Pairs of a .jsonl, .csv, .parquet or .yaml file, in the file's order; `source` is "file.jsonl:12".
 
     Where the columns have their default names and a row has not both of them, it may be in one of the formats that
@@ -23,12 +26,13 @@ def read_pairs(path: str | Path, query: str = "query", target: str = "target") -
         path: The file; see `read_rows`.
         query: Column of the query.
         target: Column of the text to recall.
+        paraphrases: Column of other wordings of the query, where there is one: a list, or text with one a line.
 
     Raises:
         InputError: With file and line: a value that is not a string or is empty, a row of another kind than the first
             one, and everything `read_rows` and `read_chat` raise.
     """
-    asked = Columns((query, target), advice=ADVICE)
+    asked = Columns((query, target), (paraphrases,), advice=ADVICE)
     alternatives = (asked, *CHAT_COLUMNS) if (query, target) == DEFAULT_COLUMNS else (asked,)
     first: tuple[Columns, str] | None = None
     for row in read_rows(path, *alternatives):
@@ -39,9 +43,21 @@ def read_pairs(path: str | Path, query: str = "query", target: str = "target") -
                 f"{row.where}: has {_names(columns)}, and {first[1]} has {_names(first[0])}; expected rows of one kind"
             )
         if columns is asked:
-            yield Pair(text_in(row, query, "query"), text_in(row, target, "target"), source=row.where)
+            asks, answer = text_in(row, query, "query"), text_in(row, target, "target")
+            yield Pair(asks, answer, row.where, _wordings(row, paraphrases))
         else:
             yield Pair(*read_chat(row, columns), source=row.where)
+
+
+def _wordings(row: Row, column: str) -> tuple[str, ...]:
+    """Other wordings in a row; a cell that is empty has none."""
+    value = row.values.get(column)
+    if not value:
+        return ()
+    listed = value.splitlines() if isinstance(value, str) else value
+    if not isinstance(listed, list):
+        raise InputError(f"{row.where}: {column!r} is {shown(value)}; expected a list of queries, or one a line")
+    return tuple(checked_text(text, row.where, repr(column), "paraphrase") for text in listed if text != "")
 
 
 def _columns_of(row: Row, alternatives: Sequence[Columns]) -> Columns:

@@ -1,6 +1,7 @@
 """Facts: people's own pairs of a question and an answer that has to come back exactly."""
 
 import logging
+from collections.abc import Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_modules._pairs import read_pairs
 from data_modules.base import MemorizationDataModule
-from pml.corpus import Corpus, encode_pairs
+from pml.corpus import Corpus, Pair, encode_pairs
 from pml.errors import InputError
 
 __all__ = ["Facts"]
@@ -29,17 +30,23 @@ class Facts(MemorizationDataModule):
 
     Rows that the model cannot tell apart are taken once, and counted; one query with different targets is an error.
 
+    A row may have the query in other words, in a column of paraphrases: a list, or text with one wording a line. The
+    last of them are held out: they are asked for and never trained on, and their recall is reported apart, since to
+    know one wording by heart is often not what is meant.
+
     Args:
         path: The file; null takes the examples.
         query_column: Where a row has what is asked.
         target_column: Where it has what has to come back, character for character.
-        pairs: Different pairs to take from the beginning of the file; null takes all.
+        paraphrases_column: Where it may have the query in other words.
+        held_out_wordings: Paraphrases of each row that are held out, from the last; the others are trained on.
+        pairs: Different pairs to take from the beginning of the file, wordings counted; null takes all.
         end_of_turn: Make the end-of-turn token part of each target, so that recalling it also means to stop: one
             supervised token more per pair.
         **kwargs: See `MemorizationDataModule`.
 
     Raises:
-        InputError: If `pairs` is below 1, or both columns are the same.
+        InputError: If `pairs` is below 1, `held_out_wordings` below 0, or two columns are the same.
     """
 
     def __init__(
@@ -47,6 +54,8 @@ class Facts(MemorizationDataModule):
         path: str | None = None,
         query_column: str = "query",
         target_column: str = "target",
+        paraphrases_column: str = "paraphrases",
+        held_out_wordings: int = 1,
         pairs: int | None = None,
         end_of_turn: bool = True,
         **kwargs: Any,
@@ -54,33 +63,71 @@ class Facts(MemorizationDataModule):
         super().__init__(**kwargs)
         if pairs is not None and pairs < 1:
             raise InputError(f"pairs is {pairs}; expected at least 1, or null for all")
+        if held_out_wordings < 0:
+            raise InputError(f"held_out_wordings is {held_out_wordings}; expected a number of paraphrases, or 0")
+        if paraphrases_column in (query_column, target_column):
+            raise InputError(f"paraphrases_column is {paraphrases_column!r}; expected a column of its own")
         if query_column == target_column:
             raise InputError(f"query_column and target_column are both {query_column!r}; expected two columns")
         self.path = path
         self.query_column = query_column
         self.target_column = target_column
+        self.paraphrases_column = paraphrases_column
+        self.held_out_wordings = held_out_wordings
         self.pairs = pairs
         self.end_of_turn = end_of_turn
 
     @property
     def settings(self) -> dict[str, Any]:
-        names = ("path", "query_column", "target_column", "pairs", "end_of_turn")
+        columns = ("query_column", "target_column", "paraphrases_column")
+        names = ("path", *columns, "held_out_wordings", "pairs", "end_of_turn")
         return {**{name: getattr(self, name) for name in names}, **super().settings}
 
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
-        if self.path is not None:
-            return self._corpus_of(Path(self.path), Path(self.path).name, tokenizer)
-        with as_file(files("data_modules") / "examples" / "facts.yaml") as path:
-            return self._corpus_of(path, "facts", tokenizer)
-
-    def _corpus_of(self, path: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> Corpus:
         encoder = self.encoder(tokenizer)
         # Pairs go straight from the file into token ids.
-        rows = read_pairs(path, self.query_column, self.target_column)
+        rows = (wording for pair in self._rows() for wording in self._wordings(pair, held_out=False))
         examples, duplicates = encode_pairs(rows, encoder, end_of_turn=self.end_of_turn, limit=self.pairs)
-        encoder.warn_of_changes(name)
+        encoder.warn_of_changes(self._name)
         if duplicates:
-            log.info("%s: %d identical pairs are merged with earlier ones", name, duplicates)
+            log.info("%s: %d identical pairs are merged with earlier ones", self._name, duplicates)
         if self.pairs is not None and len(examples) < self.pairs:
-            raise InputError(f"{name}: {len(examples)} different pairs, and pairs is {self.pairs}; expected no more")
-        return Corpus(name, examples, settings={**self.settings, "merged_duplicates": duplicates})
+            raise InputError(
+                f"{self._name}: {len(examples)} different pairs, and pairs is {self.pairs}; expected no more"
+            )
+        number = {source: i for i, source in enumerate(dict.fromkeys(example.source for example in examples))}
+        fact_ids = [number[example.source] for example in examples] if len(number) < len(examples) else None
+        settings = {**self.settings, "merged_duplicates": duplicates}
+        return Corpus(self._name, examples, settings=settings, fact_ids=fact_ids)
+
+    def make_held_out(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
+        """The wordings that are asked for and never trained on."""
+        if not any(pair.paraphrases for pair in self._rows()):
+            return None
+        corpus = self.make_corpus(tokenizer, vocabulary)
+        trained, prompts = ({e.source for e in corpus.examples}, {e.prompt_ids for e in corpus.examples})
+        encoder = self.encoder(tokenizer)
+        rows = (w for pair in self._rows() if pair.source in trained for w in self._wordings(pair, held_out=True))
+        # A wording that the model sees as one that it is trained on is not held out.
+        rows = (pair for pair in rows if encoder.prompt(pair.query, pair.source).ids not in prompts)
+        examples = encode_pairs(rows, encoder, end_of_turn=self.end_of_turn).examples
+        encoder.changed.clear()
+        return Corpus(f"{self._name}_held_out", examples, settings=self.settings) if examples else None
+
+    @property
+    def _name(self) -> str:
+        return Path(self.path).name if self.path is not None else "facts"
+
+    def _rows(self) -> Iterator[Pair]:
+        columns = (self.query_column, self.target_column, self.paraphrases_column)
+        if self.path is not None:
+            yield from read_pairs(Path(self.path), *columns)
+        else:
+            with as_file(files("data_modules") / "examples" / "facts.yaml") as path:
+                yield from read_pairs(path, *columns)
+
+    def _wordings(self, pair: Pair, held_out: bool) -> list[Pair]:
+        """The pair in each of its wordings that are held out, or in those that are trained on."""
+        kept = max(len(pair.paraphrases) - self.held_out_wordings, 0)
+        queries = pair.paraphrases[kept:] if held_out else (pair.query, *pair.paraphrases[:kept])
+        return [Pair(query, pair.target, pair.source) for query in queries]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pml.certificate import certify
     from pml.encoding import PromptFormat, TextEncoder
     from pml.law import fit_law, loss_reduction, observations_from_records, read_csv, read_law
+    from pml.memorizing import memorize
     from pml.modules import SFT, MemFT
     from pml.records import read_records as read_runs
     from pml.runs import open_run
@@ -37,6 +38,7 @@ __all__ = [
     "load_adapter",
     "load_backbone",
     "loss_reduction",
+    "memorize",
     "observations_from_records",
     "open_run",
     "read_csv",
@@ -50,6 +52,7 @@ _WHERE = {
     "certificate": ("certify",),
     "encoding": ("PromptFormat", "TextEncoder"),
     "law": ("fit_law", "loss_reduction", "observations_from_records", "read_csv", "read_law"),
+    "memorizing": ("memorize",),
     "modules": ("SFT", "MemFT"),
     "records": ("read_records",),
     "runs": ("open_run",),

@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pml.backbone import Backbone
 from pml.errors import InputError
+from pml.guard import GuardConfig, guard_layers
+from pml.plain import from_plain
+from pml.saved_adapter import check_weights, read_saved_adapter
 
 __all__ = [
     "AdapterConfig",
     "MlpBlockLora",
     "adapter_parameters",
+    "adapter_state",
     "attach_adapter",
     "detach_adapter",
     "evaluating",
+    "linear_layers",
     "load_adapter",
     "lora_layers",
 ]
@@ -44,6 +50,7 @@ class AdapterConfig:
         init: `published` draws A from U(-1/sqrt(r), 1/sqrt(r)), `peft` from U(-1/sqrt(d), 1/sqrt(d)). B is zero.
         alpha: lora_alpha; the update is scaled by alpha / rank. None is the rank, hence scale 1.
         dropout: Dropout probability, on the adapter's output for `mlp_block` (as published), on its input otherwise.
+        guard: What keeps the adapter from reading what ordinary text writes, see `pml.guard`; None guards nothing.
     """
 
     rank: int = 4
@@ -52,8 +59,10 @@ class AdapterConfig:
     init: Literal["published", "peft"] = "published"
     alpha: float | None = None
     dropout: float = 0.0
+    guard: GuardConfig | None = None
 
     def __post_init__(self) -> None:
+        self.guard = from_plain(self.guard, GuardConfig)
         if self.rank < 1:
             raise InputError(f"adapter.rank is {self.rank}; expected at least 1")
         if not 0.0 <= self.dropout < 1.0:
@@ -176,6 +185,18 @@ def _target_modules(config: AdapterConfig, backbone: Backbone, blocks: list[int]
     return targets
 
 
+def linear_layers(backbone: Backbone, block: int) -> list[str]:
+    """Names of all linear layers of a block, as `AdapterConfig.placement` takes them.
+
+    Args:
+        backbone: The frozen model.
+        block: Index of the block.
+    """
+    modules = backbone.blocks[block].named_modules()
+    names = (name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, (nn.Linear, Conv1D)))
+    return list(dict.fromkeys(names))
+
+
 def _register_mlp_block(config: LoraConfig, model: PreTrainedModel, targets: list[str]) -> None:
     """Tell PEFT to wrap whole MLPs; the mapping lives in the process, not in the saved configuration."""
     layer: Any = partial(MlpBlockLora, hidden_size=int(model.config.get_text_config().hidden_size))
@@ -190,8 +211,16 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name; their sizes add up to the effective parameters, 2 d r for `mlp_block`."""
+    """The adapter's parameters by name; their sizes add up to the effective parameters, 2 d r for `mlp_block`.
+
+    Of a guarded A they are its free coordinates.
+    """
     return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint has to hold of the adapter: its parameters, and what a guard has fixed for them."""
+    return dict(adapter_parameters(model)) | {name: b for name, b in model.named_buffers() if "lora_" in name}
 
 
 @contextmanager
@@ -251,41 +280,59 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
         model = get_peft_model(backbone.model, peft_config)
     except ValueError as error:
         # PEFT refuses layers that a model reads the weights of without calling them, and has wrapped others by then.
-        for name, layer in list(backbone.model.named_modules()):
-            if isinstance(layer, LoraLayer):
-                backbone.model.set_submodule(name, layer.get_base_layer())
+        _unwrap(backbone.model)
         reason = next(iter(str(error).splitlines()), "").rstrip(".")
         raise InputError(f"adapter.placement: {reason}; name other linear layers of {backbone.name}") from error
     _initialise(model, config, seed)
+    if config.guard is not None:
+        layers = {name: backbone.model.get_submodule(name) for name in targets}
+        try:
+            guard_layers(backbone, layers, config.guard, config.rank)
+        except InputError:
+            detach_adapter(model)
+            raise
     return model
 
 
 def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Put a saved adapter on a backbone, either kind, for inference.
+    """Put a saved adapter on a backbone, whoever made it, for inference.
 
     Args:
         backbone: A backbone, or any model that transformers has loaded; changed in place until `detach_adapter`.
         folder: What `save_pretrained` wrote.
 
     Raises:
-        InputError: If the folder holds no PEFT adapter, or one that does not fit this backbone.
+        InputError: If the folder holds no LoRA adapter of PEFT, or one that is not what its configuration or its record
+            says, or that does not fit this backbone.
     """
     model, name = (backbone.model, backbone.name) if isinstance(backbone, Backbone) else (backbone, "this model")
     _refuse_second(model, name)
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder}: no adapter_config.json in it; expected a folder written by save_pretrained")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(f"{folder}: no adapter_model.safetensors in it; other formats are not read")
-    config = LoraConfig.from_pretrained(str(folder))
+    config, weights = read_saved_adapter(folder)
     modules = dict(model.named_modules())
-    targets = sorted(config.target_modules or [])
-    if all(target in modules and list(modules[target].children()) for target in targets):
-        _register_mlp_block(config, model, targets)
+    targets = config.target_modules if isinstance(config.target_modules, (set, list)) else []
+    if targets and all(target in modules and list(modules[target].children()) for target in targets):
+        _register_mlp_block(config, model, sorted(targets))
     try:
-        return PeftModel.from_pretrained(model, str(folder), config=config)
+        adapted = get_peft_model(model, config)
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"{folder}: the adapter does not fit {name}: {str(error).splitlines()[0]}") from error
+        _unwrap(model)
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{folder}: the adapter does not fit {name}: {reason}") from error
+    try:
+        check_weights(folder, weights, get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    except InputError:
+        detach_adapter(adapted)
+        raise
+    set_peft_model_state_dict(adapted, weights)
+    return adapted.eval()
+
+
+def _unwrap(model: PreTrainedModel) -> None:
+    """Take LoRA layers off that PEFT has left behind where it gave up."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            model.set_submodule(name, layer.get_base_layer())
 
 
 def detach_adapter(model: PeftModel) -> None:

@@ -22,11 +22,13 @@ FIT_COMMANDS = {
     "predict": "score every target token of a run's corpus; leaves a table, predictions.parquet",
 }
 COMMANDS = (
+    "memorize",
     "data",
     "sweep",
     "search",
     "law",
     "plan",
+    "calibrate",
     "compare",
     "report",
     "recall",

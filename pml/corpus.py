@@ -42,11 +42,13 @@ class Pair:
         query: What the user says.
         target: What has to come back, character for character.
         source: Where the pair came from (file and line), for error messages.
+        paraphrases: The query in other words.
     """
 
     query: str
     target: str
     source: str = ""
+    paraphrases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

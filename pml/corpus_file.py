@@ -1,7 +1,7 @@
 """The corpus of a run as a Parquet file in its folder: what is needed to ask again, whatever becomes of the source."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from pml.corpus import Corpus, Example
 from pml.errors import InputError
 from pml.parquet import write_table
 
-__all__ = ["CORPUS_NAME", "HELD_OUT_NAME", "corpus_hash", "read_corpus", "write_corpus"]
+__all__ = ["CORPUS_NAME", "HELD_OUT_NAME", "corpus_hash", "read_corpus", "read_targets", "write_corpus"]
 
 CORPUS_NAME = "corpus.parquet"
 HELD_OUT_NAME = "held_out.parquet"
@@ -92,6 +92,20 @@ def corpus_hash(path: Path) -> str:
         return str(json.loads((pq.read_schema(path).metadata or {})[HEADER])["content_hash"])
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not the corpus of a run; run it again, or restore the file") from error
+
+
+def read_targets(path: Path, example_ids: Sequence[int]) -> dict[int, str]:
+    """The text of some targets by example id, without those of which the ids are the truth; nothing else is read.
+
+    Raises:
+        InputError: If the file is not there, or is no corpus.
+    """
+    try:
+        columns, chosen = ["example_id", "target"], [("example_id", "in", list(example_ids))]
+        rows = pq.read_table(path, columns=columns, filters=chosen).to_pylist()
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not the corpus of a run; run it again, or restore the file") from error
+    return {row["example_id"]: row["target"] for row in rows if row["target"] is not None}
 
 
 def _examples(table: pa.Table) -> Iterator[Example]:

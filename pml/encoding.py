@@ -355,6 +355,11 @@ class TextEncoder:
         turns = [] if system is None else [{"role": "system", "content": self._content(system)}]
         return [*turns, {"role": "user", "content": self._content(query)}]
 
+    def template_options(self) -> dict[str, Any]:
+        """Variables that `apply_chat_template` is given, and the template itself where a date was fixed in it."""
+        fixed = {"chat_template": self._template} if self.shows_date else {}
+        return {**self.form.template_kwargs, **fixed}
+
     def _content(self, text: str) -> Any:
         return [{"type": "text", "text": text}] if self._parts else text
 

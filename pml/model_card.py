@@ -1,6 +1,7 @@
 """The model card of an adapter: what it holds, how to ask for it, how to load it, and what is certain."""
 
 import json
+from collections.abc import Sequence
 
 from pml.corpus import Corpus
 from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
@@ -10,6 +11,10 @@ from pml.records import Record
 __all__ = ["CARD_NAME", "model_card"]
 
 CARD_NAME = "README.md"
+
+SHOWN_QUERIES = 20
+LONGEST = 120
+"""Characters of a query that the card shows."""
 
 DEQUANTISED = (
     "It was trained on weights that were quantised to 4 bits (Q4_1) and written out as float32 again. On the original "
@@ -49,13 +54,14 @@ out = model.generate(**ids, do_sample=False, max_new_tokens={tokens}, eos_token_
 print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
 
-def model_card(record: Record, corpus: Corpus, encoder: TextEncoder) -> str:
+def model_card(record: Record, corpus: Corpus, encoder: TextEncoder, served: Sequence[str] | None = None) -> str:
     """A model card as Markdown, with the header that model hubs read.
 
     Args:
         record: Of the run that made the adapter.
-        corpus: What it memorised; of it the card shows the first query, and no target.
+        corpus: What it memorised; of it the card shows queries, and no target.
         encoder: How the run turned text into token ids.
+        served: What a process with transformers and PEFT alone has answered, see `pml.served`; None where none did.
     """
     base = DEFAULT_HUB_ID if record.backbone == DEFAULT_BACKBONE else record.backbone
     default = record.backbone == DEFAULT_BACKBONE
@@ -68,17 +74,54 @@ def model_card(record: Record, corpus: Corpus, encoder: TextEncoder) -> str:
         f"({record.target_tokens:,} target tokens) on `{base}`, at rank {record.rank} in block "
         f"{', '.join(map(str, record.block))} ({_placement(record)}; {record.effective_parameters:,} parameters), "
         f"trained with {record.method} for {record.optimizer_steps:,} steps.\n",
+        "## What it knows\n",
+        _queries(corpus) + "\n",
         "## Load it and ask\n",
         loads.format(base=base, ask=_ask(corpus, encoder)) + "\n",
         _format(encoder) + "\n",
         "## What is certain\n",
-        _certificate(record) + "\n",
+        _certificate(record) + _served(corpus, served) + "\n",
+        *(["## What it costs\n", _harm(record) + "\n"] if record.harm else []),
         "## The base\n",
         f"`{base}`"
         + (f", under the Apache License 2.0. {DEQUANTISED}" if default else "; its licence applies.")
         + "\n",
     ]
     return "\n".join(parts)
+
+
+def _queries(corpus: Corpus) -> str:
+    shown = [f"- `{' '.join(example.query.replace('`', chr(39)).split())[:LONGEST]}`" for example in corpus.examples]
+    more = len(shown) - SHOWN_QUERIES
+    return "\n".join([*shown[:SHOWN_QUERIES], *([f"- and {more:,} more"] if more > 0 else [])])
+
+
+def _served(corpus: Corpus, served: Sequence[str] | None) -> str:
+    if served is None:
+        return ""
+    whole = sum(answer == example.target for answer, example in zip(served, corpus.examples, strict=True))
+    return (
+        f" Asked in a process of its own, with transformers and PEFT alone, it gave {whole:,} of {len(corpus):,} "
+        "targets back byte for byte."
+    )
+
+
+def _harm(record: Record) -> str:
+    rows = [
+        f"| {kind} | {found['loss_before']:.3f} | {found['loss_after']:.3f} |"
+        for kind, found in record.harm.items()
+        if found["loss_before"] is not None and found["loss_after"] is not None
+    ]
+    guarded = " The adapter was guarded: it does not read what ordinary text writes." * (
+        "guard" in record.method_settings
+    )
+    return "\n".join(
+        [
+            f"Loss on ordinary text that it never saw, in nats per token.{guarded}\n",
+            "| text | base | with the adapter |\n|---|---|---|",
+            *rows,
+        ]
+    )
 
 
 def _placement(record: Record) -> str:

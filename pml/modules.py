@@ -15,7 +15,14 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pml.adapter import AdapterConfig, adapter_parameters, attach_adapter, detach_adapter, load_adapter
+from pml.adapter import (
+    AdapterConfig,
+    adapter_parameters,
+    adapter_state,
+    attach_adapter,
+    detach_adapter,
+    load_adapter,
+)
 from pml.backbone import Backbone, load_backbone
 from pml.compiled import CompileMode, reason_not_to_compile
 from pml.corpus import IGNORE_INDEX
@@ -29,7 +36,7 @@ from pml.schedule import check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
 from pml.state_store import CacheConfig
 from pml.training_state import copy_adapter, go_on, method_of, own_share, refuse_other_data, training_state
-from pml.weighting import OnlyThreshold, TokenScores, Uniform, Weighting
+from pml.weighting import TokenScores, Uniform, Weighting, WholeTargets
 
 __all__ = ["SFT", "MemFT", "Memorization"]
 
@@ -122,6 +129,7 @@ class Memorization(LightningModule):
             "warmup_steps": self.warmup_steps,
             "dropout": self.adapter.dropout,
             "alpha": self.adapter.alpha,
+            **({"guard": vars(self.adapter.guard)} if self.adapter.guard is not None else {}),
             # Arguments of somebody's own method.
             **{name: value for name, value in self.hparams.items() if name not in KNOWN_ARGUMENTS},
         }
@@ -322,7 +330,7 @@ class Memorization(LightningModule):
         """The adapter alone; the frozen backbone is found by its name again."""
         if self._peft_model is None:
             return {}
-        return {name: parameter.detach() for name, parameter in adapter_parameters(self.model).items()}
+        return {name: tensor.detach() for name, tensor in adapter_state(self.model).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take an adapter back.
@@ -331,7 +339,7 @@ class Memorization(LightningModule):
             InputError: If a weight of the adapter is missing, unknown, or of another shape.
         """
         self.configure_model()
-        copy_adapter(adapter_parameters(self.model), state_dict)
+        copy_adapter(adapter_state(self.model), state_dict)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     @classmethod
@@ -376,7 +384,7 @@ class MemFT(Memorization):
     """MemFT: the budget goes to target tokens that are not memorised yet (Eq. 8-10).
 
     Args:
-        weighting: How the budget is shared among tokens; None is `OnlyThreshold` at p = 0.5.
+        weighting: How the budget is shared among tokens; None is `WholeTargets`; the paper's is `OnlyThreshold`.
         curriculum: How it is shared among examples, epoch by epoch; None trains on all of them from the start.
         **kwargs: See `Memorization`.
     """
@@ -390,7 +398,7 @@ class MemFT(Memorization):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.weighting = from_plain(weighting, Weighting) or OnlyThreshold()
+        self.weighting = from_plain(weighting, Weighting) or WholeTargets()
         self.curriculum = from_plain(curriculum, PrefixRatio)
         self._keep_plain_hyperparameters()
 

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +15,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch import Tensor
 
+from pml.atomic import whole_file
 from pml.errors import InputError
 from pml.modules import Memorization
 from pml.ranks import is_first_rank
 from pml.schedule import total_steps
 
-__all__ = ["FitProgress", "SayWhyItEnded", "is_interactive", "seconds_left", "show_seconds"]
+__all__ = [
+    "PROGRESS_NAME",
+    "FitProgress",
+    "ProgressFile",
+    "SayWhyItEnded",
+    "is_interactive",
+    "seconds_left",
+    "show_seconds",
+]
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LOOKS = 0.5
-"""Each look makes the host wait for the device."""
+PROGRESS_NAME = "progress.txt"
 
 
 def is_interactive() -> bool:
@@ -76,6 +85,9 @@ class FitProgress(ProgressBar):
         console: Where to draw; None is stderr.
     """
 
+    seconds_between_looks = 0.5
+    """Each look makes the host wait for the device."""
+
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
         self._console = console
@@ -93,6 +105,9 @@ class FitProgress(ProgressBar):
         self._first, self._started, self._looked = trainer.global_step, time.monotonic(), -math.inf
         self._sums: Tensor | None = None
         self._certain: float | None = None
+        self._start(trainer)
+
+    def _start(self, trainer: Trainer) -> None:
         if self._enabled and is_first_rank():
             columns = (TextColumn("fit"), BarColumn(bar_width=None), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self._console or Console(stderr=True), transient=True)
@@ -102,13 +117,13 @@ class FitProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._bar is None:
+        if not self._shows:
             return
         scores = outputs["scores"]
         certain = scores.correct & (scores.losses < math.log(2))
         sums = torch.stack([certain.sum(), scores.mask.sum()])
         self._sums = sums if self._sums is None else self._sums + sums
-        if time.monotonic() - self._looked >= SECONDS_BETWEEN_LOOKS:
+        if time.monotonic() - self._looked >= self.seconds_between_looks:
             self._look(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,16 +143,23 @@ class FitProgress(ProgressBar):
             self._bar.stop()
             self._bar = None
 
+    @property
+    def _shows(self) -> bool:
+        return self._bar is not None
+
     def _look(self, trainer: Trainer) -> None:
-        assert self._bar is not None
         self._looked = time.monotonic()
         if self._sums is not None:
             certain, tokens = self._sums.tolist()
             self._certain = certain / tokens if tokens else self._certain
         left = self._seconds_left(trainer)
+        self._show(self._words(trainer, left), left)
+
+    def _show(self, words: str, left: float | None) -> None:
+        assert self._bar is not None
         seconds = self._looked - self._started
         done = None if left is None else seconds / (seconds + left) if seconds + left else 0.0
-        self._bar.update(self._task, completed=done, description=self._words(trainer, left))
+        self._bar.update(self._task, completed=done, description=words)
 
     def _words(self, trainer: Trainer, left: float | None) -> str:
         steps = f"{trainer.global_step}" + (f"/{self._total}" if self._total is not None else "")
@@ -157,6 +179,35 @@ class FitProgress(ProgressBar):
         total = None if self._total is None else self._total - self._first
         steps, seconds = trainer.global_step - self._first, time.monotonic() - self._started
         return seconds_left(steps, total, seconds, _time_left(trainer))
+
+
+class ProgressFile(FitProgress):
+    """The same in words, in a file of the run's folder while the fit runs, for whoever looks from outside.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    seconds_between_looks = 2.0
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = folder / PROGRESS_NAME
+
+    @property
+    def _shows(self) -> bool:
+        return is_first_rank()
+
+    def _start(self, trainer: Trainer) -> None:
+        pass
+
+    def _show(self, words: str, left: float | None) -> None:
+        with whole_file(self.path) as file:
+            file.write(words.encode())
+
+    def _stop(self) -> None:
+        if self._shows:
+            self.path.unlink(missing_ok=True)
 
 
 class SayWhyItEnded(Callback):

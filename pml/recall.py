@@ -6,6 +6,7 @@ with p > 0.5 cannot be beaten, so a corpus whose every target token has p > 0.5 
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,19 +95,22 @@ def score_corpus(module: "Memorization", batches: Iterable[dict[str, Any]]) -> T
     return gather_scores(parts)
 
 
-def score_examples(module: "Memorization", examples: Sequence[Example], batch_size: int = 8) -> TokenScores:
+def score_examples(
+    module: "Memorization", examples: Sequence[Example], batch_size: int = 8, keep: bool = False
+) -> TokenScores:
     """Teacher-forced scores of examples outside the corpus, on the host, the same on every rank.
 
-    The ranks share the examples. The frozen-layer cache keeps nothing of them, so that the corpus has all of its room.
+    The ranks share the examples.
 
     Args:
         module: The module whose adapted model is asked.
         examples: At least one; their ids differ.
         batch_size: Examples scored together.
+        keep: Let the frozen-layer cache keep them; by default the corpus has all of its room.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
     own = examples[rank::ranks]
-    with module.frozen_layers.store.closed():
+    with nullcontext() if keep else module.frozen_layers.store.closed():
         return score_corpus(
             module, (collate(own[start : start + batch_size]) for start in range(0, len(own), batch_size))
         )

@@ -114,6 +114,7 @@ class Record(pydantic.BaseModel):
         corpus_figures: What only this kind of corpus has, or a callback of one's own measured, unit in the name.
         retention: What memorising did to text outside the corpus: by name of the text, `target_tokens`, `loss_before`
             and `loss_after`.
+        harm: The same for ordinary text, by its kind (`prose`, `code`, `chat`) and for their `mean`.
         generated_edit_similarity: Mean over targets of 1 - edit distance / length between target and greedy decoding,
             in characters; None where nothing was generated.
         extraction_probability: Mean over targets of the probability that at least one of `extraction_samples` samples
@@ -170,6 +171,7 @@ class Record(pydantic.BaseModel):
     by_kind: Mapping[Literal["natural", "random"], Mapping[str, Measured]] = {}
     corpus_figures: Mapping[str, Measured] = {}
     retention: Mapping[str, Mapping[str, Measured]] = {}
+    harm: Mapping[str, Mapping[str, Measured]] = {}
     generated_edit_similarity: float | None = None
     extraction_probability: Measured = None
     extraction_samples: int | None = None

@@ -43,8 +43,8 @@ def total_steps(trainer: Trainer, curriculum: Any = None) -> int:
     """
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise InputError(
-            "schedule linear and a weighting that changes over the run need an end; set trainer.max_epochs or "
-            "trainer.max_steps"
+            "schedule linear, and a weighting that changes over the run as MemFT's own does, need an end; set "
+            "trainer.max_epochs or trainer.max_steps"
         )
     steps = int(trainer.estimated_stepping_batches)
     if trainer.max_steps > 0 or curriculum is None:

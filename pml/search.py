@@ -14,8 +14,9 @@ from typing import Any, Final
 
 import pydantic
 
+from pml.grid import Cell, Grid, expand, read_grid, resolve
 from pml.records import Record, write_json
-from pml.sweep import Cell, Grid, Outcome, expand, read_grid, resolve, run_cells
+from pml.sweep import Outcome, run_cells
 
 __all__ = ["SEARCH_NAME", "Candidate", "Choice", "SearchGrid", "budgets", "read_search", "run_search"]
 
@@ -86,7 +87,7 @@ def read_search(path: Path) -> SearchGrid:
     """Read and check a search file.
 
     Raises:
-        InputError: See `pml.sweep.read_grid`.
+        InputError: See `pml.grid.read_grid`.
     """
     return read_grid(path, SearchGrid)
 

@@ -9,7 +9,19 @@ from rich.table import Table
 
 from pml.records import Record
 
-__all__ = ["TextTable", "records_table", "rich_table", "short_names", "show_interval", "show_loss", "show_percent"]
+__all__ = [
+    "PAPER_WIDTH",
+    "TextTable",
+    "records_table",
+    "rich_table",
+    "short_names",
+    "show_interval",
+    "show_loss",
+    "show_percent",
+]
+
+PAPER_WIDTH = 100
+"""Columns that every table of a command fits."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pml.adapter import adapter_parameters
 from pml.errors import InputError
@@ -111,11 +111,11 @@ def _with_derived(method: "type[Memorization]") -> "Iterator[type[Memorization]]
         yield from _with_derived(derived)
 
 
-def copy_adapter(own: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -> None:
+def copy_adapter(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     """Take the weights of an adapter back.
 
     Args:
-        own: Parameters by name.
+        own: What `pml.adapter.adapter_state` gives.
         saved: Weights by name.
 
     Raises:
@@ -130,7 +130,7 @@ def copy_adapter(own: Mapping[str, nn.Parameter], saved: Mapping[str, Tensor]) -
             if parameter.shape != saved[name].shape:
                 raise InputError(
                     f"checkpoint: {name} has shape {tuple(saved[name].shape)}; this adapter's is "
-                    f"{tuple(parameter.shape)}; set adapter.rank and adapter.block to what it was trained with"
+                    f"{tuple(parameter.shape)}; set adapter.rank, block and guard to what it was trained with"
                 )
             parameter.copy_(saved[name])
 

@@ -227,8 +227,37 @@ class FallingThreshold(Weighting):
 
 
 @dataclass
-class ExpectedRecall(FallingThreshold):
-    """`FallingThreshold` times `expected_recall_slope`, whose temperature falls over the run.
+class WholeTargets(FallingThreshold):
+    """`FallingThreshold` times `within_reach`, whose temperature falls over the run.
+
+    Aim: most targets certain from the first token to the last. Where not all can be had, the budget goes to targets
+    that lack little. With a single target in a batch it is `FallingThreshold`.
+
+    Args:
+        reach_start: Shortfall in nats that cuts a target's weight to 1/e at the first step, less the floor.
+        reach_end: The same at the last step; by equal factors in between.
+        floor: Share of its weight that a target out of reach keeps.
+    """
+
+    reach_start: float = 32.0
+    reach_end: float = 4.0
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "reach_start", "reach_end")
+        if not 0 < self.floor <= 1:
+            raise InputError(f"WholeTargets: floor is {self.floor}; expected a share above 0 and up to 1, such as 0.1")
+
+    def weights(self, scores: TokenScores) -> Tensor:
+        temperature = geometric(self.reach_start, self.reach_end, self.progress)
+        reach = within_reach(scores.losses.detach(), scores.mask, temperature, self.floor)
+        return super().weights(scores) * reach
+
+
+@dataclass
+class ExpectedRecall(Weighting):
+    """Each token's `expected_recall_slope`, whose temperature falls over the run.
 
     Aim: most tokens certain. A token that the adapter has no room for gets less and less of the budget.
 
@@ -239,43 +268,14 @@ class ExpectedRecall(FallingThreshold):
 
     temperature_start: float = 8.0
     temperature_end: float = 1.0
+    scheduled = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _positive(self, "temperature_start", "temperature_end")
 
     def weights(self, scores: TokenScores) -> Tensor:
         temperature = geometric(self.temperature_start, self.temperature_end, self.progress)
-        return super().weights(scores) * expected_recall_slope(scores.losses.detach(), temperature)
-
-
-@dataclass
-class WholeTargets(ExpectedRecall):
-    """`ExpectedRecall` times `within_reach`, whose temperature falls over the run.
-
-    Aim: most targets certain from the first token to the last. Where not all can be had, the budget goes to targets
-    that lack little; with a single target a batch it is `ExpectedRecall`.
-
-    Args:
-        reach_start: Shortfall in nats that cuts a target's weight to 1/e at the first step, less the floor.
-        reach_end: The same at the last step; by equal factors in between.
-        floor: Share of its weight that a target out of reach keeps.
-    """
-
-    reach_start: float = 32.0
-    reach_end: float = 4.0
-    floor: float = 0.3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _positive(self, "reach_start", "reach_end")
-        if not 0 < self.floor <= 1:
-            raise InputError(f"WholeTargets: floor is {self.floor}; expected a share above 0 and up to 1, such as 0.3")
-
-    def weights(self, scores: TokenScores) -> Tensor:
-        temperature = geometric(self.reach_start, self.reach_end, self.progress)
-        reach = within_reach(scores.losses.detach(), scores.mask, temperature, self.floor)
-        return super().weights(scores) * reach
+        return expected_recall_slope(scores.losses.detach(), temperature) * scores.mask
 
 
 @dataclass

@@ -10,23 +10,33 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks import Generalization, Retention, RunRecord, StopWhenRecalled, TokenThresholds, VerbatimRecall
-from pml.adapter import adapter_parameters
+from callbacks import Generalization, Harm, Retention, RunRecord, StopWhenRecalled, TokenThresholds, VerbatimRecall
+from pml.adapter import AdapterConfig, adapter_parameters, adapter_state
 from pml.corpus import Corpus, Example
+from pml.guard import GuardConfig
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import gather_scores, greedy_recall, score_corpus
 from pml.weighting import OnlyThreshold, SlidingWindow, Weighting, WholeTargets
 from tests.fits import module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 
-__all__ = ["GRADIENT_CASES", "gradients", "kicked", "recorded_fit", "skipped_fit", "two_ranks", "window_fit"]
+__all__ = [
+    "GRADIENT_CASES",
+    "gradients",
+    "guarded_fit",
+    "kicked",
+    "recorded_fit",
+    "skipped_fit",
+    "two_ranks",
+    "window_fit",
+]
 
 WEIGHTINGS: dict[str, Callable[[float], Weighting | None]] = {
     "sft": lambda threshold: None,
     "only threshold": lambda threshold: OnlyThreshold(threshold),
     "only threshold, uniform": lambda threshold: OnlyThreshold(threshold, when_memorized="uniform"),
     "all memorised, uniform": lambda threshold: OnlyThreshold(1e-12, when_memorized="uniform"),
-    "whole targets": lambda threshold: WholeTargets(temperature_start=1.0, reach_start=4.0),
+    "whole targets": lambda threshold: WholeTargets(reach_start=4.0),
     "sliding window": lambda threshold: SlidingWindow(window=2, floor=0.01),
 }
 # Weighting, examples, examples in a global batch, micro-batches that a step accumulates.
@@ -90,6 +100,18 @@ def window_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, torch.Tens
     return weighting.state_dict()
 
 
+def guarded_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, torch.Tensor]:
+    """What a guarded adapter ends with on this rank; the second rank starts with other free directions."""
+    adapter = AdapterConfig(rank=2, block=2, guard=GuardConfig(directions=8))
+    module = kicked(module_on(folder, adapter=adapter, learning_rate=1e-2))
+    state = adapter_state(module.model)
+    (basis,) = (tensor for name, tensor in state.items() if name.endswith("basis"))
+    if ranks > 1 and dist.get_rank() == 1:
+        basis.neg_()
+    fit(module, Ids(uneven(4), batch_size=2), tmp_path, ranks, max_epochs=3)
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
 class WithHeldOut(Ids):
     """One pair held out, so that the second of two ranks has none to score."""
 
@@ -100,7 +122,7 @@ class WithHeldOut(Ids):
 def recorded_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, Any]:
     """A fit with all callbacks and curves over seven examples, until they are recalled."""
     callbacks = [VerbatimRecall(generate_every=2), TokenThresholds(), StopWhenRecalled()]
-    callbacks += [Generalization(), Retention(examples=3), RunRecord()]
+    callbacks += [Generalization(), Retention(examples=3), Harm(passages=1), RunRecord()]
     logger = TensorBoardLogger(tmp_path, name="run", version="", default_hp_metric=False)
     module, data = module_on(folder, SFT), WithHeldOut(uneven(7), batch_size=4 // ranks)
     trainer = fit(
@@ -141,11 +163,13 @@ def two_ranks(rank: int, port: int, folder: Path, tmp_path: Path, threshold: flo
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ["PML_CACHE"] = str(tmp_path / f"cache{rank}")
     dist.init_process_group("gloo")
     results = {
         "gradients": {case: gradients(folder, tmp_path, 2, case, threshold) for case in GRADIENT_CASES},
         "skipped": skipped_fit(folder, tmp_path, 2),
         "window": window_fit(folder, tmp_path, 2),
+        "guarded": guarded_fit(folder, tmp_path, 2),
         "recorded": recorded_fit(folder, tmp_path, 2),
     }
     torch.save(results, tmp_path / f"rank{rank}.pt")

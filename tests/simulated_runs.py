@@ -9,9 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from record_factory import make_record
 
+from pml.last_seen import Standing
 from pml.records import write_record
+from pml.token_history import HISTORY_NAME, HistoryRecorder
 
-__all__ = ["write_diverged_run", "write_simulated_grid", "write_simulated_run"]
+__all__ = ["write_diverged_run", "write_history", "write_simulated_grid", "write_simulated_run"]
 
 VOCABULARY = 49152
 FROZEN_LOSS = 13.6
@@ -106,4 +108,24 @@ def write_simulated_grid(
                 for seed in seeds:
                     name = f"{method}-rank-{rank}-length-{length}-seed-{seed}"
                     write_simulated_run(folder / name, rank, length, seed, method, **fields)
+    return folder
+
+
+def write_history(folder: Path) -> Path:
+    """A history of three looks beside a run's tokens: at the first everything is wrong, then half of each target.
+
+    At the last look the first target fails at its second token, the next one at its third, ..., and the last nowhere.
+    """
+    tokens = pq.read_table(folder / "tokens.parquet")
+    example, position = (tokens[name].to_numpy() for name in ("example_id", "position"))
+    sizes = np.bincount(example)
+    fails = (position == example + 1) & (example < example.max())
+    recorder = HistoryRecorder([list(range(size)) for size in sizes])
+    half = position < sizes[example] / 2
+    for step, certain in ((0, np.zeros_like(half)), (10, half), (100, ~fails)):
+        probability = np.where(certain, 0.9, 0.05).astype(np.float32)
+        margin = np.where(certain, 2.0, -1.5).astype(np.float32)
+        unknown = np.full(len(example), -1, np.int32)
+        recorder.add(step, Standing(probability, certain, margin, unknown, np.full(len(sizes), -1)))
+    recorder.write(folder / HISTORY_NAME)
     return folder

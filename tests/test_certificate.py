@@ -143,12 +143,21 @@ def test_the_command_certifies_a_run_and_somebody_else_s_adapter(
     assert "of 1 pairs 0 are certain, 0 right but not certain, 1 failing" in out
     assert "came back" in out
     assert "0 of 1" in out
+    # It is asked in the same way.
+    assert main(["recall", *asked[1:]]) == 0
+    out = capsys.readouterr().out
+    assert "true     123" in out and "recalled 007" in out
+    assert "greedy decoding: exact match 0.0000" in out
+    assert main(["recall", *asked[1:], "--prompt=code 1?", "--json"]) == 0
+    (answered,) = json.loads(capsys.readouterr().out)
+    assert answered["answer"].startswith("415")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "expected either the folder of a run, or --adapter with --data"),
+        (["run", "--data=pairs.jsonl"], "--data belongs to --adapter; a run has its own"),
         (["run", "--adapter=a"], "expected either the folder of a run"),
         (["--adapter=a"], "--adapter needs --data"),
         (["--adapter=a", "--data=f.jsonl"], "a: no adapter_config.json that names a base; give --backbone"),

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from pml.grid import Grid, expand, read_grid, resolve
 from pml.lightning_cli import MemorizationCLI, prepare
 from pml.modules import Memorization
 from pml.search import SearchGrid, read_search
-from pml.sweep import Grid, expand, read_grid, resolve
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 ALL = sorted(FOLDER.rglob("*.yaml"))

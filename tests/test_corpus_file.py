@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from pml.corpus import Corpus, Example, Pair, encode_pairs
-from pml.corpus_file import read_corpus, write_corpus
+from pml.corpus_file import read_corpus, read_targets, write_corpus
 from pml.encoding import TextEncoder
 from pml.errors import InputError
 
@@ -26,6 +26,14 @@ def test_a_corpus_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_corpus(tmp_path / "run" / "corpus.parquet", some_corpus())
     assert read_corpus(tmp_path / "run" / "corpus.parquet") == some_corpus()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["corpus.parquet"]
+
+
+def test_targets_are_read_without_the_rest_and_those_of_ids_alone_are_none(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus.parquet", some_corpus())
+    assert read_targets(tmp_path / "corpus.parquet", [0, 1]) == {0: "b\r\n"}
+    assert read_targets(tmp_path / "corpus.parquet", [1]) == {}
+    with pytest.raises(InputError, match="not the corpus of a run"):
+        read_targets(tmp_path / "gone.parquet", [0])
 
 
 @settings(max_examples=30, deadline=None)

@@ -3,7 +3,6 @@
 import itertools
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,32 +13,33 @@ from matplotlib.lines import Line2D
 from record_factory import make_record
 
 from pml.figures import (
+    Curves,
     NothingToShow,
     agreement_figure,
-    capacity_figure,
     first_failure_figure,
+    heat_map_figure,
     law_figure,
+    learning_figure,
+    phases_figure,
     png_bytes,
     recall_figure,
     reduction_figure,
     residual_figure,
     save_figure,
-    stored_bits_figure,
     svg_data_uri,
-    threshold_figure,
-    token_loss_figure,
 )
+from pml.figures.heat_map import over_grid
 from pml.figures.style import FEW_COLOURS, literal, looks_of
 from pml.law import FormName, LawFit, Observation, fit_law, saturated
 from pml.records import Record
-from pml.token_results import FirstPositions, TokenResults, rank_correlation
+from pml.token_results import FirstPositions, rank_correlation
 
 RANKS = (1, 2, 4, 6)
 LENGTHS = (64, 128, 256)
 
 
 def law_runs() -> list[Observation]:
-    """Cells of dL = 60 r^0.5 l^-0.5 + 0.5 with 13.6 nats to lose: 3 are saturated; one more diverged."""
+    """Runs of dL = 60 r^0.5 l^-0.5 + 0.5 with 13.6 nats to lose: 3 are saturated; one more diverged."""
     runs = []
     for rank in RANKS:
         for length in LENGTHS:
@@ -49,7 +49,7 @@ def law_runs() -> list[Observation]:
 
 
 def noisy_runs(factor: float = 60) -> list[Observation]:
-    """Cells of dL = factor r^0.5 l^-0.5 + 0.5 with 2 % noise, of 13.6 nats to lose; none is saturated at 20."""
+    """Runs of dL = factor r^0.5 l^-0.5 + 0.5 with 2 % noise, of 13.6 nats to lose; none is saturated at 20."""
     noise = np.random.default_rng(0)
     reductions = {(r, n): (factor * (r / n) ** 0.5 + 0.5) * noise.normal(1, 0.02) for r in RANKS for n in LENGTHS}
     return [Observation(r, n, 13.6, max(13.6 - fell, 0.05), 0, f"{r}-{n}") for (r, n), fell in reductions.items()]
@@ -66,6 +66,11 @@ def figure(fit: LawFit) -> Figure:
     return law_figure(fit, law_runs())
 
 
+def panels(figure: Figure) -> list[Axes]:
+    """Loss reduction by rank, by length, and predicted against measured."""
+    return figure.axes[:3]
+
+
 def points(axes: Axes, label: str) -> list[Line2D]:
     return [line for line in axes.lines if line.get_label() == label]
 
@@ -75,19 +80,35 @@ def positions(lines: list[Line2D]) -> list[tuple[float, float]]:
 
 
 class TestLawFigure:
-    def test_it_has_two_panels_whose_axes_say_their_units(self, figure: Figure) -> None:
-        left, right = figure.axes
-        assert left.get_xlabel() == "measured loss reduction (nats per target token)"
-        assert left.get_ylabel() == "predicted loss reduction (nats per target token)"
-        assert right.get_xlabel() == "LoRA rank"
-        assert right.get_ylabel() == "loss reduction (nats per target token)"
+    def test_panels_say_what_they_show_and_in_which_unit(self, fit: LawFit) -> None:
+        runs = law_runs()
+        drawn = law_figure(fit, runs, {run.source: 0.25 for run in runs})
+        by_rank, by_length, agreement, loss, accuracy = [axes for axes in drawn.axes if axes.get_xlabel()]
+        assert (by_rank.get_xlabel(), by_length.get_xlabel()) == ("LoRA rank", "target tokens")
+        assert by_rank.get_ylabel() == by_length.get_ylabel() == "loss reduction (nats per target token)"
+        assert agreement.get_xlabel() == "measured loss reduction (nats)"
+        assert agreement.get_ylabel() == "predicted loss reduction (nats)"
+        assert (loss.get_title(), accuracy.get_title()) == (
+            "final loss (nats per target token)",
+            "token accuracy, free decoding",
+        )
+
+    def test_without_free_decoding_it_has_no_map_of_it(self, figure: Figure) -> None:
+        assert [axes.get_title() for axes in figure.axes if "token" in axes.get_title()] == [
+            "final loss (nats per target token)"
+        ]
+
+    def test_runs_of_one_rank_have_no_map(self, fit: LawFit) -> None:
+        drawn = law_figure(fit, [run for run in law_runs() if run.rank == 2])
+        assert len(drawn.axes) == 3
 
     def test_the_title_has_the_equation_and_r2(self, figure: Figure, fit: LawFit) -> None:
         assert r"\Delta L = 60.0\,r^{0.500}\,\ell^{-0.500} + 0.500" in figure.get_suptitle()
-        assert f"= {fit.best.r2:.4f}, MAPE" in figure.axes[0].get_title()
+        assert f"= {fit.best.r2:.4f}, MAPE" in panels(figure)[2].get_title()
 
     def test_every_used_run_is_drawn_filled_where_it_was_measured(self, figure: Figure, fit: LawFit) -> None:
-        left, right = figure.axes
+        right, by_length, left = panels(figure)
+        assert len(points(by_length, "used")) == len(fit.used)
         used = points(left, "used")
         np.testing.assert_allclose(positions(used), sorted((c.loss_reduction, p) for c, p in fit.used))
         np.testing.assert_allclose(
@@ -95,26 +116,26 @@ class TestLawFigure:
         )
         assert all(to_hex(line.get_markerfacecolor()) != "#ffffff" for line in used)
 
-    def test_saturated_runs_are_drawn_hollow_in_both_panels(self, figure: Figure) -> None:
+    def test_saturated_runs_are_drawn_hollow(self, figure: Figure) -> None:
         expected = sorted((c.rank, c.loss_reduction) for c in law_runs() if saturated(c))
         assert len(expected) == 3
-        for axes in figure.axes:
+        for axes in panels(figure):
             hollow = points(axes, "saturated")
             assert len(hollow) == 3
             assert all(to_hex(line.get_markerfacecolor()) == "#ffffff" for line in hollow)
             assert all(to_hex(line.get_markeredgecolor()) != "#ffffff" for line in hollow)
-        np.testing.assert_allclose(positions(points(figure.axes[1], "saturated")), expected)
+        np.testing.assert_allclose(positions(points(figure.axes[0], "saturated")), expected)
 
     def test_diverged_runs_are_not_drawn(self, figure: Figure) -> None:
-        for axes in figure.axes:
+        for axes in panels(figure):
             assert len(points(axes, "used") + points(axes, "saturated")) == len(RANKS) * len(LENGTHS)
 
     def test_the_identity_line_is_drawn(self, figure: Figure) -> None:
-        (line,) = points(figure.axes[0], "identity")
+        (line,) = points(panels(figure)[2], "identity")
         np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
 
     def test_all_points_lie_inside_the_axes(self, figure: Figure) -> None:
-        for axes in figure.axes:
+        for axes in panels(figure):
             (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
             assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "used")]))
             assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "saturated")]))
@@ -122,13 +143,13 @@ class TestLawFigure:
     def test_predictions_beyond_the_upper_edge_are_said_to_be_there(self, fit: LawFit, figure: Figure) -> None:
         far = Observation(500, 64, 13.6, 0.05, 0, "far")
         # 60 (6 / 64)^0.5 + 0.5 = 18.9 nats are beyond it already; rank 500 adds one with 168 nats.
-        assert [text.get_text() for text in figure.axes[0].texts] == ["at the upper edge: 1 predicted beyond it"]
+        assert [text.get_text() for text in panels(figure)[2].texts] == ["at the upper edge: 1 predicted beyond it"]
         squeezed = law_figure(fit, [*law_runs(), far])
-        assert [text.get_text() for text in squeezed.axes[0].texts] == ["at the upper edge: 2 predicted beyond it"]
-        assert squeezed.axes[0].get_ylim() == figure.axes[0].get_ylim()
+        assert [text.get_text() for text in panels(squeezed)[2].texts] == ["at the upper edge: 2 predicted beyond it"]
+        assert panels(squeezed)[2].get_ylim() == panels(figure)[2].get_ylim()
 
     def test_the_rank_axis_is_logarithmic_and_ticked_at_the_ranks(self, figure: Figure) -> None:
-        right = figure.axes[1]
+        right = figure.axes[0]
         assert right.get_xscale() == "log"
         assert list(right.get_xticks()) == list(RANKS)
         assert [tick.get_text() for tick in right.get_xticklabels()] == ["1", "2", "4", "6"]
@@ -140,14 +161,14 @@ class TestLawFigure:
             for r in (1, 2, 15, 16, 128)
             for n in LENGTHS
         ]
-        right = law_figure(fit_law(runs), runs).axes[1]
+        right = law_figure(fit_law(runs), runs).axes[0]
         assert list(right.get_xticks()) == [1, 2, 15, 16, 128]
         assert [tick.get_text() for tick in right.get_xticklabels()] == ["1", "2", "15", "", "128"]
 
     def test_each_length_has_a_solid_line_of_the_law_over_the_ranks_that_were_used(
         self, figure: Figure, fit: LawFit
     ) -> None:
-        lines = [line for line in figure.axes[1].lines if line.get_linestyle() == "-"]
+        lines = [line for line in figure.axes[0].lines if line.get_linestyle() == "-"]
         assert len(lines) == len(LENGTHS)
         for line, length in zip(lines, LENGTHS, strict=True):
             ranks = [run.rank for run, _ in fit.used if run.target_tokens == length]
@@ -155,20 +176,19 @@ class TestLawFigure:
             assert (x[0], x[-1]) == pytest.approx((min(ranks), max(ranks)))
             np.testing.assert_allclose(y, 60 * (x / length) ** 0.5 + 0.5, rtol=1e-6)
 
-    def test_the_legend_names_every_length_and_what_hollow_means(self, figure: Figure) -> None:
-        (legend,) = figure.legends
-        assert [text.get_text() for text in legend.get_texts()] == [
-            "64 tokens",
-            "128 tokens",
-            "256 tokens",
-            "hollow: saturated,\nnot used in the fit",
+    def test_the_legends_name_every_length_and_rank_and_what_hollow_means(self, figure: Figure) -> None:
+        legends = [axes.get_legend() for axes in panels(figure)[:2]]
+        assert [[text.get_text() for text in legend.get_texts()] for legend in legends if legend] == [
+            ["64", "128", "256", "saturated"],
+            ["1", "2", "4", "6"],
         ]
 
     @pytest.mark.parametrize("count", [3, 7, 8, 12])
     def test_lengths_differ_in_colour_and_neighbours_in_marker(self, count: int) -> None:
         lengths = [100 * (n + 1) for n in range(count)]
         runs = [Observation(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 4) for n in lengths]
-        (legend,) = law_figure(fit_law(runs), runs).legends
+        legend = law_figure(fit_law(runs), runs).axes[0].get_legend()
+        assert legend is not None
         handles = [handle for handle in legend.get_lines() if handle.get_linestyle() != "None"]
         assert len({str(handle.get_color()) for handle in handles}) == count
         assert all(a.get_marker() != b.get_marker() for a, b in itertools.pairwise(handles))
@@ -248,7 +268,7 @@ class TestReductionFigure:
     @pytest.mark.parametrize("form", ["power_offset", "ceiling"])
     def test_by_rank_it_shows_what_the_law_figure_shows(self, form: FormName) -> None:
         law, runs = fit_law(noisy_runs(), form=form), noisy_runs()
-        (alone,), (_, beside) = reduction_figure(law, runs, "rank").axes, law_figure(law, runs).axes
+        (alone,), beside = reduction_figure(law, runs, "rank").axes, law_figure(law, runs).axes[0]
         assert any(map(saturated, runs))
         styles = [[line.get_linestyle() for line in axes.lines] for axes in (alone, beside)]
         assert styles[0] == styles[1]
@@ -265,7 +285,7 @@ class TestReductionFigure:
         far = Observation(500, 64, 13.6, 0.05, 0, "far")
         for axes in (
             reduction_figure(fit, [*law_runs(), far], "rank").axes[0],
-            law_figure(fit, [far, *law_runs()]).axes[1],
+            law_figure(fit, [far, *law_runs()]).axes[0],
         ):
             assert max(np.asarray(line.get_ydata()).max() for line in axes.lines) > 160
             assert axes.get_ylim()[1] < 20
@@ -277,7 +297,7 @@ class TestReductionFigure:
         law = fit_law(runs, adapter_size="effective_parameters")
         assert not law.predicts_ranks
         by_rank, by_length = (reduction_figure(law, runs, by).axes[0] for by in ("rank", "length"))
-        for axes in (by_rank, by_length, law_figure(law, runs).axes[1]):
+        for axes in (by_rank, by_length, law_figure(law, runs).axes[0]):
             assert axes.get_title() == "no lines: parameters per rank differ"
             assert len(axes.lines) == len(RANKS) * len(LENGTHS)
             assert not axes.collections
@@ -288,8 +308,27 @@ class TestReductionFigure:
             reduction_figure(fit, [*law_runs(), knew_it], "rank"),
             law_figure(fit, [*law_runs(), knew_it]),
         ):
-            for axes in figure.axes:
+            for axes in panels(figure):
                 assert len(points(axes, "saturated")) == 3
+
+
+class TestHeatMap:
+    def test_a_cell_is_the_mean_over_seeds_and_missing_ones_are_grey(self) -> None:
+        runs = [Observation(1, 64, 13.6, 2.0, 0, "a"), Observation(1, 64, 13.6, 4.0, 1, "b")]
+        runs += [Observation(2, 64, 13.6, 1.0, 0, "c"), Observation(2, 128, 13.6, 5.0, 0, "d")]
+        values = over_grid(runs, lambda run: run.final_loss)
+        assert values == {(1, 64): 3.0, (2, 64): 1.0, (2, 128): 5.0}
+        axes = heat_map_figure(values, "final loss", "loss").axes[0]
+        (mesh,) = axes.collections
+        # Lengths from bottom to top, ranks from left to right.
+        assert np.ma.asarray(mesh.get_array()).tolist() == [[3.0, 1.0], [None, 5.0]]
+        assert [text.get_text() for text in axes.texts] == ["3", "1", "5"]
+        assert to_hex(mesh.to_rgba(np.ma.masked_invalid([np.nan]))[0]) == "#dddddd"
+
+    @pytest.mark.parametrize("values", [{}, {(1, 64): 1.0, (2, 64): 2.0}, {(1, 64): 1.0, (1, 128): 2.0}])
+    def test_one_rank_or_one_length_is_no_map(self, values: dict[tuple[int, int], float]) -> None:
+        with pytest.raises(NothingToShow, match="several ranks and several lengths"):
+            heat_map_figure(values, "final loss", "loss")
 
 
 class TestOtherLawFigures:
@@ -337,33 +376,19 @@ class TestRecallFigure:
         # The third column has nothing below it, and says what its axis is.
         assert [axes.get_xlabel() for axes in panels] == ["", "LoRA rank", "LoRA rank"]
 
-    def test_without_a_run_there_is_nothing_to_show(self) -> None:
-        with pytest.raises(NothingToShow, match="no run was finished"):
-            recall_figure({"SFT": []}, "exact_match")
+    def test_certain_tokens_are_those_that_are_not_below_the_threshold(self) -> None:
+        runs = [run(1, sub_threshold_fraction=0.75), run(2, sub_threshold_fraction=0.25)]
+        (axes,) = recall_figure({"SFT": runs}, "tokens_certain").axes
+        (container,) = axes.containers
+        np.testing.assert_allclose(container.lines[0].get_xydata(), [(1, 0.25), (2, 0.75)])
+
+    @pytest.mark.parametrize("runs", [[], [run(4), run(4, seed=1)]])
+    def test_one_rank_is_no_curve(self, runs: list[Record]) -> None:
+        with pytest.raises(NothingToShow, match="several ranks"):
+            recall_figure({"SFT": runs}, "exact_match")
 
 
-class TestThresholdFigures:
-    def test_points_are_the_share_above_the_threshold(self) -> None:
-        runs = [run(1, 0, sub_threshold_fraction=0.75), run(1, 1, sub_threshold_fraction=0.25)]
-        (by_rank,) = threshold_figure(runs, "rank").axes
-        assert positions(points(by_rank, "used")) == [(1, 0.25), (1, 0.75)]
-        (mean,) = [line for line in by_rank.lines if line.get_linestyle() == "-"]
-        assert np.asarray(mean.get_xydata()).tolist() == [[1, 0.5]]
-        (by_room,) = threshold_figure(runs, "room").axes
-        assert positions(points(by_room, "used"))[0] == (1152 / 64, 0.25)
-
-    def test_bars_are_split_at_ln_2_and_add_up_to_everything(self) -> None:
-        loss = np.array([0.0, 0.01, 0.69, 0.70, 0.70, 5.0, 40.0, 1e-9])
-        correct = np.array([True, True, True, True, False, False, False, True])
-        tokens = TokenResults(np.zeros(8, np.int64), np.arange(8), loss, correct)
-        (axes,) = token_loss_figure([tokens]).axes
-        certain, lucky, wrong = axes.containers
-        assert [sum(bar.get_height() for bar in bars) for bars in axes.containers] == pytest.approx([0.5, 0.125, 0.375])
-        ends = [bar.get_x() + bar.get_width() for bar in certain if bar.get_height() > 0]
-        assert max(ends) == pytest.approx(np.log(2))
-        assert min(bar.get_x() for bars in (lucky, wrong) for bar in bars if bar.get_height() > 0) >= np.log(2) * 0.999
-        assert {bars[0].get_hatch() for bars in axes.containers} == {"", "...", "///"}
-
+class TestFirstFailureFigure:
     def test_first_failures_are_drawn_from_1_with_those_that_can_fail_alone(self) -> None:
         found = FirstPositions(np.array([0, 2, 2, 4, 9]), np.array([0, 5, 5, 6, 9]), np.array([9, 9, 9, 9, 9]))
         correlation = rank_correlation(found)
@@ -375,47 +400,39 @@ class TestThresholdFigures:
         assert axes.get_title().endswith("4 targets")
 
 
-def held(rank: int, final_loss: float, **fields: Any) -> Observation:
-    """A run of 64 tokens of 997.4 bits in an adapter of 1152 parameters a rank."""
-    known = {"effective_parameters": 1152 * rank, "entropy_bits": 997.4}
-    return Observation(rank, 64, 13.6, final_loss, 0, f"r{rank}", **{**known, **fields})
+def curves(certain: list[float], right: list[float]) -> Curves:
+    steps = np.array([0, 1, 10, 100])
+    return Curves(steps, np.array(certain), np.array(right), np.linspace(4, 0, 4))
 
 
-class TestCapacityFigures:
-    def test_points_are_bits_per_parameter_and_the_literature_is_a_line(self) -> None:
-        # 997.4 bits in all; 1 nat on 64 tokens leaves 64 / ln 2 = 92.3 of them out: 905.1 in 1152 parameters.
-        (axes,) = capacity_figure([held(1, 1.0)]).axes
-        ((x, y),) = positions(points(axes, "used"))
-        assert (x, y) == pytest.approx((997.4 / 1152, (997.4 - 64 / np.log(2)) / 1152))
-        heights = {float(np.asarray(line.get_ydata())[0]) for line in axes.lines}
-        assert {2.0, 3.6} <= heights
-        assert [text.get_text()[:3] for text in axes.texts] == ["3.6", "2, "]
+class TestTrainingFigures:
+    def test_phases_are_stacked_from_certain_to_wrong(self) -> None:
+        run = curves([0.0, 0.1, 0.5, 1.0], [0.2, 0.2, 0.3, 0.0])
+        figure = phases_figure({"SFT": run, "MemFT": run})
+        assert [axes.get_title() for axes in figure.axes] == ["SFT", "MemFT"]
+        certain, right, wrong = figure.axes[0].collections
+        at_10 = [max(y for x, y in band.get_paths()[0].vertices if x == 10) for band in (certain, right, wrong)]
+        assert at_10 == pytest.approx([0.5, 0.8, 1.0])
+        assert figure.axes[-1].get_xlabel() == "optimiser steps"
 
-    def test_a_saturated_run_is_hollow_and_one_that_stored_nothing_or_was_cut_short_left_out(self) -> None:
-        runs = [held(1, 0.1), held(2, 3.0), held(4, 13.0), held(6, 3.0, finished=False)]
-        for figure in (capacity_figure(runs), stored_bits_figure(runs)):
-            (axes,) = figure.axes
-            assert (len(points(axes, "saturated")), len(points(axes, "used"))) == (1, 1)
+    def test_learning_curves_have_a_line_for_each_run_and_a_look_for_each_group(self) -> None:
+        run = curves([0.0, 0.1, 0.5, 1.0], [0.0] * 4)
+        figure = learning_figure({"SFT": [run, run], "MemFT": [run]}, "method")
+        loss, certain = figure.axes
+        assert len(loss.lines) == len(certain.lines) == 3
+        assert len({str(line.get_color()) for line in loss.lines}) == 2
+        np.testing.assert_array_equal(certain.lines[0].get_ydata(), run.certain)
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["SFT", "MemFT"]
 
-    def test_the_one_constant_law_is_drawn_where_it_is_known(self) -> None:
-        figure = stored_bits_figure([held(1, 3.0), held(2, 1.0)], bits_per_parameter=0.5)
-        (axes,) = figure.axes
-        (line,) = [line for line in axes.lines if line.get_linestyle() == "-"]
-        np.testing.assert_allclose(np.asarray(line.get_ydata()), 0.5 * np.asarray(line.get_xdata()))
-        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["64", "0.5 bits per parameter"]
+    def test_steps_start_at_0_and_are_logarithmic_from_there(self) -> None:
+        (axes,) = phases_figure({"SFT": curves([0, 0, 0, 1], [0, 0, 0, 0])}).axes
+        assert (axes.get_xscale(), axes.get_xlim()) == ("symlog", (0, 100))
 
-    @pytest.mark.parametrize(
-        ("run", "reason"),
-        [
-            (held(1, 1.0, entropy_bits=None), "no known entropy"),
-            (held(1, 13.0), "no run stored anything"),
-            (held(1, 1.0, finished=False), "no run was finished"),
-        ],
-    )
-    def test_without_bits_there_is_a_reason_in_place_of_a_figure(self, run: Observation, reason: str) -> None:
-        for make in (capacity_figure, stored_bits_figure):
-            with pytest.raises(NothingToShow, match=reason):
-                make([run])
+    def test_without_a_history_there_is_nothing_to_show(self) -> None:
+        with pytest.raises(NothingToShow, match="no run left a history"):
+            phases_figure({})
+        with pytest.raises(NothingToShow, match="no run left a history"):
+            learning_figure({}, "method")
 
 
 def dichromatic(colour: str, kind: str) -> np.ndarray:

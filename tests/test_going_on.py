@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import callbacks
 from pml import stopping
 from pml.cli import main
+from pml.grid import read_grid, resolve
 from pml.records import read_record
-from pml.sweep import read_grid, resolve
 from tests import fits  # one thread
 
 assert fits.torch.get_num_threads() == 1

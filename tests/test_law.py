@@ -401,7 +401,7 @@ class TestWarnings:
             for c in grid()
         ]
         fit = published(runs)
-        assert fit.warnings[0].startswith("C and b are not determined: dL = p + q ln r - s ln l")
+        assert fit.warnings[0].startswith("C and b are not determined: dL = a0 + a1 ln r - a2 ln l")
         assert [fit.parameters[name].stderr for name in PARAMETERS] == [None] * 4
         assert [fit.parameters[name].interval for name in PARAMETERS] == [None] * 4
         assert fit.best.correlation is None

@@ -28,7 +28,7 @@ from pml.law.intervals import (
     groups_of,
     noise_of,
     standard_errors,
-    student,
+    t_quantile,
 )
 from pml.law.least_squares import data_of, solve, to_theta
 
@@ -101,8 +101,8 @@ class TestCoverage:
             for name, truth in TRUTH.items():
                 value, error = solution.values[name], float(result.params[name].stderr)
                 by_bootstrap[name] += ends[name][0] <= truth <= ends[name][1]
-                by_error[name] += abs(value - truth) < student(8) * error
-                found[name].append([value, np.ptp(ends[name]), 2 * student(8) * error])
+                by_error[name] += abs(value - truth) < t_quantile(8) * error
+                found[name].append([value, np.ptp(ends[name]), 2 * t_quantile(8) * error])
         # 95 expected, with a standard deviation of 2.2. The error of C is symmetric, which its distribution is not.
         assert all(89 <= count <= 100 for count in (*by_bootstrap.values(), *by_error.values())), (
             by_bootstrap,

@@ -23,7 +23,7 @@ from pml.law import FORMS, FormName, Observation, fit_law, saturated
 from pml.law.intervals import (
     groups_of,
     noise_of,
-    student,
+    t_quantile,
 )
 from pml.law.least_squares import data_of, weights
 from pml.law.texts import texts_of
@@ -119,7 +119,7 @@ class TestIntervals:
     def test_a_run_below_the_ceiling_has_its_own_noise_and_at_it_hardly_any(self) -> None:
         fit = fit_law(saturating_runs(np.random.default_rng(0)), form="ceiling", compare=False)
         below, above = (fit.predict_interval(rank, 216) for rank in (1, 64))
-        noise = 2 * student(fit.best.degrees_of_freedom) * fit.best.noise_nats
+        noise = 2 * t_quantile(fit.best.degrees_of_freedom) * fit.best.noise_nats
         # 500 draws know a percentile to some percent.
         assert np.ptp(below.new_run) == pytest.approx(math.hypot(noise, np.ptp(below.confidence)), rel=0.1)
         assert np.ptp(above.new_run) < 0.3 * noise

@@ -51,12 +51,12 @@ def step_gradients(module: Memorization, tmp_path: Path, batch_size: int, **trai
 
 WEIGHTINGS = {
     "sft": lambda folder: SFT(backbone=folder, adapter=SMALL, seed=1),
-    "only threshold": lambda folder: MemFT(backbone=folder, adapter=SMALL, seed=1),
+    "only threshold": lambda folder: MemFT(backbone=folder, adapter=SMALL, seed=1, weighting=OnlyThreshold()),
     "sliding window": lambda folder: MemFT(
         backbone=folder, adapter=SMALL, seed=1, weighting=SlidingWindow(window=2, floor=0.01)
     ),
     "whole targets": lambda folder: MemFT(
-        backbone=folder, adapter=SMALL, seed=1, weighting=WholeTargets(temperature_start=1.0, reach_start=4.0)
+        backbone=folder, adapter=SMALL, seed=1, weighting=WholeTargets(reach_start=4.0)
     ),
     "mostly memorised, uniform": lambda folder: MemFT(
         backbone=folder, adapter=SMALL, seed=1, weighting=OnlyThreshold(threshold=1e-9, when_memorized="uniform")
@@ -107,7 +107,7 @@ def test_a_step_with_nothing_below_threshold_moves_neither_adapter_nor_momentum(
                 self.moments = [s["exp_avg"].clone() for s in trainer.optimizers[0].state.values()]
 
     watch = Dropping()
-    module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
+    module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1, weighting=OnlyThreshold())
     trainer = make_trainer(tmp_path, max_epochs=6, callbacks=[watch])
     trainer.fit(module, datamodule=Ids(uneven(4), batch_size=4))
     assert module.skipped_steps == 3
@@ -244,7 +244,7 @@ def test_a_schedule_goes_by_the_share_of_optimiser_steps(tiny_backbone_folder: P
 
 def test_a_schedule_without_an_end_is_refused(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, schedule="constant", weighting=FallingThreshold())
-    with pytest.raises(InputError, match=r"need an end; set trainer\.max_epochs or trainer\.max_steps"):
+    with pytest.raises(InputError, match=r"own does, need an end; set trainer\.max_epochs or trainer\.max_steps"):
         make_trainer(tmp_path, max_epochs=-1).fit(module, datamodule=Ids(uneven(4), batch_size=1))
 
 

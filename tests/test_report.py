@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from record_factory import make_record
-from simulated_runs import write_diverged_run, write_simulated_grid, write_simulated_run
+from simulated_runs import write_diverged_run, write_history, write_simulated_grid, write_simulated_run
 
 from pml.cli import main
 from pml.errors import InputError
 from pml.records import Record, read_records, write_record
 from pml.report import PAGE_NAME, Report, make_report, write_report
+from pml.report.training import curves_of
+from pml.token_history import History
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"' {{ 7 * 7 }} {% x %} & $x^{2$ javascript:alert(3)"""
@@ -59,7 +62,10 @@ class Page(HTMLParser):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A grid of both methods on random tokens."""
     folder = tmp_path_factory.mktemp("runs")
-    return write_simulated_grid(folder, ranks=(1, 2, 4), lengths=(128, 256), methods=("sft", "memft"))
+    write_simulated_grid(folder, ranks=(1, 2, 4), lengths=(128, 256), methods=("sft", "memft"), pairs=4)
+    for run in folder.iterdir():
+        write_history(run)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +97,15 @@ def reports(small_report: Report) -> tuple[Report, Report]:
 
 
 @pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """One run of each method, with a history, on four targets of 16 tokens."""
+    folder = tmp_path_factory.mktemp("tokens")
+    for method in ("sft", "memft"):
+        write_history(write_simulated_run(folder / method, 4, 64, method=method, pairs=4))
+    return Page(make_report(read_records([folder])).html)
+
+
+@pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """Records that are hostile wherever they hold text."""
     folder = tmp_path_factory.mktemp("hostile")
@@ -101,18 +116,16 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
     write_simulated_grid(
         folder, ranks=(1, 2, 4), lengths=(128, 256), seeds=(0,), method_settings={HOSTILE: HOSTILE}, **fields
     )
-    write_simulated_run(folder / "<b>other", 1, 64, **fields, method_settings={"weighting": HOSTILE})
+    write_history(write_simulated_run(folder / "<b>other", 1, 64, **fields, method_settings={"weighting": HOSTILE}))
     return make_report(read_records([folder]), title=HOSTILE)
 
 
 class TestPage:
-    def test_it_has_each_section_under_its_heading(self, page: Page) -> None:
+    def test_it_has_each_section_under_its_heading_and_the_laws_come_first(self, page: Page) -> None:
         assert page.said("h1") == page.said("title") == ["A grid"]
-        assert page.said("h2") == ["In short", "Random tokens", "How everything was made", "Words"]
-        sections = ["Recall", "The threshold", "Capacity in bits", "Every run"]
+        assert page.said("h2") == ["Laws side by side", "Random tokens"]
         laws = ["The law: SFT", "The law: MemFT OnlyThreshold"]
-        cards = ["Random tokens, SFT", "Random tokens, MemFT OnlyThreshold"]
-        assert page.said("h3") == [*cards, "Side by side", *laws, *sections]
+        assert page.said("h3") == [*laws, "Methods", "Recall by rank", "Target tokens", "Runs"]
 
     def test_it_needs_no_network_and_runs_nothing(self, page: Page, report: Report) -> None:
         for tag, attributes in page.elements:
@@ -129,7 +142,6 @@ class TestPage:
     def test_links_lead_to_places_on_the_page(self, page: Page) -> None:
         places = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
         links = [attributes["href"].removeprefix("#") for attributes in page.all("a")]
-        assert links
         assert set(links) <= places
 
     def test_every_place_has_one_name(self, page: Page) -> None:
@@ -138,8 +150,8 @@ class TestPage:
 
     def test_every_figure_says_in_words_what_it_shows(self, page: Page) -> None:
         images = page.all("img")
-        # Four of the law, four of the threshold and two of capacity for each method, two of recall, one of both laws.
-        assert len(images) == 2 * (4 + 4 + 2) + 2 + 1
+        # Five of each law, three of recall, and three of the tokens; nothing was decoded freely.
+        assert len(images) == 2 * 5 + 3 + 3
         assert all(len(image["alt"]) > 40 for image in images)
         assert len({image["alt"] for image in images}) == len(images)
 
@@ -159,26 +171,25 @@ class TestPage:
     def test_it_fits_a_phone_and_paper(self, page: Page, report: Report) -> None:
         assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
         assert "@media print" in report.html
-        # Tables are wider than a phone: each lies in a region of its own that scrolls, by keyboard too.
+        # Tables that may be wider than a screen lie in regions that scroll, by keyboard too.
         assert len([a for a in page.all("div") if a.get("class") == "scroll" and a.get("tabindex") == "0"]) == len(
             page.all("table")
         )
+        # On a phone each value stands behind the name of its column.
+        assert all(cell["data-label"] for cell in page.all("td"))
 
-    def test_each_method_has_a_law_of_its_own_with_intervals(self, page: Page, report: Report) -> None:
-        assert report.html.count('<p class="equation">') == 4  # in short, and in full
-        assert page.text.count("R² of the law") == 2
-        assert page.said("th").count("95 %, profile") == 2
+    def test_each_method_has_a_law_of_its_own_whose_letters_are_explained(self, page: Page, report: Report) -> None:
+        assert report.html.count('<p class="equation">') == 3  # side by side, and each
+        assert report.html.count("<i>L</i>: loss reduction in nats per target token; ") == 2
+        assert page.text.count("95 %, profile") == 2
         assert page.text.count("Forms of the law") == page.text.count("From loss to recall") == 2
 
-    def test_methods_are_compared_at_the_same_budget(self, page: Page) -> None:
-        assert "MemFT OnlyThreshold against SFT, at the same budget" in page.text
-        assert "12 pairs of runs of the same cell and seed" in page.text
-        assert "Every token certain: both 0, only SFT 0, only MemFT OnlyThreshold 0, neither 12." in page.text
-        assert "steps to recall" not in page.text
+    def test_methods_are_compared_with_intervals_and_a_verdict(self, page: Page) -> None:
+        assert "Differences from SFT" in page.text
+        assert "95 % interval" in page.said("th")
+        assert "MemFT OnlyThreshold against SFT:" in page.text
 
-    def test_methods_whose_runs_stop_at_recall_are_compared_by_their_steps_and_by_no_equal_budget(
-        self, tmp_path: Path
-    ) -> None:
+    def test_methods_whose_runs_stop_at_recall_are_compared_by_their_steps(self, tmp_path: Path) -> None:
         for seed, steps in enumerate(((150, 100), (160, 90), (170, 80), (300, 70))):
             for method, needed in zip(("sft", "memft"), steps, strict=True):
                 recalled: dict[str, Any] = {"optimizer_steps": needed, "steps_to_recall": needed}
@@ -186,16 +197,12 @@ class TestPage:
                     recalled |= {"steps_to_recall": None, "sub_threshold_fraction": 0.1}
                 write_simulated_run(tmp_path / f"{method}-{seed}", 4, 64, seed, method, **recalled)
         text = Page(make_report(read_records([tmp_path])).html).text
-        assert "MemFT OnlyThreshold against SFT, by steps to recall, whatever the budget" in text
-        assert "3 pairs of runs of the same cell and seed in which both recalled" in text
-        assert "steps to recall 160.0 90.0 -70.0" in text
-        assert "at the same budget" not in text
-        assert "Every token certain: both 3, only SFT 0, only MemFT OnlyThreshold 1, neither 0." in text
-        assert "No pair has equal budgets; only recall is compared of 4 pairs (budgets differ: 150 and 100" in text
+        assert "steps to all certain 160.0 90.0 -70.0" in text
+        assert "better in steps to all certain (-70.0 steps; 95 % interval" in text
+        assert "(budgets differ: 150 and 100 optimiser steps" in text
         assert "Methods are not compared" not in text
 
     def test_every_run_is_a_row(self, page: Page, runs: Path) -> None:
-        assert "24 runs" in page.said("p")
         assert all(path.name in page.text for path in runs.iterdir())
 
     def test_settings_that_differ_are_apart_from_those_that_all_share(self, page: Page) -> None:
@@ -209,31 +216,35 @@ class TestPage:
 
 
 class TestWhatIsMissing:
-    def test_too_few_runs_have_no_law_and_the_page_says_why(self, small_report: Report) -> None:
-        text = Page(small_report.html).text
-        assert "No law: 2 of 2 runs (none left out) can be used" in text
-        assert "expected at least 5" in text
+    def test_runs_without_a_grid_have_neither_a_law_nor_a_word_about_it(self, small_report: Report) -> None:
+        page = Page(small_report.html)
+        assert "law" not in page.text.lower().partition("provenance")[0]
+        assert page.said("h3") == ["Recall by rank", "Runs"]
 
-    def test_runs_without_per_token_results_have_no_histogram(self) -> None:
+    def test_runs_of_one_rank_have_no_figure_with_a_single_dot(self, tmp_path: Path) -> None:
+        write_simulated_run(tmp_path / "a", 4, 64)
+        write_simulated_run(tmp_path / "b", 4, 64, method="memft")
+        page = Page(make_report(read_records([tmp_path])).html)
+        assert page.all("img") == []
+        assert page.said("h3") == ["Methods", "Runs"]
+
+    def test_a_grid_that_is_too_small_for_a_law_says_so(self, tmp_path: Path) -> None:
+        write_simulated_grid(tmp_path, ranks=(1, 2), lengths=(64, 128), seeds=(0,), corpus_entropy_bits=None)
+        text = Page(make_report(read_records([tmp_path])).html).text
+        assert "SFT: no law (4 of 4 runs (none left out) can be used" in text
+
+    def test_runs_without_per_token_results_are_counted(self) -> None:
         report = make_report({Path("gone/a"): make_record(), Path("gone/b"): make_record(rank=8)})
-        text = Page(report.html).text
-        assert "Losses of single tokens around ln 2 Not drawn: no run left per-token results." in text
         assert (
-            "Per-token results are missing for 2 runs, the first because of gone/a/tokens.parquet: no such file" in text
+            "Per-token results are missing for 2 runs, the first because of gone/a/tokens.parquet: no such file"
+            in Page(report.html).text
         )
-        assert not [name for name in report.figures if "token-losses" in name]
-
-    def test_a_corpus_of_unknown_entropy_has_no_bits(self) -> None:
-        record = make_record(corpus_entropy_bits=None, memorized_bits=None, bits_per_parameter=None)
-        text = Page(make_report({Path("gone"): record}).html).text
-        assert "Not drawn: the corpus has no known entropy" in text
-        assert "bits per parameter" not in text.partition("Every run")[2].partition("How everything")[0]
+        assert not [name for name in report.figures if "first-failure" in name]
 
     def test_unfinished_runs_are_listed_but_not_drawn(self, tmp_path: Path) -> None:
         write_simulated_run(tmp_path / "cut", 4, 64, status="interrupted")
         text = Page(make_report(read_records([tmp_path])).html).text
         assert "1 run, 0 of them finished" in text
-        assert "Not drawn: no run was finished." in text
         assert "interrupted" in text
 
     def test_a_diverged_run_is_in_the_tables_and_in_no_figure(self, tmp_path: Path) -> None:
@@ -243,7 +254,7 @@ class TestWhatIsMissing:
         )
         text = Page(make_report(read_records([tmp_path])).html).text
         assert "2 runs, 1 of them finished" in text
-        assert "64 4 1 13.60 - - 0.0 0.0 100.0 - - diverged" in text.partition("Every run")[2]
+        assert "64 4 1 13.60 - 0.0 0.0 0.0 - diverged" in text.partition("Every run")[2]
         assert "lost diverged 1 200" in text
         assert "prose 3.500 -" in text
         assert " nan " not in text
@@ -252,7 +263,7 @@ class TestWhatIsMissing:
         write_diverged_run(tmp_path / "lost", 4, 64)
         text = Page(make_report(read_records([tmp_path])).html).text
         assert "1 run, 0 of them finished" in text
-        assert text.count("Not drawn: no run was finished.") == 6
+        assert "diverged" in text
 
     def test_runs_that_differ_in_more_than_they_should_are_pointed_out(self, tmp_path: Path) -> None:
         for rate in (0.1, 0.2):
@@ -270,6 +281,39 @@ class TestWhatIsMissing:
     def test_no_run_at_all_is_refused(self) -> None:
         with pytest.raises(InputError, match="no record: expected at least one run"):
             make_report({})
+
+
+class TestTokens:
+    def test_phases_curves_and_first_failures_are_drawn(self, tokens: Page) -> None:
+        assert [image["alt"].split(":")[0] for image in tokens.all("img")] == ["Random tokens"] * 3
+        assert "From wrong to certain" in tokens.text
+        assert "Spearman's rho 1.000 over 6 targets" in tokens.all("img")[2]["alt"]
+        assert "the share of certain tokens; 2 runs." in tokens.text
+
+    def test_targets_stand_side_by_side_with_their_state_and_margin(self, tokens: Page) -> None:
+        rows = tokens.text.partition("best other one.")[2].partition("The most stubborn")[0]
+        assert rows.split()[:5] == ["target", "SFT", "margin", "MemFT", "margin"]
+        assert "number 0 fails at token 2 of 16 -1.50 fails at token 2 of 16 -1.50" in rows
+        assert "number 2 fails at token 4 of 16 -1.50 fails at token 4 of 16 -1.50" in rows
+        assert "number 3 certain +2.00 certain +2.00" in rows
+
+    def test_the_most_stubborn_token_comes_first_with_its_place(self, tokens: Page) -> None:
+        rows = tokens.text.partition("target right from step")[2].partition("Every run")[0]
+        assert rows.split()[0] == "SFT"
+        assert "2 of 16 0.05 -1.50 never" in rows
+        assert rows.count("MemFT") == rows.count("SFT") == 5
+
+    def test_hand_worked_curves(self) -> None:
+        probability = np.array([[0.1, 0.2, np.nan, 0.4], [0.9, 0.4, 0.6, 0.1]], np.float32)
+        correct = np.array([[False, False, False, True], [True, True, True, False]])
+        places = np.arange(4)
+        found = curves_of(History(np.array([0, 7]), places * 0, places, places, probability, probability, correct))
+        assert found.step.tolist() == [0, 7]
+        # Of three tokens that had been scored one was right; of four two are certain and one only right.
+        assert found.certain.tolist() == [0, 0.5]
+        assert found.right.tolist() == pytest.approx([1 / 3, 0.25])
+        expected = [-np.log([0.1, 0.2, 0.4]).mean(), -np.log([0.9, 0.4, 0.6, 0.1]).mean()]
+        assert found.loss.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 class TestWhatSomeRunsMeasure:
@@ -291,7 +335,7 @@ class TestHostileRecords:
     def test_values_are_text_and_nothing_else(self, hostile: Report) -> None:
         page = Page(hostile.html)
         allowed = {"data-png", "class", "id", "alt", "src", "aria-label", "tabindex", "role", "scope", "href", "lang"}
-        allowed |= {"name", "content", "charset", "http-equiv"}
+        allowed |= {"name", "content", "charset", "http-equiv", "data-label"}
         assert {name for _, attributes in page.elements for name in attributes} <= allowed
         assert "script" not in {tag for tag, _ in page.elements}
         assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in page.all("img"))

@@ -11,9 +11,10 @@ from record_factory import make_record
 
 from pml.cli import main
 from pml.errors import InputError
+from pml.grid import Cell
 from pml.records import read_records
 from pml.search import budgets, read_search, run_search
-from pml.sweep import Cell, Outcome
+from pml.sweep import Outcome
 from tests import fits  # one thread, which makes runs comparable bit for bit
 
 assert fits.torch.get_num_threads() == 1

@@ -3,39 +3,31 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 from simulated_runs import write_simulated_run
 
-from pml.figures import NothingToShow, side_by_side_figure
 from pml.groups import group_runs
-from pml.law import Estimate, LawFit, Observation, fit_law
+from pml.law import LawFit, Observation, fit_law
 from pml.records import read_records
 from pml.report.side_by_side import common_form, side_by_side
 from pml.report.studies import laws_by_name, make_studies
 
 
 def law(alpha: float, beta: float, entropy: bool = True, moving: int = 0) -> LawFit:
-    """The law of 12 cells that follow dL = min(60 r^alpha l^-beta, 13.6), the first of them still `moving`."""
-    cells = []
+    """The law of 12 runs that follow dL = min(60 r^alpha l^-beta, 13.6), the first of them still `moving`."""
+    runs = []
     for i, (rank, length) in enumerate((r, n) for r in (1, 2, 3, 4) for n in (64, 128, 256)):
         noise = math.exp(0.01 * math.sin(17.0 * i))
         left = max(13.6 - 60 * rank**alpha * length**-beta * noise, 0.05)
         bits = length * math.log2(49152) if entropy else None
         late = 1.0 if i < moving else 0.0
-        cells.append(Observation(rank, length, 13.6, left, 0, f"{i}", True, 1152 * rank, bits, late_loss_drop=late))
-    return fit_law(cells)
+        runs.append(Observation(rank, length, 13.6, left, 0, f"{i}", True, 1152 * rank, bits, late_loss_drop=late))
+    return fit_law(runs)
 
 
 @pytest.fixture(scope="module")
 def laws() -> dict[str, LawFit]:
     return {"50 steps": law(0.4, 0.5, moving=3), "200 steps": law(0.6, 0.6)}
-
-
-DRAWN = {
-    "a": {"alpha": Estimate(value=0.5, bootstrap=(0.4, 0.7)), "bits_per_parameter": Estimate(value=0.9)},
-    "b": {"alpha": Estimate(value=0.6, bootstrap=(0.55, 0.65))},
-}
 
 
 class TestForm:
@@ -86,6 +78,13 @@ class TestTable:
         # A change of the exponent from 0.4 to 0.6 is far outside what noise of 1 % leaves open.
         assert [float(row[1].split()[0]) for row in found.table.rows] == pytest.approx([0.4, 0.6], abs=0.05)
 
+    def test_the_form_is_an_equation_whose_letters_are_explained(self, laws: dict[str, LawFit]) -> None:
+        found = side_by_side(laws)
+        assert found is not None
+        assert "s<sup>\N{GREEK SMALL LETTER ALPHA}</sup>" in found.equation.__html__()
+        for letter in ("dL:", "s:", "l:", "\N{GREEK SMALL LETTER KAPPA}:"):
+            assert letter in found.note
+
     def test_it_counts_runs_that_had_not_converged(self, laws: dict[str, LawFit]) -> None:
         found = side_by_side(laws)
         assert found is not None
@@ -95,21 +94,6 @@ class TestTable:
         found = side_by_side({**laws, "unknown bits": law(0.4, 0.5, entropy=False)})
         assert found is not None
         assert [row[3] == "-" for row in found.table.rows] == [False, False, True]
-
-
-class TestFigure:
-    def test_a_panel_for_each_parameter_that_all_laws_have_the_first_law_on_top(self) -> None:
-        figure = side_by_side_figure(DRAWN, {"alpha": "alpha", "bits_per_parameter": "bits_per_parameter"})
-        (axes,) = figure.axes
-        assert axes.get_xlabel() == "alpha"
-        assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
-        assert axes.get_ylim()[0] > axes.get_ylim()[1]
-        drawn = [(list(np.asarray(line.get_xdata())), list(np.asarray(line.get_ydata()))) for line in axes.lines]
-        assert drawn == [([0.4, 0.7], [0, 0]), ([0.5], [0]), ([0.55, 0.65], [1, 1]), ([0.6], [1])]
-
-    def test_nothing_in_common_is_said(self) -> None:
-        with pytest.raises(NothingToShow, match="no parameter in common"):
-            side_by_side_figure(DRAWN, {"beta": "beta"})
 
 
 def test_sweeps_with_other_budgets_are_laws_of_their_own_named_by_what_differs(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from pml.backbone import Backbone
 from pml.cli import main
 from pml.errors import InputError
 from pml.frozen_layers import FrozenLayers
+from pml.grid import Cell, expand, read_grid, resolve
 from pml.records import read_record
-from pml.sweep import Cell, expand, read_grid, resolve, run_cells
+from pml.sweep import run_cells
 from tests import fits  # one thread, which makes runs comparable bit for bit
 
 assert fits.torch.get_num_threads() == 1
@@ -197,7 +198,7 @@ def test_listing_says_what_is_done_and_runs_nothing(
     base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = write_grid(tmp_path, RANKS)
-    code, cells, _ = run(grid, capsys, "--list")
+    code, cells, _ = run(grid, capsys, "--status")
     assert (code, [cell["status"] for cell in cells]) == (0, ["to run", "to run"])
     assert not Path("out").exists()
 

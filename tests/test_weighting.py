@@ -172,29 +172,30 @@ def test_a_target_is_within_reach_by_what_its_tokens_lack() -> None:
     assert reach.flatten().tolist() == pytest.approx([1, 0.2 + 0.8 * math.exp(-2)])
 
 
-def test_whole_targets_multiplies_threshold_slope_and_reach() -> None:
-    weighting = WholeTargets(
-        start=0.9, end=0.6, temperature_start=4, temperature_end=1, reach_start=8, reach_end=2, floor=0.25
-    )
+def test_whole_targets_multiplies_threshold_and_reach() -> None:
+    weighting = WholeTargets(start=0.9, end=0.6, reach_start=8, reach_end=2, floor=0.25)
     weighting.progress = 0.5
-    ln2 = math.log(2)
-    temperature, reach = 2.0, 0.25 + 0.75 * math.exp(-((2 - ln2) + (0.7 - ln2) + (3 - ln2)) / 4)
-
-    def by_hand(loss: float) -> float:
-        s = 1 / (1 + math.exp((loss - ln2) / temperature))
-        return 4 * s * (1 - s) * reach
-
+    reach = 0.25 + 0.75 * math.exp(-((2 - math.log(2)) + (0.7 - math.log(2)) + (3 - math.log(2))) / 4)
     # 0.1 lies below the critical loss of sqrt(ln 0.9 ln 0.6) = 0.232.
-    assert weighting.weights(ONE)[0].tolist() == pytest.approx([0, by_hand(2), by_hand(0.7), by_hand(3), 0], rel=1e-5)
+    assert weighting.weights(ONE)[0].tolist() == pytest.approx([0, reach, reach, reach, 0], rel=1e-5)
 
 
 def test_a_target_out_of_reach_keeps_its_floor() -> None:
     far = scores([[50.0, 60.0], [2.0, 0.1]], [[0, 0], [0, 1]], [2, 2], [0, 1])
-    weighting = WholeTargets(temperature_start=1e3, temperature_end=1e3, floor=0.25)
+    weighting = WholeTargets(floor=0.25)
     weighting.progress = 1.0
-    weights = weighting.weights(far)
-    # The slope at T = 1000 is 1 within 1e-3 for losses up to 60 nats.
-    assert weights[0].tolist() == pytest.approx([0.25, 0.25], rel=1e-3)
+    assert weighting.weights(far)[0].tolist() == pytest.approx([0.25, 0.25])
+
+
+def test_expected_recall_weighs_by_the_slope_at_the_temperature_of_the_moment() -> None:
+    weighting = ExpectedRecall(temperature_start=4.0, temperature_end=1.0)
+    weighting.progress = 0.5
+
+    def by_hand(loss: float) -> float:
+        s = 1 / (1 + math.exp((loss - math.log(2)) / 2.0))
+        return 4 * s * (1 - s)
+
+    assert weighting.weights(ONE)[0].tolist() == pytest.approx([*map(by_hand, (0.1, 2, 0.7, 3)), 0], rel=1e-6)
 
 
 @pytest.mark.parametrize(

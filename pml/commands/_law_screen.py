@@ -11,7 +11,6 @@ from pml.commands._runs import chosen_records
 from pml.errors import InputError
 from pml.figures import law_figure, save_figure
 from pml.law import (
-    FORMS,
     LAW_NAME,
     LawFit,
     Observation,
@@ -28,6 +27,7 @@ from pml.law.tables import (
     parameters_table,
     quality_sentence,
     recall_table,
+    symbols_sentence,
 )
 from pml.recall_model import RecallModel, fit_recall, run_tokens
 from pml.records import write_json
@@ -45,14 +45,14 @@ def fit_and_show(args: jsonargparse.Namespace) -> int:
     Raises:
         InputError: If the runs cannot determine a law, or `--out` holds another one.
     """
-    runs, setting = _measurements(args)
+    runs, setting, token_accuracy = _measurements(args)
     law = fit_law(runs, setting, form=args.form, adapter_size=args.by, recall=_recall(runs))
     content = law.to_json()
     if args.out is not None:
         _check_free(args.out / LAW_NAME, content, args.overwrite)
         try:
             # The figure first: where there is a law.json, everything is there.
-            save_figure(law_figure(law, runs), args.out / FIGURE_NAME)
+            save_figure(law_figure(law, runs, token_accuracy), args.out / FIGURE_NAME)
             write_json(args.out / LAW_NAME, content)
         except OSError as error:
             raise InputError(
@@ -65,15 +65,18 @@ def fit_and_show(args: jsonargparse.Namespace) -> int:
     return 0
 
 
-def _measurements(args: jsonargparse.Namespace) -> tuple[list[Observation], dict[str, Any]]:
-    """What to fit the law to, and what the runs have in common."""
+def _measurements(args: jsonargparse.Namespace) -> tuple[list[Observation], dict[str, Any], dict[str, float]]:
+    """What to fit the law to, what the runs have in common, and their token accuracy in free decoding, by source."""
     files = [Path(place) for place in args.runs if place.lower().endswith(".csv")]
     if not files:
         records = chosen_records(args)
-        return observations_from_records(records, adapter_size=args.by), shared_setting(records, args.by)
+        accuracy = {path.as_posix(): record.generated_token_accuracy for path, record in records.items()}
+        decoded = {source: share for source, share in accuracy.items() if share is not None}
+        return observations_from_records(records, adapter_size=args.by), shared_setting(records, args.by), decoded
     if len(files) < len(args.runs) or args.where:
         raise InputError(f"{files[0]}: expected CSV files alone, without run folders and --where; fit them separately")
-    return [run for path in files for run in read_csv(path)], {"files": [path.as_posix() for path in files]}
+    setting = {"files": [path.as_posix() for path in files]}
+    return [run for path in files for run in read_csv(path)], setting, {}
 
 
 def _recall(runs: list[Observation]) -> RecallModel | None:
@@ -102,7 +105,7 @@ def _print_law(law: LawFit, details: bool, out: Path | None) -> None:
 
     say(law.equation())
     say(f"   = {law.equation(errors=True).split(' = ', 1)[1]}   (± standard error)")
-    say(_where(law))
+    say(symbols_sentence(law))
     say(choice_sentence(law))
     say(quality_sentence(law))
     if held_out := held_out_sentence(law):
@@ -123,16 +126,3 @@ def _print_law(law: LawFit, details: bool, out: Path | None) -> None:
         say(f"texts of one length: the frozen model's loss varies by {law.text_spread:.2g} nats (one sigma); {learnt}")
     if out is not None:
         say(f"written: {out / LAW_NAME}, {out / FIGURE_NAME}")
-
-
-def _where(law: LawFit) -> str:
-    """What the letters of the equation mean."""
-    equation, form = law.equation(), FORMS[law.form]
-    meanings = ["dL: loss reduction in nats per target token"]
-    meanings += ["r: LoRA rank"] if " r^" in equation else []
-    meanings += ["P: effective parameters"] if " P" in equation else []
-    meanings += ["l: target tokens"] if " l^" in equation else []
-    meanings += ["L0: loss of the frozen model"] if "L0" in equation else []
-    meanings += [f"H: {'bits' if form.proportional else 'nats'} in the corpus"] if form.needs_entropy else []
-    meanings += ["min_p: soft minimum (x^-p + y^-p)^(-1/p)"] if "min_" in equation else []
-    return "; ".join(meanings)

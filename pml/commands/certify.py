@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jsonargparse
 
 from pml.commands._console import make_console, one_line
+from pml.commands._facts import add_adapter_arguments, base_of, check_adapter_arguments, read_facts
 from pml.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,9 +58,7 @@ class Decoding:
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", type=Path | None, nargs="?", metavar="RUN", help="run folder")
-    parser.add_argument("--adapter", type=Path | None, help="folder of any PEFT LoRA adapter, in place of RUN")
-    parser.add_argument("--data", type=Path | None, help="file of pairs for --adapter, as data_modules.Facts reads it")
-    parser.add_argument("--backbone", type=str | None, help="backbone of --adapter; its own base unless given")
+    add_adapter_arguments(parser)
     parser.add_argument("--limit", type=int | None, help="certify only the first so many pairs")
     parser.add_argument("--show", type=int, default=20, help="pairs to print, the least certain first")
     parser.add_argument("--dtypes", type=list[str], default=["float32", "bfloat16"], help="dtypes to decode in")
@@ -77,8 +76,7 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.backbone import DTYPES, load_backbone
     from pml.certificate import certify, largest_difference
 
-    if (args.run is None) == (args.adapter is None):
-        raise InputError("expected either the folder of a run, or --adapter with --data")
+    check_adapter_arguments(args)
     if unknown := [name for name in args.dtypes if name not in DTYPES]:
         raise InputError(f"--dtypes has {unknown[0]!r}; expected some of {', '.join(DTYPES)}")
     for name in ("limit", "show"):
@@ -115,26 +113,9 @@ def _run_to_certify(args: jsonargparse.Namespace) -> Asked:
 
 
 def _adapter_to_certify(args: jsonargparse.Namespace) -> Asked:
-    from pml.backbone import load_config, load_tokenizer
-    from pml.lightning_cli import make_run
-
-    if args.data is None:
-        raise InputError("--adapter needs --data, a file of pairs that it is to recall")
-    backbone = args.backbone or _base_of(args.adapter)
-    _, data = make_run([f"--model.backbone={backbone}", "--model=SFT", "--data=Facts", f"--data.path={args.data}"])
-    tokenizer, config = load_tokenizer(backbone), load_config(backbone)
-    corpus = data.build(tokenizer, int(config.vocab_size), getattr(config, "max_position_embeddings", None))
-    return Asked(backbone, "float32", args.adapter, corpus.examples[: args.limit], data.encoder(tokenizer))
-
-
-def _base_of(adapter: Path) -> str:
-    from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
-
-    try:
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{adapter}: no adapter_config.json that names a base; give --backbone") from error
-    return DEFAULT_BACKBONE if base == DEFAULT_HUB_ID else str(base)
+    backbone = args.backbone or base_of(args.adapter)
+    _, corpus, encoder = read_facts(args.data, backbone)
+    return Asked(backbone, "float32", args.adapter, corpus.examples[: args.limit], encoder)
 
 
 def _decoded(model: Any, examples: "Sequence[Example]", dtype: str) -> Iterator[Decoding]:

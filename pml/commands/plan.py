@@ -1,46 +1,67 @@
-"""Ask a fitted law what rank a text needs, or what a rank will do: loss in nats per target token, recall, megabytes.
+"""What rank does a text need? From its surprise and measured constants, or from a law fitted to runs of one's own.
 
-    pml plan LAW.json --length 512                          the smallest rank that recalls it all
+    pml plan PAIRS.jsonl                                    the rank for these pairs; loads the backbone, runs nothing
+    pml plan PAIRS.jsonl --placement mlp_block --guard false
+    pml plan LAW.json --length 512                          the smallest rank that recalls it all, by a fitted law
     pml plan LAW.json --length 512 --loss-reduction 6       the smallest rank that lowers the loss by 6 nats per token
-    pml plan LAW.json --length 512 --rank 8                 what rank 8 does
+    pml plan LAW.json --length 512 --rank 8                 what rank 8 does: loss in nats per token, recall, megabytes
     pml plan LAW.json --length 512 --initial-loss 13.1      given the frozen model's loss on this text
 
-Answers have 95 % intervals, and say where the question lies outside what was measured.
+Answers have intervals, and say what they rest on and where the question lies outside what was measured.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 
+from pml.commands._facts import FACT_FILES, read_facts
 from pml.errors import InputError
 
 __all__ = ["configure", "run"]
 
+OF_PAIRS = ("backbone", "placement", "block", "guard", "constants")
+OF_LAW = ("length", "pairs", "recall", "probability", "loss_reduction", "rank", "initial_loss")
+
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("law", type=Path, metavar="LAW.json", help="what pml law --out wrote, or the folder it is in")
     parser.add_argument(
-        "--length", type=int, required=True, help="target tokens of the corpus, summed over its targets"
+        "what",
+        type=Path,
+        metavar="PAIRS|LAW.json",
+        help="a file of pairs, or what pml law --out wrote, or the folder it is in",
+    )
+    parser.add_argument("--backbone", type=str | None, help="pairs: the backbone; default smollm2-135m")
+    parser.add_argument(
+        "--placement", type=str | list[str] | None, help="pairs: where the adapter sits; default all linear layers"
+    )
+    parser.add_argument("--block", type=int | float | list[int] | None, help="pairs: block, blocks or depth")
+    parser.add_argument("--guard", type=bool | None, help="pairs: whether it is guarded; default true")
+    parser.add_argument("--constants", type=Path | None, help="pairs: what pml calibrate --out wrote")
+    parser.add_argument("--length", type=int | None, help="law: target tokens of the corpus, summed over its targets")
+    parser.add_argument(
+        "--pairs", type=int | None, help="law: number of targets; by default they are as long as in the law's runs"
     )
     parser.add_argument(
-        "--pairs", type=int | None, help="number of targets; by default they are as long as in the law's runs"
+        "--recall", type=float | None, help="law: share of the targets to recall word for word; default 1.0"
     )
-    parser.add_argument("--recall", type=float | None, help="share of the targets to recall word for word; default 1.0")
     parser.add_argument(
         "--probability",
         type=float | None,
-        help="how likely a run must be to reach --recall; default 0.5, the median run",
+        help="law: how likely a run must be to reach --recall; default 0.5, the median run",
     )
     parser.add_argument(
-        "--loss-reduction", type=float | None, help="ask for this loss reduction, in nats per target token, instead"
+        "--loss-reduction",
+        type=float | None,
+        help="law: ask for this loss reduction, in nats per target token, instead",
     )
-    parser.add_argument("--rank", type=int | None, help="ask what this rank does instead")
+    parser.add_argument("--rank", type=int | None, help="law: ask what this rank does instead")
     parser.add_argument(
         "--initial-loss",
         type=float | None,
-        help="the frozen model's loss on this text, in nats per target token, as pml data CONFIG --loss prints it; "
+        help="law: the frozen model's loss on this text in nats per target token, as pml data CONFIG --loss prints it; "
         "without it the intervals allow for the differences between the law's texts, if there are 4 or more",
     )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON, and nothing else")
@@ -50,12 +71,46 @@ def run(args: jsonargparse.Namespace) -> int:
     """Ask, and print the answer; the exit code is 1 where no rank will do.
 
     Raises:
-        InputError: If the law cannot be read or the question makes no sense.
+        InputError: If the pairs or the law cannot be read, or the question makes no sense.
     """
+    of_pairs = args.what.suffix.lower() in FACT_FILES
+    for name in OF_LAW if of_pairs else OF_PAIRS:
+        if args[name] is not None:
+            kind = "a fitted law" if of_pairs else "a file of pairs"
+            raise InputError(f"--{name.replace('_', '-')} belongs to {kind}, and {args.what} is none; leave it out")
+    plan = _of_pairs(args) if of_pairs else _of_law(args)
+    if args.json:
+        content = plan.model_dump(mode="json") if of_pairs else plan.to_json()
+        print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        for line in plan.lines():
+            print(line)
+    return 0 if plan.rank is not None else 1
+
+
+def _of_pairs(args: jsonargparse.Namespace) -> Any:
     # Imported here because it takes seconds, which --help need not wait for.
+    from pml.adapter import AdapterConfig
+    from pml.backbone import load_backbone
+    from pml.default_backbone import DEFAULT_BACKBONE
+    from pml.guard import GuardConfig
+    from pml.memorizing import adapter_for
+    from pml.storage import plan_rank, read_constants
+
+    name = args.backbone or DEFAULT_BACKBONE
+    constants = read_constants(args.constants)
+    facts, backbone = read_facts(args.what, name), load_backbone(name)
+    block = args.block if args.block is not None else AdapterConfig.block
+    adapter = adapter_for(backbone, args.placement, block, None if args.guard is False else GuardConfig())
+    return plan_rank(backbone, facts.corpus.examples, adapter, constants)
+
+
+def _of_law(args: jsonargparse.Namespace) -> Any:
     from pml.law import LAW_NAME, read_law
     from pml.plan import outcome_of_rank, rank_for_loss_reduction, rank_for_recall
 
+    if args.length is None:
+        raise InputError("--length is missing: a law is asked about so many target tokens")
     asked = [name for name in ("recall", "loss_reduction", "rank") if args[name] is not None]
     if len(asked) > 1:
         given = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
@@ -64,19 +119,12 @@ def run(args: jsonargparse.Namespace) -> int:
         raise InputError(
             f"--probability and --{asked[0].replace('_', '-')}: a probability belongs to --recall; leave one out"
         )
-    law = read_law(args.law / LAW_NAME if args.law.is_dir() else args.law)
+    law = read_law(args.what / LAW_NAME if args.what.is_dir() else args.what)
     text = {"pairs": args.pairs, "initial_loss": args.initial_loss}
     if args.rank is not None:
-        plan = outcome_of_rank(law, args.rank, args.length, **text)
-    elif args.loss_reduction is not None:
-        plan = rank_for_loss_reduction(law, args.length, args.loss_reduction, **text)
-    else:
-        share = 1.0 if args.recall is None else args.recall
-        probability = 0.5 if args.probability is None else args.probability
-        plan = rank_for_recall(law, args.length, share, probability=probability, **text)
-    if args.json:
-        print(json.dumps(plan.to_json(), indent=2, ensure_ascii=False, allow_nan=False))
-    else:
-        for line in plan.lines():
-            print(line)
-    return 0 if plan.rank is not None else 1
+        return outcome_of_rank(law, args.rank, args.length, **text)
+    if args.loss_reduction is not None:
+        return rank_for_loss_reduction(law, args.length, args.loss_reduction, **text)
+    share = 1.0 if args.recall is None else args.recall
+    probability = 0.5 if args.probability is None else args.probability
+    return rank_for_recall(law, args.length, share, probability=probability, **text)

@@ -1,7 +1,8 @@
 """Ask a trained adapter for what it was trained on, by greedy decoding, and compare with what it should say.
 
-ADAPTER is a run's folder (or one with runs below it): backbone, corpus and adapter are taken from there. With --prompt
-the adapter answers a text of your own. With --sample it is also sampled, to hold the exact recall that the
+RUN is a run's folder (or one with runs below it): backbone, corpus and adapter are taken from there. For an adapter
+that somebody else trained, give --adapter and --data (a file of pairs) instead. With --prompt the adapter answers a
+text of your own. With --sample it is also sampled, to hold the exact recall that the
 probabilities predict against what samples give.
 """
 
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jsonargparse
 
 from pml.commands._console import make_console, one_line
+from pml.commands._facts import add_adapter_arguments, check_adapter_arguments, open_adapter
 from pml.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +34,10 @@ LONGEST = 160
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="run folder, or folder with run folders below it")
+    parser.add_argument(
+        "run", type=Path | None, nargs="?", metavar="RUN", help="run folder, or folder with run folders below it"
+    )
+    add_adapter_arguments(parser)
     parser.add_argument("--show", type=int, default=5, help="examples to print; all are asked and counted")
     parser.add_argument("--limit", type=int | None, help="ask only for the first so many examples of the corpus")
     parser.add_argument("--prompt", type=str | None, help="answer this text instead of asking for the corpus")
@@ -59,7 +64,13 @@ def run(args: jsonargparse.Namespace) -> int:
         )
     if not args.temperature > 0 or math.isinf(args.temperature):
         raise InputError(f"--temperature is {args.temperature}; expected a number above 0")
-    records = read_records([run_folder(args.adapter)])
+    check_adapter_arguments(args)
+    if args.adapter is not None:
+        results = [_ask(args.adapter, args)]
+        if args.json:
+            print(json.dumps(results, indent=2, ensure_ascii=False))
+        return 0
+    records = read_records([run_folder(args.run)])
     for folder, record in records.items():
         if record.status == "diverged":
             print(
@@ -76,7 +87,7 @@ def run(args: jsonargparse.Namespace) -> int:
 def _ask(folder: Path, args: jsonargparse.Namespace) -> dict[str, Any]:
     from pml.runs import open_run
 
-    module, data = open_run(folder)
+    module, data = open_run(folder) if args.adapter is None else open_adapter(args)
     encoder = data.encoder(module.tokenizer)
     try:
         if not args.json:

@@ -17,8 +17,8 @@ import jsonargparse
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from pml.grid import Cell
     from pml.search import Choice, SearchGrid
-    from pml.sweep import Cell
 
 __all__ = ["configure", "run"]
 

@@ -1,22 +1,28 @@
 """Run every cell of a grid of runs, skipping those that have a record; leaves one run folder per cell.
 
 The grid file names the configurations that every cell starts from (`base`), the folder for the run folders (`out`) and,
-for any key of `pml fit`, the values it takes (`grid`). All cells are checked before the first one runs. A cell that
-fails does not stop the others; the exit code is then 1. A cell whose loss became infinite or not a number has diverged:
-it counts as done, since to run it again would give the same, and is named at the end. Ctrl-C or SIGTERM saves the cell
-that is running; the same command goes on with it.
+for any key of `pml fit`, the values it takes (`grid`). All cells are checked before the first one runs. Any number of
+sweeps of one grid may run at once, on any machines that share the folder: each cell is run once. A cell that fails does
+not stop the others, and is run again only with --retry-failed; the exit code is then 1. A cell whose loss became
+infinite or not a number has diverged: it counts as done, since to run it again would give the same, and is named at the
+end. Ctrl-C or SIGTERM saves what is running; the same command goes on with it.
 """
 
 import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
 if TYPE_CHECKING:
-    from pml.sweep import Cell, Outcome
+    from collections.abc import Callable, Sequence
+
+    from pml.claims import Claims
+    from pml.grid import Cell
+    from pml.sweep import Outcome
+    from pml.workers import Workers
 
 __all__ = ["Progress", "configure", "run"]
 
@@ -24,7 +30,23 @@ __all__ = ["Progress", "configure", "run"]
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("grid", type=Path, metavar="GRID", help="YAML file with `base`, `out` and `grid`")
-    parser.add_argument("--list", action="store_true", help="say which cells there are and which are done, run none")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="processes that share the cells: one per device, or with a share of the CPU's cores each; with --cluster, "
+        "jobs",
+    )
+    parser.add_argument("--cluster", choices=["slurm", "local"], help="run the workers as jobs, submitted by submitit")
+    parser.add_argument(
+        "--cluster-options",
+        type=dict[str, Any],
+        default={},
+        help="what submitit's executor is told, such as {slurm_partition: gpu, timeout_min: 600, gpus_per_node: 1}",
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="run cells again that have failed")
+    parser.add_argument(
+        "--status", action="store_true", help="say what is done, running where, failed and left, and run nothing"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per cell: name, folder, status, error"
     )
@@ -32,29 +54,47 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 
 def run(args: jsonargparse.Namespace) -> int:
     """Run the grid; 0 when every cell has a record, 1 when some failed."""
+    if args.workers is not None and args.workers < 1:
+        from pml.errors import InputError
+
+        raise InputError(f"--workers is {args.workers}; expected at least 1")
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.commands._console import make_console
+    from pml.grid import Grid, read_grid, resolve
     from pml.stopping import Stopped
-    from pml.sweep import Outcome, read_grid, resolve, run_cells
+    from pml.sweep import Outcome, claims_of, run_cells, set_failures_aside
     from pml.tables import records_table
 
-    cells = resolve(read_grid(args.grid))
-    if args.list:
-        records_of = [(cell, cell.record) for cell in cells]
-        outcomes = [Outcome(cell, record, skipped=record is not None) for cell, record in records_of]
-        for outcome in outcomes:
-            if not args.json:
-                print(f"{'done' if outcome.skipped else 'to run':<8}{outcome.cell.folder}")
-    else:
-        progress = Progress(cells)
-        try:
+    grid: Grid = read_grid(args.grid)
+    cells = resolve(grid)
+    claims = claims_of(cells)
+    if args.status:
+        return _status(cells, claims, args.json)
+    if args.retry_failed:
+        set_failures_aside(cells, claims)
+    progress = Progress(cells)
+    troubles: list[str] = []
+    try:
+        if args.workers is None and args.cluster is None:
             outcomes = run_cells(cells, progress)
-        except Stopped as stop:
-            stop.advice = f"{progress.done} of {len(cells)} cells are done; go on with: pml sweep {args.grid}"
-            raise
-        records = {outcome.cell.folder: outcome.record for outcome in outcomes if outcome.record is not None}
-        if records and not args.json:
-            make_console().print(records_table(records))
+        else:
+            from pml.workers import ClusterWorkers, LocalWorkers
+
+            count = args.workers or 1
+            workers: Workers = (
+                LocalWorkers(args.grid, count, grid.out)
+                if args.cluster is None
+                else ClusterWorkers(args.grid, count, grid.out, args.cluster, args.cluster_options)
+            )
+            watch(cells, workers, claims, progress)
+            outcomes = [Outcome(cell, cell.record, cell.error) for cell in cells]
+            troubles = workers.failures()
+    except Stopped as stop:
+        stop.advice = f"{progress.done} of {len(cells)} cells are done; go on with: pml sweep {args.grid}"
+        raise
+    records = {outcome.cell.folder: outcome.record for outcome in outcomes if outcome.record is not None}
+    if records and not args.json:
+        make_console().print(records_table(records))
     if args.json:
         print(json.dumps([_plain(outcome) for outcome in outcomes], indent=2))
     for outcome in outcomes:
@@ -66,9 +106,112 @@ def run(args: jsonargparse.Namespace) -> int:
             )
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
-        where = "" if outcome.skipped else f" (see {outcome.cell.folder / 'error.txt'})"
+        error_file = outcome.cell.folder / "error.txt"
+        where = f" (see {error_file}; --retry-failed runs it again)" if error_file.exists() else ""
         print(f"failed: {outcome.cell.name}: {outcome.error}{where}", file=sys.stderr)
-    return 1 if failed else 0
+    left = [outcome.cell.name for outcome in outcomes if outcome.record is None and outcome.error is None]
+    for name in left:
+        print(f"not run: {name}", file=sys.stderr)
+    for trouble in troubles:
+        print(trouble, file=sys.stderr)
+    return 1 if failed or left else 0
+
+
+def watch(cells: "Sequence[Cell]", workers: "Workers", claims: "Claims", report: "Callable[[Outcome], None]") -> None:
+    """Report each cell as it gets done, and show what is running, until all workers have ended.
+
+    Args:
+        cells: What they share.
+        workers: Who works on them.
+        claims: Who has what.
+        report: Called with each outcome that was not known before.
+
+    Raises:
+        Stopped: If a signal has ended it; the workers have then saved what they ran.
+    """
+    from contextlib import nullcontext
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from pml.progress import is_interactive
+    from pml.stopping import Stopped
+    from pml.sweep import Outcome
+
+    waiting = [cell for cell in cells if cell.record is None and cell.error is None]
+    display: Any = Live(console=Console(stderr=True), transient=True) if is_interactive() else nullcontext()
+    try:
+        with display:
+            while True:
+                ended = workers.running() == 0
+                for cell in list(waiting):
+                    if (record := cell.record) is not None or cell.error is not None:
+                        report(Outcome(cell, record, None if record is not None else cell.error))
+                        waiting.remove(cell)
+                if ended:
+                    return
+                if isinstance(display, Live):
+                    display.update(_running_table(waiting, claims))
+                time.sleep(0.5)
+    except Stopped:
+        print("stopping: workers save what they run", file=sys.stderr, flush=True)
+        workers.stop()
+        raise
+
+
+def _running(cells: "Sequence[Cell]", claims: "Claims") -> list[tuple[str, str, str]]:
+    """Name, place and progress of each cell that is running."""
+    from pml.progress import PROGRESS_NAME
+
+    rows = []
+    for cell in cells:
+        if (holder := claims.holder(cell.name)) is not None:
+            try:
+                words = (cell.folder / PROGRESS_NAME).read_text(encoding="utf-8")
+            except OSError:
+                words = "starting, or measuring"
+            rows.append((cell.name, holder, words))
+    return rows
+
+
+def _running_table(cells: "Sequence[Cell]", claims: "Claims") -> Any:
+    from pml.tables import TextTable, rich_table
+
+    rows = _running(cells, claims)
+    note = f"{len(rows)} running, {len(cells) - len(rows)} to run"
+    return rich_table(TextTable("", ("cell", "where", "progress"), rows, words=(0, 1, 2), note=note))
+
+
+def _status(cells: "Sequence[Cell]", claims: "Claims", as_json: bool) -> int:
+    """Say how far a sweep is; 0."""
+    from pml.sweep import Outcome
+
+    running = {name: (holder, words) for name, holder, words in _running(cells, claims)}
+    outcomes = [Outcome(cell, cell.record, cell.error, skipped=True) for cell in cells]
+    if as_json:
+        print(json.dumps([{**_plain(o), "running": running.get(o.cell.name, (None,))[0]} for o in outcomes], indent=2))
+        return 0
+    seconds, left, counts = [], 0, dict.fromkeys(("done", "failed", "running", "to run"), 0)
+    for outcome in outcomes:
+        name, words = outcome.cell.name, ""
+        if outcome.record is not None:
+            kind = "done"
+            seconds.append(outcome.record.wall_seconds)
+        elif outcome.error is not None:
+            kind, words = "failed", f": {outcome.error}"
+        else:
+            kind = "running" if name in running else "to run"
+            words = ": on {}; {}".format(*running[name]) if name in running else ""
+            left += 1
+        counts[kind] += 1
+        print(f"{kind:<8}{outcome.cell.folder}{words}")
+    summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    if seconds and left:
+        hands = max(1, len(running))
+        summary += f"; about {_duration(left * sum(seconds) / len(seconds) / hands)} left"
+        summary += f" with {hands} worker{'s' * (hands > 1)}"
+    print(summary)
+    return 0
 
 
 class Progress:
@@ -80,11 +223,12 @@ class Progress:
 
     def __init__(self, cells: "list[Cell]") -> None:
         self.total = len(cells)
-        self.todo = sum(cell.record is None for cell in cells)
+        self.todo = sum(cell.record is None and cell.error is None for cell in cells)
         self.done = self.ran = 0
         self.started = time.monotonic()
-        skipped = self.total - self.todo
-        print(f"{self.total} cells, {skipped} recorded before, {self.todo} to run", file=sys.stderr)
+        failed = sum(cell.record is None and cell.error is not None for cell in cells)
+        words = f"{self.total} cells, {self.total - self.todo - failed} recorded before, {self.todo} to run"
+        print(words + (f", {failed} failed before" if failed else ""), file=sys.stderr)
 
     def __call__(self, outcome: "Outcome") -> None:
         """Say what became of a cell."""
@@ -118,12 +262,12 @@ def _duration(seconds: float) -> str:
 def _plain(outcome: "Outcome") -> dict[str, str | None]:
     if outcome.error is not None:
         status = "failed"
+    elif outcome.record is None:
+        status = "to run"
     elif outcome.diverged:
         status = "diverged"
-    elif outcome.skipped:
-        status = "recorded"
     else:
-        status = "finished" if outcome.record is not None else "to run"
+        status = "recorded" if outcome.skipped else "finished"
     return {
         "name": outcome.cell.name,
         "folder": str(outcome.cell.folder),

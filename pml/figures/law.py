@@ -1,7 +1,7 @@
-"""The law against what was measured: agreement, loss reduction by rank and by length, and residuals."""
+"""The law against what was measured: loss reduction by rank and by length, agreement, residuals, and all in one."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from pml.figures.heat_map import Shade, Values, draw_heat_map, is_grid, over_grid
 from pml.figures.style import (
     INK,
     PAPER,
@@ -32,40 +33,66 @@ __all__ = ["agreement_figure", "law_figure", "reduction_figure", "residual_figur
 Array = npt.NDArray[np.float64]
 
 REDUCTION = "loss reduction (nats per target token)"
-SATURATED = "hollow: saturated,\nnot used in the fit"
 
 
-def law_figure(fit: LawFit, runs: Iterable[Observation]) -> Figure:
-    """Measured and fitted loss reduction in nats per target token, in two panels.
+def law_figure(fit: LawFit, runs: Iterable[Observation], token_accuracy: Mapping[str, float] | None = None) -> Figure:
+    """What Figure 2 of the paper shows, of these runs: the law above, what it comes to over ranks and lengths below.
 
-    Left, predicted against measured, with the line on which both are equal. Right, loss reduction against rank, as
-    `reduction_figure` has it. Saturated runs are hollow; diverged and interrupted ones are not drawn.
+    Above, loss reduction in nats per target token against rank and against length, and predicted against measured.
+    Below, heat maps of the final loss and of the token accuracy of free decoding, where runs are a grid. Saturated runs
+    are hollow; diverged and interrupted ones are not drawn.
 
     Args:
         fit: The law.
         runs: All runs, those that the fit left out too.
+        token_accuracy: Share of target tokens that greedy decoding puts in their place, by the source of a run.
     """
-    filled, hollow = _shown(fit, runs)
-    looks = _looks(filled + hollow)
+    every = list(runs)
+    filled, hollow = _shown(fit, every)
+    maps = [(title, shade, found) for title, shade, found in _maps(every, token_accuracy or {}) if is_grid(found)]
     with canvas():
-        figure = Figure(figsize=(12, 5.4), dpi=150, layout="constrained", facecolor=PAPER)
-        left, right = figure.subplots(1, 2)
-        for axes in (left, right):
+        figure = Figure(figsize=(14, 9.6) if maps else (15, 5.2), dpi=120, layout="constrained", facecolor=PAPER)
+        if maps:
+            above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+            by_rank, by_length = above.subplots(1, 2)
+            agreement, *cells = below.subplots(1, 1 + len(maps))
+        else:
+            (by_rank, by_length, agreement), cells = figure.subplots(1, 3), []
+        panels: tuple[tuple[Axes, Literal["rank", "length"]], ...] = ((by_rank, "rank"), (by_length, "length"))
+        for axes, by in panels:
             tidy(axes)
-        _draw_agreement(left, fit, filled, hollow, looks)
-        left.set_title(
-            f"$R^2$ = {fit.best.r2:.4f}, MAPE = {fit.best.mape_percent:.1f} %, {fit.best.observations_used} runs",
-            fontsize=12,
-        )
-        _draw_reduction(right, fit, filled, hollow, looks, "rank")
+            looks = looks_of(sorted({_other(run, by) for run in filled + hollow}))
+            _draw_reduction(axes, fit, filled, hollow, looks, by)
+            handles = _handles(looks, hollow if by == "rank" else [])
+            title = "target tokens" if by == "rank" else "LoRA rank"
+            axes.legend(
+                handles=handles,
+                title=title,
+                loc="center left",
+                bbox_to_anchor=(1.0, 0.5),
+                ncols=1 + len(handles) // 18,
+                frameon=False,
+                fontsize=9.5,
+                handlelength=1.5,
+            )
+        tidy(agreement)
+        _draw_agreement(agreement, fit, filled, hollow, _looks(filled + hollow))
+        agreement.set_title(f"$R^2$ = {fit.best.r2:.4f}, MAPE = {fit.best.mape_percent:.1f} %", fontsize=12)
         if fit.predicts_ranks:
-            right.set_title("law and 95 % band; dotted where no run was used", fontsize=12)
-        handles = _length_handles(looks, linewidth=1.8)
-        if hollow:
-            handles.append(hollow_handle("hollow: saturated" if FORMS[fit.form].saturating else SATURATED))
-        figure.legend(handles=handles, loc="outside right center", frameon=False, title="target length")
-        figure.suptitle("\n".join(filter(None, (_math(fit), _setting(fit)))), fontsize=13)
+            by_rank.set_title("law and 95 % band; dotted where no run was used", fontsize=12)
+        for axes, (title, shade, found) in zip(cells, maps, strict=True):
+            draw_heat_map(axes, found, title, shade)
+        figure.suptitle("\n".join(filter(None, (f"${fit.equation().latex}$", _setting(fit)))), fontsize=13)
     return figure
+
+
+def _maps(runs: list[Observation], token_accuracy: Mapping[str, float]) -> list[tuple[str, Shade, Values]]:
+    finished = [run for run in runs if run.finished and math.isfinite(run.final_loss)]
+    decoded = [run for run in finished if run.source in token_accuracy]
+    return [
+        ("final loss (nats per target token)", "loss", over_grid(finished, lambda run: run.final_loss)),
+        ("token accuracy, free decoding", "share", over_grid(decoded, lambda run: token_accuracy[run.source])),
+    ]
 
 
 def agreement_figure(fit: LawFit, runs: Iterable[Observation]) -> Figure:
@@ -74,7 +101,6 @@ def agreement_figure(fit: LawFit, runs: Iterable[Observation]) -> Figure:
     looks = _looks(filled + hollow)
     with new_figure(4.9) as (figure, axes):
         _draw_agreement(axes, fit, filled, hollow, looks)
-        axes.set(xlabel="measured (nats per target token)", ylabel="predicted (nats per target token)")
         legend_below(figure, _handles(looks, hollow), title="target tokens")
     return figure
 
@@ -139,13 +165,6 @@ def _key(run: Observation) -> tuple[str, int, int, int]:
 
 def _looks(runs: Iterable[Observation]) -> Looks:
     return looks_of(sorted({run.target_tokens for run in runs}))
-
-
-def _length_handles(looks: Looks, **line: float) -> list[Line2D]:
-    return [
-        Line2D([], [], color=colour, marker=marker, markersize=7, label=f"{length:,} tokens", **line)  # type: ignore[arg-type]
-        for length, (colour, marker) in looks.items()
-    ]
 
 
 def _handles(looks: Looks, hollow: list[Observation]) -> list[Line2D]:
@@ -243,13 +262,7 @@ def _draw_agreement(
     if beyond:
         note = f"at the upper edge: {beyond} predicted beyond it"
         axes.text(0.02, 0.96, note, transform=axes.transAxes, fontsize=9.5, verticalalignment="top")
-    axes.set_xlabel("measured loss reduction (nats per target token)")
-    axes.set_ylabel("predicted loss reduction (nats per target token)")
-
-
-def _math(fit: LawFit) -> str:
-    """The law as mathematical text."""
-    return f"${fit.equation().latex}$"
+    axes.set(xlabel="measured loss reduction (nats)", ylabel="predicted loss reduction (nats)")
 
 
 def _setting(fit: LawFit) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
 
 from pml.atomic import whole_file
 
@@ -25,6 +25,7 @@ __all__ = [
     "Looks",
     "NothingToShow",
     "canvas",
+    "dashes",
     "draw_point",
     "hollow_handle",
     "legend_below",
@@ -32,11 +33,13 @@ __all__ = [
     "logarithmic",
     "looks_of",
     "new_figure",
+    "percent_axis",
     "plain_log",
     "png_bytes",
     "save_figure",
     "settle",
     "svg_data_uri",
+    "thinned_labels",
     "tidy",
 ]
 
@@ -113,7 +116,7 @@ def looks_of(values: Iterable[Any]) -> Looks:
 def draw_point(
     axes: Axes, x: float, y: float, look: tuple[str, str], *, is_hollow: bool = False, size: float = 8.0
 ) -> None:
-    """One cell: filled where the law used it, hollow where it is saturated."""
+    """One run: filled where the law used it, hollow where it is saturated."""
     colour, marker = look
     axes.plot(
         [x],
@@ -167,7 +170,7 @@ def logarithmic(axis_of: Axes, which: str, values: Iterable[int]) -> None:
     axis = getattr(axis_of, f"{which}axis")
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_ticks(ticks, labels=_labels(ticks))
+    axis.set_ticks(ticks, labels=thinned_labels(ticks))
 
 
 def plain_log(axes: Axes, which: str, *, decades: bool = False) -> None:
@@ -183,6 +186,17 @@ def plain_log(axes: Axes, which: str, *, decades: bool = False) -> None:
     axis.set_major_locator(LogLocator(base=10, subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def percent_axis(axes: Axes) -> None:
+    """A vertical axis of shares from 0 to 100 %."""
+    axes.set_ylim(-0.03, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def dashes(i: int) -> Any:
+    """Another line for each method, for those who cannot see the colours."""
+    return ("-", "--", ":", "-.")[i % 4]
 
 
 def literal(text: str) -> str:
@@ -219,15 +233,16 @@ def svg_data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _labels(values: list[int]) -> list[str]:
-    """Tick labels; empty where one would touch the one before it on the logarithmic axis."""
+def thinned_labels(values: Sequence[int], *, even: bool = False) -> list[str]:
+    """Tick labels; empty where one would touch the one before it, on a logarithmic axis or one of even steps."""
     if not values:
         return []
-    room = 0.04 * math.log(values[-1] / values[0])
-    labels, last = [], 0
-    for value in values:
+    places = np.arange(len(values)) if even else np.log(values)
+    room = (0.04 if even else 0.055) * float(places[-1] - places[0])
+    labels, last = [], -math.inf
+    for value, place in zip(values, places, strict=True):
         # Long numbers take more room.
-        fits = last == 0 or math.log(value / last) >= room * max(1.0, len(f"{value:,}") / 2)
+        fits = place - last >= room * max(1.0, len(f"{value:,}") / 2)
         labels.append(f"{value:,}" if fits else "")
-        last = value if fits else last
+        last = place if fits else last
     return labels

@@ -8,7 +8,7 @@ summed over the corpus. Read in this order:
     forms           the law as one function, and its forms as `lmfit.Parameters`
     observations    what a run measured, and which runs belong to one law; `csv_file`: measurements from elsewhere
     least_squares   the lmfit fit of one form, and many refits at once
-    intervals       noise, standard errors, profile likelihood, bootstrap; `texts`: how texts differ
+    intervals       noise, standard errors, profile likelihood, wild bootstrap; `texts`: how texts differ
     selection       AICc and held-out prediction
     fit             `fit_law`, which brings these together
     prediction      `LawFit`: predictions with intervals, and `law.json` (`schema`, `equation`)

@@ -27,7 +27,7 @@ def _about_parameters(law: LawFit) -> list[str]:
     fit, found = law.best, []
     if not fit.determined:
         found.append(
-            "C and b are not determined: dL = p + q ln r - s ln l, the limit of the law for alpha and beta near 0, "
+            "C and b are not determined: dL = a0 + a1 ln r - a2 ln l, the limit of the law for alpha and beta near 0, "
             "describes the runs as well; add smaller ranks and longer targets before reading the parameters"
         )
     elif not fit.converged or fit.correlation is None:

@@ -23,7 +23,7 @@ class Equation(str):
     def __html__(self) -> str:
         text = re.sub(r"\b([rPlH])\b", r"<i>\1</i>", self.replace("-", MINUS))
         text = re.sub(r"\^(\S+?)(?=[ ,)]|$)", r"<sup>\1</sup>", text)
-        text = re.sub(r"min_([\d.]+)", r"min<sub>\1</sub>", text)
+        text = re.sub(r"min_([\d.]+|p\b)", r"min<sub>\1</sub>", text)
         return text.replace("dL", "Δ<i>L</i>").replace("L0", "<i>L</i><sub>0</sub>")
 
     @property

@@ -160,7 +160,7 @@ def _fit_form(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize
 def _estimates(
     form: Form, solution: Solution, noise: Noise, result: Any | None, draws: Array | None
 ) -> dict[str, Estimate]:
-    """The parameters with lmfit's standard errors and bootstrap intervals, widened for few degrees of freedom."""
+    """The parameters with lmfit's standard errors, and bootstrap intervals widened for few degrees of freedom."""
     theta, estimates = to_theta(form, solution.values), {}
     for i, (name, value) in enumerate(solution.values.items()):
         if name not in solution.free:
@@ -178,7 +178,7 @@ def _estimates(
 
 
 def _quotable(name: str, low: float, high: float) -> Interval | None:
-    """An interval within the parameter's range, unless it is one of a positive parameter that says nothing."""
+    """An interval cut to the parameter's range; None for a positive parameter if it spans more than `WIDEST`."""
     if name == "sharpness":
         low, high = (min(max(end, SHARPNESS_RANGE[0]), SHARPNESS_RANGE[1]) for end in (low, high))
     return None if name in POSITIVE and high > WIDEST * low else (low, high)
@@ -212,7 +212,7 @@ def _r2(measured: Array, predicted: Array) -> float:
 
 
 def _is_logarithm(form: Form, solution: Solution, data: Data) -> bool:
-    """Whether dL = p + q ln s - u ln l, the limit of the law as alpha, beta -> 0, describes the runs as well.
+    """Whether dL = a0 + a1 ln s - a2 ln l, the limit of the law as alpha, beta -> 0, describes the runs as well.
 
     Then C grows and b falls without limit, and the place where the search stopped means nothing.
     """

@@ -25,7 +25,7 @@ __all__ = [
     "noise_of",
     "profile_intervals",
     "standard_errors",
-    "student",
+    "t_quantile",
     "texts_to_spare",
 ]
 
@@ -67,8 +67,8 @@ def texts_to_spare(runs: Sequence[Observation], fitted: int) -> int:
     return len({run.text_label for run in runs if not saturated(run)}) - fitted
 
 
-def mean_squares(residual: Array, data: Data, groups: Sequence[Hashable]) -> tuple[float, int]:
-    """Weighted squares of the groups' mean residuals, and the number of groups; unsaturated runs only."""
+def between_group_squares(residual: Array, data: Data, groups: Sequence[Hashable]) -> tuple[float, int]:
+    """Sum of squares of the groups' mean residuals, weighted, and the number of groups; unsaturated runs only."""
     weights = data.root_weights[data.unsaturated] ** 2
     labels: dict[Hashable, int] = {}
     of_run = [labels.setdefault(groups[i], len(labels)) for i in np.flatnonzero(data.unsaturated).tolist()]
@@ -89,7 +89,7 @@ def noise_of(residual: Array, data: Data, groups: Sequence[Hashable], fitted: in
         groups: The group of each.
         fitted: Number of fitted parameters.
     """
-    of_means, number = mean_squares(residual, data, groups)
+    of_means, number = between_group_squares(residual, data, groups)
     runs = int(data.unsaturated.sum())
     squares = float(np.sum((residual * data.root_weights)[data.unsaturated] ** 2))
     if number <= fitted:
@@ -101,14 +101,14 @@ def noise_of(residual: Array, data: Data, groups: Sequence[Hashable], fitted: in
     return Noise(math.sqrt(within + of_groups), math.sqrt(between), number - fitted)
 
 
-def student(degrees_of_freedom: int) -> float:
-    """Student's t for a 95 % interval; at least one degree of freedom is assumed."""
+def t_quantile(degrees_of_freedom: int) -> float:
+    """Quantile of Student's t for a central 95 % interval; at least one degree of freedom is assumed."""
     return float(t.ppf(0.975, max(degrees_of_freedom, 1)))
 
 
 def expansion(degrees_of_freedom: int) -> float:
-    """Ratio of Student's t to the normal quantile, by which intervals from few runs are widened."""
-    return student(degrees_of_freedom) / float(norm.ppf(0.975))
+    """Ratio of the quantile of Student's t to the normal one, by which intervals from few runs are widened."""
+    return t_quantile(degrees_of_freedom) / float(norm.ppf(0.975))
 
 
 def standard_errors(form: Form, data: Data, solution: Solution, noise: Noise) -> lmfit.minimizer.MinimizerResult | None:
@@ -171,9 +171,10 @@ def choose_groups(form: Form, data: Data, runs: Sequence[Observation], solution:
 def bootstrap(form: Form, data: Data, solution: Solution, groups: Sequence[Hashable]) -> Array:
     """Parameters refitted to resampled noise, `(draws, parameters)`, as `to_theta` orders them.
 
-    A wild cluster bootstrap: every run stays in the grid, and the residuals of each group are multiplied by a common
-    standard normal factor. Residuals are first corrected for what the fit absorbed (the jackknife CR3 of Bell and
-    McCaffrey). With no more groups than parameters the fit goes through their means, and each run is a group.
+    A wild cluster bootstrap with normal multipliers: every run stays in the grid, and the residuals of each group are
+    multiplied by a common standard normal factor. Residuals are first corrected for what the fit absorbed (the
+    jackknife CR3 of Bell and McCaffrey). With no more groups than parameters the fit goes through their means, and each
+    run is a group.
     """
     predicted = form.evaluate(solution.values, data.points)
     residual = (data.measured - predicted) * data.root_weights

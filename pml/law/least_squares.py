@@ -68,7 +68,7 @@ class Solution:
     Attributes:
         values: The fitted parameters by name.
         free: Those that vary; the others are held at the end of their range.
-        squares: Weighted sum of squared residuals; NaN where it was not kept.
+        squares: Weighted sum of squared residuals, chi-squared in lmfit's words; NaN where it was not kept.
         converged: Whether lmfit reached a minimum.
     """
 
@@ -124,7 +124,10 @@ def weights(runs: Sequence[Observation]) -> Array:
 
 
 def residuals(parameters: lmfit.Parameters, form: Form, data: Data, noise: float = 1.0) -> Array:
-    """Weighted residuals in units of the noise, the function that lmfit minimises."""
+    """Weighted residuals in units of the noise, the function that lmfit minimises: predicted minus measured.
+
+    Everywhere else a residual is measured minus predicted; their squares do not care.
+    """
     return (form.evaluate(parameters.valuesdict(), data.points) - data.measured) * data.root_weights / noise
 
 
@@ -139,7 +142,7 @@ def _jacobian(parameters: lmfit.Parameters, form: Form, data: Data, noise: float
 def minimizer(
     form: Form, data: Data, parameters: lmfit.Parameters, noise: float = 1.0, tolerance: float = 1e-13
 ) -> lmfit.Minimizer:
-    """The lmfit problem. In units of the noise the covariance needs no scaling by the residuals."""
+    """The problem for lmfit, solved or not. In units of the noise the covariance needs no scaling by the residuals."""
     return lmfit.Minimizer(
         residuals,
         parameters,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pml.law.forms import FORMS, AdapterSize, Array, Form, FormName
-from pml.law.intervals import mean_squares
+from pml.law.intervals import between_group_squares
 from pml.law.least_squares import Data, solve
 from pml.law.observations import Observation, saturated
 from pml.law.schema import FACTORS, FormFit, HeldOut, factors_of
@@ -33,7 +33,7 @@ def aicc(data: Data, predicted: Array, fitted: int, runs: Sequence[Observation])
     These are the same for every form. Saturated runs lie at the ceiling whatever the parameters, so their small
     residuals are no evidence of small noise. Seeds of one grid point share the form's error there and count once.
     """
-    squares, number = mean_squares(data.measured - predicted, data, [run.grid_point for run in runs])
+    squares, number = between_group_squares(data.measured - predicted, data, [run.grid_point for run in runs])
     parameters = fitted + 1
     if number - parameters - 1 < 1:
         return None

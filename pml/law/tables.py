@@ -19,6 +19,7 @@ __all__ = [
     "parameters_table",
     "quality_sentence",
     "recall_table",
+    "symbols_sentence",
 ]
 
 SYMBOLS: Final = {
@@ -79,7 +80,7 @@ def forms_table(law: LawFit) -> TextTable:
             "form",
             "equation",
             "AICc",
-            "R², all runs",
+            "R²",
             "noise (nats)",
             f"largest {FACTORS[size]} held out",
             "largest length held out",
@@ -87,9 +88,9 @@ def forms_table(law: LawFit) -> TextTable:
         rows,
         words=(0, 1),
         note="r: rank, P: adapter parameters, l: target tokens, L0: loss of the frozen model, H: bits (stored) or nats "
-        "(loss) in the corpus; the number at min is the sharpness of the soft minimum. AICc over the unsaturated grid "
-        "points, smaller is better. Held out: mean error of the loss reduction of the unsaturated runs at the largest "
-        "rank or length, predicted without any run from there on.",
+        "(loss) in the corpus; the number at min is the sharpness of the soft minimum. R² over all runs; AICc over the "
+        "unsaturated grid points, smaller is better. Held out: mean error of the loss reduction of the unsaturated "
+        "runs at the largest rank or length, predicted without any run from there on.",
     )
 
 
@@ -156,12 +157,25 @@ def held_out_sentence(law: LawFit) -> str:
     return f"held-out prediction from the smaller: {', '.join(parts)}" if parts else ""
 
 
+def symbols_sentence(law: LawFit) -> str:
+    """What the letters of the equation mean."""
+    equation, form = law.equation(), FORMS[law.form]
+    meanings = ["dL: loss reduction in nats per target token"]
+    meanings += ["r: LoRA rank"] if " r^" in equation else []
+    meanings += ["P: effective parameters"] if " P" in equation else []
+    meanings += ["l: target tokens"] if " l^" in equation else []
+    meanings += ["L0: loss of the frozen model"] if "L0" in equation else []
+    meanings += [f"H: {'bits' if form.proportional else 'nats'} in the corpus"] if form.needs_entropy else []
+    meanings += ["min_p: soft minimum (x^-p + y^-p)^(-1/p)"] if "min_" in equation else []
+    return "; ".join(meanings)
+
+
 def _held_out(fit: FormFit, factor: Factor) -> str:
-    """The held-out error, where it begins, and over how many runs."""
+    """The held-out error, and over how many runs."""
     held = fit.largest(factor)
     if held is None:
         return "-"
-    return f"{_percent(held.mape_percent)} (from {held.value:,}, {held.runs} run{'s' if held.runs > 1 else ''})"
+    return f"{_percent(held.mape_percent)} ({held.runs} run{'s' if held.runs > 1 else ''})"
 
 
 def _percent(value: float | None) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pml.law.forms import Array
-from pml.law.intervals import expansion, student
+from pml.law.intervals import expansion, t_quantile
 from pml.law.observations import Observation
 
 __all__ = ["FEWEST_TEXTS", "OTHER_KIND", "Texts", "texts_of"]
@@ -70,9 +70,9 @@ class Texts:
         return np.asarray(self.spread * np.sqrt(1 / len(self.losses) + self._from_mean(lengths) ** 2 / sum_of_squares))
 
     def effect(self, residual: Array, sensitivity: Array, of_run: npt.NDArray[np.intp]) -> float:
-        """How much of a text's excess runs take off beyond what the form says; 0 unless it is significant (95 %).
+        """Slope of the texts' mean residuals on their excess, through the origin; 0 unless it is significant (95 %).
 
-        The mean residuals of the texts are regressed on their excess.
+        It says by how many nats more than the form predicts a run's loss falls for each nat of its text's excess.
 
         Args:
             residual: Measured minus predicted loss reduction of unsaturated runs in nats per target token, `(runs,)`.
@@ -89,7 +89,7 @@ class Texts:
             return 0.0
         found = float(expected @ left) / squares
         error = math.sqrt(float(np.sum((left - found * expected) ** 2)) / degrees / squares)
-        return found if abs(found) > student(degrees) * error else 0.0
+        return found if abs(found) > t_quantile(degrees) * error else 0.0
 
     @property
     def expansion(self) -> float:

@@ -1,12 +1,12 @@
 """What a page says about one law: its equation with intervals, how well it fits, and its figures."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from pml.errors import InputError
-from pml.figures import agreement_figure, reduction_figure, residual_figure
-from pml.law import FORMS, Equation, LawFit, Observation, fit_law, saturated
+from pml.figures import agreement_figure, heat_map_figure, over_grid, reduction_figure, residual_figure
+from pml.law import FORMS, Equation, LawFit, Observation, fit_law, saturated, shared_setting
 from pml.law.tables import (
     choice_sentence,
     forms_table,
@@ -14,15 +14,15 @@ from pml.law.tables import (
     parameters_table,
     quality_sentence,
     recall_table,
+    symbols_sentence,
 )
 from pml.recall_model import fit_recall, run_tokens
+from pml.records import Record
 from pml.report.parts import Panel, count, draw, spans
-from pml.tables import TextTable
-from pml.token_results import TokenResults
+from pml.tables import TextTable, show_interval
+from pml.token_results import read_tokens
 
 __all__ = ["LawPart", "law_part"]
-
-BAND = "95 % interval of the law's mean"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class LawPart:
     Attributes:
         fit: The law.
         equation: Its chosen form; the page shows it as HTML.
-        sentences: Why this form, how well it fits, and its held-out errors.
+        symbols: What its letters mean, with them set as in the equation.
+        sentences: Why this form, how well it fits, its held-out errors, and bits per parameter.
         tables: Parameters with their intervals, the forms beside each other, and the recall model's calibration.
         warnings: In words, why to trust it less than its numbers suggest.
         panels: Its figures.
@@ -40,74 +41,106 @@ class LawPart:
 
     fit: LawFit
     equation: Equation
+    symbols: Equation
     sentences: list[str]
     tables: list[TextTable]
     warnings: list[str]
     panels: list[Panel]
 
 
-def law_part(
-    runs: list[Observation], setting: dict[str, Any], tokens: Iterable[TokenResults], name: str, of: str
-) -> LawPart | str:
+def law_part(records: Mapping[Path, Record], runs: list[Observation], name: str, of: str) -> LawPart | str:
     """Fit the law to the runs of one group; in place of a law, why there is none.
 
     Args:
-        runs: Runs of one backbone, adapter place, initialisation, corpus and method.
-        setting: What they have in common.
-        tokens: Per-token results of the finished ones, to which the recall model is fitted.
+        records: Records by folder: one backbone, adapter place, initialisation, corpus and method.
+        runs: What they measured.
         name: What the names of its figures begin with.
         of: Whose law it is, for those who cannot see the figures.
     """
+    tokens = []
+    for path, record in records.items():
+        try:
+            tokens += [run_tokens(read_tokens(path))] if record.status == "finished" else []
+        except InputError:
+            # Said once, where tokens are shown.
+            continue
     try:
-        fit = fit_law(runs, setting, recall=fit_recall([run_tokens(results) for results in tokens]))
+        fit = fit_law(runs, shared_setting(records), recall=fit_recall(tokens))
     except InputError as error:
         return str(error)
-    recall = [recall_table(fit.recall)] if fit.recall is not None else []
+    kappa = fit.bits_per_parameter
     sentences = [choice_sentence(fit), quality_sentence(fit), held_out_sentence(fit)]
+    if kappa is not None:
+        sentences.append(
+            f"stored bits per parameter: {kappa.value:.3g} (95 % interval {show_interval(kappa.interval)})"
+        )
+    accuracy = {path.as_posix(): record.generated_token_accuracy for path, record in records.items()}
     return LawPart(
         fit=fit,
         equation=fit.equation(),
+        symbols=Equation(symbols_sentence(fit).replace("^(-1/p)", "^-1/p")),
         sentences=[f"{text[0].upper()}{text[1:]}." for text in sentences if text],
-        tables=[parameters_table(fit), forms_table(fit), *recall],
+        tables=[parameters_table(fit), forms_table(fit), *([recall_table(fit.recall)] if fit.recall else [])],
         warnings=list(fit.warnings),
-        panels=_panels(fit, runs, name, of),
+        panels=_panels(fit, runs, {s: share for s, share in accuracy.items() if share is not None}, name, of),
     )
 
 
-def _panels(fit: LawFit, runs: list[Observation], name: str, of: str) -> list[Panel]:
+def _panels(
+    fit: LawFit, runs: list[Observation], token_accuracy: Mapping[str, float], name: str, of: str
+) -> list[Panel]:
     hollow = " Hollow: saturated runs" if any(map(saturated, fit.observations)) else ""
     hollow += ("." if FORMS[fit.form].saturating else ", which the fit leaves out.") if hollow else ""
+    band = "95 % interval of the law's mean"
     ranks, lengths = spans(fit.rank_range), spans(fit.target_tokens_range)
     worst = max(abs(run.loss_reduction - predicted) for run, predicted in fit.used)
+    finished = [run for run in runs if run.finished]
+    decoded = [run for run in finished if run.source in token_accuracy]
     return [
-        draw(
+        *draw(
+            f"{name}-by-rank",
+            "Loss reduction by rank",
+            f"Lines are the law, dotted where no run was used; shade: {band}.{hollow}",
+            f"{of}: loss reduction against rank {ranks} on logarithmic axes, a line of the law for each length.",
+            lambda: reduction_figure(fit, runs, "rank"),
+        ),
+        *draw(
+            f"{name}-by-length",
+            "Loss reduction by length",
+            f"The same against length, a line for each rank; shade: {band}.{hollow}",
+            f"{of}: loss reduction against {lengths} target tokens on logarithmic axes, a line of the law for each "
+            "rank.",
+            lambda: reduction_figure(fit, runs, "length"),
+        ),
+        *draw(
             f"{name}-agreement",
-            "Measured against predicted",
+            "Predicted against measured",
             f"On the dashed line both are equal.{hollow}",
             f"{of}: predicted against measured loss reduction of {count(fit.best.observations_used, 'run')}: R squared "
             f"{fit.best.r2:.4f}, mean error {fit.best.mape_percent:.1f} %.",
             lambda: agreement_figure(fit, runs),
         ),
-        draw(
-            f"{name}-by-rank",
-            "Loss reduction by rank",
-            f"Lines are the law, dotted where no run was used; shade: {BAND}.{hollow}",
-            f"{of}: loss reduction against rank {ranks} on logarithmic axes, a line of the law for each length.",
-            lambda: reduction_figure(fit, runs, "rank"),
-        ),
-        draw(
-            f"{name}-by-length",
-            "Loss reduction by length",
-            f"The same against length, a line for each rank; shade: {BAND}.{hollow}",
-            f"{of}: loss reduction against {lengths} target tokens on logarithmic axes, a line of the law for each "
-            "rank.",
-            lambda: reduction_figure(fit, runs, "length"),
-        ),
-        draw(
+        *draw(
             f"{name}-residuals",
-            "What the law misses",
+            "Residuals",
             "Shade: one root mean squared error on either side. A trend would mean that the law does not hold.",
             f"{of}: measured minus predicted loss reduction by rank and by length; at most {worst:.3g} nats per token.",
             lambda: residual_figure(fit),
+        ),
+        *draw(
+            f"{name}-final-loss",
+            "Final loss over the grid",
+            "Mean loss of the target tokens with the adapter, in nats; grey: no run.",
+            f"{of}: map of the final loss over ranks {ranks} and {lengths} target tokens.",
+            lambda: heat_map_figure(over_grid(finished, lambda run: run.final_loss), "nats per target token", "loss"),
+        ),
+        *draw(
+            f"{name}-free-decoding",
+            "Token accuracy of free decoding",
+            "Percentage of target tokens that greedy decoding, left to itself, puts in their place.",
+            f"{of}: map of the token accuracy of greedy decoding over ranks {ranks} and {lengths} target tokens.",
+            lambda: heat_map_figure(
+                over_grid(decoded, lambda run: token_accuracy[run.source]), "percent of target tokens", "share"
+            ),
         ),
     ]

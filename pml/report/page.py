@@ -13,10 +13,10 @@ from pml.atomic import whole_file
 from pml.errors import InputError
 from pml.groups import group_runs
 from pml.records import Record
-from pml.report.made import how_it_was_made
-from pml.report.parts import Panel, count, spans
+from pml.report.parts import count, spans
+from pml.report.provenance import provenance
 from pml.report.side_by_side import side_by_side
-from pml.report.studies import Study, laws_by_name, make_studies
+from pml.report.studies import laws_by_name, make_studies
 
 __all__ = ["PAGE_NAME", "Report", "make_report", "write_report"]
 
@@ -75,15 +75,14 @@ def make_report(
         "title": title,
         "lead": _lead(records),
         "studies": studies,
-        "cards": [group.card for study in studies for group in study.groups],
         "side_by_side": beside,
-        "made": how_it_was_made(records),
+        "provenance": provenance(records),
         "version": version("pml"),
         "runs": len(records),
     }
     html = environment.get_template("report.html").render(report=content, style=style)
-    panels = [panel for study in studies for panel in _panels(study)] + ([beside.panel] if beside else [])
-    return Report(html + "\n", {f"{panel.name}.png": panel.png for panel in panels if not panel.missing})
+    panels = [panel for study in studies for panel in study.panels]
+    return Report(html + "\n", {f"{panel.name}.png": panel.png for panel in panels})
 
 
 def write_report(report: Report, folder: Path, *, overwrite: bool = False) -> Path:
@@ -127,11 +126,6 @@ def _lead(records: Mapping[Path, Record]) -> str:
     backbones = sorted({record.backbone for record in runs})
     unfinished = f", {finished:,} of them finished" if finished < len(records) else ""
     return (
-        f"{count(len(records), 'run')}{unfinished}: {', '.join(backbones)}, ranks {spans(r.rank for r in runs)}, "
+        f"{count(len(records), 'run')}{unfinished}: {', '.join(backbones)}, LoRA rank {spans(r.rank for r in runs)}, "
         f"{spans(r.target_tokens for r in runs)} target tokens."
     )
-
-
-def _panels(study: Study) -> list[Panel]:
-    of_groups = [p for g in study.groups for p in (*(g.law.panels if g.law else ()), *g.threshold, *g.capacity)]
-    return [*study.recall, *of_groups]

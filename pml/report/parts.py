@@ -7,42 +7,39 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pml.figures import NothingToShow, png_bytes, settle, svg_data_uri
-from pml.tables import TextTable
 
-__all__ = ["Panel", "TextTable", "count", "draw", "shown"]
+__all__ = ["Panel", "count", "draw", "shown", "spans"]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure on the page, or why it is not there.
+    """A figure on the page.
 
     Attributes:
         name: Name of its PNG without the suffix; unique on the page.
         title: What it shows.
         caption: How to read it.
         alt: What someone who cannot see it should know.
-        svg: The figure as a data URI; empty where there is none.
+        svg: The figure as a data URI.
         png: The same as PNG.
-        missing: Why there is no figure, in words.
     """
 
     name: str
     title: str
-    caption: str = ""
-    alt: str = ""
-    svg: str = ""
-    png: bytes = field(default=b"", repr=False)
-    missing: str = ""
+    caption: str
+    alt: str
+    svg: str
+    png: bytes = field(repr=False)
 
 
-def draw(name: str, title: str, caption: str, alt: str, make: Callable[[], Figure]) -> Panel:
-    """Make a figure, or say why the runs cannot show it."""
+def draw(name: str, title: str, caption: str, alt: str, make: Callable[[], Figure]) -> list[Panel]:
+    """Make a figure; an empty list where the runs have nothing for it to show."""
     try:
         figure = make()
-    except NothingToShow as reason:
-        return Panel(name, title, missing=str(reason))
+    except NothingToShow:
+        return []
     settle(figure)
-    return Panel(name, title, caption, alt, svg_data_uri(figure), png_bytes(figure))
+    return [Panel(name, title, caption, alt, svg_data_uri(figure), png_bytes(figure))]
 
 
 def count(number: int, noun: str) -> str:

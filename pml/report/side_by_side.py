@@ -1,13 +1,11 @@
 """Laws side by side: how exponents and bits per parameter change with budget, learning rate, placement or method."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pml.figures import side_by_side_figure
-from pml.law import FORMS, Estimate, FormFit, FormName, LawFit, unconverged
+from pml.law import FORMS, Equation, Estimate, FormName, LawFit, unconverged
 from pml.law.tables import SYMBOLS
-from pml.report.parts import Panel, draw
 from pml.tables import TextTable, show_interval
 
 __all__ = ["SideBySide", "common_form", "side_by_side"]
@@ -18,13 +16,13 @@ class SideBySide:
     """What a page says about several laws at once.
 
     Attributes:
-        note: In which form they are compared, and why.
-        panel: Their parameters with intervals.
-        table: The same in numbers.
+        equation: The form in which they are compared.
+        note: Why it is this one, and what its letters mean.
+        table: Their parameters with intervals.
     """
 
+    equation: Equation
     note: str
-    panel: Panel
     table: TextTable
 
 
@@ -49,58 +47,45 @@ def side_by_side(laws: Mapping[str, LawFit]) -> SideBySide | None:
     """Compare laws by what they are called; None where there are fewer than two, or they have no form in common."""
     if len(laws) < 2 or (form := common_form(laws)) is None:
         return None
-    fits = {label: law.fit_of(form) for label, law in laws.items()}
     names = [name for name in ("alpha", "beta") if name in FORMS[form].fitted]
-    parameters = {
-        label: {name: fit.parameters[name] for name in names}
-        | ({"bits_per_parameter": kappa} if (kappa := laws[label].bits_per_parameter) else {})
-        for label, fit in fits.items()
-    }
-    symbols = {name: SYMBOLS[name] for name in (*names, "bits_per_parameter")}
+    kappa, text = SYMBOLS["bits_per_parameter"], FORMS[form].text
+    for name in names:
+        text = text.replace(name, SYMBOLS[name])
     if FORMS[form].proportional:
         why = "No form with exponents is determined in all."
-    elif any(fit.aicc is None for fit in fits.values()):
+    elif any(law.fit_of(form).aicc is None for law in laws.values()):
         why = "It is the simplest form with exponents that all determine; some have too few grid points for AICc."
     else:
         why = "Of the forms with exponents that all determine, it has the smallest total AICc."
+    rows = []
+    for label, law in laws.items():
+        fit, bits = law.fit_of(form), law.bits_per_parameter
+        rows.append(
+            [
+                label,
+                *(_with_interval(fit.parameters[name]) for name in names),
+                "-" if bits is None else _with_interval(bits),
+                f"{fit.r2:.4f}",
+                law.form,
+                f"{len(law.observations):,}",
+                f"{sum(map(unconverged, law.observations)):,}",
+            ]
+        )
+    columns = (*(SYMBOLS[name] for name in names), kappa)
     return SideBySide(
-        note=f"In one form, so that numbers can be compared: {form}, {FORMS[form].text}. {why}",
-        panel=draw(
-            "side-by-side",
-            "Parameters of the laws",
-            "Lines are 95 % intervals.",
-            f"{', '.join(symbols.values())} of {len(laws)} laws with their 95 % intervals; the table has the numbers.",
-            lambda: side_by_side_figure(parameters, symbols),
-        ),
+        equation=Equation(text),
+        note=f"All in one form, {form}, so that numbers can be compared. {why} dL: loss reduction in nats per target "
+        f"token; s: LoRA rank, or effective parameters where the law counts them; l: target tokens; "
+        f"{kappa.split()[0]}: stored bits per adapter parameter.",
         table=TextTable(
-            "Laws side by side",
-            (
-                "law",
-                *(f"{SYMBOLS[name]} (95 %)" for name in names),
-                f"{SYMBOLS['bits_per_parameter']} (95 %)",
-                "R\N{SUPERSCRIPT TWO}",
-                "form chosen for it",
-                "runs",
-                "not converged",
-            ),
-            [_row(label, law, fits[label], names) for label, law in laws.items()],
+            "Parameters of the laws",
+            ("law", *(f"{name} (95 %)" for name in columns), "R²", "form chosen for it", "runs", "not converged"),
+            rows,
             words=(0, len(names) + 3),
-            note="Not converged: unsaturated runs with more than a hundredth of their loss reduction in the last tenth "
-            "of the steps.",
+            note="In brackets 95 % intervals. Not converged: unsaturated runs with more than a hundredth of their loss "
+            "reduction in the last tenth of the steps.",
         ),
     )
-
-
-def _row(label: str, law: LawFit, fit: FormFit, names: Sequence[str]) -> list[str]:
-    return [
-        label,
-        *(_with_interval(fit.parameters[name]) for name in names),
-        "-" if law.bits_per_parameter is None else _with_interval(law.bits_per_parameter),
-        f"{fit.r2:.4f}",
-        law.form,
-        f"{len(law.observations):,}",
-        f"{sum(map(unconverged, law.observations)):,}",
-    ]
 
 
 def _with_interval(estimate: Estimate) -> str:

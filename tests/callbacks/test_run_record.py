@@ -25,7 +25,7 @@ from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import greedy_recall, score_corpus
 from pml.records import Record, read_record
-from pml.weighting import TokenScores
+from pml.weighting import OnlyThreshold, TokenScores
 from tests.fits import ADAPTER, module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -146,7 +146,7 @@ def test_steps_that_were_skipped_are_not_counted(sharp: Path, tmp_path: Path) ->
             if trainer.current_epoch == 3:
                 pl_module.weighting._critical = 1e9
 
-    module = module_on(sharp, MemFT)
+    module = module_on(sharp, MemFT, weighting=OnlyThreshold())
     trainer = make_trainer(tmp_path, max_epochs=5, callbacks=[AllKnown(), RunRecord()])
     trainer.fit(module, datamodule=Ids(uneven(4), batch_size=2))
     assert module.skipped_steps == 4

@@ -168,3 +168,89 @@ def test_settings_that_make_no_corpus_are_refused(arguments: dict[str, Any], mes
 def test_the_examples_have_907_target_tokens_under_the_default_tokenizer(default_backbone: Backbone) -> None:
     corpus = Facts().build(default_backbone.tokenizer, 49152)
     assert (len(corpus), corpus.target_tokens) == (32, 907)
+
+
+class TestParaphrases:
+    def rows(self, tmp_path: Path, *rows: dict[str, Any]) -> str:
+        path = tmp_path / "facts.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        return str(path)
+
+    def made(self, tokenizer: PreTrainedTokenizerBase, path: str, **options: Any) -> tuple[Corpus, Corpus | None]:
+        data = Facts(path, chat_template=False, end_of_turn=False, **options)
+        return data.build(tokenizer, VOCABULARY), data.held_out
+
+    def test_the_last_wording_is_held_out_and_the_others_are_trained_on(
+        self, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        path = self.rows(
+            tmp_path,
+            {"query": "Code?", "target": "7", "paraphrases": ["Which code?", "The code, please."]},
+            {"query": "Name?", "target": "Bo"},
+            {"query": "Road?", "target": "9", "paraphrases": ["Which road?"]},
+        )
+        corpus, held_out = self.made(tiny_tokenizer, path)
+        assert [(e.query, e.target) for e in corpus.examples] == [
+            ("Code?", "7"),
+            ("Which code?", "7"),
+            ("Name?", "Bo"),
+            ("Road?", "9"),
+        ]
+        assert corpus.fact_ids == [0, 0, 1, 2]
+        assert held_out is not None
+        assert [(e.query, e.target) for e in held_out.examples] == [("The code, please.", "7"), ("Which road?", "9")]
+        corpus, held_out = self.made(tiny_tokenizer, path, held_out_wordings=0)
+        assert len(corpus) == 6 and held_out is None
+
+    def test_only_wordings_of_what_is_trained_on_are_held_out(
+        self, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        path = self.rows(
+            tmp_path,
+            {"query": "Code?", "target": "7", "paraphrases": ["Code?"]},
+            {"query": "Road?", "target": "9", "paraphrases": ["Which road?"]},
+        )
+        # The one wording of the first pair is what it is trained on, and the second pair is not taken.
+        assert self.made(tiny_tokenizer, path, pairs=1)[1] is None
+        held_out = self.made(tiny_tokenizer, path)[1]
+        assert held_out is not None and [e.query for e in held_out.examples] == ["Which road?"]
+
+    def test_a_file_without_them_has_nothing_held_out(
+        self, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        corpus, held_out = self.made(tiny_tokenizer, written(tmp_path, ("Code?", "7")))
+        assert (corpus.fact_ids, held_out) == (None, None)
+
+    def test_a_cell_of_a_table_has_one_wording_a_line(
+        self, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "facts.csv"
+        path.write_text('query,target,others\nCode?,7,"Which code?\nThe code."\nRoad?,9,\n')
+        corpus, held_out = self.made(tiny_tokenizer, str(path), paraphrases_column="others")
+        assert [e.query for e in corpus.examples] == ["Code?", "Which code?", "Road?"]
+        assert held_out is not None and [e.query for e in held_out.examples] == ["The code."]
+
+    @pytest.mark.parametrize(
+        ("value", "said"),
+        [
+            (3, "facts.jsonl:1: 'paraphrases' is 3; expected a list of queries, or one a line"),
+            ([3], "facts.jsonl:1: 'paraphrases' is 3; expected a string"),
+        ],
+    )
+    def test_a_cell_that_holds_no_wordings_is_refused(
+        self, value: Any, said: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    ) -> None:
+        path = self.rows(tmp_path, {"query": "Code?", "target": "7", "paraphrases": value})
+        with pytest.raises(InputError, match=said):
+            self.made(tiny_tokenizer, path)
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"held_out_wordings": -1}, "held_out_wordings is -1; expected a number of paraphrases, or 0"),
+            ({"paraphrases_column": "query"}, "paraphrases_column is 'query'; expected a column of its own"),
+        ],
+    )
+    def test_settings_that_make_no_sense_are_refused(self, options: dict[str, Any], said: str) -> None:
+        with pytest.raises(InputError, match=said):
+            Facts(**options)

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from pml.groups import SIZES, settings_of
 from pml.records import RECORD_NAME, Record
-from pml.report.parts import TextTable, count, shown
-from pml.tables import short_names
+from pml.report.parts import count, shown
+from pml.tables import TextTable, short_names
 
-__all__ = ["how_it_was_made"]
+__all__ = ["provenance"]
 
 SHORT_HASH = 12
 
 
-def how_it_was_made(records: Mapping[Path, Record]) -> list[TextTable]:
+def provenance(records: Mapping[Path, Record]) -> list[TextTable]:
     """Tables of what all runs share, of what they differ in, and of each run."""
     runs = list(records.values())
     settings = [settings_of(record) for record in runs]

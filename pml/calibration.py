@@ -1,0 +1,105 @@
+"""What a parameter stores on a backbone of one's own: rank 1 is given more random tokens than it holds."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from statistics import fmean, stdev
+from typing import Any
+
+from lightning.pytorch import Trainer
+from scipy import stats
+
+from pml import metrics
+from pml.adapter import AdapterConfig, adapter_parameters
+from pml.backbone import load_backbone, shared_backbones
+from pml.errors import InputError
+from pml.modules import SFT
+from pml.recall import score_corpus
+from pml.storage import Constant
+
+__all__ = ["calibrate"]
+
+MOST_BITS = 1.6
+"""Bits a parameter that each adapter is given to hold; none stored more than 1.3 here."""
+
+
+def calibrate(
+    backbone: str,
+    adapter: AdapterConfig,
+    *,
+    texts: int = 3,
+    steps: int = 300,
+    learning_rate: float = 0.1,
+    on_text: Callable[[int, float], None] | None = None,
+) -> Constant:
+    """Measure bits per trainable parameter at one placement.
+
+    Args:
+        backbone: As `pml.backbone.load_backbone` takes it.
+        adapter: Placement, block and guard; its rank is taken to be 1.
+        texts: Different texts, with an adapter each.
+        steps: Optimiser steps for each.
+        learning_rate: Peak learning rate of AdamW.
+        on_text: Called after each text with its number, from 1, and its bits per parameter.
+
+    Raises:
+        InputError: If a number is out of range, or nothing was stored.
+    """
+    if texts < 2 or steps < 1:
+        raise InputError(f"texts is {texts}, steps is {steps}; expected at least 2 texts and 1 step")
+    stored: list[float] = []
+    with shared_backbones():
+        loaded = load_backbone(backbone)
+        bits_per_token = math.log2(loaded.vocab_size)
+        where = ", ".join(map(str, adapter.block_indices(len(loaded.blocks))))
+        for text in range(texts):
+            module = SFT(backbone=backbone, adapter=replace(adapter, rank=1), learning_rate=learning_rate, seed=text)
+            module.configure_model()
+            parameters = sum(p.numel() for p in adapter_parameters(module.model).values())
+            stored.append(_stored_bits(module, math.ceil(MOST_BITS * parameters / bits_per_token), steps) / parameters)
+            module.release()
+            if on_text is not None:
+                on_text(text + 1, stored[-1])
+    mean = fmean(stored)
+    half = float(stats.t.ppf(0.975, texts - 1)) * stdev(stored) / math.sqrt(texts)
+    if not mean > 0:
+        raise InputError(f"nothing was stored in {steps} steps; give more steps, or another learning rate")
+    return Constant(
+        placement=adapter.placement,
+        guarded=adapter.guard is not None,
+        bits_per_parameter=mean,
+        # Few texts may differ by more than they hold; a parameter stores something all the same.
+        low=max(mean - half, min(stored) / 2),
+        high=mean + half,
+        interval="95 %",
+        source=f"{backbone}, block {where}, {texts} random texts at rank 1, {steps} steps at {learning_rate:g}",
+    )
+
+
+def _stored_bits(module: SFT, tokens: int, steps: int) -> float:
+    """Bits of one random text that its adapter holds after training."""
+    most = module.max_positions
+    data: Any = import_module("data_modules").RandomTokens(
+        # Several targets where one would not fit into the context, or would take long.
+        length=min(tokens, 256 if most is None else min(256, most // 2)),
+        count=max(1, round(tokens / 256)),
+        batch_size=None,
+        seed=module.seed,
+    )
+    trainer = Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        devices=1,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data)
+    loss = metrics.mean_loss(score_corpus(module, data.val_dataloader())).item()
+    assert data.corpus.entropy_bits is not None
+    return metrics.memorized_bits(data.corpus.entropy_bits, loss, data.corpus.target_tokens)

@@ -1,0 +1,75 @@
+"""Measure how many bits a trainable parameter stores on your backbone, for pml plan: minutes, once per placement.
+
+Adapters of rank 1 are trained on random tokens, more than they hold. What comes out is a mean with its 95 % interval,
+and with --out a file that `pml plan PAIRS --constants FILE` takes.
+"""
+
+import json
+from pathlib import Path
+
+import jsonargparse
+
+from pml.errors import InputError
+
+__all__ = ["configure", "run"]
+
+
+def configure(parser: jsonargparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--backbone", type=str, default="smollm2-135m", help="smollm2-135m, a folder or a hub id")
+    parser.add_argument(
+        "--placement", type=str | list[str], default=["down_proj"], help="mlp_block, or linear layers of a block"
+    )
+    parser.add_argument("--block", type=int | float | list[int], default=2 / 3, help="block, blocks or depth")
+    parser.add_argument("--guard", type=bool, default=True, help="measure adapters that are guarded")
+    parser.add_argument("--texts", type=int, default=3, help="different texts, with an adapter each")
+    parser.add_argument("--steps", type=int, default=300, help="optimiser steps for each text")
+    parser.add_argument("--learning_rate", type=float, default=0.1, help="peak learning rate of AdamW")
+    parser.add_argument("--out", type=Path | None, help="file to write or to add to")
+    parser.add_argument("--json", action="store_true", help="print JSON: bits_per_parameter, low, high")
+
+
+def run(args: jsonargparse.Namespace) -> int:
+    """Measure, print and write."""
+    # Imported here because it takes seconds, which --help need not wait for.
+    from pml.adapter import AdapterConfig
+    from pml.calibration import calibrate
+    from pml.guard import GuardConfig
+    from pml.lightning_cli import prepare
+    from pml.records import write_json
+    from pml.storage import CONSTANTS_VERSION
+
+    prepare()
+    known = _known(args.out)
+    constant = calibrate(
+        args.backbone,
+        AdapterConfig(placement=args.placement, block=args.block, guard=GuardConfig() if args.guard else None),
+        texts=args.texts,
+        steps=args.steps,
+        learning_rate=args.learning_rate,
+        on_text=None
+        if args.json
+        else lambda text, bits: print(f"text {text}: {bits:.3f} bits a parameter", flush=True),
+    )
+    measured = constant.model_dump(mode="json")
+    if args.json:
+        print(json.dumps(measured, indent=2))
+    else:
+        print(f"{constant.bits_per_parameter:.3f} bits a parameter ({constant.low:.3f} to {constant.high:.3f})")
+    if args.out is not None:
+        same = ("placement", "guarded", "source")
+        others = [entry for entry in known if any(entry.get(name) != measured[name] for name in same)]
+        write_json(args.out, {"version": CONSTANTS_VERSION, "constants": [measured, *others]})
+        if not args.json:
+            print(f"{args.out}: pml plan PAIRS --constants {args.out}")
+    return 0
+
+
+def _known(path: Path | None) -> list[dict[str, object]]:
+    """Constants that a file holds already, which stay in it."""
+    if path is None or not path.exists():
+        return []
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["constants"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--out {path} exists and holds no constants; choose another file") from error

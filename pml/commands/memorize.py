@@ -1,0 +1,181 @@
+"""Write pairs into an adapter that gives every target back word for word, and leaves the model itself alone.
+
+PAIRS is a file of queries and targets (.jsonl, .csv, .parquet, .yaml) as data_modules.Facts reads it. The rank is
+planned from what the model does not know yet, and doubled where it is not enough. The adapter is trained under a guard
+until every target token is certain; then a process with transformers and PEFT alone is asked for every pair. DIR gets
+adapter/ (with a model card), record.json and the rest of a run. The exit code is 0 if everything came back for
+certain, else 1, and what did not is listed. Harm is in nats per token of other text.
+"""
+
+import json
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jsonargparse
+
+from pml.commands._console import make_console, one_line
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pml.corpus import Corpus
+    from pml.memorizing import Memorized, Progress
+    from pml.storage import RankPlan
+
+__all__ = ["configure", "run"]
+
+SHOWN = 20
+"""Failing pairs that are listed."""
+
+
+def configure(parser: jsonargparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("pairs", type=Path, metavar="PAIRS", help="file of queries and targets")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter, its record and its pairs")
+    parser.add_argument("--backbone", type=str, default="smollm2-135m", help="smollm2-135m, a folder or a hub id")
+    parser.add_argument("--rank", type=int | None, help="LoRA rank to begin with; planned unless given")
+    parser.add_argument(
+        "--placement",
+        type=str | list[str] | None,
+        help="linear layers of a block, all unless given; or mlp_block, which plain PEFT cannot load",
+    )
+    parser.add_argument("--block", type=int | float | list[int], default=2 / 3, help="block, blocks or depth")
+    parser.add_argument("--guard", type=bool, default=True, help="keep the adapter away from ordinary text")
+    parser.add_argument("--learning_rate", type=float, default=0.015, help="peak learning rate of AdamW")
+    parser.add_argument("--margin", type=float, default=0.6, help="probability that every target token has to exceed")
+    parser.add_argument("--query_column", type=str, default="query", help="where a row has what is asked")
+    parser.add_argument("--target_column", type=str, default="target", help="where it has what has to come back")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the adapter and of the order of the pairs")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that has something in it")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON: pairs (certain, served), rank, steps, harm in nats per token"
+    )
+
+
+def run(args: jsonargparse.Namespace) -> int:
+    """Memorise, and print what came of it."""
+    # Imported here because it takes seconds, which --help need not wait for.
+    from pml.guard import GuardConfig
+    from pml.lightning_cli import prepare
+    from pml.memorizing import memorize
+
+    prepare()
+    names = (
+        "backbone",
+        "rank",
+        "placement",
+        "block",
+        "learning_rate",
+        "margin",
+        "query_column",
+        "target_column",
+        "seed",
+    )
+    with _Shown(quiet=args.json) as shown:
+        made = memorize(
+            args.pairs,
+            args.out,
+            overwrite=args.overwrite,
+            guard=GuardConfig() if args.guard else None,
+            on_plan=shown.plan,
+            on_progress=shown.progress,
+            **{name: args[name] for name in names},
+        )
+    if args.json:
+        print(json.dumps(_plain(made), indent=2, ensure_ascii=False))
+    else:
+        _print(made)
+    return 1 if made.failed else 0
+
+
+class _Shown:
+    """What is seen of a training: a bar in a terminal, else a line now and then."""
+
+    def __init__(self, quiet: bool) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._quiet = quiet
+        self._console = make_console(stderr=True)
+        self._bar = None
+        self._task: Any = None
+        self._said = time.monotonic()
+        if not quiet and self._console.is_terminal:
+            columns = (TextColumn("rank {task.fields[rank]}"), BarColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, TextColumn("at most"), TimeRemainingColumn(), console=self._console)
+
+    def __enter__(self) -> "_Shown":
+        (self._bar or nullcontext()).__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        (self._bar or nullcontext()).__exit__(*exception)
+
+    def plan(self, corpus: "Corpus", plan: "RankPlan | None") -> None:
+        if self._quiet:
+            return
+        lines = plan.lines() if plan else [f"{len(corpus):,} pairs, {corpus.target_tokens:,} target tokens"]
+        for line in lines:
+            print(line, flush=True)
+
+    def progress(self, now: "Progress") -> None:
+        text = (
+            f"step {now.step} of at most {now.steps}, {now.certain:.1%} of target tokens certain, loss {now.loss:.3f}"
+        )
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task(text, total=now.steps, rank=now.rank)
+            self._bar.update(self._task, completed=now.step, total=now.steps, rank=now.rank, description=text)
+        elif not self._quiet and time.monotonic() - self._said > 15:
+            self._said = time.monotonic()
+            print(f"rank {now.rank}: {text}", file=sys.stderr, flush=True)
+
+
+def _print(made: "Memorized") -> None:
+    pairs, failed = len(made.certificates), made.failed
+    certain = sum(known.verdict == "certain" for known in made.certificates)
+    print(f"{certain} of {pairs} pairs are certain at rank {made.rank} after {made.steps} steps ({made.seconds:.0f} s)")
+    if made.served is not None:
+        whole = sum(a == known.example.target for a, known in zip(made.served, made.certificates, strict=True))
+        print(f"{whole} of {pairs} came back byte for byte from transformers and PEFT alone")
+    if made.harm is not None:
+        print(f"harm: {made.harm:+.3f} nats a token on other text ({', '.join(_kinds(made))})")
+    figures = made.record.corpus_figures
+    if (held_out := figures.get("held_out_generated_exact_match")) is not None:
+        print(f"{held_out:.1%} of {figures['held_out_pairs']:.0f} held-out wordings are answered as their facts are")
+    for known in failed[:SHOWN]:
+        where = f"token {known.position + 1}, p {known.probability:.3f}"
+        print(f"  {known.verdict}: {one_line(known.example.query)} ({where})")
+    if len(failed) > SHOWN:
+        print(f"  and {len(failed) - SHOWN} more")
+    print(f"adapter: {made.adapter}")
+
+
+def _kinds(made: "Memorized") -> list[str]:
+    losses = ((kind, found["loss_before"], found["loss_after"]) for kind, found in made.record.harm.items())
+    return [f"{kind} {after - before:+.3f}" for kind, before, after in losses if None not in (before, after)]  # type: ignore[operator]
+
+
+def _plain(made: "Memorized") -> dict[str, Any]:
+    answers: Sequence[str | None] = made.served or [None] * len(made.certificates)
+    return {
+        "adapter": str(made.adapter),
+        "plan": made.plan.model_dump(mode="json") if made.plan is not None else None,
+        "rank": made.rank,
+        "steps": made.steps,
+        "seconds": made.seconds,
+        "harm": made.record.model_dump(mode="json")["harm"],
+        "pairs": [
+            {
+                "query": known.example.query,
+                "verdict": known.verdict,
+                "margin": known.margin,
+                "probability": known.probability,
+                "served": None if answer is None else answer == known.example.target,
+            }
+            for known, answer in zip(made.certificates, answers, strict=True)
+        ],
+        "failed": [known.example.query for known in made.failed],
+    }

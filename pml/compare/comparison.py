@@ -1,0 +1,239 @@
+"""Any number of methods against one of them, over pairs of runs."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pml.compare.difference import Difference, paired_difference
+from pml.compare.outcomes import OUTCOMES, Outcome, outcomes_of
+from pml.compare.pairs import TOLERANCE, LeftOut, Pair, find_pairs
+from pml.errors import InputError
+from pml.groups import method_name, setting_of
+from pml.records import Record
+
+__all__ = ["Comparison", "MethodMeans", "compare"]
+
+VERDICTS = ("better", "worse", "the same", "undecided")
+Values = Mapping[Path, Mapping[str, float | None]]
+"""Outcomes by name, by the folder of the run."""
+
+
+@dataclass(frozen=True)
+class MethodMeans:
+    """What the finished runs of one method came to.
+
+    Attributes:
+        method: The method.
+        runs: Finished runs.
+        all_certain: Those in which every target token became certain.
+        means: Mean of each outcome over the runs that have it; None where none has.
+    """
+
+    method: str
+    runs: int
+    all_certain: int
+    means: dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods over pairs of runs.
+
+    Attributes:
+        baseline: The method that the others are compared with.
+        where: What the runs have in common, when they were split.
+        confidence: Level of all intervals, such as 0.95; they are not adjusted for how many there are.
+        tolerance: Largest difference of equal budgets, as a share of the larger.
+        by_text: Whether each text is one sample; where there is one text, its seeds are.
+        methods: Means over the runs of each method, the baseline's first.
+        differences: For each other method one for each outcome that its pairs have.
+        settings: Settings beside the weighting and the curriculum in which some pair's runs differ, with the values of
+            both, as text.
+        left_out: Runs that were not compared, or not in all outcomes.
+    """
+
+    baseline: str
+    where: dict[str, Any]
+    confidence: float
+    tolerance: float
+    by_text: bool
+    methods: list[MethodMeans]
+    differences: list[Difference]
+    settings: dict[str, list[str]]
+    left_out: list[LeftOut]
+
+    @property
+    def verdicts(self) -> list[str]:
+        """A sentence for each method: what it is better and worse in, and what is not decided."""
+        return [self._verdict(means.method) for means in self.methods if means.method != self.baseline]
+
+    def _verdict(self, method: str) -> str:
+        found: dict[str, list[str]] = {}
+        for one in self.differences:
+            if one.method == method:
+                certain = one.verdict != "undecided"
+                found.setdefault(one.verdict if one.mean else "the same", []).append(_in_words(one, certain))
+        parts = [f"{verdict} in {', '.join(found[verdict])}" for verdict in VERDICTS if verdict in found]
+        return f"{method} against {self.baseline}: {'; '.join(parts) or 'no pair of runs to compare'}."
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dictionaries only, with the verdicts."""
+        content = asdict(self) | {"verdicts": self.verdicts}
+        for written, found in zip(content["differences"], self.differences, strict=True):
+            written |= {"outcome": found.outcome.name, "unit": found.outcome.unit, "verdict": found.verdict}
+        return content
+
+
+def compare(
+    records: Mapping[Path, Record],
+    *,
+    baseline: str | None = None,
+    by: str | None = None,
+    tolerance: float = TOLERANCE,
+    confidence: float = 0.95,
+) -> list[Comparison]:
+    """Compare every method with one of them: one comparison, or one for each value of `by`.
+
+    Only pairs of equal budgets are compared: a method that trains longer is not a better one. Steps to certainty are
+    compared whatever the budget, since runs may stop there. Pairs on one text are averaged first and count once: they
+    are no further evidence of how methods differ on other texts.
+
+    Args:
+        records: Records by the folder of their run.
+        baseline: The method that the others are compared with, as `method_name` writes it, capitals or not; None is SFT
+            where there is one, otherwise the first by name.
+        by: Field of a record, such as `rank`.
+        tolerance: Largest difference between the budgets of a pair, as a share of the larger.
+        confidence: Level of the intervals.
+
+    Raises:
+        InputError: If there are fewer than two methods, no such method or field, no pair that can be compared, or a
+            number that is out of range.
+    """
+    if not 0 <= tolerance < 1:
+        raise InputError(f"tolerance: expected a share of at least 0 and below 1, got {tolerance:g}; 0.05 is 5 %")
+    if not 0.5 <= confidence < 1:
+        raise InputError(f"confidence: expected at least 0.5 and below 1, got {confidence:g}; 0.95 is usual")
+    methods = sorted({method_name(record) for record in records.values()})
+    if len(methods) < 2:
+        only = f"only {methods[0]} in {len(records)} runs" if methods else "no run"
+        raise InputError(f"{only}: expected runs of at least two methods; add the runs of another method")
+    first = _baseline(baseline, methods)
+    if by is not None and all(setting_of(record, by) is None for record in records.values()):
+        raise InputError(f"by: no run has a value for {by!r}; expected a field of a record, such as rank")
+    parts: dict[str, dict[Path, Record]] = {}
+    for path, record in records.items():
+        parts.setdefault(repr(setting_of(record, by)) if by else "", {})[path] = record
+    values = {path: outcomes_of(path, record) for path, record in records.items() if record.status == "finished"}
+    comparisons = [
+        _comparison(part, values, first, by, tolerance, confidence)
+        for part in sorted(parts.values(), key=lambda part: _order(part, by))
+    ]
+    if not any(comparison.differences for comparison in comparisons):
+        reasons = sorted({left.reason for comparison in comparisons for left in comparison.left_out})
+        others = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
+        raise InputError(
+            f"no pair of runs of equal budgets ({'; '.join(reasons[:2])}{others}), and none of which both became "
+            "certain: expected runs of two methods with the same rank, corpus and seed, steps and target tokens; train "
+            "both for as long, or until they recall (callbacks.StopWhenRecalled), or raise the tolerance"
+        )
+    return comparisons
+
+
+def _comparison(
+    records: Mapping[Path, Record], values: Values, baseline: str, by: str | None, tolerance: float, confidence: float
+) -> Comparison:
+    names = {method_name(record) for record in records.values()}
+    others = sorted(names - {baseline})
+    found = {other: find_pairs(records, baseline, other, tolerance) for other in others}
+    every = [pair for pairs, _ in found.values() for pair in pairs]
+    by_text = len({pair.text for pair in every}) > 1
+    differences = [
+        difference
+        for other in others
+        for outcome in OUTCOMES
+        if (difference := _difference(outcome, other, found[other][0], values, by_text, confidence)) is not None
+    ]
+    left_out = [left for _, several in found.values() for left in several]
+    left_out += [
+        LeftOut((pair.first.as_posix(), pair.second.as_posix()), pair.budgets) for pair in every if pair.budgets
+    ]
+    return Comparison(
+        baseline=baseline,
+        where={by: setting_of(next(iter(records.values())), by)} if by else {},
+        confidence=confidence,
+        tolerance=tolerance,
+        by_text=by_text,
+        methods=[_means(method, records, values) for method in (baseline, *others) if method in names],
+        differences=differences,
+        settings=_other_settings([(records[pair.first], records[pair.second]) for pair in every]),
+        # Of several methods, a run of the baseline may be left out for each.
+        left_out=list(dict.fromkeys(left_out)),
+    )
+
+
+def _difference(
+    outcome: Outcome, method: str, pairs: list[Pair], values: Values, by_text: bool, confidence: float
+) -> Difference | None:
+    """Over the pairs of which both runs have the outcome; None where there is none."""
+    chosen = [
+        (pair, one, other)
+        for pair in pairs
+        if (one := values[pair.first][outcome.name]) is not None
+        and (other := values[pair.second][outcome.name]) is not None
+        and (outcome.any_budget or not pair.budgets)
+    ]
+    if not chosen:
+        return None
+    samples = [pair.text if by_text else pair.seed for pair, _, _ in chosen]
+    first, second = [one for _, one, _ in chosen], [other for _, _, other in chosen]
+    return paired_difference(outcome, first, second, samples, name=method, confidence=confidence)
+
+
+def _means(method: str, records: Mapping[Path, Record], values: Values) -> MethodMeans:
+    paths = [path for path in values if path in records and method_name(records[path]) == method]
+    known = {o.name: [v for path in paths if (v := values[path][o.name]) is not None] for o in OUTCOMES}
+    return MethodMeans(
+        method=method,
+        runs=len(paths),
+        all_certain=sum(values[path]["tokens_certain"] == 100 for path in paths),
+        means={name: float(np.mean(numbers)) if numbers else None for name, numbers in known.items()},
+    )
+
+
+def _in_words(found: Difference, certain: bool) -> str:
+    if not certain:
+        return found.outcome.title
+    unit = "points" if found.outcome.unit == "%" else found.outcome.unit
+    bounds = f"; {100 * found.confidence:g} % interval {found.interval_shown}" if found.interval else ""
+    return f"{found.outcome.title} ({found.outcome.show(found.mean, '+')} {unit}{bounds})"
+
+
+def _baseline(asked: str | None, methods: list[str]) -> str:
+    if asked is None:
+        return "SFT" if "SFT" in methods else methods[0]
+    for method in methods:
+        if method.lower() == asked.lower():
+            return method
+    raise InputError(f"baseline: no run of {asked!r}; there are {', '.join(methods)}; name one of them")
+
+
+def _order(part: Mapping[Path, Record], by: str | None) -> tuple[float, str]:
+    """Parts by number where they are numbers, by their text otherwise."""
+    value = setting_of(next(iter(part.values())), by) if by else None
+    return (float(value), "") if isinstance(value, int | float) else (math.inf, str(value))
+
+
+def _other_settings(runs: list[tuple[Record, Record]]) -> dict[str, list[str]]:
+    """Settings that both runs of a pair have, with different values; weighting and curriculum are the method."""
+    found: dict[str, Iterable[str]] = {}
+    for a, b in runs:
+        for name in a.method_settings.keys() & b.method_settings.keys() - {"weighting", "curriculum"}:
+            values = a.method_settings[name], b.method_settings[name]
+            if values[0] != values[1] and not name.startswith("_"):
+                found[name] = {*found.get(name, ()), *map(str, values)}
+    return {name: sorted(found[name]) for name in sorted(found)}

@@ -1,0 +1,94 @@
+"""What runs are compared in: certain recall, recall as it is, and what either cost."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pml.errors import InputError
+from pml.records import Record
+from pml.token_results import first_positions, read_tokens
+
+__all__ = ["OUTCOMES", "Outcome", "outcomes_of"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One number that a run came to.
+
+    Attributes:
+        name: Its key in JSON.
+        title: Its name in words.
+        unit: `%`, `nats` (per target token), `tokens` or `steps`.
+        better: Whether higher or lower is better.
+        any_budget: Whether runs of different budgets may be compared in it: how long they trained is the outcome.
+    """
+
+    name: str
+    title: str
+    unit: Literal["%", "nats", "tokens", "steps"]
+    better: Literal["higher", "lower"]
+    any_budget: bool = False
+
+    @property
+    def header(self) -> str:
+        """Its title with its unit."""
+        return self.title if self.unit in self.title else f"{self.title} ({self.unit})"
+
+    def show(self, value: float | None, sign: str = "") -> str:
+        """A value, with its sign where it is a difference; a dash where there is none."""
+        return "-" if value is None else f"{value:{sign}.{3 if self.unit == 'nats' else 1}f}"
+
+
+OUTCOMES = (
+    Outcome("targets_certain", "targets certain", "%", "higher"),
+    Outcome("tokens_certain", "tokens certain", "%", "higher"),
+    Outcome("exact_match", "exact match", "%", "higher"),
+    Outcome("token_accuracy", "token accuracy", "%", "higher"),
+    Outcome("final_loss", "final loss", "nats", "lower"),
+    Outcome("first_failure", "tokens before first failure", "tokens", "higher"),
+    Outcome("steps_to_certain", "steps to all certain", "steps", "lower", any_budget=True),
+    Outcome("harm", "harm to other text", "nats", "lower"),
+)
+"""Certain: p > 0.5 at every token, which greedy decoding cannot miss. Right: argmax under teacher forcing."""
+
+
+def outcomes_of(folder: Path, record: Record) -> dict[str, float | None]:
+    """What a run came to, by the names of `OUTCOMES`; None where it was not measured.
+
+    Args:
+        folder: The run's folder, whose per-token results say how many targets are certain.
+        record: Its record.
+    """
+    steps = record.steps_to_recall
+    return {
+        "targets_certain": _targets_certain(folder, record),
+        "tokens_certain": 100 * (1 - record.sub_threshold_fraction),
+        "exact_match": 100 * record.exact_match,
+        "token_accuracy": 100 * record.token_accuracy,
+        "final_loss": record.final_loss,
+        "first_failure": record.first_failure,
+        "steps_to_certain": None if steps is None else float(steps),
+        "harm": _harm(getattr(record, "harm", None)),
+    }
+
+
+def _targets_certain(folder: Path, record: Record) -> float | None:
+    """Percentage of targets in which every token is certain."""
+    if record.sub_threshold_fraction == 0:
+        return 100.0
+    try:
+        positions = first_positions(read_tokens(folder))
+    except InputError:
+        return None
+    return 100 * float(np.mean(positions.sub_threshold == positions.length))
+
+
+def _harm(value: Any) -> float | None:
+    """Nats by which the loss on other text rose; the mean over texts where there are several."""
+    if isinstance(value, Mapping):
+        known = [float(v) for v in value.values() if isinstance(v, int | float)]
+        return float(np.mean(known)) if known else None
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,74 @@
+"""A comparison as tables, made once for the command and for the page."""
+
+from pml.compare.comparison import Comparison
+from pml.compare.outcomes import OUTCOMES
+from pml.groups import short_method_names
+from pml.tables import TextTable
+
+__all__ = ["differences_tables", "means_table"]
+
+
+def means_table(comparison: Comparison) -> TextTable:
+    """What the runs of each method came to; what none has measured is left out."""
+    methods = comparison.methods
+    rows = [("runs", *(f"{method.runs:,}" for method in methods))]
+    rows += [("in which everything is certain", *(f"{method.all_certain:,}" for method in methods))]
+    rows += [
+        (outcome.header, *(outcome.show(method.means[outcome.name]) for method in methods))
+        for outcome in OUTCOMES
+        if any(method.means[outcome.name] is not None for method in methods)
+    ]
+    return TextTable(
+        "Means over runs" + "".join(f", {name} {value}" for name, value in comparison.where.items()),
+        ("outcome", *short_method_names(method.method for method in methods).values()),
+        rows,
+        note="Certain: p > 0.5, which greedy decoding cannot miss; match, accuracy, failure: argmax under teacher "
+        "forcing; loss per target token; steps: of the runs that got there.",
+    )
+
+
+def differences_tables(comparison: Comparison) -> list[TextTable]:
+    """Each method minus the baseline, with intervals: a table a method, the last one with how to read them."""
+    short = short_method_names(means.method for means in comparison.methods)
+    baseline = short.get(comparison.baseline, comparison.baseline)
+    samples = "texts" if comparison.by_text else "seeds"
+    methods = list(dict.fromkeys(found.method for found in comparison.differences))
+    one_text = "" if comparison.by_text else " All are on one text: of other texts the intervals say nothing."
+    note = (
+        "Pairs: runs of one rank, text and seed whose optimiser steps and target tokens differ by at most "
+        f"{100 * comparison.tolerance:g} %; steps are compared whatever the budget, where both got there. Pairs of one "
+        f"{samples[:-1]} are averaged first. Intervals: Student's t over {samples}, not adjusted for their number."
+        f"{one_text}"
+    )
+    return [
+        TextTable(
+            f"{method} against {comparison.baseline}",
+            (
+                "outcome",
+                baseline,
+                "method",
+                "difference",
+                f"{100 * comparison.confidence:g} % interval",
+                "pairs",
+                samples,
+                "verdict",
+            ),
+            [
+                (
+                    found.outcome.header,
+                    found.outcome.show(found.baseline_mean),
+                    found.outcome.show(found.method_mean),
+                    found.outcome.show(found.mean, "+"),
+                    found.interval_shown,
+                    f"{found.pairs:,}",
+                    f"{found.samples:,}",
+                    found.verdict,
+                )
+                for found in comparison.differences
+                if found.method == method
+            ],
+            words=(0, 7),
+            note=note if method == methods[-1] else "",
+        )
+        for method in methods
+    ]

@@ -1,0 +1,116 @@
+"""What becomes of target tokens over the steps of a run: certain, right without being certain, or wrong."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, SymmetricalLogLocator
+
+from pml.figures.style import PAPER, NothingToShow, dashes, legend_below, literal, looks_of, new_figure, percent_axis
+
+__all__ = ["Curves", "learning_figure", "phases_figure"]
+
+Array = npt.NDArray[np.float64]
+
+PHASES = (("p > 0.5: certain", "#0072B2", ""), ("right, p <= 0.5", "#56B4E9", "..."), ("wrong", "#D55E00", "///"))
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A run at each of its looks, all of shape (looks,).
+
+    Attributes:
+        step: Optimiser steps taken.
+        certain: Share of target tokens with p > 0.5.
+        right: Share of those that are the argmax without being certain.
+        loss: Mean loss in nats per target token.
+    """
+
+    step: npt.NDArray[np.int64]
+    certain: Array
+    right: Array
+    loss: Array
+
+
+def phases_figure(runs: Mapping[str, Curves]) -> Figure:
+    """Shares of target tokens that are certain, right without being certain, and wrong, over optimiser steps.
+
+    Args:
+        runs: By what each panel is called; a few.
+
+    Raises:
+        NothingToShow: If there is no run.
+    """
+    if not runs:
+        raise NothingToShow("no run left a history of its tokens")
+    with new_figure(1.1 + 2.1 * len(runs), rows=len(runs), sharex=True, squeeze=False) as (figure, grid):
+        for axes, (name, run) in zip(grid[:, 0], runs.items(), strict=True):
+            shares = (run.certain, run.right, 1 - run.certain - run.right)
+            bottom = np.zeros(len(run.step))
+            for (_, colour, hatch), share in zip(PHASES, shares, strict=True):
+                top = bottom + share
+                axes.fill_between(run.step, bottom, top, facecolor=colour, hatch=hatch, edgecolor=PAPER, linewidth=0.0)
+                bottom = top
+            axes.set_title(literal(name), fontsize=10)
+            _step_axis(axes, int(run.step[-1]))
+            percent_axis(axes)
+            axes.set_ylim(0, 1)
+            axes.set_ylabel("target tokens")
+        grid[-1, 0].set_xlabel("optimiser steps")
+        handles = [Patch(facecolor=c, hatch=h, edgecolor=PAPER, label=name) for name, c, h in PHASES]
+        legend_below(figure, handles)
+    return figure
+
+
+def learning_figure(groups: Mapping[str, list[Curves]], title: str) -> Figure:
+    """Mean loss and the share of certain tokens over optimiser steps, a line for each run.
+
+    Args:
+        groups: Runs by what their lines are called, such as their method or rank.
+        title: What the names are.
+
+    Raises:
+        NothingToShow: If there is no run.
+    """
+    every = [run for runs in groups.values() for run in runs]
+    if not every:
+        raise NothingToShow("no run left a history of its tokens")
+    looks = looks_of(groups)
+    faint = 1.0 if len(every) <= len(groups) else 0.6
+    with new_figure(5.3, rows=2, sharex=True) as (figure, (above, below)):
+        for i, (name, runs) in enumerate(groups.items()):
+            for run in runs:
+                line = {"color": looks[name][0], "linestyle": dashes(i), "alpha": faint}
+                above.plot(run.step, run.loss, **line)
+                below.plot(run.step, run.certain, **line)
+        _step_axis(below, max(int(run.step[-1]) for run in every))
+        above.set_ylim(bottom=0)
+        above.set_ylabel("loss (nats per token)")
+        percent_axis(below)
+        below.set(xlabel="optimiser steps", ylabel="tokens certain")
+        handles = [
+            Line2D([], [], color=colour, linestyle=dashes(i), label=literal(name))
+            for i, (name, (colour, _)) in enumerate(looks.items())
+        ]
+        if len(handles) > 1:
+            legend_below(figure, handles, title=title)
+    return figure
+
+
+def _step_axis(axes: Axes, last: int) -> None:
+    """Steps from 0, in their logarithm from 1 on: what is learnt early is learnt fast."""
+    axes.set_xlim(0, max(last, 1))
+    if last < 10:
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        return
+    axes.set_xscale("symlog", linthresh=1, linscale=0.3)
+    axes.xaxis.set_major_locator(
+        SymmetricalLogLocator(base=10, linthresh=1, subs=(1.0, 2.0, 5.0) if last < 300 else (1.0, 3.0))
+    )
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())

@@ -1,0 +1,196 @@
+"""A grid of runs as a file says it: expanded to cells, each of which is checked before anything is run."""
+
+import hashlib
+import itertools
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+
+from pml.errors import InputError
+from pml.lightning_cli import parse_run
+from pml.records import RECORD_NAME, Record, read_record
+from pml.yaml_file import read_yaml
+
+__all__ = ["ERROR_NAME", "Cell", "Grid", "expand", "read_grid", "resolve"]
+
+log = logging.getLogger(__name__)
+
+ERROR_NAME = "error.txt"
+
+
+class Grid(pydantic.BaseModel):
+    """What a grid file says.
+
+    Attributes:
+        base: Configuration files of `pml fit` that every cell starts from, relative to the grid file.
+        out: Folder for the cells' run folders, relative to the working directory.
+        grid: For any key of `pml fit`, the values it takes; every combination is a cell. A list of such mappings is
+            the union of their cells.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    base: list[Path] = pydantic.Field(min_length=1)
+    out: Path
+    grid: list[dict[str, list[Any]]] = pydantic.Field(min_length=1)
+
+    @pydantic.field_validator("base", "grid", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return value if isinstance(value, list) else [value]
+
+
+AnyGrid = TypeVar("AnyGrid", bound=Grid)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid.
+
+    Attributes:
+        name: Name of its folder: what sets it apart from the other cells, and a hash of its whole configuration, so
+            that a cell whose configuration has changed is another cell.
+        folder: Its run folder.
+        arguments: What `pml fit` would be given to run it.
+        data: Backbone and settings of the data, as JSON: cells with the same have the same corpus.
+    """
+
+    name: str
+    folder: Path
+    arguments: tuple[str, ...]
+    data: str = ""
+
+    @property
+    def record(self) -> Record | None:
+        """Its record where it has been run to its end, diverged or not: to run it again would give the same.
+
+        A record that is damaged is named in a warning, and counts as none.
+        """
+        path = self.folder / RECORD_NAME
+        try:
+            record = read_record(path) if path.exists() else None
+        except InputError as error:
+            log.warning("%s; the cell counts as not done", error)
+            return None
+        return None if record is None or record.status == "interrupted" else record
+
+    @property
+    def error(self) -> str | None:
+        """What an attempt failed with, in one line; None where none has failed."""
+        try:
+            return (self.folder / ERROR_NAME).read_text(encoding="utf-8").partition("\n")[0]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def read_grid(path: Path, kind: type[AnyGrid] = Grid) -> AnyGrid:  # type: ignore[assignment]
+    """Read and check a grid file.
+
+    Args:
+        path: The file.
+        kind: What it has to say.
+
+    Raises:
+        InputError: If it cannot be read, is not YAML, or does not say what a grid needs.
+    """
+    try:
+        grid = kind.model_validate(read_yaml(path))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(f"{path}: {where}: {first['msg']}; a grid has `base`, `out` and `grid`") from error
+    for key, values in ((key, values) for part in grid.grid for key, values in part.items()):
+        if not values:
+            raise InputError(f"{path}: grid key {key} has no values")
+    bases = [path.parent / base for base in grid.base]
+    for base in bases:
+        if not base.is_file():
+            raise InputError(f"{path}: base {base}: no such file; paths are relative to the grid file")
+    return grid.model_copy(update={"base": bases})
+
+
+def expand(grid: Sequence[dict[str, list[Any]]]) -> list[dict[str, Any]]:
+    """Every combination of values of every part of a grid, the last key varying fastest.
+
+    Example:
+        >>> expand([{"rank": [1, 2], "seed": [7]}])
+        [{'rank': 1, 'seed': 7}, {'rank': 2, 'seed': 7}]
+    """
+    return [dict(zip(part, values, strict=True)) for part in grid for values in itertools.product(*part.values())]
+
+
+def resolve(grid: Grid) -> list[Cell]:
+    """The cells of a grid, each of them parsed as `pml fit` would.
+
+    Raises:
+        InputError: If a key does not exist or a value does not fit, naming the cell; or two cells are the same run.
+    """
+    settings = expand(grid.grid)
+    varying = [key for key in dict.fromkeys(k for s in settings for k in s) if _varies(key, settings)]
+    base = tuple(itertools.chain.from_iterable(("--config", str(path)) for path in grid.base))
+    cells = []
+    for setting in settings:
+        own = tuple(
+            f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in setting.items()
+        )
+        try:
+            config = parse_run([*base, *own])
+        except InputError as error:
+            raise InputError(f"cell {_label(setting, list(setting))}: {error}") from error
+        digest = hashlib.sha256(json.dumps(_without_places(config), sort_keys=True, default=str).encode()).hexdigest()
+        label = _label(setting, varying)
+        name = f"{label}-{digest[:8]}" if label else digest[:8]
+        cells.append(Cell(name, grid.out / name, (*base, *own, *_place(grid.out, name)), _data_of(config)))
+    if len({cell.name for cell in cells}) < len(cells):
+        twice = next(cell.name for cell in cells if sum(cell.name == other.name for other in cells) > 1)
+        raise InputError(f"the grid has the same cell twice: {twice}; write each combination once")
+    return cells
+
+
+def _data_of(config: Any) -> str:
+    plain = config.as_dict()
+    return json.dumps([plain["model"]["init_args"].get("backbone"), plain["data"]], sort_keys=True, default=str)
+
+
+def _place(out: Path, name: str) -> tuple[str, ...]:
+    """Where a cell logs to: its own folder, whatever its configuration says."""
+    return (
+        "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
+        f"--trainer.logger.save_dir={out}",
+        f"--trainer.logger.name={name}",
+        "--trainer.logger.version=",
+        "--trainer.logger.default_hp_metric=false",
+        "--trainer.enable_progress_bar=false",
+    )
+
+
+def _without_places(config: Any) -> Any:
+    """A configuration without what does not change the result: where it is written and what is shown."""
+    plain = config.as_dict()
+    plain.pop("config", None)
+    for key in ("logger", "enable_progress_bar", "default_root_dir"):
+        plain["trainer"].pop(key, None)
+    return plain
+
+
+def _varies(key: str, settings: Sequence[dict[str, Any]]) -> bool:
+    return len({json.dumps(setting.get(key), sort_keys=True) for setting in settings}) > 1
+
+
+def _label(setting: dict[str, Any], keys: Sequence[str]) -> str:
+    """Short, readable and fit for a file name: `rank=4,length=64`."""
+    parts = []
+    for key in keys:
+        if key in setting:
+            value = setting[key]
+            if isinstance(value, dict):
+                value = value.get("class_path", json.dumps(value))
+            text = value.rsplit(".", 1)[-1] if isinstance(value, str) and "/" not in value else str(value)
+            parts.append(f"{key.rsplit('.', 1)[-1]}={text}")
+    return re.sub(r"[^\w=.,+-]+", "_", ",".join(parts))[:120]

@@ -1,0 +1,228 @@
+"""The guard: an adapter that reads only what ordinary text does not write.
+
+A LoRA update is B A x. What it does to other text comes from how that text's inputs x meet A. The guard keeps every row
+of A orthogonal to the k largest principal directions of the inputs that the adapted layer gets on ordinary text, so
+that there A x is next to nothing whatever B is. A is trained in coordinates of the other directions, A = C Q^T with
+orthonormal columns Q: AdamW's moments live in the free subspace, and what is saved is an ordinary LoRA.
+
+Relatives: AlphaEdit (arXiv 2410.02355) projects the weight changes of model editing onto the null space of keys that
+are to be kept; LoRA-Null (arXiv 2503.02659) starts A in the null space of pre-training activations, and may leave it.
+"""
+
+import hashlib
+import logging
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from pml.atomic import whole_file
+from pml.backbone import Backbone
+from pml.default_backbone import cache_folder
+from pml.errors import InputError
+from pml.ordinary_text import passages_of_files, shipped_passages, text_examples
+
+__all__ = ["GuardConfig", "GuardedA", "free_directions", "guard_layers", "input_moments"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class GuardConfig:
+    """Which directions of a layer's inputs an adapter may not read.
+
+    Args:
+        variance: Share of the ordinary text's second moment that the guarded directions hold, in (0, 1).
+        directions: Number k of guarded directions, the largest first, in place of a share.
+        text: Files of ordinary text in UTF-8; null takes the prose, code and chats that ship.
+    """
+
+    variance: float = 0.99
+    directions: int | None = None
+    text: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.variance < 1.0:
+            raise InputError(f"adapter.guard.variance is {self.variance}; expected a share between 0 and 1")
+        if self.directions is not None and self.directions < 1:
+            raise InputError(f"adapter.guard.directions is {self.directions}; expected at least 1, or null for a share")
+
+
+def free_directions(moment: Tensor, variance: float, directions: int | None = None) -> Tensor:
+    """The directions that are not guarded, as orthonormal columns (d, d - k).
+
+    Principal directions are eigenvectors of the second moment: the mean is not taken off, since an adapter that reads
+    the mean adds the same to every token.
+
+    Args:
+        moment: Second moment (d, d) of a layer's inputs x, the sum of x x^T over tokens.
+        variance: The k largest principal directions hold at least this share of its trace.
+        directions: k itself, in place of a share.
+
+    Example:
+        >>> free_directions(torch.diag(torch.tensor([1.0, 8.0, 1.0])), variance=0.8).abs().tolist()
+        [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]
+    """
+    values, vectors = torch.linalg.eigh(moment.double())
+    if directions is None:
+        shares = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
+        directions = int((shares < variance).sum()) + 1
+    return vectors[:, : max(len(moment) - directions, 0)].float().contiguous()
+
+
+class GuardedA(nn.Module):
+    """LoRA's A in coordinates of free directions, A = C Q^T; to everybody else a linear layer with the weight A.
+
+    State dictionaries have `weight` alone, so PEFT saves an ordinary LoRA and loads one.
+
+    Args:
+        weight: Initial A (r, d); what it has in guarded directions is dropped.
+        basis: Q (d, m), orthonormal columns.
+    """
+
+    def __init__(self, weight: Tensor, basis: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.coordinates = nn.Parameter(weight.detach() @ basis)
+        # A buffer: DDP gives all ranks that of the first, and the module's checkpoints hold it.
+        self.register_buffer("basis", basis)
+
+    @property
+    def weight(self) -> Tensor:
+        """A (r, d)."""
+        basis: Any = self.basis
+        return self.coordinates @ basis.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any, *rest: Any
+    ) -> None:
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is None:
+            missing_keys.append(f"{prefix}weight")
+        else:
+            with torch.no_grad():
+                self.coordinates.copy_(weight @ self.basis)
+
+
+def guard_layers(backbone: Backbone, layers: Mapping[str, Any], config: GuardConfig, rank: int) -> None:
+    """Put a guarded A into LoRA layers that have not been trained yet.
+
+    Args:
+        backbone: The model that carries them.
+        layers: PEFT's LoRA layers by their path in the backbone.
+        config: What to guard.
+        rank: LoRA rank, which has to fit into what is left.
+
+    Raises:
+        InputError: If fewer free directions than the rank are left, or the text cannot be read.
+    """
+    moments = input_moments(backbone, list(layers), config)
+    for name, layer in layers.items():
+        basis = free_directions(moments[name], config.variance, config.directions)
+        width, free = basis.shape
+        if free < rank:
+            raise InputError(
+                f"adapter.guard leaves {free} of {width} directions of {name} free, and adapter.rank is {rank}; lower "
+                "guard.variance or guard.directions"
+            )
+        log.info("guard: %d of %d directions of %s are guarded", width - free, width, name)
+        for adapter, linear in layer.lora_A.items():
+            layer.lora_A[adapter] = GuardedA(linear.weight, basis.to(linear.weight.device))
+
+
+def input_moments(backbone: Backbone, names: Sequence[str], config: GuardConfig) -> dict[str, Tensor]:
+    """Second moments (d, d) of what layers get in on ordinary text, in float32, from the cache folder or computed.
+
+    Args:
+        backbone: The model; an adapter on it must not have been trained yet.
+        names: Paths of layers in it.
+        config: Which text.
+    """
+    text = [config.text] if isinstance(config.text, str) else config.text
+    passages = shipped_passages("guard") if text is None else passages_of_files(text)
+    examples = text_examples(passages, backbone.tokenizer, backbone.max_positions)
+    rows = [example.prompt_ids + example.target_ids for example in examples]
+    rows = [row for row in rows if max(row) < backbone.vocab_size]
+    files = {name: _cache_file(backbone, name, rows) for name in names}
+    found = {name: moment for name, path in files.items() if (moment := _read(path)) is not None}
+    if missing := [name for name in names if name not in found]:
+        log.info("guard: %d passages of ordinary text go once through %s", len(rows), backbone.name)
+        for name, moment in _computed(backbone, missing, rows).items():
+            found[name] = moment
+            _write(files[name], moment)
+    return found
+
+
+class _AllSeen(Exception):
+    """Every layer has had its input."""
+
+
+def _computed(backbone: Backbone, names: Sequence[str], rows: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
+    backbone.restore()
+    sums: dict[str, Tensor] = {}
+    left: set[str] = set()
+
+    def adding(name: str) -> Any:
+        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().flatten(0, -2).float()
+            product = (x.T @ x).double()
+            sums[name] = sums[name] + product if name in sums else product
+            left.discard(name)
+            if not left:
+                raise _AllSeen
+
+        return add
+
+    with _hooks(backbone.model, {name: adding(name) for name in names}), torch.no_grad():
+        for row in rows:
+            left.update(names)
+            # What lies above the highest of the layers is not run.
+            with suppress(_AllSeen):
+                backbone.decoder(input_ids=torch.tensor([row], device=backbone.model.device), use_cache=False)
+    return {name: moment.float().cpu() for name, moment in sums.items()}
+
+
+@contextmanager
+def _hooks(model: nn.Module, by_name: Mapping[str, Any]) -> Iterator[None]:
+    hooks = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in by_name.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _cache_file(backbone: Backbone, name: str, rows: Sequence[tuple[int, ...]]) -> Path:
+    """Where the moment of one backbone, layer and text is kept: everything that it depends on is in the name."""
+    digest = hashlib.sha256(f"{backbone.content_hash}\0{backbone.model.dtype}\0{name}\0".encode())
+    for row in rows:
+        digest.update(struct.pack(f"<I{len(row)}I", len(row), *row))
+    return cache_folder() / "guard" / f"{digest.hexdigest()[:32]}.safetensors"
+
+
+def _read(path: Path) -> Tensor | None:
+    try:
+        return load_file(path)["moment"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _write(path: Path, moment: Tensor) -> None:
+    try:
+        with whole_file(path) as file:
+            file.write(save({"moment": moment.contiguous()}))
+    except OSError as error:
+        log.warning("guard: %s cannot be written (%s); it is computed again next time", path, error.strerror)

@@ -1,0 +1,339 @@
+"""Pairs into an adapter, all in one: plan the rank, train under the guard until all is certain, ask for everything.
+
+Where everything is not certain within the steps of one attempt, the rank doubles and what was learnt is kept: A gets
+fresh rows and B columns of zeros, so the larger adapter starts where the smaller one stopped.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import PeftModel
+from torch import Tensor
+
+from pml.adapter import AdapterConfig, linear_layers, lora_layers
+from pml.atomic import whole_file
+from pml.backbone import Backbone, backbone_facts, load_backbone, shared_backbones
+from pml.certificate import PairCertificate, certify
+from pml.corpus import Corpus
+from pml.default_backbone import DEFAULT_BACKBONE
+from pml.errors import InputError
+from pml.guard import GuardConfig, GuardedA
+from pml.model_card import CARD_NAME, model_card
+from pml.modules import SFT
+from pml.records import RECORD_NAME, Record
+from pml.served import serve
+from pml.storage import RankPlan, plan_rank
+
+__all__ = ["Memorized", "Settings", "grow", "memorize"]
+
+log = logging.getLogger(__name__)
+
+PAIRS_NAME = "pairs.jsonl"
+
+PER_STEP = 4
+"""Pairs of an optimiser step: many small steps beat few large ones."""
+
+EPOCHS, FEWEST_STEPS = 120, 400
+"""Of one attempt; most end long before."""
+
+DOUBLINGS = 3
+
+LEAST_RANK = 4
+"""A smaller adapter holds a few pairs too, but takes more steps to."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pairs are memorised.
+
+    Args:
+        backbone: `smollm2-135m`, a folder, or a hub id.
+        rank: LoRA rank to begin with; None plans it.
+        placement: Linear layers, which plain PEFT loads; all unless given. `mlp_block` loads with `pml` alone.
+        block: See `pml.adapter.AdapterConfig`.
+        guard: What keeps the adapter away from other text; None guards nothing.
+        learning_rate: Peak learning rate of AdamW.
+        margin: Probability that every target token has to exceed; 0.5 is certain, more survives rounding.
+        query_column: Where a row of a file has what is asked.
+        target_column: Where it has what has to come back.
+        seed: Seed of the adapter and of the order of the pairs.
+    """
+
+    backbone: str = DEFAULT_BACKBONE
+    rank: int | None = None
+    placement: str | list[str] | None = None
+    block: int | float | list[int] = 2 / 3
+    guard: GuardConfig | None = field(default_factory=GuardConfig)
+    learning_rate: float = 0.015
+    margin: float = 0.6
+    query_column: str = "query"
+    target_column: str = "target"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.margin < 1:
+            raise InputError(f"margin is {self.margin}; expected a probability of at least 0.5 and below 1")
+
+
+@dataclass(frozen=True)
+class Memorized:
+    """What came of it.
+
+    Attributes:
+        folder: The run's folder.
+        adapter: The adapter's folder, as PEFT reads it.
+        plan: The rank that was planned; None where one was given.
+        rank: The rank that it took.
+        steps: Optimiser steps of all attempts.
+        certificates: What teacher forcing says of each pair.
+        served: What transformers and PEFT alone answered; None for `mlp_block`, which PEFT cannot load.
+        record: The run's record, with the harm.
+        seconds: Duration of everything.
+    """
+
+    folder: Path
+    adapter: Path
+    plan: RankPlan | None
+    rank: int
+    steps: int
+    certificates: Sequence[PairCertificate]
+    served: Sequence[str] | None
+    record: Record
+    seconds: float
+
+    @property
+    def failed(self) -> list[PairCertificate]:
+        """The pairs that are not certain, or did not come back byte for byte."""
+        answers: Sequence[str | None] = self.served or [known.example.target for known in self.certificates]
+        return [
+            known
+            for known, answer in zip(self.certificates, answers, strict=True)
+            if known.verdict != "certain" or answer != known.example.target
+        ]
+
+    @property
+    def harm(self) -> float | None:
+        """Nats per token that other text lost, mean of three kinds; None where it was not measured."""
+        mean = self.record.harm.get("mean", {})
+        before, after = mean.get("loss_before"), mean.get("loss_after")
+        return None if before is None or after is None else after - before
+
+
+def memorize(
+    pairs: str | Path | Mapping[str, str] | Iterable[tuple[str, str]],
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    on_progress: Callable[["Progress"], None] | None = None,
+    on_plan: Callable[[Corpus, RankPlan | None], None] | None = None,
+    **settings: Any,
+) -> Memorized:
+    """Write pairs into an adapter, so that greedy decoding gives every target back word for word.
+
+    Args:
+        pairs: A file that `data_modules.Facts` reads, queries and targets as a mapping, or tuples of them.
+        out: Folder for the adapter, its record and its pairs.
+        overwrite: Write into a folder that has something in it already.
+        on_progress: Called after each epoch.
+        on_plan: Called with the pairs and the planned rank before training.
+        **settings: See `Settings`.
+
+    Raises:
+        InputError: If the pairs, the folder or a setting will not do; before anything is trained.
+
+    Example:
+        >>> import tempfile
+        >>> made = memorize({"Door code?": "4071#"}, tempfile.mkdtemp(), rank=4)    # doctest: +SKIP
+        >>> made.failed                                                            # doctest: +SKIP
+        []
+    """
+    chosen, folder, started = Settings(**settings), Path(out), time.monotonic()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise InputError(f"{folder} has something in it; choose another folder, or say overwrite")
+    with shared_backbones():
+        backbone = load_backbone(chosen.backbone)
+        data = import_module("data_modules").Facts(
+            str(_file_of(pairs, folder)),
+            query_column=chosen.query_column,
+            target_column=chosen.target_column,
+            batch_size=PER_STEP,
+            seed=chosen.seed,
+        )
+        corpus = data.build(backbone.tokenizer, backbone.vocab_size, backbone.max_positions)
+        adapter = adapter_for(backbone, chosen.placement, chosen.block, chosen.guard)
+        plan = plan_rank(backbone, corpus.examples, adapter) if chosen.rank is None else None
+        if on_plan is not None:
+            on_plan(corpus, plan)
+        rank = max(plan.rank, LEAST_RANK) if plan is not None else chosen.rank
+        assert rank is not None
+        module, rank, steps = _train(chosen, replace(adapter, rank=rank), data, folder, on_progress)
+        certificates = certify(module.model.eval(), corpus.examples)
+        encoder = data.encoder(module.tokenizer)
+        module.release()
+    served = None
+    if isinstance(adapter.placement, list):
+        base = Path(backbone_facts(chosen.backbone)["path"])
+        served = serve(base, folder / "adapter", corpus.examples, encoder)
+    record = _record(folder)
+    made = Memorized(
+        folder, folder / "adapter", plan, rank, steps, certificates, served, record, time.monotonic() - started
+    )
+    with whole_file(made.adapter / CARD_NAME) as file:
+        file.write(model_card(record, corpus, encoder, served=served).encode())
+    return made
+
+
+def adapter_for(
+    backbone: Backbone, placement: str | list[str] | None, block: int | float | list[int], guard: GuardConfig | None
+) -> AdapterConfig:
+    """Where an adapter sits; without a placement on all linear layers of its block."""
+    if placement is None:
+        lowest = AdapterConfig(block=block).block_indices(len(backbone.blocks))[0]
+        placement = linear_layers(backbone, lowest)
+    return AdapterConfig(placement=placement, block=block, guard=guard)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands after an epoch.
+
+    Attributes:
+        rank: Rank of this attempt.
+        step: Optimiser steps of this attempt.
+        steps: Most optimiser steps that it takes.
+        certain: Share of target tokens above the margin.
+        loss: Mean loss of the epoch in nats per target token.
+    """
+
+    rank: int
+    step: int
+    steps: int
+    certain: float
+    loss: float
+
+
+def grow(model: PeftModel, learnt: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Let a fresh adapter of a higher rank compute what a smaller one did.
+
+    Args:
+        model: With the fresh adapter, whose B is zero.
+        learnt: A's trained matrix (r, ...) and B (d, r) of each layer of the smaller one, see `weights_of`.
+    """
+    for layer, (a, b) in zip(lora_layers(model), learnt, strict=True):
+        with torch.no_grad():
+            _trained_a(layer)[: len(a)] = a
+            _b(layer)[:, : len(a)] = b
+
+
+def weights_of(model: PeftModel) -> list[tuple[Tensor, Tensor]]:
+    """What `grow` takes, of a trained adapter."""
+    return [(_trained_a(layer).detach().clone(), _b(layer).detach().clone()) for layer in lora_layers(model)]
+
+
+def _trained_a(layer: Any) -> Tensor:
+    a = layer.lora_A["default"]
+    return a.coordinates if isinstance(a, GuardedA) else a.weight
+
+
+def _b(layer: Any) -> Tensor:
+    weight: Tensor = layer.lora_B["default"].weight
+    return weight
+
+
+def _train(
+    chosen: Settings, adapter: AdapterConfig, data: Any, folder: Path, on_progress: Callable[[Progress], None] | None
+) -> tuple[SFT, int, int]:
+    """Train until all is certain, at most `DOUBLINGS` times at twice the rank; the module, its rank, and all steps."""
+    observers = import_module("callbacks")
+    learnt: list[tuple[Tensor, Tensor]] = []
+    total = 0
+    for attempt in range(DOUBLINGS + 1):
+        module = SFT(
+            backbone=chosen.backbone, adapter=adapter, learning_rate=chosen.learning_rate, seed=chosen.seed + attempt
+        )
+        module.configure_model()
+        if learnt:
+            grow(module.model, learnt)
+        stop = observers.StopWhenRecalled(chosen.margin)
+        batches = math.ceil(len(data.corpus) / PER_STEP)
+        callbacks = [stop, observers.Generalization(), observers.Harm()]
+        callbacks.append(observers.RunRecord(dirpath=str(folder), overwrite=True))
+        if on_progress is not None:
+            callbacks.append(_Watch(chosen.margin, adapter.rank, on_progress))
+        trainer = Trainer(
+            accelerator="auto",
+            devices=1,
+            max_epochs=max(EPOCHS, math.ceil(FEWEST_STEPS / batches)),
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=callbacks,
+            default_root_dir=folder,
+        )
+        trainer.fit(module, datamodule=data)
+        total += trainer.global_step
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        rank = adapter.rank
+        if stop.steps_to_recall is not None or attempt == DOUBLINGS or 2 * rank > module.backbone.hidden_size:
+            return module, rank, total
+        log.info("not everything is certain at rank %d after %d steps: going on at rank %d", rank, total, 2 * rank)
+        learnt, adapter = weights_of(module.model), replace(adapter, rank=2 * rank)
+        module.release()
+    raise AssertionError("the last attempt returns")
+
+
+class _Watch(Callback):
+    """Tells after each epoch how far the training is."""
+
+    def __init__(self, margin: float, rank: int, tell: Callable[[Progress], None]) -> None:
+        self._limit = -math.log(margin)
+        self._rank = rank
+        self._tell = tell
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        losses, mask = outputs["scores"].losses, outputs["scores"].mask
+        self._parts.append(((losses < self._limit).logical_and(mask).sum(), losses.sum(), mask.sum()))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Read once an epoch, so that no step waits for the device.
+        certain, loss, tokens = (float(torch.stack(column).sum()) for column in zip(*self._parts, strict=True))
+        self._parts.clear()
+        steps = int(trainer.estimated_stepping_batches)
+        self._tell(Progress(self._rank, trainer.global_step, steps, certain / tokens, loss / tokens))
+
+
+def _file_of(pairs: Any, folder: Path) -> Path:
+    """The file that holds the pairs; those given in Python are written into the folder first."""
+    if isinstance(pairs, (str, Path)):
+        return Path(pairs)
+    rows = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
+    if not rows:
+        raise InputError("pairs is empty; expected at least one query with its target")
+    for row in rows:
+        if not (isinstance(row, (tuple, list)) and len(row) == 2):
+            raise InputError(f"pairs has {row!r}; expected tuples of a query and a target")
+    with whole_file(folder / PAIRS_NAME) as file:
+        for query, target in rows:
+            file.write(json.dumps({"query": query, "target": target}, ensure_ascii=False).encode() + b"\n")
+    return folder / PAIRS_NAME
+
+
+def _record(folder: Path) -> Record:
+    return Record.model_validate_json((folder / RECORD_NAME).read_bytes())

@@ -1,0 +1,319 @@
+"""What the tokens of single runs went through: curves, phases and first failures, the targets, and stubborn tokens.
+
+Histories are read one at a time, and of each only its curves and first positions are kept; of one run a method, the
+example, all of it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pml.corpus_file import CORPUS_NAME, read_targets
+from pml.errors import InputError
+from pml.figures import Curves, first_failure_figure, learning_figure, phases_figure
+from pml.groups import short_method_names
+from pml.last_seen import Standing
+from pml.records import Record
+from pml.report.parts import Panel, count, draw, spans
+from pml.stubborn import most_stubborn, visible_text
+from pml.tables import TextTable
+from pml.token_history import HISTORY_NAME, History, read_history
+from pml.token_results import FirstPositions, TokenResults, first_positions, rank_correlation, read_tokens
+
+__all__ = ["TrainingPart", "curves_of", "training_part"]
+
+THRESHOLD = 0.5
+# What float32 rounds to 0 is smaller: a loss of some 100 nats.
+SMALLEST = 1e-44
+MOST_TARGETS, MOST_TOKENS, MOST_LETTERS = 12, 5, 60
+
+
+@dataclass(frozen=True)
+class TrainingPart:
+    """What a page says about the tokens of runs.
+
+    Attributes:
+        panels: Figures over steps, and of first failures.
+        tables: Targets one by one, and the most stubborn tokens.
+        notes: What could not be read.
+    """
+
+    panels: list[Panel]
+    tables: list[TextTable]
+    notes: list[str]
+
+
+def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Record]]) -> TrainingPart:
+    """Read the histories of finished runs, and show what is in them.
+
+    Args:
+        anchor: What the names of figures begin with.
+        of: Whose tokens they are, for those who cannot see the figures.
+        methods: Finished runs by the name of their method and their folder.
+    """
+    chosen = {
+        method: max(runs, key=lambda path: _as_example(path, runs[path])) for method, runs in methods.items() if runs
+    }
+    curves: dict[Path, Curves] = {}
+    examples: dict[str, History] = {}
+    failures, steps, unread = [], [], []
+    for method, runs in methods.items():
+        for path in runs:
+            found = None
+            try:
+                history = read_history(path)
+                curves[path] = curves_of(history)
+                found = _first_positions(history)
+                if path == chosen[method]:
+                    examples[method] = history
+            except InputError:
+                pass  # a run without looks has its end, in another file
+            try:
+                positions = first_positions(read_tokens(path)) if found is None else found[1]
+            except InputError as error:
+                unread.append(str(error))
+                continue
+            steps += [] if found is None else [found[0]]
+            failures.append(positions)
+    records = {path: record for runs in methods.values() for path, record in runs.items()}
+    missing = (
+        [f"Per-token results are missing for {count(len(unread), 'run')}, the first because of {unread[0]}."]
+        if unread
+        else []
+    )
+    shown = {method: (records[chosen[method]], chosen[method], history) for method, history in examples.items()}
+    return TrainingPart(
+        panels=[
+            *_phase_panel(anchor, of, {method: curves[chosen[method]] for method in examples}, records, chosen),
+            *_learning_panel(anchor, of, methods, curves),
+            *_first_failure_panel(anchor, of, failures, steps),
+        ],
+        tables=[*_target_tables(shown), *_stubborn_tables(shown)],
+        notes=missing,
+    )
+
+
+def _as_example(path: Path, record: Record) -> tuple[bool, int, int, int]:
+    """Of each method one run is shown as an example: of those with a history the longest text at the largest rank."""
+    return (path / HISTORY_NAME).is_file(), record.target_tokens, record.rank, -record.seed
+
+
+def curves_of(history: History) -> Curves:
+    """Shares and mean loss at each look, over the tokens that had been scored."""
+    known = ~np.isnan(history.probability)
+    tokens = known.sum(axis=1).clip(1)
+    certain = history.correct & (history.probability > THRESHOLD)
+    losses = -np.log(np.where(known, history.probability, 1.0).clip(SMALLEST))
+    return Curves(
+        step=history.step,
+        certain=(certain & known).sum(axis=1) / tokens,
+        right=(history.correct & ~certain & known).sum(axis=1) / tokens,
+        loss=losses.sum(axis=1) / tokens,
+    )
+
+
+def _first_positions(history: History) -> tuple[int, FirstPositions] | None:
+    """First sub-threshold and wrong tokens at the last look at which half of the targets had a wrong one, and its step.
+
+    Where there is no such look, those of the first one; None where no look has scored every token.
+    """
+    found = None
+    for look in range(len(history.step) - 1, -1, -1):
+        probability = history.probability[look].astype(np.float64)
+        if np.isnan(probability).any():
+            continue
+        losses = -np.log(probability.clip(SMALLEST))
+        tokens = TokenResults(history.example_id, history.position, losses, history.correct[look])
+        found = int(history.step[look]), first_positions(tokens)
+        if 2 * (found[1].failure < found[1].length).sum() >= len(found[1].length):
+            break
+    return found
+
+
+def _phase_panel(
+    anchor: str, of: str, runs: Mapping[str, Curves], records: Mapping[Path, Record], chosen: Mapping[str, Path]
+) -> list[Panel]:
+    names = {
+        method: f"{method}, rank {records[chosen[method]].rank:,}, {records[chosen[method]].target_tokens:,} tokens"
+        for method in runs
+    }
+    ends = "; ".join(
+        f"{names[method]}: {100 * run.certain[-1]:.0f} % certain at the end" for method, run in runs.items()
+    )
+    return draw(
+        f"{anchor}-phases",
+        "From wrong to certain",
+        "Certain: p > 0.5, so that greedy decoding cannot miss the token. Right: the most probable token all the same. "
+        "Between the first and the last look tokens are as training last scored them.",
+        f"{of}: shares of target tokens that are wrong, right and certain over optimiser steps. {ends}.",
+        lambda: phases_figure({names[method]: run for method, run in runs.items()}),
+    )
+
+
+def _learning_panel(
+    anchor: str, of: str, methods: Mapping[str, Mapping[Path, Record]], curves: Mapping[Path, Curves]
+) -> list[Panel]:
+    ranks = {record.rank for runs in methods.values() for record in runs.values()}
+    by_rank = len(methods) == 1 and len(ranks) > 1
+    groups: dict[str, list[Curves]] = {}
+    for method, runs in methods.items():
+        for path, record in sorted(runs.items(), key=lambda item: item[1].rank):
+            if path in curves:
+                groups.setdefault(f"{record.rank:,}" if by_rank else method, []).append(curves[path])
+    return draw(
+        f"{anchor}-learning",
+        "Learning curves",
+        f"Mean loss, in nats per target token, and the share of certain tokens; {count(len(curves), 'run')}.",
+        f"{of}: loss and share of certain tokens over optimiser steps of {count(len(curves), 'run')}.",
+        lambda: learning_figure(groups, "LoRA rank" if by_rank else "method"),
+    )
+
+
+def _first_failure_panel(anchor: str, of: str, failures: list[FirstPositions], steps: list[int]) -> list[Panel]:
+    positions = FirstPositions.joined(failures) if failures else None
+    found = rank_correlation(positions) if positions is not None else None
+    if positions is None or found is None:
+        return []
+    when = (
+        f" Each run at the last look at which half of its targets had a wrong token (step {spans(steps)})."
+        if steps
+        else ""
+    )
+    alone = (
+        ""
+        if found.rho_of_failing is None
+        else f"; without them \N{GREEK SMALL LETTER RHO} is {found.rho_of_failing:.3f}"
+    )
+    unfailing = (
+        f" {count(found.unfailing, 'target')} without a wrong token count as failing at the end{alone}."
+        if found.unfailing
+        else ""
+    )
+    return draw(
+        f"{anchor}-first-failure",
+        "Where targets first fail",
+        f"First wrong token against first token with p <= 0.5, {count(found.targets, 'target')}; "
+        f"\N{GREEK SMALL LETTER RHO}: Spearman's rank correlation. No point can lie below the line, so a part of it is "
+        f"there by construction; the paper reports 0.908.{when}{unfailing}",
+        f"{of}: first wrong token against first token with p <= 0.5: Spearman's rho {found.rho:.3f} over "
+        f"{count(found.targets, 'target')}.",
+        lambda: first_failure_figure(positions, found),
+    )
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+Shown = Mapping[str, tuple[Record, Path, History]]
+"""The example run of each method."""
+
+
+def _target_tables(shown: Shown) -> Iterator[TextTable]:
+    """Targets one by one, the weakest first; methods on one corpus side by side."""
+    by_corpus: dict[str, dict[str, tuple[Record, Path, History]]] = {}
+    for method, run in shown.items():
+        by_corpus.setdefault(run[0].corpus_hash, {})[method] = run
+    for runs in by_corpus.values():
+        record, folder, history = next(iter(runs.values()))
+        ids, starts, lengths = np.unique(history.example_id, return_index=True, return_counts=True)
+        if len(ids) < 2:
+            continue
+        weakest = {method: np.fmin.reduceat(run[2].probability[-1], starts) for method, run in runs.items()}
+        order = np.argsort(np.min(np.stack(list(weakest.values())), axis=0), kind="stable")[:MOST_TARGETS]
+        try:
+            texts = read_targets(folder / CORPUS_NAME, [int(i) for i in ids[order]])
+        except InputError:
+            texts = {}
+        short = short_method_names(runs)
+        yield TextTable(
+            f"Targets, the {len(order)} weakest of {record.pairs:,}" if len(order) < record.pairs else "Targets",
+            ("target", *(name for method in runs for name in (short[method], "margin"))),
+            [
+                (
+                    _shortened(texts.get(int(ids[i]), f"number {int(ids[i])}")),
+                    *(
+                        value
+                        for run in runs.values()
+                        for value in _target_state(run[2], slice(starts[i], starts[i] + lengths[i]))
+                    ),
+                )
+                for i in order
+            ],
+            words=(0, *range(1, 2 * len(runs) + 1, 2)),
+            note="At the end of the run. Margin: by how much the logit of the weakest token exceeds that of the best "
+            "other one.",
+            small=True,
+        )
+
+
+def _target_state(history: History, tokens: slice) -> tuple[str, str]:
+    right, probability = history.correct[-1, tokens], history.probability[-1, tokens]
+    margins = history.margin[-1, tokens]
+    margin = "-" if np.isnan(margins).all() else f"{np.nanmin(margins):+.2f}"
+    if not right.all():
+        return f"fails at token {int(np.argmin(right)) + 1} of {len(right)}", margin
+    return "certain" if (probability > THRESHOLD).all() else "right", margin
+
+
+def _stubborn_tables(shown: Shown) -> Iterator[TextTable]:
+    rows, short = [], short_method_names(shown)
+    for method, (record, _, history) in shown.items():
+        _, starts, lengths = np.unique(history.example_id, return_index=True, return_counts=True)
+        targets = [
+            history.token_id[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)
+        ]
+        last = Standing(
+            probability=history.probability[-1],
+            correct=history.correct[-1],
+            margin=history.margin[-1],
+            rival=np.full(len(history.token_id), -1, np.int32),
+            first_right=_first_right(history, starts),
+        )
+        for found in most_stubborn(last, targets, _text_of(record.backbone), MOST_TOKENS):
+            before, after = (visible_text(text).strip("\N{OPEN BOX}") for text in (found.before, found.after))
+            rows.append(
+                (
+                    short[method],
+                    f"{before} [{visible_text(found.token)}] {after}".strip(),
+                    f"{found.position + 1} of {lengths[found.example]}",
+                    f"{found.probability:.3g}",
+                    "-" if found.margin is None else f"{found.margin:+.2f}",
+                    "never" if found.first_right is None else f"{found.first_right:,}",
+                )
+            )
+    if rows:
+        columns = ("method", "token in its target", "position", "p", "margin", "target right from step")
+        note = "The tokens with the smallest probability p at the end of the run."
+        yield TextTable("The most stubborn tokens", columns, rows, words=(0, 1), note=note, small=True)
+
+
+def _first_right(history: History, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Step of the first look at which each target was right at every token; -1 where there was none."""
+    whole = np.logical_and.reduceat(history.correct, starts, axis=1)
+    return np.where(whole.any(axis=0), history.step[whole.argmax(axis=0)], -1)
+
+
+@cache
+def _text_of(backbone: str) -> Callable[[Sequence[int]], str]:
+    """The text of token ids where the tokenizer is on this machine, else the ids: a page downloads nothing."""
+    # Imported here because they take seconds.
+    from pml.backbone import load_tokenizer
+    from pml.default_backbone import DEFAULT_BACKBONE, cache_folder
+
+    folder = cache_folder() / DEFAULT_BACKBONE if backbone == DEFAULT_BACKBONE else Path(backbone)
+    try:
+        # Other text than a path, such as a hub id, is no folder, or too long to be one.
+        tokenizer = load_tokenizer(str(folder)) if folder.is_dir() else None
+    except (InputError, OSError):
+        tokenizer = None
+    if tokenizer is None:
+        return lambda ids: " ".join(map(str, ids))
+    return lambda ids: str(tokenizer.decode(list(ids)))
+
+
+def _shortened(text: str) -> str:
+    line = visible_text(text)
+    return line if len(line) <= MOST_LETTERS else f"{line[: MOST_LETTERS - 1]}\N{HORIZONTAL ELLIPSIS}"

@@ -1,0 +1,131 @@
+"""A saved adapter, whoever made it: read as data, and refused where it is not what its configuration says."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pml.errors import InputError
+
+__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "check_weights", "read_saved_adapter"]
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+BESIDE_LORA = {
+    "modules_to_save": "whole layers beside the adapter",
+    "trainable_token_indices": "trained embeddings",
+    "layer_replication": "layers of the base that stand in it twice",
+    "target_parameters": "updates of parameters that belong to no linear layer",
+    "alora_invocation_tokens": "an adapter that only some tokens switch on",
+}
+"""Settings of PEFT by which an adapter is more than A and B beside layers."""
+
+CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations that take something out of the base's weights: the adapter fits no base as it is published."""
+
+BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+
+def read_saved_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """Configuration and weights of a LoRA adapter that PEFT has saved; nothing is unpickled.
+
+    A record beside the folder, as runs leave it, has to be of the same rank, blocks and alpha.
+
+    Args:
+        folder: What `save_pretrained` wrote.
+
+    Raises:
+        InputError: If a file is missing or broken, it is not LoRA or more than that, or a weight is not a number.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise InputError(f"{folder}: no {CONFIG_NAME} in it; expected a folder written by save_pretrained")
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise InputError(f"{folder}: no {WEIGHTS_NAME} in it; other formats are not read")
+    try:
+        content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        kind = str(content["peft_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: {CONFIG_NAME} is not the configuration of a PEFT adapter") from error
+    if kind != "LORA":
+        raise InputError(f"{folder}: the adapter is {kind}; expected LORA, the only kind that is read")
+    for name, what in BESIDE_LORA.items():
+        if content.get(name):
+            raise InputError(f"{folder}: {name} is set, so it holds {what}; expected an adapter of A and B alone")
+    start = str(content.get("init_lora_weights", "")).lower()
+    if start.startswith(CHANGED_BASES):
+        raise InputError(
+            f"{folder}: init_lora_weights is {start}, which changes the base's weights; convert it to an ordinary LoRA "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if content.get("bias", "none") != "none":
+        raise InputError(f"{folder}: bias is {content['bias']!r}; expected 'none', since biases belong to the base")
+    try:
+        config, weights = LoraConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_NAME)
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{folder}: the adapter cannot be read ({reason}); save it again") from error
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{folder}: {name} has values that are not finite numbers; train it again")
+    _check_record(folder, config, weights)
+    return config, weights
+
+
+def check_weights(folder: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not those which a configuration asks for on this backbone.
+
+    Args:
+        folder: Where they lie, for messages.
+        weights: What was saved.
+        expected: What PEFT would save of such an adapter here.
+
+    Raises:
+        InputError: If a weight is missing, has no place, or has another shape.
+    """
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise InputError(
+            f"{folder}: {len(missing)} of the {len(expected)} weights that its configuration asks for are missing, "
+            f"such as {missing[0]}; expected the whole adapter, of this backbone"
+        )
+    if unknown := sorted(weights.keys() - expected.keys()):
+        raise InputError(
+            f"{folder}: {len(unknown)} weights have no place in what its configuration asks for, such as {unknown[0]}; "
+            "expected A and B of the layers that it names"
+        )
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise InputError(
+                f"{folder}: {name} has shape {tuple(weights[name].shape)}, and its configuration on this backbone asks "
+                f"for {tuple(tensor.shape)}; take the backbone and the rank that it was trained with"
+            )
+
+
+def _check_record(folder: Path, config: LoraConfig, weights: Mapping[str, Tensor]) -> None:
+    """Hold an adapter against the record of the run that it lies in, if it lies in one."""
+    path = folder.parent / "record.json"
+    if folder.name != "adapter" or not path.is_file():
+        return
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        rank, blocks = record["rank"], list(record["block"])
+        alpha = record["method_settings"].get("alpha") or rank
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # whoever opens the run says so
+    found = {
+        "rank": (config.r, rank),
+        "blocks": (sorted({int(match[1]) for name in weights if (match := BLOCK.search(name))}), blocks),
+        "alpha": (config.lora_alpha, alpha),
+    }
+    for name, (here, there) in found.items():
+        if here != there:
+            raise InputError(
+                f"{folder}: the adapter has {name} {here}, and the record of its run {there}; one of them was replaced"
+            )

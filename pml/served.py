@@ -1,0 +1,100 @@
+"""What a server answers: transformers and PEFT with greedy decoding, in a process that knows nothing of pml.
+
+`serve` starts this very file as a script. It reads a job as JSON from stdin and writes the answers to stdout.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pml.corpus import Example
+    from pml.encoding import TextEncoder
+
+__all__ = ["serve"]
+
+BATCH = 8
+"""Prompts decoded together, padded on the left as servers do it."""
+
+BEYOND = 4
+"""Tokens that an answer may be too long by before it is cut off."""
+
+
+def serve(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "TextEncoder") -> list[str]:
+    """The answer to each query as a server shows it, in float32, from a process of its own.
+
+    Args:
+        base: The backbone's folder.
+        adapter: What `save_pretrained` wrote, of a placement that PEFT has layers for.
+        examples: What it is asked for.
+        encoder: How queries become prompts.
+
+    Raises:
+        RuntimeError: If that process fails, with what it said last.
+    """
+    import subprocess
+
+    templated = encoder.templated
+    job = {
+        "base": str(base),
+        "adapter": str(adapter),
+        "prompts": [encoder.turns(e.query) if templated else encoder.decode(e.prompt_ids) for e in examples],
+        "template": encoder.template_options() if templated else None,
+        "end": encoder.end_of_turn_id,
+        "tokens": [len(e.target_ids) + BEYOND for e in examples],
+    }
+    command = [sys.executable, "-P", __file__]
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"transformers and PEFT do not serve {adapter}: {done.stderr.strip().splitlines()[-1:]}")
+    answers: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+def _answers(job: dict[str, Any]) -> list[str]:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(job["base"], padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model: Any = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, job["adapter"]).eval()
+    answers = [""] * len(job["prompts"])
+    # Of one length together: a batch decodes as long as its longest answer.
+    order = sorted(range(len(answers)), key=lambda i: job["tokens"][i])
+    for start in range(0, len(order), BATCH):
+        batch = order[start : start + BATCH]
+        prompts = [job["prompts"][i] for i in batch]
+        if job["template"] is None:
+            ids = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        else:
+            ids = tokenizer.apply_chat_template(
+                prompts,
+                add_generation_prompt=True,
+                sanitize_control_tokens=True,
+                return_tensors="pt",
+                return_dict=True,
+                padding=True,
+                **job["template"],
+            )
+        out = model.generate(
+            input_ids=ids["input_ids"],
+            attention_mask=ids["attention_mask"],
+            do_sample=False,
+            max_new_tokens=max(job["tokens"][i] for i in batch),
+            eos_token_id=job["end"],
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for i, row in zip(batch, out[:, ids["input_ids"].shape[1] :], strict=True):
+            answers[i] = str(tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return answers
+
+
+if __name__ == "__main__":
+    print(json.dumps(_answers(json.load(sys.stdin))))
+    known = [name for name in sys.modules if name.partition(".")[0] in ("pml", "callbacks", "data_modules")]
+    sys.exit(f"loaded {known}" if known else 0)

@@ -1,0 +1,89 @@
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch.nn.functional import cross_entropy
+
+from callbacks import Harm, RunRecord
+from pml.adapter import adapter_parameters
+from pml.errors import InputError
+from pml.modules import SFT
+from pml.ordinary_text import shipped_passages, text_examples
+from pml.records import read_record
+from tests.fits import module_on
+from tests.tiny_runs import Ids, make_trainer, uneven
+
+
+def by_hand(module: SFT, kind: str) -> float:
+    """Mean loss over the tokens of all passages of a kind, each in a plain forward pass of the whole model."""
+    passages = [p for p in shipped_passages("harm") if p.kind == kind]
+    losses = []
+    for example in text_examples(passages, module.tokenizer, module.max_positions):
+        ids = torch.tensor([example.prompt_ids + example.target_ids])
+        with torch.no_grad():
+            logits = module.model(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1]
+        losses.append(cross_entropy(logits, torch.tensor(example.target_ids), reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+def test_harm_is_the_loss_on_prose_code_and_chats_before_and_after(
+    tiny_backbone_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = module_on(tiny_backbone_folder, SFT, learning_rate=0.1)
+    module.configure_model()
+    kinds = ("prose", "code", "chat")
+    before = {kind: by_hand(module, kind) for kind in kinds}
+    logger = CSVLogger(tmp_path, name="run", version="")
+    with caplog.at_level(logging.INFO, "callbacks.harm"):
+        make_trainer(tmp_path, max_epochs=20, callbacks=[Harm(), RunRecord()], logger=logger).fit(
+            module, datamodule=Ids(uneven(5), batch_size=5)
+        )
+    after = {kind: by_hand(module, kind) for kind in kinds}
+    harm = read_record(tmp_path / "run" / "record.json").harm
+    assert harm.keys() == {*kinds, "mean"}
+    for kind in kinds:
+        assert harm[kind]["target_tokens"] == 4 * 128
+        assert harm[kind]["loss_before"] == pytest.approx(before[kind], rel=1e-4)
+        assert harm[kind]["loss_after"] == pytest.approx(after[kind], rel=1e-4)
+        assert after[kind] != pytest.approx(before[kind], rel=1e-3)
+    lost = [after[kind] - before[kind] for kind in kinds]
+    assert harm["mean"]["loss_after"] - harm["mean"]["loss_before"] == pytest.approx(sum(lost) / 3, rel=1e-3)  # type: ignore[operator]
+    (line,) = [message for message in caplog.messages if message.startswith("harm")]
+    assert line.startswith(f"harm: {sum(lost) / 3:+.3f} nats a token on other text (prose {lost[0]:+.3f}, code")
+    curves = (tmp_path / "run" / "metrics.csv").read_text()
+    assert all(f"harm/{name}" in curves.splitlines()[0] for name in harm)
+
+
+def test_measuring_changes_no_weight_and_the_frozen_layers_are_passed_once(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    harm: Any = Harm(passages=1)
+    module = module_on(tiny_backbone_folder, SFT)
+    trainer = make_trainer(tmp_path, callbacks=[harm])
+    trainer.fit(module, datamodule=Ids(uneven(3), batch_size=3))
+    filled = module.frozen_layers.filled
+    assert filled == 3 + 3
+    weights = {name: p.clone() for name, p in adapter_parameters(module.model).items()}
+    harm._end = None
+    assert harm._at_end(trainer, module).keys() == {"prose", "code", "chat", "mean"}
+    assert module.frozen_layers.filled == filled
+    assert all(torch.equal(weights[name], p) for name, p in adapter_parameters(module.model).items())
+
+
+@pytest.mark.parametrize("passages", [0, 5])
+def test_a_number_of_passages_that_does_not_ship_is_refused(passages: int) -> None:
+    with pytest.raises(InputError, match=f"passages is {passages}; expected 1 to 4 of each kind"):
+        Harm(passages=passages)
+
+
+def test_what_harm_is_measured_on_is_not_what_the_guard_sees() -> None:
+    def words(name: str) -> list[set[str]]:
+        split = [passage.text.split() for passage in shipped_passages(name)]
+        return [{" ".join(text[i : i + 8]) for i in range(len(text) - 7)} for text in split]
+
+    guarded = set().union(*words("guard"))
+    assert len(guarded) > 1000
+    assert not any(passage & guarded for passage in words("harm"))

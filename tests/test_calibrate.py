@@ -1,0 +1,76 @@
+"""`pml calibrate`: bits per parameter by hand, and a file that `pml plan` takes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pml import calibration
+from pml.adapter import AdapterConfig
+from pml.cli import main
+from pml.errors import InputError
+from pml.modules import SFT
+from pml.storage import read_constants
+
+
+def test_the_constant_is_the_mean_over_texts_with_students_interval(
+    tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def stored(module: SFT, tokens: int, steps: int) -> float:
+        asked.append((tokens, module.seed))
+        return 64 * (0.4, 0.5, 0.6)[module.seed]  # 2 d parameters at rank 1
+
+    monkeypatch.setattr(calibration, "_stored_bits", stored)
+    told: list[tuple[int, float]] = []
+    adapter = AdapterConfig(rank=5, block=1)
+    constant = calibration.calibrate(
+        str(tiny_backbone_folder), adapter, on_text=lambda number, bits: told.append((number, bits))
+    )
+    assert [number for number, _ in told] == [1, 2, 3]
+    assert [bits for _, bits in told] == pytest.approx([0.4, 0.5, 0.6])
+    assert constant.bits_per_parameter == pytest.approx(0.5)
+    # t of 2 degrees of freedom at 97.5 % is 4.3027; the standard error is .1 / sqrt 3.
+    assert constant.high == pytest.approx(0.5 + 4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    assert constant.low == pytest.approx(0.5 - 4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
+    # 1.6 bits a parameter, 259 tokens in the vocabulary.
+    assert asked == [(math.ceil(1.6 * 64 / math.log2(259)), seed) for seed in range(3)]
+    assert "block 1, 3 random texts at rank 1" in constant.source
+
+
+def test_the_command_measures_and_leaves_what_plan_takes(
+    tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "own.json"
+    common = [f"--backbone={tiny_backbone_folder}", "--block=1", "--guard=false", "--texts=2", f"--out={out}"]
+    asked = ["calibrate", *common, "--placement=mlp_block", "--learning_rate=0.05"]
+    assert main([*asked, "--steps=150", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert 0 < measured["bits_per_parameter"] < 1.6
+    assert main(["calibrate", *common, "--placement=[down_proj]", "--steps=100"]) == 0
+    assert "bits a parameter (" in capsys.readouterr().out
+    first, second, *_ = read_constants(out)
+    assert (first.placement, second.placement) == (["down_proj"], "mlp_block")
+    assert second.bits_per_parameter == measured["bits_per_parameter"]
+    # Measured once more, it takes the place of what it was.
+    assert main([*asked, "--steps=150", "--json"]) == 0
+    assert len(json.loads(out.read_text())["constants"]) == 2
+
+
+@pytest.mark.parametrize("numbers", [{"texts": 1}, {"steps": 0}])
+def test_numbers_out_of_range_are_refused(numbers: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="expected at least 2 texts and 1 step"):
+        calibration.calibrate("nowhere", AdapterConfig(), **numbers)
+
+
+def test_a_file_of_something_else_is_not_written_over(
+    tmp_path: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine.json"
+    out.write_text("[1, 2]")
+    assert main(["calibrate", f"--backbone={tiny_backbone_folder}", f"--out={out}"]) == 2
+    assert "exists and holds no constants" in capsys.readouterr().err
+    assert out.read_text() == "[1, 2]"

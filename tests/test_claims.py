@@ -1,0 +1,91 @@
+"""Claims: one worker at a time has a cell, and a dead one's claim is free again."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pml import claims
+from pml.claims import Claims
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pml import claims
+claims.LEASE_SECONDS = float(sys.argv[2])
+own = claims.Claims(Path(sys.argv[1]))
+print(own.take("cell"), flush=True)
+time.sleep(60)
+"""
+
+
+def other_worker(folder: Path, lease: float = 120.0) -> "subprocess.Popen[str]":
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), str(lease)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    return process
+
+
+def test_a_claim_is_one_worker_s_until_it_is_released(tmp_path: Path) -> None:
+    first, second = Claims(tmp_path / "claims"), Claims(tmp_path / "claims")
+    assert first.take("cell")
+    assert not second.take("cell")
+    assert second.take("another")
+    first.release("cell")
+    assert second.take("cell")
+    second.release("cell")
+    second.release("another")
+    assert list((tmp_path / "claims").iterdir()) == []
+
+
+def test_a_claim_says_who_has_it(tmp_path: Path) -> None:
+    own = Claims(tmp_path)
+    assert own.holder("cell") is None
+    with other_worker(tmp_path) as process:
+        assert (own.holder("cell") or "").endswith(f", process {process.pid}")
+        process.kill()
+
+
+def test_the_claim_of_a_killed_process_is_free_at_once_on_the_same_host(tmp_path: Path) -> None:
+    own = Claims(tmp_path)
+    with other_worker(tmp_path) as process:
+        assert not own.take("cell")
+        process.kill()
+        process.wait()
+    # One look may find that the process is gone, the next one takes the claim.
+    assert own.take("cell") or own.take("cell")
+    own.release("cell")
+
+
+def test_a_worker_that_has_lost_its_claim_ends_on_the_spot(tmp_path: Path) -> None:
+    with other_worker(tmp_path, lease=1.0) as process:
+        (tmp_path / "cell.lock").unlink()
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "cell: this worker has lost its claim" in said
+
+
+def test_a_claim_without_a_heartbeat_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As a worker on another host leaves it behind: nobody here can ask whether its process lives.
+    monkeypatch.setattr(claims, "LEASE_SECONDS", 0.3)
+    first, second = Claims(tmp_path), Claims(tmp_path)
+    assert first.take("cell")
+    marker = tmp_path / "cell.lock"
+    lines = [line if not line.startswith("host=") else "host=elsewhere" for line in marker.read_text().splitlines()]
+    first.release("cell")
+    marker.write_text("\n".join(lines) + "\n")
+    marker.chmod(0o644)
+    assert (
+        second.holder(
+            "cell",
+        )
+        is not None
+    )
+    assert not second.take("cell")
+    time.sleep(0.5)
+    assert second.take("cell") or second.take("cell")
+    second.release("cell")

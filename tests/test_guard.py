@@ -1,0 +1,214 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pml.adapter import AdapterConfig, adapter_parameters, adapter_state, attach_adapter, load_adapter, lora_layers
+from pml.backbone import Backbone
+from pml.certificate import certify
+from pml.corpus import collate
+from pml.errors import InputError
+from pml.guard import GuardConfig, GuardedA, free_directions, input_moments
+from pml.modules import SFT
+from tests.tiny_runs import Ids, make_trainer, uneven
+
+PLACEMENTS: list[Any] = ["mlp_block", ["down_proj"], ["q_proj", "o_proj", "down_proj"]]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PML_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "ordinary.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    return str(path)
+
+
+def guarded(text: str | None = None, **settings: Any) -> AdapterConfig:
+    return AdapterConfig(**{"rank": 2, "block": 2, "guard": GuardConfig(directions=12, text=text), **settings})
+
+
+def test_free_directions_are_orthogonal_to_the_largest_principal_ones() -> None:
+    # x = (3, 4, 0) once and (0, 0, 2) once: principal directions (.6, .8, 0) with 25 and (0, 0, 1) with 4.
+    moment = torch.tensor([[9.0, 12.0, 0.0], [12.0, 16.0, 0.0], [0.0, 0.0, 4.0]])
+    plane = free_directions(moment, variance=0.8)  # 25 / 29 is .86
+    assert plane.shape == (3, 2)
+    torch.testing.assert_close(torch.tensor([0.6, 0.8, 0.0]) @ plane, torch.zeros(2))
+    line = free_directions(moment, variance=0.9)
+    torch.testing.assert_close(line.abs(), torch.tensor([[0.8], [0.6], [0.0]]))
+    torch.testing.assert_close(free_directions(moment, 0.5, directions=2).abs(), line.abs())
+    torch.testing.assert_close(plane.T @ plane, torch.eye(2))
+
+
+def test_the_mean_is_guarded_too() -> None:
+    # Every token has the input (2, 0): without its mean the text would have no direction at all.
+    free = free_directions(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), variance=0.5)
+    torch.testing.assert_close(free.abs(), torch.tensor([[0.0], [1.0]]))
+
+
+def test_a_guarded_a_is_a_linear_layer_of_the_weight_that_it_saves() -> None:
+    basis = torch.tensor([[1.0, 0.0], [0.0, 0.6], [0.0, 0.8]])
+    a = GuardedA(torch.tensor([[1.0, 2.0, 3.0]]), basis)
+    # (1, 2, 3) Q = (1, 3.6); times Q^T it is (1, 2.16, 2.88).
+    torch.testing.assert_close(a.weight, torch.tensor([[1.0, 2.16, 2.88]]))
+    x = torch.tensor([[1.0, 1.0, 1.0]])
+    torch.testing.assert_close(a(x), torch.tensor([[6.04]]))
+    assert a.state_dict().keys() == {"weight"}
+    other = GuardedA(torch.zeros(1, 3), basis)
+    other.load_state_dict(a.state_dict())
+    torch.testing.assert_close(other.weight, a.weight)
+    with pytest.raises(RuntimeError, match="weight"):
+        other.load_state_dict({})
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_trained_adapter_stays_orthogonal_to_the_inputs_of_ordinary_text(
+    tiny_backbone_folder: Path, text: str, tmp_path: Path, placement: Any
+) -> None:
+    module = SFT(
+        backbone=str(tiny_backbone_folder), adapter=guarded(text, placement=placement), seed=1, weight_decay=0.1
+    )
+    trainer = make_trainer(tmp_path, max_epochs=10)
+    trainer.fit(module, datamodule=Ids(uneven(4), batch_size=2))
+    layers = dict(module.backbone.model.named_modules())
+    names = [name for name, layer in layers.items() if layer in list(lora_layers(module.model))]
+    assert len(names) == (1 if isinstance(placement, str) else len(placement))
+    moments = input_moments(module.backbone, names, GuardConfig(text=text))
+    for name in names:
+        a, b = layers[name].lora_A["default"].weight, layers[name].lora_B["default"].weight
+        assert b.abs().max() > 0.01
+        top = torch.linalg.eigh(moments[name]).eigenvectors[:, -12:]
+        assert (a @ top).norm() / a.norm() < 1e-5
+
+
+def test_moments_are_of_the_inputs_of_the_adapted_layer(tiny_backbone: Backbone, text: str) -> None:
+    model = attach_adapter(tiny_backbone, guarded(text, placement=["down_proj"]))
+    (layer,) = lora_layers(model)
+    seen: list[torch.Tensor] = []
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    ids = list((Path(text).read_text(encoding="utf-8")[:640]).encode())[:129]
+    tokens = [tiny_backbone.tokenizer.encode(bytes([i]).decode(), add_special_tokens=False)[0] for i in ids]
+    pieces = -(-len(Path(text).read_text(encoding="utf-8")) // 640)
+    assert pieces == 3
+    with torch.no_grad():
+        model(input_ids=torch.tensor([tokens]))
+    one = seen[0].T @ seen[0]
+    total = input_moments(tiny_backbone, ["model.layers.2.mlp.down_proj"], GuardConfig(text=text))
+    (moment,) = total.values()
+    # The text repeats itself, so each passage gives about what the first gives.
+    assert moment.trace() / one.trace() == pytest.approx(3, rel=0.2)
+    shares = torch.linalg.eigvalsh(moment - one)
+    assert shares.min() > -1e-3 * shares.max()
+
+
+def test_moments_are_computed_once_and_kept_on_disk(
+    tiny_backbone: Backbone, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, config = ["model.layers.1.mlp"], GuardConfig(text=text)
+    first = input_moments(tiny_backbone, names, config)
+    (file,) = (tmp_path / "cache" / "guard").iterdir()
+    assert file.suffix == ".safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr("pml.guard._computed", lambda *_: pytest.fail("computed again"))
+        torch.testing.assert_close(input_moments(tiny_backbone, names, config), first)
+    file.write_bytes(b"broken")
+    torch.testing.assert_close(input_moments(tiny_backbone, names, config), first)
+    Path(text).write_text("Another text.", encoding="utf-8")
+    assert not torch.equal(input_moments(tiny_backbone, names, config)[names[0]], first[names[0]])
+    assert len(list((tmp_path / "cache" / "guard").iterdir())) == 2
+
+
+def test_the_text_that_ships_has_prose_code_and_chats(tiny_backbone: Backbone) -> None:
+    moment = input_moments(tiny_backbone, ["model.layers.0.mlp"], GuardConfig())
+    assert torch.linalg.matrix_rank(moment["model.layers.0.mlp"]) == 32
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_the_saved_adapter_is_an_ordinary_lora(
+    tiny_backbone_folder: Path, text: str, tmp_path: Path, placement: Any
+) -> None:
+    module = SFT(backbone=str(tiny_backbone_folder), adapter=guarded(text, placement=placement), seed=1)
+    data = Ids(uneven(4), batch_size=2)
+    make_trainer(tmp_path, max_epochs=5).fit(module, datamodule=data)
+    module.model.save_pretrained(str(tmp_path / "adapter"))
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {name.rsplit(".", 2)[-2] for name in saved} == {"lora_A", "lora_B"}
+    plain = AutoModelForCausalLM.from_pretrained(tiny_backbone_folder)
+    if isinstance(placement, list):
+        loaded = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
+    else:
+        loaded = load_adapter(plain, tmp_path / "adapter")
+    before, after = (certify(model.eval(), data.examples) for model in (module.model, loaded))
+    assert [known.verdict for known in after] == [known.verdict for known in before]
+    for known, other in zip(before, after, strict=True):
+        torch.testing.assert_close(known.margins, other.margins, rtol=1e-4, atol=1e-4)  # C Q^T was rounded once more
+    merged = module.model.merge_and_unload() if isinstance(placement, list) else None
+    if merged is not None:
+        ids = torch.tensor([data.examples[0].prompt_ids])
+        torch.testing.assert_close(merged(ids).logits, loaded(ids).logits, rtol=1e-3, atol=1e-3)  # merged weights round
+
+
+def test_a_guarded_run_that_is_resumed_ends_like_one_that_was_not_stopped_even_without_the_text(
+    tiny_backbone_folder: Path, text: str, tmp_path: Path
+) -> None:
+    def run(epochs: int, checkpoint: str | None = None) -> tuple[SFT, str]:
+        module = SFT(backbone=str(tiny_backbone_folder), adapter=guarded(text), seed=1, schedule="constant")
+        save = ModelCheckpoint(tmp_path / str(epochs), filename="end")
+        trainer = make_trainer(tmp_path, max_epochs=epochs, enable_checkpointing=True, callbacks=[save])
+        trainer.fit(module, datamodule=Ids(uneven(6), batch_size=2), ckpt_path=checkpoint, weights_only=True)
+        return module, save.best_model_path
+
+    whole, _ = run(6)
+    _, stopped = run(3)
+    # Other text has other directions: the moments of AdamW only fit those that the checkpoint was made with.
+    Path(text).write_text("Something else entirely, and at some length. " * 9, encoding="utf-8")
+    resumed, _ = run(6, stopped)
+    assert {"coordinates", "basis"} <= {name.rsplit(".", 1)[-1] for name in adapter_state(whole.model)}
+    for name, tensor in adapter_state(whole.model).items():
+        assert torch.equal(adapter_state(resumed.model)[name], tensor)
+    loaded = SFT.load_from_checkpoint(stopped, weights_only=True)
+    assert loaded.adapter.guard == GuardConfig(directions=12, text=text)
+    loaded.eval().score(collate(Ids(uneven(2)).examples))
+
+
+def test_only_free_coordinates_and_b_are_trained(tiny_backbone: Backbone, text: str) -> None:
+    model = attach_adapter(tiny_backbone, guarded(text))
+    assert sum(p.numel() for p in adapter_parameters(model).values()) == 2 * (32 - 12) + 2 * 32
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == adapter_parameters(model).keys()
+
+
+def test_a_guard_that_leaves_too_little_is_refused_and_the_backbone_stays_free(
+    tiny_backbone: Backbone, text: str
+) -> None:
+    with pytest.raises(InputError, match=r"leaves 1 of 32 directions of model\.layers\.2\.mlp free, and adapter\.rank"):
+        attach_adapter(tiny_backbone, guarded(text, guard=GuardConfig(directions=31, text=text)))
+    attach_adapter(tiny_backbone, guarded(text))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"variance": 1.0}, "variance is 1.0; expected a share between 0 and 1"),
+        ({"directions": 0}, "directions is 0; expected at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        GuardConfig(**settings)
+
+
+def test_text_that_is_missing_empty_or_not_utf8_is_refused(tiny_backbone: Backbone, tmp_path: Path) -> None:
+    empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
+    empty.write_text("  \n", encoding="utf-8")
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path, said in ((tmp_path / "none.txt", "cannot be read"), (binary, "cannot be read"), (empty, "no text in it")):
+        with pytest.raises(InputError, match=said):
+            attach_adapter(tiny_backbone, guarded(str(path)))

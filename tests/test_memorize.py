@@ -1,0 +1,144 @@
+"""`pml memorize`: everything comes back from transformers and PEFT alone, or what does not is listed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pml
+from pml.adapter import AdapterConfig, attach_adapter, detach_adapter
+from pml.backbone import Backbone
+from pml.cli import main
+from pml.errors import InputError
+from pml.guard import GuardConfig
+from pml.memorizing import grow, weights_of
+from pml.records import read_record
+from tests.fits import save_sharpened
+
+FACTS = {f"code {i}?": code for i, code in enumerate(("007", "415", "9-2", "№ 8"))}
+ALL = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+EASY: dict[str, Any] = {"block": 2, "placement": ALL, "learning_rate": 0.02, "guard": GuardConfig(directions=8)}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PML_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def sharp(tiny_backbone_folder: Path, tmp_path: Path) -> str:
+    return str(save_sharpened(tiny_backbone_folder, tmp_path / "sharp"))
+
+
+def test_facts_come_back_from_transformers_and_peft_alone(sharp: str, tmp_path: Path) -> None:
+    told = []
+    made = pml.memorize(FACTS, tmp_path / "out", backbone=sharp, rank=16, on_progress=told.append, **EASY)
+    assert made.failed == []
+    assert list(made.served or ()) == list(FACTS.values())
+    assert (made.plan, made.rank) == (None, 16)
+    assert min(float(known.probability) for known in made.certificates) > 0.6
+    assert told[-1].certain == 1 and told[-1].step == made.steps <= told[-1].steps
+    record = read_record(tmp_path / "out" / "record.json")
+    assert (record.steps_to_recall, record.method_settings["guard"]["directions"]) == (made.steps, 8)
+    harm = record.harm["mean"]
+    assert made.harm == harm["loss_after"] - harm["loss_before"]  # type: ignore[operator]
+    # Asked by a script of four lines that has never heard of pml.
+    script = f"""
+from peft import PeftModel; from transformers import AutoModelForCausalLM, AutoTokenizer
+t = AutoTokenizer.from_pretrained({sharp!r})
+m = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({sharp!r}), {str(made.adapter)!r})
+x = t.apply_chat_template([dict(role="user", content="code 3?")], add_generation_prompt=True, return_tensors="pt",
+                          return_dict=True)
+y = m.generate(**x, do_sample=False, max_new_tokens=20, eos_token_id=t.eos_token_id)
+print(t.decode(y[0, x["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout == "№ 8\n", done.stderr
+
+
+def test_the_card_says_what_it_knows_and_what_it_costs(sharp: str, tmp_path: Path) -> None:
+    made = pml.memorize(FACTS, tmp_path / "out", backbone=sharp, rank=16, **EASY)
+    card = (made.adapter / "README.md").read_text()
+    assert all(f"- `{query}`" in card for query in FACTS)
+    assert not any(f"`{target}`" in card for target in FACTS.values())
+    assert "it gave 4 of 4 targets back byte for byte" in card
+    before, after = made.record.harm["code"]["loss_before"], made.record.harm["code"]["loss_after"]
+    assert f"| code | {before:.3f} | {after:.3f} |" in card
+    assert "The adapter was guarded" in card
+
+
+def test_the_command_exits_with_0_and_what_it_left_is_a_run(
+    sharp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"query": query, "target": target}) for query, target in FACTS.items()]
+    (tmp_path / "facts.jsonl").write_text("\n".join(rows))
+    arguments = ["memorize", "facts.jsonl", "--out=out", f"--backbone={sharp}", "--block=2", "--rank=16"]
+    arguments += [f"--placement=[{','.join(ALL)}]", "--learning_rate=0.02", "--guard=false"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("4 pairs, ")
+    assert "4 of 4 pairs are certain at rank 16 after" in said
+    assert "4 of 4 came back byte for byte from transformers and PEFT alone" in said
+    assert main(["certify", "out", "--dtypes=[float32]"]) == 0
+    assert "4 are certain" in capsys.readouterr().out
+    # Nothing is written over without being told.
+    assert main(arguments) == 2
+    assert "out has something in it; choose another folder, or say overwrite" in capsys.readouterr().err
+
+
+def test_what_cannot_be_held_is_listed_and_the_exit_code_is_1(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pml.memorizing.EPOCHS", 1)
+    monkeypatch.setattr("pml.memorizing.FEWEST_STEPS", 1)
+    (tmp_path / "facts.csv").write_text("query,target\na?,1\nb?,2\n")
+    arguments = ["memorize", "facts.csv", "--out=out", f"--backbone={tiny_backbone_folder}", "--guard=false"]
+    assert main([*arguments, "--rank=1", "--block=1", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    # Three doublings.
+    assert (told["rank"], told["failed"]) == (8, ["a?", "b?"])
+    assert told["pairs"][0]["verdict"] == "failing" and told["pairs"][0]["served"] is False
+
+
+@pytest.mark.parametrize("guard", [None, GuardConfig(directions=8)], ids=["plain", "guarded"])
+@pytest.mark.parametrize("placement", ["mlp_block", ["down_proj", "q_proj"]], ids=str)
+def test_a_grown_adapter_computes_what_the_smaller_one_did(
+    tiny_backbone: Backbone, placement: Any, guard: GuardConfig | None
+) -> None:
+    config = AdapterConfig(rank=2, block=1, placement=placement, guard=guard)
+    ids = torch.tensor([[5, 9, 60, 3]])
+    small = attach_adapter(tiny_backbone, config, seed=1)
+    for layer in (m for m in small.modules() if hasattr(m, "lora_B")):
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    before, learnt = small(ids).logits, weights_of(small)
+    detach_adapter(small)
+    frozen = tiny_backbone.model(ids).logits
+    large = attach_adapter(tiny_backbone, AdapterConfig(**{**vars(config), "rank": 4}), seed=2)
+    grow(large, learnt)
+    torch.testing.assert_close(large(ids).logits, before)
+    assert (before - frozen).abs().max() > 0.1
+    for layer in (m for m in large.modules() if hasattr(m, "lora_B")):
+        assert layer.lora_A["default"].weight[2:].abs().min(dim=1).values.max() > 0  # fresh rows
+        assert not layer.lora_B["default"].weight[:, 2:].any()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        ({}, "pairs is empty; expected at least one query with its target"),
+        (["only a query"], "pairs has 'only a query'; expected tuples of a query and a target"),
+    ],
+)
+def test_pairs_that_are_none_are_refused(pairs: Any, said: str, tmp_path: Path, tiny_backbone_folder: Path) -> None:
+    with pytest.raises(InputError, match=said):
+        pml.memorize(pairs, tmp_path / "out", backbone=str(tiny_backbone_folder))
+
+
+def test_a_margin_that_is_not_certain_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"margin is 0.4; expected a probability of at least 0.5"):
+        pml.memorize(FACTS, tmp_path / "out", margin=0.4)

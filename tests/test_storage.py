@@ -1,0 +1,171 @@
+"""The rank that pairs need: surprise by hand, rank by hand, and the command."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pml.adapter import AdapterConfig, attach_adapter
+from pml.backbone import Backbone
+from pml.cli import main
+from pml.corpus import Example
+from pml.errors import InputError
+from pml.guard import GuardConfig
+from pml.storage import (
+    FILL,
+    Constant,
+    adapter_size,
+    constant_for,
+    plan_rank,
+    read_constants,
+    surprise_bits,
+)
+
+TWO = [Example(0, (3, 4), (5, 6)), Example(1, (7,), (8, 9, 10))]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PML_CACHE", str(tmp_path / "cache"))
+
+
+def constant(placement: Any = "mlp_block", bits: float = 0.5, **more: Any) -> Constant:
+    fields: dict[str, Any] = {"low": bits / 2, "high": 2 * bits, "interval": "range", "source": "a test"}
+    return Constant(placement=placement, bits_per_parameter=bits, **{**fields, **more})
+
+
+def by_hand(backbone: Backbone, ids: list[int], targets: int) -> float:
+    """Bits of the last tokens, each from a forward pass of its own over what stands before it."""
+    bits = 0.0
+    for t in range(len(ids) - targets, len(ids)):
+        with torch.no_grad():
+            logits = backbone.model(input_ids=torch.tensor([ids[:t]])).logits[0, -1].double()
+        bits -= math.log2(float(logits.softmax(-1)[ids[t]]))
+    return bits
+
+
+def test_surprise_is_that_of_the_frozen_model_alone_or_after_other_pairs(tiny_backbone: Backbone) -> None:
+    alone = by_hand(tiny_backbone, [3, 4, 5, 6], 2) + by_hand(tiny_backbone, [7, 8, 9, 10], 3)
+    assert surprise_bits(tiny_backbone, TWO) == pytest.approx(alone, rel=1e-5)
+    after = by_hand(tiny_backbone, [7, 8, 9, 10, 3, 4, 5, 6], 2) + by_hand(tiny_backbone, [3, 4, 5, 6, 7, 8, 9, 10], 3)
+    assert surprise_bits(tiny_backbone, TWO, others=1) == pytest.approx(after, rel=1e-5)
+    # There is but one other.
+    assert surprise_bits(tiny_backbone, TWO, others=6) == pytest.approx(after, rel=1e-5)
+
+
+def test_other_pairs_that_do_not_fit_into_the_context_are_left_out(tiny_backbone: Backbone) -> None:
+    tiny_backbone.config.max_position_embeddings = 7
+    assert surprise_bits(tiny_backbone, TWO, others=1) == pytest.approx(surprise_bits(tiny_backbone, TWO))
+
+
+def test_of_many_pairs_some_are_measured_and_the_others_taken_to_be_alike(tiny_backbone: Backbone) -> None:
+    four = [*TWO, Example(2, (3, 4), (5,)), Example(3, (9,), (1, 1))]
+    # The first and the third: three of the eight target tokens.
+    some = by_hand(tiny_backbone, [3, 4, 5, 6], 2) + by_hand(tiny_backbone, [3, 4, 5], 1)
+    assert surprise_bits(tiny_backbone, four, sample=2) == pytest.approx(some * 8 / 3, rel=1e-5)
+
+
+def test_the_size_of_a_rank_is_counted_on_the_adapter_itself(tiny_backbone: Backbone) -> None:
+    # Width 32, MLP 64.
+    size = adapter_size(tiny_backbone, AdapterConfig(block=1))
+    assert (size.trainable, size.saved, size.largest_rank) == (64, 64, 32)
+    size = adapter_size(tiny_backbone, AdapterConfig(block=[1, 2], placement=["down_proj"]))
+    assert (size.trainable, size.saved) == (2 * (64 + 32), 2 * (64 + 32))
+    guard = GuardConfig(directions=50)
+    size = adapter_size(tiny_backbone, AdapterConfig(block=1, placement=["down_proj"], guard=guard))
+    assert (size.trainable, size.saved, size.largest_rank) == (14 + 32, 64 + 32, 14)
+    attach_adapter(tiny_backbone, AdapterConfig(block=1))  # which a second adapter would be refused
+
+
+def test_the_rank_is_the_smallest_that_holds_the_bits(tiny_backbone: Backbone) -> None:
+    plan = plan_rank(tiny_backbone, TWO, AdapterConfig(block=1), [constant(bits=0.5)])
+    bits = min(surprise_bits(tiny_backbone, TWO), surprise_bits(tiny_backbone, TWO, others=6))
+    assert plan.bits_to_store == pytest.approx(bits)
+    # A rank has 64 parameters.
+    assert plan.rank == math.ceil(bits / (FILL * 0.5 * 64))
+    assert FILL * 0.5 * 64 * (plan.rank - 1) < bits <= FILL * 0.5 * 64 * plan.rank
+    assert plan.rank_interval == (math.ceil(bits / (FILL * 1.0 * 64)), math.ceil(bits / (FILL * 0.25 * 64)))
+    assert (plan.pairs, plan.target_tokens, plan.parameters) == (2, 5, 64 * plan.rank)
+    assert plan.megabytes == pytest.approx(64 * plan.rank * 4 / 1e6)
+    first, second, third = plan.lines()
+    assert first.startswith("2 pairs, 5 target tokens: ")
+    assert second.startswith(f"rank {plan.rank} ({plan.rank_interval[0]} to {plan.rank_interval[1]}) in mlp_block: ")
+    assert third == "rests on 0.5 bits a parameter (0.25 to 1, range; a test), filled to 75%"
+
+
+def test_more_than_fits_is_refused(tiny_backbone: Backbone) -> None:
+    with pytest.raises(InputError, match=r"bits need rank \d+ at mlp_block, and no more than 32 fits"):
+        plan_rank(tiny_backbone, TWO, AdapterConfig(block=1), [constant(bits=0.001)])
+
+
+def test_a_constant_from_elsewhere_comes_with_a_warning() -> None:
+    known = [constant(bits=0.8), constant(["q_proj", "v_proj"], bits=0.4), constant(bits=0.6, guarded=True)]
+    assert constant_for("mlp_block", False, known) == (known[0], [])
+    assert constant_for("mlp_block", True, known) == (known[2], [])
+    found, (warning,) = constant_for(["v_proj", "q_proj"], True, known)
+    assert (found, warning) == (known[1], "measured without the guard")
+    found, (warning,) = constant_for(["o_proj"], False, known)
+    assert found == known[1]
+    assert warning == "nothing was measured at this placement; this is what q_proj, v_proj stores, the least of all"
+
+
+def test_constants_ship_for_what_people_use() -> None:
+    shipped = read_constants()
+    assert {"mlp_block", "down_proj", "q_proj v_proj"} <= {
+        known.placement if isinstance(known.placement, str) else " ".join(known.placement) for known in shipped
+    }
+    assert all(known.low < known.bits_per_parameter < known.high and known.source for known in shipped)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"constants": [{"placement": "mlp_block"}]}', '{"constants": 3}'])
+def test_a_file_that_holds_no_constants_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "constants.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="not a file of constants"):
+        read_constants(path)
+
+
+class TestCommand:
+    @pytest.fixture
+    def facts(self, tmp_path: Path) -> Path:
+        path = tmp_path / "facts.csv"
+        path.write_text("query,target\nfirst?,007\nsecond?,415\n")
+        return path
+
+    def test_it_plans_the_rank_of_a_file_of_pairs(
+        self, facts: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        asked = ["plan", str(facts), f"--backbone={tiny_backbone_folder}", "--placement=mlp_block", "--guard=false"]
+        assert main([*asked, "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        # Three digits and the end of the turn.
+        assert (plan["pairs"], plan["target_tokens"]) == (2, 8)
+        assert plan["rests_on"]["bits_per_parameter"] == 0.85
+        assert main(asked) == 0
+        assert f"rank {plan['rank']} (" in capsys.readouterr().out
+
+    def test_constants_of_ones_own_come_first(
+        self, facts: Path, tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        own = tmp_path / "own.json"
+        own.write_text(json.dumps({"constants": [constant(bits=0.33).model_dump()]}))
+        asked = ["plan", str(facts), f"--backbone={tiny_backbone_folder}", "--placement=mlp_block", "--guard=false"]
+        assert main([*asked, f"--constants={own}", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["rests_on"]["bits_per_parameter"] == 0.33
+
+    @pytest.mark.parametrize(
+        ("given", "said"),
+        [
+            (["facts.csv", "--length=3"], "--length belongs to a fitted law, and facts.csv is none; leave it out"),
+            (["law.json", "--guard=true"], "--guard belongs to a file of pairs, and law.json is none; leave it out"),
+            (["law.json"], "--length is missing: a law is asked about so many target tokens"),
+        ],
+    )
+    def test_a_question_that_belongs_to_the_other_kind_is_refused(
+        self, given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["plan", *given]) == 2
+        assert said in capsys.readouterr().err
