@@ -15,14 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pml.adapter import (
-    AdapterConfig,
-    adapter_parameters,
-    adapter_state,
-    attach_adapter,
-    detach_adapter,
-    load_adapter,
-)
+from pml.adapter import AdapterConfig, adapter_parameters, adapter_state, attach_adapter, detach_adapter, load_adapter
 from pml.backbone import Backbone, load_backbone
 from pml.compiled import CompileMode, reason_not_to_compile
 from pml.corpus import IGNORE_INDEX
