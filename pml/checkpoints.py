@@ -46,7 +46,8 @@ class StopsAtSteps(Callback):
 
     def _at_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         signum = _agreed(requested(), pl_module.device)
-        if signum is not None:
+        # After its last step a fit ends by itself, with all of its measurements.
+        if signum is not None and not _is_last_step(trainer):
             self.save(trainer)
             raise Stopped(signum, at_once=False)
 
@@ -159,6 +160,13 @@ def _is_whole(path: Path) -> bool:
             return file.testzip() is None
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):
         return False
+
+
+def _is_last_step(trainer: Trainer) -> bool:
+    """Whether nothing is left to train; at an epoch's end, or within one."""
+    by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    by_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+    return by_steps or trainer.should_stop or (trainer.is_last_batch and by_epochs)
 
 
 def _agreed(signum: int | None, device: torch.device) -> int | None:

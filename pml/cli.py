@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0] if arguments else "--help"
     where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
     try:
-        with listening(), allowed(OPTION in arguments):
+        with listening(where), allowed(OPTION in arguments):
             code = _dispatch(command, [argument for argument in arguments if argument != OPTION])
             sys.stdout.flush()
             return code

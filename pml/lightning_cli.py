@@ -238,6 +238,11 @@ class MemorizationCLI(LightningCLI):
         try:
             with at_step_ends():
                 self.trainer.fit(**{**options, "weights_only": True})
+            if self.model.goes_on_from:
+                raise InputError(
+                    f"the fit of {options['ckpt_path']} had taken all of its steps, so nothing was trained; raise "
+                    "trainer.max_epochs or trainer.max_steps to go on for longer"
+                )
         except Stopped as stop:
             saved = next((c for c in self.trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
             stop.advice = saved.how_to_go_on() if saved is not None else "it made no checkpoints to go on from"

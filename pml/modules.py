@@ -15,14 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pml.adapter import (
-    AdapterConfig,
-    adapter_parameters,
-    adapter_state,
-    attach_adapter,
-    detach_adapter,
-    load_adapter,
-)
+from pml.adapter import AdapterConfig, adapter_parameters, adapter_state, attach_adapter, detach_adapter, load_adapter
 from pml.backbone import Backbone, load_backbone
 from pml.compiled import CompileMode, reason_not_to_compile
 from pml.corpus import IGNORE_INDEX
@@ -113,7 +106,8 @@ class Memorization(LightningModule):
         self._backbone: Backbone | None = None
         self._peft_model: PeftModel | None = None
         self._frozen_layers: FrozenLayers | None = None
-        self._goes_on_from: dict[str, Any] = {}
+        self.goes_on_from: dict[str, Any] = {}
+        """State of a checkpoint that was loaded, until training goes on from it."""
         self._steps = 0
 
     def settings(self) -> dict[str, Any]:
@@ -261,9 +255,8 @@ class Memorization(LightningModule):
             self._maybe_compile([len(example) for example in datamodule.corpus.examples])
 
     def on_train_start(self) -> None:
-        # Measurements before this may have drawn numbers, and have left no gradients.
-        go_on(self, self._goes_on_from)
-        self._goes_on_from = {}
+        go_on(self, self.goes_on_from)
+        self.goes_on_from = {}
 
     def _maybe_compile(self, lengths: list[int]) -> None:
         endless = self.trainer.max_epochs == -1 and self.trainer.max_steps == -1
@@ -371,7 +364,7 @@ class Memorization(LightningModule):
         if self._trainer is not None and self._trainer.training:
             refuse_other_data(self, state)
             self.resumed += 1
-            self._goes_on_from = state
+            self.goes_on_from = state
 
 
 class SFT(Memorization):

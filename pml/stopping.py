@@ -47,6 +47,7 @@ class _State:
     waits_for_step = False
     first: int | None = None
     times = 0
+    who = "pml"
 
 
 def requested() -> int | None:
@@ -68,12 +69,30 @@ def request(signum: int, frame: FrameType | None = None) -> None:
         _State.first = signum
         print("stopping when this step is done; once more to stop at once", file=sys.stderr, flush=True)
         return
-    raise Stopped(signum, at_once=True)
+    stop = Stopped(signum, at_once=True)
+    if _is_importing(frame):
+        # Libraries that are loading may not survive an exception. There is nothing to save or to clean up yet.
+        print(f"{_State.who}: {stop}", file=sys.stderr, flush=True)
+        os._exit(stop.code)
+    raise stop
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Have signals end the process by `Stopped`, within it; outside the main thread nothing changes."""
+def listening(who: str = "pml") -> Iterator[None]:
+    """Have signals end the process by `Stopped`, within it; outside the main thread nothing changes.
+
+    Args:
+        who: The command, as it says what it says.
+    """
+    _State.who = who
     _State.first, _State.times, _State.waits_for_step = None, 0, False
     before = {}
     try:

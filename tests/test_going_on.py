@@ -83,6 +83,15 @@ def test_a_stopped_fit_says_how_to_go_on_and_goes_on_as_if_it_had_not_stopped(
     assert all(torch.equal(values, whole[key]) for key, values in adapter("runs/fit/version_1").items())
 
 
+def test_a_signal_in_the_last_step_lets_the_fit_end_and_there_is_nothing_to_go_on_with(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, *stop_at(step=9)]) == 0
+    assert read_record(Path(RUN, "record.json")).status == "finished"
+    assert main(["fit", f"--config={RUN}/config.yaml", "--ckpt_path=last"]) == 2
+    assert "had taken all of its steps, so nothing was trained; raise trainer.max_epochs" in capsys.readouterr().err
+
+
 def test_a_second_signal_ends_at_once_and_leaves_no_record(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
