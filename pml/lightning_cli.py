@@ -1,7 +1,11 @@
 """LightningCLI for memorising: what `pml fit|validate|test|predict` parse and run, and every cell of a sweep."""
 
+import functools
 import importlib
+import inspect
 import logging
+import operator
+import typing
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -300,8 +304,23 @@ def make_run(args: Sequence[str]) -> tuple[Memorization, Any]:
     return made.model, made.datamodule
 
 
+def _keep_whole_numbers_whole() -> None:
+    """Have the Trainer's options that are `int | float` try int first, whatever was imported before.
+
+    `limit_train_batches: 1` is one batch and `1.0` all of them. `typing` takes `Union[int, float]` and `Union[float,
+    int]` for the same and hands out whichever any library made first, so that the number's type, and with it a cell's
+    name, would depend on the order of imports. `int | float` is not shared.
+    """
+    annotations = inspect.unwrap(Trainer.__init__).__annotations__
+    for name, kind in annotations.items():
+        if {int, float} <= set(others := typing.get_args(kind)) and others.index(int) > others.index(float):
+            rest = [other for other in others if other not in (int, float)]
+            annotations[name] = functools.reduce(operator.or_, rest, int | float)
+
+
 def prepare() -> None:
     """What every command needs before a library speaks up: importable rooms, and a quiet stderr with our own lines."""
     keep_quiet()
     for room in ROOMS:
         importlib.import_module(room)
+    _keep_whole_numbers_whole()

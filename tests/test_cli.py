@@ -534,3 +534,22 @@ def test_output_that_nobody_reads_any_more_is_no_traceback(tmp_path: Path) -> No
             command, cwd=tmp_path, env=ENVIRONMENT, stdout=unread, stderr=subprocess.PIPE, timeout=120, check=False
         )
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_one_batch_stays_one_batch_whatever_was_imported_before(tmp_path: Path) -> None:
+    # typing hands out the union of int and float that was made first, and lightning's options say int | float.
+    source = (
+        "from typing import Optional, Union\n"
+        "for other in (str, None, list[float], dict): Union[float, int, other]\n"
+        "import sys\nfrom pml.lightning_cli import parse_run\n"
+        "trainer = parse_run(sys.argv[1:]).trainer\n"
+        "print(repr(trainer.limit_train_batches), repr(trainer.limit_val_batches), repr(trainer.overfit_batches))"
+    )
+    options = [
+        "--model=SFT",
+        "--data=RandomTokens",
+        "--trainer.limit_train_batches=1",
+        "--trainer.limit_val_batches=0.5",
+    ]
+    said = subprocess.run([sys.executable, "-c", source, *options], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["1", "0.5", "0.0"]
