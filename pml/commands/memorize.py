@@ -1,4 +1,4 @@
-"""Write pairs into an adapter that gives every target back word for word, and leaves the model itself alone.
+"""Write pairs into an adapter that gives every target back word for word, and measure what that costs other text.
 
 PAIRS is a file of queries and targets (.jsonl, .csv, .parquet, .yaml) as data_modules.Facts reads it. The rank is
 planned from what the model does not know yet, and doubled where it is not enough. The adapter is trained under a guard
