@@ -125,8 +125,9 @@ def test_a_fit_leaves_a_whole_run_folder_and_says_where_its_record_is(finished: 
     assert {"config.yaml", "record.json", "tokens.parquet", "adapter"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert read_record(finished["run"] / "record.json").status == "finished"
-    # Nothing else on stderr than what was chosen for speed: no greeting, no advice, no warning.
-    *chosen, last = finished["done"].stderr.splitlines()
+    # Nothing else on stderr than what was chosen for speed and the harm: no greeting, no advice, no warning.
+    *chosen, harm, last = finished["done"].stderr.splitlines()
+    assert harm.startswith("harm: ")
     assert last == "record: runs/fit/version_0/record.json"
     assert [line.partition(":")[0] for line in chosen] == CHOSEN_FOR_SPEED
 
@@ -138,8 +139,10 @@ def test_a_fit_that_recalls_says_after_how_many_steps(tiny_backbone_folder: Path
     assert done.returncode == 0
     steps = read_record(tmp_path / "runs/fit/version_0/record.json").steps_to_recall
     assert steps is not None
+    (harm,) = [line for line in done.stderr.splitlines() if line.startswith("harm: ")]
     assert done.stderr.splitlines()[len(CHOSEN_FOR_SPEED) :] == [
         f"recalled: all 8 target tokens above p = 0.5 after {steps} steps",
+        harm,
         "record: runs/fit/version_0/record.json",
     ]
 
@@ -404,7 +407,7 @@ def test_a_sweep_exits_with_zero_when_all_is_recorded_and_with_one_when_a_cell_f
     done = pml("sweep", "grid.yaml", cwd=tmp_path)
     assert done.returncode == 0
     # What was chosen for speed is said once, not once per cell.
-    heads = [line.partition(":")[0] for line in done.stderr.splitlines() if not line.startswith("record: ")]
+    heads = [line.partition(":")[0] for line in done.stderr.splitlines() if not line.startswith(("record: ", "harm: "))]
     assert [head[:6] for head in heads if head not in CHOSEN_FOR_SPEED] == ["2 cell", "[1/2] ", "[2/2] "]
     assert [head for head in heads if head in CHOSEN_FOR_SPEED] == CHOSEN_FOR_SPEED
     grid["grid"] = {"model.init_args.adapter.rank": [2, 40]}

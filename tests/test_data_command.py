@@ -179,7 +179,7 @@ def test_keys_of_a_fit_are_told_from_the_commands_own_arguments(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none.yaml"], "File does not exist: "),
+        (["none.yaml"], "none.yaml: cannot be read (No such file or directory)"),
         (["--data=PhoneBook", "--model=SFT", "--data.pairs=0"], "pairs is 0; expected at least 1"),
         (["--data=PhoneBook", "--model=SFT", "--jsno"], "unrecognized arguments: --jsno"),
         (["--data=PhoneBook", "--model=SFT", "--show=-1"], "--show is -1; expected 0 or more examples"),

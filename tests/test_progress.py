@@ -60,7 +60,7 @@ def test_a_bar_is_for_a_terminal_that_someone_watches(monkeypatch: pytest.Monkey
 def test_the_bar_goes_over_the_whole_fit_with_loss_share_certain_and_time_left(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pml.progress, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(pml.progress.FitProgress, "seconds_between_looks", 0.0)
     console = Console(file=io.StringIO(), force_terminal=True, width=100)
     bar = FitProgress(console)
     words: list[str] = []

@@ -185,7 +185,7 @@ class TestPage:
         assert page.text.count("Forms of the law") == page.text.count("From loss to recall") == 2
 
     def test_methods_are_compared_with_intervals_and_a_verdict(self, page: Page) -> None:
-        assert "Differences from SFT" in page.text
+        assert "MemFT OnlyThreshold against SFT" in page.text
         assert "95 % interval" in page.said("th")
         assert "MemFT OnlyThreshold against SFT:" in page.text
 

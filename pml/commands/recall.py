@@ -74,11 +74,11 @@ def run(args: jsonargparse.Namespace) -> int:
     for folder, record in records.items():
         if record.status == "diverged":
             print(
-                f"note: {folder} diverged: its final loss is not a finite number, so its answers mean nothing",
+                f"note: {folder} diverged: its final loss is not a finite number; left out, since its answers mean nothing",
                 file=sys.stderr,
             )
     with shared_backbones():
-        results = [_ask(folder, args) for folder in records]
+        results = [_ask(folder, args) for folder, record in records.items() if record.status != "diverged"]
     if args.json:
         print(json.dumps(results, indent=2, ensure_ascii=False))
     return 0
