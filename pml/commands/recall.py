@@ -74,7 +74,7 @@ def run(args: jsonargparse.Namespace) -> int:
     for folder, record in records.items():
         if record.status == "diverged":
             print(
-                f"note: {folder} diverged: its final loss is not a finite number; left out, since its answers mean nothing",
+                f"note: {folder} diverged: its final loss is not a finite number, so it is left out",
                 file=sys.stderr,
             )
     with shared_backbones():
