@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pydantic
 
 from pml.errors import InputError
 from pml.law import OTHER_KIND, LawFit, RunDraws, percentiles
 from pml.law.forms import Array
+from pml.law.schema import Content, Interval
 
 __all__ = ["LARGEST_RANK", "Outcome", "Plan", "outcome_of_rank", "rank_for_loss_reduction", "rank_for_recall"]
 
@@ -35,16 +35,9 @@ SAME_PROBABILITY = 0.002
 # if nearly all tokens were right there.
 FAR_BELOW = 2.0
 NEARLY_ALL = 0.99
-Interval = tuple[float, float]
 
 
-class _Content(pydantic.BaseModel):
-    """A part of what `pml plan --json` prints."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Outcome(_Content):
+class Outcome(Content):
     """What an adapter of one rank does with a corpus of one length. Losses in nats per target token.
 
     Attributes:
@@ -107,7 +100,7 @@ class Outcome(_Content):
         return shown
 
 
-class Plan(_Content):
+class Plan(Content):
     """The answer to one question.
 
     Attributes:

@@ -60,7 +60,7 @@ def run(args: jsonargparse.Namespace) -> int:
         raise InputError(f"--workers is {args.workers}; expected at least 1")
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.commands._console import make_console
-    from pml.grid import Grid, read_grid, resolve
+    from pml.grid import ERROR_NAME, Grid, read_grid, resolve
     from pml.stopping import Stopped
     from pml.sweep import Outcome, claims_of, run_cells, set_failures_aside
     from pml.tables import records_table
@@ -106,7 +106,7 @@ def run(args: jsonargparse.Namespace) -> int:
             )
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
-        error_file = outcome.cell.folder / "error.txt"
+        error_file = outcome.cell.folder / ERROR_NAME
         where = f" (see {error_file}; --retry-failed runs it again)" if error_file.exists() else ""
         print(f"failed: {outcome.cell.name}: {outcome.error}{where}", file=sys.stderr)
     left = [outcome.cell.name for outcome in outcomes if outcome.record is None and outcome.error is None]
@@ -223,11 +223,12 @@ class Progress:
 
     def __init__(self, cells: "list[Cell]") -> None:
         self.total = len(cells)
-        self.todo = sum(cell.record is None and cell.error is None for cell in cells)
+        open_cells = [cell for cell in cells if cell.record is None]
+        failed = sum(cell.error is not None for cell in open_cells)
+        self.todo = len(open_cells) - failed
         self.done = self.ran = 0
         self.started = time.monotonic()
-        failed = sum(cell.record is None and cell.error is not None for cell in cells)
-        words = f"{self.total} cells, {self.total - self.todo - failed} recorded before, {self.todo} to run"
+        words = f"{self.total} cells, {self.total - len(open_cells)} recorded before, {self.todo} to run"
         print(words + (f", {failed} failed before" if failed else ""), file=sys.stderr)
 
     def __call__(self, outcome: "Outcome") -> None:
