@@ -246,8 +246,7 @@ class WholeTargets(FallingThreshold):
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "reach_start", "reach_end")
-        if not 0 < self.floor <= 1:
-            raise InputError(f"WholeTargets: floor is {self.floor}; expected a share above 0 and up to 1, such as 0.1")
+        _share(self, "floor")
 
     def weights(self, scores: TokenScores) -> Tensor:
         temperature = geometric(self.reach_start, self.reach_end, self.progress)
@@ -257,25 +256,32 @@ class WholeTargets(FallingThreshold):
 
 @dataclass
 class ExpectedRecall(Weighting):
-    """Each token's `expected_recall_slope`, whose temperature falls over the run.
+    """Each token's `expected_recall_slope`, whose temperature falls over the run, with a floor above L_crit.
 
-    Aim: most tokens certain. A token that the adapter has no room for gets less and less of the budget.
+    Aim: most tokens certain. A token that the adapter has no room for gets less and less of the budget, down to the
+    floor.
 
     Args:
         temperature_start: Temperature in nats at the first step: nearly all tokens alike.
         temperature_end: The same at the last step; by equal factors in between.
+        floor: Least weight of a token below threshold. A lower one makes more tokens certain and fewer of the others
+            right.
     """
 
     temperature_start: float = 8.0
     temperature_end: float = 1.0
+    floor: float = 0.1
     scheduled = True
 
     def __post_init__(self) -> None:
         _positive(self, "temperature_start", "temperature_end")
+        _share(self, "floor")
 
     def weights(self, scores: TokenScores) -> Tensor:
         temperature = geometric(self.temperature_start, self.temperature_end, self.progress)
-        return expected_recall_slope(scores.losses.detach(), temperature) * scores.mask
+        losses = scores.losses.detach()
+        floor = self.floor * (losses > critical_loss(0.5)).to(losses.dtype)
+        return torch.maximum(expected_recall_slope(losses, temperature), floor) * scores.mask
 
 
 @dataclass
@@ -373,3 +379,11 @@ def _positive(weighting: Weighting, *names: str) -> None:
             raise InputError(
                 f"{type(weighting).__name__}: {name} is {getattr(weighting, name)}; expected a number above 0"
             )
+
+
+def _share(weighting: Weighting, name: str) -> None:
+    value = getattr(weighting, name)
+    if not 0 < value <= 1:
+        raise InputError(
+            f"{type(weighting).__name__}: {name} is {value}; expected a share above 0 and up to 1, such as 0.1"
+        )

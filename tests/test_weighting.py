@@ -198,6 +198,13 @@ def test_expected_recall_weighs_by_the_slope_at_the_temperature_of_the_moment() 
     assert weighting.weights(ONE)[0].tolist() == pytest.approx([*map(by_hand, (0.1, 2, 0.7, 3)), 0], rel=1e-6)
 
 
+def test_a_token_below_threshold_keeps_the_floor_of_expected_recall_and_a_safe_one_does_not() -> None:
+    weighting = ExpectedRecall(temperature_end=0.1, floor=0.25)
+    weighting.progress = 1.0
+    # s = sigmoid(5.93) for the loss of 0.1.
+    assert weighting.weights(ONE)[0].tolist() == pytest.approx([4 * 0.99735 * 0.00265, 0.25, 1, 0.25, 0], abs=2e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -205,6 +212,7 @@ def test_expected_recall_weighs_by_the_slope_at_the_temperature_of_the_moment() 
         (lambda: ExpectedRecall(temperature_end=0.0), "temperature_end is 0.0; expected a number above 0"),
         (lambda: WholeTargets(reach_end=float("nan")), "reach_end is nan; expected a number above 0"),
         (lambda: WholeTargets(floor=0.0), "floor is 0.0; expected a share above 0"),
+        (lambda: ExpectedRecall(floor=1.5), "ExpectedRecall: floor is 1.5; expected a share above 0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make: Callable[[], object], says: str) -> None:
