@@ -316,6 +316,7 @@ class TestTokens:
         assert found.loss.tolist() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.usefixtures("no_profiles")
 class TestWhatSomeRunsMeasure:
     def test_side_effects_and_kinds_of_tokens_have_tables(self, tmp_path: Path) -> None:
         kind = {"target_tokens": 12.0, "initial_loss": 9.0, "final_loss": 1.25, "token_accuracy": 0.5}
@@ -349,6 +350,7 @@ class TestHostileRecords:
         assert all(name.replace("-", "").removesuffix(".png").isalnum() for name in hostile.figures)
 
 
+@pytest.mark.usefixtures("no_profiles")
 class TestWriting:
     def test_page_and_figures_are_written(self, reports: tuple[Report, Report], tmp_path: Path) -> None:
         path = write_report(reports[0], tmp_path / "new")
@@ -397,6 +399,7 @@ class TestWriting:
             write_report(reports[0], tmp_path / "file")
 
 
+@pytest.mark.usefixtures("no_profiles")
 class TestCommand:
     def test_it_says_what_it_wrote(
         self, small: dict[Path, Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
