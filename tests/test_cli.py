@@ -509,6 +509,8 @@ WRONG: dict[str, tuple[Callable[[Path, Path], Sequence[str]], str, str]] = {
         "unrecognized arguments: --js",
     ),
 }
+
+
 def check_refused(code: int, err: str, name: str, message: str, cwd: Path) -> None:
     (line,) = err.splitlines()
     assert code == 2

@@ -130,9 +130,10 @@ class TestCoverage:
         noise, inside, width = np.random.default_rng(3), dict.fromkeys((3, 10, 40), 0), dict.fromkeys((3, 10, 40), 0.0)
         for _ in range(40):
             fit = fit_law(saturating_runs(noise, 0.0, 0.02), form="ceiling", compare=False)
+            scatter = 1 + 0.02 * noise.normal()
             for rank in inside:
                 low, high = fit.predict_interval(rank, 216).new_run
-                power = 110.0 * rank**0.7 / 216**0.6 * (1 + 0.02 * noise.normal())
+                power = 110.0 * rank**0.7 / 216**0.6 * scatter
                 inside[rank] += low - 1e-3 <= (power**-4 + 13.0**-4) ** -0.25 <= high + 1e-3
                 width[rank] += (high - low) / 40
         assert all(count >= 36 for count in inside.values()), (inside, width)

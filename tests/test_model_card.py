@@ -12,6 +12,7 @@ from pml.cli import main
 from pml.records import read_record
 from tests.fits import save_sharpened
 
+
 def trained(backbone: Path, tmp_path: Path, *more: str) -> Path:
     rows = [{"query": f"code {i}?", "target": code} for i, code in enumerate(("007", "415"))]
     (tmp_path / "f.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -215,6 +215,7 @@ class TestPage:
         assert make_report(small) == small_report
 
 
+@pytest.mark.usefixtures("no_profiles")
 class TestWhatIsMissing:
     def test_runs_without_a_grid_have_neither_a_law_nor_a_word_about_it(self, small_report: Report) -> None:
         page = Page(small_report.html)
@@ -268,7 +269,9 @@ class TestWhatIsMissing:
     def test_runs_that_differ_in_more_than_they_should_are_pointed_out(self, tmp_path: Path) -> None:
         for rate in (0.1, 0.2):
             settings = {"weighting": "x", "learning_rate": rate}
-            write_simulated_grid(tmp_path / str(rate), seeds=(0,), method_settings=settings)
+            write_simulated_grid(
+                tmp_path / str(rate), ranks=(1, 2, 4), lengths=(128, 256), seeds=(0,), method_settings=settings
+            )
         records = read_records([tmp_path])
         assert (
             "differ in more than rank, length and seed: method_settings.learning_rate (0.1, 0.2)"
