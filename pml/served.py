@@ -36,8 +36,19 @@ def serve(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "Te
     """
     import subprocess
 
+    command = [sys.executable, "-P", __file__]
+    job = json.dumps(_job(base, adapter, examples, encoder))
+    done = subprocess.run(command, input=job, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"transformers and PEFT do not serve {adapter}: {done.stderr.strip().splitlines()[-1:]}")
+    answers: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+def _job(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "TextEncoder") -> dict[str, Any]:
+    """What that process is told; see `serve`."""
     templated = encoder.templated
-    job = {
+    return {
         "base": str(base),
         "adapter": str(adapter),
         "prompts": [encoder.turns(e.query) if templated else encoder.decode(e.prompt_ids) for e in examples],
@@ -45,12 +56,6 @@ def serve(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "Te
         "end": encoder.end_of_turn_id,
         "tokens": [len(e.target_ids) + BEYOND for e in examples],
     }
-    command = [sys.executable, "-P", __file__]
-    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"transformers and PEFT do not serve {adapter}: {done.stderr.strip().splitlines()[-1:]}")
-    answers: list[str] = json.loads(done.stdout.splitlines()[-1])
-    return answers
 
 
 def _answers(job: dict[str, Any]) -> list[str]:

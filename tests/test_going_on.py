@@ -47,6 +47,7 @@ def arguments(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     made = ["fit", "--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=1"]
     made += ["--model.adapter.dropout=0.2", "--data=RandomTokens", "--data.length=8", "--trainer.max_epochs=10"]
     made += ["--trainer.accelerator=cpu", "--model.compile=never"]
+    made += ["--trainer.callbacks=[]", "--trainer.callbacks+=callbacks.RunRecord"]
     return made
 
 

@@ -49,23 +49,23 @@ def intervals(form: FormName, runs: list[Observation], grouped_by: str | None = 
 
 @pytest.mark.usefixtures("no_profiles")
 class TestCoverage:
-    """Shares of simulated grids whose 95 % interval contains the truth: 90 to 99 %, of 200 grids 180 to 198."""
+    """Shares of simulated grids whose 95 % interval contains the truth: 90 to 99 %, of 100 grids 90 to 99."""
 
     def test_of_saturated_grids_with_2_percent_noise(self) -> None:
         noise, inside = np.random.default_rng(0), dict.fromkeys(("C", "alpha", "beta"), 0)
-        for _ in range(200):
+        for _ in range(100):
             runs = saturating_runs(noise, spread=0.0, relative=0.02)
             assert 3 <= sum(map(saturated, runs)) <= 12
             for name, (low, high) in intervals("ceiling", runs).items():
                 if name in inside:
                     inside[name] += low <= SATURATING[name] <= high
-        assert all(180 <= count <= 199 for count in inside.values()), inside
+        assert all(90 <= count <= 100 for count in inside.values()), inside
 
     @pytest.mark.parametrize(("of_point", "of_text"), [(0.05, 0.0), (0.0, 0.1)])
     def test_the_grouping_of_runs_has_to_follow_what_they_share(self, of_point: float, of_text: float) -> None:
         # Seeds on texts of their own, with errors that a grid point shares, or the ranks on a text.
         noise, inside = np.random.default_rng(0), {"chosen": 0, "grid_point": 0, "text": 0}
-        for _ in range(80):
+        for _ in range(60):
             points = {s: of_point * noise.normal() for s in itertools.product((1, 2, 4, 8), (64, 96, 144, 216))}
             runs = [
                 replace(
@@ -81,8 +81,8 @@ class TestCoverage:
                 low, high = intervals("power_offset", runs, None if grouped_by == "chosen" else grouped_by)["C"]
                 inside[grouped_by] += low <= TRUTH["C"] <= high
         # The choice is needed: the wrong one of the two covers the level of the law less than 90 % of the time.
-        assert 72 <= inside["chosen"] <= 80, inside
-        assert inside["text" if of_point else "grid_point"] < 72, inside
+        assert 54 <= inside["chosen"] <= 60, inside
+        assert inside["text" if of_point else "grid_point"] < 54, inside
 
     def test_of_replicated_runs_and_of_lmfit_s_standard_errors(self) -> None:
         noise, kind = np.random.default_rng(0), FORMS["power_offset"]
@@ -126,17 +126,18 @@ class TestCoverage:
         # Student's t of 8 on the run's own scatter and, inside the grid, little more for the law's.
         assert width == pytest.approx(2 * float(t.ppf(0.975, 8)) * size, rel=0.3)
 
-    @pytest.mark.parametrize("rank", [3, 10, 40])
-    def test_of_a_new_run_on_the_way_to_the_ceiling(self, rank: int) -> None:
-        noise, inside, width = np.random.default_rng(3), 0, 0.0
+    def test_of_a_new_run_on_the_way_to_the_ceiling(self) -> None:
+        noise, inside, width = np.random.default_rng(3), dict.fromkeys((3, 10, 40), 0), dict.fromkeys((3, 10, 40), 0.0)
         for _ in range(40):
             fit = fit_law(saturating_runs(noise, 0.0, 0.02), form="ceiling", compare=False)
-            low, high = fit.predict_interval(rank, 216).new_run
-            power = 110.0 * rank**0.7 / 216**0.6 * (1 + 0.02 * noise.normal())
-            inside += low - 1e-3 <= (power**-4 + 13.0**-4) ** -0.25 <= high + 1e-3
-            width += (high - low) / 40
-        assert inside >= 36, (inside, width)
-        assert width < 0.9
+            scatter = 1 + 0.02 * noise.normal()
+            for rank in inside:
+                low, high = fit.predict_interval(rank, 216).new_run
+                power = 110.0 * rank**0.7 / 216**0.6 * scatter
+                inside[rank] += low - 1e-3 <= (power**-4 + 13.0**-4) ** -0.25 <= high + 1e-3
+                width[rank] += (high - low) / 40
+        assert all(count >= 36 for count in inside.values()), (inside, width)
+        assert all(mean < 0.9 for mean in width.values()), width
 
     @pytest.mark.parametrize("effect", [0.0, 0.7])
     def test_of_a_run_on_a_new_text_given_its_frozen_loss_or_not(self, effect: float) -> None:

@@ -1,8 +1,6 @@
 """`pml memorize`: everything comes back from transformers and PEFT alone, or what does not is listed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 
 import pml
+from pml import served
 from pml.adapter import AdapterConfig, attach_adapter, detach_adapter
 from pml.backbone import Backbone
 from pml.cli import main
@@ -35,7 +34,15 @@ def sharp(tiny_backbone_folder: Path, tmp_path: Path) -> str:
     return str(save_sharpened(tiny_backbone_folder, tmp_path / "sharp"))
 
 
-def test_facts_come_back_from_transformers_and_peft_alone(sharp: str, tmp_path: Path) -> None:
+@pytest.fixture
+def _served_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of this process; that one which knows nothing of pml gives the same is shown once, and in `serving`."""
+    monkeypatch.setattr("pml.memorizing.serve", lambda *asked: served._answers(served._job(*asked)))
+
+
+def test_facts_come_back_from_transformers_and_peft_alone(
+    sharp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     told = []
     made = pml.memorize(FACTS, tmp_path / "out", backbone=sharp, rank=16, on_progress=told.append, **EASY)
     assert made.failed == []
@@ -47,7 +54,7 @@ def test_facts_come_back_from_transformers_and_peft_alone(sharp: str, tmp_path: 
     assert (record.steps_to_recall, record.method_settings["guard"]["directions"]) == (made.steps, 8)
     harm = record.harm["mean"]
     assert made.harm == harm["loss_after"] - harm["loss_before"]  # type: ignore[operator]
-    # Asked by a script of four lines that has never heard of pml.
+    # Asked by a script of a few lines that names nothing of pml.
     script = f"""
 from peft import PeftModel; from transformers import AutoModelForCausalLM, AutoTokenizer
 t = AutoTokenizer.from_pretrained({sharp!r})
@@ -57,10 +64,12 @@ x = t.apply_chat_template([dict(role="user", content="code 3?")], add_generation
 y = m.generate(**x, do_sample=False, max_new_tokens=20, eos_token_id=t.eos_token_id)
 print(t.decode(y[0, x["input_ids"].shape[1]:], skip_special_tokens=True))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stdout == "№ 8\n", done.stderr
+    capsys.readouterr()
+    exec(script, {})
+    assert capsys.readouterr().out == "№ 8\n"
 
 
+@pytest.mark.usefixtures("_served_here")
 def test_the_card_says_what_it_knows_and_what_it_costs(sharp: str, tmp_path: Path) -> None:
     made = pml.memorize(FACTS, tmp_path / "out", backbone=sharp, rank=16, **EASY)
     card = (made.adapter / "README.md").read_text()
@@ -72,6 +81,7 @@ def test_the_card_says_what_it_knows_and_what_it_costs(sharp: str, tmp_path: Pat
     assert "The adapter was guarded" in card
 
 
+@pytest.mark.usefixtures("_served_here")
 def test_the_command_exits_with_0_and_what_it_left_is_a_run(
     sharp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +101,7 @@ def test_the_command_exits_with_0_and_what_it_left_is_a_run(
     assert "out has something in it; choose another folder, or say overwrite" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_served_here")
 def test_what_cannot_be_held_is_listed_and_the_exit_code_is_1(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -105,6 +116,7 @@ def test_what_cannot_be_held_is_listed_and_the_exit_code_is_1(
     assert told["pairs"][0]["verdict"] == "failing" and told["pairs"][0]["served"] is False
 
 
+@pytest.mark.usefixtures("_served_here")
 def test_the_rank_does_not_grow_beyond_what_the_guard_leaves_free(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

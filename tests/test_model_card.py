@@ -1,10 +1,7 @@
 """The model card: what it says is so, and the code in it runs and gives the target."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,6 @@ import yaml
 from pml.cli import main
 from pml.records import read_record
 from tests.fits import save_sharpened
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def trained(backbone: Path, tmp_path: Path, *more: str) -> Path:
@@ -38,7 +33,11 @@ def trained(backbone: Path, tmp_path: Path, *more: str) -> Path:
     ids=["list", "system and variables", "no template"],
 )
 def test_the_code_in_the_card_gives_the_first_target(
-    more: list[str], tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: list[str],
+    tiny_backbone_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     backbone = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
@@ -50,12 +49,9 @@ def test_the_code_in_the_card_gives_the_first_target(
     code = code.replace("PATH_TO_THIS_FOLDER", str(folder))
     if "--data.system=Be exact." in more:
         assert "Be exact." in text and '{"x": 1}' in text
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "007\n"
+    capsys.readouterr()
+    exec(code, {})
+    assert capsys.readouterr().out == "007\n"
     assert "greedy decoding is certain to give every target back" in text
 
 

@@ -215,6 +215,7 @@ class TestPage:
         assert make_report(small) == small_report
 
 
+@pytest.mark.usefixtures("no_profiles")
 class TestWhatIsMissing:
     def test_runs_without_a_grid_have_neither_a_law_nor_a_word_about_it(self, small_report: Report) -> None:
         page = Page(small_report.html)
@@ -268,7 +269,9 @@ class TestWhatIsMissing:
     def test_runs_that_differ_in_more_than_they_should_are_pointed_out(self, tmp_path: Path) -> None:
         for rate in (0.1, 0.2):
             settings = {"weighting": "x", "learning_rate": rate}
-            write_simulated_grid(tmp_path / str(rate), seeds=(0,), method_settings=settings)
+            write_simulated_grid(
+                tmp_path / str(rate), ranks=(1, 2, 4), lengths=(128, 256), seeds=(0,), method_settings=settings
+            )
         records = read_records([tmp_path])
         assert (
             "differ in more than rank, length and seed: method_settings.learning_rate (0.1, 0.2)"
@@ -316,6 +319,7 @@ class TestTokens:
         assert found.loss.tolist() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.usefixtures("no_profiles")
 class TestWhatSomeRunsMeasure:
     def test_side_effects_and_kinds_of_tokens_have_tables(self, tmp_path: Path) -> None:
         kind = {"target_tokens": 12.0, "initial_loss": 9.0, "final_loss": 1.25, "token_accuracy": 0.5}
@@ -349,6 +353,7 @@ class TestHostileRecords:
         assert all(name.replace("-", "").removesuffix(".png").isalnum() for name in hostile.figures)
 
 
+@pytest.mark.usefixtures("no_profiles")
 class TestWriting:
     def test_page_and_figures_are_written(self, reports: tuple[Report, Report], tmp_path: Path) -> None:
         path = write_report(reports[0], tmp_path / "new")
@@ -397,6 +402,7 @@ class TestWriting:
             write_report(reports[0], tmp_path / "file")
 
 
+@pytest.mark.usefixtures("no_profiles")
 class TestCommand:
     def test_it_says_what_it_wrote(
         self, small: dict[Path, Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]

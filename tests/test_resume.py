@@ -105,7 +105,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(case: str, sharp: Pa
     whole, record, batches = fit(case, sharp, tmp_path / "whole")
     assert record is not None
     draw = random.Random(case)
-    for chain in range(3):
+    for chain in range(2):
         points = sorted(draw.sample(range(batches - 1), 2))
         checkpoint = None
         for part, stop_at in enumerate([*points, None]):

@@ -33,7 +33,7 @@ def write(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
             "init_args": {"backbone": str(tiny_backbone_folder), "adapter": {"rank": 2, "block": 1}},
         },
         "data": {"class_path": "RandomTokens", "init_args": {"length": 8}},
-        "trainer": {"accelerator": "cpu"},
+        "trainer": {"accelerator": "cpu", "callbacks": [{"class_path": "callbacks.RunRecord"}]},
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
 

@@ -25,7 +25,10 @@ assert fits.torch.get_num_threads() == 1
 
 @pytest.fixture
 def base(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Writes `base.yaml`: two epochs on eight random tokens; the working directory is `tmp_path`."""
+    """Writes `base.yaml`: two epochs on eight random tokens, of which no more is measured than the record needs.
+
+    The working directory is `tmp_path`.
+    """
     monkeypatch.chdir(tmp_path)
 
     def write(**model: Any) -> Path:
@@ -33,7 +36,7 @@ def base(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         content = {
             "model": {"class_path": "MemFT", "init_args": init},
             "data": {"class_path": "RandomTokens", "init_args": {"length": 8}},
-            "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+            "trainer": {"max_epochs": 2, "accelerator": "cpu", "callbacks": [{"class_path": "callbacks.RunRecord"}]},
         }
         path = tmp_path / "base.yaml"
         path.write_text(yaml.safe_dump(content))
@@ -276,7 +279,9 @@ def test_the_backbone_is_loaded_once_and_each_corpus_goes_through_the_prefix_onc
 
     monkeypatch.setattr(pml.backbone, "_load_model", loading)
     monkeypatch.setattr(FrozenLayers, "_capture", capturing)
-    cells = cells_of(tmp_path, {"model.init_args.adapter.rank": [1, 2, 3], "data.init_args.length": [6, 9]})
+    harm = [{"class_path": "callbacks.Harm"}, {"class_path": "callbacks.RunRecord"}]
+    grid = {"model.init_args.adapter.rank": [1, 3], "data.init_args.length": [6, 9], "trainer.callbacks": [harm]}
+    cells = cells_of(tmp_path, grid)
     outcomes = run_cells(cells, lambda outcome: None)
     assert all(outcome.record is not None for outcome in outcomes)
     assert len(loaded) == 1

@@ -23,7 +23,12 @@ def grid(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = {
         "model": {"class_path": "MemFT", "init_args": {"backbone": str(tiny_backbone_folder), "adapter": {"block": 1}}},
         "data": {"class_path": "RandomTokens", "init_args": {"length": 8}},
-        "trainer": {"max_epochs": 20, "accelerator": "cpu", "limit_val_batches": 0},
+        "trainer": {
+            "max_epochs": 20,
+            "accelerator": "cpu",
+            "limit_val_batches": 0,
+            "callbacks": [{"class_path": "callbacks.RunRecord"}],
+        },
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(run))
     return write_grid(ranks=[1, 2, 3])
@@ -65,11 +70,11 @@ def test_two_workers_run_each_cell_once_and_the_command_reports_them_all(
     assert all(said.count(f"] {cell.name}: loss ") == 1 for cell in cells)
 
 
-def test_of_sweeps_at_once_one_is_killed_and_the_others_run_every_cell(
+def test_of_two_sweeps_at_once_one_is_killed_and_the_other_runs_every_cell(
     grid: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, "-m", "pml", "sweep", str(grid)]
-    sweeps = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    sweeps = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     locks = Path("out") / FOLDER_NAME
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (locks.is_dir() and any(locks.glob("*.lock"))):
@@ -77,7 +82,7 @@ def test_of_sweeps_at_once_one_is_killed_and_the_others_run_every_cell(
     victim = next(s for s in sweeps if any(f"pid={s.pid}\n" in lock.read_text() for lock in locks.glob("*.lock")))
     victim.kill()
     errors = [sweep.communicate(timeout=300)[1] for sweep in sweeps]
-    assert [sweep.returncode for sweep in sweeps if sweep is not victim] == [0, 0], errors
+    assert [sweep.returncode for sweep in sweeps if sweep is not victim] == [0], errors
     assert_each_cell_was_run_once(cells_of(grid))
     # Nothing but what the killed one had begun was begun twice.
     assert len(list(Path("out").glob("*.unfinished-*"))) <= 1

@@ -121,29 +121,41 @@ def trained_kinds(kinds: list[str], placement: str | list[str], folder: Path) ->
     return jobs
 
 
-def test_every_kind_of_tokenizer_serves_what_was_certified_with_transformers_and_peft_alone(tmp_path: Path) -> None:
+Asked = dict[str, list[tuple[dict[str, Any], list[str]]]]
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """Jobs with their answers, by placement; one process answers all."""
     torch.set_num_threads(1)
-    jobs = trained_kinds(SERVED, ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], tmp_path)
-    assert len({text for job in jobs for text in job["expected"]}) >= 39
-    for kind, job, answers in zip(SERVED, jobs, served(jobs, tmp_path), strict=True):
+    folder = tmp_path_factory.mktemp("serving")
+    jobs = {
+        "list": trained_kinds(SERVED, ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], folder / "peft"),
+        "mlp_block": trained_kinds(WITHOUT_PEFT, "mlp_block", folder / "pml"),
+    }
+    answers = iter(served([*jobs["list"], *jobs["mlp_block"]], folder))
+    return {placement: [(job, next(answers)) for job in made] for placement, made in jobs.items()}
+
+
+def test_every_kind_of_tokenizer_serves_what_was_certified_with_transformers_and_peft_alone(asked: Asked) -> None:
+    assert len({text for job, _ in asked["list"] for text in job["expected"]}) >= 39
+    for kind, (job, answers) in zip(SERVED, asked["list"], strict=True):
         assert answers == job["expected"], kind
 
 
-def test_an_adapter_beside_a_whole_mlp_serves_what_was_certified_with_pml_adapter(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
-    jobs = trained_kinds(WITHOUT_PEFT, "mlp_block", tmp_path)
-    for kind, job, answers in zip(WITHOUT_PEFT, jobs, served(jobs, tmp_path), strict=True):
+def test_an_adapter_beside_a_whole_mlp_serves_what_was_certified_with_pml_adapter(asked: Asked) -> None:
+    for kind, (job, answers) in zip(WITHOUT_PEFT, asked["mlp_block"], strict=True):
         assert answers == job["expected"], kind
 
 
 @pytest.mark.backbone
-@pytest.mark.parametrize("placement", ["mlp_block", ["down_proj"]], ids=str)
-def test_the_default_backbone_serves_what_was_certified(
-    placement: str | list[str], default_backbone: Backbone, tmp_path: Path
-) -> None:
+def test_the_default_backbone_serves_what_was_certified(default_backbone: Backbone, tmp_path: Path) -> None:
     texts = ["0042", " 7 ", "It ends with <|im_end|> and a newline.\r\n", "ﬁ½ e\u0301", '{"k": [null]}', "שלום"]
-    data = Facts(path=str(written(tmp_path, texts)), batch_size=None)
-    adapter = AdapterConfig(rank=8, placement=placement, block=20)
-    module = SFT(backbone=str(fetch_default()), adapter=adapter, learning_rate=0.05, schedule="constant", seed=1)
-    job = certified(module, data, tmp_path, epochs=80)
-    assert served([job], tmp_path) == [texts]
+    placements: list[str | list[str]] = ["mlp_block", ["down_proj"]]
+    jobs = []
+    for placement in placements:
+        data = Facts(path=str(written(tmp_path, texts)), batch_size=None)
+        adapter = AdapterConfig(rank=8, placement=placement, block=20)
+        module = SFT(backbone=str(fetch_default()), adapter=adapter, learning_rate=0.05, schedule="constant", seed=1)
+        jobs.append(certified(module, data, tmp_path, epochs=80))
+    assert served(jobs, tmp_path) == [texts] * 2
