@@ -17,7 +17,9 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from pml.atomic import whole_file
 from pml.checkpoints import FOLDER_NAME, Checkpoints, StopsAtSteps, newest_checkpoint, read_checkpoint
+from pml.disk import DiskError, disk_trouble
 from pml.errors import InputError, reason
 from pml.fit_config import check_configuration
 from pml.modules import Memorization
@@ -60,9 +62,8 @@ class _SaveConfig(SaveConfigCallback):
         if trainer.loggers or own is not None:
             folder = own or folder_of_loggers(trainer)
             if trainer.is_global_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-                path = str(folder / CONFIG_NAME)
-                self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=self.multifile)
+                with whole_file(folder / CONFIG_NAME) as file:
+                    file.write(self.parser.dump(self.config, skip_unset=False).encode())
         self.already_saved = True
 
 
@@ -238,6 +239,7 @@ class MemorizationCLI(LightningCLI):
 
         Raises:
             Stopped: When a signal has ended it, with advice on how to go on.
+            DiskError: When what it writes has found no room; likewise.
         """
         try:
             with at_step_ends():
@@ -248,9 +250,16 @@ class MemorizationCLI(LightningCLI):
                     "trainer.max_epochs or trainer.max_steps to go on for longer"
                 )
         except Stopped as stop:
-            saved = next((c for c in self.trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
-            stop.advice = saved.how_to_go_on() if saved is not None else "it made no checkpoints to go on from"
+            stop.advice = self._how_to_go_on()
             raise
+        except Exception as error:
+            if (trouble := disk_trouble(error)) is None:
+                raise
+            raise DiskError(f"{trouble}; mend that; {self._how_to_go_on()}") from error
+
+    def _how_to_go_on(self) -> str:
+        saved = next((c for c in self.trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
+        return saved.how_to_go_on() if saved is not None else "it made no checkpoints to go on from"
 
     before_fit = make_ready
     before_validate = before_test = before_predict = make_ready_to_evaluate
