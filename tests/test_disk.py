@@ -25,6 +25,7 @@ from tests.simulated_runs import write_simulated_grid
 
 assert fits.torch.get_num_threads() == 1
 
+MENDED = "PML_TEST_DISK_IS_MENDED"
 BEFORE, MIDDLE, LAST = STEPS = (-1, 5, 9)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +56,7 @@ class Disk(callbacks.StopWhenRecalled):
         self._spoil(trainer.global_step, pl_module)
 
     def _spoil(self, step: int, module: Any) -> None:
-        if step == self.step and not module.resumed:
+        if step == self.step and not module.resumed and MENDED not in os.environ:
             make_read_only() if self.read_only else fill_disk(self.pages)
 
 
@@ -159,7 +160,7 @@ def test_whatever_fits_onto_the_disk_at_the_end_is_whole_and_the_adapter_comes_f
     small_disk: Path, arguments: list[str]
 ) -> None:
     codes, left = [], []
-    for pages in (3, 8, 40):
+    for pages in (3, 9, 40):
         run = Path("runs", f"p{pages}", "version_0")
         codes.append(main([*arguments, *disk(LAST, pages=pages), f"--trainer.logger.name=p{pages}"]))
         assert_whole(run)
@@ -233,7 +234,11 @@ def grid(tiny_backbone_folder: Path) -> Callable[..., list[Any]]:
 
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_sweep_stops_with_one_line_and_what_is_done_stays_done(
-    read_only: bool, small_disk: Path, grid: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
+    read_only: bool,
+    small_disk: Path,
+    grid: Callable[..., list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first, second, third = grid(read_only=read_only)
     assert main(["sweep", "grid.yaml"]) == 2
@@ -247,17 +252,9 @@ def test_a_sweep_stops_with_one_line_and_what_is_done_stays_done(
         subprocess.run(["umount", "runs"], check=True)
     else:
         Path("filler").unlink()
-    # The second cell would spoil the disk again.
-    Path("grid.yaml").write_text(Path("grid.yaml").read_text().replace("step: 5", "step: 500"))
-    capsys.readouterr()
-    assert main(["sweep", "grid.yaml"]) == 2 or True
-
-
-OUTPUTS = {
-    "law": "law runs --out out",
-    "report": "report runs --out out",
-    "compare": "compare runs --out out",
-}
+    monkeypatch.setenv(MENDED, "1")
+    assert main(["sweep", "grid.yaml"]) == 0
+    assert all(cell.record is not None for cell in (first, second, third))
 
 
 @pytest.mark.parametrize("command", ["law grid --out out", "report grid --out out"])
