@@ -58,7 +58,7 @@ class StopsAtSteps(Callback):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints beside their place; Lightning's own way would be through the system's folder for such files."""
+    """Writes checkpoints beside their place; Lightning's own way leads through the system's temporary folder."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         content = io.BytesIO()

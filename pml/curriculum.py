@@ -183,7 +183,9 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
         """
         begun = 0 < state["batches"] < self.batches_in_epoch(state["epoch"])
         now = self._order_settings()
-        changed = [f"{name} {value} and now {now[name]}" for name, value in state["order"].items() if value != now[name]]
+        changed = [
+            f"{name} {value} and now {now[name]}" for name, value in state["order"].items() if value != now[name]
+        ]
         if begun and changed:
             raise InputError(
                 f"this checkpoint stands {state['batches']} batches into an epoch whose batches were others: "

@@ -34,7 +34,7 @@ def disk_trouble(error: BaseException | None) -> str | None:
 
 @contextmanager
 def quiet_threads() -> Iterator[None]:
-    """Within it, a thread that a disk has failed ends without a word: loggers raise its error again where they write."""
+    """Within it, a thread that a disk has failed ends without a word: loggers raise its error where they write next."""
     before = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:

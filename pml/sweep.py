@@ -179,9 +179,7 @@ def _failed(cell: Cell, error: Exception) -> Outcome:
             return Outcome(cell, error=summary)
         except OSError as unwritten:
             trouble = f"{unwritten.filename}: {unwritten.strerror}"
-    raise DiskError(
-        f"{trouble}; cells that are done stay done; mend that, and go on with the same command"
-    ) from error
+    raise DiskError(f"{trouble}; cells that are done stay done; mend that, and go on with the same command") from error
 
 
 def _set_aside(folder: Path) -> None:

@@ -183,7 +183,7 @@ def fit(module: Memorization, data: Ids, tmp_path: Path, ranks: int, **options: 
 
 
 def many_ranks(rank: int, ranks: int, port: int, folder: Path, tmp_path: Path, threshold: float) -> None:
-    """All cases, as one of two ranks, or the ten steps as one of more; each rank leaves what it saw in `rank0.pt` ..."""
+    """All cases, as one of two ranks, or ten steps as one of more; each rank leaves what it saw in `rank0.pt` ..."""
     # As a launcher such as torchrun would set it: Lightning then starts no processes of its own.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}

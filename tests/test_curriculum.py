@@ -149,9 +149,7 @@ def test_accumulated_batches_are_those_of_one_large_batch_in_parts(
 ) -> None:
     accumulate, per_step = 3, batch_size * world_size * 3
     options = {"shuffle": shuffle, "curriculum": curriculum, "drop_last": drop_last and total >= per_step}
-    small = global_batches(
-        batches_of_all_ranks(total, batch_size, world_size, epoch, accumulate=accumulate, **options)
-    )
+    small = global_batches(batches_of_all_ranks(total, batch_size, world_size, epoch, accumulate=accumulate, **options))
     steps = [list(chain(*small[first : first + accumulate])) for first in range(0, len(small), accumulate)]
     assert steps == batches_of_all_ranks(total, per_step, 1, epoch, **options)[0]
 
