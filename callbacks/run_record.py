@@ -88,7 +88,9 @@ class RunRecord(Callback):
         # Asking for the loggers' folder takes all ranks, so it is asked for once, here.
         self.folder = Path(self.dirpath) if self.dirpath else folder_of_loggers(trainer)
         path = self.folder / RECORD_NAME
-        if trainer.is_global_zero and path.exists() and not self.overwrite:
+        goes_on = pl_module.goes_on_in is not None and pl_module.goes_on_in.resolve() == self.folder.resolve()
+        may_replace = self.overwrite or goes_on
+        if trainer.is_global_zero and path.exists() and not may_replace:
             raise InputError(
                 f"{path} is the record of an earlier run; choose another folder "
                 "(trainer.logger.init_args.name, or RunRecord's dirpath) or set overwrite: true"
@@ -214,6 +216,8 @@ class RunRecord(Callback):
         encoder = trainer.datamodule.encoder(pl_module.tokenizer)  # type: ignore[attr-defined]
         # The adapter comes first: it is what a full disk must not take.
         save_adapter(pl_module.model, self.folder / "adapter", model_card(self.record, corpus, encoder))
+        # The record of what the adapter was before is no longer true.
+        (self.folder / RECORD_NAME).unlink(missing_ok=True)
         write_tokens(self.folder / TOKENS_NAME, corpus, scores)
         # The record comes last: a folder that has one has everything.
         write_record(self.folder, self.record)

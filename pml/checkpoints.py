@@ -19,13 +19,14 @@ from pml.errors import InputError
 from pml.modules import Memorization
 from pml.ranks import several_ranks
 from pml.run_folder import folder_of_run
+from pml.same_folder import CHECKPOINTS as FOLDER_NAME
+from pml.same_folder import loggers_of
 from pml.stopping import Stopped, requested
 
 __all__ = ["FOLDER_NAME", "Checkpoints", "StopsAtSteps", "newest_checkpoint", "read_checkpoint"]
 
 log = logging.getLogger(__name__)
 
-FOLDER_NAME = "checkpoints"
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
@@ -103,6 +104,9 @@ class Checkpoints(StopsAtSteps, Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved_step != trainer.global_step:
             self.save(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["pml_loggers"] = loggers_of(trainer, self.folder.parent)
 
     def how_to_go_on(self) -> str:
         """The command that goes on from the newest checkpoint, or that there is none."""

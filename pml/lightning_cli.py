@@ -16,6 +16,7 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 
 from pml.atomic import whole_file
 from pml.checkpoints import FOLDER_NAME, Checkpoints, StopsAtSteps, newest_checkpoint, read_checkpoint
@@ -28,6 +29,7 @@ from pml.progress import FitProgress, SayWhyItEnded, is_interactive
 from pml.quiet import keep_quiet
 from pml.recall import gather_scores
 from pml.run_folder import CONFIG_NAME, folder_of_loggers, recorded_folder, use_corpus_of_run
+from pml.same_folder import keep_rows, logger_settings, run_to_go_on_in
 from pml.same_model import refuse_other_model
 from pml.stopping import Stopped, at_step_ends
 from pml.token_results import PREDICTIONS_NAME, write_predictions
@@ -78,6 +80,7 @@ class MemorizationCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         self._fit_alone = not run
+        self._goes_on: tuple[Path, dict[str, Any]] | None = None
         asked = str(args[0]) if args else ""
         # A parser takes a while to make, so only that of the subcommand that is asked for is made.
         self._commands = {n: skip for n, skip in LightningCLI.subcommands().items() if asked in (n, "")}
@@ -139,16 +142,29 @@ class MemorizationCLI(LightningCLI):
                     "or the file of a checkpoint"
                 )
             options["ckpt_path"] = str(newest_checkpoint(folder))
-        made_with = read_checkpoint(Path(options["ckpt_path"])).get("hyper_parameters", {})
+        checkpoint = read_checkpoint(Path(options["ckpt_path"]))
+        made_with = checkpoint.get("hyper_parameters", {})
         refuse_other_model(self._arguments, _given(self._arguments, CONFIG_OPTIONS), made_with)
+        if command in ("fit", None) and (run := run_to_go_on_in(Path(options["ckpt_path"]))):
+            self._goes_on = run, checkpoint
         super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
+        options = self.config.get(str(self.config.get("subcommand")), self.config)
+        asked = options["trainer.logger"]
+        places = any(str(argument).startswith("--trainer.logger") for argument in self._arguments)
         try:
+            if self._goes_on is not None and not places:
+                options["trainer.logger"] = logger_settings(_plain(asked), *self._goes_on)
             super().instantiate_classes()
+            if self._goes_on is not None:
+                self.model.goes_on_in = self._goes_on[0]
         except (TypeError, ValueError) as error:
             # Constructors only look at what they are given, so what one refuses is the user's.
             raise InputError(reason(error)) from error
+        finally:
+            # As it was asked for is how it is saved: a fit of that configuration is another run.
+            options["trainer.logger"] = asked
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every fit of the command line has: a bar where someone watches, and a last word."""
@@ -165,7 +181,12 @@ class MemorizationCLI(LightningCLI):
                 callbacks.append(StopsAtSteps())
             elif not any(isinstance(callback, Checkpoints) for callback in callbacks):
                 callbacks.append(Checkpoints())
-        return super().instantiate_trainer(**{**config, "callbacks": callbacks})
+        trainer = super().instantiate_trainer(**{**config, "callbacks": callbacks})
+        if self._goes_on is not None and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    keep_rows(logger, self._goes_on[1]["global_step"])
+        return trainer
 
     def make_ready(self) -> None:
         """Load the backbone and make the corpus, so that what is wrong with them shows before a folder is made.
@@ -277,6 +298,13 @@ def _given(arguments: Sequence[str], names: Sequence[str]) -> list[Path]:
     """Files that options of these names were given."""
     pairs = [a.split("=", 1) if "=" in a else [a, b] for a, b in pairwise([*map(str, arguments), ""])]
     return [Path(value) for name, value in pairs if name in names]
+
+
+def _plain(value: Any) -> Any:
+    """A part of a configuration as plain Python."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.as_dict() if isinstance(value, jsonargparse.Namespace) else value
 
 
 def _unused(path: Path) -> Path:

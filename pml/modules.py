@@ -108,6 +108,8 @@ class Memorization(LightningModule):
         self._frozen_layers: FrozenLayers | None = None
         self.goes_on_from: dict[str, Any] = {}
         """State of a checkpoint that was loaded, until training goes on from it."""
+        self.goes_on_in: Path | None = None
+        """Folder of the run that it goes on with, whose unfinished results it may write over."""
         self._steps = 0
 
     def settings(self) -> dict[str, Any]:
