@@ -109,10 +109,10 @@ class RunRecord(Callback):
             self._keep_corpus(trainer, pl_module)
         self._initial = exact_scores(trainer, pl_module, frozen=True)
         self.record = None
-        self._history, self._last_rate = LossHistory(), 0.0
+        self._history, self._last_rate = LossHistory(pl_module.device), 0.0
         self._clock = _Clock()
         if self._restored:
-            self._history.load_state_dict(self._restored["history"], pl_module.device)
+            self._history.load_state_dict(self._restored["history"])
             self._last_rate = self._restored["last_rate"]
             self._clock = _Clock(self._restored["seconds"])
             self._restored = {}
@@ -181,7 +181,7 @@ class RunRecord(Callback):
         wall_seconds = self._clock.seconds
         scores = exact_scores(trainer, pl_module)
         trained = summed_over_ranks(torch.tensor(pl_module.tokens_trained, device=pl_module.device))
-        history = summed_over_ranks(self._history.sums().to(pl_module.device)).cpu()
+        history = summed_over_ranks(self._history.sums()).cpu()
         measured = _measured_by_others(trainer, pl_module, ended)
         if not trainer.is_global_zero:
             return

@@ -28,7 +28,7 @@ from pml.plain import as_plain, from_plain
 from pml.schedule import check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
 from pml.state_store import CacheConfig
-from pml.training_state import copy_adapter, go_on, method_of, own_share, refuse_other_data, training_state
+from pml.training_state import copy_adapter, go_on, method_of, own_share, refuse_other_data, seed_rank, training_state
 from pml.weighting import TokenScores, Uniform, Weighting, WholeTargets
 
 __all__ = ["SFT", "MemFT", "Memorization"]
@@ -257,6 +257,7 @@ class Memorization(LightningModule):
             self._maybe_compile([len(example) for example in datamodule.corpus.examples])
 
     def on_train_start(self) -> None:
+        seed_rank(self.global_rank)
         go_on(self, self.goes_on_from)
         self.goes_on_from = {}
 

@@ -1,6 +1,8 @@
 """Fits that `test_ddp` runs on one rank and on several: what a rank does, and what it leaves for comparison."""
 
+import contextlib
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,15 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import Generalization, Harm, Retention, RunRecord, StopWhenRecalled, TokenThresholds, VerbatimRecall
+from pml import stopping
 from pml.adapter import AdapterConfig, adapter_parameters, adapter_state
+from pml.checkpoints import Checkpoints, newest_checkpoint
 from pml.corpus import Corpus, Example
 from pml.curriculum import PrefixRatio
 from pml.guard import GuardConfig
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import gather_scores, greedy_recall, score_corpus
+from pml.stopping import Stopped
 from pml.weighting import OnlyThreshold, SlidingWindow, Weighting, WholeTargets
 from tests.fits import module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
@@ -137,6 +142,41 @@ def guarded_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, torch.Ten
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
+class StopAt(Callback):
+    """Asks for a stop, as a signal does that only the last rank has got."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            stopping.request(signal.SIGTERM)
+
+
+def resumed_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, list[Any]]:
+    """A fit with dropout and windows, whole, and in two parts: adapters and generators that they end with."""
+    ends: dict[str, list[Any]] = {"adapter": [], "generator": []}
+    for part, (stop, checkpoint) in enumerate(((None, None), (3, None), (None, tmp_path / "part1"))):
+        torch.manual_seed(4)
+        adapter = AdapterConfig(rank=4, block=2, dropout=0.3)
+        module = kicked(module_on(folder, MemFT, adapter=adapter, weighting=SlidingWindow(window=2, patience=1)))
+        trainer = make_trainer(
+            tmp_path / f"part{part}",
+            enable_checkpointing=True,
+            callbacks=[StopAt(stop), TokenThresholds(), Checkpoints()],
+            max_epochs=3,
+            strategy="ddp",
+            devices=ranks,
+        )
+        with stopping.listening(), stopping.at_step_ends(), contextlib.suppress(Stopped):
+            path = None if checkpoint is None else newest_checkpoint(checkpoint)
+            data = Ids(uneven(7), batch_size=4 // ranks)
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        ends["adapter"].append({n: p.detach().clone() for n, p in adapter_parameters(module.model).items()})
+        ends["generator"].append(torch.get_rng_state())
+    return ends
+
+
 class WithHeldOut(Ids):
     """One pair held out, so that the second of two ranks has none to score."""
 
@@ -197,6 +237,7 @@ def many_ranks(rank: int, ranks: int, port: int, folder: Path, tmp_path: Path, t
             "gradients": {case: gradients(folder, tmp_path, 2, case, threshold) for case in GRADIENT_CASES},
             "skipped": skipped_fit(folder, tmp_path, 2),
             "window": window_fit(folder, tmp_path, 2),
+            "resumed": resumed_fit(folder, tmp_path, 2),
             "guarded": guarded_fit(folder, tmp_path, 2),
             "recorded": recorded_fit(folder, tmp_path, 2),
         }

@@ -141,6 +141,17 @@ def test_window_states_follow_examples_from_rank_to_rank(two: dict[str, Any], fo
         assert left["window"]["anchor"].tolist() == expected["anchor"].tolist()
 
 
+def test_two_ranks_with_dropout_of_their_own_go_on_bit_for_bit(two: dict[str, Any]) -> None:
+    ends = [left["resumed"] for left in two["left"]]
+    for rank in ends:
+        whole, stopped, resumed = rank["adapter"]
+        assert all(torch.equal(values, resumed[name]) for name, values in whole.items())
+        assert not all(torch.equal(values, stopped[name]) for name, values in whole.items())
+        assert torch.equal(rank["generator"][0], rank["generator"][2])
+    assert not torch.equal(ends[0]["generator"][0], ends[1]["generator"][0])
+    assert all(torch.equal(values, ends[1]["adapter"][0][name]) for name, values in ends[0]["adapter"][0].items())
+
+
 def test_a_guard_has_the_free_directions_of_the_first_rank_on_all(two: dict[str, Any]) -> None:
     first, second = (left["guarded"] for left in two["left"])
     (basis,) = (tensor for name, tensor in first.items() if name.endswith("basis"))
