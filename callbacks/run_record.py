@@ -1,5 +1,6 @@
 """One record per fit: what was run and what came out, beside the adapter and the per-token results."""
 
+import contextlib
 import logging
 import math
 import time
@@ -9,21 +10,23 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors import SafetensorError
 
 from callbacks._logging import exact_scores, log_everywhere, log_settings
 from pml.adapter import adapter_parameters
-from pml.atomic import whole_file
 from pml.convergence import LossHistory
 from pml.corpus import Corpus
 from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, write_corpus
+from pml.disk import disk_trouble
 from pml.errors import InputError
 from pml.measures import curve_ends, recall_measures
-from pml.model_card import CARD_NAME, model_card
+from pml.model_card import model_card
 from pml.modules import Memorization
 from pml.provenance import git_commit, hardware, run_settings, versions
 from pml.ranks import summed_over_ranks
 from pml.records import RECORD_NAME, MeasuresForRecord, Record, Status, write_record
 from pml.run_folder import folder_of_loggers, write_configuration
+from pml.saved_adapter import save_adapter
 from pml.stopping import Stopped
 from pml.token_results import TOKENS_NAME, write_tokens
 from pml.weighting import TokenScores, critical_loss
@@ -85,7 +88,9 @@ class RunRecord(Callback):
         # Asking for the loggers' folder takes all ranks, so it is asked for once, here.
         self.folder = Path(self.dirpath) if self.dirpath else folder_of_loggers(trainer)
         path = self.folder / RECORD_NAME
-        if trainer.is_global_zero and path.exists() and not self.overwrite:
+        goes_on = pl_module.goes_on_in is not None and pl_module.goes_on_in.resolve() == self.folder.resolve()
+        may_replace = self.overwrite or goes_on
+        if trainer.is_global_zero and path.exists() and not may_replace:
             raise InputError(
                 f"{path} is the record of an earlier run; choose another folder "
                 "(trainer.logger.init_args.name, or RunRecord's dirpath) or set overwrite: true"
@@ -104,10 +109,10 @@ class RunRecord(Callback):
             self._keep_corpus(trainer, pl_module)
         self._initial = exact_scores(trainer, pl_module, frozen=True)
         self.record = None
-        self._history, self._last_rate = LossHistory(), 0.0
+        self._history, self._last_rate = LossHistory(pl_module.device), 0.0
         self._clock = _Clock()
         if self._restored:
-            self._history.load_state_dict(self._restored["history"], pl_module.device)
+            self._history.load_state_dict(self._restored["history"])
             self._last_rate = self._restored["last_rate"]
             self._clock = _Clock(self._restored["seconds"])
             self._restored = {}
@@ -143,6 +148,10 @@ class RunRecord(Callback):
             self._write(trainer, pl_module, ended=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if disk_trouble(exception) is not None and self._initial is not None and trainer.is_global_zero:
+            # Room for anything is room for what was learnt.
+            with contextlib.suppress(OSError, SafetensorError):
+                save_adapter(pl_module.model, self.folder / "adapter")  # type: ignore[arg-type]
         stopped = isinstance(exception, KeyboardInterrupt) or (isinstance(exception, Stopped) and not exception.at_once)
         if not stopped or self._initial is None or self.record is not None:
             return
@@ -151,7 +160,7 @@ class RunRecord(Callback):
         if trainer.world_size == 1 or isinstance(exception, Stopped):
             self._write(trainer, pl_module, ended=False)
         elif trainer.is_global_zero:
-            pl_module.model.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
+            save_adapter(pl_module.model, self.folder / "adapter")
 
     # Not `state_dict`: Lightning would refuse a second callback of this kind beside the default one.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -172,7 +181,7 @@ class RunRecord(Callback):
         wall_seconds = self._clock.seconds
         scores = exact_scores(trainer, pl_module)
         trained = summed_over_ranks(torch.tensor(pl_module.tokens_trained, device=pl_module.device))
-        history = summed_over_ranks(self._history.sums().to(pl_module.device)).cpu()
+        history = summed_over_ranks(self._history.sums()).cpu()
         measured = _measured_by_others(trainer, pl_module, ended)
         if not trainer.is_global_zero:
             return
@@ -204,12 +213,12 @@ class RunRecord(Callback):
 
     def _write_results(self, trainer: Trainer, pl_module: Memorization, corpus: Corpus, scores: TokenScores) -> None:
         assert self.record is not None
-        write_tokens(self.folder / TOKENS_NAME, corpus, scores)
-        pl_module.model.save_pretrained(str(self.folder / "adapter"), save_embedding_layers=False)
         encoder = trainer.datamodule.encoder(pl_module.tokenizer)  # type: ignore[attr-defined]
-        # In place of PEFT's, which is blank.
-        with whole_file(self.folder / "adapter" / CARD_NAME) as file:
-            file.write(model_card(self.record, corpus, encoder).encode())
+        # The adapter comes first: it is what a full disk must not take.
+        save_adapter(pl_module.model, self.folder / "adapter", model_card(self.record, corpus, encoder))
+        # The record of what the adapter was before is no longer true.
+        (self.folder / RECORD_NAME).unlink(missing_ok=True)
+        write_tokens(self.folder / TOKENS_NAME, corpus, scores)
         # The record comes last: a folder that has one has everything.
         write_record(self.folder, self.record)
         log_everywhere(trainer, curve_ends(scores, self.threshold, self.record.wall_seconds))

@@ -11,6 +11,7 @@ from callbacks._corpus_metric import CorpusMetricCallback
 from callbacks._logging import exact_scores, log_everywhere
 from callbacks._token_board import show_history, show_look
 from pml import metrics
+from pml.disk import disk_trouble
 from pml.errors import InputError
 from pml.last_seen import LastSeen, margins, shares
 from pml.looks import Looks
@@ -92,7 +93,7 @@ class TokenThresholds(CorpusMetricCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # What this rank has seen since the last look is not asked for: others may be gone.
-        if self._seen is not None:
+        if self._seen is not None and disk_trouble(exception) is None:
             self._write(trainer)
 
     # Resuming --------------------------------------------------------------------------------------------------------

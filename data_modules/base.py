@@ -30,7 +30,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
     Args:
         batch_size: Examples per rank and micro-batch; null puts the whole corpus into one batch.
         shuffle: Train in a fresh order each epoch; false keeps the order of the corpus.
-        drop_last: Leave out the last training batch of an epoch where it is not full.
+        drop_last: Leave out what does not fill the last optimiser step of an epoch.
         seed: Seed of the corpus and of the order of its examples; the run's own seed does not change either.
         chat_template: Put the query into the tokenizer's chat template, where it has one.
         system: Text of a system turn before the query; null leaves that to the chat template.
@@ -190,6 +190,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
             curriculum=curriculum,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             world_size=world_size,
+            accumulate=self.trainer.accumulate_grad_batches if self.trainer is not None else 1,
         )
         # Lightning counts the batches of a reloaded epoch before it says which epoch that is.
         sampler.set_epoch(self.trainer.current_epoch if self.trainer is not None else 0)

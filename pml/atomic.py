@@ -17,6 +17,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     Args:
         path: Where the file will be.
+
+    Raises:
+        OSError: If it cannot be written, with `path` as its filename.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
@@ -26,5 +29,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        if error.filename not in (None, str(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)

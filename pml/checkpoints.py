@@ -1,7 +1,7 @@
 """Checkpoints that a fit goes on from as if it had not stopped: when they are made, which is the newest whole one."""
 
+import io
 import logging
-import os
 import pickle
 import shlex
 import time
@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from pml.atomic import whole_file
 from pml.errors import InputError
 from pml.modules import Memorization
 from pml.ranks import several_ranks
 from pml.run_folder import folder_of_run
+from pml.same_folder import CHECKPOINTS as FOLDER_NAME
+from pml.same_folder import loggers_of
 from pml.stopping import Stopped, requested
 
 __all__ = ["FOLDER_NAME", "Checkpoints", "StopsAtSteps", "newest_checkpoint", "read_checkpoint"]
 
 log = logging.getLogger(__name__)
 
-FOLDER_NAME = "checkpoints"
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
@@ -55,6 +58,16 @@ class StopsAtSteps(Callback):
         """Save what is needed to go on; this class saves nothing. Takes all ranks."""
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints beside their place; Lightning's own way leads through the system's temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        with whole_file(Path(path)) as file:
+            file.write(content.getbuffer())
+
+
 class Checkpoints(StopsAtSteps, Checkpoint):
     """Saves a checkpoint every few minutes, when a signal ends the fit, and when it has ended by itself.
 
@@ -77,6 +90,7 @@ class Checkpoints(StopsAtSteps, Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.folder = folder_of_run(trainer) / FOLDER_NAME
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
@@ -90,6 +104,9 @@ class Checkpoints(StopsAtSteps, Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._saved_step != trainer.global_step:
             self.save(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["pml_loggers"] = loggers_of(trainer, self.folder.parent)
 
     def how_to_go_on(self) -> str:
         """The command that goes on from the newest checkpoint, or that there is none."""
@@ -105,8 +122,6 @@ class Checkpoints(StopsAtSteps, Checkpoint):
         partial = self.folder / f".{LAST}.partial"
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
             if (last := self.folder / LAST).exists():
                 last.replace(self.folder / PREVIOUS)
             partial.replace(last)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pml.disk import disk_trouble, quiet_threads
 from pml.errors import InputError, reason
 from pml.escape import one_line
 from pml.own_classes import OPTION, allowed
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0] if arguments else "--help"
     where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
     try:
-        with listening(where), allowed(OPTION in arguments):
+        with listening(where), quiet_threads(), allowed(OPTION in arguments):
             code = _dispatch(command, [argument for argument in arguments if argument != OPTION])
             sys.stdout.flush()
             return code
@@ -63,17 +64,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{where}: {stop}", file=sys.stderr)
         return stop.code
     except BrokenPipeError:
-        # Who reads the output, such as `head`, has seen enough. What is left in the buffer must not fail at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Who reads the output, such as `head`, has seen enough.
+        _drop_output()
         return BROKEN_PIPE
     except Exception as error:
-        if not _is_wrong_input(error):
+        if not _is_wrong_input(error) and disk_trouble(error) is None:
             raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         print(f"{where}: error: {one_line(' '.join(_message(error).split()))}", file=sys.stderr)
         return 2
 
 
+def _drop_output() -> None:
+    """Have what is left in the buffer of stdout go nowhere, rather than fail at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _message(error: Exception) -> str:
+    if not isinstance(error, InputError) and (trouble := disk_trouble(error)) is not None:
+        return f"{trouble}; expected room to write; files that were whole still are"
     if isinstance(error, OSError):
         return f"{str(error.filename)[:LONGEST_PATH]}: {error.strerror}; expected a file or folder that can be used so"
     return str(error) if isinstance(error, InputError) else reason(error)

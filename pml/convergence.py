@@ -14,9 +14,14 @@ FEWEST_STEPS = 20
 
 
 class LossHistory:
-    """Training loss over the steps of a fit, in a bounded number of equal segments and without waiting for a device."""
+    """Training loss over the steps of a fit, in a bounded number of equal segments and without waiting for a device.
 
-    def __init__(self) -> None:
+    Args:
+        device: Where the losses are, and where sums over ranks are taken.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
         self.steps = 0
         """Steps added."""
         self._length = 1  # steps in a segment
@@ -42,21 +47,17 @@ class LossHistory:
 
     def sums(self) -> Tensor:
         """(segments, 2) float64: sums of losses in nats and numbers of target tokens; sums over ranks add up."""
-        return torch.stack(self._segments) if self._segments else torch.zeros(0, 2, dtype=torch.float64)
+        none = torch.zeros(0, 2, dtype=torch.float64, device=self.device)
+        return torch.stack(self._segments) if self._segments else none
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be in a checkpoint, with the sums of all ranks. Takes all ranks."""
         return {"steps": self.steps, "length": self._length, "sums": summed_over_ranks(self.sums()).cpu()}
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
-        """Take back what `state_dict` gave; the first rank keeps the sums.
-
-        Args:
-            state: That.
-            device: Where losses will be.
-        """
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave; the first rank keeps the sums."""
         self.steps, self._length = state["steps"], state["length"]
-        self._segments = list((state["sums"] * is_first_rank()).to(device))
+        self._segments = list((state["sums"] * is_first_rank()).to(self.device))
 
     @staticmethod
     def late_drop(sums: Tensor, steps: int) -> float | None:

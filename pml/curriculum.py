@@ -109,10 +109,12 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
         batch_size: Examples per rank and batch.
         seed: Of the curriculum's one shuffle; `seed + epoch` seeds each epoch's order.
         shuffle: Fresh order each epoch; otherwise the corpus' order, or the curriculum's.
-        drop_last: Leave out a last global batch that is not full.
+        drop_last: Leave out what does not fill a last optimiser step.
         curriculum: Which examples are active in which epoch; None means all, always.
         rank: This process.
         world_size: Number of processes.
+        accumulate: Batches that an optimiser step accumulates: what is rounded to whole steps is rounded to as many
+            examples, so that k accumulated batches are as one that is k times as large.
 
     Raises:
         InputError: If `batch_size` is below 1, or `drop_last` leaves no batch.
@@ -129,18 +131,21 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
         curriculum: PrefixRatio | None = None,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1 example per rank")
         self.total = total
         self.examples_per_rank = batch_size
         self.examples_per_batch = batch_size * world_size
+        self.batches_per_step = accumulate
+        self.examples_per_step = self.examples_per_batch * accumulate
         self.curriculum = curriculum
         self._position = self._restored = {"epoch": 0, "batches": 0}
-        if drop_last and total < self.examples_per_batch:
+        if drop_last and total < self.examples_per_step:
             raise InputError(
-                f"drop_last leaves no batch: the corpus has {total} examples, a batch over {world_size} rank(s) "
-                f"{self.examples_per_batch}; set drop_last: false or a smaller batch_size"
+                f"drop_last leaves no step: the corpus has {total} examples, a step over {world_size} rank(s) "
+                f"{self.examples_per_step}; set drop_last: false or a smaller batch_size"
             )
         indices = range(total)  # only its length is used, by the base class
         super().__init__(indices, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
@@ -151,8 +156,10 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
 
     def batches_in_epoch(self, epoch: int) -> int:
         """Number of batches in any epoch; they grow with a curriculum, which a learning-rate schedule has to know."""
-        batches = self._active_count(epoch) / self.examples_per_batch
-        return math.floor(batches) if self.drop_last else math.ceil(batches)
+        active = self._active_count(epoch)
+        if self.drop_last:
+            return active // self.examples_per_step * self.batches_per_step
+        return math.ceil(active / self.examples_per_batch)
 
     def __iter__(self) -> Iterator[list[int]]:
         # A generator's body runs at the first `next`: Lightning may call `iter` first and `set_epoch` second.
@@ -175,12 +182,14 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
             InputError: If the epoch had begun, and its batches are others now.
         """
         begun = 0 < state["batches"] < self.batches_in_epoch(state["epoch"])
-        if begun and state["order"] != self._order_settings():
-            now = self._order_settings()
-            changed = ", ".join(f"{k} {v} and now {now.get(k)}" for k, v in state["order"].items() if v != now.get(k))
+        now = self._order_settings()
+        changed = [
+            f"{name} {value} and now {now[name]}" for name, value in state["order"].items() if value != now[name]
+        ]
+        if begun and changed:
             raise InputError(
                 f"this checkpoint stands {state['batches']} batches into an epoch whose batches were others: "
-                f"{changed}; go on with the same batches and as many devices, or start anew"
+                f"{', '.join(changed)}; go on with the same batches and as many devices, or start anew"
             )
         self._restored = {"epoch": state["epoch"], "batches": state["batches"]}
 
@@ -189,6 +198,7 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
             "examples": self.total,
             "batch_size": self.examples_per_rank,
             "global_batch": self.examples_per_batch,
+            "accumulate": self.batches_per_step,
             "seed": self.seed,
             "shuffle": self.shuffle,
             "drop_last": self.drop_last,
@@ -197,7 +207,7 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
     def _active_count(self, epoch: int) -> int:
         if self.curriculum is None:
             return self.total
-        return _active_count(self.total, self.examples_per_batch, self.curriculum.ratio(epoch), self.drop_last)
+        return _active_count(self.total, self.examples_per_step, self.curriculum.ratio(epoch), self.drop_last)
 
     def _order(self, epoch: int) -> list[int]:
         active = list(range(self.total)) if self.curriculum is None else _permutation(self.total, self.seed)

@@ -104,7 +104,8 @@ class LastSeen:
             dist.all_reduce(self.first_right, op=dist.ReduceOp.MIN)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What has to be in a checkpoint; of this rank alone until the next look."""
+        """What has to be in a checkpoint, of all ranks. Takes all ranks."""
+        self._share()
         return {"table": self.table.cpu(), "first_right": self.first_right.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

@@ -16,8 +16,11 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 
+from pml.atomic import whole_file
 from pml.checkpoints import FOLDER_NAME, Checkpoints, StopsAtSteps, newest_checkpoint, read_checkpoint
+from pml.disk import DiskError, disk_trouble
 from pml.errors import InputError, reason
 from pml.fit_config import check_configuration
 from pml.modules import Memorization
@@ -26,6 +29,7 @@ from pml.progress import FitProgress, SayWhyItEnded, is_interactive
 from pml.quiet import keep_quiet
 from pml.recall import gather_scores
 from pml.run_folder import CONFIG_NAME, folder_of_loggers, recorded_folder, use_corpus_of_run
+from pml.same_folder import keep_rows, logger_settings, run_to_go_on_in
 from pml.same_model import refuse_other_model
 from pml.stopping import Stopped, at_step_ends
 from pml.token_results import PREDICTIONS_NAME, write_predictions
@@ -60,9 +64,8 @@ class _SaveConfig(SaveConfigCallback):
         if trainer.loggers or own is not None:
             folder = own or folder_of_loggers(trainer)
             if trainer.is_global_zero:
-                folder.mkdir(parents=True, exist_ok=True)
-                path = str(folder / CONFIG_NAME)
-                self.parser.save(self.config, path, skip_unset=False, overwrite=True, multifile=self.multifile)
+                with whole_file(folder / CONFIG_NAME) as file:
+                    file.write(self.parser.dump(self.config, skip_unset=False).encode())
         self.already_saved = True
 
 
@@ -77,6 +80,7 @@ class MemorizationCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         self._fit_alone = not run
+        self._goes_on: tuple[Path, dict[str, Any]] | None = None
         asked = str(args[0]) if args else ""
         # A parser takes a while to make, so only that of the subcommand that is asked for is made.
         self._commands = {n: skip for n, skip in LightningCLI.subcommands().items() if asked in (n, "")}
@@ -138,16 +142,29 @@ class MemorizationCLI(LightningCLI):
                     "or the file of a checkpoint"
                 )
             options["ckpt_path"] = str(newest_checkpoint(folder))
-        made_with = read_checkpoint(Path(options["ckpt_path"])).get("hyper_parameters", {})
+        checkpoint = read_checkpoint(Path(options["ckpt_path"]))
+        made_with = checkpoint.get("hyper_parameters", {})
         refuse_other_model(self._arguments, _given(self._arguments, CONFIG_OPTIONS), made_with)
+        if command in ("fit", None) and (run := run_to_go_on_in(Path(options["ckpt_path"]))):
+            self._goes_on = run, checkpoint
         super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
+        options = self.config.get(str(self.config.get("subcommand")), self.config)
+        asked = options["trainer.logger"]
+        places = any(str(argument).startswith("--trainer.logger") for argument in self._arguments)
         try:
+            if self._goes_on is not None and not places:
+                options["trainer.logger"] = logger_settings(_plain(asked), *self._goes_on)
             super().instantiate_classes()
+            if self._goes_on is not None:
+                self.model.goes_on_in = self._goes_on[0]
         except (TypeError, ValueError) as error:
             # Constructors only look at what they are given, so what one refuses is the user's.
             raise InputError(reason(error)) from error
+        finally:
+            # As it was asked for is how it is saved: a fit of that configuration is another run.
+            options["trainer.logger"] = asked
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every fit of the command line has: a bar where someone watches, and a last word."""
@@ -164,7 +181,12 @@ class MemorizationCLI(LightningCLI):
                 callbacks.append(StopsAtSteps())
             elif not any(isinstance(callback, Checkpoints) for callback in callbacks):
                 callbacks.append(Checkpoints())
-        return super().instantiate_trainer(**{**config, "callbacks": callbacks})
+        trainer = super().instantiate_trainer(**{**config, "callbacks": callbacks})
+        if self._goes_on is not None and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger):
+                    keep_rows(logger, self._goes_on[1]["global_step"])
+        return trainer
 
     def make_ready(self) -> None:
         """Load the backbone and make the corpus, so that what is wrong with them shows before a folder is made.
@@ -238,6 +260,7 @@ class MemorizationCLI(LightningCLI):
 
         Raises:
             Stopped: When a signal has ended it, with advice on how to go on.
+            DiskError: When what it writes has found no room; likewise.
         """
         try:
             with at_step_ends():
@@ -248,9 +271,16 @@ class MemorizationCLI(LightningCLI):
                     "trainer.max_epochs or trainer.max_steps to go on for longer"
                 )
         except Stopped as stop:
-            saved = next((c for c in self.trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
-            stop.advice = saved.how_to_go_on() if saved is not None else "it made no checkpoints to go on from"
+            stop.advice = self._how_to_go_on()
             raise
+        except Exception as error:
+            if (trouble := disk_trouble(error)) is None:
+                raise
+            raise DiskError(f"{trouble}; mend that; {self._how_to_go_on()}") from error
+
+    def _how_to_go_on(self) -> str:
+        saved = next((c for c in self.trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
+        return saved.how_to_go_on() if saved is not None else "it made no checkpoints to go on from"
 
     before_fit = make_ready
     before_validate = before_test = before_predict = make_ready_to_evaluate
@@ -268,6 +298,13 @@ def _given(arguments: Sequence[str], names: Sequence[str]) -> list[Path]:
     """Files that options of these names were given."""
     pairs = [a.split("=", 1) if "=" in a else [a, b] for a, b in pairwise([*map(str, arguments), ""])]
     return [Path(value) for name, value in pairs if name in names]
+
+
+def _plain(value: Any) -> Any:
+    """A part of a configuration as plain Python."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.as_dict() if isinstance(value, jsonargparse.Namespace) else value
 
 
 def _unused(path: Path) -> Path:

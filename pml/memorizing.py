@@ -27,9 +27,10 @@ from pml.corpus import Corpus
 from pml.default_backbone import DEFAULT_BACKBONE
 from pml.errors import InputError
 from pml.guard import GuardConfig, GuardedA
-from pml.model_card import CARD_NAME, model_card
+from pml.model_card import model_card
 from pml.modules import SFT
 from pml.records import RECORD_NAME, Record, read_record
+from pml.saved_adapter import CARD_NAME
 from pml.served import serve
 from pml.storage import RankPlan, plan_rank
 

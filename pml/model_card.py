@@ -8,9 +8,7 @@ from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
 from pml.encoding import TextEncoder
 from pml.records import Record
 
-__all__ = ["CARD_NAME", "model_card"]
-
-CARD_NAME = "README.md"
+__all__ = ["model_card"]
 
 SHOWN_QUERIES = 20
 LONGEST = 120

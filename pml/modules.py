@@ -28,7 +28,7 @@ from pml.plain import as_plain, from_plain
 from pml.schedule import check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
 from pml.state_store import CacheConfig
-from pml.training_state import copy_adapter, go_on, method_of, own_share, refuse_other_data, training_state
+from pml.training_state import copy_adapter, go_on, method_of, own_share, refuse_other_data, seed_rank, training_state
 from pml.weighting import TokenScores, Uniform, Weighting, WholeTargets
 
 __all__ = ["SFT", "MemFT", "Memorization"]
@@ -108,6 +108,8 @@ class Memorization(LightningModule):
         self._frozen_layers: FrozenLayers | None = None
         self.goes_on_from: dict[str, Any] = {}
         """State of a checkpoint that was loaded, until training goes on from it."""
+        self.goes_on_in: Path | None = None
+        """Folder of the run that it goes on with, whose unfinished results it may write over."""
         self._steps = 0
 
     def settings(self) -> dict[str, Any]:
@@ -255,6 +257,7 @@ class Memorization(LightningModule):
             self._maybe_compile([len(example) for example in datamodule.corpus.examples])
 
     def on_train_start(self) -> None:
+        seed_rank(self.global_rank)
         go_on(self, self.goes_on_from)
         self.goes_on_from = {}
 

@@ -13,6 +13,7 @@ __all__ = ["ignore_noise", "keep_quiet"]
 
 NOISE = (
     ".*does not have many workers.*",
+    ".*Previous log files in this directory will be deleted.*",
     ".*module.s. in eval mode at the start of training.*",
     ".*LightningCLI's args parameter is intended to run from within Python.*",
     ".*smaller than the logging interval.*",

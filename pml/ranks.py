@@ -1,9 +1,11 @@
-"""Several processes that train together: whether there are any, and sums over them."""
+"""Several processes that train together: whether there are any, sums over them, and what each of them has."""
+
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["is_first_rank", "several_ranks", "summed_over_ranks"]
+__all__ = ["from_all_ranks", "is_first_rank", "several_ranks", "summed_over_ranks"]
 
 
 def several_ranks() -> bool:
@@ -22,3 +24,12 @@ def summed_over_ranks(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """What each rank has, in their order. Takes all ranks."""
+    if not several_ranks():
+        return [value]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone

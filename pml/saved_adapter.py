@@ -1,23 +1,26 @@
-"""A saved adapter, whoever made it: read as data, and refused where it is not what its configuration says."""
+"""A saved adapter: written whole, whoever made it read as data, and refused where it is not what it says."""
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from pml.errors import InputError
 
-__all__ = ["CONFIG_NAME", "WEIGHTS_NAME", "check_weights", "read_saved_adapter"]
+__all__ = ["CARD_NAME", "CONFIG_NAME", "WEIGHTS_NAME", "check_weights", "read_saved_adapter", "save_adapter"]
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
 
 BESIDE_LORA = {
     "modules_to_save": "whole layers beside the adapter",
@@ -32,6 +35,32 @@ CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that take something out of the base's weights: the adapter fits no base as it is published."""
 
 BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+
+
+def save_adapter(model: PeftModel, folder: Path, card: str | None = None) -> None:
+    """Save an adapter as PEFT does, beside its place first, so that a folder with an adapter has all of it.
+
+    Args:
+        model: With the adapter; nothing of its base is saved.
+        folder: Where it will be; an adapter that is there is replaced.
+        card: A model card in place of PEFT's, which is blank.
+    """
+    partial, before = (folder.with_name(f".{folder.name}.{what}{os.getpid()}") for what in ("", "before"))
+    try:
+        model.save_pretrained(str(partial), save_embedding_layers=False)
+        if card is not None:
+            (partial / CARD_NAME).write_text(card, encoding="utf-8")
+        for path in partial.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rename(before)
+        partial.rename(folder)
+    finally:
+        if before.exists() and not folder.exists():
+            before.rename(folder)
+        for left in (partial, before):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def read_saved_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import logging
 import mmap
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,8 +109,13 @@ class StateStore:
         size = sum(t.numel() * t.element_size() for t in tensors)
         for place, room in self._room.items():
             if self.bytes[place] + size <= room:
+                try:
+                    self._entries[key] = tuple(self._move(t, place) for t in tensors)
+                except OSError as error:
+                    log.warning("the frozen-layer cache takes no more of the disk (%s)", error.strerror)
+                    self._room[place] = 0
+                    continue
                 self.bytes[place] += size
-                self._entries[key] = tuple(self._move(t, place) for t in tensors)
                 return
         if not self._full:
             self._full = True
@@ -154,7 +160,8 @@ class _MappedFile:
                 self._folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - open as long as it is mapped
         size = -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        self._file.truncate(self._size + size)
+        # With room for all of it: to write into a hole of a file on a full disk would end the process.
+        os.posix_fallocate(self._file.fileno(), self._size, size)
         segment = mmap.mmap(self._file.fileno(), size, offset=self._size)
         self._size += size
         return torch.frombuffer(segment, dtype=torch.uint8)

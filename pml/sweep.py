@@ -1,6 +1,5 @@
 """A grid of runs, run: each cell once, by one worker or many, each in its own folder, and gone on with where it was."""
 
-import errno
 import gc
 import itertools
 import time
@@ -14,6 +13,7 @@ from pml.backbone import load_config, load_tokenizer, shared_backbones
 from pml.checkpoints import newest_checkpoint
 from pml.claims import FOLDER_NAME, Claims
 from pml.corpus import Corpus
+from pml.disk import DiskError, disk_trouble
 from pml.errors import InputError
 from pml.grid import ERROR_NAME, Cell
 from pml.lightning_cli import MemorizationCLI, make_run
@@ -27,8 +27,6 @@ __all__ = ["Outcome", "claims_of", "run_cells", "set_failures_aside"]
 
 SECONDS_BETWEEN_LOOKS = 1.0
 """How often a worker looks whether cells that others run are done."""
-
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
 
     Raises:
         Stopped: If a signal has ended it; the cell that was running is saved.
-        InputError: If the disk is full or fails.
+        DiskError: If the disk is full or fails.
     """
     outcomes: dict[str, Outcome] = {}
     claims, corpora = claims_of(cells), dict[str, Corpus]()
@@ -156,29 +154,32 @@ def _recorded(cell: Cell, record: Record, corpora: dict[str, Corpus]) -> Outcome
 def _run_cell(cell: Cell, checkpoint: Path | None = None) -> Outcome:
     module: Memorization | None = None
     try:
-        try:
-            going_on = () if checkpoint is None else (f"--ckpt_path={checkpoint}",)
-            cli = MemorizationCLI([*cell.arguments, *going_on], run=False)
-            module = cli.model
-            cli.trainer.callbacks.append(ProgressFile(cell.folder))  # type: ignore[attr-defined]
-            cli.run_fit()
-            return Outcome(cell, read_record(cell.folder / RECORD_NAME))
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-                raise
-            summary = " ".join(f"{type(error).__name__}: {error}".split())
-            with whole_file(cell.folder / ERROR_NAME) as file:
-                file.write(f"{summary}\n\n{traceback.format_exc()}".encode())
-            return Outcome(cell, error=summary)
-    except OSError as error:
-        raise InputError(
-            f"{cell.folder}: cannot be written ({error.strerror}); cells that are done stay done; mend that, and go on "
-            "with the same command"
-        ) from error
+        going_on = () if checkpoint is None else (f"--ckpt_path={checkpoint}",)
+        cli = MemorizationCLI([*cell.arguments, *going_on], run=False)
+        module = cli.model
+        cli.trainer.callbacks.append(ProgressFile(cell.folder))  # type: ignore[attr-defined]
+        cli.run_fit()
+        return Outcome(cell, read_record(cell.folder / RECORD_NAME))
+    except Exception as error:
+        return _failed(cell, error)
     finally:
         if module is not None:
             module.release()
         gc.collect()
+
+
+def _failed(cell: Cell, error: Exception) -> Outcome:
+    """Keep what a cell failed with in its folder; not where the disk did, which is no fault of the cell."""
+    trouble = disk_trouble(error)
+    if trouble is None:
+        summary = " ".join(f"{type(error).__name__}: {error}".split())
+        try:
+            with whole_file(cell.folder / ERROR_NAME) as file:
+                file.write(f"{summary}\n\n{traceback.format_exc()}".encode())
+            return Outcome(cell, error=summary)
+        except OSError as unwritten:
+            trouble = f"{unwritten.filename}: {unwritten.strerror}"
+    raise DiskError(f"{trouble}; cells that are done stay done; mend that, and go on with the same command") from error
 
 
 def _set_aside(folder: Path) -> None:

@@ -10,20 +10,28 @@ from torch import Tensor
 
 from pml.adapter import adapter_parameters
 from pml.errors import InputError
-from pml.ranks import is_first_rank, summed_over_ranks
+from pml.ranks import from_all_ranks, is_first_rank, summed_over_ranks
 
 if TYPE_CHECKING:
     from pml.modules import Memorization
 
-__all__ = ["copy_adapter", "corpus_hash", "go_on", "method_of", "own_share", "refuse_other_data", "training_state"]
+__all__ = [
+    "copy_adapter",
+    "corpus_hash",
+    "go_on",
+    "method_of",
+    "own_share",
+    "refuse_other_data",
+    "seed_rank",
+    "training_state",
+]
 
 
 def training_state(module: "Memorization") -> dict[str, Any]:
     """What training needs, to go on as if it had not stopped; tensors and plain Python only. Takes all ranks.
 
-    It includes the generators' states, for dropout, and between two micro-batches of a step the gradients so far. Of
-    several ranks, the first one's generators and gradients are kept, so there going on is exact at a step's end and
-    without dropout.
+    It includes the states of every rank's generators, for dropout, and between two micro-batches of a step the
+    gradients so far. Of several ranks, the first one's gradients are kept, so there going on is exact at a step's end.
     """
     parameters = adapter_parameters(module.model)
     gradients = {n: p.grad.detach().clone() for n, p in parameters.items() if p.grad is not None}
@@ -34,11 +42,17 @@ def training_state(module: "Memorization") -> dict[str, Any]:
         "skipped_steps": module.skipped_steps,
         "resumed": module.resumed,
         "corpus_hash": corpus_hash(module),
-        "generators": _generators(module.device),
+        "generators": from_all_ranks(_generators(module.device)),
         "global_batch": module.global_batch.state_dict(),
         "gradients": gradients if module.global_batch.is_open else {},
         "batches": _position(module),
     }
+
+
+def seed_rank(rank: int) -> None:
+    """Give each rank dropout of its own; that of the first one is what it is without others."""
+    if rank > 0:
+        torch.manual_seed((torch.initial_seed() + rank) % 2**63)
 
 
 def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
@@ -56,8 +70,10 @@ def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
     if state.get("batches") and hasattr(loader, "load_state_dict"):
         # Lightning loses it where something has asked how long the fit is before it restores its loops.
         loader.load_state_dict(state["batches"])
-    if "generators" in state:
-        _restore_generators(state["generators"], module.device)
+    generators = state.get("generators", [])
+    # Of more ranks than there were, the others start with a seed of their own.
+    if module.global_rank < len(generators):
+        _restore_generators(generators[module.global_rank], module.device)
 
 
 def _position(module: "Memorization") -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""Fits that `test_ddp` runs on one rank and on two: what a rank does, and what it leaves for comparison."""
+"""Fits that `test_ddp` runs on one rank and on several: what a rank does, and what it leaves for comparison."""
 
+import contextlib
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,23 +13,30 @@ from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import Generalization, Harm, Retention, RunRecord, StopWhenRecalled, TokenThresholds, VerbatimRecall
+from pml import stopping
 from pml.adapter import AdapterConfig, adapter_parameters, adapter_state
+from pml.checkpoints import Checkpoints, newest_checkpoint
 from pml.corpus import Corpus, Example
+from pml.curriculum import PrefixRatio
 from pml.guard import GuardConfig
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import gather_scores, greedy_recall, score_corpus
+from pml.stopping import Stopped
 from pml.weighting import OnlyThreshold, SlidingWindow, Weighting, WholeTargets
 from tests.fits import module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 
 __all__ = [
+    "GLOBAL_BATCH",
     "GRADIENT_CASES",
+    "METHODS",
     "gradients",
     "guarded_fit",
     "kicked",
+    "many_ranks",
     "recorded_fit",
     "skipped_fit",
-    "two_ranks",
+    "trained",
     "window_fit",
 ]
 
@@ -45,6 +54,16 @@ GRADIENT_CASES = [
     for name in WEIGHTINGS
     for examples, per_batch, accumulate in ((6, 6, 1), (5, 4, 1), (5, 4, 2), (7, 2, 2), (1, 2, 1))
 ]
+
+METHODS: dict[str, Callable[[Path], Memorization]] = {
+    "sft": lambda folder: module_on(folder),
+    "only threshold": lambda folder: module_on(folder, MemFT, weighting=OnlyThreshold()),
+    "sliding window": lambda folder: module_on(folder, MemFT, weighting=SlidingWindow(window=2, patience=2)),
+    "whole targets": lambda folder: module_on(folder, MemFT, weighting=WholeTargets(reach_start=4.0)),
+    "curriculum": lambda folder: module_on(folder, MemFT, curriculum=PrefixRatio([0.3, 0.6, 1.0], [1, 3, 9])),
+}
+GLOBAL_BATCH, STEPS, EXAMPLES = 8, 10, 11
+"""Eleven examples: the second step of an epoch has three, and of four ranks with two each, the last two have none."""
 
 
 class Gradients(Callback):
@@ -84,6 +103,17 @@ def gradients(
     return watch.steps
 
 
+def trained(
+    folder: Path, tmp_path: Path, ranks: int, method: str, accumulate: int = 1
+) -> tuple[list[dict[str, torch.Tensor | None]], dict[str, torch.Tensor]]:
+    """Ten shuffled steps with global batches of eight: the gradients of each, and the weights at their end."""
+    module, watch = METHODS[method](folder), Gradients()
+    data = Ids(uneven(EXAMPLES), batch_size=GLOBAL_BATCH // ranks // accumulate)
+    options = {"max_epochs": -1, "max_steps": STEPS, "accumulate_grad_batches": accumulate}
+    fit(kicked(module), data, tmp_path, ranks, callbacks=[watch], **options)
+    return watch.steps, {n: p.detach().clone() for n, p in adapter_parameters(module.model).items()}
+
+
 def skipped_fit(folder: Path, tmp_path: Path, ranks: int) -> tuple[int, int, list[dict[str, torch.Tensor | None]]]:
     """A fit in which no token is below threshold."""
     module, watch = kicked(module_on(folder, MemFT, weighting=OnlyThreshold(1e-12))), Gradients()
@@ -110,6 +140,41 @@ def guarded_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, torch.Ten
         basis.neg_()
     fit(module, Ids(uneven(4), batch_size=2), tmp_path, ranks, max_epochs=3)
     return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+class StopAt(Callback):
+    """Asks for a stop, as a signal does that only the last rank has got."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            stopping.request(signal.SIGTERM)
+
+
+def resumed_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, list[Any]]:
+    """A fit with dropout and windows, whole, and in two parts: adapters and generators that they end with."""
+    ends: dict[str, list[Any]] = {"adapter": [], "generator": []}
+    for part, (stop, checkpoint) in enumerate(((None, None), (3, None), (None, tmp_path / "part1"))):
+        torch.manual_seed(4)
+        adapter = AdapterConfig(rank=4, block=2, dropout=0.3)
+        module = kicked(module_on(folder, MemFT, adapter=adapter, weighting=SlidingWindow(window=2, patience=1)))
+        trainer = make_trainer(
+            tmp_path / f"part{part}",
+            enable_checkpointing=True,
+            callbacks=[StopAt(stop), TokenThresholds(), Checkpoints()],
+            max_epochs=3,
+            strategy="ddp",
+            devices=ranks,
+        )
+        with stopping.listening(), stopping.at_step_ends(), contextlib.suppress(Stopped):
+            path = None if checkpoint is None else newest_checkpoint(checkpoint)
+            data = Ids(uneven(7), batch_size=4 // ranks)
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        ends["adapter"].append({n: p.detach().clone() for n, p in adapter_parameters(module.model).items()})
+        ends["generator"].append(torch.get_rng_state())
+    return ends
 
 
 class WithHeldOut(Ids):
@@ -157,20 +222,24 @@ def fit(module: Memorization, data: Ids, tmp_path: Path, ranks: int, **options: 
     return trainer
 
 
-def two_ranks(rank: int, port: int, folder: Path, tmp_path: Path, threshold: float) -> None:
-    """All cases, as one of two ranks; each rank leaves what it saw in `rank0.pt` or `rank1.pt`."""
+def many_ranks(rank: int, ranks: int, port: int, folder: Path, tmp_path: Path, threshold: float) -> None:
+    """All cases, as one of two ranks, or ten steps as one of more; each rank leaves what it saw in `rank0.pt` ..."""
     # As a launcher such as torchrun would set it: Lightning then starts no processes of its own.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ["PML_CACHE"] = str(tmp_path / f"cache{rank}")
     dist.init_process_group("gloo")
-    results = {
-        "gradients": {case: gradients(folder, tmp_path, 2, case, threshold) for case in GRADIENT_CASES},
-        "skipped": skipped_fit(folder, tmp_path, 2),
-        "window": window_fit(folder, tmp_path, 2),
-        "guarded": guarded_fit(folder, tmp_path, 2),
-        "recorded": recorded_fit(folder, tmp_path, 2),
-    }
+    results: dict[str, Any] = {"trained": {method: trained(folder, tmp_path, ranks, method) for method in METHODS}}
+    if ranks == 2:
+        results["accumulated"] = {method: trained(folder, tmp_path, ranks, method, 2) for method in METHODS}
+        results |= {
+            "gradients": {case: gradients(folder, tmp_path, 2, case, threshold) for case in GRADIENT_CASES},
+            "skipped": skipped_fit(folder, tmp_path, 2),
+            "window": window_fit(folder, tmp_path, 2),
+            "resumed": resumed_fit(folder, tmp_path, 2),
+            "guarded": guarded_fit(folder, tmp_path, 2),
+            "recorded": recorded_fit(folder, tmp_path, 2),
+        }
     torch.save(results, tmp_path / f"rank{rank}.pt")
     dist.destroy_process_group()

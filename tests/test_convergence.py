@@ -14,6 +14,11 @@ def late_drop(history):
     return LossHistory.late_drop(history.sums(), history.steps)
 
 
+def test_sums_are_where_losses_are_even_before_there_are_any() -> None:
+    # A backend such as NCCL adds up nothing that is elsewhere.
+    assert LossHistory("meta").sums().device.type == "meta"
+
+
 def test_the_late_drop_compares_the_last_two_tenths():
     # 20 steps: the tenths are steps 17 and 18, with mean 3.5, and 19 and 20, with mean 2.25.
     assert late_drop(history_of([9.0] * 16 + [4.0, 3.0, 2.5, 2.0])) == 3.5 - 2.25

@@ -136,6 +136,24 @@ def test_ranks_get_equally_many_batches_and_walk_through_those_of_one_large_rank
     assert global_batches(ranks) == batches_of_all_ranks(total, batch_size * world_size, 1, epoch, **options)[0]
 
 
+@settings(deadline=None)
+@given(**SHAPES, drop_last=st.booleans(), curriculum=st.sampled_from([None, PrefixRatio([0.3, 0.6, 1.0], [1, 2, 3])]))
+def test_accumulated_batches_are_those_of_one_large_batch_in_parts(
+    total: int,
+    batch_size: int,
+    world_size: int,
+    shuffle: bool,
+    epoch: int,
+    drop_last: bool,
+    curriculum: PrefixRatio | None,
+) -> None:
+    accumulate, per_step = 3, batch_size * world_size * 3
+    options = {"shuffle": shuffle, "curriculum": curriculum, "drop_last": drop_last and total >= per_step}
+    small = global_batches(batches_of_all_ranks(total, batch_size, world_size, epoch, accumulate=accumulate, **options))
+    steps = [list(chain(*small[first : first + accumulate])) for first in range(0, len(small), accumulate)]
+    assert steps == batches_of_all_ranks(total, per_step, 1, epoch, **options)[0]
+
+
 def test_shuffling_gives_each_epoch_an_order_of_its_own_that_depends_on_the_seed_alone() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
         return batches_of_all_ranks(20, 4, 1, epoch, seed=seed)[0]
@@ -173,7 +191,7 @@ def test_a_shuffled_curriculum_trains_on_the_same_active_examples_in_another_ord
 
 
 def test_dropping_the_only_batch_is_refused() -> None:
-    with pytest.raises(InputError, match=r"3 examples, a batch over 2 rank\(s\) 4"):
+    with pytest.raises(InputError, match=r"3 examples, a step over 2 rank\(s\) 4"):
         CorpusBatchSampler(3, 2, drop_last=True, world_size=2)
 
 

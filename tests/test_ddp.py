@@ -1,4 +1,4 @@
-"""Two ranks do what one rank does: the same gradient, the same metrics, one record, and neither waits for the other."""
+"""Several ranks do what one does: the same gradient and weights, the same metrics, one record, and none waits."""
 
 import socket
 import time
@@ -16,8 +16,8 @@ from tests.ddp_cases import GRADIENT_CASES, kicked
 from tests.fits import module_on, save_sharpened
 from tests.tiny_runs import uneven
 
-LIMIT_SECONDS = 240
-"""Far above what two ranks take (20 s on two idle cores), and below anyone's patience with ranks that wait."""
+LIMIT_SECONDS = 400
+"""Far above what ranks take (20 s on two idle cores), and below anyone's patience with ranks that wait."""
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +39,33 @@ def threshold(folder: Path) -> float:
     return float(torch.exp(-(first + second) / 2))
 
 
-@pytest.fixture(scope="module")
-def two(folder: Path, threshold: float, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What both ranks left, all cases in one start of two processes."""
-    tmp_path = tmp_path_factory.mktemp("two")
+def start(ranks: int, *arguments: Any, folder: Path) -> dict[str, Any]:
+    """What each rank left, all cases in one start of the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = torch.multiprocessing.start_processes(
-        ddp_cases.two_ranks, (port, folder, tmp_path, threshold), nprocs=2, join=False, start_method="spawn"
+    model, *more = arguments
+    processes = torch.multiprocessing.start_processes(
+        ddp_cases.many_ranks, (ranks, port, model, folder, *more), nprocs=ranks, join=False, start_method="spawn"
     )
     end = time.monotonic() + LIMIT_SECONDS
-    while not ranks.join(timeout=1):
+    while not processes.join(timeout=1):
         if time.monotonic() > end:
-            for process in ranks.processes:
+            for process in processes.processes:
                 process.kill()
             pytest.fail(f"the ranks were still running after {LIMIT_SECONDS} s")
-    left = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-    return {"left": left, "folder": tmp_path}
+    left = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+    return {"left": left, "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, threshold: float, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return start(2, folder, threshold, folder=tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(folder: Path, threshold: float, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return start(4, folder, threshold, folder=tmp_path_factory.mktemp("four"))
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +90,24 @@ def test_two_ranks_take_every_step_with_the_gradient_of_one(
                 # Sums over examples taken in another order: float32 rounding, relative to the gradient as a whole.
                 scale = float(gradient.abs().max())
                 torch.testing.assert_close(step[name], gradient, rtol=1e-4, atol=1e-6 * scale)
+
+
+@pytest.mark.parametrize("method", ddp_cases.METHODS)
+def test_ten_steps_end_at_the_same_weights_however_a_batch_of_eight_is_shared_out(
+    method: str, two: dict[str, Any], four: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    gradients, weights = ddp_cases.trained(folder, tmp_path, 1, method)
+    shared_out = {"2 x 4 accumulated": ddp_cases.trained(folder, tmp_path, 1, method, accumulate=4)}
+    for ranks, made in ((2, two), (4, four)):
+        shared_out |= {f"rank {n} of {ranks}": left["trained"][method] for n, left in enumerate(made["left"])}
+    shared_out |= {f"rank {n} of 2, accumulated": left["accumulated"][method] for n, left in enumerate(two["left"])}
+    for how, (theirs, ended) in shared_out.items():
+        assert len(theirs) == len(gradients) == 10, how
+        for name, gradient in gradients[0].items():
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(theirs[0][name], gradient, rtol=1e-4, atol=1e-6 * scale, msg=how)
+        for name, weight in weights.items():
+            torch.testing.assert_close(ended[name], weight, msg=how)
 
 
 def test_the_cases_have_steps_of_one_active_rank_skipped_steps_and_gradients_that_differ(two: dict[str, Any]) -> None:
@@ -112,6 +139,17 @@ def test_window_states_follow_examples_from_rank_to_rank(two: dict[str, Any], fo
     for left in two["left"]:
         assert left["window"]["stuck"].tolist() == expected["stuck"].tolist()
         assert left["window"]["anchor"].tolist() == expected["anchor"].tolist()
+
+
+def test_two_ranks_with_dropout_of_their_own_go_on_bit_for_bit(two: dict[str, Any]) -> None:
+    ends = [left["resumed"] for left in two["left"]]
+    for rank in ends:
+        whole, stopped, resumed = rank["adapter"]
+        assert all(torch.equal(values, resumed[name]) for name, values in whole.items())
+        assert not all(torch.equal(values, stopped[name]) for name, values in whole.items())
+        assert torch.equal(rank["generator"][0], rank["generator"][2])
+    assert not torch.equal(ends[0]["generator"][0], ends[1]["generator"][0])
+    assert all(torch.equal(values, ends[1]["adapter"][0][name]) for name, values in ends[0]["adapter"][0].items())
 
 
 def test_a_guard_has_the_free_directions_of_the_first_rank_on_all(two: dict[str, Any]) -> None:

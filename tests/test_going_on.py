@@ -1,5 +1,6 @@
 """Stopping and going on at the command line: what is said, what is left, what is refused, and the exit codes."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import callbacks
 from pml import stopping
@@ -77,11 +79,19 @@ def test_a_stopped_fit_says_how_to_go_on_and_goes_on_as_if_it_had_not_stopped(
 
     assert command == f"pml fit --config {RUN}/config.yaml --ckpt_path last"
     assert main(command.split()[1:]) == 0
-    going_on = read_record(Path("runs/fit/version_1/record.json"))
+    going_on = read_record(Path(RUN, "record.json"))
     assert (going_on.status, going_on.optimizer_steps, going_on.resumed) == ("finished", 10, 1)
+    assert [path.name for path in Path("runs/fit").iterdir()] == ["version_0"]
     assert main([*arguments, "--trainer.logger.name=whole"]) == 0
     whole = adapter("runs/whole/version_0")
-    assert all(torch.equal(values, whole[key]) for key, values in adapter("runs/fit/version_1").items())
+    assert all(torch.equal(values, whole[key]) for key, values in adapter(RUN).items())
+    # The curves are those of one run, and the configuration is still one of a run of its own.
+    curves, expected = (EventAccumulator(run).Reload() for run in (RUN, "runs/whole/version_0"))
+    assert curves.Tags()["scalars"] == expected.Tags()["scalars"]
+    for tag in ("train/loss", "corpus/certain_tokens"):
+        theirs, ours = ([(e.step, e.value) for e in events.Scalars(tag)] for events in (expected, curves))
+        assert ours == theirs
+    assert yaml.safe_load(Path(RUN, "config.yaml").read_text())["trainer"]["logger"]["init_args"]["name"] == "fit"
 
 
 def test_a_signal_in_the_last_step_lets_the_fit_end_and_there_is_nothing_to_go_on_with(
@@ -121,6 +131,28 @@ def test_a_finished_fit_goes_on_for_longer(arguments: list[str]) -> None:
     assert (record.optimizer_steps, record.training["max_epochs"], record.resumed) == (14, 14, 1)
 
 
+def losses(path: Path) -> list[tuple[str, str]]:
+    with path.open() as file:
+        return [(row["step"], row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+
+@pytest.mark.parametrize("logger", ["lightning.pytorch.loggers.CSVLogger", "false"])
+def test_other_loggers_go_on_where_they_were(
+    logger: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [f"--trainer.logger={logger}", "--trainer.default_root_dir=here", "--trainer.log_every_n_steps=1"]
+    assert main([*arguments, *more, *stop_at()]) == 143
+    command = capsys.readouterr().err.splitlines()[-1].partition("go on with: pml ")[2]
+    assert main(command.split()) == 0
+    (path,) = Path().rglob("record.json")
+    record = read_record(path)
+    assert (record.status, record.optimizer_steps, record.resumed) == ("finished", 10, 1)
+    if logger != "false":
+        assert main([*arguments, *more, "--trainer.logger.name=whole"]) == 0
+        ours, whole = (sorted(losses(folder / "metrics.csv")) for folder in (path.parent, Path("runs/whole/version_0")))
+        assert ours == whole
+
+
 class TestRefusals:
     @pytest.fixture
     def stopped(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -157,7 +189,7 @@ class TestRefusals:
     def test_what_was_not_asked_for_is_taken_from_the_checkpoint(self, stopped: list[str]) -> None:
         without = [argument for argument in stopped if "dropout" not in argument]
         assert main([*without, f"--ckpt_path={RUN}/checkpoints/last.ckpt"]) == 0
-        assert read_record(Path("runs/fit/version_1/record.json")).method_settings["dropout"] == 0.2
+        assert read_record(Path(RUN, "record.json")).method_settings["dropout"] == 0.2
 
     def test_last_without_a_run_or_without_a_checkpoint_is_an_error(
         self, arguments: list[str], capsys: pytest.CaptureFixture[str]
@@ -177,7 +209,7 @@ class TestRefusals:
         last.write_bytes(b"PK damaged")
         assert main(["fit", f"--config={RUN}/config.yaml", "--ckpt_path=last"]) == 0
         assert f"{last}: damaged, so the checkpoint before it is taken" in capsys.readouterr().err
-        assert read_record(Path("runs/fit/version_1/record.json")).resumed == 1
+        assert read_record(Path(RUN, "record.json")).resumed == 1
 
 
 def test_a_stopped_sweep_goes_on_with_the_cell_that_was_running(

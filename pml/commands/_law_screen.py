@@ -9,6 +9,7 @@ import jsonargparse
 from pml.commands._console import make_console
 from pml.commands._runs import chosen_records
 from pml.errors import InputError
+from pml.escape import say_json
 from pml.figures import law_figure, save_figure
 from pml.law import (
     LAW_NAME,
@@ -59,7 +60,7 @@ def fit_and_show(args: jsonargparse.Namespace) -> int:
                 f"--out {args.out}: cannot be written ({error.strerror}); choose another folder"
             ) from error
     if args.json:
-        print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+        say_json(content)
     else:
         _print_law(law, args.details, args.out)
     return 0
@@ -98,7 +99,7 @@ def _check_free(path: Path, content: dict[str, Any], overwrite: bool) -> None:
 
 
 def _print_law(law: LawFit, details: bool, out: Path | None) -> None:
-    console = make_console(highlight=False, markup=False)
+    console = make_console()
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jsonargparse
 
+from pml.escape import say
 from pml.records import Record, read_records
 
 __all__ = ["add_runs", "add_where", "chosen_records"]
@@ -44,5 +45,5 @@ def chosen_records(args: jsonargparse.Namespace) -> dict[Path, Record]:
 
     records = select_records(read_records(args.runs), args.where)
     for note in check_records(records):
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", to=sys.stderr)
     return records

@@ -5,13 +5,13 @@ of pml without the frozen-layer cache (`whole`) and with it (`split`), taken in 
 matrix product rate that the split step's necessary arithmetic reaches; and steps and seconds to certified recall.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jsonargparse
 
 from pml.errors import InputError
+from pml.escape import say_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -44,7 +44,6 @@ def run(args: jsonargparse.Namespace) -> int:
     if min([1, *args.targets, *args.pairs]) < 1:
         raise InputError("--targets and --pairs take numbers from 1")
     # Imported here because it takes seconds, which --help need not wait for.
-    from rich.console import Console
 
     from pml.backbone import DTYPES
     from pml.bench import Case, as_json, matmul_rate, measure_recall, measure_steps
@@ -59,11 +58,11 @@ def run(args: jsonargparse.Namespace) -> int:
         for corpus, sizes in (("random_tokens", args.targets), ("phonebook", args.pairs))
         for size in sizes
     ]
-    progress = Console(stderr=True)
+    progress = make_console(stderr=True)
     rates = {dtype: matmul_rate(dtype) for dtype in args.dtypes}
 
     def report(m: "Measurement") -> None:
-        progress.print(f"{m.case.dtype}, {m.case.label}, {m.way}: {m.step_seconds:.3f} s a step", highlight=False)
+        progress.print(f"{m.case.dtype}, {m.case.label}, {m.way}: {m.step_seconds:.3f} s a step")
 
     measurements = measure_steps(cases, args.repeats, args.steps, report)
     recall = measure_recall(args.backbone, args.recall) if args.recall else []
@@ -71,7 +70,7 @@ def run(args: jsonargparse.Namespace) -> int:
     if args.out is not None:
         write_json(args.out, content)
     if args.json:
-        print(json.dumps(content, indent=2))
+        say_json(content)
         return 0
     console = make_console()
     for table in _steps_tables(measurements, rates):

@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonargparse
 
 from pml.errors import InputError
+from pml.escape import say, say_json
 
 __all__ = ["configure", "run"]
 
@@ -47,21 +48,19 @@ def run(args: jsonargparse.Namespace) -> int:
         texts=args.texts,
         steps=args.steps,
         learning_rate=args.learning_rate,
-        on_text=None
-        if args.json
-        else lambda text, bits: print(f"text {text}: {bits:.3f} bits a parameter", flush=True),
+        on_text=None if args.json else lambda text, bits: say(f"text {text}: {bits:.3f} bits a parameter"),
     )
     measured = constant.model_dump(mode="json")
     if args.json:
-        print(json.dumps(measured, indent=2))
+        say_json(measured)
     else:
-        print(f"{constant.bits_per_parameter:.3f} bits a parameter ({constant.low:.3f} to {constant.high:.3f})")
+        say(f"{constant.bits_per_parameter:.3f} bits a parameter ({constant.low:.3f} to {constant.high:.3f})")
     if args.out is not None:
         same = ("placement", "guarded", "source")
         others = [entry for entry in known if any(entry.get(name) != measured[name] for name in same)]
         write_json(args.out, {"version": CONSTANTS_VERSION, "constants": [measured, *others]})
         if not args.json:
-            print(f"{args.out}: pml plan PAIRS --constants {args.out}")
+            say(f"{args.out}: pml plan PAIRS --constants {args.out}")
     return 0
 
 

@@ -6,7 +6,6 @@ decoding: in each of --dtypes, alone and in batches, with and without the cache.
 certain, else 1.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import jsonargparse
 from pml.commands._console import make_console, one_line
 from pml.commands._facts import add_adapter_arguments, base_of, check_adapter_arguments, read_facts
 from pml.errors import InputError
+from pml.escape import say, say_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +94,7 @@ def run(args: jsonargparse.Namespace) -> int:
             rounding[dtype] = largest_difference(model, certificates)
             decodings += _decoded(model, asked.examples, dtype)
     if args.json:
-        print(json.dumps(_plain(asked, certificates, rounding, decodings), indent=2, ensure_ascii=False))
+        say_json(_plain(asked, certificates, rounding, decodings))
     else:
         _print(asked, certificates, rounding, decodings, args.show)
     return 0 if all(known.verdict == "certain" for known in certificates) else 1
@@ -139,7 +139,7 @@ def _print(
     from rich.table import Table
 
     counts = Counter(known.verdict for known in certificates)
-    print(
+    say(
         f"{asked.adapter}: of {len(certificates)} pairs {counts['certain']} are certain, {counts['right']} right but "
         f"not certain, {counts['failing']} failing ({asked.dtype}, teacher forcing)"
     )
@@ -159,7 +159,7 @@ def _print(
         )
     console.print(table)
     if len(ranked) > show:
-        print(f"{len(ranked) - show} more pairs, with larger margins (--show)")
+        say(f"{len(ranked) - show} more pairs, with larger margins (--show)")
     ways = Table(
         "decoded in", "prompts", "cache", "came back", "margins move by", "certain beyond that", box=box.SIMPLE_HEAD
     )

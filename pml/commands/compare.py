@@ -5,7 +5,6 @@ and target tokens trained on differ by at most the tolerance. Steps until everyt
 the budget. What is left out is listed.
 """
 
-import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from rich.console import Console
 
 from pml.commands._console import make_console
 from pml.commands._runs import add_runs, add_where, chosen_records
+from pml.escape import say_json
 
 if TYPE_CHECKING:
     from pml.compare import Comparison
@@ -54,9 +54,9 @@ def run(args: jsonargparse.Namespace) -> int:
     )
     if args.json:
         content = [comparison.to_json() for comparison in comparisons]
-        print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+        say_json(content)
         return 0
-    console = make_console(highlight=False, markup=False)
+    console = make_console()
     for comparison in comparisons:
         _print(console, comparison)
     return 0

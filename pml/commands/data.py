@@ -5,7 +5,6 @@ pairs, tokens, information in bits where it is known, and examples as the model 
 tokenizer and the configuration of the backbone are loaded.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -17,6 +16,7 @@ import jsonargparse
 
 from pml.commands._console import one_line
 from pml.errors import InputError
+from pml.escape import say, say_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,7 +92,7 @@ def run(args: jsonargparse.Namespace, keys: Sequence[str] = ()) -> int:
         facts["initial_loss"] = _frozen_loss(module, corpus)
     if args.json:
         shown = [_plain(tokenizer, example) for example in corpus.examples[: args.show]]
-        print(json.dumps({**facts, "examples": shown}, indent=2, ensure_ascii=False))
+        say_json({**facts, "examples": shown})
     else:
         _print(facts, corpus)
         _print_examples(tokenizer, corpus.examples[: args.show])
@@ -138,7 +138,7 @@ def _frozen_loss(module: "Memorization", corpus: "Corpus") -> float:
 def _print(facts: dict[str, Any], corpus: "Corpus") -> None:
     from pml.commands._console import make_console
 
-    console = make_console(highlight=False)
+    console = make_console()
     bits = facts["entropy_bits"]
     rows = {
         "backbone": facts["backbone"],
@@ -155,13 +155,13 @@ def _print(facts: dict[str, Any], corpus: "Corpus") -> None:
         "loss": f"{facts['initial_loss']:.4f} nats per target token, frozen model" if "initial_loss" in facts else "",
         "content hash": facts["content_hash"],
     }
-    print(facts["corpus"])
+    say(facts["corpus"])
     for name, value in rows.items():
         if value:
-            print(f"  {name:<17}{value}")
+            say(f"  {name:<17}{value}")
     lengths = facts["tokens_per_target"]
     spread = ", ".join(f"{name} {lengths[name]:,g}" for name in ("min", "median", "mean", "max"))
-    print(f"tokens per target: {spread}")
+    say(f"tokens per target: {spread}")
     console.print(_lengths_table(lengths["counts"]))
 
 
@@ -194,7 +194,7 @@ def _print_examples(tokenizer: Any, examples: "Sequence[Example]") -> None:
     if not examples:
         return
     replaced = any(example.replaced for example in examples)
-    print(f"examples, targets in ⟦ ⟧{', tokens put in at random in ⟨ ⟩' if replaced else ''}:")
+    say(f"examples, targets in ⟦ ⟧{', tokens put in at random in ⟨ ⟩' if replaced else ''}:")
     for example in examples:
         prompt = one_line(tokenizer.decode(list(example.prompt_ids)))
         target = "".join(
@@ -202,7 +202,7 @@ def _print_examples(tokenizer: Any, examples: "Sequence[Example]") -> None:
             for random, text in _stretches(tokenizer, example, SHOWN_TOKENS)
         )
         more = len(example.target_ids) - SHOWN_TOKENS
-        print(f"  {example.example_id}: {prompt}⟦{target}{f'… {more:,} tokens more' if more > 0 else ''}⟧")
+        say(f"  {example.example_id}: {prompt}⟦{target}{f'… {more:,} tokens more' if more > 0 else ''}⟧")
 
 
 def _stretches(tokenizer: Any, example: "Example", limit: int) -> Iterator[tuple[bool, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import jsonargparse
 
 from pml.errors import InputError
+from pml.escape import say
 
 __all__ = ["configure", "run"]
 
@@ -49,7 +50,7 @@ def run(args: jsonargparse.Namespace) -> int:
     recalled = [a == e.target_ids for a, e in zip(before, examples, strict=True)]
     lost = [e for was, now, e in zip(recalled, after, examples, strict=True) if was and now != e.target_ids]
     if lost:
-        print(
+        say(
             f"{len(lost)} of {sum(recalled)} recalled targets do not come back from the merged weights, such as that "
             f"of {lost[0].query!r}: their margin does not survive rounding to {module.dtype_name}; nothing is written"
         )
@@ -61,5 +62,5 @@ def run(args: jsonargparse.Namespace) -> int:
         partial.rename(args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"{args.out}: {sum(recalled)} of {len(examples)} targets come back from it, as from the adapter")
+    say(f"{args.out}: {sum(recalled)} of {len(examples)} targets come back from it, as from the adapter")
     return 0

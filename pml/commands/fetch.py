@@ -4,9 +4,9 @@
 id goes into the hub's own cache; a folder is only described.
 """
 
-import json
-
 import jsonargparse
+
+from pml.escape import say, say_json
 
 __all__ = ["configure", "run"]
 
@@ -31,9 +31,9 @@ def run(args: jsonargparse.Namespace) -> int:
 
     facts = backbone_facts(args.name if args.name is not None else DEFAULT_BACKBONE)
     if args.json:
-        print(json.dumps(facts, indent=2))
+        say_json(facts)
     else:
-        print(
+        say(
             f"{facts['name']}: {facts['parameters']:,} parameters in {facts['blocks']} blocks, hidden size "
             f"{facts['hidden_size']}, vocabulary {facts['vocabulary']:,} tokens\n"
             f"  folder        {facts['path']}\n"

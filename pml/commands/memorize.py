@@ -7,7 +7,6 @@ adapter/ (with a model card), record.json and the rest of a run. The exit code i
 certain, else 1, and what did not is listed. Harm is in nats per token of other text.
 """
 
-import json
 import sys
 import time
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jsonargparse
 
 from pml.commands._console import make_console, one_line
+from pml.escape import say, say_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,7 +85,7 @@ def run(args: jsonargparse.Namespace) -> int:
             **{name: args[name] for name in names},
         )
     if args.json:
-        print(json.dumps(_plain(made), indent=2, ensure_ascii=False))
+        say_json(_plain(made))
     else:
         _print(made)
     return 1 if made.failed else 0
@@ -118,7 +118,7 @@ class _Shown:
             return
         lines = plan.lines() if plan else [f"{len(corpus):,} pairs, {corpus.target_tokens:,} target tokens"]
         for line in lines:
-            print(line, flush=True)
+            say(line)
 
     def progress(self, now: "Progress") -> None:
         text = (
@@ -130,27 +130,27 @@ class _Shown:
             self._bar.update(self._task, completed=now.step, total=now.steps, rank=now.rank, description=text)
         elif not self._quiet and time.monotonic() - self._said > 15:
             self._said = time.monotonic()
-            print(f"rank {now.rank}: {text}", file=sys.stderr, flush=True)
+            say(f"rank {now.rank}: {text}", to=sys.stderr)
 
 
 def _print(made: "Memorized") -> None:
     pairs, failed = len(made.certificates), made.failed
     certain = sum(known.verdict == "certain" for known in made.certificates)
-    print(f"{certain} of {pairs} pairs are certain at rank {made.rank} after {made.steps} steps ({made.seconds:.0f} s)")
+    say(f"{certain} of {pairs} pairs are certain at rank {made.rank} after {made.steps} steps ({made.seconds:.0f} s)")
     if made.served is not None:
         whole = sum(a == known.example.target for a, known in zip(made.served, made.certificates, strict=True))
-        print(f"{whole} of {pairs} came back byte for byte from transformers and PEFT alone")
+        say(f"{whole} of {pairs} came back byte for byte from transformers and PEFT alone")
     if made.harm is not None:
-        print(f"harm: {made.harm:+.3f} nats a token on other text ({', '.join(_kinds(made))})")
+        say(f"harm: {made.harm:+.3f} nats a token on other text ({', '.join(_kinds(made))})")
     figures = made.record.corpus_figures
     if (held_out := figures.get("held_out_generated_exact_match")) is not None:
-        print(f"{held_out:.1%} of {figures['held_out_pairs']:.0f} held-out wordings are answered as their facts are")
+        say(f"{held_out:.1%} of {figures['held_out_pairs']:.0f} held-out wordings are answered as their facts are")
     for known in failed[:SHOWN]:
         where = f"token {known.position + 1}, p {known.probability:.3f}"
-        print(f"  {known.verdict}: {one_line(known.example.query)} ({where})")
+        say(f"  {known.verdict}: {one_line(known.example.query)} ({where})")
     if len(failed) > SHOWN:
-        print(f"  and {len(failed) - SHOWN} more")
-    print(f"adapter: {made.adapter}")
+        say(f"  and {len(failed) - SHOWN} more")
+    say(f"adapter: {made.adapter}")
 
 
 def _kinds(made: "Memorized") -> list[str]:

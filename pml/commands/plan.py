@@ -10,7 +10,6 @@
 Answers have intervals, and say what they rest on and where the question lies outside what was measured.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import jsonargparse
 
 from pml.commands._facts import FACT_FILES, read_facts
 from pml.errors import InputError
+from pml.escape import say, say_json
 
 __all__ = ["configure", "run"]
 
@@ -81,10 +81,10 @@ def run(args: jsonargparse.Namespace) -> int:
     plan = _of_pairs(args) if of_pairs else _of_law(args)
     if args.json:
         content = plan.model_dump(mode="json") if of_pairs else plan.to_json()
-        print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+        say_json(content)
     else:
         for line in plan.lines():
-            print(line)
+            say(line)
     return 0 if plan.rank is not None else 1
 
 

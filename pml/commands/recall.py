@@ -6,7 +6,6 @@ text of your own. With --sample it is also sampled, to hold the exact recall tha
 probabilities predict against what samples give.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ import jsonargparse
 from pml.commands._console import make_console, one_line
 from pml.commands._facts import add_adapter_arguments, check_adapter_arguments, open_adapter
 from pml.errors import InputError
+from pml.escape import say, say_json
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -68,19 +68,19 @@ def run(args: jsonargparse.Namespace) -> int:
     if args.adapter is not None:
         results = [_ask(args.adapter, args)]
         if args.json:
-            print(json.dumps(results, indent=2, ensure_ascii=False))
+            say_json(results)
         return 0
     records = read_records([run_folder(args.run)])
     for folder, record in records.items():
         if record.status == "diverged":
-            print(
+            say(
                 f"note: {folder} diverged: its final loss is not a finite number, so it is left out",
-                file=sys.stderr,
+                to=sys.stderr,
             )
     with shared_backbones():
         results = [_ask(folder, args) for folder, record in records.items() if record.status != "diverged"]
     if args.json:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        say_json(results)
     return 0
 
 
@@ -91,7 +91,7 @@ def _ask(folder: Path, args: jsonargparse.Namespace) -> dict[str, Any]:
     encoder = data.encoder(module.tokenizer)
     try:
         if not args.json:
-            print(folder)
+            say(folder)
         return (_answer if args.prompt is not None else _recall)(folder, module, data, encoder, args)
     finally:
         module.release()
@@ -107,12 +107,12 @@ def _answer(folder: Path, module: Any, data: Any, encoder: Any, args: jsonargpar
     with torch.no_grad():
         answer = encoder.answer(generate_greedily(module.model, prompt, args.tokens)[0].tolist())
     if not args.json:
-        print(f"  {one_line(answer)}")
+        say(f"  {one_line(answer)}")
     return {"run": str(folder), "prompt": args.prompt, "answer": answer}
 
 
 def _recall(folder: Path, module: Any, data: Any, encoder: Any, args: jsonargparse.Namespace) -> dict[str, Any]:
-    console = make_console(highlight=False)
+    console = make_console()
     asked = data.corpus.examples[: args.limit]
     examples: list[dict[str, Any]] = []
     right = 0
@@ -138,11 +138,11 @@ def _recall(folder: Path, module: Any, data: Any, encoder: Any, args: jsonargpar
         for name in ("predicted_exact", "sampled_exact"):
             result[name] = fmean(example[name] for example in examples)
     if not args.json:
-        print(
+        say(
             f"  greedy decoding: exact match {result['exact_match']:.4f}, token accuracy {result['token_accuracy']:.4f}"
         )
         if args.sample:
-            print(
+            say(
                 f"  {args.sample} samples each at temperature {args.temperature:g}: exact match "
                 f"{result['sampled_exact']:.4f}, predicted {result['predicted_exact']:.4f}"
             )

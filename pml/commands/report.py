@@ -9,6 +9,7 @@ from pathlib import Path
 import jsonargparse
 
 from pml.commands._runs import add_runs, add_where, chosen_records
+from pml.escape import say
 
 __all__ = ["configure", "run"]
 
@@ -48,5 +49,5 @@ def run(args: jsonargparse.Namespace) -> int:
     report = make_report(chosen_records(args), title=args.title, by=args.by, join_corpora=args.join_corpora)
     path = write_report(report, args.out, overwrite=args.overwrite)
     size, figures = f"{len(report.html) / 1e6:.1f} MB", path.parent / "figures"
-    print(f"written: {path} ({size}) and {len(report.figures)} figures in {figures}")
+    say(f"written: {path} ({size}) and {len(report.figures)} figures in {figures}")
     return 0

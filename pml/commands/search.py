@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import jsonargparse
 
+from pml.escape import say, say_json
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -42,7 +44,7 @@ def run(args: jsonargparse.Namespace) -> int:
     grid = read_search(args.grid)
 
     def start(folder: str, cells: "list[Cell]") -> "Progress":
-        print(f"{folder}:", file=sys.stderr)
+        say(f"{folder}:", to=sys.stderr)
         return Progress(cells)
 
     try:
@@ -51,27 +53,27 @@ def run(args: jsonargparse.Namespace) -> int:
         stop.advice = f"go on with: pml search {args.grid}"
         raise
     if args.json:
-        print((grid.out / SEARCH_NAME).read_text(encoding="utf-8"), end="")
+        say_json(json.loads((grid.out / SEARCH_NAME).read_bytes()))
     else:
         make_console().print(_table(grid, choices))
         for key in grid.search:
             edge = sum(key in choice.at_the_edge for choice in choices)
             if edge:
-                print(
+                say(
                     f"{key}: the best value is the smallest or largest tried in {edge} of {len(choices)} cells; "
                     "try values beyond it",
-                    file=sys.stderr,
+                    to=sys.stderr,
                 )
     failed = [choice for choice in choices if choice.record is None]
     diverged = [choice for choice in choices if choice.record is not None and choice.chosen is None]
     for choice in diverged:
-        print(
+        say(
             f"diverged: {json.dumps(choice.cell)}: every candidate ended with a loss that is not a finite number, with "
             f"the last budget or before; search other values (see {choice.folder})",
-            file=sys.stderr,
+            to=sys.stderr,
         )
     for choice in failed:
-        print(f"failed: {json.dumps(choice.cell)} (see {choice.folder / 'error.txt'})", file=sys.stderr)
+        say(f"failed: {json.dumps(choice.cell)} (see {choice.folder / 'error.txt'})", to=sys.stderr)
     return 1 if failed or diverged else 0
 
 

@@ -8,13 +8,14 @@ infinite or not a number has diverged: it counts as done, since to run it again 
 end. Ctrl-C or SIGTERM saves what is running; the same command goes on with it.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jsonargparse
+
+from pml.escape import say, say_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -96,24 +97,24 @@ def run(args: jsonargparse.Namespace) -> int:
     if records and not args.json:
         make_console().print(records_table(records))
     if args.json:
-        print(json.dumps([_plain(outcome) for outcome in outcomes], indent=2))
+        say_json([_plain(outcome) for outcome in outcomes])
     for outcome in outcomes:
         if outcome.diverged:
-            print(
+            say(
                 f"diverged: {outcome.cell.name}: its loss is not a finite number; a lower learning rate, which is "
                 f"another cell, may help (see {outcome.cell.folder})",
-                file=sys.stderr,
+                to=sys.stderr,
             )
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
         error_file = outcome.cell.folder / ERROR_NAME
         where = f" (see {error_file}; --retry-failed runs it again)" if error_file.exists() else ""
-        print(f"failed: {outcome.cell.name}: {outcome.error}{where}", file=sys.stderr)
+        say(f"failed: {outcome.cell.name}: {outcome.error}{where}", to=sys.stderr)
     left = [outcome.cell.name for outcome in outcomes if outcome.record is None and outcome.error is None]
     for name in left:
-        print(f"not run: {name}", file=sys.stderr)
+        say(f"not run: {name}", to=sys.stderr)
     for trouble in troubles:
-        print(trouble, file=sys.stderr)
+        say(trouble, to=sys.stderr)
     return 1 if failed or left else 0
 
 
@@ -131,15 +132,15 @@ def watch(cells: "Sequence[Cell]", workers: "Workers", claims: "Claims", report:
     """
     from contextlib import nullcontext
 
-    from rich.console import Console
     from rich.live import Live
 
+    from pml.commands._console import make_console
     from pml.progress import is_interactive
     from pml.stopping import Stopped
     from pml.sweep import Outcome
 
     waiting = [cell for cell in cells if cell.record is None and cell.error is None]
-    display: Any = Live(console=Console(stderr=True), transient=True) if is_interactive() else nullcontext()
+    display: Any = Live(console=make_console(stderr=True), transient=True) if is_interactive() else nullcontext()
     try:
         with display:
             while True:
@@ -154,7 +155,7 @@ def watch(cells: "Sequence[Cell]", workers: "Workers", claims: "Claims", report:
                     display.update(_running_table(waiting, claims))
                 time.sleep(0.5)
     except Stopped:
-        print("stopping: workers save what they run", file=sys.stderr, flush=True)
+        say("stopping: workers save what they run", to=sys.stderr)
         workers.stop()
         raise
 
@@ -189,7 +190,7 @@ def _status(cells: "Sequence[Cell]", claims: "Claims", as_json: bool) -> int:
     running = {name: (holder, words) for name, holder, words in _running(cells, claims)}
     outcomes = [Outcome(cell, cell.record, cell.error, skipped=True) for cell in cells]
     if as_json:
-        print(json.dumps([{**_plain(o), "running": running.get(o.cell.name, (None,))[0]} for o in outcomes], indent=2))
+        say_json([{**_plain(o), "running": running.get(o.cell.name, (None,))[0]} for o in outcomes])
         return 0
     seconds, left, counts = [], 0, dict.fromkeys(("done", "failed", "running", "to run"), 0)
     for outcome in outcomes:
@@ -204,13 +205,13 @@ def _status(cells: "Sequence[Cell]", claims: "Claims", as_json: bool) -> int:
             words = ": on {}; {}".format(*running[name]) if name in running else ""
             left += 1
         counts[kind] += 1
-        print(f"{kind:<8}{outcome.cell.folder}{words}")
+        say(f"{kind:<8}{outcome.cell.folder}{words}")
     summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     if seconds and left:
         hands = max(1, len(running))
         summary += f"; about {_duration(left * sum(seconds) / len(seconds) / hands)} left"
         summary += f" with {hands} worker{'s' * (hands > 1)}"
-    print(summary)
+    say(summary)
     return 0
 
 
@@ -229,7 +230,7 @@ class Progress:
         self.done = self.ran = 0
         self.started = time.monotonic()
         words = f"{self.total} cells, {self.total - len(open_cells)} recorded before, {self.todo} to run"
-        print(words + (f", {failed} failed before" if failed else ""), file=sys.stderr)
+        say(words + (f", {failed} failed before" if failed else ""), to=sys.stderr)
 
     def __call__(self, outcome: "Outcome") -> None:
         """Say what became of a cell."""
@@ -251,7 +252,7 @@ class Progress:
                 f"exact match {record.exact_match:.2f}, {record.optimizer_steps} steps, {record.wall_seconds:.0f} s"
             )
         rest = f"; about {_duration(left)} left" if self.ran < self.todo else ""
-        print(f"[{self.ran}/{self.todo}] {outcome.cell.name}: {result}{rest}", file=sys.stderr, flush=True)
+        say(f"[{self.ran}/{self.todo}] {outcome.cell.name}: {result}{rest}", to=sys.stderr)
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,48 @@
+"""A disk that is full, read-only or failing: told from other errors, and said in one line."""
+
+import errno
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pml.errors import InputError
+
+__all__ = ["DiskError", "disk_trouble", "quiet_threads"]
+
+FAILING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+
+WITHOUT_ERRNO = re.compile(r"I/O error: (.*) \(os error (\d+)\)")
+"""What safetensors says of a file that it could not write."""
+
+
+class DiskError(InputError):
+    """A disk could not take what was written; files that were whole before still are."""
+
+
+def disk_trouble(error: BaseException | None) -> str | None:
+    """What a disk could not do, such as `run/record.json: No space left on device`; None for any other error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FAILING:
+            return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        found = WITHOUT_ERRNO.search(str(error))
+        if found and int(found[2]) in FAILING:
+            return found[1]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Within it, a thread that a disk has failed ends without a word: loggers raise its error where they write next."""
+    before = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if disk_trouble(failed.exc_value) is None:
+            before(failed)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before

@@ -1,0 +1,105 @@
+"""Text of data never reaches a terminal as a command to it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+from pml.cli import main
+from pml.commands._console import make_console
+from pml.escape import one_line, say, say_json, visible
+from tests.simulated_runs import write_simulated_grid
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x08‮"
+OBEYED = set("\x1b\x07\x9b\r\x08‮")
+
+
+def test_control_characters_are_spelled_out_and_lines_stay_lines() -> None:
+    assert visible("a\x1b[2J\tb\nc\x9b\udce9") == "a\\x1b[2J\tb\nc\\x9b\\udce9"
+    assert one_line("a\nb\x1b") == "a\\nb\\x1b"
+    assert visible("Zoë 👩‍🚀 日本語") == "Zoë 👩‍🚀 日本語"
+
+
+def test_what_is_said_is_visible_and_json_stays_the_same_json(capsys: pytest.CaptureFixture[str]) -> None:
+    say(EVIL)
+    say_json({"query": EVIL, "other": "é"})
+    out = capsys.readouterr().out
+    assert not OBEYED & set(out)
+    assert json.loads(out.partition("\n")[2]) == {"query": EVIL, "other": "é"}
+    assert "é" in out
+
+
+def test_a_console_shows_text_as_it_is_and_keeps_its_own_colours(capsys: pytest.CaptureFixture[str]) -> None:
+    console = make_console(force_terminal=True, color_system="standard")
+    table = Table(title=f"title {EVIL}", caption=EVIL)
+    table.add_column(f"name {EVIL}")
+    table.add_row(f"[bold]cell[/bold] [/nothing] :warning: {EVIL}")
+    console.print(table, f"line {EVIL}", Text(f"red {EVIL}", "red"))
+    out = capsys.readouterr().out
+    assert "\x1b[31mred " in out
+    assert "[bold]cell[/bold] [/nothing] :warning: \\x1b]0;owned\\x1b[2J" in out
+    # What is left of escape sequences are colours and styles of rich's own.
+    assert not {"\x07", "\x9b", "\x08", "‮", "\r"} & set(out)
+    assert "\x1b]" not in out
+    assert "\x1b[2J" not in out
+
+
+NAME = "run \x1b[2J\x9b [/red]"
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Finished runs whose folders and corpus have names that a terminal would obey."""
+    monkeypatch.chdir(tmp_path)
+    for method in ("sft", "memft"):
+        write_simulated_grid(tmp_path / NAME, methods=(method,), corpus=f"corpus {EVIL} [bold]")
+    return tmp_path / NAME
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["recall", "none" + EVIL],
+        ["law", NAME, "--where.method", "sft", "--details"],
+        ["law", NAME],
+        ["compare", NAME],
+        ["report", NAME, "--out", "out" + EVIL],
+        ["plan", "none" + EVIL, "--length", "5"],
+        ["certify", NAME],
+        ["fit", "--config", EVIL + ".yaml"],
+        ["nothing" + EVIL],
+        ["sweep", EVIL],
+        ["data", EVIL],
+        ["fit", f"--model={EVIL}"],
+        ["law", NAME, f"--{EVIL}"],
+    ],
+    ids=lambda arguments: " ".join(map(ascii, arguments))[:40],
+)
+def test_commands_on_runs_of_evil_names(arguments: list[str], runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    main(arguments)
+    out, err = capsys.readouterr()
+    assert out + err
+    assert not OBEYED & set(out + err)
+
+
+def test_commands_on_a_run_whose_queries_are_evil(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"query": f"{n} {EVIL} [bold]", "target": f"{EVIL} {n} [/bold]"} for n in range(3)]
+    Path("evil.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    model = ["--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=1"]
+    made = ["fit", *model, "--data=Facts", "--data.path=evil.jsonl", "--trainer.max_epochs=1"]
+    name = "evil\x1b[2J"
+    assert main([*made, "--trainer.accelerator=cpu", f"--trainer.logger.name={name}"]) == 0
+    run = f"runs/{name}/version_0"
+    for command in (["recall", run], ["recall", run, "--json"], ["certify", run], ["certify", run, "--json"]):
+        assert main(command) in (0, 1), command
+    assert main(["data", f"{run}/config.yaml"]) == 0
+    assert main(["validate", run]) == 0
+    out, err = capsys.readouterr()
+    assert "owned" in out
+    assert not OBEYED & set(out + err)
