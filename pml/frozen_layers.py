@@ -7,7 +7,7 @@ whole: names, saving, loading and generation know nothing of the split.
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,21 +21,35 @@ from pml.compiled import CompiledDecoder
 from pml.cpu import attention, give_back_memory
 from pml.cut_trial import fault, narrow_windows
 from pml.state_store import CacheConfig, StateStore
-from pml.whole_model import plain_head, run_decoder
+from pml.whole_model import one_sequence_a_row, plain_head, run_decoder
 
-__all__ = ["FrozenLayers", "content_keys"]
+__all__ = ["ContentKeys", "FrozenLayers", "content_keys"]
 
 log = logging.getLogger(__name__)
 
 Cut = Literal["after_block", "before_block", "whole"]
 
 
-def content_keys(input_ids: Tensor, lengths: Tensor) -> list[bytes]:
+class ContentKeys:
+    """A key for each row of a batch, by its content.
+
+    Not a sequence to Lightning, which takes those in a batch apart down to the single byte to move them to a device.
+    """
+
+    def __init__(self, keys: Iterable[bytes]) -> None:
+        self._keys = tuple(keys)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._keys)
+
+
+def content_keys(input_ids: Tensor, lengths: Tensor) -> ContentKeys:
     """A key per row that is equal if and only if the token ids before the padding are equal.
 
     Takes tensors that lie on the host, so that making the keys never waits for a device.
     """
-    return [row[:length].numpy().tobytes() for row, length in zip(input_ids, lengths.tolist(), strict=True)]
+    rows = zip(input_ids, lengths.tolist(), strict=True)
+    return ContentKeys(row[:length].numpy().tobytes() for row, length in rows)
 
 
 class FrozenLayers:
@@ -117,7 +131,7 @@ class FrozenLayers:
         steps = max(input_ids.shape[1] - 1, 1)
         if self.cut == "whole":
             return self._trained(input_ids=input_ids[:, :steps])
-        keys: Sequence[bytes] = batch.get("keys") or content_keys(input_ids.cpu(), batch["lengths"].cpu())
+        keys: ContentKeys = batch.get("keys") or content_keys(input_ids.cpu(), batch["lengths"].cpu())
         return self.above([self._below(batch, row, key) for row, key in enumerate(keys)], steps)
 
     @property
@@ -180,7 +194,7 @@ class FrozenLayers:
         if self._compiled is None or not torch.is_grad_enabled():
             return run_decoder(self._suffix, **inputs)
         first = next(iter(inputs.values()))
-        with attention(first.shape[1], first.device):
+        with attention(first.shape[1], first.device), one_sequence_a_row():
             return self._compiled(**inputs)
 
     def _below(self, batch: dict[str, Any], row: int, key: bytes) -> tuple[Tensor, ...]:

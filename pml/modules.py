@@ -18,12 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from pml.adapter import AdapterConfig, adapter_parameters, adapter_state, attach_adapter, detach_adapter, load_adapter
 from pml.backbone import Backbone, load_backbone
 from pml.compiled import CompileMode, reason_not_to_compile
-from pml.corpus import IGNORE_INDEX
 from pml.cpu import CpuChoice, CpuConfig, tune_cpu
 from pml.curriculum import PrefixRatio
 from pml.errors import InputError
 from pml.frozen_layers import FrozenLayers, content_keys
 from pml.global_batch import GlobalBatch
+from pml.optimizer import make_adamw, skip_if_empty
 from pml.plain import as_plain, from_plain
 from pml.schedule import check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
@@ -97,8 +97,7 @@ class Memorization(LightningModule):
         self.curriculum: PrefixRatio | None = None
         self.tokens_trained = 0
         """Target tokens in this rank's training batches so far."""
-        self.skipped_steps = 0
-        """Optimiser steps not taken since every target token was above threshold."""
+        self._skipped: Tensor | int = 0
         self.resumed = 0
         """How often this fit went on from a checkpoint."""
         self.global_batch = GlobalBatch()
@@ -109,6 +108,11 @@ class Memorization(LightningModule):
         self.goes_on_from: dict[str, Any] = {}
         """State of a checkpoint that was loaded, until training goes on from it."""
         self._steps = 0
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimiser steps not taken since every target token was above threshold; waits for the device."""
+        return int(self._skipped)
 
     def settings(self) -> dict[str, Any]:
         """Method and optimiser settings as plain Python, for the record."""
@@ -232,7 +236,7 @@ class Memorization(LightningModule):
         return {
             **batch,
             "keys": content_keys(batch["input_ids"], batch["lengths"]),
-            "target_tokens": int((batch["labels"] != IGNORE_INDEX).sum()),
+            "target_tokens": batch["supervised"].shape[1],
         }
 
     def score(self, batch: dict[str, Any], gradient_above: float | None = None) -> TokenScores:
@@ -285,22 +289,15 @@ class Memorization(LightningModule):
         return {"loss": total, "scores": scores.detach()}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Only a hard threshold can leave nothing to train on, so only it pays for looking at the number.
-        hard = self.weighting.gradient_above is not None
-        anything, loss = self.global_batch.close(adapter_parameters(self.model).values(), may_be_empty=hard)
-        if not anything:
-            # AdamW would move on its momentum. Without gradients it leaves parameters and state alone.
-            optimizer.zero_grad(set_to_none=True)
-            self.skipped_steps += 1
+        budget, loss = self.global_batch.close(adapter_parameters(self.model).values())
+        # Only a hard threshold can leave nothing to train on.
+        if self.weighting.gradient_above is not None:
+            self._skipped = self._skipped + skip_if_empty(optimizer, budget)
         self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = torch.optim.AdamW(
-            adapter_parameters(self.model).values(),
-            lr=self.learning_rate,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-        )
+        parameters = adapter_parameters(self.model).values()
+        optimizer = make_adamw(parameters, self.learning_rate, self.betas, self.weight_decay)
         total = total_steps(self.trainer, self.curriculum) if self.schedule == "linear" else None
         factor = learning_rate_factor(self.warmup_steps, total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -359,7 +356,7 @@ class Memorization(LightningModule):
         if not state:
             return
         self.weighting.load_state_dict(state["weighting"])
-        self.tokens_trained, self.skipped_steps = own_share(state["tokens_trained"]), state["skipped_steps"]
+        self.tokens_trained, self._skipped = own_share(state["tokens_trained"]), state["skipped_steps"]
         self.resumed = state.get("resumed", 0)
         if self._trainer is not None and self._trainer.training:
             refuse_other_data(self, state)
