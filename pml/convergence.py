@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pml.devices import widest_float
 from pml.ranks import is_first_rank, summed_over_ranks
 
 __all__ = ["LossHistory"]
@@ -29,7 +30,7 @@ class LossHistory:
             losses: Sum of the token losses in nats, a scalar.
             tokens: Target tokens that it is over, a scalar.
         """
-        entry = torch.stack([losses.detach().double(), tokens.double()])
+        entry = torch.stack([values.detach().to(widest_float(losses.device)) for values in (losses, tokens)])
         if self.steps % self._length == 0:
             self._segments.append(entry)
         else:
@@ -41,7 +42,7 @@ class LossHistory:
             self._length *= 2
 
     def sums(self) -> Tensor:
-        """(segments, 2) float64: sums of losses in nats and numbers of target tokens; sums over ranks add up."""
+        """(segments, 2): sums of losses in nats and numbers of target tokens; sums over ranks add up."""
         return torch.stack(self._segments) if self._segments else torch.zeros(0, 2, dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
@@ -56,7 +57,7 @@ class LossHistory:
             device: Where losses will be.
         """
         self.steps, self._length = state["steps"], state["length"]
-        self._segments = list((state["sums"] * is_first_rank()).to(device))
+        self._segments = list((state["sums"] * is_first_rank()).to(device, widest_float(torch.device(device))))
 
     @staticmethod
     def late_drop(sums: Tensor, steps: int) -> float | None:

@@ -41,7 +41,7 @@ def one_sequence_a_row() -> Iterator[None]:
     if asked is None:
         yield
         return
-    masking_utils.find_packed_sequence_indices = _never_packed  # type: ignore[assignment]
+    masking_utils.find_packed_sequence_indices = _never_packed
     try:
         yield
     finally:
