@@ -8,9 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from callbacks import StopWhenRecalled, TokenThresholds
+import pml.convergence
+import pml.metrics
+from callbacks import RunRecord, StopWhenRecalled, TokenThresholds
 from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
+from pml.devices import widest_float
 from pml.modules import SFT, MemFT, Memorization
 from pml.weighting import ExpectedRecall, FallingThreshold, OnlyThreshold, SlidingWindow, WholeTargets
 from tests.accelerator.stand_in import Waits, fit, pretend_that_adamw_is_one_kernel
@@ -94,3 +97,15 @@ def operations_of_a_block(model: Any) -> int:
         out = block(states, attention_mask=None, position_ids=position, position_embeddings=angles, use_cache=False)
         torch.autograd.grad(out, states, torch.empty_like(out))
     return counts.operations.total()
+
+
+def test_a_device_without_float64_is_not_asked_for_it(
+    tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert widest_float(torch.device("mps")) == torch.float32
+    for module in (pml.metrics, pml.convergence):
+        monkeypatch.setattr(module, "widest_float", lambda device: torch.float32)
+    callbacks = [TokenThresholds(looks=2), StopWhenRecalled(), RunRecord(tmp_path / "run")]
+    seen = fit(module_on(tiny_backbone), Ids(uneven(4), batch_size=4), tmp_path, callbacks=callbacks)
+    assert torch.float64 not in seen.dtypes
+    assert torch.float32 in seen.dtypes
