@@ -2,22 +2,45 @@
 
 import importlib.util
 import logging
+import math
 import shutil
 from collections.abc import Callable, Collection
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch import Tensor, nn
 
-__all__ = ["LONG_STEPS", "CompileMode", "CompiledDecoder", "reason_not_to_compile"]
+from pml.products import float32_products
+from pml.schedule import total_steps
+
+__all__ = [
+    "CompileMode",
+    "CompiledDecoder",
+    "Compiling",
+    "FitSize",
+    "batches_to_earn_back",
+    "batches_to_wait",
+    "reason_not_to_compile",
+]
 
 log = logging.getLogger(__name__)
 
 CompileMode = Literal["auto", "always", "never"]
 
-LONG_STEPS = 3000
-"""Batches from which compiling pays. On two CPU cores it took 20 to 35 s and then saved 5 % (float32) to 18 %
-(bfloat16) of a step of 0.35 to 0.5 s at 300 tokens, so it is earned back after 300 to 1400 steps."""
+CPU_WORK = 3e13
+"""Weights times tokens that a fit on a CPU has to go through for compiling to pay: 3000 batches of 300 tokens through
+32 million weights. On two cores it took 20 to 35 s and then saved 5 % (float32) to 18 % (bfloat16) of a step of 0.35 to
+0.5 s there, so it is earned back after 300 to 1400 steps."""
+
+ACCELERATOR_BATCHES = 10_000
+"""Batches from which it may pay elsewhere, whatever their size. By arithmetic, not measured: a minute of compiling
+against the 6 ms or so that launching the kernels of a short step takes longer than running them."""
+
+LEAST_SECONDS = 700.0
+"""A fit with a time limit below this cannot earn the 35 s back by 5 %."""
 
 ROUNDINGS = 8
 """Compiled states may differ by as much as this many roundings of the inputs move them. Fused kernels round at fewer
@@ -26,15 +49,31 @@ places, so that their states differ by a few."""
 COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
-def reason_not_to_compile(
-    mode: CompileMode, batches: float, lengths: Collection[int], device: torch.device
-) -> str | None:
+@dataclass(frozen=True)
+class FitSize:
+    """How much there is to run through the blocks above the adapter.
+
+    Attributes:
+        batches: Batches of the whole fit, infinity where it has no end.
+        lengths: Tokens in each example.
+        work: Weights in those blocks times tokens, of one batch.
+        seconds: Limit of the fit's time.
+        may_end_early: Whether something watches for its end, such as certain recall.
+    """
+
+    batches: float
+    lengths: Collection[int]
+    work: float
+    seconds: float = math.inf
+    may_end_early: bool = False
+
+
+def reason_not_to_compile(mode: CompileMode, fit: FitSize, device: torch.device) -> str | None:
     """Why a fit should not be compiled; None where it should.
 
     Args:
         mode: `always` asks only whether it can be done.
-        batches: Batches of the whole fit, infinity where it has no end.
-        lengths: Tokens in each example.
+        fit: What it would be done for.
         device: Where the model is.
     """
     if mode == "never":
@@ -45,11 +84,72 @@ def reason_not_to_compile(
         return "Triton is not installed"
     if mode == "always":
         return None
-    if batches < LONG_STEPS:
-        return f"{batches:.0f} batches are too few to earn it back, {LONG_STEPS} would do"
-    if len(set(lengths)) > 1:
+    if fit.seconds < LEAST_SECONDS:
+        return f"a limit of {fit.seconds:.0f} s is too short to earn it back"
+    enough = batches_to_wait(fit, device) + batches_to_earn_back(fit, device)
+    if fit.batches < enough:
+        return f"{fit.batches:.0f} batches are too few to earn it back, {enough:.0f} would do"
+    if len(set(fit.lengths)) > 1:
         return "the examples are of different lengths, and each shape is compiled anew"
     return None
+
+
+def batches_to_earn_back(fit: FitSize, device: torch.device) -> int:
+    """Batches after which compiling has paid."""
+    return math.ceil(CPU_WORK / fit.work) if device.type == "cpu" else ACCELERATOR_BATCHES
+
+
+def batches_to_wait(fit: FitSize, device: torch.device) -> int:
+    """Batches before compiling: a fit that may end at any time is expected to last for as long again as it has so far.
+
+    Counted, not timed: by the clock, two runs of the same fit would round differently.
+    """
+    return batches_to_earn_back(fit, device) if fit.may_end_early else 0
+
+
+class Compiling:
+    """Decides for a fit whether and when its blocks above the adapter are compiled, and says so.
+
+    Args:
+        mode: Whether that is wanted at all.
+        trainer: Of the fit, set up.
+        weights: Weights in those blocks.
+        curriculum: See `pml.schedule.total_steps`.
+    """
+
+    def __init__(self, mode: CompileMode, trainer: Trainer, weights: int, curriculum: Any = None) -> None:
+        fit, device = _size(trainer, weights, curriculum), trainer.strategy.root_device
+        self._accumulated = trainer.accumulate_grad_batches
+        self._first: int | None = None
+        reason = reason_not_to_compile(mode, fit, device)
+        if reason is not None:
+            log.info("the blocks above the adapter are not compiled: %s", reason)
+            return
+        self._first = 0 if mode == "always" else batches_to_wait(fit, device)
+        log.info("the blocks above the adapter are compiled%s", f" after {self._first} batches" if self._first else "")
+
+    def is_due(self, steps: int) -> bool:
+        """Whether to compile now, after so many optimiser steps; once."""
+        if self._first is None or steps * self._accumulated < self._first:
+            return False
+        self._first = None
+        return True
+
+
+def _size(trainer: Trainer, weights: int, curriculum: Any) -> FitSize:
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    endless = trainer.max_epochs == -1 and trainer.max_steps == -1
+    lengths = [len(example) for example in data.corpus.examples]
+    per_batch = min(data.batch_size or len(lengths), len(lengths)) / (1 if data.batch_size else trainer.world_size)
+    limits = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
+    return FitSize(
+        batches=math.inf if endless else total_steps(trainer, curriculum) * trainer.accumulate_grad_batches,
+        lengths=lengths,
+        work=weights * per_batch * sum(lengths) / len(lengths),
+        seconds=min((limit for limit in limits if limit is not None), default=math.inf),
+        may_end_early=any(isinstance(c, EarlyStopping) or hasattr(c, "steps_to_recall") for c in callbacks),
+    )
 
 
 class CompiledDecoder:
@@ -74,6 +174,11 @@ class CompiledDecoder:
         return self.decoder(**inputs, use_cache=False).last_hidden_state
 
     def _first_call(self, **inputs: Tensor) -> Tensor:
+        # In lower precision the difference between two ways of rounding would hide what is wrong.
+        with float32_products("highest"):
+            return self._tried(**inputs)
+
+    def _tried(self, **inputs: Tensor) -> Tensor:
         self._call = self._plain
         expected = self._plain(**inputs)
         try:
@@ -93,14 +198,12 @@ class CompiledDecoder:
         return states
 
     def _rounding(self, expected: Tensor, **inputs: Tensor) -> float:
-        """How far the states move when the last digit of each input does, in the dtype that is multiplied in."""
+        """How far the states move when the last digit of each input does."""
         moved = {}
         for name, values in inputs.items():
-            kind = values.device.type
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
             if values.is_floating_point():
                 sign = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).sign().to(values)
-                values = values * (1 + torch.finfo(dtype).eps * sign)
+                values = values * (1 + torch.finfo(values.dtype).eps * sign)
             moved[name] = values
         with torch.no_grad():
             return _difference(self._plain(**moved), expected)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pml.devices import widest_float
 from pml.ranks import is_first_rank, summed_over_ranks
 
 __all__ = ["LossHistory"]
@@ -34,7 +35,7 @@ class LossHistory:
             losses: Sum of the token losses in nats, a scalar.
             tokens: Target tokens that it is over, a scalar.
         """
-        entry = torch.stack([losses.detach().double(), tokens.double()])
+        entry = torch.stack([values.detach().to(widest_float(losses.device)) for values in (losses, tokens)])
         if self.steps % self._length == 0:
             self._segments.append(entry)
         else:
@@ -46,8 +47,8 @@ class LossHistory:
             self._length *= 2
 
     def sums(self) -> Tensor:
-        """(segments, 2) float64: sums of losses in nats and numbers of target tokens; sums over ranks add up."""
-        none = torch.zeros(0, 2, dtype=torch.float64, device=self.device)
+        """(segments, 2), float64 where the device has it: sums of losses in nats and numbers of target tokens; sums over ranks add up."""
+        none = torch.zeros(0, 2, dtype=widest_float(torch.device(self.device)), device=self.device)
         return torch.stack(self._segments) if self._segments else none
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,7 +58,9 @@ class LossHistory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave; the first rank keeps the sums."""
         self.steps, self._length = state["steps"], state["length"]
-        self._segments = list((state["sums"] * is_first_rank()).to(self.device))
+        self._segments = list(
+            (state["sums"] * is_first_rank()).to(self.device, widest_float(torch.device(self.device)))
+        )
 
     @staticmethod
     def late_drop(sums: Tensor, steps: int) -> float | None:

@@ -23,6 +23,7 @@ __all__ = [
     "collate",
     "encode_pairs",
     "end_of_turn_ids",
+    "supervised_tokens",
 ]
 
 log = logging.getLogger(__name__)
@@ -233,7 +234,8 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
 
     Returns:
         `input_ids` (B, T), `labels` (B, T) with `IGNORE_INDEX` on prompt and padding, where the label at position t is
-        the token at position t; `lengths` (B,), tokens before the padding; `example_id` (B,).
+        the token at position t; `lengths` (B,), tokens before the padding; `example_id` (B,); and `supervised` (3, N),
+        see `supervised_tokens`.
     """
     longest = max(len(e) for e in examples)
     input_ids = torch.zeros(len(examples), longest, dtype=torch.long)
@@ -247,4 +249,22 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
         "labels": labels,
         "lengths": torch.tensor([len(e) for e in examples]),
         "example_id": torch.tensor([e.example_id for e in examples]),
+        "supervised": supervised_tokens(labels),
     }
+
+
+def supervised_tokens(labels: Tensor) -> Tensor:
+    """Where the N target tokens of a batch are: made on the host, since a device would have to be waited for.
+
+    Args:
+        labels: (B, T) as `collate` gives them. Below, S is T - 1, and at least 1.
+
+    Returns:
+        (3, N) int64, row by row of the batch: the place of the position that predicts the token, in (B, S) taken flat;
+        the place of the token in a table (B, S) whose column t is the t-th target token; the token's id.
+    """
+    shifted = labels[:, 1:] if labels.shape[1] > 1 else torch.full_like(labels, IGNORE_INDEX)
+    supervised = shifted != IGNORE_INDEX
+    table = torch.arange(supervised.shape[1]) < supervised.sum(dim=1, keepdim=True)
+    places, cells = (mask.flatten().nonzero().squeeze(1) for mask in (supervised, table))
+    return torch.stack([places, cells, shifted.flatten()[places]])

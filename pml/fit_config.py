@@ -7,13 +7,12 @@ from typing import Any
 
 from pml.errors import InputError
 
-__all__ = ["check_configuration"]
+__all__ = ["check_configuration", "check_precision"]
 
 MOST_SEEDS = 2**32 - 1
 
 SHARDED = ("fsdp", "deepspeed", "modelparallel", "model_parallel")
 
-MIXED = ("16", "16-mixed", "bf16", "bf16-mixed")
 FULL = ("32", "32-true")
 
 
@@ -34,7 +33,7 @@ def check_configuration(config: Mapping[str, Any], command: str | None) -> None:
     if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed <= MOST_SEEDS:
         raise InputError(f"seed_everything is {seed}; expected a number from 0 to {MOST_SEEDS}")
     trainer = config.get("trainer") or {}
-    _check_precision(trainer.get("precision"))
+    check_precision(trainer.get("precision"))
     _check_strategy(trainer.get("strategy"))
     for name in ("model", "data"):
         seed = ((config.get(name) or {}).get("init_args") or {}).get("seed")
@@ -114,13 +113,21 @@ def _check_time(limit: Any, nothing: str) -> None:
         raise InputError(f"trainer.max_time is {limit}, {nothing}; expected a time above 0, such as 00:00:30:00")
 
 
-def _check_precision(precision: Any) -> None:
-    if precision is None or str(precision) in (*MIXED, *FULL):
-        return
-    raise InputError(
-        f"trainer.precision is {precision}; the adapter and all losses are float32, so expected 32-true, 16-mixed or "
-        "bf16-mixed; the type of the frozen weights is --model.dtype, such as --model.dtype bfloat16"
-    )
+def check_precision(precision: Any) -> None:
+    """Refuse other precisions than float32: what is trained, measured and decoded would round in different ways.
+
+    Args:
+        precision: `trainer.precision`.
+
+    Raises:
+        InputError: Naming what takes their place.
+    """
+    if precision is not None and str(precision) not in FULL:
+        raise InputError(
+            f"trainer.precision is {precision}; the adapter and all losses are float32, so expected 32-true; the type "
+            "of the frozen weights is --model.dtype, such as --model.dtype bfloat16, and faster products of float32 "
+            "weights are --model.matmul_precision medium"
+        )
 
 
 def _check_strategy(strategy: Any) -> None:

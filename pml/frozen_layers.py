@@ -7,7 +7,7 @@ whole: names, saving, loading and generation know nothing of the split.
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,22 +20,38 @@ from pml.backbone import Backbone
 from pml.compiled import CompiledDecoder
 from pml.cpu import attention, give_back_memory
 from pml.cut_trial import fault, narrow_windows
+from pml.errors import InputError
+from pml.products import float32_products
 from pml.state_store import CacheConfig, StateStore
-from pml.whole_model import plain_head, run_decoder
+from pml.whole_model import one_sequence_a_row, plain_head, run_decoder
 
-__all__ = ["FrozenLayers", "content_keys"]
+__all__ = ["ContentKeys", "FrozenLayers", "content_keys", "split_for"]
 
 log = logging.getLogger(__name__)
 
 Cut = Literal["after_block", "before_block", "whole"]
 
 
-def content_keys(input_ids: Tensor, lengths: Tensor) -> list[bytes]:
+class ContentKeys:
+    """A key for each row of a batch, by its content.
+
+    Not a sequence to Lightning, which takes those in a batch apart down to the single byte to move them to a device.
+    """
+
+    def __init__(self, keys: Iterable[bytes]) -> None:
+        self._keys = tuple(keys)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._keys)
+
+
+def content_keys(input_ids: Tensor, lengths: Tensor) -> ContentKeys:
     """A key per row that is equal if and only if the token ids before the padding are equal.
 
     Takes tensors that lie on the host, so that making the keys never waits for a device.
     """
-    return [row[:length].numpy().tobytes() for row, length in zip(input_ids, lengths.tolist(), strict=True)]
+    rows = zip(input_ids, lengths.tolist(), strict=True)
+    return ContentKeys(row[:length].numpy().tobytes() for row, length in rows)
 
 
 class FrozenLayers:
@@ -52,6 +68,7 @@ class FrozenLayers:
         model: The PEFT model on it.
         config: Whether to cut at all, and where to keep what is computed.
         folder: Where a memory-mapped file may be made.
+        processes: Processes on this machine that train together.
 
     Raises:
         InputError: If the model cannot run here even whole, or is not causal.
@@ -63,12 +80,13 @@ class FrozenLayers:
         model: PeftModel,
         config: CacheConfig | None = None,
         folder: Path | None = None,
+        processes: int = 1,
     ) -> None:
         backbone.restore()
         self.backbone = backbone
         self.model = model
         self.config = config or CacheConfig()
-        self._folder = folder
+        self._folder, self._processes = folder, processes
         self.filled = 0
         """Examples that this object ran the frozen layers for (0 where another adapter had already done so)."""
         self.head = plain_head(backbone)
@@ -117,7 +135,7 @@ class FrozenLayers:
         steps = max(input_ids.shape[1] - 1, 1)
         if self.cut == "whole":
             return self._trained(input_ids=input_ids[:, :steps])
-        keys: Sequence[bytes] = batch.get("keys") or content_keys(input_ids.cpu(), batch["lengths"].cpu())
+        keys: ContentKeys = batch.get("keys") or content_keys(input_ids.cpu(), batch["lengths"].cpu())
         return self.above([self._below(batch, row, key) for row, key in enumerate(keys)], steps)
 
     @property
@@ -125,7 +143,9 @@ class FrozenLayers:
         """Kept states by content of the example; shared by all adapters that cut this backbone at the same place."""
         place = (self.cut, self._lowest, self.config.place, self.config.budget_gib)
         if place not in self.backbone.kept_states:
-            self.backbone.kept_states[place] = StateStore(self.config, self.backbone.model.device, self._folder)
+            self.backbone.kept_states[place] = StateStore(
+                self.config, self.backbone.model.device, self._folder, self._processes
+            )
         return self.backbone.kept_states[place]
 
     def release_when_kept(self, loader: Callable[[], Iterable[dict[str, Any]]]) -> None:
@@ -146,6 +166,12 @@ class FrozenLayers:
         if self.cut != "whole":
             self.backbone.release(self._lowest + (1 if self.cut == "after_block" else 0))
             give_back_memory()
+
+    @property
+    def weights_above(self) -> int:
+        """Weights in the blocks that every step goes through."""
+        first = 0 if self.cut == "whole" else self._lowest + (self.cut == "after_block")
+        return sum(p.numel() for block in self.backbone.blocks[first:] for p in block.parameters())
 
     def compile(self) -> None:
         """Compile what is trained through; a first batch tries it. Evaluation, whose shapes vary, runs as it is."""
@@ -180,7 +206,7 @@ class FrozenLayers:
         if self._compiled is None or not torch.is_grad_enabled():
             return run_decoder(self._suffix, **inputs)
         first = next(iter(inputs.values()))
-        with attention(first.shape[1], first.device):
+        with attention(first.shape[1], first.device), one_sequence_a_row():
             return self._compiled(**inputs)
 
     def _below(self, batch: dict[str, Any], row: int, key: bytes) -> tuple[Tensor, ...]:
@@ -201,7 +227,8 @@ class FrozenLayers:
     def _capture(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         """States (S, d) of one example at the cut and, if that is after an `mlp_block`, the input of its MLP (S, d)."""
         self.backbone.restore()
-        with self.model.disable_adapter():
+        # What is kept serves evaluation too.
+        with self.model.disable_adapter(), float32_products("highest"):
             return self._caught(input_ids)
 
     def _caught(self, input_ids: Tensor) -> tuple[Tensor, ...]:
@@ -249,6 +276,29 @@ class FrozenLayers:
             problem = fault(self, self.model)
         self._use(cut)
         return problem
+
+
+def split_for(trainer: Any, backbone: Backbone, model: PeftModel, config: CacheConfig) -> FrozenLayers:
+    """The split of a model as a trainer's fit needs it.
+
+    Args:
+        trainer: A Lightning trainer, for its folder and how many processes of it this machine runs; None is alone.
+        backbone: See `FrozenLayers`.
+        model: See there.
+        config: See there.
+
+    Raises:
+        InputError: If the model cannot be run as a causal decoder.
+    """
+    folder = Path(trainer.log_dir) if trainer is not None and trainer.log_dir else None
+    try:
+        return FrozenLayers(backbone, model, config, folder, 1 if trainer is None else trainer.num_devices)
+    except AttributeError as error:
+        # torch takes an AttributeError in a property for a missing property, and would say just that.
+        raise InputError(
+            f"backbone {backbone.name}: {type(backbone.model).__name__} is not made as a causal decoder is ({error}); "
+            "take another backbone"
+        ) from error
 
 
 def _padded(rows: Sequence[Tensor], steps: int, device: torch.device) -> Tensor:

@@ -48,16 +48,15 @@ class GlobalBatch:
         self._sums = sums if self._sums is None else self._sums + sums
         return weights
 
-    def close(self, parameters: Iterable[nn.Parameter], may_be_empty: bool) -> tuple[bool, Tensor]:
+    def close(self, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
         """Divide the gradients by the sum of weights over all micro-batches and ranks. Takes all ranks.
 
         Args:
             parameters: What is trained; DDP has averaged its gradients over the ranks.
-            may_be_empty: Whether there may be no weight at all, which is worth waiting for the device to know.
 
         Returns:
-            Whether there was any weight, the same on all ranks: without any, gradients stay as they are. And the loss
-            of the global batch in nats, 0 where nothing had weight.
+            The sum of all weights, the same on all ranks; without any, gradients are 0. And the loss of the global
+            batch in nats, 0 where nothing had weight.
         """
         assert self._sums is not None
         sums, ranks = self._sums, 1
@@ -66,11 +65,8 @@ class GlobalBatch:
             ranks = dist.get_world_size()
             dist.all_reduce(sums)
         budget = sums[0].clamp(min=torch.finfo(sums.dtype).tiny)
-        loss = sums[1] / budget
-        if may_be_empty and sums[0].item() == 0:
-            return False, loss
         _scale(parameters, ranks / budget)
-        return True, loss
+        return sums[0], sums[1] / budget
 
     def _fall_back(self, weights: Tensor, mask: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
         """Weight 1 for all tokens while no token of the global batch has weight.

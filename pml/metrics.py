@@ -1,6 +1,7 @@
 """What is measured: pure functions on token scores, and torchmetrics that accumulate them by example.
 
-Shares and means are float64: 3/5 counted here equals 3/5 counted anywhere else.
+Shares and means are float64: 3/5 counted here equals 3/5 counted anywhere else. Devices that have no float64 count in
+float32.
 """
 
 import math
@@ -13,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from pml.devices import widest_float
 from pml.weighting import TokenScores
 
 __all__ = [
@@ -35,12 +37,12 @@ __all__ = [
 
 def mean_loss(scores: TokenScores) -> Tensor:
     """Mean loss in nats per target token."""
-    return (scores.losses * scores.mask).sum(dtype=torch.float64) / scores.mask.sum()
+    return (scores.losses * scores.mask).sum(dtype=widest_float(scores.mask.device)) / scores.mask.sum()
 
 
 def token_accuracy(scores: TokenScores) -> Tensor:
     """Share of target tokens whose argmax is right under teacher forcing (AccTok)."""
-    return scores.correct.sum().double() / scores.mask.sum()
+    return _wide(scores.correct.sum()) / scores.mask.sum()
 
 
 def exact_match(scores: TokenScores) -> Tensor:
@@ -68,7 +70,7 @@ def below_threshold(scores: TokenScores, threshold: float = 0.5) -> Tensor:
 
 def sub_threshold_fraction(scores: TokenScores, threshold: float = 0.5) -> Tensor:
     """Share of target tokens with probability <= threshold."""
-    return below_threshold(scores, threshold).sum().double() / scores.mask.sum()
+    return _wide(below_threshold(scores, threshold).sum()) / scores.mask.sum()
 
 
 def min_target_probability(scores: TokenScores) -> Tensor:
@@ -97,7 +99,7 @@ def facts_loss(scores: TokenScores, fact_ids: Sequence[int]) -> Tensor:
         scores: Of B examples.
         fact_ids: B numbers, the fact that each example asks for.
     """
-    losses = (scores.losses * scores.mask).sum(dim=1, dtype=torch.float64)
+    losses = (scores.losses * scores.mask).sum(dim=1, dtype=widest_float(scores.mask.device))
     _, place, asked = torch.unique(torch.as_tensor(fact_ids), return_inverse=True, return_counts=True)
     return (losses / asked[place].to(losses.device)).sum()
 
@@ -155,6 +157,10 @@ def extraction_probability(scores: TokenScores, samples: int) -> Tensor:
     return -torch.expm1(samples * log_miss)
 
 
+def _wide(counts: Tensor) -> Tensor:
+    return counts.to(widest_float(counts.device))
+
+
 class _ByExample(Metric):
     """Keeps one row of numbers per example, so that an example seen twice (on two ranks, say) counts once."""
 
@@ -167,7 +173,7 @@ class _ByExample(Metric):
         self.add_state("rows", default=[], dist_reduce_fx="cat")
 
     def add(self, scores: TokenScores, *columns: Tensor) -> None:
-        rows = torch.stack([scores.example_id.double(), *(column.double() for column in columns)], dim=1)
+        rows = torch.stack([_wide(column) for column in (scores.example_id, *columns)], dim=1)
         self.rows.append(rows[scores.example_id >= 0])
 
     def columns(self) -> tuple[Tensor, ...]:
@@ -193,7 +199,7 @@ class VerbatimRecall(_ByExample):
         tokens, right, first = self.columns()
         return {
             "token_accuracy": right.sum() / tokens.sum(),
-            "exact_match": (right == tokens).double().mean(),
+            "exact_match": (right == tokens).to(right.dtype).mean(),
             "first_failure": first.mean(),
         }
 

@@ -1,8 +1,6 @@
 """LightningModules that write a corpus into an adapter: `SFT` with the plain loss, `MemFT` with a shared-out one."""
 
 import inspect
-import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from pml.adapter import AdapterConfig, adapter_parameters, adapter_state, attach_adapter, detach_adapter, load_adapter
 from pml.backbone import Backbone, load_backbone
-from pml.compiled import CompileMode, reason_not_to_compile
-from pml.corpus import IGNORE_INDEX
+from pml.compiled import CompileMode, Compiling
 from pml.cpu import CpuChoice, CpuConfig, tune_cpu
 from pml.curriculum import PrefixRatio
 from pml.errors import InputError
-from pml.frozen_layers import FrozenLayers, content_keys
+from pml.fit_config import check_precision
+from pml.frozen_layers import FrozenLayers, content_keys, split_for
 from pml.global_batch import GlobalBatch
+from pml.optimizer import make_adamw, skip_if_empty
 from pml.plain import as_plain, from_plain
+from pml.products import MatmulPrecision, check_matmul_precision, float32_products, highest_products
 from pml.schedule import check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
 from pml.state_store import CacheConfig
@@ -32,8 +32,6 @@ from pml.training_state import copy_adapter, go_on, method_of, own_share, refuse
 from pml.weighting import TokenScores, Uniform, Weighting, WholeTargets
 
 __all__ = ["SFT", "MemFT", "Memorization"]
-
-log = logging.getLogger(__name__)
 
 
 class Memorization(LightningModule):
@@ -53,6 +51,9 @@ class Memorization(LightningModule):
         warmup_steps: Steps over which the learning rate rises from 0.
         frozen_prefix: Compute what lies below the adapter once per example and keep it: whether, and where.
         cpu: What may be chosen to make a CPU faster at the same accuracy; see `pml.cpu`.
+        matmul_precision: Precision of float32 matrix products in training steps, in the words of
+            `torch.set_float32_matmul_precision`: `high` and `medium` are faster where the device has units for them.
+            Whatever is kept, measured, certified or decoded is computed in the highest.
         compile: Compile the blocks above the adapter: `auto` does where the fit is long enough to earn it back.
         seed: Seed of the adapter's initialisation; None takes the one that `seed_everything` was given.
     """
@@ -72,11 +73,13 @@ class Memorization(LightningModule):
         warmup_steps: int = 0,
         frozen_prefix: CacheConfig | None = None,
         cpu: CpuConfig | None = None,
+        matmul_precision: MatmulPrecision = "highest",
         compile: CompileMode = "auto",
         seed: int | None = None,
     ) -> None:
         super().__init__()
         check_optimizer(learning_rate, weight_decay, betas, schedule, warmup_steps)
+        check_matmul_precision(matmul_precision)
         self.backbone_name = backbone
         self.dtype_name = dtype
         self.adapter = from_plain(adapter, AdapterConfig) or AdapterConfig()
@@ -91,14 +94,15 @@ class Memorization(LightningModule):
         self.cpu_config = from_plain(cpu, CpuConfig) or CpuConfig()
         self.cpu_choice: CpuChoice | None = None
         """What was chosen for this machine's CPU; None on other devices."""
+        self.matmul_precision: MatmulPrecision = matmul_precision
         self.compile_mode = compile
+        self._compiling: Compiling | None = None
         self.seed = torch.initial_seed() if seed is None else seed
         self.weighting: Weighting = Uniform()
         self.curriculum: PrefixRatio | None = None
         self.tokens_trained = 0
         """Target tokens in this rank's training batches so far."""
-        self.skipped_steps = 0
-        """Optimiser steps not taken since every target token was above threshold."""
+        self._skipped: Tensor | int = 0
         self.resumed = 0
         """How often this fit went on from a checkpoint."""
         self.global_batch = GlobalBatch()
@@ -111,6 +115,11 @@ class Memorization(LightningModule):
         self.goes_on_in: Path | None = None
         """Folder of the run that it goes on with, whose unfinished results it may write over."""
         self._steps = 0
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimiser steps not taken since every target token was above threshold; waits for the device."""
+        return int(self._skipped)
 
     def settings(self) -> dict[str, Any]:
         """Method and optimiser settings as plain Python, for the record."""
@@ -125,6 +134,7 @@ class Memorization(LightningModule):
             "dropout": self.adapter.dropout,
             "alpha": self.adapter.alpha,
             **({"guard": vars(self.adapter.guard)} if self.adapter.guard is not None else {}),
+            **({"matmul_precision": self.matmul_precision} if self.matmul_precision != "highest" else {}),
             # Arguments of somebody's own method.
             **{name: value for name, value in self.hparams.items() if name not in KNOWN_ARGUMENTS},
         }
@@ -169,19 +179,12 @@ class Memorization(LightningModule):
     def frozen_layers(self) -> FrozenLayers:
         """The split of the adapted model, made when first needed, on the device where the model is then."""
         if self._frozen_layers is None:
-            trainer = self._trainer
-            folder = Path(trainer.log_dir) if trainer is not None and trainer.log_dir else None
-            try:
-                self._frozen_layers = FrozenLayers(self.backbone, self.model, self.frozen_prefix, folder)
-            except AttributeError as error:
-                # torch takes an AttributeError in a property for a missing property, and would say just that.
-                raise InputError(
-                    f"backbone {self.backbone.name}: {type(self.backbone.model).__name__} is not made as a causal "
-                    f"decoder is ({error}); take another backbone"
-                ) from error
+            self._frozen_layers = split_for(self._trainer, self.backbone, self.model, self.frozen_prefix)
         return self._frozen_layers
 
     def setup(self, stage: str) -> None:
+        check_precision(self.trainer.precision)
+        highest_products()
         if self.trainer.strategy.root_device.type == "cpu":
             self.cpu_choice = tune_cpu(self.cpu_config)
 
@@ -234,7 +237,7 @@ class Memorization(LightningModule):
         return {
             **batch,
             "keys": content_keys(batch["input_ids"], batch["lengths"]),
-            "target_tokens": int((batch["labels"] != IGNORE_INDEX).sum()),
+            "target_tokens": batch["supervised"].shape[1],
         }
 
     def score(self, batch: dict[str, Any], gradient_above: float | None = None) -> TokenScores:
@@ -254,31 +257,28 @@ class Memorization(LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.weighting.prepare(len(datamodule.corpus), self.device)
-            self._maybe_compile([len(example) for example in datamodule.corpus.examples])
+            self._compiling = Compiling(
+                self.compile_mode, self.trainer, self.frozen_layers.weights_above, self.curriculum
+            )
 
     def on_train_start(self) -> None:
         seed_rank(self.global_rank)
         go_on(self, self.goes_on_from)
         self.goes_on_from = {}
 
-    def _maybe_compile(self, lengths: list[int]) -> None:
-        endless = self.trainer.max_epochs == -1 and self.trainer.max_steps == -1
-        batches = (
-            math.inf if endless else total_steps(self.trainer, self.curriculum) * self.trainer.accumulate_grad_batches
-        )
-        reason = reason_not_to_compile(self.compile_mode, batches, lengths, self.device)
-        if reason is None:
-            self.frozen_layers.compile()
-        log.info("the blocks above the adapter are %s", "compiled" if reason is None else f"not compiled: {reason}")
-
     def on_train_epoch_end(self) -> None:
         if self.frozen_prefix.release and not self.backbone.released:
             self.frozen_layers.release_when_kept(self.trainer.datamodule.val_dataloader)  # type: ignore[attr-defined]
 
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if self._compiling is not None and self._compiling.is_due(self.trainer.global_step):
+            self.frozen_layers.compile()
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         if self.weighting.scheduled:
             self.weighting.progress = min(1.0, self.trainer.global_step / self._steps)
-        scores = self.score(batch, self.weighting.gradient_above)
+        with float32_products(self.matmul_precision):
+            scores = self.score(batch, self.weighting.gradient_above)
         self.global_batch.uniform_when_memorized = self.weighting.when_memorized == "uniform"
         weights = self.weighting.weights(scores)
         weights = self.global_batch.add(weights, scores.losses, scores.mask, adapter_parameters(self.model).values())
@@ -287,23 +287,20 @@ class Memorization(LightningModule):
         total = (weights * scores.losses).sum() * self.trainer.accumulate_grad_batches
         return {"loss": total, "scores": scores.detach()}
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with float32_products(self.matmul_precision):
+            super().backward(loss, *args, **kwargs)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # Only a hard threshold can leave nothing to train on, so only it pays for looking at the number.
-        hard = self.weighting.gradient_above is not None
-        anything, loss = self.global_batch.close(adapter_parameters(self.model).values(), may_be_empty=hard)
-        if not anything:
-            # AdamW would move on its momentum. Without gradients it leaves parameters and state alone.
-            optimizer.zero_grad(set_to_none=True)
-            self.skipped_steps += 1
+        budget, loss = self.global_batch.close(adapter_parameters(self.model).values())
+        # Only a hard threshold can leave nothing to train on.
+        if self.weighting.gradient_above is not None:
+            self._skipped = self._skipped + skip_if_empty(optimizer, budget)
         self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = torch.optim.AdamW(
-            adapter_parameters(self.model).values(),
-            lr=self.learning_rate,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-        )
+        parameters = adapter_parameters(self.model).values()
+        optimizer = make_adamw(parameters, self.learning_rate, self.betas, self.weight_decay)
         total = total_steps(self.trainer, self.curriculum) if self.schedule == "linear" else None
         factor = learning_rate_factor(self.warmup_steps, total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -362,7 +359,7 @@ class Memorization(LightningModule):
         if not state:
             return
         self.weighting.load_state_dict(state["weighting"])
-        self.tokens_trained, self.skipped_steps = own_share(state["tokens_trained"]), state["skipped_steps"]
+        self.tokens_trained, self._skipped = own_share(state["tokens_trained"]), state["skipped_steps"]
         self.resumed = state.get("resumed", 0)
         if self._trainer is not None and self._trainer.training:
             refuse_other_data(self, state)

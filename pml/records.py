@@ -81,7 +81,7 @@ class Record(pydantic.BaseModel):
         target_tokens: Length l, supervised tokens over all pairs.
         corpus_entropy_bits: Information in the targets given the queries; None where unknown.
         method: `sft` or `memft`.
-        method_settings: Weighting, curriculum and optimiser settings.
+        method_settings: Weighting, curriculum and optimiser settings; `matmul_precision` where it is not `highest`.
         training: What else changes the result: `batch_size` and `global_batch_size` (examples, over accumulation and
             ranks), `accumulate_grad_batches`, `max_epochs`, `max_steps`, clipping, precision as run, strategy. Empty
             before schema version 4.

@@ -6,7 +6,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pml.corpus import IGNORE_INDEX
 from pml.frozen_layers import FrozenLayers
 from pml.token_loss import TokenLosses, against_the_rest, is_argmax, token_losses
 from pml.weighting import TokenScores
@@ -25,31 +24,22 @@ def score_batch(
         batch: B examples as `pml.corpus.collate` gives them, on the model's device.
         gradient_above: See `pml.token_loss.token_losses`.
     """
-    labels = batch["labels"][:, 1:]
-    if labels.shape[1] == 0:
-        labels = torch.full_like(batch["labels"], IGNORE_INDEX)
-    supervised = labels != IGNORE_INDEX
-    targets = labels[supervised]
+    places, cells, targets = batch["supervised"]
+    rows, steps = len(batch["input_ids"]), max(batch["input_ids"].shape[1] - 1, 1)
     if frozen_layers.head is not None:
-        hidden = frozen_layers.final_hidden(batch)[supervised]
+        hidden = frozen_layers.final_hidden(batch).flatten(0, 1).index_select(0, places)
         scored = token_losses(hidden, frozen_layers.head, targets, gradient_above)
     else:
         # A head that caps or scales its logits is asked as a whole.
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, : labels.shape[1]]
-        logits = logits[supervised].float()
+        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :steps]
+        logits = logits.flatten(0, 1).index_select(0, places).float()
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         own, other, rival = (t.squeeze(-1) for t in against_the_rest(logits.detach().clone(), targets[:, None]))
         scored = TokenLosses(losses, is_argmax(own - other, rival, targets), own - other, rival)
-    return _by_target(scored, supervised, batch["example_id"])
-
-
-def _by_target(scored: TokenLosses, supervised: Tensor, example_id: Tensor) -> TokenScores:
-    """Lay the scores of N supervised tokens out as (B, L), column t for the t-th target token of a row."""
-    lengths = supervised.sum(dim=1)
-    mask = torch.arange(supervised.shape[1], device=lengths.device) < lengths[:, None]
 
     def table(values: Tensor) -> Tensor:
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+        return values.new_zeros(rows * steps).index_copy(0, cells, values).view(rows, steps)
 
     losses, correct, margin, rival = map(table, scored)
-    return TokenScores(losses, correct, mask, example_id, margin, rival)
+    mask = table(torch.ones_like(targets, dtype=torch.bool))
+    return TokenScores(losses, correct, mask, batch["example_id"], margin, rival)

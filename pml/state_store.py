@@ -40,8 +40,9 @@ class CacheConfig:
         enabled: Compute what lies below the adapter once per example and keep it; false runs whole at every step.
         place: `device`, `host` or `disk` (a memory-mapped file in the run's folder); `auto` takes the first that has
             room for each example.
-        budget_gib: Room in GiB. `auto` by itself takes a quarter of the device's free memory and half of the host's;
-            with a place of its own, examples beyond the budget are computed again each time.
+        budget_gib: Room in GiB; of host and disk, processes that train together on one machine get equal parts. `auto`
+            by itself takes a quarter of the device's free memory and half of the host's; with a place of its own,
+            examples beyond the budget are computed again each time.
         release: Free the blocks below the adapter once every example is kept. Teacher-forced measures go on working;
             generation loads them again from the backbone's files.
     """
@@ -68,13 +69,16 @@ class StateStore:
         device: Where the model is.
         folder: Where a memory-mapped file may be made; it has no name there and is gone when the process ends. None is
             the system's temporary folder.
+        processes: Processes on this machine that share its host memory and its disk, each with a store of its own.
     """
 
-    def __init__(self, config: CacheConfig, device: torch.device, folder: Path | None = None) -> None:
+    def __init__(
+        self, config: CacheConfig, device: torch.device, folder: Path | None = None, processes: int = 1
+    ) -> None:
         self.device = device
         self._entries: dict[bytes, tuple[Tensor, ...]] = {}
         self._file = _MappedFile(folder)
-        self._room = _room(config, device)
+        self._room = _room(config, device, processes)
         self._full = self._closed = False
         self.bytes: dict[Place, int] = dict.fromkeys(self._room, 0)
         """Bytes kept in each place."""
@@ -167,12 +171,13 @@ class _MappedFile:
         return torch.frombuffer(segment, dtype=torch.uint8)
 
 
-def _room(config: CacheConfig, device: torch.device) -> dict[Place, float]:
+def _room(config: CacheConfig, device: torch.device, processes: int) -> dict[Place, float]:
     """Bytes that each place takes, in the order in which they are tried."""
     budget = None if config.budget_gib is None else config.budget_gib * 2**30
     if config.place != "auto":
-        return {config.place: float("inf") if budget is None else budget}
-    host = HOST_SHARE * psutil.virtual_memory().available if budget is None else budget
+        sharing = 1 if config.place == "device" else processes
+        return {config.place: float("inf") if budget is None else budget / sharing}
+    host = (HOST_SHARE * psutil.virtual_memory().available if budget is None else budget) / processes
     if device.type != "cuda":
         return {"host": host, "disk": float("inf")}
     free = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] if budget is None else budget

@@ -5,11 +5,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pml.devices import runs_ahead
+
 __all__ = ["TokenLosses", "against_the_rest", "is_argmax", "token_losses"]
 
 PIECE_BYTES = 16 * 2**20
-"""Size of the piece of float32 logits that is held where the vocabulary is taken piece by piece: what a cache may hold,
-so that the passes over it after the product cost little."""
+"""Size of the piece of float32 logits that is held where the vocabulary is taken piece by piece: what a CPU's cache may
+hold, so that the passes over it after the product cost little."""
+
+LARGE_PIECE_BYTES = 256 * 2**20
+"""The same on devices where each piece costs the launch of some twenty kernels, and memory is as fast as a cache."""
 
 LEAST_COLUMNS = 1024
 """Fewest entries of the vocabulary in a piece, however many tokens there are; narrower products are slower."""
@@ -52,7 +57,8 @@ class _LinearTokenLoss(torch.autograd.Function):
         gradient_above: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient: Tensor | None
-        if ctx.needs_input_grad[0] and gradient_above is not None:
+        # Which tokens need a gradient is known only by a look: it saves a product, and costs a wait at every piece.
+        if ctx.needs_input_grad[0] and gradient_above is not None and not runs_ahead(hidden.device):
             losses, margin, rival, gradient = _by_rows(hidden, weight, bias, targets, gradient_above)
         else:
             losses, margin, rival, gradient = _by_vocabulary(hidden, weight, bias, targets, ctx.needs_input_grad[0])
@@ -96,11 +102,13 @@ def _by_vocabulary(
     The softmax is accumulated relative to the highest logit so far; a higher one shrinks what came before it.
     """
     tokens, vocabulary = len(targets), len(weight)
-    highest = torch.full((tokens, 1), -torch.inf, device=hidden.device)
+    # Float32 by name: whoever changes torch's default dtype means other tensors.
+    highest = torch.full((tokens, 1), -torch.inf, dtype=torch.float32, device=hidden.device)
     total, target_logit, best_other = torch.zeros_like(highest), highest.clone(), highest.clone()
     rival = torch.zeros_like(targets)[:, None]
-    expected = torch.zeros(hidden.shape, device=hidden.device) if needs_grad else None
-    columns = max(LEAST_COLUMNS, PIECE_BYTES // (4 * max(tokens, 1)))
+    expected = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if needs_grad else None
+    piece_bytes = LARGE_PIECE_BYTES if runs_ahead(hidden.device) else PIECE_BYTES
+    columns = max(LEAST_COLUMNS, piece_bytes // (4 * max(tokens, 1)))
     for start in range(0, vocabulary, columns):
         piece = weight[start : start + columns]
         # Matrix products in the model's dtype, everything after them in float32.

@@ -181,7 +181,8 @@ class OnlyThreshold(Weighting):
         active = (scores.losses.detach() > self._critical) & scores.mask
         weights = active.to(scores.losses.dtype)
         if self.position_decay is not None:
-            rank = weights.cumsum(dim=1) - 1
+            # In whole numbers: running sums of floats are not deterministic on a GPU, and refused where that is asked.
+            rank = active.cumsum(dim=1).to(weights.dtype) - 1
             last = (weights.sum(dim=1, keepdim=True) - 1).clamp(min=1)
             weights = weights * torch.exp(-self.position_decay * rank / last)
         return weights
@@ -352,19 +353,20 @@ class SlidingWindow(Weighting):
     def _advance(self, example_id: Tensor, anchor: Tensor) -> Tensor:
         """Note where the anchors are now; returns the window factor (B,) of each row."""
         rows = example_id >= 0
-        seen = example_id[rows]
-        stuck = torch.where(self._anchor[seen] == anchor[rows], self._stuck[seen] + 1, 0)
+        seen = example_id.clamp(min=0)
+        stuck = torch.where(self._anchor[seen] == anchor, self._stuck[seen] + 1, 0)
+        # Padding examples write to a place of their own: to leave them out, the host would have to know which they are.
+        places = torch.where(rows, example_id, len(self._anchor))
         # Shuffling may hand an example to another rank next time, so every rank learns of every move.
-        news = torch.full((2, len(self._anchor)), -3, dtype=torch.long, device=self._anchor.device)
-        news[0, seen], news[1, seen] = anchor[rows], stuck
+        news = torch.full((2, len(self._anchor) + 1), -3, dtype=torch.long, device=self._anchor.device)
+        news[:, places] = torch.stack([anchor, stuck])
+        news = news[:, :-1].contiguous()
         if several_ranks():
             dist.all_reduce(news, op=dist.ReduceOp.MAX)
         moved = news[1] >= 0
         self._anchor = torch.where(moved, news[0], self._anchor)
         self._stuck = torch.where(moved, news[1], self._stuck)
-        factor = torch.ones(len(example_id), device=anchor.device)
-        factor[rows] = self.growth_factor(stuck).float()
-        return factor
+        return torch.where(rows, self.growth_factor(stuck).float(), 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"anchor": self._anchor.cpu(), "stuck": self._stuck.cpu()}

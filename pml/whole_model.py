@@ -7,13 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from pml.backbone import Backbone
 from pml.cpu import attention
 from pml.cut_trial import FAILURES, plainly
 from pml.errors import InputError
 
-__all__ = ["plain_head", "run_decoder"]
+__all__ = ["one_sequence_a_row", "plain_head", "run_decoder"]
 
 SHORT = 3
 """Tokens in the shorter rows on which a model is tried."""
@@ -25,8 +26,30 @@ LOUD = 1000.0
 def run_decoder(decoder: nn.Module, **inputs: Tensor) -> Tensor:
     """Final hidden states (B, S, d) of a decoder, from `input_ids` or `inputs_embeds`."""
     first = next(iter(inputs.values()))
-    with attention(first.shape[1], first.device):
+    with attention(first.shape[1], first.device), one_sequence_a_row():
         return _states(decoder(**inputs, use_cache=False))
+
+
+@contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Tell transformers for a while that no row of a batch holds several sequences, packed one behind the other.
+
+    To find out, it looks at positions at every pass, which waits for the device; and while it is being compiled, where
+    it cannot look, it makes a full mask, which takes the fused attention away.
+    """
+    asked = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if asked is None:
+        yield
+        return
+    masking_utils.find_packed_sequence_indices = _never_packed
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
+
+
+def _never_packed(position_ids: Tensor) -> None:
+    return None
 
 
 def plain_head(backbone: Backbone) -> nn.Linear | None:

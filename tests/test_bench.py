@@ -8,7 +8,7 @@ import torch
 
 from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
-from pml.bench import Case, _Stepper, step_flops
+from pml.bench.steps import Case, _Stepper, step_flops
 from pml.cli import main
 from pml.corpus import Corpus, Example
 
@@ -34,7 +34,24 @@ def test_bench_measures_every_way_on_every_case(
     out = tmp_path / "bench.json"
     arguments = ["--backbone", str(tiny_backbone_folder), "--targets", "8", "--pairs", "2", "--dtypes", "float32"]
     assert (
-        main(["bench", *arguments, "--repeats", "2", "--steps", "1", "--recall", "0", "--out", str(out), "--json"]) == 0
+        main(
+            [
+                "bench",
+                *arguments,
+                "--repeats",
+                "2",
+                "--steps",
+                "1",
+                "--recall",
+                "0",
+                "--fit_steps",
+                "5",
+                "--out",
+                str(out),
+                "--json",
+            ]
+        )
+        == 0
     )
     content = json.loads(capsys.readouterr().out)
     assert content == json.loads(out.read_text())
@@ -47,6 +64,11 @@ def test_bench_measures_every_way_on_every_case(
     for m in content["steps"]:
         assert 0 < m["fastest_seconds"] <= m["step_seconds"] <= m["slowest_seconds"]
         assert m["gflop"] > 0
+    # Each batch through the Trainer too: watching takes some of its time.
+    assert [(fit["case"]["size"], fit["steps"]) for fit in content["fits"]] == [(8, 5), (2, 5)]
+    for fit in content["fits"]:
+        assert min(fit["bare_seconds"], fit["trainer_seconds"], fit["watched_seconds"]) > 0
+        assert 0 < fit["watching_share"] < 1
     assert content["matmul_gflop_per_second"]["float32"] > 0
 
 
@@ -67,6 +89,8 @@ def test_ways_of_stepping_take_the_same_loss_and_gradient(tiny_backbone_folder: 
     ("arguments", "message"),
     [
         (["--repeats", "0"], "--repeats is 0; expected at least 1"),
+        (["--matmul_precision", "low"], "matmul_precision is 'low'; expected highest, high, medium"),
+        (["--fit_steps", "2"], "--fit_steps is 2; expected at least 3, or 0 for none"),
         (["--targets", "0"], "--targets and --pairs take numbers from 1"),
         (["--dtypes", "int8"], "--dtypes has int8; expected float32, bfloat16, float16"),
     ],

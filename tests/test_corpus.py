@@ -38,6 +38,8 @@ def test_a_batch_is_padded_on_the_right_and_labels_cover_exactly_the_targets() -
         "labels": [[-100, -100, 13, 14, 15], [-100, 22, -100, -100, -100], [-100] * 5],
         "lengths": [5, 2, 1],
         "example_id": [7, 3, -1],
+        # Four positions a row predict something: where those are that predict targets, where the targets go, their ids.
+        "supervised": [[1, 2, 3, 4], [0, 1, 2, 4], [13, 14, 15, 22]],
     }
     assert batch.keys() == expected.keys()
     for name, values in expected.items():
@@ -48,6 +50,7 @@ def test_a_batch_of_padding_examples_supervises_nothing() -> None:
     batch = collate([PADDING_EXAMPLE])
     assert batch["input_ids"].shape == (1, 1)
     assert (batch["labels"] == IGNORE_INDEX).all()
+    assert batch["supervised"].shape == (3, 0)
 
 
 @settings(deadline=None)

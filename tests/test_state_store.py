@@ -218,3 +218,12 @@ def test_a_fit_whose_prefix_finds_no_room_keeps_the_blocks_it_needs(
     make_trainer(tmp_path, max_epochs=3).fit(module, datamodule=data)
     assert not module.backbone.released
     assert not walks
+
+
+@pytest.mark.parametrize("place", ["auto", "host"])
+def test_processes_that_share_a_machine_share_its_memory(place: str, tmp_path: Path) -> None:
+    stores = [StateStore(CacheConfig(place=place, budget_gib=2 * KIB), CPU, tmp_path, n) for n in (1, 2)]  # type: ignore[arg-type]
+    for store in stores:
+        for i in range(3):
+            store.put(bytes([i]), (torch.zeros(200),))
+    assert [store.bytes["host"] for store in stores] == [1600, 800]

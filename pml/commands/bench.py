@@ -2,7 +2,8 @@
 
 Seconds per optimiser step and peak memory of the whole model through PEFT with logits at every position (`ordinary`),
 of pml without the frozen-layer cache (`whole`) and with it (`split`), taken in turns; the share of the machine's own
-matrix product rate that the split step's necessary arithmetic reaches; and steps and seconds to certified recall.
+matrix product rate that the split step's necessary arithmetic reaches; what the Trainer and watching tokens add to
+split steps; and steps and seconds to certified recall.
 """
 
 from pathlib import Path
@@ -16,7 +17,8 @@ from pml.escape import say_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pml.bench import Measurement, RecallRun
+    from pml.bench.fits import FitCost, RecallRun
+    from pml.bench.steps import Measurement
 
 __all__ = ["configure", "run"]
 
@@ -29,8 +31,18 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pairs", type=int, nargs="*", default=[4, 32], help="sizes of a phone book batch, in pairs")
     parser.add_argument("--dtypes", type=str, nargs="+", default=["float32", "bfloat16"], help="dtypes of the backbone")
+    parser.add_argument(
+        "--matmul_precision",
+        type=str,
+        nargs="+",
+        default=["highest"],
+        help="precisions of float32 products in pml's steps: highest, high, medium",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="turns that each way gets on each case")
     parser.add_argument("--steps", type=int, default=5, help="counted optimiser steps in a turn")
+    parser.add_argument(
+        "--fit_steps", type=int, default=100, help="steps of fits through the Trainer; 0 leaves them out"
+    )
     parser.add_argument("--recall", type=int, default=64, help="target tokens of the recall fits; 0 leaves them out")
     parser.add_argument("--out", type=Path | None, help="file for everything measured, as JSON")
     parser.add_argument("--json", action="store_true", help="print everything measured as JSON, and nothing else")
@@ -46,15 +58,24 @@ def run(args: jsonargparse.Namespace) -> int:
     # Imported here because it takes seconds, which --help need not wait for.
 
     from pml.backbone import DTYPES
-    from pml.bench import Case, as_json, matmul_rate, measure_recall, measure_steps
+    from pml.bench.fits import measure_fit, measure_recall
+    from pml.bench.machine import matmul_rate
+    from pml.bench.report import as_json
+    from pml.bench.steps import Case, measure_steps
     from pml.commands._console import make_console
+    from pml.products import check_matmul_precision
     from pml.records import write_json
 
+    for precision in args.matmul_precision:
+        check_matmul_precision(precision)
+    if args.fit_steps in (1, 2) or args.fit_steps < 0:
+        raise InputError(f"--fit_steps is {args.fit_steps}; expected at least 3, or 0 for none")
     if unknown := set(args.dtypes) - set(DTYPES):
         raise InputError(f"--dtypes has {', '.join(sorted(unknown))}; expected {', '.join(DTYPES)}")
     cases = [
-        Case(corpus, size, dtype, args.backbone)  # type: ignore[arg-type]
+        Case(corpus, size, dtype, args.backbone, matmul_precision=precision)  # type: ignore[arg-type]
         for dtype in args.dtypes
+        for precision in (args.matmul_precision if dtype == "float32" else ["highest"])
         for corpus, sizes in (("random_tokens", args.targets), ("phonebook", args.pairs))
         for size in sizes
     ]
@@ -62,11 +83,12 @@ def run(args: jsonargparse.Namespace) -> int:
     rates = {dtype: matmul_rate(dtype) for dtype in args.dtypes}
 
     def report(m: "Measurement") -> None:
-        progress.print(f"{m.case.dtype}, {m.case.label}, {m.way}: {m.step_seconds:.3f} s a step")
+        progress.print(f"{m.case.numbers}, {m.case.label}, {m.way}: {m.step_seconds:.3f} s a step")
 
     measurements = measure_steps(cases, args.repeats, args.steps, report)
+    fits = [measure_fit(case, args.fit_steps) for case in cases] if args.fit_steps else []
     recall = measure_recall(args.backbone, args.recall) if args.recall else []
-    content = as_json(measurements, rates, recall)
+    content = as_json(measurements, fits, rates, recall)
     if args.out is not None:
         write_json(args.out, content)
     if args.json:
@@ -75,6 +97,8 @@ def run(args: jsonargparse.Namespace) -> int:
     console = make_console()
     for table in _steps_tables(measurements, rates):
         console.print(table)
+    if fits:
+        console.print(_fits_table(fits))
     if recall:
         console.print(_recall_table(recall, args.recall))
     return 0
@@ -108,21 +132,21 @@ def _steps_tables(measurements: "list[Measurement]", rates: dict[str, float]) ->
             table.add_column(header, no_wrap=True)
         for header in headers:
             table.add_column(header, justify="right")
-    by_case = {(m.case.dtype, m.case.label, m.way): m for m in measurements}
-    for dtype, label in dict.fromkeys((m.case.dtype, m.case.label) for m in measurements):
-        ordinary, whole, split = (by_case[dtype, label, way] for way in ("ordinary", "whole", "split"))
+    by_case = {(m.case.numbers, m.case.label, m.way): m for m in measurements}
+    for numbers, label in dict.fromkeys((m.case.numbers, m.case.label) for m in measurements):
+        ordinary, whole, split = (by_case[numbers, label, way] for way in ("ordinary", "whole", "split"))
         float32 = by_case.get(("float32", label, "ordinary"))
         seconds.add_row(
-            dtype,
+            numbers,
             label,
             *(f"{m.step_seconds:.3f}" for m in (ordinary, whole, split)),
             f"{ordinary.step_seconds / split.step_seconds:.2f}",
             f"{ordinary.gflop / split.gflop:.2f}",
             f"{float32.step_seconds / split.step_seconds:.2f}" if float32 is not None else "-",
-            f"{split.gflop / split.step_seconds / rates[dtype]:.0%}",
+            f"{split.gflop / split.step_seconds / rates[split.case.dtype]:.0%}",
         )
         memory.add_row(
-            dtype,
+            numbers,
             label,
             *(f"{m.peak_mib:.0f}" for m in (ordinary, split)),
             _ratio(ordinary.peak_mib, split.peak_mib),
@@ -130,6 +154,33 @@ def _steps_tables(measurements: "list[Measurement]", rates: dict[str, float]) ->
             _ratio(ordinary.step_mib, split.step_mib),
         )
     return [seconds, memory]
+
+
+def _fits_table(fits: "list[FitCost]") -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title="Seconds per step inside a fit",
+        caption=f"One batch an epoch, {fits[0].steps} steps. Bare: the split step in a loop of its own. Watched: with "
+        "TokenThresholds; its share is of the whole fit, looks and pictures included.",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for header in ("dtype", "batch"):
+        table.add_column(header, no_wrap=True)
+    for header in ("bare", "Trainer", "overhead", "watched", "TokenThresholds'\nshare"):
+        table.add_column(header, justify="right")
+    for fit in fits:
+        table.add_row(
+            fit.case.numbers,
+            fit.case.label,
+            *(f"{seconds:.4f}" for seconds in (fit.bare_seconds, fit.trainer_seconds)),
+            f"{fit.trainer_seconds / fit.bare_seconds - 1:.1%}",
+            f"{fit.watched_seconds:.4f}",
+            f"{fit.watching_share:.1%}",
+        )
+    return table
 
 
 def _ratio(ordinary: float, split: float) -> str:

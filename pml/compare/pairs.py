@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pml.groups import method_name
+from pml.groups import method_name, setting_of
 from pml.records import Record
 
 __all__ = ["TOLERANCE", "LeftOut", "Pair", "find_pairs"]
@@ -12,7 +12,10 @@ __all__ = ["TOLERANCE", "LeftOut", "Pair", "find_pairs"]
 TOLERANCE = 0.05
 """Largest difference between two budgets, as a share of the larger, at which they count as the same."""
 
-SAME = ("backbone_hash", "dtype", "block", "placement", "init", "rank", "corpus_hash", "seed")
+SAME = (
+    *("backbone_hash", "dtype", "block", "placement", "init", "rank", "corpus_hash", "seed"),
+    "method_settings.matmul_precision",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def find_pairs(
         if record.status != "finished":
             left_out.append(LeftOut((path.as_posix(),), record.status))
         else:
-            setting = repr([getattr(record, name) for name in SAME])
+            setting = repr([setting_of(record, name) for name in SAME])
             alike.setdefault(setting, ([], []))[method == second].append(path)
     pairs = []
     for ones, others in alike.values():

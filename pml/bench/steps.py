@@ -6,14 +6,12 @@ They take turns, so that a machine that slows down slows all of them.
 
 import gc
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,20 +19,20 @@ from torch import Tensor, nn
 
 from pml.adapter import AdapterConfig, adapter_parameters, attach_adapter, detach_adapter
 from pml.backbone import Backbone, load_backbone
+from pml.bench.machine import held_mib, peak_mib, reset_peak
 from pml.corpus import Corpus, collate
 from pml.cpu import give_back_memory, tune_cpu
 from pml.frozen_layers import content_keys
 from pml.modules import SFT
+from pml.products import MatmulPrecision, float32_products
 from pml.state_store import CacheConfig
 from pml.weighting import weighted_mean
 
-__all__ = ["WAYS", "Case", "Measurement", "RecallRun", "matmul_rate", "measure_recall", "measure_steps", "step_flops"]
+__all__ = ["WAYS", "Case", "Measurement", "measure_steps", "step_flops"]
 
 Way = Literal["ordinary", "whole", "split"]
 WAYS: tuple[Way, ...] = ("ordinary", "whole", "split")
 """The whole model through PEFT with logits at every position, as PyTorch comes; pml without the split; pml with it."""
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Case:
         dtype: Floating-point type of the backbone.
         backbone: Its name.
         rank: LoRA rank of the adapter.
+        matmul_precision: Of float32 products in pml's steps; the ordinary ones are as PyTorch comes.
     """
 
     corpus: Literal["random_tokens", "phonebook"]
@@ -54,6 +53,12 @@ class Case:
     dtype: str
     backbone: str
     rank: int = 4
+    matmul_precision: MatmulPrecision = "highest"
+
+    @property
+    def numbers(self) -> str:
+        """What is calculated with, as tables name it."""
+        return self.dtype if self.matmul_precision == "highest" else self.matmul_precision
 
     @property
     def label(self) -> str:
@@ -186,7 +191,7 @@ class _Stepper:
         key = case.backbone, case.dtype
         global _bare_mib
         if not _loaded:
-            _bare_mib = _held_mib(device)
+            _bare_mib = held_mib(device)
         if key not in _loaded:
             _loaded.clear()
             _loaded[key] = load_backbone(*key)
@@ -196,6 +201,7 @@ class _Stepper:
         self.batch = collate(corpus.examples)
         self.batch = {name: value.to(device) for name, value in self.batch.items()}
         self.device = device
+        self.precision: MatmulPrecision = "highest" if way == "ordinary" else case.matmul_precision
         adapter = AdapterConfig(rank=case.rank)
         if way == "ordinary":
             model = attach_adapter(backbone, adapter, seed=1)
@@ -219,17 +225,18 @@ class _Stepper:
             self._loss()  # everything below the adapter is kept from here on, so its weights can go
             module.frozen_layers.release()
         give_back_memory()
-        _reset_peak(device)
-        self._held = _held_mib(device)
+        reset_peak(device)
+        self._held = held_mib(device)
         self.steps(2)
 
     def steps(self, count: int) -> list[float]:
         seconds = []
         for _ in range(count + 1):
             started = time.perf_counter()
-            loss = self._loss()
-            self.optimizer.zero_grad()
-            loss.backward()
+            with float32_products(self.precision):
+                loss = self._loss()
+                self.optimizer.zero_grad()
+                loss.backward()
             nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             if self.device.type == "cuda":
@@ -240,7 +247,7 @@ class _Stepper:
         return seconds[1:]
 
     def memory(self) -> tuple[float, float]:
-        peak = _peak_mib(self.device)
+        peak = peak_mib(self.device)
         return peak - _bare_mib, peak - self._held
 
 
@@ -292,132 +299,3 @@ def step_flops(backbone: Backbone, corpus: Corpus, adapter: AdapterConfig, way: 
 def _attention_width(backbone: Backbone) -> int:
     config = backbone.config
     return config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-
-
-def matmul_rate(dtype: str = "float32", seconds: float = 1.0) -> float:
-    """The fastest float32-accurate product of this machine, or the fastest in bfloat16, in 10^9 operations a second."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        tune_cpu()
-    best = 0.0
-    for rows, inner, columns in ((2048, 2048, 2048), (1024, 576, 8192), (4096, 1024, 1024)):
-        a = torch.randn(rows, inner, device=device, dtype=getattr(torch, dtype))
-        b = torch.randn(inner, columns, device=device, dtype=getattr(torch, dtype))
-        ends = time.perf_counter() + seconds / 3
-        while time.perf_counter() < ends:
-            started = time.perf_counter()
-            a @ b
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = max(best, 2 * rows * inner * columns / (time.perf_counter() - started) / 1e9)
-    return best
-
-
-@dataclass(frozen=True)
-class RecallRun:
-    """How long a fit took to certified recall.
-
-    Attributes:
-        method: `SFT` or `MemFT`.
-        settings: `published` or `best`.
-        steps: Optimiser steps taken.
-        seconds: Duration of the fit, certificate included.
-        recalled: Whether every target token was certified; otherwise the steps ran out.
-    """
-
-    method: str
-    settings: str
-    steps: int
-    seconds: float
-    recalled: bool
-
-
-RECALL_SETTINGS = {
-    "published": ["--model.learning_rate=0.01", "--model.adapter.dropout=0.1"],
-    "best": ["--model.learning_rate=0.2"],
-}
-
-
-def measure_recall(backbone: str, length: int, rank: int = 4, most_steps: int = 400) -> list[RecallRun]:
-    """Fit one random target with each method and each settings until its recall is certified.
-
-    Args:
-        backbone: Name of the backbone.
-        length: Target tokens.
-        rank: LoRA rank.
-        most_steps: Where a fit that has not got there is given up.
-    """
-    from pml.backbone import shared_backbones
-    from pml.lightning_cli import MemorizationCLI, prepare
-
-    prepare()
-    runs = []
-    with shared_backbones():
-        for settings, arguments in RECALL_SETTINGS.items():
-            for method in ("SFT", "MemFT"):
-                cli = MemorizationCLI(
-                    [
-                        f"--model=pml.modules.{method}",
-                        f"--model.backbone={backbone}",
-                        f"--model.adapter.rank={rank}",
-                        *arguments,
-                        "--data=data_modules.RandomTokens",
-                        f"--data.length={length}",
-                        f"--trainer.max_epochs={most_steps}",
-                        "--trainer.logger=false",
-                        "--trainer.enable_checkpointing=false",
-                        "--trainer.enable_progress_bar=false",
-                        "--trainer.limit_val_batches=0",
-                        "--trainer.callbacks=[callbacks.StopWhenRecalled]",
-                    ],
-                    run=False,
-                )
-                started = time.perf_counter()
-                cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-                seconds = time.perf_counter() - started
-                steps = cli.trainer.global_step
-                runs.append(RecallRun(method, settings, steps, seconds, recalled=cli.trainer.should_stop))
-                cli.model.release()
-    return runs
-
-
-def as_json(
-    measurements: Sequence[Measurement], rates: dict[str, float], recall: Sequence[RecallRun]
-) -> dict[str, Any]:
-    """Everything measured, as plain Python; rates in 10^9 operations a second."""
-    choice = tune_cpu() if not torch.cuda.is_available() else None
-    return {
-        "schema_version": 2,
-        "torch": torch.__version__,
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "cpu_choice": asdict(choice) if choice is not None else None,
-        "matmul_gflop_per_second": rates,
-        "steps": [asdict(m) for m in measurements],
-        "recall": [asdict(run) for run in recall],
-    }
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif platform.system() == "Linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / MIB
-    return _status("VmHWM")
-
-
-def _held_mib(device: torch.device) -> float:
-    return torch.cuda.memory_allocated() / MIB if device.type == "cuda" else _status("VmRSS")
-
-
-def _status(field: str) -> float:
-    """A size of this process in MiB, from the kernel; not a number where there is no such kernel."""
-    if platform.system() != "Linux":
-        return float("nan")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024

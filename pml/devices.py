@@ -1,0 +1,18 @@
+"""What differs between kinds of devices: whether the host runs ahead of them, and what they can count in."""
+
+import torch
+
+__all__ = ["runs_ahead", "widest_float"]
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host queues work for this device and goes on, so that to look at a result is to wait for all of it.
+
+    A CPU does what it is told at once: there a look is free, and saves work that turns out not to be needed.
+    """
+    return device.type != "cpu"
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The floating-point type for sums and shares: float64, or float32 on devices that have no other (Apple's MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64

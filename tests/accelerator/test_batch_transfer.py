@@ -1,0 +1,41 @@
+"""Moving a batch to its device: as much work for a long text as for a short one."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pml.corpus import Example, collate
+from pml.frozen_layers import ContentKeys
+from pml.modules import Memorization
+from tests.fits import module_on
+from tests.tiny_runs import make_trainer
+
+
+def calls_of_a_transfer(module: Memorization, tokens: int) -> tuple[int, dict[str, Any]]:
+    ids = tuple(i % 250 for i in range(tokens))
+    batch = collate([Example(0, ids[:2], ids), Example(1, ids[:3], ids[:4])])
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        moved = module._apply_batch_transfer_handler(batch, torch.device("cpu"), 0)
+    finally:
+        sys.setprofile(None)
+    return calls, moved
+
+
+def test_it_takes_as_many_calls_for_many_tokens_as_for_few(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    module = module_on(tiny_backbone_folder)
+    module.trainer = make_trainer(tmp_path)
+    calls_of_a_transfer(module, 8)  # What is imported or remembered at the first call.
+    few, _ = calls_of_a_transfer(module, 8)
+    many, moved = calls_of_a_transfer(module, 800)
+    assert few == many
+    assert isinstance(moved["keys"], ContentKeys)
+    assert moved["target_tokens"] == 804

@@ -1,0 +1,36 @@
+"""A step that is not taken leaves everything alone, whether the host knows of it or not."""
+
+import pytest
+import torch
+from torch import nn
+
+from pml.optimizer import make_adamw, skip_if_empty
+
+
+@pytest.mark.parametrize("one_kernel", [False, True])
+def test_a_step_without_weight_is_counted_and_leaves_parameter_momentum_and_step_count_alone(
+    one_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A CPU has the kernel that decides on a GPU.
+    monkeypatch.setattr("pml.optimizer.FUSED", ("cpu",) if one_kernel else ())
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = make_adamw([parameter], 0.1, (0.9, 0.999), 0.5)
+    skipped: torch.Tensor | int = 0
+    seen = []
+    for budget in (3.0, 0.0, 0.0, 2.0):
+        parameter.grad = torch.tensor([1.0, -1.0]) * (budget > 0)
+        skipped = skipped + skip_if_empty(optimizer, torch.tensor(budget))
+        optimizer.step()
+        state = optimizer.state[parameter]
+        seen.append([parameter.tolist(), state["exp_avg"].tolist(), float(state["step"])])
+    assert int(skipped) == 2
+    assert seen[0] == seen[1] == seen[2]
+    # Decay first, 1 - .1 * .5 = .95; then AdamW's first step is as wide as the learning rate.
+    torch.testing.assert_close(torch.tensor(seen[0][0]), torch.tensor([0.95 - 0.1, -1.9 + 0.1]))
+    assert seen[3][2] == 2
+    assert seen[3][0] != seen[0][0]
+
+
+def test_the_cpu_keeps_the_steps_that_it_has_always_taken() -> None:
+    optimizer = make_adamw([nn.Parameter(torch.ones(2))], 0.1, (0.9, 0.999), 0.0)
+    assert optimizer.param_groups[0]["fused"] is None
