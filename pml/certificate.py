@@ -2,7 +2,7 @@
 
 A target token with p > 0.5 cannot be beaten by any other. Its margin is how far its logit lies above that of the best
 other token; greedy decoding gives the target as long as no margin is overcome by how a server rounds. In float32 that
-takes p within a hair of 0.5; in 16 bits margins move by tenths, so there it is measured (`measure_rounding`), and a pair
+takes p within a hair of 0.5. In 16 bits margins move by tenths: there it is measured (`measure_rounding`), and a pair
 is certain only where its margins are larger.
 """
 
@@ -158,11 +158,8 @@ def measure_rounding(
         most_tokens: Target tokens that are decoded at most.
     """
     order = sorted(range(len(examples)), key=lambda i: float(margins[i].min()))
-    known, chosen, left = (
-        dict(zip((e.example_id for e in examples), margins, strict=True)),
-        list[Example](),
-        most_tokens,
-    )
+    known = dict(zip((e.example_id for e in examples), margins, strict=True))
+    chosen, left = list[Example](), most_tokens
     for example in (examples[i] for i in order):
         if left <= 0:
             break
@@ -225,7 +222,7 @@ def log_probability(model: Any, example: Example, temperature: float = 1.0) -> f
     for logits in _forced(model, example):
         targets = torch.tensor(example.target_ids[start : start + len(logits)], device=logits.device)
         scores = (logits / temperature).log_softmax(dim=-1)
-        total += float(scores.gather(1, targets[:, None]).double().sum())
+        total += float(scores.gather(1, targets[:, None]).cpu().double().sum())
         start += len(logits)
     return total
 

@@ -174,6 +174,6 @@ def _verdict(record: Record) -> str:
     if record.steps_to_recall is None or record.rounding_logits is None:
         return f"{above} but by rounding, which in {record.dtype} is large: `pml certify` says which pairs are certain."
     return (
-        f"{above}, and no rounding to {record.dtype} seen on these targets (up to {record.rounding_logits:.2g} in logits) "
-        "overcomes that: greedy decoding is certain to give every target back, for the prompts above."
+        f"{above}, and no rounding to {record.dtype} seen on these targets (up to {record.rounding_logits:.2g} in "
+        "logits) overcomes that: greedy decoding is certain to give every target back, for the prompts above."
     )

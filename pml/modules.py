@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pml.adapter import AdapterConfig, adapter_parameters, adapter_state, attach_adapter, detach_adapter, load_adapter
-from pml.backbone import Backbone, load_backbone
+from pml.backbone import Backbone, backbones_are_shared, load_backbone
 from pml.compiled import CompileMode, reason_not_to_compile
 from pml.corpus import IGNORE_INDEX
 from pml.cpu import CpuChoice, CpuConfig, tune_cpu
@@ -209,6 +209,10 @@ class Memorization(LightningModule):
         if self._peft_model is not None:
             detach_adapter(self._peft_model)
         self._peft_model = self._frozen_layers = self._backbone = None
+
+    def cpu(self) -> Self:
+        """Move to the CPU, which Lightning asks for when a fit is over; a shared backbone stays for the next one."""
+        return self if backbones_are_shared() else super().cpu()
 
     def train(self, mode: bool = True) -> "Memorization":
         """Switch the adapter between training and evaluation; the backbone is always in evaluation mode."""

@@ -106,8 +106,8 @@ class Record(pydantic.BaseModel):
         bits_per_parameter: `memorized_bits / effective_parameters`.
         steps_to_recall: Optimiser steps until every target token was certified; None where that did not happen.
         rounding_logits: How far, at most, the margin of a target token's logit above the others was seen to move
-            between teacher forcing and decoding, which is what certified margins exceed; None where it was not measured,
-            as in float32.
+            between teacher forcing and decoding; certified margins exceed it. None where it was not measured, as in
+            float32.
         late_loss_drop: Convergence: mean training loss over the last tenth but one of the steps, minus that over the
             last tenth, plain means over target tokens whatever the weighting; None where there were under 20 steps.
         learning_rate_left: The learning rate of the last step, as a share of the peak; where little is left, a small

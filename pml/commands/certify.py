@@ -83,6 +83,7 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.adapter import load_adapter
     from pml.backbone import DTYPES, load_backbone
     from pml.certificate import allow_for_rounding, certify, measure_rounding
+    from pml.device import best_device
 
     check_adapter_arguments(args)
     if unknown := [name for name in args.dtypes if name not in DTYPES]:
@@ -95,7 +96,7 @@ def run(args: jsonargparse.Namespace) -> int:
     rounding: dict[str, Rounding] = {}
     decodings: list[Decoding] = []
     for dtype in dict.fromkeys([asked.dtype, *args.dtypes]):
-        model = load_adapter(load_backbone(asked.backbone, dtype), asked.adapter).eval()
+        model = load_adapter(load_backbone(asked.backbone, dtype), asked.adapter).eval().to(best_device())
         # The certificate is of the dtype that was trained in; others are held against it.
         certificates = certificates or certify(model, asked.examples)
         margins = [known.margins for known in certificates]
