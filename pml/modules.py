@@ -261,6 +261,8 @@ class Memorization(LightningModule):
     def on_train_start(self) -> None:
         go_on(self, self.goes_on_from)
         self.goes_on_from = {}
+        # Before the first step, and after what was measured before it.
+        self._release_frozen_layers()
 
     def _maybe_compile(self, lengths: list[int]) -> None:
         endless = self.trainer.max_epochs == -1 and self.trainer.max_steps == -1
@@ -273,8 +275,11 @@ class Memorization(LightningModule):
         log.info("the blocks above the adapter are %s", "compiled" if reason is None else f"not compiled: {reason}")
 
     def on_train_epoch_end(self) -> None:
+        self._release_frozen_layers()
+
+    def _release_frozen_layers(self) -> None:
         if self.frozen_prefix.release and not self.backbone.released:
-            self.frozen_layers.release_when_kept(self.trainer.datamodule.val_dataloader)  # type: ignore[attr-defined]
+            self.frozen_layers.keep_and_release(self.trainer.datamodule.corpus.examples)  # type: ignore[attr-defined]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         if self.weighting.scheduled:

@@ -114,6 +114,13 @@ def test_window_states_follow_examples_from_rank_to_rank(two: dict[str, Any], fo
         assert left["window"]["anchor"].tolist() == expected["anchor"].tolist()
 
 
+def test_layers_freed_before_the_first_step_stay_so_whatever_shuffling_hands_a_rank(
+    two: dict[str, Any],
+) -> None:
+    for left in two["left"]:
+        assert left["released"] == (0, [True] * 4)
+
+
 def test_a_guard_has_the_free_directions_of_the_first_rank_on_all(two: dict[str, Any]) -> None:
     first, second = (left["guarded"] for left in two["left"])
     (basis,) = (tensor for name, tensor in first.items() if name.endswith("basis"))
