@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pml.adapter import MlpBlockLora, lora_layers
 from pml.backbone import Backbone
 from pml.compiled import CompiledDecoder
-from pml.corpus import Example, collate
+from pml.corpus import PADDING_EXAMPLE, Example, collate
 from pml.cpu import attention, give_back_memory
 from pml.cut_trial import fault, narrow_windows
 from pml.state_store import CacheConfig, StateStore
@@ -137,7 +137,8 @@ class FrozenLayers:
         """
         if self.cut == "whole":
             return
-        for example in examples:
+        # A rank that is short of an example is handed the one that pads.
+        for example in (PADDING_EXAMPLE, *examples):
             # What finds no room is computed at every step, from blocks that have to stay.
             if self.store.full:
                 return
