@@ -99,7 +99,7 @@ class Generalization(Callback):
         assert isinstance(pl_module, Memorization)
         figures = self._teacher_forced(pl_module, held_out)
         if generate:
-            generated = greedy_recall(pl_module, held_out.examples, self.batch_size)
+            generated = greedy_recall(pl_module, held_out.examples, self.batch_size, to_the_end=False)
             figures["held_out_generated_exact_match"] = sum(g.exact for g in generated) / len(generated)
         return figures
 

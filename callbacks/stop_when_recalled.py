@@ -1,6 +1,7 @@
 """Ends a fit once everything is certain to be recalled, so that no step is spent on what is known."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,10 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from callbacks._logging import exact_scores
+from pml.certificate import Rounding
+from pml.corpus import Example
 from pml.errors import InputError
 from pml.modules import Memorization
 from pml.ranks import is_first_rank, summed_over_ranks
-from pml.recall import certified
+from pml.recall import certified, rounding_of_corpus
+from pml.weighting import TokenScores
 
 __all__ = ["StopWhenRecalled"]
 
@@ -25,6 +29,10 @@ class StopWhenRecalled(Callback):
     batches are watched as they are scored for the step, which costs nothing; only when an epoch of them looks recalled
     is the corpus scored once more, dropout off and with the weights as they are, and that decides.
 
+    Where the frozen weights are not float32, rounding moves logits by tenths. There decoding token by token is compared
+    with teacher forcing, on the corpus itself, and every token's logit also has to lie above all others by more than
+    the largest difference seen.
+
     Args:
         margin: Probability that every target token has to exceed, in [0, 1).
     """
@@ -35,6 +43,8 @@ class StopWhenRecalled(Callback):
         self.margin = margin
         self.steps_to_recall: int | None = None
         """Optimiser steps taken when the corpus was certified; None while it is not."""
+        self.rounding: Rounding | None = None
+        """How far margins moved when that was last measured; None where it was not."""
         self._unsure: Tensor | None = None
         self._seen = 0
         self._restored = (0, 0)
@@ -61,20 +71,35 @@ class StopWhenRecalled(Callback):
         if unsure or seen < corpus.target_tokens:
             return
         scores = exact_scores(trainer, pl_module)
-        if certified(scores, self.margin):
+        if certified(scores, self.margin) and self._survives_rounding(pl_module, corpus.examples, scores):
             self.steps_to_recall = trainer.global_step - pl_module.skipped_steps
             trainer.should_stop = True
             if trainer.is_global_zero:
                 log.info(
-                    "recalled: all %d target tokens above p = %s after %d steps",
+                    "recalled: all %d target tokens above p = %s after %d steps%s",
                     corpus.target_tokens,
                     self.margin,
                     self.steps_to_recall,
+                    f", by more than rounding to {pl_module.dtype_name} ({self.rounding.logits:.2g} in logits at most, "
+                    f"seen on {self.rounding.tokens} tokens)"
+                    if self.rounding is not None
+                    else "",
                 )
 
+    def _survives_rounding(self, module: Memorization, examples: Sequence[Example], scores: TokenScores) -> bool:
+        """Whether all margins are larger than rounding; measured anew while what was last known lets them be."""
+        if module.dtype_name == "float32":
+            return True
+        assert scores.margin is not None
+        smallest = float(scores.margin[scores.mask].min())
+        if self.rounding is None or smallest > self.rounding.logits:
+            self.rounding = rounding_of_corpus(module, examples, scores)
+        return smallest > self.rounding.logits
+
     def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
-        """`steps_to_recall`; see `pml.records.MeasuresForRecord`."""
-        return {"steps_to_recall": self.steps_to_recall}
+        """`steps_to_recall` and `rounding_logits`; see `pml.records.MeasuresForRecord`."""
+        known = {} if self.rounding is None else {"rounding_logits": self.rounding.logits}
+        return {"steps_to_recall": self.steps_to_recall, **known}
 
     def state_dict(self) -> dict[str, Any]:
         """Steps to recall, and what this epoch's batches have shown so far. Takes all ranks."""

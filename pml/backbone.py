@@ -35,6 +35,7 @@ __all__ = [
     "DTYPES",
     "Backbone",
     "backbone_facts",
+    "backbones_are_shared",
     "load_backbone",
     "load_config",
     "load_tokenizer",
@@ -191,8 +192,8 @@ _shared: dict[tuple[str, ...], Any] | None = None
 def shared_backbones() -> Iterator[None]:
     """Within this context one name and dtype is loaded once, and every caller gets the same object.
 
-    For many runs in one process. Whoever changes the model, by an adapter for example, changes it back. The models are
-    let go when the outermost context ends.
+    For many runs in one process. Whoever changes the model, by an adapter for example, changes it back, and it stays on
+    the device that it was moved to. The models are let go when the outermost context ends.
     """
     global _shared
     outer = _shared
@@ -201,6 +202,11 @@ def shared_backbones() -> Iterator[None]:
         yield
     finally:
         _shared = outer
+
+
+def backbones_are_shared() -> bool:
+    """Whether a `shared_backbones` context is open."""
+    return _shared is not None
 
 
 def load_backbone(name: str = DEFAULT_BACKBONE, dtype: str = "float32") -> Backbone:

@@ -1,38 +1,50 @@
 """The certificate pair by pair: what is certain to be recalled, by what margin, and how much rounding that survives.
 
 A target token with p > 0.5 cannot be beaten by any other. Its margin is how far its logit lies above that of the best
-other token; greedy decoding gives the target as long as no margin is overcome by how a server rounds.
+other token; greedy decoding gives the target as long as no margin is overcome by how a server rounds. In float32 that
+takes p within a hair of 0.5. In 16 bits margins move by tenths: there it is measured (`measure_rounding`), and a pair
+is certain only where its margins are larger.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pml.corpus import Example
+from pml.decoding import CachedRows, of_one_prompt_length, tokens_at_once
 
 __all__ = [
     "PairCertificate",
+    "Rounding",
+    "allow_for_rounding",
     "certify",
     "greedy_answers",
-    "largest_difference",
     "log_probability",
+    "measure_rounding",
     "sampled_exactly",
     "token_margins",
 ]
 
 Verdict = Literal["certain", "right", "failing"]
 
+MEASURED_TOKENS = 1024
+"""Target tokens on which rounding is measured at most: each is a step of decoding."""
+
+TOGETHER = 8
+"""Pairs that are decoded together for that."""
+
 
 @dataclass(frozen=True)
 class PairCertificate:
-    """What can be said of one pair from a single teacher-forced pass.
+    """What can be said of one pair under teacher forcing.
 
     Attributes:
         example: The pair.
-        verdict: `certain` where every target token has p > 0.5, `right` where every one is the argmax, else `failing`.
+        verdict: `certain` where every target token has p > 0.5 and a margin that rounding cannot overcome, as far as
+            that is known; `right` where every one is the argmax; else `failing`.
         position: The first wrong target token where it fails, otherwise the one with the smallest margin; from 0.
         margin: Logit of the token there minus that of the best other token; negative where it fails.
         probability: Probability of the token there.
@@ -71,8 +83,20 @@ def token_margins(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return own - best, rivals
 
 
-def certify(model: nn.Module, examples: Iterable[Example]) -> list[PairCertificate]:
-    """Certify pairs one by one, each in a teacher-forced pass of its own.
+class Rounding(NamedTuple):
+    """How far margins move between teacher forcing and decoding token by token.
+
+    Attributes:
+        logits: The largest difference seen.
+        tokens: On how many target tokens.
+    """
+
+    logits: float
+    tokens: int
+
+
+def certify(model: Any, examples: Iterable[Example]) -> list[PairCertificate]:
+    """Certify pairs one by one under teacher forcing, with no allowance for rounding.
 
     Args:
         model: A causal LM, adapter and all, in evaluation mode.
@@ -81,11 +105,15 @@ def certify(model: nn.Module, examples: Iterable[Example]) -> list[PairCertifica
     return [_certify(model, example) for example in examples]
 
 
-def _certify(model: nn.Module, example: Example) -> PairCertificate:
-    logits = _forced(model, example)
-    targets = torch.tensor(example.target_ids, device=logits.device)
-    margins, rivals = token_margins(logits, targets)
-    probabilities = logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0].exp()
+def _certify(model: Any, example: Example) -> PairCertificate:
+    targets = torch.tensor(example.target_ids, device=model.device)
+    pieces, start = [], 0
+    for logits in _forced(model, example):
+        here = targets[start : start + len(logits)]
+        log_p = logits.log_softmax(dim=-1).gather(1, here[:, None])[:, 0]
+        pieces.append((*token_margins(logits, here), log_p.exp()))
+        start += len(logits)
+    margins, rivals, probabilities = (torch.cat(column).cpu() for column in zip(*pieces, strict=True))
     wrong = (margins <= 0).nonzero()
     position = int(wrong[0] if len(wrong) else margins.argmin())
     certain = bool((probabilities > 0.5).all())
@@ -96,22 +124,56 @@ def _certify(model: nn.Module, example: Example) -> PairCertificate:
         margin=float(margins[position]),
         probability=float(probabilities[position]),
         rival=int(rivals[position]),
-        margins=margins.cpu(),
+        margins=margins,
     )
 
 
-def largest_difference(model: nn.Module, certificates: Sequence[PairCertificate]) -> float:
-    """By how much a margin differs at most, in logits, when tokens go one by one through the cache of a model.
-
-    The model may be another one than that which the certificates are of: the same in another dtype, for example.
+def allow_for_rounding(certificates: Iterable[PairCertificate], logits: float) -> list[PairCertificate]:
+    """The same certificates, where a pair is certain only if no margin of its tokens is overcome by rounding.
 
     Args:
-        model: A causal LM, adapter and all, in evaluation mode.
         certificates: What `certify` gave.
+        logits: How far rounding moves a margin at most, see `measure_rounding`.
     """
-    return max(
-        float((_margins_through_cache(model, known.example) - known.margins).abs().max()) for known in certificates
-    )
+    return [
+        replace(known, verdict="right")
+        if known.verdict == "certain" and not float(known.margins.min()) > logits
+        else known
+        for known in certificates
+    ]
+
+
+def measure_rounding(
+    model: Any, examples: Sequence[Example], margins: Sequence[Tensor], most_tokens: int = MEASURED_TOKENS
+) -> Rounding:
+    """How far margins move when target tokens go one by one through the cache of a model, alone and with others.
+
+    The pairs with the smallest margins come first, since what is certain hangs on them.
+
+    Args:
+        model: A causal LM, adapter and all, in evaluation mode. It may be another one than that which the margins are
+            of: the same in another dtype, for example.
+        examples: Pairs.
+        margins: (tokens,) of each pair, as known under teacher forcing.
+        most_tokens: Target tokens that are decoded at most.
+    """
+    order = sorted(range(len(examples)), key=lambda i: float(margins[i].min()))
+    known = dict(zip((e.example_id for e in examples), margins, strict=True))
+    chosen, left = list[Example](), most_tokens
+    for example in (examples[i] for i in order):
+        if left <= 0:
+            break
+        chosen.append(replace(example, target_ids=example.target_ids[:left]))
+        left -= len(example.target_ids)
+    batches = list(of_one_prompt_length(chosen, TOGETHER))
+    # What is decoded alone is rounded otherwise on some devices.
+    batches += [[example] for example in chosen[:1]]
+    largest = 0.0
+    for batch in batches:
+        for example, decoded in zip(batch, _margins_one_by_one(model, batch), strict=True):
+            before = known[example.example_id][: len(decoded)].to(decoded.device)
+            largest = max(largest, float((decoded - before).abs().max()))
+    return Rounding(largest, most_tokens - max(left, 0))
 
 
 def greedy_answers(
@@ -148,7 +210,7 @@ def greedy_answers(
     return answers
 
 
-def log_probability(model: nn.Module, example: Example, temperature: float = 1.0) -> float:
+def log_probability(model: Any, example: Example, temperature: float = 1.0) -> float:
     """Natural logarithm of the probability that a sample at some temperature is the whole target.
 
     Args:
@@ -156,10 +218,13 @@ def log_probability(model: nn.Module, example: Example, temperature: float = 1.0
         example: The pair.
         temperature: What logits are divided by.
     """
-    logits = _forced(model, example)
-    targets = torch.tensor(example.target_ids, device=logits.device)
-    scores = (logits.float() / temperature).log_softmax(dim=-1)
-    return float(scores.gather(1, targets[:, None]).double().sum())
+    total, start = 0.0, 0
+    for logits in _forced(model, example):
+        targets = torch.tensor(example.target_ids[start : start + len(logits)], device=logits.device)
+        scores = (logits / temperature).log_softmax(dim=-1)
+        total += float(scores.gather(1, targets[:, None]).cpu().double().sum())
+        start += len(logits)
+    return total
 
 
 def sampled_exactly(model: Any, example: Example, samples: int, temperature: float = 1.0) -> float:
@@ -189,22 +254,27 @@ def sampled_exactly(model: Any, example: Example, samples: int, temperature: flo
     return sum(tuple(row) == example.target_ids for row in rows) / samples
 
 
-def _forced(model: nn.Module, example: Example) -> Tensor:
-    """Logits (tokens, vocabulary) that predict an example's target tokens, in one pass."""
-    device = next(model.parameters()).device
-    ids = torch.tensor([example.prompt_ids + example.target_ids[:-1]], device=device)
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(example.target_ids)).logits[0]
-    return logits[-len(example.target_ids) :]
+@torch.no_grad()
+def _forced(model: Any, example: Example) -> Iterator[Tensor]:
+    """Logits (tokens, vocabulary) in float32 that predict an example's target tokens, piece by piece."""
+    ids = torch.tensor([example.prompt_ids + example.target_ids], device=model.device)
+    reader, read, done, tokens = CachedRows(model), 0, 0, len(example.target_ids)
+    start = len(example.prompt_ids)
+    while done < tokens:
+        together = tokens_at_once(model, 1)
+        end = min(done + (together if reader.several else 1), tokens)
+        yield reader.read(ids[:, read : start + end - 1], end - done)[0]
+        read, done = start + end - 1, end
 
 
-def _margins_through_cache(model: nn.Module, example: Example) -> Tensor:
-    device = next(model.parameters()).device
-    step, cache, margins = torch.tensor([example.prompt_ids], device=device), None, []
-    with torch.no_grad():
-        for token in example.target_ids:
-            out = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache, target = out.past_key_values, torch.tensor([token], device=device)
-            margins.append(token_margins(out.logits[0, -1:], target)[0])
-            step = target[None]
-    return torch.cat(margins).cpu()
+@torch.no_grad()
+def _margins_one_by_one(model: Any, batch: Sequence[Example]) -> list[Tensor]:
+    """Margins (tokens,) of the target tokens of prompts of one length, token by token through the cache."""
+    lengths = [len(e.target_ids) for e in batch]
+    targets = torch.tensor([e.target_ids + (0,) * (max(lengths) - n) for e, n in zip(batch, lengths, strict=True)])
+    targets = targets.to(model.device)
+    step, reader, margins = torch.tensor([e.prompt_ids for e in batch], device=model.device), CachedRows(model), []
+    for t in range(max(lengths)):
+        margins.append(token_margins(reader.read(step)[:, -1], targets[:, t])[0])
+        step = targets[:, t : t + 1]
+    return [row[:n] for row, n in zip(torch.stack(margins, dim=1), lengths, strict=True)]

@@ -47,7 +47,7 @@ class LossHistory:
             self._length *= 2
 
     def sums(self) -> Tensor:
-        """(segments, 2), float64 where the device has it: sums of losses in nats and numbers of target tokens; sums over ranks add up."""
+        """(segments, 2): sums of losses in nats and numbers of target tokens; sums over ranks add up."""
         none = torch.zeros(0, 2, dtype=widest_float(torch.device(self.device)), device=self.device)
         return torch.stack(self._segments) if self._segments else none
 

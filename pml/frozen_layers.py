@@ -7,7 +7,7 @@ whole: names, saving, loading and generation know nothing of the split.
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pml.adapter import MlpBlockLora, lora_layers
 from pml.backbone import Backbone
 from pml.compiled import CompiledDecoder
+from pml.corpus import PADDING_EXAMPLE, Example, collate
 from pml.cpu import attention, give_back_memory
 from pml.cut_trial import fault, narrow_windows
 from pml.errors import InputError
@@ -148,17 +149,24 @@ class FrozenLayers:
             )
         return self.backbone.kept_states[place]
 
-    def release_when_kept(self, loader: Callable[[], Iterable[dict[str, Any]]]) -> None:
-        """Free the layers below the cut if the states of every example are kept; every rank has a cache of its own.
+    def keep_and_release(self, examples: Iterable[Example]) -> None:
+        """Keep the states of all examples, then free the layers below the cut; unless there is no room for all.
 
         Args:
-            loader: Makes the batches of the whole corpus.
+            examples: The whole corpus: every rank has a cache of its own, and may be handed any example.
         """
-        # What found no room is computed at every step, from blocks that have to stay.
-        if self.store.full:
+        if self.cut == "whole":
             return
-        keys = (key for batch in loader() for key in content_keys(batch["input_ids"], batch["lengths"]))
-        if all(key in self.store for key in keys):
+        # A rank that is short of an example is handed the one that pads.
+        for example in (PADDING_EXAMPLE, *examples):
+            # What finds no room is computed at every step, from blocks that have to stay.
+            if self.store.full:
+                return
+            batch = collate([example])
+            (key,) = content_keys(batch["input_ids"], batch["lengths"])
+            batch["input_ids"] = batch["input_ids"].to(self.backbone.model.device)
+            self._below(batch, 0, key)
+        if not self.store.full:
             self.release()
 
     def release(self) -> None:

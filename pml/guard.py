@@ -178,7 +178,7 @@ def _computed(backbone: Backbone, names: Sequence[str], rows: Sequence[tuple[int
     def adding(name: str) -> Any:
         def add(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach().flatten(0, -2).float()
-            product = (x.T @ x).double()
+            product = (x.T @ x).cpu().double()
             sums[name] = sums[name] + product if name in sums else product
             left.discard(name)
             if not left:

@@ -25,6 +25,7 @@ from pml.backbone import Backbone, backbone_facts, load_backbone, shared_backbon
 from pml.certificate import PairCertificate, certify
 from pml.corpus import Corpus
 from pml.default_backbone import DEFAULT_BACKBONE
+from pml.device import best_device
 from pml.errors import InputError
 from pml.guard import GuardConfig, GuardedA
 from pml.model_card import model_card
@@ -166,6 +167,7 @@ def memorize(
     path = _file_of(pairs, folder)
     with shared_backbones():
         backbone = load_backbone(chosen.backbone)
+        backbone.model.to(best_device())  # type: ignore[arg-type]  # the wrapper has lost its signature
         data = import_module("data_modules").Facts(
             str(path),
             query_column=chosen.query_column,

@@ -151,18 +151,27 @@ def _format(encoder: TextEncoder) -> str:
 
 
 def _certificate(record: Record) -> str:
-    sure = record.sub_threshold_fraction == 0 and record.exact_match == 1
     right = f"{round(record.exact_match * record.pairs):,} come back whole under teacher forcing"
     if record.generated_exact_match is not None:
         right += f" and {round(record.generated_exact_match * record.pairs):,} by greedy decoding"
     lines = [f"Of {record.pairs:,} targets {right} ({record.dtype})."]
     if record.min_target_probability is not None:
         lines.append(f"The least certain target token has probability {record.min_target_probability:.3f}.")
-    lines.append(
-        "Every target token lies above 0.5, where no other token can beat it: greedy decoding is certain to give every "
-        "target back, for the prompts above and up to rounding."
-        if sure
-        else "Some target tokens lie at or below 0.5: what comes back there is not certain."
+    return " ".join([*lines, _verdict(record), "Sampling, other prompts and other dtypes are not covered."])
+
+
+def _verdict(record: Record) -> str:
+    if record.sub_threshold_fraction > 0 or record.exact_match < 1:
+        return "Some target tokens lie at or below 0.5: what comes back there is not certain."
+    above = "Every target token lies above 0.5, where no other token can beat it"
+    if record.dtype == "float32":
+        return (
+            f"{above}: greedy decoding is certain to give every target back, for the prompts above and up to rounding."
+        )
+    # Margins were held against rounding only where the fit ended since they exceed it.
+    if record.steps_to_recall is None or record.rounding_logits is None:
+        return f"{above} but by rounding, which in {record.dtype} is large: `pml certify` says which pairs are certain."
+    return (
+        f"{above}, and no rounding to {record.dtype} seen on these targets (up to {record.rounding_logits:.2g} in "
+        "logits) overcomes that: greedy decoding is certain to give every target back, for the prompts above."
     )
-    lines.append("Sampling, other prompts and other dtypes are not covered.")
-    return " ".join(lines)

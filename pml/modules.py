@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pml.adapter import AdapterConfig, adapter_parameters, adapter_state, attach_adapter, detach_adapter, load_adapter
-from pml.backbone import Backbone, load_backbone
+from pml.backbone import Backbone, backbones_are_shared, load_backbone
 from pml.compiled import CompileMode, Compiling
 from pml.cpu import CpuChoice, CpuConfig, tune_cpu
 from pml.curriculum import PrefixRatio
@@ -215,6 +215,10 @@ class Memorization(LightningModule):
             detach_adapter(self._peft_model)
         self._peft_model = self._frozen_layers = self._backbone = None
 
+    def cpu(self) -> Self:
+        """Move to the CPU, which Lightning asks for when a fit is over; a shared backbone stays for the next one."""
+        return self if backbones_are_shared() else super().cpu()
+
     def train(self, mode: bool = True) -> "Memorization":
         """Switch the adapter between training and evaluation; the backbone is always in evaluation mode."""
         super().train(False)
@@ -265,10 +269,15 @@ class Memorization(LightningModule):
         seed_rank(self.global_rank)
         go_on(self, self.goes_on_from)
         self.goes_on_from = {}
+        # Before the first step, and after what was measured before it.
+        self._release_frozen_layers()
 
     def on_train_epoch_end(self) -> None:
+        self._release_frozen_layers()
+
+    def _release_frozen_layers(self) -> None:
         if self.frozen_prefix.release and not self.backbone.released:
-            self.frozen_layers.release_when_kept(self.trainer.datamodule.val_dataloader)  # type: ignore[attr-defined]
+            self.frozen_layers.keep_and_release(self.trainer.datamodule.corpus.examples)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         if self._compiling is not None and self._compiling.is_due(self.trainer.global_step):

@@ -4,7 +4,6 @@ Greedy decoding reproduces a target if and only if the argmax is right at every 
 with p > 0.5 cannot be beaten, so a corpus whose every target token has p > 0.5 is certain to be recalled.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from pml.adapter import evaluating
+from pml.certificate import Rounding, measure_rounding
 from pml.corpus import Example, collate
+from pml.decoding import greedy_tokens
 from pml.frozen_layers import content_keys
 from pml.ranks import several_ranks
 from pml.weighting import TokenScores
@@ -27,8 +28,8 @@ __all__ = [
     "Generated",
     "certified",
     "gather_scores",
-    "generate_greedily",
     "greedy_recall",
+    "rounding_of_corpus",
     "score_corpus",
     "score_examples",
 ]
@@ -116,13 +117,37 @@ def score_examples(
         )
 
 
+def rounding_of_corpus(module: "Memorization", examples: Sequence[Example], scores: TokenScores) -> Rounding:
+    """How far margins move between these scores and decoding, the same on every rank; see `measure_rounding`.
+
+    The ranks share the examples.
+
+    Args:
+        module: The module whose adapted model is asked.
+        examples: What was scored, in the order of the scores.
+        scores: Of the model as it is now.
+    """
+    module.backbone.restore()
+    assert scores.margin is not None
+    margins = [row[mask] for row, mask in zip(scores.margin, scores.mask, strict=True)]
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
+    own = slice(rank, None, ranks)
+    with evaluating(module):
+        seen = measure_rounding(module.model, examples[own], margins[own])
+    if ranks == 1:
+        return seen
+    everyone = [Rounding(0.0, 0)] * ranks
+    dist.all_gather_object(everyone, seen)
+    return Rounding(max(part.logits for part in everyone), sum(part.tokens for part in everyone))
+
+
 @dataclass(frozen=True)
 class Generated:
     """What greedy decoding gave for one example, next to what was expected.
 
     Attributes:
         example: The example.
-        token_ids: As many generated tokens as the target has.
+        token_ids: As many generated tokens as the target has; fewer where decoding ended with a wrong one.
     """
 
     example: Example
@@ -139,57 +164,24 @@ class Generated:
         return self.token_ids == self.example.target_ids
 
 
-def generate_greedily(model: nn.Module, prompt_ids: Tensor, tokens: int) -> Tensor:
-    """Greedy decoding with the KV cache, ties to the lowest id.
-
-    Args:
-        model: A causal LM, adapter and all.
-        prompt_ids: (B, P) prompts of one length, so that nothing is padded and nothing masked.
-        tokens: Number of tokens to generate; generation does not stop early.
-
-    Returns:
-        (B, tokens) generated ids.
-    """
-    generated = prompt_ids.new_empty(len(prompt_ids), tokens)
-    step, cache = prompt_ids, None
-    for t in range(tokens):
-        out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        generated[:, t] = out.logits[:, -1].float().argmax(dim=-1)
-        step = generated[:, t : t + 1]
-    return generated
-
-
-def greedy_recall(module: "Memorization", examples: Sequence[Example], batch_size: int = 64) -> list[Generated]:
+def greedy_recall(
+    module: "Memorization", examples: Sequence[Example], batch_size: int = 64, to_the_end: bool = True
+) -> list[Generated]:
     """Ask for every example and take what greedy decoding answers; work is shared among ranks, the result is not.
 
     Args:
         module: The module whose adapted model is asked.
         examples: What to ask for.
-        batch_size: Prompts decoded together.
+        batch_size: Prompts read or decoded together.
+        to_the_end: Decode what follows on a wrong token too; where nobody looks at that, an answer may end with it.
 
     Returns:
         One entry per example, in the order given, the same on every rank.
     """
     module.backbone.restore()
-    ranks, rank = 1, 0
-    if several_ranks():
-        ranks, rank = dist.get_world_size(), dist.get_rank()
-    groups: dict[int, list[Example]] = defaultdict(list)
-    for example in examples[rank::ranks]:
-        groups[len(example.prompt_ids)].append(example)
-    answers: dict[int, tuple[int, ...]] = {}
-    with torch.no_grad(), evaluating(module):
-        for group in groups.values():
-            # Similar lengths together: a batch decodes as long as its longest target.
-            group.sort(key=lambda e: len(e.target_ids))
-            for start in range(0, len(group), batch_size):
-                batch = group[start : start + batch_size]
-                prompts = torch.tensor([e.prompt_ids for e in batch], device=module.device)
-                longest = max(len(e.target_ids) for e in batch)
-                rows = generate_greedily(module.model, prompts, longest).tolist()
-                for example, row in zip(batch, rows, strict=True):
-                    answers[example.example_id] = tuple(row[: len(example.target_ids)])
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
+    with evaluating(module):
+        answers = greedy_tokens(module.model, examples[rank::ranks], batch_size, to_the_end)
     if ranks > 1:
         everyone: list[dict[int, tuple[int, ...]]] = [{} for _ in range(ranks)]
         dist.all_gather_object(everyone, answers)

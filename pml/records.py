@@ -105,6 +105,9 @@ class Record(pydantic.BaseModel):
         memorized_bits: Corpus entropy minus the adapted model's loss in bits, at least 0; None where it is unknown.
         bits_per_parameter: `memorized_bits / effective_parameters`.
         steps_to_recall: Optimiser steps until every target token was certified; None where that did not happen.
+        rounding_logits: How far, at most, the margin of a target token's logit above the others was seen to move
+            between teacher forcing and decoding; certified margins exceed it. None where it was not measured, as in
+            float32.
         late_loss_drop: Convergence: mean training loss over the last tenth but one of the steps, minus that over the
             last tenth, plain means over target tokens whatever the weighting; None where there were under 20 steps.
         learning_rate_left: The learning rate of the last step, as a share of the peak; where little is left, a small
@@ -162,6 +165,7 @@ class Record(pydantic.BaseModel):
     memorized_bits: Measured
     bits_per_parameter: Measured
     steps_to_recall: int | None = None
+    rounding_logits: Measured = None
     wall_seconds: float
     versions: dict[str, str]
     hardware: dict[str, Any]

@@ -7,6 +7,7 @@ import jsonargparse
 from lightning.pytorch import LightningDataModule
 
 from pml.corpus import Corpus
+from pml.device import best_device
 from pml.errors import InputError, reason
 from pml.lightning_cli import prepare
 from pml.modules import Memorization
@@ -22,7 +23,7 @@ class Run(NamedTuple):
     """An opened run.
 
     Attributes:
-        module: With the trained adapter, in evaluation mode.
+        module: With the trained adapter, in evaluation mode, on the accelerator that is there.
         data: With the corpus that the run was trained on.
     """
 
@@ -63,4 +64,4 @@ def open_run(folder: Path) -> Run:
     module: Memorization = made.model
     module.load_adapter(folder / "adapter")
     use_corpus_of_run(folder, made.data, module)
-    return Run(module.eval(), made.data)
+    return Run(module.eval().to(best_device()), made.data)

@@ -67,7 +67,8 @@ def _answers(job: dict[str, Any]) -> list[str]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model: Any = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, job["adapter"]).eval()
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model = PeftModel.from_pretrained(model, job["adapter"]).eval().to(device)
     answers = [""] * len(job["prompts"])
     # Of one length together: a batch decodes as long as its longest answer.
     order = sorted(range(len(answers)), key=lambda i: job["tokens"][i])
@@ -87,8 +88,8 @@ def _answers(job: dict[str, Any]) -> list[str]:
                 **job["template"],
             )
         out = model.generate(
-            input_ids=ids["input_ids"],
-            attention_mask=ids["attention_mask"],
+            input_ids=ids["input_ids"].to(device),
+            attention_mask=ids["attention_mask"].to(device),
             do_sample=False,
             max_new_tokens=max(job["tokens"][i] for i in batch),
             eos_token_id=job["end"],

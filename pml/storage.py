@@ -230,7 +230,7 @@ def _surprise(backbone: Backbone, before: Sequence[int], example: Example) -> fl
     with torch.no_grad():
         logits = backbone.model(input_ids=ids, use_cache=False, logits_to_keep=len(targets)).logits[0]
     scores = logits[-len(targets) :].float().log_softmax(dim=-1)
-    return -float(scores.gather(1, targets[:, None]).double().sum())
+    return -float(scores.gather(1, targets[:, None]).cpu().double().sum())
 
 
 def plan_rank(

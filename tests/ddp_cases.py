@@ -21,6 +21,7 @@ from pml.curriculum import PrefixRatio
 from pml.guard import GuardConfig
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import gather_scores, greedy_recall, score_corpus
+from pml.state_store import CacheConfig
 from pml.stopping import Stopped
 from pml.weighting import OnlyThreshold, SlidingWindow, Weighting, WholeTargets
 from tests.fits import module_on
@@ -35,6 +36,7 @@ __all__ = [
     "kicked",
     "many_ranks",
     "recorded_fit",
+    "released_fit",
     "skipped_fit",
     "trained",
     "window_fit",
@@ -177,6 +179,33 @@ def resumed_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, list[Any]
     return ends
 
 
+def released_fit(folder: Path, tmp_path: Path, ranks: int) -> tuple[int, list[bool]]:
+    """How often freed layers were loaded, and whether they were freed at each epoch, in a fit that shuffles."""
+    module, watch = module_on(folder, frozen_prefix=CacheConfig(release=True)), Released()
+    fit(module, Ids(uneven(7), batch_size=2 // ranks), tmp_path, ranks, callbacks=[watch], max_epochs=4)
+    return watch.loads, watch.released
+
+
+class Released(Callback):
+    """Notes at the start of every epoch whether the lower blocks are freed, and counts how often they come back."""
+
+    def __init__(self) -> None:
+        self.released: list[bool] = []
+        self.loads = 0
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        restore = pl_module.backbone.restore
+
+        def counting() -> None:
+            self.loads += pl_module.backbone.released
+            restore()
+
+        pl_module.backbone.restore = counting
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.released.append(pl_module.backbone.released)
+
+
 class WithHeldOut(Ids):
     """One pair held out, so that the second of two ranks has none to score."""
 
@@ -237,6 +266,7 @@ def many_ranks(rank: int, ranks: int, port: int, folder: Path, tmp_path: Path, t
             "gradients": {case: gradients(folder, tmp_path, 2, case, threshold) for case in GRADIENT_CASES},
             "skipped": skipped_fit(folder, tmp_path, 2),
             "window": window_fit(folder, tmp_path, 2),
+            "released": released_fit(folder, tmp_path, 2),
             "resumed": resumed_fit(folder, tmp_path, 2),
             "guarded": guarded_fit(folder, tmp_path, 2),
             "recorded": recorded_fit(folder, tmp_path, 2),

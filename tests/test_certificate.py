@@ -10,10 +10,11 @@ import torch
 
 from callbacks import StopWhenRecalled
 from pml.certificate import (
+    allow_for_rounding,
     certify,
     greedy_answers,
-    largest_difference,
     log_probability,
+    measure_rounding,
     sampled_exactly,
     token_margins,
 )
@@ -41,7 +42,9 @@ class Fixed(torch.nn.Module):
     def __init__(self, table: dict[int, list[float]]) -> None:
         super().__init__()
         self.table = table
-        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.device = torch.device("cpu")
+        text = type("Text", (), {"vocab_size": 4})
+        self.config = type("Config", (), {"get_text_config": lambda _: text})()
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
         logits = torch.tensor([[self.table[i] for i in row] for row in input_ids.tolist()])
@@ -63,6 +66,26 @@ def test_a_pair_is_certain_right_or_failing_where_its_weakest_token_says_so() ->
     assert failing.margins.tolist() == [7.0, -1.0, 7.0]
 
 
+def test_a_pair_is_certain_only_beyond_rounding() -> None:
+    model = Fixed({0: [0.0, 9.0, 0.0, 0.0], 1: [0.0, 0.0, 2.5, 0.0], 2: [0.0, 0.0, 0.0, 0.0]})
+    examples = [Example(0, (0,), (1,)), Example(1, (0,), (1, 2)), Example(2, (0,), (2,))]
+    certificates = certify(model, examples)
+    assert [known.verdict for known in certificates] == ["certain", "certain", "failing"]
+    for rounding, verdict in ((0.0, "certain"), (2.4, "certain"), (2.5, "right")):
+        allowed = allow_for_rounding(certificates, rounding)
+        assert [known.verdict for known in allowed] == ["certain", verdict, "failing"]
+        assert [known.margin for known in allowed] == [known.margin for known in certificates]
+
+
+def test_rounding_is_the_largest_move_of_a_margin_with_the_smallest_margins_measured_first() -> None:
+    model = Fixed({0: [0.0, 9.0, 0.0, 0.0], 1: [0.0, 0.0, 2.5, 0.0], 2: [0.0, 0.0, 0.0, 4.0]})
+    examples = [Example(0, (0,), (1,)), Example(1, (0,), (1, 2, 3))]
+    forced = [torch.tensor([9.5]), torch.tensor([8.75, 2.5, 4.0])]
+    assert measure_rounding(model, examples, forced) == (0.5, 4)
+    assert measure_rounding(model, examples, forced, most_tokens=3) == (0.25, 3)
+    assert measure_rounding(model, examples, [*forced[:1], torch.tensor([9.0, 2.0, 4.0])], most_tokens=1) == (0.0, 1)
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_sharpened(tiny_backbone_folder, tmp_path_factory.mktemp("sharp"))
@@ -80,8 +103,9 @@ def test_verdicts_agree_with_greedy_decoding_pair_by_pair(
     certificates = certify(model, data.corpus.examples)
     verdicts = {known.verdict for known in certificates}
     assert verdicts == {"certain"} if stop else "failing" in verdicts
-    moved = largest_difference(model, certificates)
+    moved, tokens = measure_rounding(model, data.corpus.examples, [known.margins for known in certificates])
     assert 0 <= moved < 1e-3
+    assert tokens == data.corpus.target_tokens
     for batch_size in (1, 3):
         for cache in (True, False):
             answers = greedy_answers(model, data.corpus.examples, batch_size=batch_size, use_cache=cache)
@@ -135,6 +159,7 @@ def test_the_command_certifies_a_run_and_somebody_else_s_adapter(
     assert ways == [(d, b, c) for d in ("float32", "bfloat16") for b in (1, 8) for c in (True, False)]
     assert all(way["exact"] == 3 for way in result["decodings"] if way["dtype"] == "float32")
     assert result["margins_move_by"]["float32"] < 1e-3 < result["margins_move_by"]["bfloat16"]
+    assert result["margins_measured_on_tokens"] == {"float32": 12, "bfloat16": 12}
 
     Path("other.jsonl").write_text(json.dumps({"query": "code 0?", "target": "123"}))
     asked = ["certify", f"--adapter={run}/adapter", "--data=other.jsonl", f"--backbone={folder}"]

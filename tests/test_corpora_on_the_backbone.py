@@ -10,8 +10,8 @@ import torch
 
 from pml.backbone import Backbone
 from pml.cli import main
+from pml.decoding import generate_greedily
 from pml.encoding import TextEncoder
-from pml.recall import generate_greedily
 from pml.records import Record, read_record
 from pml.runs import open_run
 

@@ -152,6 +152,13 @@ def test_two_ranks_with_dropout_of_their_own_go_on_bit_for_bit(two: dict[str, An
     assert all(torch.equal(values, ends[1]["adapter"][0][name]) for name, values in ends[0]["adapter"][0].items())
 
 
+def test_layers_freed_before_the_first_step_stay_so_whatever_shuffling_hands_a_rank(
+    two: dict[str, Any],
+) -> None:
+    for left in two["left"]:
+        assert left["released"] == (0, [True] * 4)
+
+
 def test_a_guard_has_the_free_directions_of_the_first_rank_on_all(two: dict[str, Any]) -> None:
     first, second = (left["guarded"] for left in two["left"])
     (basis,) = (tensor for name, tensor in first.items() if name.endswith("basis"))

@@ -9,8 +9,12 @@ import pytest
 import yaml
 
 from pml.cli import main
+from pml.corpus import Corpus, Example
+from pml.encoding import PromptFormat, TextEncoder
+from pml.model_card import model_card
 from pml.records import read_record
 from tests.fits import save_sharpened
+from tests.record_factory import make_record
 
 
 def trained(backbone: Path, tmp_path: Path, *more: str) -> Path:
@@ -65,3 +69,28 @@ def test_a_card_does_not_promise_what_is_not_certain(
     assert f"Of 2 targets {round(record.exact_match * 2)} come back whole" in text
     assert "what comes back there is not certain" in text
     assert "007" not in text  # no target stands in it
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"dtype": "float32"}, "greedy decoding is certain to give every target back, for the prompts above and up to"),
+        (
+            {"steps_to_recall": 90, "rounding_logits": 0.3125},
+            "no rounding to bfloat16 seen on these targets (up to 0.31",
+        ),
+        (
+            {"steps_to_recall": 90},
+            "by rounding, which in bfloat16 is large: `pml certify` says which pairs are certain",
+        ),
+        ({"rounding_logits": 0.3125}, "`pml certify` says which pairs are certain"),
+        ({"sub_threshold_fraction": 0.01}, "Some target tokens lie at or below 0.5"),
+    ],
+)
+def test_what_is_certain_in_bfloat16_hangs_on_the_rounding_that_was_measured(
+    fields: dict[str, Any], said: str, tiny_tokenizer: Any
+) -> None:
+    known = {"dtype": "bfloat16", "exact_match": 1.0, "sub_threshold_fraction": 0.0, "min_target_probability": 0.7}
+    corpus = Corpus("facts", [Example(0, (1,), (2,), query="q", target="t")])
+    card = model_card(make_record(**{**known, **fields}), corpus, TextEncoder(tiny_tokenizer, PromptFormat()))
+    assert said in card

@@ -1,4 +1,4 @@
-"""Precision of the Trainer and dtype of the frozen weights: what is refused, and what has to be float32 all the same."""
+"""Precision of the Trainer, dtype of the frozen weights: what is refused, and what has to be float32 all the same."""
 
 from pathlib import Path
 from typing import Any

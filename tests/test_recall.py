@@ -13,9 +13,10 @@ from pml import metrics
 from pml.backbone import Backbone
 from pml.cli import main
 from pml.corpus import Example, collate
+from pml.decoding import generate_greedily
 from pml.errors import InputError
 from pml.modules import Memorization
-from pml.recall import Generated, certified, gather_scores, generate_greedily, greedy_recall, score_corpus
+from pml.recall import Generated, certified, gather_scores, greedy_recall, score_corpus
 from pml.records import read_record
 from pml.runs import open_run
 from pml.weighting import TokenScores

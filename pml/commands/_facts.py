@@ -90,15 +90,16 @@ def check_adapter_arguments(args: jsonargparse.Namespace) -> None:
 
 
 def open_adapter(args: jsonargparse.Namespace) -> tuple[Any, Any]:
-    """A module with the adapter of --adapter on it, in evaluation mode, and the pairs of --data.
+    """A module with the adapter of --adapter on it, in evaluation mode on the device that is there, and the pairs.
 
     Raises:
         InputError: If either will not do.
     """
+    from pml.device import best_device
     from pml.modules import SFT
 
     backbone = args.backbone or base_of(args.adapter)
     data = read_facts(args.data, backbone).data
     module = SFT(backbone=backbone)
     module.load_adapter(args.adapter)
-    return module.eval(), data
+    return module.eval().to(best_device()), data

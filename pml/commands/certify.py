@@ -1,15 +1,19 @@
 """Certify pair by pair what an adapter is certain to recall, recalls, or fails at, with margins in logits.
 
 RUN is a run's folder: backbone, corpus and adapter are taken from there. For an adapter that somebody else trained,
-give --adapter, --data (a file of pairs) and --backbone instead. The pairs are also decoded by transformers' own greedy
-decoding: in each of --dtypes, alone and in batches, with and without the cache. The exit code is 0 if every pair is
-certain, else 1.
+give --adapter, --data (a file of pairs) and --backbone instead. A pair is certain if every target token has p > 0.5 and
+a margin in logits above the rounding that was measured: how far margins move, in the dtype of the run, when the tokens
+go one by one through the cache. Pairs are also decoded by transformers' own greedy decoding, the least certain first:
+in each of --dtypes, alone and in batches, with and without the cache. The exit code is 0 if every pair is certain,
+else 1.
 """
 
 import sys
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +27,7 @@ from pml.escape import say, say_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pml.certificate import PairCertificate
+    from pml.certificate import PairCertificate, Rounding
     from pml.corpus import Example
     from pml.encoding import TextEncoder
 
@@ -47,11 +51,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How one way of decoding went: `exact` is the number of pairs that came back whole."""
+    """How one way of decoding went: of so many `pairs`, `exact` came back whole."""
 
     dtype: str
     batch_size: int
     cache: bool
+    pairs: int
     exact: int
 
 
@@ -61,6 +66,9 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     add_adapter_arguments(parser)
     parser.add_argument("--limit", type=int | None, help="certify only the first so many pairs")
     parser.add_argument("--show", type=int, default=20, help="pairs to print, the least certain first")
+    parser.add_argument(
+        "--tokens", type=int, default=1024, help="target tokens to decode, those of the least certain pairs first"
+    )
     parser.add_argument("--dtypes", type=list[str], default=["float32", "bfloat16"], help="dtypes to decode in")
     parser.add_argument(
         "--json",
@@ -74,25 +82,29 @@ def run(args: jsonargparse.Namespace) -> int:
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.adapter import load_adapter
     from pml.backbone import DTYPES, load_backbone
-    from pml.certificate import certify, largest_difference
+    from pml.certificate import allow_for_rounding, certify, measure_rounding
+    from pml.device import best_device
 
     check_adapter_arguments(args)
     if unknown := [name for name in args.dtypes if name not in DTYPES]:
         raise InputError(f"--dtypes has {unknown[0]!r}; expected some of {', '.join(DTYPES)}")
-    for name in ("limit", "show"):
+    for name, what in (("limit", "pair"), ("show", "pair"), ("tokens", "token")):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name} is {getattr(args, name)}; expected at least 1 pair")
+            raise InputError(f"--{name} is {getattr(args, name)}; expected at least 1 {what}")
     asked = _run_to_certify(args) if args.run is not None else _adapter_to_certify(args)
     certificates: list[PairCertificate] = []
-    rounding: dict[str, float] = {}
+    rounding: dict[str, Rounding] = {}
     decodings: list[Decoding] = []
     for dtype in dict.fromkeys([asked.dtype, *args.dtypes]):
-        model = load_adapter(load_backbone(asked.backbone, dtype), asked.adapter).eval()
+        model = load_adapter(load_backbone(asked.backbone, dtype), asked.adapter).eval().to(best_device())
         # The certificate is of the dtype that was trained in; others are held against it.
         certificates = certificates or certify(model, asked.examples)
+        margins = [known.margins for known in certificates]
+        rounding[dtype] = measure_rounding(model, asked.examples, margins)
+        if dtype == asked.dtype:
+            certificates = allow_for_rounding(certificates, rounding[dtype].logits)
         if dtype in args.dtypes:
-            rounding[dtype] = largest_difference(model, certificates)
-            decodings += _decoded(model, asked.examples, dtype)
+            decodings += _decoded(model, _least_certain(certificates, args.tokens), dtype)
     if args.json:
         say_json(_plain(asked, certificates, rounding, decodings))
     else:
@@ -118,6 +130,13 @@ def _adapter_to_certify(args: jsonargparse.Namespace) -> Asked:
     return Asked(backbone, "float32", args.adapter, corpus.examples[: args.limit], encoder)
 
 
+def _least_certain(certificates: "Sequence[PairCertificate]", tokens: int) -> "list[Example]":
+    """The pairs with the smallest margins, at least one, of no more than so many target tokens together."""
+    ranked = [known.example for known in sorted(certificates, key=lambda known: known.margin)]
+    total = list(accumulate(len(example.target_ids) for example in ranked))
+    return ranked[: max(1, bisect_right(total, tokens))]
+
+
 def _decoded(model: Any, examples: "Sequence[Example]", dtype: str) -> Iterator[Decoding]:
     from pml.certificate import greedy_answers
 
@@ -125,13 +144,13 @@ def _decoded(model: Any, examples: "Sequence[Example]", dtype: str) -> Iterator[
         for cache in (True, False):
             answers = greedy_answers(model, examples, batch_size=batch_size, use_cache=cache)
             exact = sum(answer == example.target_ids for answer, example in zip(answers, examples, strict=True))
-            yield Decoding(dtype, batch_size, cache, exact)
+            yield Decoding(dtype, batch_size, cache, len(examples), exact)
 
 
 def _print(
     asked: Asked,
     certificates: "Sequence[PairCertificate]",
-    rounding: dict[str, float],
+    rounding: "dict[str, Rounding]",
     decodings: "Sequence[Decoding]",
     show: int,
 ) -> None:
@@ -141,7 +160,8 @@ def _print(
     counts = Counter(known.verdict for known in certificates)
     say(
         f"{asked.adapter}: of {len(certificates)} pairs {counts['certain']} are certain, {counts['right']} right but "
-        f"not certain, {counts['failing']} failing ({asked.dtype}, teacher forcing)"
+        f"not certain, {counts['failing']} failing ({asked.dtype}; margins move by up to "
+        f"{rounding[asked.dtype].logits:.2g} in logits, seen on {rounding[asked.dtype].tokens} tokens)"
     )
     console = make_console()
     table = Table("pair", "query", "verdict", "at token", "p", "margin", "next best", box=box.SIMPLE_HEAD)
@@ -164,13 +184,13 @@ def _print(
         "decoded in", "prompts", "cache", "came back", "margins move by", "certain beyond that", box=box.SIMPLE_HEAD
     )
     for way in decodings:
-        moved = rounding[way.dtype]
+        moved = rounding[way.dtype].logits
         beyond = sum(float(known.margins.min()) > moved for known in certificates)
         ways.add_row(
             way.dtype,
             "one by one" if way.batch_size == 1 else f"{way.batch_size} together",
             "with" if way.cache else "without",
-            f"{way.exact} of {len(certificates)}",
+            f"{way.exact} of {way.pairs}",
             f"up to {moved:.2g}",
             str(beyond),
         )
@@ -186,7 +206,7 @@ def _short(text: str) -> str:
 def _plain(
     asked: Asked,
     certificates: "Sequence[PairCertificate]",
-    rounding: dict[str, float],
+    rounding: "dict[str, Rounding]",
     decodings: "Sequence[Decoding]",
 ) -> dict[str, Any]:
     return {
@@ -208,6 +228,7 @@ def _plain(
             }
             for known in certificates
         ],
-        "margins_move_by": rounding,
+        "margins_move_by": {dtype: seen.logits for dtype, seen in rounding.items()},
+        "margins_measured_on_tokens": {dtype: seen.tokens for dtype, seen in rounding.items()},
         "decodings": [vars(way) for way in decodings],
     }

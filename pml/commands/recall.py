@@ -100,7 +100,7 @@ def _ask(folder: Path, args: jsonargparse.Namespace) -> dict[str, Any]:
 def _answer(folder: Path, module: Any, data: Any, encoder: Any, args: jsonargparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from pml.recall import generate_greedily
+    from pml.decoding import generate_greedily
 
     prompt = torch.tensor([encoder.prompt(args.prompt).ids], device=module.device)
     encoder.warn_of_changes("--prompt")

@@ -1,6 +1,7 @@
 """A fit ends when everything is certified, with the weights as they are, and not before."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from lightning.pytorch import Callback
 
 from callbacks import StopWhenRecalled
 from pml.adapter import AdapterConfig
+from pml.certificate import Rounding, greedy_answers
+from pml.corpus import Example
 from pml.curriculum import PrefixRatio
 from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import certified, greedy_recall, score_corpus
+from pml.weighting import TokenScores
 from tests.fits import ADAPTER, module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -128,6 +132,42 @@ def test_stopping_is_said_once_with_tokens_margin_and_steps(
     assert said == [
         f"recalled: all {data.corpus.target_tokens} target tokens above p = 0.6 after {stop.steps_to_recall} steps"
     ]
+
+
+def test_in_bfloat16_margins_also_exceed_the_rounding_that_decoding_shows(
+    sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop, data, module = StopWhenRecalled(), Ids(uneven(4)), module_on(sharp, dtype="bfloat16")
+    with caplog.at_level(logging.INFO, logger="callbacks"):
+        trainer = fit(module, data, tmp_path, stop)
+    scores = score_corpus(module, data.val_dataloader())
+    assert stop.rounding is not None and scores.margin is not None
+    assert 0 < stop.rounding.logits < scores.margin[scores.mask].min()
+    assert stop.rounding.tokens == data.corpus.target_tokens
+    assert stop.record_fields(trainer, module, ended=True) == {
+        "steps_to_recall": stop.steps_to_recall,
+        "rounding_logits": stop.rounding.logits,
+    }
+    assert f"by more than rounding to bfloat16 ({stop.rounding.logits:.2g} in logits at most, seen on" in caplog.text
+    assert greedy_answers(module.eval().model, data.examples) == [e.target_ids for e in data.examples]
+
+
+def test_a_fit_goes_on_while_rounding_could_overcome_a_margin_and_measures_it_no_more_than_it_must(
+    sharp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[float] = []
+
+    def rounding(module: Memorization, examples: Sequence[Example], scores: TokenScores) -> Rounding:
+        assert scores.margin is not None
+        measured.append(float(scores.margin[scores.mask].min()))
+        return Rounding(3.0, 7)
+
+    monkeypatch.setattr("callbacks.stop_when_recalled.rounding_of_corpus", rounding)
+    stop, data, module = StopWhenRecalled(), Ids(uneven(4)), module_on(sharp, dtype="bfloat16")
+    fit(module, data, tmp_path, stop)
+    assert stop.steps_to_recall is not None
+    first, last = measured
+    assert first < 3.0 < last
 
 
 def test_steps_to_recall_survive_a_checkpoint() -> None:

@@ -1,0 +1,88 @@
+"""Commands use the accelerator that is there, and what they compute with follows the model to it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import pml.certificate
+from pml.backbone import Backbone, load_backbone, shared_backbones
+from pml.certificate import _margins_one_by_one
+from pml.cli import main
+from pml.corpus import Example
+from pml.decoding import CachedRows, generate_greedily
+from pml.device import best_device
+from pml.runs import open_run
+from tests.fits import module_on
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_the_accelerator_that_torch_finds_is_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = torch.device(kind)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: there)
+    assert best_device() == there
+
+
+def test_without_one_that_can_be_used_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def current(check_available: bool) -> torch.device | None:
+        # Built for CUDA, on a machine without a driver.
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
+    assert best_device() == torch.device("cpu")
+
+
+def test_an_opened_run_is_on_the_device_and_its_model_whole(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["fit", "--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=2"]
+    arguments += ["--data=PhoneBook", "--data.pairs=2", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    assert main([*arguments, "--trainer.enable_progress_bar=false"]) == 0
+    # Tensors on `meta` have shapes and no numbers; whatever else takes part with them raises.
+    monkeypatch.setattr("pml.runs.best_device", lambda: torch.device("meta"))
+    module, _ = open_run(Path("runs/fit/version_0"))
+    assert module.device.type == module.model.device.type == "meta"
+    assert {tensor.device.type for tensor in module.model.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_decoding_and_certificates_keep_all_tensors_where_the_model_is(
+    architecture: str, make_tiny_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny_backbone(architecture).model.to("meta")
+    prompts = torch.tensor([[5, 6, 7], [8, 9, 10]], device=model.device)
+    assert generate_greedily(model, prompts, 12).device.type == "meta"
+    monkeypatch.setitem(pml.decoding.LOGITS_BYTES, "cpu", 4 * 259)
+    monkeypatch.setattr(pml.decoding, "LOGITS_BYTES_ELSEWHERE", 4 * 259 * 5)
+    examples = [Example(0, (5, 6, 7), tuple(range(40, 52))), Example(1, (8, 9, 10), (11, 12))]
+    pieces = list(pml.certificate._forced(model, examples[0]))
+    assert [tuple(piece.shape) for piece in pieces] == [(5, 259), (5, 259), (2, 259)]
+    assert {piece.device.type for piece in pieces} == {"meta"}
+    margins = _margins_one_by_one(model, examples)
+    assert [(len(m), m.device.type) for m in margins] == [(12, "meta"), (2, "meta")]
+    reader = CachedRows(model)
+    reader.read(prompts)
+    reader.keep(torch.tensor([1], device=model.device))
+    assert reader.read(prompts[1:]).shape == (1, 1, 259)
+
+
+def test_a_backbone_that_cells_share_stays_on_its_device_between_them(tiny_backbone_folder: Path) -> None:
+    with shared_backbones():
+        module = module_on(tiny_backbone_folder)
+        module.configure_model()
+        module.to("meta")
+        # What Lightning's strategies do when a fit is over.
+        module.cpu()
+        assert module.device.type == module.model.device.type == "meta"
+        module.release()
+        assert load_backbone(str(tiny_backbone_folder)).model.device.type == "meta"
+
+
+def test_a_module_of_its_own_comes_back_to_the_cpu_as_lightning_has_it(tiny_backbone_folder: Path) -> None:
+    module = module_on(tiny_backbone_folder)
+    module.configure_model()
+    module.to(torch.float64)
+    module.cpu()
+    assert module.device.type == "cpu"
