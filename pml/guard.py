@@ -27,7 +27,7 @@ from pml.atomic import whole_file
 from pml.backbone import Backbone
 from pml.default_backbone import cache_folder
 from pml.errors import InputError
-from pml.ordinary_text import passages_of_files, shipped_passages, text_examples
+from pml.ordinary_text import guard_passages, text_examples
 
 __all__ = ["GuardConfig", "GuardedA", "free_directions", "guard_layers", "input_moments"]
 
@@ -151,9 +151,7 @@ def input_moments(backbone: Backbone, names: Sequence[str], config: GuardConfig)
         names: Paths of layers in it.
         config: Which text.
     """
-    text = [config.text] if isinstance(config.text, str) else config.text
-    passages = shipped_passages("guard") if text is None else passages_of_files(text)
-    examples = text_examples(passages, backbone.tokenizer, backbone.max_positions)
+    examples = text_examples(guard_passages(config.text), backbone.tokenizer, backbone.max_positions)
     rows = [example.prompt_ids + example.target_ids for example in examples]
     rows = [row for row in rows if max(row) < backbone.vocab_size]
     files = {name: _cache_file(backbone, name, rows) for name in names}

@@ -1,4 +1,7 @@
-"""Pairs into an adapter, all in one: plan the rank, train under the guard until all is certain, ask for everything.
+"""Pairs into an adapter, all in one: plan the rank, train until all is certain, ask for everything.
+
+Two things keep the model as it was elsewhere: the guard (`pml.guard`) and the divergence from the frozen model
+(`pml.kl_penalty`).
 
 Where everything is not certain within the steps of one attempt, the rank doubles and what was learnt is kept: A gets
 fresh rows and B columns of zeros, so the larger adapter starts where the smaller one stopped.
@@ -28,6 +31,7 @@ from pml.default_backbone import DEFAULT_BACKBONE
 from pml.device import best_device
 from pml.errors import InputError
 from pml.guard import GuardConfig, GuardedA
+from pml.kl_penalty import KlPenaltyConfig
 from pml.model_card import model_card
 from pml.modules import SFT
 from pml.records import RECORD_NAME, Record, read_record
@@ -62,7 +66,8 @@ class Settings:
         rank: LoRA rank to begin with; None plans it.
         placement: Linear layers, which plain PEFT loads; all unless given. `mlp_block` loads with `pml` alone.
         block: See `pml.adapter.AdapterConfig`.
-        guard: What keeps the adapter away from other text; None guards nothing.
+        guard: What keeps the adapter from reading what ordinary text writes; None guards nothing.
+        kl_penalty: What keeps the model as it was on ordinary text; None penalises nothing.
         learning_rate: Peak learning rate of AdamW.
         margin: Probability that every target token has to exceed; 0.5 is certain, more survives rounding.
         query_column: Where a row of a file has what is asked.
@@ -75,6 +80,7 @@ class Settings:
     placement: str | list[str] | None = None
     block: int | float | list[int] = 2 / 3
     guard: GuardConfig | None = field(default_factory=GuardConfig)
+    kl_penalty: KlPenaltyConfig | None = field(default_factory=KlPenaltyConfig)
     learning_rate: float = 0.015
     margin: float = 0.6
     query_column: str = "query"
@@ -265,7 +271,11 @@ def _train(
     total = 0
     for attempt in range(DOUBLINGS + 1):
         module = SFT(
-            backbone=chosen.backbone, adapter=adapter, learning_rate=chosen.learning_rate, seed=chosen.seed + attempt
+            backbone=chosen.backbone,
+            adapter=adapter,
+            learning_rate=chosen.learning_rate,
+            kl_penalty=chosen.kl_penalty,
+            seed=chosen.seed + attempt,
         )
         module.configure_model()
         if learnt:

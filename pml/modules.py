@@ -22,6 +22,7 @@ from pml.errors import InputError
 from pml.fit_config import check_precision
 from pml.frozen_layers import FrozenLayers, content_keys, split_for
 from pml.global_batch import GlobalBatch
+from pml.kl_penalty import KlPenalty, KlPenaltyConfig
 from pml.optimizer import make_adamw, skip_if_empty
 from pml.plain import as_plain, from_plain
 from pml.products import MatmulPrecision, check_matmul_precision, float32_products, highest_products
@@ -55,6 +56,7 @@ class Memorization(LightningModule):
             `torch.set_float32_matmul_precision`: `high` and `medium` are faster where the device has units for them.
             Whatever is kept, measured, certified or decoded is computed in the highest.
         compile: Compile the blocks above the adapter: `auto` does where the fit is long enough to earn it back.
+        kl_penalty: Penalty on what training does to ordinary text; None takes none.
         seed: Seed of the adapter's initialisation; None takes the one that `seed_everything` was given.
     """
 
@@ -75,6 +77,7 @@ class Memorization(LightningModule):
         cpu: CpuConfig | None = None,
         matmul_precision: MatmulPrecision = "highest",
         compile: CompileMode = "auto",
+        kl_penalty: KlPenaltyConfig | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
@@ -97,6 +100,8 @@ class Memorization(LightningModule):
         self.matmul_precision: MatmulPrecision = matmul_precision
         self.compile_mode = compile
         self._compiling: Compiling | None = None
+        self.kl_penalty = from_plain(kl_penalty, KlPenaltyConfig)
+        self._penalty: KlPenalty | None = None
         self.seed = torch.initial_seed() if seed is None else seed
         self.weighting: Weighting = Uniform()
         self.curriculum: PrefixRatio | None = None
@@ -134,6 +139,7 @@ class Memorization(LightningModule):
             "dropout": self.adapter.dropout,
             "alpha": self.adapter.alpha,
             **({"guard": vars(self.adapter.guard)} if self.adapter.guard is not None else {}),
+            **({"kl_penalty": vars(self.kl_penalty)} if self.kl_penalty is not None else {}),
             **({"matmul_precision": self.matmul_precision} if self.matmul_precision != "highest" else {}),
             # Arguments of somebody's own method.
             **{name: value for name, value in self.hparams.items() if name not in KNOWN_ARGUMENTS},
@@ -293,8 +299,23 @@ class Memorization(LightningModule):
         weights = self.global_batch.add(weights, scores.losses, scores.mask, adapter_parameters(self.model).values())
         self.tokens_trained += batch["target_tokens"]
         # Lightning divides by the number of accumulated micro-batches; on_before_optimizer_step knows better.
-        total = (weights * scores.losses).sum() * self.trainer.accumulate_grad_batches
-        return {"loss": total, "scores": scores.detach()}
+        total = (weights * scores.losses).sum()
+        if self.kl_penalty is not None:
+            # The sum of weights cancels when the step is closed: micro-batches count by what they weigh.
+            total = total + self.kl_penalty.weight * weights.sum() * self._kl_divergence(batch_idx)
+        return {"loss": total * self.trainer.accumulate_grad_batches, "scores": scores.detach()}
+
+    def _kl_divergence(self, batch_idx: int) -> Tensor:
+        """Divergence from the frozen model in nats per token, on passages that the step and the rank choose."""
+        assert self.kl_penalty is not None
+        if self._penalty is None:
+            self._penalty = KlPenalty(self.kl_penalty, self.backbone, self.seed)
+        per_step = self.trainer.accumulate_grad_batches
+        turn = self.trainer.global_step * per_step + batch_idx % per_step
+        turn = turn * self.trainer.world_size + self.trainer.global_rank
+        divergence = self._penalty.loss(self.frozen_layers, self.model, turn)
+        self.log("train/kl_divergence", divergence.detach(), batch_size=1)
+        return divergence
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         with float32_products(self.matmul_precision):

@@ -18,7 +18,15 @@ from pml.corpus import Example
 from pml.encoding import PromptFormat, TextEncoder
 from pml.errors import InputError
 
-__all__ = ["KINDS", "PASSAGE_TOKENS", "Passage", "passages_of_files", "shipped_passages", "text_examples"]
+__all__ = [
+    "KINDS",
+    "PASSAGE_TOKENS",
+    "Passage",
+    "guard_passages",
+    "passages_of_files",
+    "shipped_passages",
+    "text_examples",
+]
 
 KINDS = ("prose", "code", "chat")
 
@@ -51,6 +59,17 @@ def shipped_passages(name: str) -> list[Passage]:
     """The passages of a file that ships: `guard` or `harm`."""
     text = (files("pml") / "texts" / f"{name}.jsonl").read_text(encoding="utf-8")
     return [Passage(**json.loads(line)) for line in text.splitlines()]
+
+
+def guard_passages(text: str | Iterable[str] | None) -> list[Passage]:
+    """What an adapter should leave alone: the passages of somebody's own files, or where there are none `guard`.
+
+    Raises:
+        InputError: See `passages_of_files`.
+    """
+    if text is None:
+        return shipped_passages("guard")
+    return passages_of_files([text] if isinstance(text, str) else text)
 
 
 def passages_of_files(paths: Iterable[str | Path]) -> list[Passage]:

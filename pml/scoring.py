@@ -10,7 +10,7 @@ from pml.frozen_layers import FrozenLayers
 from pml.token_loss import TokenLosses, against_the_rest, is_argmax, token_losses
 from pml.weighting import TokenScores
 
-__all__ = ["score_batch"]
+__all__ = ["score_batch", "target_logits"]
 
 
 def score_batch(
@@ -30,9 +30,7 @@ def score_batch(
         hidden = frozen_layers.final_hidden(batch).flatten(0, 1).index_select(0, places)
         scored = token_losses(hidden, frozen_layers.head, targets, gradient_above)
     else:
-        # A head that caps or scales its logits is asked as a whole.
-        logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :steps]
-        logits = logits.flatten(0, 1).index_select(0, places).float()
+        logits = target_logits(frozen_layers, model, batch).float()
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
         own, other, rival = (t.squeeze(-1) for t in against_the_rest(logits.detach().clone(), targets[:, None]))
         scored = TokenLosses(losses, is_argmax(own - other, rival, targets), own - other, rival)
@@ -43,3 +41,14 @@ def score_batch(
     losses, correct, margin, rival = map(table, scored)
     mask = table(torch.ones_like(targets, dtype=torch.bool))
     return TokenScores(losses, correct, mask, batch["example_id"], margin, rival)
+
+
+def target_logits(frozen_layers: FrozenLayers, model: PeftModel, batch: dict[str, Any]) -> Tensor:
+    """Logits (N, V) of the positions that predict the N target tokens, held whole; see `score_batch`."""
+    places, steps = batch["supervised"][0], max(batch["input_ids"].shape[1] - 1, 1)
+    if frozen_layers.head is not None:
+        hidden = frozen_layers.final_hidden(batch).flatten(0, 1).index_select(0, places)
+        return nn.functional.linear(hidden, frozen_layers.head.weight, frozen_layers.head.bias)
+    # A head that caps or scales its logits is asked as a whole.
+    logits: Tensor = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :steps]
+    return logits.flatten(0, 1).index_select(0, places)

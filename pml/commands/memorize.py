@@ -1,10 +1,11 @@
 """Write pairs into an adapter that gives every target back word for word, and measure what that costs other text.
 
 PAIRS is a file of queries and targets (.jsonl, .csv, .parquet, .yaml) as data_modules.Facts reads it. The rank is
-planned from what the model does not know yet, and doubled where it is not enough. The adapter is trained under a guard
-until every target token is certain; then a process with transformers and PEFT alone is asked for every pair. DIR gets
-adapter/ (with a model card), record.json and the rest of a run. The exit code is 0 if everything came back for
-certain, else 1, and what did not is listed. Harm is in nats per token of other text.
+planned from what the model does not know yet, and doubled where it is not enough. The adapter is trained until every
+target token is certain, under a guard and a penalty that keep the model as it was on other text; then a process with
+transformers and PEFT alone is asked for every pair. DIR gets adapter/ (with a model card), record.json and the rest of
+a run. The exit code is 0 if everything came back for certain, else 1, and what did not is listed. Harm is in nats per
+token of other text.
 """
 
 import sys
@@ -43,7 +44,10 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         help="linear layers of a block, all unless given; or mlp_block, which plain PEFT cannot load",
     )
     parser.add_argument("--block", type=int | float | list[int], default=2 / 3, help="block, blocks or depth")
-    parser.add_argument("--guard", type=bool, default=True, help="keep the adapter away from ordinary text")
+    parser.add_argument("--guard", type=bool, default=True, help="keep the adapter from reading ordinary text")
+    parser.add_argument(
+        "--kl_weight", type=float, default=16.0, help="penalty on changes of ordinary text, see pml.kl_penalty; 0: none"
+    )
     parser.add_argument("--learning_rate", type=float, default=0.015, help="peak learning rate of AdamW")
     parser.add_argument("--margin", type=float, default=0.6, help="probability that every target token has to exceed")
     parser.add_argument("--query_column", type=str, default="query", help="where a row has what is asked")
@@ -59,6 +63,7 @@ def run(args: jsonargparse.Namespace) -> int:
     """Memorise, and print what came of it."""
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.guard import GuardConfig
+    from pml.kl_penalty import KlPenaltyConfig
     from pml.lightning_cli import prepare
     from pml.memorizing import memorize
 
@@ -80,6 +85,7 @@ def run(args: jsonargparse.Namespace) -> int:
             args.out,
             overwrite=args.overwrite,
             guard=GuardConfig() if args.guard else None,
+            kl_penalty=KlPenaltyConfig(weight=args.kl_weight) if args.kl_weight else None,
             on_plan=shown.plan,
             on_progress=shown.progress,
             **{name: args[name] for name in names},

@@ -1,0 +1,139 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pml.adapter import adapter_parameters
+from pml.backbone import load_backbone
+from pml.corpus import Example, collate
+from pml.errors import InputError
+from pml.kl_penalty import KlPenalty, KlPenaltyConfig, kl_divergence
+from pml.modules import Memorization
+from pml.weighting import weighted_mean
+from tests.ddp_cases import Gradients, kicked
+from tests.fits import module_on, save_sharpened
+from tests.tiny_runs import Ids, make_trainer, uneven
+
+PASSAGES = KlPenaltyConfig(weight=3.0, passages=2, tokens=5)
+
+
+@pytest.fixture(scope="module")
+def sharp(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_sharpened(tiny_backbone_folder, tmp_path_factory.mktemp("sharp"))
+
+
+def whole_logits(module: Memorization, example: Example) -> Tensor:
+    """Logits in float64 of the positions that predict a target."""
+    ids = torch.tensor([example.prompt_ids + example.target_ids])
+    return module.model(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1].double()
+
+
+def divergence_by_hand(module: Memorization, examples: list[Example]) -> Tensor:
+    """The sum over the vocabulary of p (ln p - ln q), token by token."""
+    tokens = []
+    for example in examples:
+        with torch.no_grad(), module.model.disable_adapter():
+            p = whole_logits(module, example).softmax(-1)
+        q = whole_logits(module, example).softmax(-1)
+        tokens.append((p * (p.log() - q.log())).sum(-1))
+    return torch.cat(tokens).mean()
+
+
+def test_the_divergence_is_that_of_the_distributions() -> None:
+    frozen, adapted = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log() + 7, torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    expected = 0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75)
+    assert kl_divergence(frozen, adapted).item() == pytest.approx(expected / 2, rel=1e-5)
+
+
+def test_the_divergence_of_bfloat16_logits_is_taken_in_float32() -> None:
+    frozen, adapted = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    taken = kl_divergence(frozen, adapted)
+    assert taken.dtype == torch.float32
+    assert torch.equal(taken, kl_divergence(frozen.float(), adapted.float()))
+
+
+def test_passages_come_in_turn_and_from_the_start_again(sharp: Path) -> None:
+    penalty = KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=3)
+    count = len(penalty._passages)
+    first_round = [e.example_id for turn in range(count // 2) for e in penalty.chosen(turn)]
+    assert len(set(first_round)) == len(first_round) == count // 2 * 2
+    assert penalty.chosen(count) == penalty.chosen(0)
+    assert all(len(e.target_ids) <= 5 for e in penalty.chosen(0))
+    assert KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=3).chosen(1) == penalty.chosen(1)
+    assert KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=4).chosen(1) != penalty.chosen(1)
+
+
+def test_a_fresh_adapter_has_no_divergence_and_a_trained_one_that_of_the_whole_models(sharp: Path) -> None:
+    module = module_on(sharp)
+    module.configure_model()
+    penalty = KlPenalty(PASSAGES, module.backbone, seed=1)
+    assert penalty.loss(module.frozen_layers, module.model, 0).item() == 0
+    kicked(module)
+    ours = penalty.loss(module.frozen_layers, module.model, 1)
+    torch.testing.assert_close(ours.double(), divergence_by_hand(module, penalty.chosen(1)), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_is_taken_with_the_gradient_of_the_loss_and_the_weighted_divergence(sharp: Path, tmp_path: Path) -> None:
+    """Of two accumulated micro-batches, which have three and two examples, each counts by the tokens that it has."""
+    examples = [Example(i, tuple(prompt), tuple(target)) for i, (prompt, target) in enumerate(uneven(5))]
+    module, watch = kicked(module_on(sharp, kl_penalty=PASSAGES, learning_rate=1e-9)), Gradients()
+    trainer = make_trainer(tmp_path, callbacks=[watch], accumulate_grad_batches=2)
+    trainer.fit(module, datamodule=Ids(uneven(5), batch_size=3, shuffle=False))
+
+    reference = kicked(module_on(sharp))
+    scores = reference.score(collate(examples))
+    tokens = [len(e.target_ids) for e in examples]
+    shares = [sum(tokens[:3]) / sum(tokens), sum(tokens[3:]) / sum(tokens)]
+    penalty = KlPenalty(PASSAGES, reference.backbone, seed=1)
+    divergence = sum(s * divergence_by_hand(reference, penalty.chosen(turn)) for turn, s in enumerate(shares))
+    (weighted_mean(scores.losses, scores.mask.float()) + 3.0 * divergence).backward()
+    for name, parameter in adapter_parameters(reference.model).items():
+        # Relative to the gradient as a whole: the reference divergence is float64.
+        scale = float(parameter.grad.abs().max())
+        torch.testing.assert_close(watch.steps[0][name], parameter.grad, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_a_fit_with_the_penalty_changes_text_less_that_it_has_not_seen(sharp: Path, tmp_path: Path) -> None:
+    def fitted(penalty: KlPenaltyConfig | None) -> tuple[float, float]:
+        module = module_on(sharp, kl_penalty=penalty)
+        make_trainer(tmp_path, max_epochs=80).fit(module, datamodule=Ids(uneven(4), batch_size=4))
+        unseen = [replace(e, target_ids=e.target_ids[5:15]) for e in KlPenalty(WHOLE, module.backbone, 1)._passages[:8]]
+        losses = module.eval().score(collate([Example(i, *map(tuple, e)) for i, e in enumerate(uneven(4))])).losses
+        return divergence_by_hand(module, unseen).item(), losses.mean().item()
+
+    plain, plain_loss = fitted(None)
+    kept, kept_loss = fitted(replace(PASSAGES, weight=1.0))
+    assert kept < 0.5 * plain
+    assert plain_loss < 0.2
+    assert kept_loss < 0.2
+
+
+WHOLE = KlPenaltyConfig(tokens=64)
+
+
+def test_the_penalty_is_among_the_settings_of_a_run(sharp: Path) -> None:
+    assert module_on(sharp, kl_penalty=PASSAGES).settings()["kl_penalty"] == {
+        "weight": 3.0,
+        "passages": 2,
+        "tokens": 5,
+        "text": None,
+    }
+    assert "kl_penalty" not in module_on(sharp).settings()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"weight": 0.0}, "kl_penalty.weight is 0.0; expected a number above 0"),
+        ({"weight": math.inf}, "kl_penalty.weight is inf"),
+        ({"passages": 0}, "kl_penalty.passages is 0; expected at least 1"),
+        ({"tokens": 0}, "kl_penalty.tokens is 0; expected at least 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        KlPenaltyConfig(**settings)
