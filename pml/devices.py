@@ -1,8 +1,13 @@
-"""What differs between kinds of devices: whether the host runs ahead of them, and what they can count in."""
+"""Which device there is, and what differs between kinds: whether the host runs ahead of it, what it can count in."""
 
 import torch
 
-__all__ = ["runs_ahead", "widest_float"]
+__all__ = ["best_device", "runs_ahead", "widest_float"]
+
+
+def best_device() -> torch.device:
+    """The accelerator that is there and can be used; the CPU where there is none. A Trainer chooses in the same way."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def runs_ahead(device: torch.device) -> bool:

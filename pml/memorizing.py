@@ -28,7 +28,7 @@ from pml.backbone import Backbone, backbone_facts, load_backbone, shared_backbon
 from pml.certificate import PairCertificate, certify
 from pml.corpus import Corpus
 from pml.default_backbone import DEFAULT_BACKBONE
-from pml.device import best_device
+from pml.devices import best_device
 from pml.errors import InputError
 from pml.guard import GuardConfig, GuardedA
 from pml.kl_penalty import KlPenaltyConfig

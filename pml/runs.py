@@ -7,7 +7,7 @@ import jsonargparse
 from lightning.pytorch import LightningDataModule
 
 from pml.corpus import Corpus
-from pml.device import best_device
+from pml.devices import best_device
 from pml.errors import InputError, reason
 from pml.lightning_cli import prepare
 from pml.modules import Memorization

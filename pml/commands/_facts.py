@@ -95,7 +95,7 @@ def open_adapter(args: jsonargparse.Namespace) -> tuple[Any, Any]:
     Raises:
         InputError: If either will not do.
     """
-    from pml.device import best_device
+    from pml.devices import best_device
     from pml.modules import SFT
 
     backbone = args.backbone or base_of(args.adapter)

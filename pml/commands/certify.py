@@ -83,7 +83,7 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.adapter import load_adapter
     from pml.backbone import DTYPES, load_backbone
     from pml.certificate import allow_for_rounding, certify, measure_rounding
-    from pml.device import best_device
+    from pml.devices import best_device
 
     check_adapter_arguments(args)
     if unknown := [name for name in args.dtypes if name not in DTYPES]:

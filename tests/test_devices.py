@@ -12,7 +12,7 @@ from pml.certificate import _margins_one_by_one
 from pml.cli import main
 from pml.corpus import Example
 from pml.decoding import CachedRows, generate_greedily
-from pml.device import best_device
+from pml.devices import best_device
 from pml.runs import open_run
 from tests.fits import module_on
 
