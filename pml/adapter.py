@@ -65,6 +65,8 @@ class AdapterConfig:
         self.guard = from_plain(self.guard, GuardConfig)
         if self.rank < 1:
             raise InputError(f"adapter.rank is {self.rank}; expected at least 1")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError(f"adapter.alpha is {self.alpha}; expected a number above 0, or null for the rank")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"adapter.dropout is {self.dropout}; expected a probability in [0, 1)")
         if self.init not in ("published", "peft"):

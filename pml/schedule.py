@@ -14,7 +14,7 @@ __all__ = ["check_optimizer", "learning_rate_factor", "total_steps"]
 def check_optimizer(
     learning_rate: float, weight_decay: float, betas: Sequence[float], schedule: str, warmup_steps: int
 ) -> None:
-    """Refuse settings of AdamW and its schedule that make no sense; see `pml.modules.Memorization` for what they are.
+    """Refuse settings of AdamW and its schedule that make no sense; `pml.memorization.Memorization` explains them.
 
     Raises:
         InputError: Naming the first.

@@ -295,13 +295,13 @@ def test_adapters_of_different_rank_leave_the_backbone_bit_for_bit_as_it_was(
     base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Backbone] = []
-    load = pml.modules.load_backbone
+    load = pml.memorization.load_backbone
 
     def loading(*arguments: Any) -> Backbone:
         kept.append(load(*arguments))
         return kept[-1]
 
-    monkeypatch.setattr(pml.modules, "load_backbone", loading)
+    monkeypatch.setattr(pml.memorization, "load_backbone", loading)
     cells = cells_of(tmp_path, {"model.init_args.adapter.rank": [1, 4]})
     states = []
 

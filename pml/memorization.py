@@ -1,0 +1,400 @@
+"""The LightningModule that writes a corpus into an adapter; `pml.modules` has the methods that derive from it."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from pml.adapter import AdapterConfig, adapter_parameters, adapter_state, attach_adapter, detach_adapter, load_adapter
+from pml.backbone import Backbone, backbones_are_shared, load_backbone
+from pml.compiled import CompileMode, Compiling
+from pml.cpu import CpuChoice, CpuConfig, tune_cpu
+from pml.curriculum import PrefixRatio
+from pml.fit_config import check_precision
+from pml.frozen_layers import FrozenLayers, content_keys, split_for
+from pml.global_batch import GlobalBatch
+from pml.kl_penalty import KlPenalty, KlPenaltyConfig
+from pml.optimizer import make_adamw, skip_if_empty
+from pml.plain import as_plain, from_plain
+from pml.products import MatmulPrecision, check_matmul_precision, float32_products, highest_products
+from pml.schedule import check_optimizer, learning_rate_factor, total_steps
+from pml.scoring import score_batch
+from pml.state_store import CacheConfig
+from pml.training_state import copy_adapter, go_on, method_of, own_share, refuse_other_data, seed_rank, training_state
+from pml.weighting import TokenScores, Uniform, Weighting
+
+__all__ = ["Memorization"]
+
+
+class Memorization(LightningModule):
+    """What all methods share: a frozen backbone with one adapter, scored on target tokens only.
+
+    The loss is sum(w L) / sum(w) over the global batch, all ranks and all accumulated micro-batches: each micro-batch
+    adds the gradient of sum(w L), and the sum is divided by the global sum of weights just before the optimiser's step.
+
+    Args:
+        backbone: `smollm2-135m`, a folder, or a hub id.
+        dtype: Floating-point type of the frozen weights: float32, bfloat16 or float16. The adapter is float32.
+        adapter: The LoRA adapter.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        betas: Averaging coefficients of AdamW.
+        schedule: `linear` decays the learning rate to 0 over the run, `constant` keeps it.
+        warmup_steps: Steps over which the learning rate rises from 0.
+        frozen_prefix: Compute what lies below the adapter once per example and keep it: whether, and where.
+        cpu: What may be chosen to make a CPU faster at the same accuracy; see `pml.cpu`.
+        matmul_precision: Precision of float32 matrix products in training steps, in the words of
+            `torch.set_float32_matmul_precision`: `high` and `medium` are faster where the device has units for them.
+            Whatever is kept, measured, certified or decoded is computed in the highest.
+        compile: Compile the blocks above the adapter: `auto` does where the fit is long enough to earn it back.
+        kl_penalty: Penalty on what training does to ordinary text; None takes none.
+        seed: Seed of the adapter's initialisation; None takes the one that `seed_everything` was given.
+    """
+
+    method: str
+    """Name of the method in records."""
+
+    def __init__(
+        self,
+        backbone: str = "smollm2-135m",
+        dtype: str = "float32",
+        adapter: AdapterConfig | None = None,
+        learning_rate: float = 0.05,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        schedule: Literal["linear", "constant"] = "linear",
+        warmup_steps: int = 0,
+        frozen_prefix: CacheConfig | None = None,
+        cpu: CpuConfig | None = None,
+        matmul_precision: MatmulPrecision = "highest",
+        compile: CompileMode = "auto",
+        kl_penalty: KlPenaltyConfig | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_optimizer(learning_rate, weight_decay, betas, schedule, warmup_steps)
+        check_matmul_precision(matmul_precision)
+        self.backbone_name = backbone
+        self.dtype_name = dtype
+        self.adapter = from_plain(adapter, AdapterConfig) or AdapterConfig()
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.betas = (betas[0], betas[1])
+        self.schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.frozen_prefix = from_plain(frozen_prefix, CacheConfig) or CacheConfig()
+        self.cpu_config = from_plain(cpu, CpuConfig) or CpuConfig()
+        self.cpu_choice: CpuChoice | None = None
+        """What was chosen for this machine's CPU; None on other devices."""
+        self.matmul_precision: MatmulPrecision = matmul_precision
+        self.compile_mode = compile
+        self._compiling: Compiling | None = None
+        self.kl_penalty = from_plain(kl_penalty, KlPenaltyConfig)
+        self._penalty: KlPenalty | None = None
+        self.seed = torch.initial_seed() if seed is None else seed
+        self.weighting: Weighting = Uniform()
+        self.curriculum: PrefixRatio | None = None
+        self.tokens_trained = 0
+        """Target tokens in this rank's training batches so far."""
+        self._skipped: Tensor | int = 0
+        self.resumed = 0
+        """How often this fit went on from a checkpoint."""
+        self.global_batch = GlobalBatch()
+        self._keep_plain_hyperparameters()
+        self._backbone: Backbone | None = None
+        self._peft_model: PeftModel | None = None
+        self._frozen_layers: FrozenLayers | None = None
+        self.goes_on_from: dict[str, Any] = {}
+        """State of a checkpoint that was loaded, until training goes on from it."""
+        self.goes_on_in: Path | None = None
+        """Folder of the run that it goes on with, whose unfinished results it may write over."""
+        self._steps = 0
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimiser steps not taken since every target token was above threshold; waits for the device."""
+        return int(self._skipped)
+
+    def settings(self) -> dict[str, Any]:
+        """Method and optimiser settings as plain Python, for the record."""
+        return {
+            "weighting": as_plain(self.weighting),
+            "curriculum": as_plain(self.curriculum),
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "betas": list(self.betas),
+            "schedule": self.schedule,
+            "warmup_steps": self.warmup_steps,
+            "dropout": self.adapter.dropout,
+            "alpha": self.adapter.alpha,
+            **({"guard": vars(self.adapter.guard)} if self.adapter.guard is not None else {}),
+            **({"kl_penalty": vars(self.kl_penalty)} if self.kl_penalty is not None else {}),
+            **({"matmul_precision": self.matmul_precision} if self.matmul_precision != "highest" else {}),
+            # Arguments of somebody's own method.
+            **{name: value for name, value in self.hparams.items() if name not in self._known_arguments()},
+        }
+
+    @classmethod
+    def _known_arguments(cls) -> set[str]:
+        """Arguments of what is here; a subclass elsewhere may have more."""
+        ours = [c.__init__ for c in cls.__mro__ if c.__module__.startswith("pml.")]
+        return {name for method in ours for name in inspect.signature(method).parameters}
+
+    def _keep_plain_hyperparameters(self) -> None:
+        """Hyperparameters go into checkpoints, which are read with weights_only: no classes in them."""
+        self.save_hyperparameters(logger=False)
+        self.hparams.update(as_plain(dict(self.hparams)))
+
+    # The model -------------------------------------------------------------------------------------------------------
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen model and its tokenizer, loaded when first asked for."""
+        if self._backbone is None:
+            self._backbone = load_backbone(self.backbone_name, self.dtype_name)
+        return self._backbone
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's tokenizer."""
+        return self.backbone.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that the backbone can predict."""
+        return self.backbone.vocab_size
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that the backbone takes, in tokens; None where it has no limit."""
+        return self.backbone.max_positions
+
+    @property
+    def model(self) -> PeftModel:
+        """The backbone with its adapter, as PEFT knows it."""
+        if self._peft_model is None:
+            raise RuntimeError("the adapter is attached by configure_model(); call that first outside a Trainer")
+        return self._peft_model
+
+    @property
+    def frozen_layers(self) -> FrozenLayers:
+        """The split of the adapted model, made when first needed, on the device where the model is then."""
+        if self._frozen_layers is None:
+            self._frozen_layers = split_for(self._trainer, self.backbone, self.model, self.frozen_prefix)
+        return self._frozen_layers
+
+    def setup(self, stage: str) -> None:
+        check_precision(self.trainer.precision)
+        highest_products()
+        if self.trainer.strategy.root_device.type == "cpu":
+            self.cpu_choice = tune_cpu(self.cpu_config)
+
+    def configure_model(self) -> None:
+        """Load the backbone and put a fresh adapter on it; does nothing the second time."""
+        if self._peft_model is None:
+            self._peft_model = attach_adapter(self.backbone, self.adapter, self.seed)
+            self.train(self.training)
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Put on an adapter that `save_pretrained` wrote, in place of a fresh one.
+
+        Raises:
+            InputError: See `pml.adapter.load_adapter`.
+        """
+        self._peft_model = load_adapter(self.backbone, folder)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """The frozen model alone, for a while: the adapter adds nothing."""
+        _ = self.frozen_layers  # The split has to be tried with the adapter on.
+        with self.model.disable_adapter():
+            yield
+
+    def release(self) -> None:
+        """Take the adapter off, so that another module can use the same backbone; this one is finished."""
+        if self._peft_model is not None:
+            detach_adapter(self._peft_model)
+        self._peft_model = self._frozen_layers = self._backbone = None
+
+    def cpu(self) -> Self:
+        """Move to the CPU, which Lightning asks for when a fit is over; a shared backbone stays for the next one."""
+        return self if backbones_are_shared() else super().cpu()
+
+    def train(self, mode: bool = True) -> "Memorization":
+        """Switch the adapter between training and evaluation; the backbone is always in evaluation mode."""
+        super().train(False)
+        self.training = mode
+        if self._peft_model is not None:
+            for name, module in self._peft_model.named_modules():
+                if "lora_dropout" in name:
+                    module.train(mode)
+        return self
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Logits (B, T, vocabulary) of the whole adapted model at every position."""
+        self.backbone.restore()
+        return self.model(input_ids=input_ids, **inputs).logits
+
+    # Scores ----------------------------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        # Still on the host: what is read here never makes a device wait.
+        return {
+            **batch,
+            "keys": content_keys(batch["input_ids"], batch["lengths"]),
+            "target_tokens": batch["supervised"].shape[1],
+        }
+
+    def score(self, batch: dict[str, Any], gradient_above: float | None = None) -> TokenScores:
+        """Loss of every target token under teacher forcing, and whether its argmax is right.
+
+        Args:
+            batch: B examples as `pml.corpus.collate` gives them, on the module's device.
+            gradient_above: See `pml.token_loss.token_losses`.
+        """
+        return score_batch(self.frozen_layers, self.model, batch, gradient_above)
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self.train()
+        self._steps = total_steps(self.trainer, self.curriculum) if self.weighting.scheduled else 0
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            self.weighting.prepare(len(datamodule.corpus), self.device)
+            self._compiling = Compiling(
+                self.compile_mode, self.trainer, self.frozen_layers.weights_above, self.curriculum
+            )
+
+    def on_train_start(self) -> None:
+        seed_rank(self.global_rank)
+        go_on(self, self.goes_on_from)
+        self.goes_on_from = {}
+        # Before the first step, and after what was measured before it.
+        self._release_frozen_layers()
+
+    def on_train_epoch_end(self) -> None:
+        self._release_frozen_layers()
+
+    def _release_frozen_layers(self) -> None:
+        if self.frozen_prefix.release and not self.backbone.released:
+            self.frozen_layers.keep_and_release(self.trainer.datamodule.corpus.examples)  # type: ignore[attr-defined]
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        if self._compiling is not None and self._compiling.is_due(self.trainer.global_step):
+            self.frozen_layers.compile()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        if self.weighting.scheduled:
+            self.weighting.progress = min(1.0, self.trainer.global_step / self._steps)
+        with float32_products(self.matmul_precision):
+            scores = self.score(batch, self.weighting.gradient_above)
+        self.global_batch.uniform_when_memorized = self.weighting.when_memorized == "uniform"
+        weights = self.weighting.weights(scores)
+        weights = self.global_batch.add(weights, scores.losses, scores.mask, adapter_parameters(self.model).values())
+        self.tokens_trained += batch["target_tokens"]
+        # Lightning divides by the number of accumulated micro-batches; on_before_optimizer_step knows better.
+        total = (weights * scores.losses).sum()
+        if self.kl_penalty is not None:
+            # The sum of weights cancels when the step is closed: micro-batches count by what they weigh.
+            total = total + self.kl_penalty.weight * weights.sum() * self._kl_divergence(batch_idx)
+        return {"loss": total * self.trainer.accumulate_grad_batches, "scores": scores.detach()}
+
+    def _kl_divergence(self, batch_idx: int) -> Tensor:
+        """Divergence from the frozen model in nats per token, on passages that the step and the rank choose."""
+        assert self.kl_penalty is not None
+        if self._penalty is None:
+            self._penalty = KlPenalty(self.kl_penalty, self.backbone, self.seed)
+        per_step = self.trainer.accumulate_grad_batches
+        turn = self.trainer.global_step * per_step + batch_idx % per_step
+        turn = turn * self.trainer.world_size + self.trainer.global_rank
+        divergence = self._penalty.loss(self.frozen_layers, self.model, turn)
+        self.log("train/kl_divergence", divergence.detach(), batch_size=1)
+        return divergence
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with float32_products(self.matmul_precision):
+            super().backward(loss, *args, **kwargs)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        budget, loss = self.global_batch.close(adapter_parameters(self.model).values())
+        # Only a hard threshold can leave nothing to train on.
+        if self.weighting.gradient_above is not None:
+            self._skipped = self._skipped + skip_if_empty(optimizer, budget)
+        self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=1)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        parameters = adapter_parameters(self.model).values()
+        optimizer = make_adamw(parameters, self.learning_rate, self.betas, self.weight_decay)
+        total = total_steps(self.trainer, self.curriculum) if self.schedule == "linear" else None
+        factor = learning_rate_factor(self.warmup_steps, total)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Evaluation ------------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        return {"scores": self.score(batch)}
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> TokenScores:
+        return self.score(batch)
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The adapter alone; the frozen backbone is found by its name again."""
+        if self._peft_model is None:
+            return {}
+        return {name: tensor.detach() for name, tensor in adapter_state(self.model).items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take an adapter back.
+
+        Raises:
+            InputError: If a weight of the adapter is missing, unknown, or of another shape.
+        """
+        self.configure_model()
+        copy_adapter(adapter_state(self.model), state_dict)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a module of the method that a checkpoint is of, this class or one derived from it.
+
+        Args:
+            checkpoint_path: The file.
+            *args: See `LightningModule.load_from_checkpoint`.
+            **kwargs: See there; they override what the module was made with.
+
+        Raises:
+            InputError: If no such method is known here.
+        """
+        method = method_of(checkpoint_path, cls)
+        loaded: Any = super(Memorization, method).load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        return loaded
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["pml"] = training_state(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("pml")
+        if not state:
+            return
+        self.weighting.load_state_dict(state["weighting"])
+        self.tokens_trained, self._skipped = own_share(state["tokens_trained"]), state["skipped_steps"]
+        self.resumed = state.get("resumed", 0)
+        if self._trainer is not None and self._trainer.training:
+            refuse_other_data(self, state)
+            self.resumed += 1
+            self.goes_on_from = state
