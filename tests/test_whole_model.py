@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, PretrainedConfig
 
-import pml.memorization
+import pml.frozen_layers
 from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
 from pml.errors import InputError
@@ -74,7 +74,7 @@ def test_an_attribute_that_is_missing_below_is_not_taken_for_a_missing_prefix(
     def broken(*_: Any) -> None:
         raise AttributeError("'Odd' object has no attribute 'layers'")
 
-    monkeypatch.setattr(pml.memorization, "FrozenLayers", broken)
+    monkeypatch.setattr(pml.frozen_layers, "FrozenLayers", broken)
     with pytest.raises(
         InputError, match=r"LlamaForCausalLM is not made as a causal decoder is .*no attribute 'layers'"
     ):
