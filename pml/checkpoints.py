@@ -97,6 +97,9 @@ class Checkpoints(StopsAtSteps, Checkpoint):
 
     def _at_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._at_step_end(trainer, pl_module)
+        if _is_last_step(trainer):
+            # There would be nothing to go on with if the process died before the record is written: that comes first.
+            return
         # Clocks differ between ranks, and saving takes all of them.
         if trainer.strategy.broadcast(time.monotonic() - self._saved_at >= 60 * self.minutes):
             self.save(trainer)

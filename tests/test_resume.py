@@ -1,5 +1,6 @@
 """Going on: a fit that was stopped at any step, and resumed, ends bit for bit as one that was not."""
 
+import contextlib
 import os
 import random
 import signal
@@ -223,6 +224,28 @@ def test_checkpoints_come_every_few_minutes_and_the_one_before_is_kept(
         9,
         12,
     ]
+
+
+class DiesMeasuring(Callback):
+    """Dies when all steps are taken and the results are not written yet."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        raise RuntimeError("killed")
+
+
+def test_a_fit_that_dies_before_its_record_is_written_has_a_last_step_to_go_on_with(
+    sharp: Path, tmp_path: Path
+) -> None:
+    for dies, checkpoint in (([DiesMeasuring()], None), ([], tmp_path)):
+        callbacks = [*dies, RunRecord(str(tmp_path)), Checkpoints(minutes=1e-9)]
+        trainer = make_trainer(tmp_path, enable_checkpointing=True, max_epochs=3, callbacks=callbacks)
+        path = newest_checkpoint(checkpoint) if checkpoint else None
+        with contextlib.suppress(RuntimeError):
+            trainer.fit(
+                module_on(sharp, SFT), datamodule=Ids(uneven(4), batch_size=2), ckpt_path=path, weights_only=True
+            )
+    record = read_record(tmp_path / "record.json")
+    assert (record.status, record.optimizer_steps, record.resumed) == ("finished", 6, 1)
 
 
 class TestSignals:
