@@ -113,6 +113,8 @@ def _harm(record: Record) -> str:
     guarded = " The adapter was guarded: it does not read what ordinary text writes." * (
         "guard" in record.method_settings
     )
+    if "kl_penalty" in record.method_settings:
+        guarded += " Training was held to the base model's own predictions on other passages of such text."
     return "\n".join(
         [
             f"Loss on ordinary text that it never saw, in nats per token.{guarded}\n",
