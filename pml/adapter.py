@@ -1,6 +1,7 @@
 """LoRA on a frozen backbone, through PEFT: where it sits, how it starts, how many parameters it has."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -317,7 +318,7 @@ def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> Pe
         _register_mlp_block(config, model, sorted(targets))
     try:
         adapted = get_peft_model(model, config)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, re.error) as error:
         _unwrap(model)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{folder}: the adapter does not fit {name}: {reason}") from error

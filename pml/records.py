@@ -242,9 +242,21 @@ def read_record(path: Path) -> Record:
             f"{path}: not a record of schema version 1 to {SCHEMA_VERSION}: {where}: {first['msg']}; "
             "run it again, or leave this path out"
         ) from error
-    if (problem := _contradiction(record)) is not None:
+    if (problem := _twice(path) or _contradiction(record)) is not None:
         raise InputError(f"{path}: damaged, and so no evidence: {problem}; run it again, or leave this path out")
     return record
+
+
+def _twice(path: Path) -> str | None:
+    """What a record says twice, of which nobody knows which is meant; None where nothing is."""
+    found: list[str] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> None:
+        names = [name for name, _ in pairs]
+        found.extend(name for name in names if names.count(name) > 1)
+
+    json.loads(path.read_bytes(), object_pairs_hook=keep)
+    return f"{found[0]} is in it twice" if found else None
 
 
 def _contradiction(record: Record) -> str | None:

@@ -1,6 +1,7 @@
 """A saved adapter: written whole, whoever made it read as data, and refused where it is not what it says."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -81,7 +82,7 @@ def read_saved_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     try:
         content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         kind = str(content["peft_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder}: {CONFIG_NAME} is not the configuration of a PEFT adapter") from error
     if kind != "LORA":
         raise InputError(f"{folder}: the adapter is {kind}; expected LORA, the only kind that is read")
@@ -101,7 +102,12 @@ def read_saved_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     except (SafetensorError, OSError, TypeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{folder}: the adapter cannot be read ({reason}); save it again") from error
+    _check_settings(folder, config)
     for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise InputError(
+                f"{folder}: {name} is {tensor.dtype}; expected numbers with a fraction, as PEFT saves them"
+            )
         if not torch.isfinite(tensor).all():
             raise InputError(f"{folder}: {name} has values that are not finite numbers; train it again")
     _check_record(folder, config, weights)
@@ -137,6 +143,23 @@ def check_weights(folder: Path, weights: Mapping[str, Tensor], expected: Mapping
             )
 
 
+def _check_settings(folder: Path, config: LoraConfig) -> None:
+    """Refuse settings of kinds that PEFT takes from a file and fails with later."""
+    expected = {
+        "r": isinstance(config.r, int) and config.r >= 1,
+        "lora_alpha": isinstance(config.lora_alpha, int | float) and 0 < config.lora_alpha < math.inf,
+        "target_modules": isinstance(config.target_modules, str | set | list | None),
+        "rank_pattern": isinstance(config.rank_pattern, dict | None),
+        "alpha_pattern": isinstance(config.alpha_pattern, dict | None),
+    }
+    for name, fits in expected.items():
+        if not fits:
+            value = getattr(config, name)
+            raise InputError(
+                f"{folder}: {name} is {value!r} in {CONFIG_NAME}; expected what PEFT writes; save it again"
+            )
+
+
 def _check_record(folder: Path, config: LoraConfig, weights: Mapping[str, Tensor]) -> None:
     """Hold an adapter against the record of the run that it lies in, if it lies in one."""
     path = folder.parent / "record.json"
@@ -146,12 +169,13 @@ def _check_record(folder: Path, config: LoraConfig, weights: Mapping[str, Tensor
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         rank, blocks = record["rank"], list(record["block"])
         alpha = record["method_settings"].get("alpha") or rank
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return  # whoever opens the run says so
     found = {
         "rank": (config.r, rank),
         "blocks": (sorted({int(match[1]) for name in weights if (match := BLOCK.search(name))}), blocks),
         "alpha": (config.lora_alpha, alpha),
+        "use_rslora": (bool(config.use_rslora), False),
     }
     for name, (here, there) in found.items():
         if here != there:

@@ -162,6 +162,13 @@ class TestSchema:
         assert record.loss_reduction == 6.5
 
 
+def test_a_record_that_says_something_twice_is_damaged(tmp_path: Path) -> None:
+    path = write_run(tmp_path) / "record.json"
+    path.write_text(path.read_text().replace('"rank": ', '"rank": 3, "rank": '))
+    with pytest.raises(InputError, match="damaged, and so no evidence: rank is in it twice"):
+        read_record(path)
+
+
 class TestFinding:
     def test_runs_are_found_at_any_depth_sorted_and_named_by_their_folder(self, tmp_path: Path) -> None:
         for name, rank in (("b", 2), ("deep/er/a", 1), ("a", 3)):

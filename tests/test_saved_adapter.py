@@ -67,6 +67,12 @@ def test_an_adapter_of_plain_peft_loads_and_gives_what_peft_gives(tiny_backbone:
             "2 of the 4 weights that its configuration asks for are missing, such as .*up_proj.lora_A.weight",
         ),
         ({"target_modules": ["nowhere"]}, "the adapter does not fit tiny-llama: "),
+        ({"target_modules": "(("}, "the adapter does not fit tiny-llama: missing "),
+        ({"target_modules": 7}, "target_modules is 7 in adapter_config.json; expected what PEFT writes"),
+        ({"rank_pattern": [1]}, r"rank_pattern is \[1\] in adapter_config.json"),
+        ({"r": "four"}, "r is 'four' in adapter_config.json"),
+        ({"r": -1}, "r is -1 in adapter_config.json"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan in adapter_config.json"),
     ],
 )
 def test_a_configuration_that_is_more_or_other_than_its_weights_is_refused(
@@ -91,12 +97,17 @@ def _break(weights: dict[str, torch.Tensor]) -> None:
     next(iter(weights.values()))[0, 0] = float("nan")
 
 
+def _round(weights: dict[str, torch.Tensor]) -> None:
+    weights.update({name: tensor.to(torch.int32) for name, tensor in weights.items()})
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (_drop, "1 of the 2 weights that its configuration asks for are missing, such as .*lora_B.weight"),
         (_add, "1 weights have no place in what its configuration asks for, such as base_model.model.lm_head.weight"),
         (_break, "lora_A.weight has values that are not finite numbers"),
+        (_round, r"lora_A.weight is torch.int32; expected floating-point numbers"),
     ],
 )
 def test_weights_that_are_missing_too_many_or_no_numbers_are_refused(
