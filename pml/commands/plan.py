@@ -80,8 +80,7 @@ def run(args: jsonargparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} belongs to {kind}, and {args.what} is none; leave it out")
     plan = _of_pairs(args) if of_pairs else _of_law(args)
     if args.json:
-        content = plan.model_dump(mode="json") if of_pairs else plan.to_json()
-        print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(plan.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False))
     else:
         for line in plan.lines():
             print(line)
