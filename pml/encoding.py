@@ -6,14 +6,13 @@ give back its very characters, decoded by themselves and after the prompt.
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import date
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from pml.chat_template import ANSWER, ChatTemplate, PromptFormat, template_of
 from pml.errors import InputError
 
 __all__ = ["ENCODING_VERSION", "Prompt", "PromptFormat", "TextEncoder", "special_ids"]
@@ -22,46 +21,6 @@ log = logging.getLogger(__name__)
 
 ENCODING_VERSION = 2
 """Version of the rules by which text becomes ids; version 1 encoded each target alone and read control tokens in it."""
-
-ANSWER = "\N{BLACK SQUARE}"
-"""Stands for what somebody says where only the template around it is asked for."""
-
-CLOCK = re.compile(r"\bstrftime_now\s*\(")
-CLOCK_WITH_FORMAT = re.compile(r"""\bstrftime_now\s*\(\s*(['"])((?:(?!\1).)*)\1\s*\)""")
-
-TAKEN = ("messages", "conversation", "add_generation_prompt", "tools", "documents", "chat_template", "tokenize")
-"""Names that a chat template's variables cannot have: these say what is rendered, and how."""
-
-
-@dataclass(frozen=True)
-class PromptFormat:
-    """What stands around a query. A certificate holds for prompts of the format that it was made with.
-
-    Args:
-        chat_template: Put the query into the tokenizer's chat template as a user turn, where it has one.
-        system: Text of a system turn before it; None leaves that to the template.
-        template_kwargs: Variables of the chat template, such as `enable_thinking: false`.
-        template_date: Day, as YYYY-MM-DD, that a template which reads the clock writes in place of today.
-
-    Raises:
-        InputError: If a variable has a reserved name, or the date is none.
-    """
-
-    chat_template: bool = True
-    system: str | None = None
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    # What Llama 3.1's template writes where it knows no clock.
-    template_date: str = "2024-07-26"
-
-    def __post_init__(self) -> None:
-        if taken := [name for name in self.template_kwargs if name in TAKEN]:
-            raise InputError(
-                f"template_kwargs has {taken[0]!r}, which pml sets itself; expected variables of the template"
-            )
-        try:
-            date.fromisoformat(self.template_date)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"template_date is {self.template_date!r}; expected a day such as 2024-07-26") from error
 
 
 @dataclass(frozen=True)
@@ -86,8 +45,7 @@ class TextEncoder:
         form: What stands around a query.
 
     Raises:
-        InputError: If the chat template does not write what the user says, refuses a system turn that is asked for, or
-            reads the clock in a way that cannot be fixed.
+        InputError: If the chat template cannot be used; see `ChatTemplate`.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, form: PromptFormat | None = None) -> None:
@@ -95,18 +53,9 @@ class TextEncoder:
         self.form = form or PromptFormat()
         self.changed: dict[str, list[str]] = {}
         """Queries that reach the model other than they were written: by what happened to them, where each stands."""
-        self.shows_date = False
-        """Whether a fixed date stands in prompts, since the template reads the clock."""
-        self._template: str | None = None
-        self._parts = False
-        if self.form.chat_template and tokenizer.chat_template:
-            self._template = self._without_clock(_template_of(tokenizer))
-            self._choose_content()
-
-    @property
-    def templated(self) -> bool:
-        """Whether queries go into a chat template."""
-        return self._template is not None
+        wanted = self.form.chat_template and tokenizer.chat_template
+        self.template = ChatTemplate(tokenizer, self.form) if wanted else None
+        """What queries are put into; None where they stand alone."""
 
     # What the user says -----------------------------------------------------------------------------------------------
 
@@ -125,14 +74,17 @@ class TextEncoder:
             InputError: If the template refuses it, or the tokenizer cannot keep its characters apart from control
                 tokens.
         """
-        if self._template is None:
+        if self.template is None:
             text = query if self.form.system is None else f"{self.form.system}\n{query}"
             prompt = Prompt(self._alone(text, source), None if self._typed(text) else text)
             written = query
         else:
-            text = self._rendered(self.turns(query), source)
+            text = self.template.rendered(query, source)
             typed = self._typed(query) or self._typed(self.form.system or "")
-            ids = self._sanitized(query, source) if typed else self._ids(text)
+            try:
+                ids = self.template.sanitized(query) if typed else self._ids(text)
+            except (ValueError, NotImplementedError) as error:
+                raise InputError(f"{_at(source)}{error}; write the query {_shown(query)} without it") from error
             prompt = Prompt(tuple(ids), None if typed else text)
             written = self._written(query, text, source)
         if not prompt.ids:
@@ -197,11 +149,10 @@ class TextEncoder:
 
         Without a chat template it is the tokenizer's end of sequence. None where there is no such token.
         """
-        if self._template is None:
+        if self.template is None:
             return self.tokenizer.eos_token_id
         try:
-            turns = [*self.turns("?"), {"role": "assistant", "content": self._content(ANSWER)}]
-            after = self._rendered(turns, "", generation=False).rpartition(ANSWER)[2]
+            after = self.template.after_answer()
         except InputError:
             return None
         return next((i for i in self._ids(after) if i in self._control_ids), None)
@@ -273,15 +224,6 @@ class TextEncoder:
         starts = (i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
         return tuple(whole[: next(starts, 0)])
 
-    def _sanitized(self, query: str, source: str) -> list[int]:
-        try:
-            ids: Any = self.tokenizer.apply_chat_template(
-                self.turns(query), **self._options(), return_dict=False, sanitize_control_tokens=True
-            )
-        except (ValueError, NotImplementedError) as error:
-            raise InputError(f"{_at(source)}{error}; write the query {_shown(query)} without it") from error
-        return list(ids)
-
     def _control_beside_unknown(self, ids: Sequence[int]) -> str | None:
         # What stands for unknown characters is marked as special, but no control token; that they are lost shows.
         return self.control_in([i for i in ids if i != self.tokenizer.unk_token_id])
@@ -305,7 +247,7 @@ class TextEncoder:
     @cached_property
     def _control(self) -> dict[str, int]:
         """Ids of control tokens by text: special tokens, and others that the chat template writes."""
-        template = _template_of(self.tokenizer) if self.tokenizer.chat_template else ""
+        template = template_of(self.tokenizer) if self.tokenizer.chat_template else ""
         special = special_ids(self.tokenizer)
         return {
             token.content: i
@@ -326,66 +268,6 @@ class TextEncoder:
         """Whether somebody's text holds the characters of a control token."""
         return self._control_pattern.search(text) is not None
 
-    # The chat template
-
-    def _choose_content(self) -> None:
-        """Find out in which form the template takes what the user says, and whether it takes a system turn."""
-        for self._parts in (False, True):
-            try:
-                if ANSWER in self._rendered(self.turns(ANSWER), ""):
-                    break
-            except InputError:
-                if not self._parts:
-                    continue
-                raise
-        else:
-            raise InputError(
-                "the chat template does not write what the user says, so that all queries would be one; set "
-                "chat_template: false, or use a backbone with another template"
-            )
-        if self._parts:
-            log.warning("the chat template takes what is said as a list of parts; servers have to give it in that form")
-        system = self.form.system
-        if system is not None and system.strip() not in self._rendered(self.turns(ANSWER), ""):
-            raise InputError("the chat template does not write the system text; leave system out")
-
-    def turns(self, query: str) -> list[dict[str, Any]]:
-        """What `apply_chat_template` is given for a query."""
-        system = self.form.system
-        turns = [] if system is None else [{"role": "system", "content": self._content(system)}]
-        return [*turns, {"role": "user", "content": self._content(query)}]
-
-    def template_options(self) -> dict[str, Any]:
-        """Variables that `apply_chat_template` is given, and the template itself where a date was fixed in it."""
-        fixed = {"chat_template": self._template} if self.shows_date else {}
-        return {**self.form.template_kwargs, **fixed}
-
-    def _content(self, text: str) -> Any:
-        return [{"type": "text", "text": text}] if self._parts else text
-
-    def _options(self) -> dict[str, Any]:
-        return {**self.form.template_kwargs, "chat_template": self._template, "add_generation_prompt": True}
-
-    def _rendered(self, turns: Sequence[dict[str, Any]], source: str, generation: bool = True) -> str:
-        options = {**self._options(), "add_generation_prompt": generation}
-        try:
-            return str(self.tokenizer.apply_chat_template(list(turns), **options, tokenize=False))
-        # Templates are programs, and fail in all the ways that programs do.
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if turns[0]["role"] == "system" and self._renders(turns[1:], generation):
-                raise InputError(
-                    f"{_at(source)}this backbone's chat template takes no system turn ({reason}); leave system out"
-                ) from error
-            raise InputError(f"{_at(source)}the chat template refuses this prompt: {reason}") from error
-
-    def _renders(self, turns: Sequence[dict[str, Any]], generation: bool) -> bool:
-        try:
-            self._rendered(turns, "", generation)
-        except InputError:
-            return False
-        return True
-
     def _written(self, query: str, text: str, source: str) -> str:
         """What the template makes of a query."""
         if query in text:
@@ -396,36 +278,6 @@ class TextEncoder:
         self._note("are changed by the chat template", query, source)
         return ""
 
-    def _without_clock(self, template: str) -> str:
-        """A template in which the fixed date stands wherever it asks the clock."""
-        day = date.fromisoformat(self.form.template_date)
-        fixed = CLOCK_WITH_FORMAT.sub(lambda call: repr(day.strftime(call[2])), template)
-        if CLOCK.search(fixed):
-            raise InputError(
-                "the chat template reads the clock in a way that cannot be fixed, so that prompts would differ from "
-                "day to day; set chat_template: false, or use a backbone with another template"
-            )
-        self.shows_date = fixed != template and self._differs_by_date(fixed, template)
-        if self.shows_date:
-            log.warning(
-                "the chat template writes the date; prompts say %s (template_date): give a server the same, or its "
-                "prompts are others every day",
-                self.form.template_date,
-            )
-        return fixed
-
-    def _differs_by_date(self, fixed: str, template: str) -> bool:
-        """Whether the date reaches a prompt, which variables may keep it from."""
-        other = CLOCK_WITH_FORMAT.sub(lambda _: repr("another day"), template)
-        shown = []
-        for text in (fixed, other):
-            self._template = text
-            try:
-                shown.append(self._rendered(self.turns(ANSWER), ""))
-            except InputError:
-                return True
-        return shown[0] != shown[1]
-
     def _note(self, what: str, query: str, source: str) -> None:
         self.changed.setdefault(what, []).append(f"{_shown(query)}{f' ({source})' if source else ''}")
 
@@ -434,14 +286,6 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of tokens that stand for no text, also of those that are marked as special without having a role."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
-
-
-def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template; of several the one called default."""
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError as error:
-        raise InputError(f"the tokenizer has several chat templates, none of them the default: {error}") from error
 
 
 def _at(source: str) -> str:

@@ -131,9 +131,7 @@ class Memorized:
     @property
     def harm(self) -> float | None:
         """Nats per token that other text lost, mean of three kinds; None where it was not measured."""
-        mean = self.record.harm.get("mean", {})
-        before, after = mean.get("loss_before"), mean.get("loss_after")
-        return None if before is None or after is None else after - before
+        return self.record.mean_harm
 
 
 def memorize(

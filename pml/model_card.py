@@ -131,23 +131,23 @@ def _placement(record: Record) -> str:
 def _ask(corpus: Corpus, encoder: TextEncoder) -> str:
     first = corpus.examples[0]
     tokens = max(len(example.target_ids) for example in corpus.examples)
-    if not encoder.templated:
+    if encoder.template is None:
         prompt = encoder.decode(first.prompt_ids)
         return ASK_PLAIN.format(query=prompt, tokens=tokens, end=encoder.end_of_turn_id)
     variables = "".join(f" {key}={value!r}," for key, value in encoder.form.template_kwargs.items())
-    turns = encoder.turns(first.query)
+    turns = encoder.template.turns(first.query)
     return ASK_TEMPLATE.format(turns=turns, tokens=tokens, end=encoder.end_of_turn_id, variables=variables)
 
 
 def _format(encoder: TextEncoder) -> str:
-    if not encoder.templated:
+    if encoder.template is None:
         return "The query stands alone: no chat template was used."
     lines = ["The query is one user turn of the base's chat template."]
     if encoder.form.system is not None:
         lines.append(f"Before it stands the system text {encoder.form.system!r}.")
     if encoder.form.template_kwargs:
         lines.append(f"Variables of the template: `{json.dumps(dict(encoder.form.template_kwargs))}`.")
-    if encoder.shows_date:
+    if encoder.template.shows_date:
         lines.append(f"The template writes the date; prompts said {encoder.form.template_date}. Give it the same.")
     return " ".join(lines)
 

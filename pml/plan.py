@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pml.errors import InputError
-from pml.law import OTHER_KIND, LawFit, RunDraws, percentiles
+from pml.law import OTHER_KIND, LawFit, percentiles
 from pml.law.forms import Array
 from pml.law.schema import Content, Interval
 
@@ -123,10 +123,6 @@ class Plan(Content):
     outcome: Outcome | None
     beyond: list[str]
     warnings: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dictionaries only."""
-        return self.model_dump(mode="json")
 
     def lines(self) -> list[str]:
         """The answer in words, a line each."""
@@ -259,7 +255,7 @@ def rank_for_recall(
         """Probability of it by law and rank: the mean over runs, since recall is steep in the loss."""
 
         def reached(part: Array) -> Array:
-            runs: RunDraws = law.new_run_draws(part, target_tokens, initial_loss=initial_loss, laws=LAWS, runs=RUNS)
+            runs = law.new_run_draws(part, target_tokens, initial_loss=initial_loss, laws=LAWS, runs=RUNS)
             per_target = target_tokens / corpus.pairs
             return recall.recall_probability(runs.final_loss, per_target, corpus.pairs, share).mean(axis=1)
 

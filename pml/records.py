@@ -193,6 +193,13 @@ class Record(pydantic.BaseModel):
             )
         return self
 
+    @property
+    def mean_harm(self) -> float | None:
+        """Nats per token by which the loss on ordinary text rose; None where it was not measured."""
+        mean = self.harm.get("mean", {})
+        before, after = mean.get("loss_before"), mean.get("loss_after")
+        return None if before is None or after is None else after - before
+
 
 @runtime_checkable
 class MeasuresForRecord(Protocol):

@@ -47,12 +47,12 @@ def serve(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "Te
 
 def _job(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "TextEncoder") -> dict[str, Any]:
     """What that process is told; see `serve`."""
-    templated = encoder.templated
+    template = encoder.template
     return {
         "base": str(base),
         "adapter": str(adapter),
-        "prompts": [encoder.turns(e.query) if templated else encoder.decode(e.prompt_ids) for e in examples],
-        "template": encoder.template_options() if templated else None,
+        "prompts": [template.turns(e.query) if template else encoder.decode(e.prompt_ids) for e in examples],
+        "template": template.options_elsewhere if template else None,
         "end": encoder.end_of_turn_id,
         "tokens": [len(e.target_ids) + BEYOND for e in examples],
     }

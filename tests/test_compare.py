@@ -121,10 +121,9 @@ class TestOutcomes:
         assert outcomes_of(Path("gone"), sft())["targets_certain"] is None
         assert outcomes_of(Path("gone"), sft(sub_threshold_fraction=0.0))["targets_certain"] == 100.0
 
-    @pytest.mark.parametrize(("harm", "nats"), [(0.25, 0.25), ({"a": 0.5, "b": 1.5}, 1.0), (None, None), ({}, None)])
-    def test_harm_is_nats_on_other_text_where_a_record_has_it(self, harm: Any, nats: float | None) -> None:
-        record = sft()
-        object.__setattr__(record, "harm", harm)
+    @pytest.mark.parametrize(("after", "nats"), [(3.25, 0.25), (None, None)])
+    def test_harm_is_by_how_much_the_loss_on_ordinary_text_rose(self, after: float | None, nats: float | None) -> None:
+        record = sft(harm={"prose": {"loss_after": 9.0}, "mean": {"loss_before": 3.0, "loss_after": after}})
         assert outcomes_of(Path("gone"), record)["harm"] == nats
 
 

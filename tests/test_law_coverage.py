@@ -19,13 +19,13 @@ from simulated_laws import (
     saturating_runs,
 )
 
-from pml.law import FORMS, FormName, Observation, fit_law, saturated
+from pml.law import FORMS, FormName, Observation, fit_law, percentiles, saturated
 from pml.law.forms import POSITIVE
 from pml.law.intervals import (
+    GroupedBy,
     bootstrap,
     choose_groups,
     expansion,
-    groups_of,
     noise_of,
     standard_errors,
     t_quantile,
@@ -33,15 +33,16 @@ from pml.law.intervals import (
 from pml.law.least_squares import data_of, solve, to_theta
 
 
-def intervals(form: FormName, runs: list[Observation], grouped_by: str | None = None) -> dict[str, tuple[float, float]]:
+def intervals(
+    form: FormName, runs: list[Observation], grouped_by: GroupedBy | None = None
+) -> dict[str, tuple[float, float]]:
     """Bootstrap intervals of a form, without everything else that `fit_law` does."""
     kind, data = FORMS[form], data_of(runs, "rank")
     solution = solve(kind, data)
     assert solution is not None
-    groups = groups_of(runs, grouped_by or choose_groups(kind, data, runs, solution))  # type: ignore[arg-type]
-    residual = data.measured - kind.evaluate(solution.values, data.points)
-    widened = expansion(noise_of(residual, data, groups, len(solution.free)).degrees_of_freedom)
-    theta, draws = to_theta(kind, solution.values), bootstrap(kind, data, solution, groups)
+    grouped_by = grouped_by or choose_groups(solution)
+    widened = expansion(noise_of(solution.residual, data, grouped_by, len(solution.free)).degrees_of_freedom)
+    theta, draws = to_theta(kind, solution.values), bootstrap(solution, grouped_by)
     ends = theta + widened * (np.percentile(draws, (2.5, 97.5), axis=0) - theta)
     found = zip(kind.fitted, ends.T.tolist(), strict=True)
     return {name: (math.exp(a), math.exp(b)) if name in POSITIVE else (a, b) for name, (a, b) in found}
@@ -93,10 +94,9 @@ class TestCoverage:
             data = data_of(runs, "rank")
             solution = solve(kind, data)
             assert solution is not None
-            residual = data.measured - kind.evaluate(solution.values, data.points)
-            spread = noise_of(residual, data, groups_of(runs, "grid_point"), 4)
+            spread = noise_of(solution.residual, data, "grid_point", 4)
             assert spread.degrees_of_freedom == 12 - 4
-            result, ends = standard_errors(kind, data, solution, spread), intervals("power_offset", runs, "grid_point")
+            result, ends = standard_errors(solution, spread), intervals("power_offset", runs, "grid_point")
             assert result is not None
             for name, truth in TRUTH.items():
                 value, error = solution.values[name], float(result.params[name].stderr)
@@ -119,7 +119,7 @@ class TestCoverage:
         noise, draws, inside, size, width = np.random.default_rng(2), 60, 0, 0.1, 0.0
         for _ in range(draws):
             fit = published(grid(noise, ranks=(1, 2, 4, 8), of_point=size))
-            low, high = fit.predict_interval(3, 100).new_run
+            low, high = percentiles(fit.new_run_draws(3, 100).loss_reduction)
             inside += low <= law_of(3, 100) + size * noise.normal() <= high
             width += (high - low) / draws
         assert 53 <= inside <= 60
@@ -132,7 +132,7 @@ class TestCoverage:
             fit = fit_law(saturating_runs(noise, 0.0, 0.02), form="ceiling", compare=False)
             scatter = 1 + 0.02 * noise.normal()
             for rank in inside:
-                low, high = fit.predict_interval(rank, 216).new_run
+                low, high = percentiles(fit.new_run_draws(rank, 216).loss_reduction)
                 power = 110.0 * rank**0.7 / 216**0.6 * scatter
                 inside[rank] += low - 1e-3 <= (power**-4 + 13.0**-4) ** -0.25 <= high + 1e-3
                 width[rank] += (high - low) / 40
@@ -148,7 +148,7 @@ class TestCoverage:
             fit = published(runs_with_texts(noise, effect))
             low, high = fit.parameters["beta"].interval or (math.nan, math.nan)
             of_the_law["beta"] += low <= TRUTH["beta"] <= high
-            low, high = fit.predict_interval(2, 216).confidence
+            low, high = percentiles(fit.predict_draws(2, 216))
             of_the_law["mean"] += low <= law_of(2, 216) <= high
             excess = 0.3 * noise.normal()
             left = HIGH_LOSS + (1 - effect) * excess - law_of(3, 100) - 0.05 * noise.normal()

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -158,7 +159,7 @@ class TestRecovery:
         noise = 0.05 * np.random.default_rng(1).normal(size=(5, len(data.measured)))
         draws = refit_many(form, data, data.measured + noise, to_theta(form, solution.values)[None], solution.free)
         for draw, moved in zip(draws, noise, strict=True):
-            again = solve(form, type(data)(data.points, data.measured + moved, data.root_weights, data.unsaturated))
+            again = solve(form, replace(data, measured=data.measured + moved))
             assert again is not None
             found = {key: float(value[0]) for key, value in to_natural(form, draw).items()}
             # Refits stop far below the spread of the draws.

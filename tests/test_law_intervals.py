@@ -21,7 +21,6 @@ from simulated_laws import (
 from pml.errors import InputError
 from pml.law import FORMS, FormName, Observation, fit_law, saturated
 from pml.law.intervals import (
-    groups_of,
     noise_of,
     t_quantile,
 )
@@ -37,7 +36,7 @@ class TestNoise:
         runs = [run(i + 1, 64, 1.0 + r, seed) for i, seeds in enumerate(by_point) for seed, r in enumerate(seeds)]
         runs += [Observation(9, 60 + n, 13.0, 0.01, 0, f"s{n}") for n in range(saturated_runs)]
         data = replace(data_of(runs, "rank"), root_weights=np.ones(len(runs)))
-        found = noise_of(data.measured - 1.0, data, groups_of(runs, "grid_point"), fitted)
+        found = noise_of(data.measured - 1.0, data, "grid_point", fitted)
         return found.of_a_run, found.of_the_fit, found.degrees_of_freedom
 
     def test_with_one_seed_it_is_the_standard_deviation_of_the_residuals(self) -> None:
@@ -118,11 +117,14 @@ class TestIntervals:
 
     def test_a_run_below_the_ceiling_has_its_own_noise_and_at_it_hardly_any(self) -> None:
         fit = fit_law(saturating_runs(np.random.default_rng(0)), form="ceiling", compare=False)
-        below, above = (fit.predict_interval(rank, 216) for rank in (1, 64))
+        ranks, lengths = np.array([1, 64]), 216
+        of_the_mean = np.ptp(np.percentile(fit.predict_draws(ranks, lengths), (2.5, 97.5), axis=0), axis=0)
+        of_a_run = np.percentile(fit.new_run_draws(ranks, lengths).loss_reduction[:, 0], (2.5, 97.5), axis=0)
         noise = 2 * t_quantile(fit.best.degrees_of_freedom) * fit.best.noise_nats
         # 500 draws know a percentile to some percent.
-        assert np.ptp(below.new_run) == pytest.approx(math.hypot(noise, np.ptp(below.confidence)), rel=0.1)
-        assert np.ptp(above.new_run) < 0.3 * noise
+        below, above = np.ptp(of_a_run, axis=0)
+        assert below == pytest.approx(math.hypot(noise, of_the_mean[0]), rel=0.1)
+        assert above < 0.3 * noise
 
     def test_a_sharpness_has_no_interval_beyond_its_range(self) -> None:
         fit = fit_law(saturating_runs(np.random.default_rng(0), spread=0.6), form="ceiling", compare=False)
@@ -352,8 +354,9 @@ class TestByParameters:
     def test_a_form_that_counts_parameters_predicts_no_ranks_of_mixed_sizes(self) -> None:
         # As much information as the frozen model's loss, so that it starts at a uniform guess.
         bits = HIGH_LOSS / math.log(2)
-        law = fit_law(replace(r, entropy_bits=bits * r.target_tokens) for r in self.runs((1000, 1100), (1, 2, 4)))
-        assert law.parameters_per_rank is None
-        assert float(law.predict(2, 100, form="power")) > 0
+        runs = [replace(r, entropy_bits=bits * r.target_tokens) for r in self.runs((1000, 1100), (1, 2, 4))]
+        by_rank, in_bits = (fit_law(runs, form=form, compare=False) for form in ("power", "stored_bits"))
+        assert by_rank.parameters_per_rank is in_bits.parameters_per_rank is None
+        assert float(by_rank.predict(2, 100)) > 0
         with pytest.raises(InputError, match="differ in parameters per rank, so a rank has no one size"):
-            law.predict(2, 100, form="stored_bits")
+            in_bits.predict(2, 100)

@@ -80,8 +80,7 @@ def run(args: jsonargparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} belongs to {kind}, and {args.what} is none; leave it out")
     plan = _of_pairs(args) if of_pairs else _of_law(args)
     if args.json:
-        content = plan.model_dump(mode="json") if of_pairs else plan.to_json()
-        say_json(content)
+        say_json(plan.model_dump(mode="json"))
     else:
         for line in plan.lines():
             say(line)

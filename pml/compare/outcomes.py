@@ -1,9 +1,8 @@
 """What runs are compared in: certain recall, recall as it is, and what either cost."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -71,7 +70,7 @@ def outcomes_of(folder: Path, record: Record) -> dict[str, float | None]:
         "final_loss": record.final_loss,
         "first_failure": record.first_failure,
         "steps_to_certain": None if steps is None else float(steps),
-        "harm": _harm(getattr(record, "harm", None)),
+        "harm": record.mean_harm,
     }
 
 
@@ -84,11 +83,3 @@ def _targets_certain(folder: Path, record: Record) -> float | None:
     except InputError:
         return None
     return 100 * float(np.mean(positions.sub_threshold == positions.length))
-
-
-def _harm(value: Any) -> float | None:
-    """Nats by which the loss on other text rose; the mean over texts where there are several."""
-    if isinstance(value, Mapping):
-        known = [float(v) for v in value.values() if isinstance(v, int | float)]
-        return float(np.mean(known)) if known else None
-    return float(value) if isinstance(value, int | float) else None

@@ -30,7 +30,7 @@ from pml.law.observations import (
     unconverged,
 )
 from pml.law.prediction import LAW_NAME, LawFit, read_law
-from pml.law.schema import FACTORS, Estimate, Factor, FormFit, HeldOut, Prediction, RunDraws, percentiles
+from pml.law.schema import FACTORS, Estimate, Factor, FormFit, HeldOut, RunDraws, percentiles
 from pml.law.texts import OTHER_KIND
 
 __all__ = [
@@ -50,7 +50,6 @@ __all__ = [
     "LawFit",
     "LeftOutRun",
     "Observation",
-    "Prediction",
     "Reason",
     "RunDraws",
     "fit_law",

@@ -15,7 +15,6 @@ from pml.law.intervals import (
     bootstrap,
     choose_groups,
     expansion,
-    groups_of,
     noise_of,
     profile_intervals,
     standard_errors,
@@ -77,15 +76,18 @@ def fit_law(
         raise InputError(missing[form or PUBLISHED] or "")
     if form is not None and not compare:
         possible = [form]
-    fits = [fit for name in possible if (fit := _fit_form(FORMS[name], kept, adapter_size)) is not None]
-    if not fits or (form is not None and form not in [fit.form for fit in fits]):
+    data = data_of(kept, adapter_size)
+    solutions = {
+        name: found for name in possible if (found := solve(FORMS[name], data.used_by(FORMS[name]))) is not None
+    }
+    if not solutions or (form is not None and form not in solutions):
         raise InputError(f"no C above 0 fits {form or 'any form'}; check what the runs trained on, or the --form")
-    fits, reason = rank_forms(fits, kept)
+    fits, reason = rank_forms([_form_fit(found, data, adapter_size) for found in solutions.values()], kept)
     if form is not None:
         fits, reason = sorted(fits, key=lambda fit: fit.form != form), "requested"
     elif len(fits) == 1 and missing[PUBLISHED] is not None:
         reason = f"the others are not determined: {missing[PUBLISHED]}"
-    fits = [_with_profiles(fit, kept, adapter_size) if fit.form in (fits[0].form, PUBLISHED) else fit for fit in fits]
+    fits = [_with_profiles(fit, solutions[fit.form]) if fit.form in (fits[0].form, PUBLISHED) else fit for fit in fits]
     per_rank = {(run.effective_parameters or 0) / run.rank for run in kept}
     law = LawFit(
         form=fits[0].form,
@@ -111,57 +113,48 @@ def _missing(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize,
     return shortfall(form, runs, adapter_size, context)
 
 
-def _fit_form(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize) -> FormFit | None:
-    """One form with everything that is reported about it; None where no C above 0 fits."""
-    everything = data_of(runs, adapter_size)
-    used = everything.unsaturated | form.saturating
-    data, used_runs = everything.at(used), [run for run, use in zip(runs, used, strict=True) if use]
-    solution = solve(form, data)
-    if solution is None:
-        return None
+def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -> FormFit:
+    """A solution with everything that is reported about it, but for the profile intervals."""
+    form, data, residual, fitted = solution.form, solution.data, solution.residual, len(solution.free)
     predicted = form.evaluate(solution.values, everything.points)
-    residual, fitted = data.measured - predicted[used], len(solution.free)
-    grouped_by = choose_groups(form, data, used_runs, solution)
-    groups = groups_of(used_runs, grouped_by)
-    noise = noise_of(residual, data, groups, fitted)
-    determined = not (form.offset == "fitted" and _is_logarithm(form, solution, data))
+    grouped_by = choose_groups(solution)
+    noise = noise_of(residual, data, grouped_by, fitted)
+    determined = not (form.offset == "fitted" and _is_logarithm(solution))
 
-    texts, reach = texts_of(runs), form.sensitivity(solution.values, data.points)
-    below = data.unsaturated
-    effect = texts.effect(residual[below], reach[below], texts.of_run[used][below])
-    beyond_text = residual - effect * reach * texts.excess[texts.of_run[used]]
+    texts, reach = texts_of(everything.runs), form.sensitivity(solution.values, data.points)
+    below, of_run = data.unsaturated, texts.of_run[everything.unsaturated | form.saturating]
+    effect = texts.effect(residual[below], reach[below], of_run[below])
+    beyond_text = residual - effect * reach * texts.excess[of_run]
     # Runs on the way to the ceiling scatter more; they count only if there are no others.
     at_ceiling = residual[there if (there := ~below & (reach < AT_CEILING)).any() else ~below]
-    result = standard_errors(form, data, solution, noise) if determined else None
-    draws = bootstrap(form, data, solution, groups) if determined else None
+    result = standard_errors(solution, noise) if determined else None
+    draws = bootstrap(solution, grouped_by) if determined else None
     return FormFit(
         form=form.name,
-        parameters=_estimates(form, solution, noise, result, draws),
+        parameters=_estimates(solution, noise, result, draws),
         at_bound=[name for name in form.fitted if name not in solution.free],
         correlation=None if result is None else _correlation(result.covar),
         determined=determined,
         converged=solution.converged,
-        observations_used=len(used_runs),
+        observations_used=len(data.runs),
         grouped_by=grouped_by,
         degrees_of_freedom=noise.degrees_of_freedom,
-        noise_nats=noise_of(beyond_text, data, groups, fitted).of_a_run,
+        noise_nats=noise_of(beyond_text, data, grouped_by, fitted).of_a_run,
         noise_at_ceiling_nats=math.sqrt(np.mean(at_ceiling**2)) if len(at_ceiling) else None,
         text_effect=effect,
-        r2=_r2(data.measured, predicted[used]),
+        r2=_r2(data.measured, solution.predicted),
         r2_all=_r2(everything.measured, np.minimum(predicted, everything.points.initial_loss)),
         mape_percent=100.0 * float(np.mean(np.abs(residual) / data.measured)),
         rmse_nats=math.sqrt(np.mean(residual**2)),
-        aicc=aicc(everything, predicted, fitted, runs),
-        held_out=held_out(form, runs, everything, adapter_size),
+        aicc=aicc(everything, predicted, fitted),
+        held_out=held_out(form, everything, adapter_size),
         predicted=predicted.tolist(),
     )
 
 
-def _estimates(
-    form: Form, solution: Solution, noise: Noise, result: Any | None, draws: Array | None
-) -> dict[str, Estimate]:
+def _estimates(solution: Solution, noise: Noise, result: Any | None, draws: Array | None) -> dict[str, Estimate]:
     """The parameters with lmfit's standard errors, and bootstrap intervals widened for few degrees of freedom."""
-    theta, estimates = to_theta(form, solution.values), {}
+    theta, estimates = to_theta(solution.form, solution.values), {}
     for i, (name, value) in enumerate(solution.values.items()):
         if name not in solution.free:
             estimates[name] = Estimate(value=value)
@@ -184,14 +177,10 @@ def _quotable(name: str, low: float, high: float) -> Interval | None:
     return None if name in POSITIVE and high > WIDEST * low else (low, high)
 
 
-def _with_profiles(fit: FormFit, runs: Sequence[Observation], adapter_size: AdapterSize) -> FormFit:
+def _with_profiles(fit: FormFit, solution: Solution) -> FormFit:
     """The fit with profile-likelihood intervals, which take longer than all the rest."""
-    form = FORMS[fit.form]
-    used = [run for run in runs if form.saturating or not saturated(run)]
-    data, solution = data_of(used, adapter_size), Solution(fit.values, fit.free)
-    residual = data.measured - form.evaluate(fit.values, data.points)
-    noise = noise_of(residual, data, groups_of(used, fit.grouped_by), len(fit.free))
-    profiles = profile_intervals(form, data, solution, noise) if fit.determined else {}
+    noise = noise_of(solution.residual, solution.data, fit.grouped_by, len(fit.free))
+    profiles = profile_intervals(solution, noise) if fit.determined else {}
     parameters = {
         name: estimate.model_copy(update={"profile": _quotable(name, *profiles[name])})
         if name in profiles
@@ -211,13 +200,14 @@ def _r2(measured: Array, predicted: Array) -> float:
     return 1.0 - float(np.sum((measured - predicted) ** 2)) / float(np.sum((measured - measured.mean()) ** 2))
 
 
-def _is_logarithm(form: Form, solution: Solution, data: Data) -> bool:
+def _is_logarithm(solution: Solution) -> bool:
     """Whether dL = a0 + a1 ln s - a2 ln l, the limit of the law as alpha, beta -> 0, describes the runs as well.
 
     Then C grows and b falls without limit, and the place where the search stopped means nothing.
     """
-    if form.saturating:
+    if solution.form.saturating:
         return all(abs(solution.values[name]) < SMALL_EXPONENT for name in ("alpha", "beta"))
+    data = solution.data
     columns = np.stack([np.ones_like(data.measured), np.log(data.points.size), np.log(data.points.target_tokens)], 1)
     weighted, measured = columns * data.root_weights[:, None], data.measured * data.root_weights
     residual = measured - weighted @ np.linalg.lstsq(weighted, measured, rcond=None)[0]

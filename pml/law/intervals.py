@@ -11,9 +11,9 @@ import numpy as np
 from scipy.stats import f as f_distribution
 from scipy.stats import norm, t
 
-from pml.law.forms import SHARPNESS_RANGE, Array, Form
+from pml.law.forms import SHARPNESS_RANGE, Array
 from pml.law.least_squares import Data, Solution, minimize, minimizer, refit_many, to_natural, to_theta
-from pml.law.observations import Observation, saturated
+from pml.law.observations import Observation, numbered, saturated
 
 __all__ = [
     "GroupedBy",
@@ -67,16 +67,17 @@ def texts_to_spare(runs: Sequence[Observation], fitted: int) -> int:
     return len({run.text_label for run in runs if not saturated(run)}) - fitted
 
 
-def between_group_squares(residual: Array, data: Data, groups: Sequence[Hashable]) -> tuple[float, int]:
+def between_group_squares(residual: Array, data: Data, grouped_by: GroupedBy) -> tuple[float, int]:
     """Sum of squares of the groups' mean residuals, weighted, and the number of groups; unsaturated runs only."""
-    weights = data.root_weights[data.unsaturated] ** 2
-    labels: dict[Hashable, int] = {}
-    of_run = [labels.setdefault(groups[i], len(labels)) for i in np.flatnonzero(data.unsaturated).tolist()]
+    weights, of_run = (
+        data.root_weights[data.unsaturated] ** 2,
+        numbered(groups_of(data.at(data.unsaturated).runs, grouped_by)),
+    )
     sums = np.bincount(of_run, weights * residual[data.unsaturated])
-    return float(np.sum(sums**2 / np.bincount(of_run, weights))), len(labels)
+    return float(np.sum(sums**2 / np.bincount(of_run, weights))), len(sums)
 
 
-def noise_of(residual: Array, data: Data, groups: Sequence[Hashable], fitted: int) -> Noise:
+def noise_of(residual: Array, data: Data, grouped_by: GroupedBy, fitted: int) -> Noise:
     """The noise of the unsaturated runs around a form; runs at the ceiling say nothing about it.
 
     Runs of one group share an error, so the parameters are known as well as there are groups, not runs: the noise of
@@ -86,10 +87,10 @@ def noise_of(residual: Array, data: Data, groups: Sequence[Hashable], fitted: in
     Args:
         residual: Measured minus predicted loss reduction of each run.
         data: The runs.
-        groups: The group of each.
+        grouped_by: Which runs share an error.
         fitted: Number of fitted parameters.
     """
-    of_means, number = between_group_squares(residual, data, groups)
+    of_means, number = between_group_squares(residual, data, grouped_by)
     runs = int(data.unsaturated.sum())
     squares = float(np.sum((residual * data.root_weights)[data.unsaturated] ** 2))
     if number <= fitted:
@@ -111,24 +112,23 @@ def expansion(degrees_of_freedom: int) -> float:
     return t_quantile(degrees_of_freedom) / float(norm.ppf(0.975))
 
 
-def standard_errors(form: Form, data: Data, solution: Solution, noise: Noise) -> lmfit.minimizer.MinimizerResult | None:
+def standard_errors(solution: Solution, noise: Noise) -> lmfit.minimizer.MinimizerResult | None:
     """lmfit's result with standard errors and correlations for this noise; None where it has no covariance."""
-    names = solution.free
-    whitened = form.gradient(solution.values, data.points, names) * data.root_weights[:, None]
+    data, whitened = solution.data, solution.whitened
     scale = np.linalg.norm(whitened, axis=0)
-    if len(whitened) < len(names) or not (np.isfinite(scale).all() and (scale > 0).all()):
+    if len(whitened) < len(solution.free) or not (np.isfinite(scale).all() and (scale > 0).all()):
         return None
     if np.linalg.cond(whitened / scale) > LARGEST_CONDITION:
         return None
     least = 1e-12 * float(np.abs(data.measured).max())
-    result = minimize(form, data, solution.parameters(form), max(noise.of_the_fit, least))
+    result = minimize(solution.form, data, solution.parameters, max(noise.of_the_fit, least))
     return result if result.errorbars else None
 
 
-def profile_intervals(form: Form, data: Data, solution: Solution, noise: Noise) -> dict[str, tuple[float, float]]:
+def profile_intervals(solution: Solution, noise: Noise) -> dict[str, tuple[float, float]]:
     """95 % profile-likelihood intervals from `lmfit.conf_interval`, where it finds both ends."""
-    exact = noise.of_the_fit <= 1e-9 * float(np.abs(data.measured).max())
-    result = None if exact or len(solution.free) < 2 else standard_errors(form, data, solution, noise)
+    exact = noise.of_the_fit <= 1e-9 * float(np.abs(solution.data.measured).max())
+    result = None if exact or len(solution.free) < 2 else standard_errors(solution, noise)
     if result is None:
         return {}
 
@@ -136,7 +136,7 @@ def profile_intervals(form: Form, data: Data, solution: Solution, noise: Noise) 
         rise = max(other.chisqr - best.chisqr, 0.0)
         return float(f_distribution.cdf(rise, 1, noise.degrees_of_freedom))
 
-    problem = minimizer(form, data, result.params, noise.of_the_fit, PROFILE_TOLERANCE)
+    problem = minimizer(solution.form, solution.data, result.params, noise.of_the_fit, PROFILE_TOLERANCE)
     problem.max_nfev = PROFILE_STEPS
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -150,25 +150,25 @@ def profile_intervals(form: Form, data: Data, solution: Solution, noise: Noise) 
     return {name: pair for name, pair in ends.items() if all(map(math.isfinite, pair))}
 
 
-def choose_groups(form: Form, data: Data, runs: Sequence[Observation], solution: Solution) -> GroupedBy:
+def choose_groups(solution: Solution) -> GroupedBy:
     """Whether errors are shared by grid point or by text: the grouping that leaves the law less certain.
 
     Texts can decide only where there are enough of them.
     """
-    if texts_to_spare(runs, len(solution.free)) < SPARE_TEXTS:
+    form, data, fitted = solution.form, solution.data, len(solution.free)
+    if texts_to_spare(data.runs, fitted) < SPARE_TEXTS:
         return "grid_point"
     below = data.points.at(data.unsaturated)
-    predicted = form.evaluate(solution.values, data.points)
-    doubt: dict[GroupedBy, float] = {}
-    for grouped_by in ("grid_point", "text"):
-        groups = groups_of(runs, grouped_by)
-        draws = bootstrap(form, data, solution, groups)
-        widened = expansion(noise_of(data.measured - predicted, data, groups, len(solution.free)).degrees_of_freedom)
-        doubt[grouped_by] = widened**2 * float(np.mean(np.var(form.evaluate(to_natural(form, draws), below), axis=0)))
-    return "text" if doubt["text"] > doubt["grid_point"] else "grid_point"
+
+    def doubt(grouped_by: GroupedBy) -> float:
+        draws = form.evaluate(to_natural(form, bootstrap(solution, grouped_by)), below)
+        widened = expansion(noise_of(solution.residual, data, grouped_by, fitted).degrees_of_freedom)
+        return widened**2 * float(np.mean(np.var(draws, axis=0)))
+
+    return "text" if doubt("text") > doubt("grid_point") else "grid_point"
 
 
-def bootstrap(form: Form, data: Data, solution: Solution, groups: Sequence[Hashable]) -> Array:
+def bootstrap(solution: Solution, grouped_by: GroupedBy) -> Array:
     """Parameters refitted to resampled noise, `(draws, parameters)`, as `to_theta` orders them.
 
     A wild cluster bootstrap with normal multipliers: every run stays in the grid, and the residuals of each group are
@@ -176,23 +176,20 @@ def bootstrap(form: Form, data: Data, solution: Solution, groups: Sequence[Hasha
     jackknife CR3 of Bell and McCaffrey). With no more groups than parameters the fit goes through their means, and each
     run is a group.
     """
-    predicted = form.evaluate(solution.values, data.points)
-    residual = (data.measured - predicted) * data.root_weights
-    whitened = form.gradient(solution.values, data.points, solution.free) * data.root_weights[:, None]
-    basis = np.linalg.qr(whitened)[0]
-    if len({groups[i] for i in np.flatnonzero(data.unsaturated).tolist()}) <= len(solution.free):
-        groups = range(len(groups))
-    labels: dict[Hashable, int] = {}
-    of_run = np.array([labels.setdefault(group, len(labels)) for group in groups])
-    corrected = residual.copy()
-    for i in range(len(labels)):
+    form, data = solution.form, solution.data
+    residual, basis = solution.residual * data.root_weights, np.linalg.qr(solution.whitened)[0]
+    of_run = numbered(groups_of(data.runs, grouped_by))
+    if len(np.unique(of_run[data.unsaturated])) <= len(solution.free):
+        of_run = np.arange(len(of_run))
+    corrected, number = residual.copy(), int(of_run.max()) + 1
+    for i in range(number):
         members = np.flatnonzero(of_run == i)
         eigenvalues, vectors = np.linalg.eigh(np.eye(len(members)) - basis[members] @ basis[members].T)
         # A run that alone determines a parameter has no residual to scale.
         scale = np.where(eigenvalues > LEAST_LEFT, 1.0 / np.maximum(eigenvalues, LEAST_LEFT), 0.0)
         corrected[members] = vectors @ (scale * (vectors.T @ residual[members]))
-    factors = np.random.default_rng(BOOTSTRAP_SEED).standard_normal((DRAWS, len(labels)))[:, of_run]
-    resampled = predicted + factors * corrected / data.root_weights
+    factors = np.random.default_rng(BOOTSTRAP_SEED).standard_normal((DRAWS, number))[:, of_run]
+    resampled = solution.predicted + factors * corrected / data.root_weights
     draws = refit_many(form, data, resampled, to_theta(form, solution.values)[None], solution.free)
     if form.saturating:
         draws[:, -1] = np.clip(draws[:, -1], *np.log(SHARPNESS_RANGE))

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import lmfit
 import numpy as np
@@ -45,12 +46,14 @@ class Data:
     """What a form is fitted to, one entry for each run.
 
     Attributes:
+        runs: The runs.
         points: Where the runs lie.
         measured: Loss reduction in nats per target token.
         root_weights: Square roots of the weights of the squared residuals.
         unsaturated: Runs that the adapter limits, not the text.
     """
 
+    runs: Sequence[Observation]
     points: Points
     measured: Array
     root_weights: Array
@@ -58,31 +61,58 @@ class Data:
 
     def at(self, chosen: npt.NDArray[np.bool_]) -> "Data":
         """Some of the runs."""
-        return Data(self.points.at(chosen), self.measured[chosen], self.root_weights[chosen], self.unsaturated[chosen])
+        runs = [run for run, keep in zip(self.runs, chosen, strict=True) if keep]
+        return Data(
+            runs, self.points.at(chosen), self.measured[chosen], self.root_weights[chosen], self.unsaturated[chosen]
+        )
+
+    def used_by(self, form: Form) -> "Data":
+        """The runs that a form is fitted to: all of them if it is saturating, the unsaturated ones otherwise."""
+        return self if form.saturating else self.at(self.unsaturated)
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The best fit of a form.
+    """A form fitted to data.
 
     Attributes:
+        form: The form.
+        data: What it was fitted to.
         values: The fitted parameters by name.
         free: Those that vary; the others are held at the end of their range.
         squares: Weighted sum of squared residuals, chi-squared in lmfit's words; NaN where it was not kept.
         converged: Whether lmfit reached a minimum.
     """
 
+    form: Form
+    data: Data
     values: dict[str, float]
     free: tuple[str, ...]
     squares: float = math.nan
     converged: bool = True
 
-    def parameters(self, form: Form) -> lmfit.Parameters:
+    @property
+    def parameters(self) -> lmfit.Parameters:
         """The same for lmfit."""
-        found = form.parameters(**self.values)
+        found = self.form.parameters(**self.values)
         for name in self.values:
             found[name].vary = name in self.free
         return found
+
+    @cached_property
+    def predicted(self) -> Array:
+        """Loss reduction of each run by the form, in nats per target token."""
+        return self.form.evaluate(self.values, self.data.points)
+
+    @property
+    def residual(self) -> Array:
+        """Measured minus predicted loss reduction of each run."""
+        return self.data.measured - self.predicted
+
+    @cached_property
+    def whitened(self) -> Array:
+        """Weighted derivatives of the prediction by the free parameters, `(runs, parameters)`."""
+        return self.form.gradient(self.values, self.data.points, self.free) * self.data.root_weights[:, None]
 
 
 def data_of(runs: Sequence[Observation], adapter_size: AdapterSize) -> Data:
@@ -93,6 +123,7 @@ def data_of(runs: Sequence[Observation], adapter_size: AdapterSize) -> Data:
     size = parameters if adapter_size == "effective_parameters" else np.array([float(run.rank) for run in runs])
     initial = np.array([run.initial_loss for run in runs])
     return Data(
+        runs,
         Points(size, tokens, parameters, initial, bits * math.log(2) / tokens),
         np.array([run.loss_reduction for run in runs]),
         np.sqrt(weights(runs)),
@@ -142,7 +173,7 @@ def _jacobian(parameters: lmfit.Parameters, form: Form, data: Data, noise: float
 def minimizer(
     form: Form, data: Data, parameters: lmfit.Parameters, noise: float = 1.0, tolerance: float = 1e-13
 ) -> lmfit.Minimizer:
-    """The problem for lmfit, solved or not. In units of the noise the covariance needs no scaling by the residuals."""
+    """The problem for lmfit, unsolved. In units of the noise the covariance needs no scaling by the residuals."""
     return lmfit.Minimizer(
         residuals,
         parameters,
@@ -158,12 +189,12 @@ def minimizer(
 
 
 def minimize(
-    form: Form, data: Data, parameters: lmfit.Parameters, noise: float = 1.0, tolerance: float = 1e-13
+    form: Form, data: Data, parameters: lmfit.Parameters, noise: float = 1.0
 ) -> lmfit.minimizer.MinimizerResult:
     """The least-squares solution near these initial values, by Levenberg-Marquardt."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return minimizer(form, data, parameters, noise, tolerance).leastsq()
+        return minimizer(form, data, parameters, noise).leastsq()
 
 
 def solve(form: Form, data: Data) -> Solution | None:
@@ -184,11 +215,11 @@ def solve(form: Form, data: Data) -> Solution | None:
     if form.saturating and not low < start["sharpness"] < high:
         start["sharpness"] = min(max(start["sharpness"], low), high)
         free = tuple(name for name in free if name != "sharpness")
-    best = minimize(form, data, Solution(start, free).parameters(form))
+    best = minimize(form, data, Solution(form, data, start, free).parameters)
     values = {name: float(best.params[name].value) for name in form.fitted}
     if not all(map(math.isfinite, values.values())) or values[form.fitted[0]] <= 0:
         return None
-    return Solution(values, free, float(best.chisqr), bool(best.success))
+    return Solution(form, data, values, free, float(best.chisqr), bool(best.success))
 
 
 def _starts(form: Form, data: Data) -> list[dict[str, float]]:

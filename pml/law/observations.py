@@ -1,11 +1,13 @@
 """What a law is fitted to: one observation for each run, which runs belong together, and which cannot be used."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import pydantic
 
 from pml.groups import select_records, shared_setting
@@ -17,6 +19,7 @@ __all__ = [
     "LeftOutRun",
     "Observation",
     "Reason",
+    "numbered",
     "observations_from_records",
     "saturated",
     "unconverged",
@@ -112,6 +115,12 @@ class LeftOutRun(pydantic.BaseModel):
     initial_loss: float | None
     final_loss: float | None
     reason: Reason
+
+
+def numbered(labels: Iterable[Hashable]) -> npt.NDArray[np.intp]:
+    """The number of each label, in the order in which they first appear."""
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.intp)
 
 
 def saturated(run: Observation) -> bool:

@@ -17,7 +17,7 @@ from scipy.stats import norm
 from pml.errors import InputError
 from pml.law.equation import Equation
 from pml.law.forms import FORMS, AdapterSize, Array, FormName, Points
-from pml.law.intervals import bootstrap, choose_groups, expansion, groups_of, noise_of
+from pml.law.intervals import bootstrap, choose_groups, expansion, noise_of
 from pml.law.least_squares import Solution, data_of, to_natural
 from pml.law.observations import LeftOutRun, Observation, saturated
 from pml.law.schema import (
@@ -26,10 +26,8 @@ from pml.law.schema import (
     Estimate,
     Factor,
     FormFit,
-    Prediction,
     RunDraws,
     factors_of,
-    percentiles,
 )
 from pml.law.texts import OTHER_KIND, Texts, texts_of
 from pml.recall_model import RecallModel
@@ -183,20 +181,12 @@ class LawFit(Content):
         means = [float(np.mean(known[length])) for length in lengths]
         return np.interp(np.log(np.asarray(target_tokens, dtype=np.float64)), np.log(lengths), means)
 
-    def predict(
-        self,
-        rank: npt.ArrayLike,
-        target_tokens: npt.ArrayLike,
-        form: FormName | None = None,
-        *,
-        initial_loss: float | None = None,
-    ) -> Array:
+    def predict(self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, *, initial_loss: float | None = None) -> Array:
         """Predicted loss reduction in nats per target token.
 
         Args:
             rank: LoRA ranks, any shape that broadcasts with `target_tokens`.
             target_tokens: Lengths in target tokens.
-            form: Of which form; None is the chosen one.
             initial_loss: The frozen model's loss on the text, if known.
 
         Returns:
@@ -214,17 +204,11 @@ class LawFit(Content):
             >>> round(float(fit_law(runs).predict(4, 400)), 6)
             2.0
         """
-        fit = self.fit_of(form)
-        points, shape = self._points(rank, target_tokens, fit.form, initial_loss)
-        return self._evaluate(fit, fit.values, points).reshape(shape)
+        points, shape = self._points(rank, target_tokens, initial_loss)
+        return self._evaluate(self.best.values, points).reshape(shape)
 
     def predict_draws(
-        self,
-        rank: npt.ArrayLike,
-        target_tokens: npt.ArrayLike,
-        form: FormName | None = None,
-        *,
-        initial_loss: float | None = None,
+        self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, *, initial_loss: float | None = None
     ) -> Array:
         """Loss reduction by each bootstrapped law, whose percentiles are intervals; arguments as in `predict`.
 
@@ -232,19 +216,16 @@ class LawFit(Content):
             `(laws, *broadcast shape)`, the same every time. Deviations from the law are widened by Student's t, since
             the noise is estimated from few runs.
         """
-        fit = self.fit_of(form)
-        points, shape = self._points(rank, target_tokens, fit.form, initial_loss)
-        theta, _ = self._laws(fit.form)
+        points, shape = self._points(rank, target_tokens, initial_loss)
+        laws = len(self._laws[0])
         if initial_loss is None:
-            points = replace(points, initial_loss=self._usual_loss_draws(points, len(theta))[:, None])
-        found = self._evaluate_draws(fit, len(theta), points)[:, 0]
-        return found.reshape(len(found), *shape)
+            points = replace(points, initial_loss=self._usual_loss_draws(points, laws))
+        return self._evaluate_draws(laws, points).reshape(laws, *shape)
 
     def new_run_draws(
         self,
         rank: npt.ArrayLike,
         target_tokens: npt.ArrayLike,
-        form: FormName | None = None,
         *,
         initial_loss: float | None = None,
         laws: int | None = None,
@@ -255,9 +236,9 @@ class LawFit(Content):
         Arguments as in `predict`, and the number of bootstrapped laws (None is all of them) and of runs by each law.
         Several runs are quantiles of the noise, the same for every law, so that few of them show rare outcomes.
         """
-        fit, kind = self.fit_of(form), FORMS[self.fit_of(form).form]
-        points, shape = self._points(rank, target_tokens, fit.form, initial_loss)
-        number, random = len(self._laws(fit.form)[0][:laws]), np.random.default_rng(RUN_SEED)
+        fit = self.best
+        points, shape = self._points(rank, target_tokens, initial_loss)
+        number, random = len(self._laws[0][:laws]), np.random.default_rng(RUN_SEED)
         # All points share noise and text, so that two sizes differ in nothing but size.
         if runs == 1:
             noise, text = random.normal(size=(2, number, 1, 1))
@@ -265,30 +246,18 @@ class LawFit(Content):
             quantiles = norm.ppf((np.arange(runs) + 0.5) / runs)
             noise, text = quantiles[:, None], random.permutation(quantiles)[:, None]
         if initial_loss is None:
-            usual = self._usual_loss_draws(points, number)[:, None]
-            initial = np.maximum(usual + self._texts.spread * self._texts.expansion * text, 0.0)
-            points = replace(points, initial_loss=initial)
-        reach = kind.sensitivity(fit.values, points)
+            of_text = self._texts.spread * self._texts.expansion * text
+            points = replace(points, initial_loss=np.maximum(self._usual_loss_draws(points, number) + of_text, 0.0))
+        reach = FORMS[self.form].sensitivity(fit.values, points)
         # Saturated runs are many, so the noise at the ceiling needs no widening.
         at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
         scale = np.hypot(reach * expansion(fit.degrees_of_freedom) * fit.noise_nats, (1.0 - reach) * at_ceiling)
-        reduction = self._evaluate_draws(fit, number, points) + noise * scale
-        initial = np.broadcast_to(points.initial_loss, reduction.shape)
-        whole = (number, runs, *shape)
-        reduction = np.broadcast_to(np.minimum(reduction, initial), (number, runs, reduction.shape[-1]))
-        return RunDraws(np.broadcast_to(initial, reduction.shape).reshape(whole), reduction.reshape(whole))
-
-    def predict_interval(
-        self, rank: int, target_tokens: int, form: FormName | None = None, *, initial_loss: float | None = None
-    ) -> Prediction:
-        """What the law predicts for one rank and length, with 95 % intervals; arguments as in `predict`."""
-        of_the_mean = self.predict_draws(rank, target_tokens, form, initial_loss=initial_loss)
-        of_a_run = self.new_run_draws(rank, target_tokens, form, initial_loss=initial_loss).loss_reduction
-        return Prediction(
-            loss_reduction=float(self.predict(rank, target_tokens, form, initial_loss=initial_loss)),
-            confidence=percentiles(of_the_mean),
-            new_run=percentiles(of_a_run),
+        reduction = np.minimum(self._evaluate_draws(number, points) + noise * scale, points.initial_loss)
+        initial, reduction = (
+            np.broadcast_to(values, (number, runs, points.size.size)).reshape(number, runs, *shape)
+            for values in (points.initial_loss, reduction)
         )
+        return RunDraws(initial, reduction)
 
     def to_json(self) -> dict[str, Any]:
         """The content of `law.json`: numbers, strings, lists and dictionaries only."""
@@ -318,60 +287,54 @@ class LawFit(Content):
         return texts_of(self.observations)
 
     @cached_property
-    def _cache(self) -> dict[FormName, tuple[Array, float]]:
-        return {}
-
-    def _laws(self, name: FormName) -> tuple[Array, float]:
+    def _laws(self) -> tuple[Array, float]:
         """Parameters of bootstrapped laws, `(laws, parameters)`, and by how much their deviations are to be widened.
 
-        They are refitted to the stored observations when first needed. The effect of texts is removed first, since
-        predictions add it for the text in question.
+        They are refitted to the stored observations. The effect of texts is removed first, since predictions add it
+        for the text in question.
         """
-        if name not in self._cache:
-            form, fit = FORMS[name], self.fit_of(name)
-            chosen = np.array([form.saturating or not saturated(run) for run in self.observations])
-            runs = [run for run, keep in zip(self.observations, chosen, strict=True) if keep]
-            data, solution = data_of(runs, self.adapter_size), Solution(fit.values, fit.free)
-            excess = self._texts.excess[self._texts.of_run][chosen]
-            effect = fit.text_effect * form.sensitivity(fit.values, data.points) * excess
-            data = replace(data, measured=data.measured - effect)
-            groups = groups_of(runs, choose_groups(form, data, runs, solution))
-            residual = data.measured - form.evaluate(fit.values, data.points)
-            degrees = noise_of(residual, data, groups, len(fit.free)).degrees_of_freedom
-            self._cache[name] = bootstrap(form, data, solution, groups), expansion(degrees)
-        return self._cache[name]
+        form, fit = FORMS[self.form], self.best
+        data = data_of(self.observations, self.adapter_size)
+        excess = self._texts.excess[self._texts.of_run]
+        effect = fit.text_effect * form.sensitivity(fit.values, data.points) * excess
+        data = replace(data, measured=data.measured - effect).used_by(form)
+        solution = Solution(form, data, fit.values, fit.free)
+        grouped_by = choose_groups(solution)
+        degrees = noise_of(solution.residual, data, grouped_by, len(fit.free)).degrees_of_freedom
+        return bootstrap(solution, grouped_by), expansion(degrees)
 
-    def _evaluate(self, fit: FormFit, values: Mapping[str, Any], points: Points) -> Array:
+    def _evaluate(self, values: Mapping[str, Any], points: Points) -> Array:
         """Loss reduction at these points, with the effect of the texts."""
-        form = FORMS[fit.form]
+        form, text_effect = FORMS[self.form], self.best.text_effect
         found = form.evaluate(values, points)
-        if fit.text_effect == 0.0:
+        if text_effect == 0.0:
             return found
         usual = self._texts.usual_loss(points.target_tokens)
         excess = np.clip(points.initial_loss - usual, -OTHER_KIND * usual, OTHER_KIND * usual)
-        return np.asarray(found + fit.text_effect * form.sensitivity(values, points) * excess)
+        return np.asarray(found + text_effect * form.sensitivity(values, points) * excess)
 
-    def _evaluate_draws(self, fit: FormFit, laws: int, points: Points) -> Array:
+    def _evaluate_draws(self, laws: int, points: Points) -> Array:
         """The same by so many bootstrapped laws, `(laws, runs, n)`, with widened deviations."""
-        theta, widening = self._laws(fit.form)
-        value = self._evaluate(fit, fit.values, points)
-        of_laws = self._evaluate(fit, to_natural(FORMS[fit.form], theta[:laws, None]), points)
+        theta, widening = self._laws
+        value = self._evaluate(self.best.values, points)
+        of_laws = self._evaluate(to_natural(FORMS[self.form], theta[:laws, None]), points)
         return np.asarray(value + widening * (of_laws - value))
 
     def _usual_loss_draws(self, points: Points, laws: int) -> Array:
-        """The usual loss with its uncertainty, `(laws, n)`."""
-        normal = np.random.default_rng(LINE_SEED).normal(size=(laws, 1))
+        """The usual loss with its uncertainty, `(laws, 1, n)`."""
+        normal = np.random.default_rng(LINE_SEED).normal(size=(laws, 1, 1))
         error = self._texts.standard_error(points.target_tokens)
         return np.maximum(points.initial_loss + self._texts.expansion * error * normal, 0.0)
 
     def _points(
-        self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, form: FormName, initial_loss: float | None
+        self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, initial_loss: float | None
     ) -> tuple[Points, tuple[int, ...]]:
+        """Where to evaluate, flattened, and the broadcast shape."""
         ranks, lengths = np.asarray(rank, dtype=np.float64), np.asarray(target_tokens, dtype=np.float64)
         for name, values in (("rank", ranks), ("target_tokens", lengths)):
             if not (values > 0).all():
                 raise InputError(f"{name}: expected values above 0, got {values.min():g}; give a positive number")
-        if self.parameters_per_rank is None and (self.adapter_size != "rank" or FORMS[form].proportional):
+        if self.parameters_per_rank is None and (self.adapter_size != "rank" or FORMS[self.form].proportional):
             raise InputError(
                 "rank: the runs of this law differ in parameters per rank, so a rank has no one size; "
                 "fit the runs of one placement"

@@ -1,6 +1,5 @@
 """The parts of a fitted law: parameters, held-out errors, one fitted form, and what it predicts."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -20,7 +19,6 @@ __all__ = [
     "FormFit",
     "HeldOut",
     "Interval",
-    "Prediction",
     "RunDraws",
     "factors_of",
     "percentiles",
@@ -159,7 +157,8 @@ class FormFit(Content):
     @property
     def held_out_percent(self) -> float | None:
         """Mean error in percent over all held-out runs; None if nothing could be predicted."""
-        return _mean_error(self.held_out)
+        known = [(held.runs, held.mape_percent) for held in self.held_out if held.mape_percent is not None]
+        return sum(runs * error for runs, error in known) / sum(runs for runs, _ in known) if known else None
 
     def equation(self, errors: bool = False, adapter_size: AdapterSize = "rank") -> Equation:
         """The form as text, such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`, or `dL = min_2.1(135 r^0.75 l^-0.60, L0)`.
@@ -172,20 +171,6 @@ class FormFit(Content):
         """
         values = {name: (estimate.value, estimate.stderr) for name, estimate in self.parameters.items()}
         return equation_of(self.form, values, adapter_size, errors)
-
-
-class Prediction(Content):
-    """Loss reduction of a run, in nats per target token.
-
-    Attributes:
-        loss_reduction: The law's value.
-        confidence: 95 % interval of that value, the mean of many runs.
-        new_run: 95 % interval of a single new run, which adds its own noise and text.
-    """
-
-    loss_reduction: float
-    confidence: tuple[float, float]
-    new_run: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -209,11 +194,6 @@ class RunDraws:
 def factors_of(adapter_size: AdapterSize) -> tuple[Factor, Factor]:
     """What runs differ in, for a law that counts this as the adapter's size."""
     return adapter_size, "target_tokens"
-
-
-def _mean_error(held: Iterable[HeldOut]) -> float | None:
-    known = [(part.runs, part.mape_percent) for part in held if part.mape_percent is not None]
-    return sum(runs * error for runs, error in known) / sum(runs for runs, _ in known) if known else None
 
 
 def percentiles(draws: Array) -> tuple[float, float]:

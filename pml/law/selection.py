@@ -27,13 +27,13 @@ CLOSE_FACTOR = 1.5
 FEWEST_HELD_OUT = 4
 
 
-def aicc(data: Data, predicted: Array, fitted: int, runs: Sequence[Observation]) -> float | None:
+def aicc(data: Data, predicted: Array, fitted: int) -> float | None:
     """AICc of normal noise of unknown variance over the means of the unsaturated grid points.
 
     These are the same for every form. Saturated runs lie at the ceiling whatever the parameters, so their small
     residuals are no evidence of small noise. Seeds of one grid point share the form's error there and count once.
     """
-    squares, number = between_group_squares(data.measured - predicted, data, [run.grid_point for run in runs])
+    squares, number = between_group_squares(data.measured - predicted, data, "grid_point")
     parameters = fitted + 1
     if number - parameters - 1 < 1:
         return None
@@ -41,25 +41,21 @@ def aicc(data: Data, predicted: Array, fitted: int, runs: Sequence[Observation])
     return number * math.log(variance) + 2 * parameters + 2 * parameters * (parameters + 1) / (number - parameters - 1)
 
 
-def held_out(form: Form, runs: Sequence[Observation], data: Data, adapter_size: AdapterSize) -> list[HeldOut]:
+def held_out(form: Form, data: Data, adapter_size: AdapterSize) -> list[HeldOut]:
     """Mean error in percent at the largest size and at the largest length, each predicted from the smaller ones."""
     found = []
     for factor in factors_of(adapter_size):
-        levels = np.array([getattr(run, factor) for run in runs])
+        levels = np.array([getattr(run, factor) for run in data.runs])
         known = np.unique(levels[data.unsaturated])
         if len(known) < 3:
             continue
         # There may be saturated runs beyond the largest; a prediction must not know them either.
-        held = (levels >= known[-1]) & data.unsaturated
-        kept = (levels < known[-1]) & (data.unsaturated | form.saturating)
-        error = None
-        if shortfall(form, [run for run, keep in zip(runs, kept, strict=True) if keep], adapter_size) is None:
-            solution = solve(form, data.at(kept))
-            if solution is not None:
-                predicted = form.evaluate(solution.values, data.points.at(held))
-                error = 100.0 * float(np.mean(np.abs(predicted / data.measured[held] - 1.0)))
-        error = error if error is not None and math.isfinite(error) else None
-        found.append(HeldOut(factor=factor, value=int(known[-1]), runs=int(held.sum()), mape_percent=error))
+        held, kept = data.at((levels >= known[-1]) & data.unsaturated), data.at(levels < known[-1]).used_by(form)
+        error = math.nan
+        if shortfall(form, kept.runs, adapter_size) is None and (solution := solve(form, kept)) is not None:
+            error = 100.0 * float(np.mean(np.abs(form.evaluate(solution.values, held.points) / held.measured - 1.0)))
+        mape = error if math.isfinite(error) else None
+        found.append(HeldOut(factor=factor, value=int(known[-1]), runs=len(held.runs), mape_percent=mape))
     return found
 
 

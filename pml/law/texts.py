@@ -5,7 +5,7 @@ the line is the text's excess.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pml.law.forms import Array
 from pml.law.intervals import expansion, t_quantile
-from pml.law.observations import Observation
+from pml.law.observations import Observation, numbered
 
 __all__ = ["FEWEST_TEXTS", "OTHER_KIND", "Texts", "texts_of"]
 
@@ -107,8 +107,7 @@ class Texts:
 
 def texts_of(runs: Sequence[Observation]) -> Texts:
     """The texts of runs."""
-    labels: dict[Hashable, int] = {}
-    of_run = np.array([labels.setdefault(run.text_label, len(labels)) for run in runs], dtype=np.intp)
+    of_run = numbered(run.text_label for run in runs)
     counts = np.bincount(of_run)
     losses = np.bincount(of_run, [run.initial_loss for run in runs]) / counts
     logs = np.bincount(of_run, [math.log(run.target_tokens) for run in runs]) / counts
