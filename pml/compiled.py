@@ -96,7 +96,7 @@ def reason_not_to_compile(mode: CompileMode, fit: FitSize, device: torch.device)
 
 def batches_to_earn_back(fit: FitSize, device: torch.device) -> int:
     """Batches after which compiling has paid."""
-    return math.ceil(CPU_WORK / fit.work) if device.type == "cpu" else ACCELERATOR_BATCHES
+    return math.ceil(CPU_WORK / max(fit.work, 1.0)) if device.type == "cpu" else ACCELERATOR_BATCHES
 
 
 def batches_to_wait(fit: FitSize, device: torch.device) -> int:

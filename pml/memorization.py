@@ -145,8 +145,8 @@ class Memorization(LightningModule):
     @classmethod
     def _known_arguments(cls) -> set[str]:
         """Arguments of what is here; a subclass elsewhere may have more."""
-        ours = [c.__init__ for c in cls.__mro__ if c.__module__.startswith("pml.")]
-        return {name for method in ours for name in inspect.signature(method).parameters}
+        ours = [c for c in cls.__mro__ if c.__module__.startswith("pml.")]
+        return {name for c in ours for name in inspect.signature(c).parameters}
 
     def _keep_plain_hyperparameters(self) -> None:
         """Hyperparameters go into checkpoints, which are read with weights_only: no classes in them."""

@@ -1,15 +1,18 @@
 """The benchmark measures what it says, on a tiny backbone; how fast anything is, is never tested."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
 from pml.bench.steps import Case, _Stepper, step_flops
 from pml.cli import main
+from pml.commands.bench import _fits_table
 from pml.corpus import Corpus, Example
 
 
@@ -33,26 +36,8 @@ def test_bench_measures_every_way_on_every_case(
 ) -> None:
     out = tmp_path / "bench.json"
     arguments = ["--backbone", str(tiny_backbone_folder), "--targets", "8", "--pairs", "2", "--dtypes", "float32"]
-    assert (
-        main(
-            [
-                "bench",
-                *arguments,
-                "--repeats",
-                "2",
-                "--steps",
-                "1",
-                "--recall",
-                "0",
-                "--fit_steps",
-                "5",
-                "--out",
-                str(out),
-                "--json",
-            ]
-        )
-        == 0
-    )
+    arguments += ["--repeats", "2", "--steps", "1", "--recall", "0", "--fit_steps", "5"]
+    assert main(["bench", *arguments, "--out", str(out), "--json"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert content == json.loads(out.read_text())
     cases = [(m["case"]["corpus"], m["case"]["size"], m["way"], m["cut"]) for m in content["steps"]]
@@ -83,6 +68,13 @@ def test_ways_of_stepping_take_the_same_loss_and_gradient(tiny_backbone_folder: 
     # All have taken the same two warm-up steps, which AdamW makes larger than the rounding of their gradients.
     torch.testing.assert_close(ends["ordinary"], ends["split"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ends["whole"], ends["split"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_table_of_fits_says_what_the_trainer_adds_and_the_share_of_watching() -> None:
+    case = Case("phonebook", 3, "float32", "tiny", matmul_precision="medium")
+    console = Console(width=80, file=io.StringIO())
+    console.print(_fits_table([FitCost(case, 0.1, 0.125, 0.13, 0.021, steps=50)]))
+    assert "medium  3 pairs 0.1000  0.1250    25.0%  0.1300             2.1%" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

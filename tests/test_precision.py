@@ -1,4 +1,4 @@
-"""Precision of the Trainer, dtype of the frozen weights: what is refused, and what has to be float32 all the same."""
+"""Precision of the Trainer and dtype of the frozen weights: what is refused, and what is float32 all the same."""
 
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,10 @@ def test_in_full_precision_every_dtype_is_cut_trained_in_float32_and_recorded(
 
 
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "64-true"])
-def test_other_precisions_are_refused_before_anything_is_loaded(precision: Any, tmp_path: Path) -> None:
-    module = module_on(tmp_path / "no backbone")
+def test_other_precisions_are_refused_before_a_step_is_taken(
+    precision: Any, tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    module = module_on(tiny_backbone_folder)
     with pytest.raises(InputError, match=f"trainer.precision is {precision}; .* is --model.dtype, such as"):
         make_trainer(tmp_path, precision=precision).fit(module, datamodule=Ids(uneven(3)))
 

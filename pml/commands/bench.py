@@ -40,9 +40,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repeats", type=int, default=3, help="turns that each way gets on each case")
     parser.add_argument("--steps", type=int, default=5, help="counted optimiser steps in a turn")
-    parser.add_argument(
-        "--fit_steps", type=int, default=100, help="steps of fits through the Trainer; 0 leaves them out"
-    )
+    parser.add_argument("--fit_steps", type=int, default=100, help="steps of each fit through the Trainer; 0 for none")
     parser.add_argument("--recall", type=int, default=64, help="target tokens of the recall fits; 0 leaves them out")
     parser.add_argument("--out", type=Path | None, help="file for everything measured, as JSON")
     parser.add_argument("--json", action="store_true", help="print everything measured as JSON, and nothing else")

@@ -81,7 +81,7 @@ class Waits(TorchDispatchMode):
             return func(*args, **kwargs)
         if name == "_local_scalar_dense":
             self.waits[f"item at {_asked_by()}"] += 1
-            return (args[0].dtype.is_floating_point and 1.0) or 1
+            return {True: 1.0}.get(args[0].is_floating_point(), 0 if args[0].dtype == torch.bool else 1)
         if name in ("_to_copy", "copy_") and _to_host(args, kwargs):
             self.waits[f"copy to the host at {_asked_by()}"] += 1
             return args[0] if name == "copy_" else torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)

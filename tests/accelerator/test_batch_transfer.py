@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
 
 from pml.corpus import Example, collate
 from pml.frozen_layers import ContentKeys
 from pml.modules import Memorization
 from tests.fits import module_on
-from tests.tiny_runs import make_trainer
 
 
 def calls_of_a_transfer(module: Memorization, tokens: int) -> tuple[int, dict[str, Any]]:
@@ -24,15 +24,14 @@ def calls_of_a_transfer(module: Memorization, tokens: int) -> tuple[int, dict[st
 
     sys.setprofile(count)
     try:
-        moved = module._apply_batch_transfer_handler(batch, torch.device("cpu"), 0)
+        moved = move_data_to_device(module.on_before_batch_transfer(batch, 0), torch.device("cpu"))
     finally:
         sys.setprofile(None)
     return calls, moved
 
 
-def test_it_takes_as_many_calls_for_many_tokens_as_for_few(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_it_takes_as_many_calls_for_many_tokens_as_for_few(tiny_backbone_folder: Path) -> None:
     module = module_on(tiny_backbone_folder)
-    module.trainer = make_trainer(tmp_path)
     calls_of_a_transfer(module, 8)  # What is imported or remembered at the first call.
     few, _ = calls_of_a_transfer(module, 8)
     many, moved = calls_of_a_transfer(module, 800)

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 
 import pml.convergence
 import pml.metrics
-from callbacks import RunRecord, StopWhenRecalled, TokenThresholds
+from callbacks import StopWhenRecalled, TokenThresholds
 from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
+from pml.convergence import LossHistory
 from pml.devices import widest_float
 from pml.modules import SFT, MemFT, Memorization
 from pml.weighting import ExpectedRecall, FallingThreshold, OnlyThreshold, SlidingWindow, WholeTargets
@@ -67,7 +68,8 @@ def test_a_step_takes_as_many_operations_for_many_tokens_as_for_few(
 ) -> None:
     operations = []
     for tokens in (8, 600):
-        data = Ids([(range(4), range(tokens // 4)), (range(3), range(tokens // 2))], batch_size=2)
+        target = [i % 250 for i in range(tokens)]
+        data = Ids([(target[:4], target), (target[:3], target[:5])], batch_size=2)
         seen = fit(module_on(make_tiny_backbone("llama")), data, tmp_path)
         operations.append(seen.operations)
     assert operations[0] == operations[1]
@@ -93,9 +95,10 @@ def operations_of_a_block(model: Any) -> int:
     position = torch.arange(11, device="meta")[None]
     angles = model.model.rotary_emb.to("meta")(states, position)
     counts = Waits()
+    gradient = torch.empty_like(states)
     with counts:
         out = block(states, attention_mask=None, position_ids=position, position_embeddings=angles, use_cache=False)
-        torch.autograd.grad(out, states, torch.empty_like(out))
+        torch.autograd.grad(out, states, gradient)
     return counts.operations.total()
 
 
@@ -105,7 +108,10 @@ def test_a_device_without_float64_is_not_asked_for_it(
     assert widest_float(torch.device("mps")) == torch.float32
     for module in (pml.metrics, pml.convergence):
         monkeypatch.setattr(module, "widest_float", lambda device: torch.float32)
-    callbacks = [TokenThresholds(looks=2), StopWhenRecalled(), RunRecord(tmp_path / "run")]
+    callbacks = [TokenThresholds(looks=2), StopWhenRecalled()]
     seen = fit(module_on(tiny_backbone), Ids(uneven(4), batch_size=4), tmp_path, callbacks=callbacks)
     assert torch.float64 not in seen.dtypes
     assert torch.float32 in seen.dtypes
+    history = LossHistory()
+    history.add(torch.ones(()), torch.ones((), dtype=torch.long))
+    assert history.sums().dtype == torch.float32
