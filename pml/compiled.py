@@ -84,6 +84,8 @@ def reason_not_to_compile(mode: CompileMode, fit: FitSize, device: torch.device)
         return "Triton is not installed"
     if mode == "always":
         return None
+    if not fit.work:
+        return "no block lies above the adapter"
     if fit.seconds < LEAST_SECONDS:
         return f"a limit of {fit.seconds:.0f} s is too short to earn it back"
     enough = batches_to_wait(fit, device) + batches_to_earn_back(fit, device)
@@ -96,7 +98,7 @@ def reason_not_to_compile(mode: CompileMode, fit: FitSize, device: torch.device)
 
 def batches_to_earn_back(fit: FitSize, device: torch.device) -> int:
     """Batches after which compiling has paid."""
-    return math.ceil(CPU_WORK / max(fit.work, 1.0)) if device.type == "cpu" else ACCELERATOR_BATCHES
+    return math.ceil(CPU_WORK / fit.work) if device.type == "cpu" else ACCELERATOR_BATCHES
 
 
 def batches_to_wait(fit: FitSize, device: torch.device) -> int:

@@ -48,6 +48,7 @@ def test_long_fits_on_one_shape_are_compiled_by_themselves_from_the_start() -> N
         ("auto", {"batches": 200}, "200 batches are too few to earn it back, 1000 would do"),
         # The same number of batches, a millionth of the work: 84 s of compiling for a fit of 2 s.
         ("auto", {"work": 3e4}, "1000 batches are too few to earn it back, 1000000000 would do"),
+        ("auto", {"work": 0.0}, "no block lies above the adapter"),
         ("auto", {"seconds": 60.0}, "a limit of 60 s is too short to earn it back"),
         ("auto", {"may_end_early": True}, "1000 batches are too few to earn it back, 2000 would do"),
         ("auto", {"lengths": [9, 8]}, "the examples are of different lengths, and each shape is compiled anew"),

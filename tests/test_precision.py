@@ -30,7 +30,7 @@ def test_in_full_precision_every_dtype_is_cut_trained_in_float32_and_recorded(
     assert (record.record.dtype, record.record.training["precision"]) == (dtype, "32-true")
 
 
-@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_other_precisions_are_refused_before_a_step_is_taken(
     precision: Any, tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:

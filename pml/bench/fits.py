@@ -16,6 +16,7 @@ from pml.adapter import adapter_parameters
 from pml.bench.steps import Case
 from pml.frozen_layers import content_keys
 from pml.modules import Memorization
+from pml.optimizer import make_adamw
 from pml.products import float32_products
 from pml.weighting import weighted_mean
 
@@ -56,7 +57,9 @@ def measure_fit(case: Case, steps: int = 100) -> FitCost:
     from pml.backbone import shared_backbones
 
     with shared_backbones(), tempfile.TemporaryDirectory() as folder:
-        _fit(case, [], folder, 3)  # What is measured or made once per process is done now.
+        # What is measured or made once per process is done now.
+        _, module, _ = _fit(case, [], folder, 3)
+        module.release()
         plain, module, batch = _fit(case, [], folder, steps)
         bare = statistics.median(_bare_steps(module, batch, min(steps, 20)))
         module.release()
@@ -140,7 +143,7 @@ def _bare_steps(module: Memorization, batch: dict[str, Any], count: int) -> list
     keys = content_keys(batch["input_ids"], batch["lengths"])
     batch = {**{name: values.to(device) for name, values in batch.items()}, "keys": keys}
     parameters = list(adapter_parameters(module.model).values())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    optimizer = make_adamw(parameters, 1e-3, (0.9, 0.999), 0.0)
     seconds = []
     for _ in range(count + 1):
         started = time.perf_counter()
