@@ -120,7 +120,7 @@ def _run_lightning(arguments: Sequence[str]) -> int:
     if sys.stderr.isatty():
         # What follows takes seconds before it has anything to say.
         print(f"pml {arguments[0]}: loading", file=sys.stderr, flush=True)
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from pml.lightning_cli import MemorizationCLI, prepare
 
