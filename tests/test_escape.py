@@ -32,7 +32,7 @@ def test_what_is_said_is_visible_and_json_stays_the_same_json(capsys: pytest.Cap
 
 
 def test_a_console_shows_text_as_it_is_and_keeps_its_own_colours(capsys: pytest.CaptureFixture[str]) -> None:
-    console = make_console(force_terminal=True, color_system="standard", width=200)
+    console = make_console(force_terminal=True, color_system="standard", width=200, height=25)
     table = Table(title=f"title {EVIL}", caption=EVIL)
     table.add_column(f"name {EVIL}")
     table.add_row(f"[bold]cell[/bold] [/nothing] :warning: {EVIL}")

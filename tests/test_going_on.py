@@ -69,6 +69,7 @@ RUN = "runs/fit/version_0"
 def test_a_stopped_fit_says_how_to_go_on_and_goes_on_as_if_it_had_not_stopped(
     signum: int, name: str, code: int, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    arguments = [*arguments, "--trainer.callbacks+=callbacks.TokenThresholds"]
     assert main([*arguments, *stop_at(signum=signum)]) == code
     last = capsys.readouterr().err.splitlines()[-1]
     said, _, command = last.partition("; go on with: ")

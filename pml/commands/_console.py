@@ -30,5 +30,5 @@ def make_console(**options: Any) -> Console:
     Text is shown as it is: nothing in it is taken for markup, an emoji's name, or a command to the terminal.
     """
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
-    plain: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False}
-    return _SafeConsole(width=None if known else WIDTH_ELSEWHERE, **{**plain, **options})
+    plain = {"markup": False, "emoji": False, "highlight": False, "width": None if known else WIDTH_ELSEWHERE}
+    return _SafeConsole(**{**plain, **options})

@@ -91,7 +91,7 @@ def on_rank(rank: int, world_size: int, tokenizer: PreTrainedTokenizerBase, **op
     module = SimpleNamespace(tokenizer=tokenizer, vocab_size=8, max_positions=None)
     data = Numbered(**options)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        world_size=world_size, global_rank=rank, current_epoch=0, lightning_module=module
+        world_size=world_size, global_rank=rank, current_epoch=0, accumulate_grad_batches=1, lightning_module=module
     )
     data.setup("fit")
     return data
