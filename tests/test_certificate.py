@@ -2,13 +2,16 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 
 from callbacks import StopWhenRecalled
+from pml.adapter import AdapterConfig, evaluating
 from pml.certificate import (
     allow_for_rounding,
     certify,
@@ -20,6 +23,7 @@ from pml.certificate import (
 )
 from pml.cli import main
 from pml.corpus import Example
+from pml.modules import SFT, MemFT, Memorization
 from tests.fits import module_on, save_sharpened
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -199,3 +203,56 @@ def test_wrong_input_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pml certify: error: ")
     assert message in line
+
+
+ADAPTERS = [
+    (SFT, "mlp_block", 16, "float32"),
+    (MemFT, ["down_proj"], 8, "float32"),
+    (MemFT, "mlp_block", 16, "bfloat16"),
+    (SFT, ["q_proj", "v_proj", "down_proj"], 8, "bfloat16"),
+]
+
+
+class Look(Callback):
+    """Holds certificates against generation at every tenth epoch, half-trained states included."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+        self.seen: Counter[tuple[str, bool]] = Counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch % 10 == 9:
+            with evaluating(pl_module):
+                self.look(pl_module.model)
+
+    def look(self, model: Any) -> None:
+        certificates = certify(model, self.examples)
+        rounding = measure_rounding(model, self.examples, [known.margins for known in certificates]).logits
+        certificates = allow_for_rounding(certificates, rounding)
+        for batch_size in (1, 3):
+            answers = greedy_answers(model, self.examples, batch_size=batch_size)
+            for known, answer in zip(certificates, answers, strict=True):
+                exact = answer == known.example.target_ids
+                self.seen[known.verdict, exact] += 1
+                if known.verdict == "certain":
+                    assert exact
+                # All margins up to the one that decides have to be beyond rounding for anything to be said.
+                elif float(known.margins[: known.position + 1].abs().min()) > rounding:
+                    # Which of two wrong tokens wins may again be a matter of rounding.
+                    pairs = enumerate(zip(answer, known.example.target_ids, strict=True))
+                    wrong = next((t for t, (given, target) in pairs if given != target), None)
+                    assert wrong == (known.position if known.verdict == "failing" else None)
+
+
+@pytest.mark.parametrize(("method", "placement", "rank", "dtype"), ADAPTERS)
+def test_certificates_of_trained_and_half_trained_adapters_are_borne_out_by_generation(
+    method: type[Memorization], placement: str | list[str], rank: int, dtype: str, folder: Path, tmp_path: Path
+) -> None:
+    adapter = AdapterConfig(rank=rank, placement=placement, block=2)
+    module, data = module_on(folder, method, adapter=adapter, dtype=dtype), Ids(uneven(6))
+    look = Look(data.examples)
+    make_trainer(tmp_path, max_epochs=60, callbacks=[look], gradient_clip_val=1.0).fit(module, datamodule=data)
+    # Otherwise nothing was tried.
+    assert look.seen["certain", True] > 0
+    assert look.seen["failing", False] > 0
+    assert look.seen["certain", False] == 0
