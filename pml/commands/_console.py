@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.text import Text
 
 from pml.escape import one_line, visible
 
@@ -18,6 +19,10 @@ WIDTH_ELSEWHERE = 120
 
 class _SafeConsole(Console):
     """Shows control characters of what it is given; its own are kept apart from text by rich."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        # Before columns are measured: spelled out, text is wider.
+        return super().render_str(visible(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
