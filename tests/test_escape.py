@@ -39,7 +39,7 @@ def test_a_console_shows_text_as_it_is_and_keeps_its_own_colours(capsys: pytest.
     console.print(table, f"line {EVIL}", Text(f"red {EVIL}", "red"))
     out = capsys.readouterr().out
     assert "\x1b[31mred " in out
-    assert "[bold]cell[/bold] [/nothing] :warning: \\x1b]0;owned\\x1b[2J" in out
+    assert "[bold]cell[/bold] [/nothing] :warning: \\x1b]0;owned\\x07\\x1b[2J" in out
     # What is left of escape sequences are colours and styles of rich's own.
     assert not {"\x07", "\x9b", "\x08", "‮", "\r"} & set(out)
     assert "\x1b]" not in out
