@@ -107,7 +107,7 @@ def _round(weights: dict[str, torch.Tensor]) -> None:
         (_drop, "1 of the 2 weights that its configuration asks for are missing, such as .*lora_B.weight"),
         (_add, "1 weights have no place in what its configuration asks for, such as base_model.model.lm_head.weight"),
         (_break, "lora_A.weight has values that are not finite numbers"),
-        (_round, r"lora_A.weight is torch.int32; expected floating-point numbers"),
+        (_round, r"lora_A.weight is torch.int32; expected numbers with a fraction"),
     ],
 )
 def test_weights_that_are_missing_too_many_or_no_numbers_are_refused(
