@@ -160,7 +160,8 @@ def _print(made: "Memorized") -> None:
 
 
 def _kinds(made: "Memorized") -> list[str]:
-    losses = ((kind, found["loss_before"], found["loss_after"]) for kind, found in made.record.harm.items())
+    kinds = ((kind, found) for kind, found in made.record.harm.items() if kind != "mean")
+    losses = ((kind, found["loss_before"], found["loss_after"]) for kind, found in kinds)
     return [f"{kind} {after - before:+.3f}" for kind, before, after in losses if None not in (before, after)]  # type: ignore[operator]
 
 
