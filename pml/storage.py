@@ -23,13 +23,13 @@ from pml.corpus import Example
 from pml.errors import InputError
 
 __all__ = [
-    "AdapterSize",
     "Constant",
     "RankPlan",
-    "adapter_size",
+    "SizeOfRank",
     "constant_for",
     "plan_rank",
     "read_constants",
+    "size_of_rank",
     "surprise_bits",
 ]
 
@@ -75,7 +75,7 @@ class Constant(pydantic.BaseModel):
     source: str
 
 
-class AdapterSize(pydantic.BaseModel):
+class SizeOfRank(pydantic.BaseModel):
     """What one rank of an adapter comes to.
 
     Attributes:
@@ -177,7 +177,7 @@ def constant_for(
     return least, [f"nothing was measured at this placement; this is what {where} stores, the least of all"]
 
 
-def adapter_size(backbone: Backbone, config: AdapterConfig) -> AdapterSize:
+def size_of_rank(backbone: Backbone, config: AdapterConfig) -> SizeOfRank:
     """What a rank comes to at a placement; the backbone carries no adapter before and after.
 
     Args:
@@ -189,7 +189,7 @@ def adapter_size(backbone: Backbone, config: AdapterConfig) -> AdapterSize:
         layers: list[Any] = list(lora_layers(model))
         sides = [(layer.lora_A["default"], layer.lora_B["default"]) for layer in layers]
         free = [next(a.parameters()).shape[-1] for a, _ in sides]
-        return AdapterSize(
+        return SizeOfRank(
             trainable=sum(p.numel() for p in adapter_parameters(model).values()),
             saved=sum(a.weight.numel() + b.weight.numel() for a, b in sides),
             largest_rank=min(backbone.hidden_size, *free),
@@ -248,7 +248,7 @@ def plan_rank(
         InputError: If no rank that fits is enough.
     """
     constant, warnings = constant_for(config.placement, config.guard is not None, constants or read_constants())
-    size = adapter_size(backbone, config)
+    size = size_of_rank(backbone, config)
     alone = surprise_bits(backbone, examples)
     if len(examples) > SAMPLE:
         warnings = [*warnings, f"surprise was measured on about {SAMPLE} pairs, evenly spaced"]

@@ -17,10 +17,10 @@ from pml.guard import GuardConfig
 from pml.storage import (
     FILL,
     Constant,
-    adapter_size,
     constant_for,
     plan_rank,
     read_constants,
+    size_of_rank,
     surprise_bits,
 )
 
@@ -70,12 +70,12 @@ def test_of_many_pairs_some_are_measured_and_the_others_taken_to_be_alike(tiny_b
 
 def test_the_size_of_a_rank_is_counted_on_the_adapter_itself(tiny_backbone: Backbone) -> None:
     # Width 32, MLP 64.
-    size = adapter_size(tiny_backbone, AdapterConfig(block=1))
+    size = size_of_rank(tiny_backbone, AdapterConfig(block=1))
     assert (size.trainable, size.saved, size.largest_rank) == (64, 64, 32)
-    size = adapter_size(tiny_backbone, AdapterConfig(block=[1, 2], placement=["down_proj"]))
+    size = size_of_rank(tiny_backbone, AdapterConfig(block=[1, 2], placement=["down_proj"]))
     assert (size.trainable, size.saved) == (2 * (64 + 32), 2 * (64 + 32))
     guard = GuardConfig(directions=50)
-    size = adapter_size(tiny_backbone, AdapterConfig(block=1, placement=["down_proj"], guard=guard))
+    size = size_of_rank(tiny_backbone, AdapterConfig(block=1, placement=["down_proj"], guard=guard))
     assert (size.trainable, size.saved, size.largest_rank) == (14 + 32, 64 + 32, 14)
     attach_adapter(tiny_backbone, AdapterConfig(block=1))  # which a second adapter would be refused
 

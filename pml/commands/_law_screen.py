@@ -21,18 +21,16 @@ from pml.law import (
     shared_setting,
 )
 from pml.law.tables import (
-    choice_sentence,
     forms_table,
-    held_out_sentence,
     observations_table,
     parameters_table,
-    quality_sentence,
     recall_table,
+    sentences,
     symbols_sentence,
 )
 from pml.recall_model import RecallModel, fit_recall, run_tokens
 from pml.records import write_json
-from pml.tables import rich_table, show_interval
+from pml.tables import rich_table
 from pml.token_results import TOKENS_NAME, read_tokens
 
 __all__ = ["FIGURE_NAME", "fit_and_show"]
@@ -107,14 +105,8 @@ def _print_law(law: LawFit, details: bool, out: Path | None) -> None:
     say(law.equation())
     say(f"   = {law.equation(errors=True).split(' = ', 1)[1]}   (± standard error)")
     say(symbols_sentence(law))
-    say(choice_sentence(law))
-    say(quality_sentence(law))
-    if held_out := held_out_sentence(law):
-        say(held_out)
-    if (kappa := law.bits_per_parameter) is not None:
-        say(f"stored bits per parameter: {kappa.value:.3g} (95 % interval {show_interval(kappa.interval)})")
-    for warning in law.warnings:
-        say(f"warning: {warning}")
+    for line in (*sentences(law), *(f"warning: {warning}" for warning in law.warnings)):
+        say(line)
     tables = [parameters_table(law, details)]
     if details:
         tables += [forms_table(law), *([recall_table(law.recall)] if law.recall else []), observations_table(law)]

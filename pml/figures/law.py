@@ -187,12 +187,13 @@ def _draw_reduction(
     at = sorted({_along(run, by) for run in runs})
     everywhere = np.geomspace(at[0], at[-1], 200)
     for value, (colour, _) in looks.items() if fit.predicts_ranks else ():
-        axes.plot(everywhere, _law(fit, everywhere, value, by), color=colour, linewidth=1.2, linestyle=":", zorder=1)
+        axes.plot(everywhere, fit.predict(*_at(everywhere, value, by)), color=colour, linewidth=1.2, ls=":", zorder=1)
         used = [_along(run, by) for run in in_fit if _other(run, by) == value]
         if used:
             inside = np.geomspace(min(used), max(used), 100)
-            axes.plot(inside, _law(fit, inside, value, by), color=colour, linewidth=1.8, zorder=2)
-            _draw_band(axes, fit, inside, value, by, colour)
+            axes.plot(inside, fit.predict(*_at(inside, value, by)), color=colour, linewidth=1.8, zorder=2)
+            band = np.percentile(fit.predict_draws(*_at(inside, value, by)), (2.5, 97.5), axis=0)
+            axes.fill_between(inside, *band, color=colour, alpha=0.15, linewidth=0, zorder=1)
     for group in (hollow, filled):
         for run in group:
             look = looks[_other(run, by)]
@@ -213,15 +214,10 @@ def _other(run: Observation, by: str) -> int:
     return run.target_tokens if by == "rank" else run.rank
 
 
-def _law(fit: LawFit, along: Array, other: int, by: str) -> Array:
-    return fit.predict(along, other) if by == "rank" else fit.predict(other, along)
-
-
-def _draw_band(axes: Axes, fit: LawFit, along: Array, other: int, by: str, colour: str) -> None:
-    """The 95 % interval of the law's mean, from the bootstrap over runs."""
-    ranks, lengths = (along, np.full_like(along, other)) if by == "rank" else (np.full_like(along, other), along)
-    low, high = np.percentile(fit.predict_draws(ranks, lengths), (2.5, 97.5), axis=0)
-    axes.fill_between(along, low, high, color=colour, alpha=0.15, linewidth=0, zorder=1)
+def _at(along: Array, other: int, by: str) -> tuple[Array, Array]:
+    """Ranks and lengths along one of them."""
+    others = np.full_like(along, other)
+    return (along, others) if by == "rank" else (others, along)
 
 
 def _logarithmic_losses(axes: Axes, measured: list[float]) -> None:

@@ -198,7 +198,10 @@ def minimize(
 
 
 def solve(form: Form, data: Data) -> Solution | None:
-    """lmfit's least-squares solution from the best of several initial values; None where C > 0 cannot be fitted."""
+    """The least-squares solution; None where C > 0 cannot be fitted.
+
+    From several initial values `refit_many` goes most of the way; lmfit ends what came out best.
+    """
     starts = _starts(form, data)
     if not starts:
         return None

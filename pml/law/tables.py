@@ -12,13 +12,11 @@ from pml.tables import TextTable, show_interval
 
 __all__ = [
     "SYMBOLS",
-    "choice_sentence",
     "forms_table",
-    "held_out_sentence",
     "observations_table",
     "parameters_table",
-    "quality_sentence",
     "recall_table",
+    "sentences",
     "symbols_sentence",
 ]
 
@@ -130,31 +128,26 @@ def observations_table(law: LawFit) -> TextTable:
     return TextTable("Runs", columns, rows, words=(6,), note="dL in nats per target token.", small=True)
 
 
-def choice_sentence(law: LawFit) -> str:
-    """Which form was chosen, and why."""
-    return f"form: {law.form} ({FORMS[law.form].meaning.replace('`', '')}); chosen: {law.chosen_because}"
-
-
-def quality_sentence(law: LawFit) -> str:
-    """How well the chosen form fits, and to what."""
+def sentences(law: LawFit) -> list[str]:
+    """Which form was chosen and why, how well it fits and to what, its held-out errors, and bits per parameter."""
     best, left_out = law.best, ", ".join(f"{number} {reason}" for reason, number in sorted(law.left_out_counts.items()))
     (low, high), (short, long) = law.rank_range, law.target_tokens_range
-    return (
+    found = [
+        f"form: {law.form} ({FORMS[law.form].meaning.replace('`', '')}); chosen: {law.chosen_because}",
         f"R² {best.r2:.4f}, mean error {best.mape_percent:.2f} %, RMSE {best.rmse_nats:.4f} nats per target token over "
         f"{best.observations_used} runs{f' (left out: {left_out})' if left_out else ''}; ranks {low} to {high}, "
-        f"{short} to {long} target tokens"
-    )
-
-
-def held_out_sentence(law: LawFit) -> str:
-    """Held-out errors of the chosen form."""
-    parts = []
-    for factor in law.factors:
-        held = law.best.largest(factor)
-        if held is not None:
-            noun = f"{held.runs} run{'s' if held.runs > 1 else ''}"
-            parts.append(f"{FACTORS[factor]} >= {held.value} off by {_percent(held.mape_percent)} ({noun})")
-    return f"held-out prediction from the smaller: {', '.join(parts)}" if parts else ""
+        f"{short} to {long} target tokens",
+    ]
+    largest = [(factor, held) for factor in law.factors if (held := best.largest(factor)) is not None]
+    if largest:
+        parts = [
+            f"{FACTORS[factor]} >= {held.value} off by {_percent(held.mape_percent)} ({_runs(held.runs)})"
+            for factor, held in largest
+        ]
+        found.append(f"held-out prediction from the smaller: {', '.join(parts)}")
+    if (kappa := law.bits_per_parameter) is not None:
+        found.append(f"stored bits per parameter: {kappa.value:.3g} (95 % interval {show_interval(kappa.interval)})")
+    return found
 
 
 def symbols_sentence(law: LawFit) -> str:
@@ -173,9 +166,11 @@ def symbols_sentence(law: LawFit) -> str:
 def _held_out(fit: FormFit, factor: Factor) -> str:
     """The held-out error, and over how many runs."""
     held = fit.largest(factor)
-    if held is None:
-        return "-"
-    return f"{_percent(held.mape_percent)} ({held.runs} run{'s' if held.runs > 1 else ''})"
+    return "-" if held is None else f"{_percent(held.mape_percent)} ({_runs(held.runs)})"
+
+
+def _runs(number: int) -> str:
+    return f"{number} run{'s' if number > 1 else ''}"
 
 
 def _percent(value: float | None) -> str:

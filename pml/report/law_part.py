@@ -8,18 +8,16 @@ from pml.errors import InputError
 from pml.figures import agreement_figure, heat_map_figure, over_grid, reduction_figure, residual_figure
 from pml.law import FORMS, Equation, LawFit, Observation, fit_law, saturated, shared_setting
 from pml.law.tables import (
-    choice_sentence,
     forms_table,
-    held_out_sentence,
     parameters_table,
-    quality_sentence,
     recall_table,
+    sentences,
     symbols_sentence,
 )
 from pml.recall_model import fit_recall, run_tokens
 from pml.records import Record
 from pml.report.parts import Panel, count, draw, spans
-from pml.tables import TextTable, show_interval
+from pml.tables import TextTable
 from pml.token_results import read_tokens
 
 __all__ = ["LawPart", "law_part"]
@@ -68,18 +66,12 @@ def law_part(records: Mapping[Path, Record], runs: list[Observation], name: str,
         fit = fit_law(runs, shared_setting(records), recall=fit_recall(tokens))
     except InputError as error:
         return str(error)
-    kappa = fit.bits_per_parameter
-    sentences = [choice_sentence(fit), quality_sentence(fit), held_out_sentence(fit)]
-    if kappa is not None:
-        sentences.append(
-            f"stored bits per parameter: {kappa.value:.3g} (95 % interval {show_interval(kappa.interval)})"
-        )
     accuracy = {path.as_posix(): record.generated_token_accuracy for path, record in records.items()}
     return LawPart(
         fit=fit,
         equation=fit.equation(),
         symbols=Equation(symbols_sentence(fit).replace("^(-1/p)", "^-1/p")),
-        sentences=[f"{text[0].upper()}{text[1:]}." for text in sentences if text],
+        sentences=[f"{text[0].upper()}{text[1:]}." for text in sentences(fit)],
         tables=[parameters_table(fit), forms_table(fit), *([recall_table(fit.recall)] if fit.recall else [])],
         warnings=list(fit.warnings),
         panels=_panels(fit, runs, {s: share for s, share in accuracy.items() if share is not None}, name, of),

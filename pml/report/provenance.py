@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from pml.groups import SIZES, settings_of
@@ -27,7 +27,15 @@ def provenance(records: Mapping[Path, Record]) -> list[TextTable]:
             shared.append((_readable(name), next(iter(counts))))
         elif name not in SIZES:
             differing.append((_readable(name), _counted(counts, len(runs))))
-    environment = [(name, _counted(Counter(map(value, runs)), len(runs))) for name, value in _environment(runs).items()]
+    environment = {
+        name: [record.versions.get(name, "-") for record in runs]
+        for name in sorted({name for record in runs for name in record.versions})
+    } | {
+        "hardware": [shown(record.hardware) for record in runs],
+        "commit of the working directory": [shown(record.git_commit) for record in runs],
+        "layout of the records": [f"version {record.schema_version}" for record in runs],
+    }
+    made_by = [(name, _counted(Counter(values), len(runs))) for name, values in environment.items()]
     tables = [
         TextTable("Settings of all runs", ("setting", "value"), shared, words=(0, 1)),
         TextTable(
@@ -37,25 +45,10 @@ def provenance(records: Mapping[Path, Record]) -> list[TextTable]:
             words=(0, 1),
             note="Ranks, lengths and seeds are in the tables of runs.",
         ),
-        TextTable("Versions and machines", ("what", "value"), environment, words=(0, 1)),
+        TextTable("Versions and machines", ("what", "value"), made_by, words=(0, 1)),
         _runs(records),
     ]
     return [table for table in tables if table.rows]
-
-
-def _environment(runs: list[Record]) -> dict[str, Callable[[Record], str]]:
-    packages = sorted({name for record in runs for name in record.versions})
-    of_packages = {name: _version(name) for name in packages}
-    return {
-        **of_packages,
-        "hardware": lambda record: shown(record.hardware),
-        "commit of the working directory": lambda record: shown(record.git_commit),
-        "layout of the records": lambda record: f"version {record.schema_version}",
-    }
-
-
-def _version(name: str) -> Callable[[Record], str]:
-    return lambda record: record.versions.get(name, "-")
 
 
 def _runs(records: Mapping[Path, Record]) -> TextTable:
