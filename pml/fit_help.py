@@ -77,7 +77,7 @@ def fit_help(command: str, width: int | None = None) -> str:
     page.heading("method: --model")
     for name in ("SFT", "MemFT"):
         page.item(name, _summary(_classes(PML / "modules.py")[name]))
-    for argument in _arguments(PML / "modules.py", "Memorization"):
+    for argument in _arguments(PML / "memorization.py", "Memorization"):
         page.argument("model", argument)
     page.heading("MemFT alone")
     for argument in _arguments(PML / "modules.py", "MemFT"):
