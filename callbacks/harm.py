@@ -44,8 +44,9 @@ class Harm(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
-        encoded = text_examples(self._passages, pl_module.tokenizer, pl_module.max_positions)
-        self._examples = [e for e in encoded if max(e.prompt_ids + e.target_ids) < pl_module.vocab_size]
+        self._examples = text_examples(
+            self._passages, pl_module.tokenizer, pl_module.max_positions, pl_module.vocab_size
+        )
         self._end = None
         with pl_module.frozen():
             self._before = self._losses(pl_module)

@@ -7,12 +7,12 @@ from importlib import import_module
 from statistics import fmean, stdev
 from typing import Any
 
-from lightning.pytorch import Trainer
 from scipy import stats
 
 from pml import metrics
 from pml.adapter import AdapterConfig, adapter_parameters
 from pml.backbone import load_backbone, shared_backbones
+from pml.bare_trainer import bare_trainer
 from pml.errors import InputError
 from pml.modules import SFT
 from pml.recall import score_corpus
@@ -87,18 +87,7 @@ def _stored_bits(module: SFT, tokens: int, steps: int) -> float:
         batch_size=None,
         seed=module.seed,
     )
-    trainer = Trainer(
-        max_steps=steps,
-        max_epochs=-1,
-        devices=1,
-        limit_val_batches=0,
-        num_sanity_val_steps=0,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = bare_trainer(max_steps=steps, max_epochs=-1)
     trainer.fit(module, datamodule=data)
     loss = metrics.mean_loss(score_corpus(module, data.val_dataloader())).item()
     assert data.corpus.entropy_bits is not None

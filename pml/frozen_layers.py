@@ -26,7 +26,7 @@ from pml.products import float32_products
 from pml.state_store import CacheConfig, StateStore
 from pml.whole_model import one_sequence_a_row, plain_head, run_decoder
 
-__all__ = ["ContentKeys", "FrozenLayers", "content_keys", "split_for"]
+__all__ = ["ContentKeys", "FrozenLayers", "content_keys", "on_device", "split_for"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,12 @@ def content_keys(input_ids: Tensor, lengths: Tensor) -> ContentKeys:
     """
     rows = zip(input_ids, lengths.tolist(), strict=True)
     return ContentKeys(row[:length].numpy().tobytes() for row, length in rows)
+
+
+def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """A batch of `pml.corpus.collate` where a model is, with its `keys`, for which no device is waited for."""
+    keys = content_keys(batch["input_ids"], batch["lengths"])
+    return {**{name: values.to(device, non_blocking=True) for name, values in batch.items()}, "keys": keys}
 
 
 class FrozenLayers:
@@ -153,7 +159,7 @@ class FrozenLayers:
         """Keep the states of all examples, then free the layers below the cut; unless there is no room for all.
 
         Args:
-            examples: The whole corpus: every rank has a cache of its own, and may be handed any example.
+            examples: All that is trained on: every rank has a cache of its own, and may be handed any example.
         """
         if self.cut == "whole":
             return
@@ -162,9 +168,8 @@ class FrozenLayers:
             # What finds no room is computed at every step, from blocks that have to stay.
             if self.store.full:
                 return
-            batch = collate([example])
-            (key,) = content_keys(batch["input_ids"], batch["lengths"])
-            batch["input_ids"] = batch["input_ids"].to(self.backbone.model.device)
+            batch = on_device(collate([example]), self.backbone.model.device)
+            (key,) = batch["keys"]
             self._below(batch, 0, key)
         if not self.store.full:
             self.release()
@@ -172,14 +177,18 @@ class FrozenLayers:
     def release(self) -> None:
         """Free what lies below the cut; `Backbone.restore` brings it back."""
         if self.cut != "whole":
-            self.backbone.release(self._lowest + (1 if self.cut == "after_block" else 0))
+            self.backbone.release(self._first_above)
             give_back_memory()
 
     @property
     def weights_above(self) -> int:
         """Weights in the blocks that every step goes through."""
-        first = 0 if self.cut == "whole" else self._lowest + (self.cut == "after_block")
-        return sum(p.numel() for block in self.backbone.blocks[first:] for p in block.parameters())
+        return sum(p.numel() for block in self.backbone.blocks[self._first_above :] for p in block.parameters())
+
+    @property
+    def _first_above(self) -> int:
+        """The first block above the cut."""
+        return {"whole": 0, "before_block": self._lowest, "after_block": self._lowest + 1}[self.cut]
 
     def compile(self) -> None:
         """Compile what is trained through; a first batch tries it. Evaluation, whose shapes vary, runs as it is."""
@@ -274,8 +283,7 @@ class FrozenLayers:
         if cut == "whole":
             self._suffix = self.backbone.decoder
         else:
-            first = self._lowest + (1 if cut == "after_block" else 0)
-            self._suffix = _with_blocks(self.backbone, slice(first, None))
+            self._suffix = _with_blocks(self.backbone, slice(self._first_above, None))
 
     def _try(self, cut: Cut) -> str | None:
         """Make a cut and compare it with the whole model; a phrase where it will not do."""

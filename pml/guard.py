@@ -151,9 +151,9 @@ def input_moments(backbone: Backbone, names: Sequence[str], config: GuardConfig)
         names: Paths of layers in it.
         config: Which text.
     """
-    examples = text_examples(guard_passages(config.text), backbone.tokenizer, backbone.max_positions)
+    passages = guard_passages(config.text)
+    examples = text_examples(passages, backbone.tokenizer, backbone.max_positions, backbone.vocab_size)
     rows = [example.prompt_ids + example.target_ids for example in examples]
-    rows = [row for row in rows if max(row) < backbone.vocab_size]
     files = {name: _cache_file(backbone, name, rows) for name in names}
     found = {name: moment for name, path in files.items() if (moment := _read(path)) is not None}
     if missing := [name for name in names if name not in found]:

@@ -9,17 +9,18 @@ model as its own teacher).
 from dataclasses import dataclass, replace
 
 import torch
+from lightning.pytorch import Trainer
 from peft import PeftModel
 from torch import Tensor
 
 from pml.backbone import Backbone
 from pml.corpus import Example, collate
 from pml.errors import InputError
-from pml.frozen_layers import FrozenLayers, content_keys
+from pml.frozen_layers import FrozenLayers, on_device
 from pml.ordinary_text import guard_passages, text_examples
 from pml.scoring import target_logits
 
-__all__ = ["KlPenalty", "KlPenaltyConfig", "kl_divergence"]
+__all__ = ["KlPenalty", "KlPenaltyConfig", "kl_divergence", "turn_of"]
 
 
 @dataclass
@@ -58,6 +59,13 @@ def kl_divergence(frozen: Tensor, adapted: Tensor) -> Tensor:
     return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
+def turn_of(trainer: Trainer, batch_idx: int) -> int:
+    """Number of a micro-batch, counted over ranks and steps. It follows from the step: checkpoints need not hold it."""
+    per_step = trainer.accumulate_grad_batches
+    turn = trainer.global_step * per_step + batch_idx % per_step
+    return turn * trainer.world_size + trainer.global_rank
+
+
 class KlPenalty:
     """Divergence from the frozen model on a few passages at a time.
 
@@ -65,25 +73,28 @@ class KlPenalty:
         config: How much text.
         backbone: Whose tokenizer and context the passages have to fit.
         seed: Of the order of passages.
+
+    Attributes:
+        passages: All of them, in the order in which they are drawn.
     """
 
     def __init__(self, config: KlPenaltyConfig, backbone: Backbone, seed: int) -> None:
-        examples = text_examples(guard_passages(config.text), backbone.tokenizer, backbone.max_positions)
-        examples = [e for e in examples if max(e.prompt_ids + e.target_ids) < backbone.vocab_size]
+        passages = guard_passages(config.text)
+        examples = text_examples(passages, backbone.tokenizer, backbone.max_positions, backbone.vocab_size)
         if not examples:
             raise InputError("kl_penalty.text: no passage fits into the backbone's context; expected shorter ones")
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
-        self._passages = [replace(examples[i], target_ids=examples[i].target_ids[: config.tokens]) for i in order]
+        self.passages = [replace(examples[i], target_ids=examples[i].target_ids[: config.tokens]) for i in order]
         self._each = min(config.passages, len(examples))
 
     def chosen(self, turn: int) -> list[Example]:
         """The passages of a micro-batch, in a fixed order and from the start again after the last.
 
         Args:
-            turn: Number of the micro-batch, counted over ranks and steps.
+            turn: See `turn_of`.
         """
         first = turn * self._each
-        return [self._passages[(first + i) % len(self._passages)] for i in range(self._each)]
+        return [self.passages[(first + i) % len(self.passages)] for i in range(self._each)]
 
     def loss(self, frozen_layers: FrozenLayers, model: PeftModel, turn: int) -> Tensor:
         """Divergence in nats per token on the passages of a micro-batch.
@@ -91,11 +102,9 @@ class KlPenalty:
         Args:
             frozen_layers: The adapted model, cut where its frozen layers end.
             model: The same model whole.
-            turn: See `chosen`.
+            turn: See `turn_of`.
         """
-        batch = collate(self.chosen(turn))
-        keys = content_keys(batch["input_ids"], batch["lengths"])
-        on_device = {name: value.to(model.device, non_blocking=True) for name, value in batch.items()}
+        batch = on_device(collate(self.chosen(turn)), model.device)
         with torch.no_grad(), model.disable_adapter():
-            frozen = target_logits(frozen_layers, model, {**on_device, "keys": keys})
-        return kl_divergence(frozen, target_logits(frozen_layers, model, {**on_device, "keys": keys}))
+            frozen = target_logits(frozen_layers, model, batch)
+        return kl_divergence(frozen, target_logits(frozen_layers, model, batch))

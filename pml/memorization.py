@@ -21,7 +21,7 @@ from pml.curriculum import PrefixRatio
 from pml.fit_config import check_precision
 from pml.frozen_layers import FrozenLayers, content_keys, split_for
 from pml.global_batch import GlobalBatch
-from pml.kl_penalty import KlPenalty, KlPenaltyConfig
+from pml.kl_penalty import KlPenalty, KlPenaltyConfig, turn_of
 from pml.optimizer import make_adamw, skip_if_empty
 from pml.plain import as_plain, from_plain
 from pml.products import MatmulPrecision, check_matmul_precision, float32_products, highest_products
@@ -278,6 +278,8 @@ class Memorization(LightningModule):
         seed_rank(self.global_rank)
         go_on(self, self.goes_on_from)
         self.goes_on_from = {}
+        if self.kl_penalty is not None:
+            self._penalty = KlPenalty(self.kl_penalty, self.backbone, self.seed)
         # Before the first step, and after what was measured before it.
         self._release_frozen_layers()
 
@@ -286,7 +288,9 @@ class Memorization(LightningModule):
 
     def _release_frozen_layers(self) -> None:
         if self.frozen_prefix.release and not self.backbone.released:
-            self.frozen_layers.keep_and_release(self.trainer.datamodule.corpus.examples)  # type: ignore[attr-defined]
+            passages = self._penalty.passages if self._penalty is not None else []
+            corpus = self.trainer.datamodule.corpus  # type: ignore[attr-defined]
+            self.frozen_layers.keep_and_release([*corpus.examples, *passages])
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         if self._compiling is not None and self._compiling.is_due(self.trainer.global_step):
@@ -310,13 +314,8 @@ class Memorization(LightningModule):
 
     def _kl_divergence(self, batch_idx: int) -> Tensor:
         """Divergence from the frozen model in nats per token, on passages that the step and the rank choose."""
-        assert self.kl_penalty is not None
-        if self._penalty is None:
-            self._penalty = KlPenalty(self.kl_penalty, self.backbone, self.seed)
-        per_step = self.trainer.accumulate_grad_batches
-        turn = self.trainer.global_step * per_step + batch_idx % per_step
-        turn = turn * self.trainer.world_size + self.trainer.global_rank
-        divergence = self._penalty.loss(self.frozen_layers, self.model, turn)
+        assert self._penalty is not None
+        divergence = self._penalty.loss(self.frozen_layers, self.model, turn_of(self.trainer, batch_idx))
         self.log("train/kl_divergence", divergence.detach(), batch_size=1)
         return divergence
 

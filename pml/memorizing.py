@@ -25,6 +25,7 @@ from torch import Tensor
 from pml.adapter import AdapterConfig, linear_layers, lora_layers
 from pml.atomic import whole_file
 from pml.backbone import Backbone, backbone_facts, load_backbone, shared_backbones
+from pml.bare_trainer import bare_trainer
 from pml.certificate import PairCertificate, certify
 from pml.corpus import Corpus
 from pml.default_backbone import DEFAULT_BACKBONE
@@ -284,17 +285,8 @@ def _train(
         callbacks.append(observers.RunRecord(dirpath=str(folder), overwrite=True))
         if on_progress is not None:
             callbacks.append(_Watch(chosen.margin, adapter.rank, on_progress))
-        trainer = Trainer(
-            accelerator="auto",
-            devices=1,
+        trainer = bare_trainer(
             max_epochs=max(EPOCHS, math.ceil(FEWEST_STEPS / batches)),
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=callbacks,
             default_root_dir=folder,
         )

@@ -93,7 +93,10 @@ def passages_of_files(paths: Iterable[str | Path]) -> list[Passage]:
 
 
 def text_examples(
-    passages: Sequence[Passage], tokenizer: PreTrainedTokenizerBase, max_positions: int | None = None
+    passages: Sequence[Passage],
+    tokenizer: PreTrainedTokenizerBase,
+    max_positions: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[Example]:
     """Passages as token ids, a passage an example: the first token is the prompt, or what stands before an answer.
 
@@ -101,6 +104,7 @@ def text_examples(
         passages: What to encode.
         tokenizer: The backbone's.
         max_positions: Tokens that fit into its context; passages are cut to it, and left out where nothing is left.
+        vocab_size: Ids that it knows; passages with others are left out.
     """
     plain, chat = TextEncoder(tokenizer, PromptFormat(chat_template=False)), TextEncoder(tokenizer)
     examples = []
@@ -114,4 +118,4 @@ def text_examples(
         target = target[: max_positions - len(prompt)] if max_positions is not None else target
         if target and len(prompt) < (max_positions or len(prompt) + 1):
             examples.append(Example(number, prompt, target, query=passage.query, source=passage.kind))
-    return examples
+    return [e for e in examples if vocab_size is None or max(e.prompt_ids + e.target_ids) < vocab_size]

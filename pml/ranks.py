@@ -1,11 +1,14 @@
 """Several processes that train together: whether there are any, sums over them, and what each of them has."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["from_all_ranks", "is_first_rank", "several_ranks", "summed_over_ranks"]
+__all__ = ["from_all_ranks", "is_first_rank", "own_part", "several_ranks", "summed_over_ranks"]
+
+T = TypeVar("T")
 
 
 def several_ranks() -> bool:
@@ -26,10 +29,15 @@ def summed_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def from_all_ranks(value: Any) -> list[Any]:
+def own_part(items: Sequence[T]) -> Sequence[T]:
+    """This rank's part of work that the ranks share: every so-many-th item."""
+    return items[dist.get_rank() :: dist.get_world_size()] if several_ranks() else items
+
+
+def from_all_ranks(value: T) -> list[T]:
     """What each rank has, in their order. Takes all ranks."""
     if not several_ranks():
         return [value]
-    everyone: list[Any] = [None] * dist.get_world_size()
+    everyone = [value] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone

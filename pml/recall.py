@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pml.adapter import evaluating
 from pml.certificate import Rounding, measure_rounding
 from pml.corpus import Example, collate
 from pml.decoding import greedy_tokens
-from pml.frozen_layers import content_keys
-from pml.ranks import several_ranks
+from pml.frozen_layers import on_device
+from pml.ranks import from_all_ranks, own_part
 from pml.weighting import TokenScores
 
 if TYPE_CHECKING:
@@ -47,10 +46,7 @@ def certified(scores: TokenScores, margin: float = 0.5) -> bool:
 def gather_scores(parts: Sequence[TokenScores]) -> TokenScores:
     """Scores of many batches, from all ranks, as one on the host: a row per example, sorted by example id."""
     gathered = [TokenScores._make(t if t is None else t.detach().cpu() for t in part) for part in parts]
-    if several_ranks():
-        everyone: list[list[TokenScores]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everyone, gathered)
-        gathered = [part for rank in everyone for part in rank]
+    gathered = [part for rank in from_all_ranks(gathered) for part in rank]
     longest = max(part.losses.shape[1] for part in gathered)
     rows = {
         int(example_id): (part, row)
@@ -90,9 +86,7 @@ def score_corpus(module: "Memorization", batches: Iterable[dict[str, Any]]) -> T
     parts = []
     with torch.no_grad(), evaluating(module):
         for batch in batches:
-            keys = content_keys(batch["input_ids"], batch["lengths"])
-            moved = {name: value.to(module.device) for name, value in batch.items()}
-            parts.append(module.score({**moved, "keys": keys}))
+            parts.append(module.score(on_device(batch, module.device)))
     return gather_scores(parts)
 
 
@@ -109,8 +103,7 @@ def score_examples(
         batch_size: Examples scored together.
         keep: Let the frozen-layer cache keep them; by default the corpus has all of its room.
     """
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
-    own = examples[rank::ranks]
+    own = own_part(examples)
     with nullcontext() if keep else module.frozen_layers.store.closed():
         return score_corpus(
             module, (collate(own[start : start + batch_size]) for start in range(0, len(own), batch_size))
@@ -130,14 +123,8 @@ def rounding_of_corpus(module: "Memorization", examples: Sequence[Example], scor
     module.backbone.restore()
     assert scores.margin is not None
     margins = [row[mask] for row, mask in zip(scores.margin, scores.mask, strict=True)]
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
-    own = slice(rank, None, ranks)
     with evaluating(module):
-        seen = measure_rounding(module.model, examples[own], margins[own])
-    if ranks == 1:
-        return seen
-    everyone = [Rounding(0.0, 0)] * ranks
-    dist.all_gather_object(everyone, seen)
+        everyone = from_all_ranks(measure_rounding(module.model, own_part(examples), own_part(margins)))
     return Rounding(max(part.logits for part in everyone), sum(part.tokens for part in everyone))
 
 
@@ -179,11 +166,7 @@ def greedy_recall(
         One entry per example, in the order given, the same on every rank.
     """
     module.backbone.restore()
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
     with evaluating(module):
-        answers = greedy_tokens(module.model, examples[rank::ranks], batch_size, to_the_end)
-    if ranks > 1:
-        everyone: list[dict[int, tuple[int, ...]]] = [{} for _ in range(ranks)]
-        dist.all_gather_object(everyone, answers)
-        answers = {i: ids for part in everyone for i, ids in part.items()}
+        everyone = from_all_ranks(greedy_tokens(module.model, own_part(examples), batch_size, to_the_end))
+    answers = {i: ids for part in everyone for i, ids in part.items()}
     return [Generated(example, answers[example.example_id]) for example in examples]

@@ -239,7 +239,8 @@ def read_record(path: Path) -> Record:
         InputError: If it cannot be read, is not JSON, does not follow the schema, or its numbers contradict each other.
     """
     try:
-        record = Record.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        record = Record.model_validate_json(content)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except pydantic.ValidationError as error:
@@ -249,12 +250,12 @@ def read_record(path: Path) -> Record:
             f"{path}: not a record of schema version 1 to {SCHEMA_VERSION}: {where}: {first['msg']}; "
             "run it again, or leave this path out"
         ) from error
-    if (problem := _twice(path) or _contradiction(record)) is not None:
+    if (problem := _twice(content) or _contradiction(record)) is not None:
         raise InputError(f"{path}: damaged, and so no evidence: {problem}; run it again, or leave this path out")
     return record
 
 
-def _twice(path: Path) -> str | None:
+def _twice(content: bytes) -> str | None:
     """What a record says twice, of which nobody knows which is meant; None where nothing is."""
     found: list[str] = []
 
@@ -262,7 +263,7 @@ def _twice(path: Path) -> str | None:
         names = [name for name, _ in pairs]
         found.extend(name for name in names if names.count(name) > 1)
 
-    json.loads(path.read_bytes(), object_pairs_hook=keep)
+    json.loads(content, object_pairs_hook=keep)
     return f"{found[0]} is in it twice" if found else None
 
 

@@ -24,10 +24,10 @@ def score_batch(
         batch: B examples as `pml.corpus.collate` gives them, on the model's device.
         gradient_above: See `pml.token_loss.token_losses`.
     """
-    places, cells, targets = batch["supervised"]
+    _, cells, targets = batch["supervised"]
     rows, steps = len(batch["input_ids"]), max(batch["input_ids"].shape[1] - 1, 1)
     if frozen_layers.head is not None:
-        hidden = frozen_layers.final_hidden(batch).flatten(0, 1).index_select(0, places)
+        hidden = _target_hidden(frozen_layers, batch)
         scored = token_losses(hidden, frozen_layers.head, targets, gradient_above)
     else:
         logits = target_logits(frozen_layers, model, batch).float()
@@ -45,10 +45,15 @@ def score_batch(
 
 def target_logits(frozen_layers: FrozenLayers, model: PeftModel, batch: dict[str, Any]) -> Tensor:
     """Logits (N, V) of the positions that predict the N target tokens, held whole; see `score_batch`."""
-    places, steps = batch["supervised"][0], max(batch["input_ids"].shape[1] - 1, 1)
     if frozen_layers.head is not None:
-        hidden = frozen_layers.final_hidden(batch).flatten(0, 1).index_select(0, places)
+        hidden = _target_hidden(frozen_layers, batch)
         return nn.functional.linear(hidden, frozen_layers.head.weight, frozen_layers.head.bias)
     # A head that caps or scales its logits is asked as a whole.
+    steps = max(batch["input_ids"].shape[1] - 1, 1)
     logits: Tensor = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :steps]
-    return logits.flatten(0, 1).index_select(0, places)
+    return logits.flatten(0, 1).index_select(0, batch["supervised"][0])
+
+
+def _target_hidden(frozen_layers: FrozenLayers, batch: dict[str, Any]) -> Tensor:
+    """Final hidden states (N, d) at the positions that predict the target tokens."""
+    return frozen_layers.final_hidden(batch).flatten(0, 1).index_select(0, batch["supervised"][0])

@@ -13,8 +13,9 @@ from pml.corpus import Example, collate
 from pml.errors import InputError
 from pml.kl_penalty import KlPenalty, KlPenaltyConfig, kl_divergence
 from pml.modules import Memorization
+from pml.state_store import CacheConfig
 from pml.weighting import weighted_mean
-from tests.ddp_cases import Gradients, kicked
+from tests.ddp_cases import Gradients, Released, kicked
 from tests.fits import module_on, save_sharpened
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -58,7 +59,7 @@ def test_the_divergence_of_bfloat16_logits_is_taken_in_float32() -> None:
 
 def test_passages_come_in_turn_and_from_the_start_again(sharp: Path) -> None:
     penalty = KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=3)
-    count = len(penalty._passages)
+    count = len(penalty.passages)
     first_round = [e.example_id for turn in range(count // 2) for e in penalty.chosen(turn)]
     assert len(set(first_round)) == len(first_round) == count // 2 * 2
     assert penalty.chosen(count) == penalty.chosen(0)
@@ -101,7 +102,7 @@ def test_a_fit_with_the_penalty_changes_text_less_that_it_has_not_seen(sharp: Pa
     def fitted(penalty: KlPenaltyConfig | None) -> tuple[float, float]:
         module = module_on(sharp, kl_penalty=penalty)
         make_trainer(tmp_path, max_epochs=80).fit(module, datamodule=Ids(uneven(4), batch_size=4))
-        unseen = [replace(e, target_ids=e.target_ids[5:15]) for e in KlPenalty(WHOLE, module.backbone, 1)._passages[:8]]
+        unseen = [replace(e, target_ids=e.target_ids[5:15]) for e in KlPenalty(WHOLE, module.backbone, 1).passages[:8]]
         losses = module.eval().score(collate([Example(i, *map(tuple, e)) for i, e in enumerate(uneven(4))])).losses
         return divergence_by_hand(module, unseen).item(), losses.mean().item()
 
@@ -113,6 +114,12 @@ def test_a_fit_with_the_penalty_changes_text_less_that_it_has_not_seen(sharp: Pa
 
 
 WHOLE = KlPenaltyConfig(tokens=64)
+
+
+def test_passages_are_kept_before_the_layers_below_are_freed(sharp: Path, tmp_path: Path) -> None:
+    module, watch = module_on(sharp, kl_penalty=PASSAGES, frozen_prefix=CacheConfig(release=True)), Released()
+    make_trainer(tmp_path, max_epochs=3, callbacks=[watch]).fit(module, datamodule=Ids(uneven(4), batch_size=2))
+    assert (watch.loads, watch.released) == (0, [True] * 3)
 
 
 def test_the_penalty_is_among_the_settings_of_a_run(sharp: Path) -> None:

@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
-from torch import nn
 
 from pml.adapter import adapter_parameters
-from pml.bench.steps import Case
-from pml.frozen_layers import content_keys
+from pml.bench.steps import Case, pml_loss, timed_steps
+from pml.frozen_layers import on_device
 from pml.modules import Memorization
 from pml.optimizer import make_adamw
-from pml.products import float32_products
-from pml.weighting import weighted_mean
 
 __all__ = ["FitCost", "RecallRun", "measure_fit", "measure_recall"]
 
@@ -139,26 +136,9 @@ def _timed(callbacks: Sequence[Any]) -> Iterator[list[float]]:
 
 
 def _bare_steps(module: Memorization, batch: dict[str, Any], count: int) -> list[float]:
-    device = module.backbone.model.device
-    keys = content_keys(batch["input_ids"], batch["lengths"])
-    batch = {**{name: values.to(device) for name, values in batch.items()}, "keys": keys}
-    parameters = list(adapter_parameters(module.model).values())
-    optimizer = make_adamw(parameters, 1e-3, (0.9, 0.999), 0.0)
-    seconds = []
-    for _ in range(count + 1):
-        started = time.perf_counter()
-        with float32_products(module.matmul_precision):
-            scores = module.score(batch)
-            loss = weighted_mean(scores.losses, module.weighting.weights(scores))
-            optimizer.zero_grad()
-            loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-        del loss, scores
-    return seconds[1:]
+    batch = on_device(batch, module.backbone.model.device)
+    optimizer = make_adamw(adapter_parameters(module.model).values(), 1e-3, (0.9, 0.999), 0.0)
+    return timed_steps(lambda: pml_loss(module, batch), optimizer, module.matmul_precision, count)
 
 
 def _cli(backbone: str, rank: int, arguments: Sequence[str]) -> Any:

@@ -23,12 +23,12 @@ from pml.bench.machine import held_mib, peak_mib, reset_peak
 from pml.corpus import Corpus, collate
 from pml.cpu import give_back_memory, tune_cpu
 from pml.frozen_layers import content_keys
-from pml.modules import SFT
+from pml.modules import SFT, Memorization
 from pml.products import MatmulPrecision, float32_products
 from pml.state_store import CacheConfig
 from pml.weighting import weighted_mean
 
-__all__ = ["WAYS", "Case", "Measurement", "measure_steps", "step_flops"]
+__all__ = ["WAYS", "Case", "Measurement", "measure_steps", "pml_loss", "step_flops", "timed_steps"]
 
 Way = Literal["ordinary", "whole", "split"]
 WAYS: tuple[Way, ...] = ("ordinary", "whole", "split")
@@ -215,11 +215,10 @@ class _Stepper:
             module.configure_model()
             self.close = module.release
             keys = content_keys(self.batch["input_ids"].cpu(), self.batch["lengths"].cpu())
-            self._loss = lambda: _pml_loss(module, {**self.batch, "keys": keys})
+            self._loss = lambda: pml_loss(module, {**self.batch, "keys": keys})
             cut = module.frozen_layers.cut
             parameters = adapter_parameters(module.model)
-        self.parameters = list(parameters.values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-3)
+        self.optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
         self.facts = {"cut": cut, "gflop": step_flops(backbone, corpus, adapter, way) / 1e9}
         if way == "split":
             self._loss()  # everything below the adapter is kept from here on, so its weights can go
@@ -230,25 +229,39 @@ class _Stepper:
         self.steps(2)
 
     def steps(self, count: int) -> list[float]:
-        seconds = []
-        for _ in range(count + 1):
-            started = time.perf_counter()
-            with float32_products(self.precision):
-                loss = self._loss()
-                self.optimizer.zero_grad()
-                loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-            # As trainers do; the graph would stay through the next step's forward pass.
-            del loss
-        return seconds[1:]
+        return timed_steps(self._loss, self.optimizer, self.precision, count)
 
     def memory(self) -> tuple[float, float]:
         peak = peak_mib(self.device)
         return peak - _bare_mib, peak - self._held
+
+
+def timed_steps(
+    loss_of_batch: Callable[[], Tensor], optimizer: torch.optim.Optimizer, precision: MatmulPrecision, count: int
+) -> list[float]:
+    """Seconds of so many optimiser steps, after one that is not counted.
+
+    Args:
+        loss_of_batch: Makes the loss, with its graph.
+        optimizer: Of what is trained, in one group.
+        precision: Of float32 products, forward and backward.
+        count: Steps to time.
+    """
+    parameters, seconds = optimizer.param_groups[0]["params"], []
+    for _ in range(count + 1):
+        started = time.perf_counter()
+        with float32_products(precision):
+            loss = loss_of_batch()
+            optimizer.zero_grad()
+            loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        if parameters[0].device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+        # As trainers do; the graph would stay through the next step's forward pass.
+        del loss
+    return seconds[1:]
 
 
 def _ordinary_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -257,7 +270,8 @@ def _ordinary_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(input_ids=batch["input_ids"], attention_mask=mask.long(), labels=batch["labels"], use_cache=False).loss
 
 
-def _pml_loss(module: SFT, batch: dict[str, Any]) -> Tensor:
+def pml_loss(module: Memorization, batch: dict[str, Any]) -> Tensor:
+    """The loss of a training step on a batch with its keys, in nats per target token."""
     scores = module.score(batch)
     return weighted_mean(scores.losses, module.weighting.weights(scores))
 

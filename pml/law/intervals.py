@@ -69,10 +69,8 @@ def texts_to_spare(runs: Sequence[Observation], fitted: int) -> int:
 
 def between_group_squares(residual: Array, data: Data, grouped_by: GroupedBy) -> tuple[float, int]:
     """Sum of squares of the groups' mean residuals, weighted, and the number of groups; unsaturated runs only."""
-    weights, of_run = (
-        data.root_weights[data.unsaturated] ** 2,
-        numbered(groups_of(data.at(data.unsaturated).runs, grouped_by)),
-    )
+    weights = data.root_weights[data.unsaturated] ** 2
+    of_run = numbered(groups_of(data.at(data.unsaturated).runs, grouped_by))
     sums = np.bincount(of_run, weights * residual[data.unsaturated])
     return float(np.sum(sums**2 / np.bincount(of_run, weights))), len(sums)
 
