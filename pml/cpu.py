@@ -70,16 +70,22 @@ class CpuChoice:
     plain_attention: bool
 
 
-def tune_cpu(config: CpuConfig | None = None) -> CpuChoice:
+def tune_cpu(config: CpuConfig | None = None, onednn: bool | None = None) -> CpuChoice:
     """Choose how float32 matrices are multiplied on the CPU, whether freed memory is kept, and how to attend.
 
     Changes process-wide settings of PyTorch's CPU backend and of the C library. What has to be measured is measured
-    once per process, in 0.2 s, and every choice is logged when it changes.
+    once per process, in 0.2 s. Every choice is logged.
+
+    Args:
+        config: What may be chosen.
+        onednn: Multiply with oneDNN, where it is accurate, or not, whichever is faster: what a fit goes on with.
     """
     global _plain_attention
     config = config or CpuConfig()
     speedup, error = _measured_onednn() if config.products else (None, None)
-    onednn = speedup is not None and error is not None and error <= ACCURATE and speedup > 1.05
+    accurate = error is not None and error <= ACCURATE
+    faster = speedup is not None and speedup > 1.05
+    onednn = accurate and (faster if onednn is None else onednn)
     _use_onednn(onednn)
     _plain_attention = config.attention
     choice = CpuChoice(onednn, speedup, error, config.buffers and _keep_buffers(), config.attention)
@@ -100,7 +106,6 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-@functools.cache
 def _log_choice(choice: CpuChoice) -> None:
     if choice.speedup is None:
         reason = "not measured"

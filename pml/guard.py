@@ -136,7 +136,7 @@ def guard_layers(backbone: Backbone, layers: Mapping[str, Any], config: GuardCon
         if free < rank:
             raise InputError(
                 f"adapter.guard leaves {free} of {width} directions of {name} free, and adapter.rank is {rank}; lower "
-                "guard.variance or guard.directions"
+                "guard.variance or guard.directions, or do without a guard"
             )
         log.info("guard: %d of %d directions of %s are guarded", width - free, width, name)
         for adapter, linear in layer.lora_A.items():

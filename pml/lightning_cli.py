@@ -152,7 +152,8 @@ class MemorizationCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         options = self.config.get(str(self.config.get("subcommand")), self.config)
         asked = options["trainer.logger"]
-        places = any(str(argument).startswith("--trainer.logger") for argument in self._arguments)
+        # Of a cell, the logger is always given: its folder is the one that it goes on in.
+        places = not self._fit_alone and any(str(a).startswith("--trainer.logger") for a in self._arguments)
         try:
             if self._goes_on is not None and not places:
                 options["trainer.logger"] = logger_settings(_plain(asked), *self._goes_on)

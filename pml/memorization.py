@@ -288,9 +288,8 @@ class Memorization(LightningModule):
 
     def _release_frozen_layers(self) -> None:
         if self.frozen_prefix.release and not self.backbone.released:
-            passages = self._penalty.passages if self._penalty is not None else []
             corpus = self.trainer.datamodule.corpus  # type: ignore[attr-defined]
-            self.frozen_layers.keep_and_release([*corpus.examples, *passages])
+            self.frozen_layers.keep_and_release([*corpus.examples, *(self._penalty.passages if self._penalty else ())])
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         if self._compiling is not None and self._compiling.is_due(self.trainer.global_step):
@@ -315,7 +314,8 @@ class Memorization(LightningModule):
     def _kl_divergence(self, batch_idx: int) -> Tensor:
         """Divergence from the frozen model in nats per token, on passages that the step and the rank choose."""
         assert self._penalty is not None
-        divergence = self._penalty.loss(self.frozen_layers, self.model, turn_of(self.trainer, batch_idx))
+        with float32_products(self.matmul_precision):
+            divergence = self._penalty.loss(self.frozen_layers, self.model, turn_of(self.trainer, batch_idx))
         self.log("train/kl_divergence", divergence.detach(), batch_size=1)
         return divergence
 
@@ -387,13 +387,14 @@ class Memorization(LightningModule):
         checkpoint["pml"] = training_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get("pml")
-        if not state:
+        if not (state := checkpoint.get("pml")):
             return
         self.weighting.load_state_dict(state["weighting"])
         self.tokens_trained, self._skipped = own_share(state["tokens_trained"]), state["skipped_steps"]
         self.resumed = state.get("resumed", 0)
         if self._trainer is not None and self._trainer.training:
             refuse_other_data(self, state)
+            if self.cpu_choice is not None:  # timed anew, the faster product might be another, which rounds otherwise
+                self.cpu_choice = tune_cpu(self.cpu_config, state.get("onednn"))
             self.resumed += 1
             self.goes_on_from = state

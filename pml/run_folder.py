@@ -122,7 +122,7 @@ def use_corpus_of_run(folder: Path, data: Any, module: Memorization) -> None:
         module: The run's module.
 
     Raises:
-        InputError: If the corpus is not the one that the record is of.
+        InputError: If the corpus or the backbone is not the one that the record is of.
     """
     record = read_record(folder / RECORD_NAME) if (folder / RECORD_NAME).is_file() else None
     made = (module.tokenizer, module.vocab_size, module.max_positions)
@@ -135,6 +135,7 @@ def use_corpus_of_run(folder: Path, data: Any, module: Memorization) -> None:
         data.build(*made)
     if record is not None:
         check_corpus(data.corpus, record, folder)
+        _check_backbone(module, record, folder)
 
 
 def check_corpus(corpus: Corpus, record: Record, folder: Path) -> None:
@@ -160,6 +161,16 @@ def check_corpus(corpus: Corpus, record: Record, folder: Path) -> None:
         f"{corpus.content_hash[:12]}, the record {record.corpus_hash[:12]}{older}; restore the data, or run it again "
         "in another folder"
     )
+
+
+def _check_backbone(module: Memorization, record: Record, folder: Path) -> None:
+    """Refuse a backbone that is not the one that a record is of: the adapter was trained on other weights."""
+    now = module.backbone.content_hash
+    if now != record.backbone_hash:
+        raise InputError(
+            f"{folder}: this run was trained on {record.backbone} with the hash {record.backbone_hash[:12]}; "
+            f"{module.backbone_name} has the hash {now[:12]}; name the backbone that it was trained on, or run it again"
+        )
 
 
 def check_records(records: Mapping[Path, Record]) -> list[str]:

@@ -21,6 +21,7 @@ from pml.modules import Memorization
 from pml.progress import ProgressFile
 from pml.records import RECORD_NAME, Record, read_record
 from pml.run_folder import check_corpus
+from pml.same_folder import run_to_go_on_in
 from pml.stopping import Stopped, requested
 
 __all__ = ["Outcome", "claims_of", "run_cells", "set_failures_aside"]
@@ -55,8 +56,8 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
     Each cell is claimed, run and recorded by one worker; what others have claimed is waited for. A worker stays with
     one corpus as long as it can, since its frozen layers are then computed once. A cell that fails leaves `error.txt`
     in its folder and the others go on. A cell that was run on other data than its configuration gives now has failed
-    too; its record stays as it is. What an earlier, unfinished attempt left is moved aside, never deleted, and gone on
-    from where it has a checkpoint.
+    too; its record stays as it is. An unfinished attempt is gone on with from its checkpoint; without one, what it left
+    is moved aside, never deleted.
 
     Args:
         cells: What to run, in this order.
@@ -182,26 +183,20 @@ def _failed(cell: Cell, error: Exception) -> Outcome:
     raise DiskError(f"{trouble}; cells that are done stay done; mend that, and go on with the same command") from error
 
 
+def _checkpoint(folder: Path) -> Path | None:
+    """What a cell goes on from in its folder; None where it starts anew, after what is there was set aside."""
+    try:
+        checkpoint = newest_checkpoint(folder)
+        if run_to_go_on_in(checkpoint) is not None:
+            return checkpoint
+    except InputError:
+        pass
+    _set_aside(folder)
+    return None
+
+
 def _set_aside(folder: Path) -> None:
     """Move what an attempt has left aside, if there is anything."""
     if folder.exists():
-        attempt = next(n for n in itertools.count(1) if not _attempt_folder(folder, n).exists())
-        folder.rename(_attempt_folder(folder, attempt))
-
-
-def _attempt_folder(folder: Path, attempt: int) -> Path:
-    return folder.with_name(f"{folder.name}.unfinished-{attempt}")
-
-
-def _checkpoint(folder: Path) -> Path | None:
-    """Set an unfinished attempt aside; what to go on from, of the latest attempt that has it and did not fail."""
-    _set_aside(folder)
-    attempts = itertools.takewhile(Path.exists, (_attempt_folder(folder, n) for n in itertools.count(1)))
-    for attempt in reversed(list(attempts)):
-        if (attempt / ERROR_NAME).exists():
-            return None
-        try:
-            return newest_checkpoint(attempt)
-        except InputError:
-            continue
-    return None
+        names = (folder.with_name(f"{folder.name}.unfinished-{n}") for n in itertools.count(1))
+        folder.rename(next(name for name in names if not name.exists()))

@@ -46,6 +46,7 @@ def training_state(module: "Memorization") -> dict[str, Any]:
         "global_batch": module.global_batch.state_dict(),
         "gradients": gradients if module.global_batch.is_open else {},
         "batches": _position(module),
+        "onednn": module.cpu_choice.onednn if module.cpu_choice is not None else None,
     }
 
 

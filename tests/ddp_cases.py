@@ -19,6 +19,7 @@ from pml.checkpoints import Checkpoints, newest_checkpoint
 from pml.corpus import Corpus, Example
 from pml.curriculum import PrefixRatio
 from pml.guard import GuardConfig
+from pml.kl_penalty import KlPenaltyConfig
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import gather_scores, greedy_recall, score_corpus
 from pml.state_store import CacheConfig
@@ -63,6 +64,10 @@ METHODS: dict[str, Callable[[Path], Memorization]] = {
     "sliding window": lambda folder: module_on(folder, MemFT, weighting=SlidingWindow(window=2, patience=2)),
     "whole targets": lambda folder: module_on(folder, MemFT, weighting=WholeTargets(reach_start=4.0)),
     "curriculum": lambda folder: module_on(folder, MemFT, curriculum=PrefixRatio([0.3, 0.6, 1.0], [1, 3, 9])),
+    # Of a single passage, so that all micro-batches draw the same.
+    "penalty": lambda folder: module_on(
+        folder, kl_penalty=KlPenaltyConfig(weight=3.0, passages=1, tokens=5, text=str(folder / "ordinary.txt"))
+    ),
 }
 GLOBAL_BATCH, STEPS, EXAMPLES = 8, 10, 11
 """Eleven examples: the second step of an epoch has three, and of four ranks with two each, the last two have none."""

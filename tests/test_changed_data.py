@@ -80,6 +80,16 @@ def test_a_corpus_that_is_not_the_record_s_is_refused(
     assert "the data has changed since this run was trained" in capsys.readouterr().err
 
 
+def test_a_backbone_that_is_not_the_record_s_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Of the same shape and name: its adapter fits, and says something else.
+    path = run / "record.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "backbone_hash": "0" * 64}))
+    for command in ("recall", "test"):
+        assert main([command, str(run)]) == 2
+        assert "this run was trained on " in (said := capsys.readouterr().err)
+        assert "with the hash 000000000000; " in said
+
+
 def test_a_fit_goes_on_only_with_the_data_that_it_began_with(
     run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -121,6 +121,13 @@ class TestOutcomes:
         assert outcomes_of(Path("gone"), sft())["targets_certain"] is None
         assert outcomes_of(Path("gone"), sft(sub_threshold_fraction=0.0))["targets_certain"] == 100.0
 
+    def test_damaged_per_token_results_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        folder = write_simulated_run(tmp_path, 6, 64, pairs=4, sub_threshold_fraction=0.25)
+        (folder / "tokens.parquet").write_bytes(b"no table")
+        assert outcomes_of(folder, read_record(folder / "record.json"))["targets_certain"] is None
+        assert f"{folder / 'tokens.parquet'}: " in caplog.text
+        assert "how many targets are certain is not known" in caplog.text
+
     @pytest.mark.parametrize(("after", "nats"), [(3.25, 0.25), (None, None)])
     def test_harm_is_by_how_much_the_loss_on_ordinary_text_rose(self, after: float | None, nats: float | None) -> None:
         record = sft(harm={"prose": {"loss_after": 9.0}, "mean": {"loss_before": 3.0, "loss_after": after}})

@@ -27,11 +27,9 @@ def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     mkldnn: Any = torch.backends.mkldnn
     before = mkldnn.matmul.fp32_precision
     monkeypatch.setattr(pml.cpu, "_plain_attention", False)
-    for cached in (pml.cpu._measured_onednn, pml.cpu._log_choice):
-        cached.cache_clear()
+    pml.cpu._measured_onednn.cache_clear()
     yield
-    for cached in (pml.cpu._measured_onednn, pml.cpu._log_choice):
-        cached.cache_clear()
+    pml.cpu._measured_onednn.cache_clear()
     mkldnn.matmul.fp32_precision = before
 
 
@@ -69,6 +67,18 @@ def test_a_fast_and_accurate_product_is_chosen_and_measured_once_per_process(mon
     assert tune_cpu().onednn
     tune_cpu()
     assert calls == [1]
+
+
+@pytest.mark.usefixtures("fresh_choice")
+@pytest.mark.parametrize(
+    ("speedup", "error", "before", "now"),
+    [(2.0, 3e-7, False, False), (0.5, 3e-7, True, True), (2.0, 2e-3, True, False), (2.0, 3e-7, None, True)],
+)
+def test_a_fit_goes_on_with_the_product_that_it_had_if_that_is_accurate_here(
+    speedup: float, error: float, before: bool | None, now: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pml.cpu, "_measure_onednn", lambda: (speedup, error))
+    assert tune_cpu(onednn=before).onednn is now
 
 
 @pytest.mark.usefixtures("fresh_choice")

@@ -22,7 +22,9 @@ LIMIT_SECONDS = 400
 
 @pytest.fixture(scope="module")
 def folder(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_sharpened(tiny_backbone_folder, tmp_path_factory.mktemp("sharp"))
+    made = save_sharpened(tiny_backbone_folder, tmp_path_factory.mktemp("sharp"))
+    (made / "ordinary.txt").write_text("The bridge was opened in spring and closed again in autumn.")
+    return made
 
 
 @pytest.fixture(scope="module")

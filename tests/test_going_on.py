@@ -222,7 +222,12 @@ def test_a_stopped_sweep_goes_on_with_the_cell_that_was_running(
     base = {
         "model": {"class_path": "SFT", "init_args": init},
         "data": {"class_path": "RandomTokens", "init_args": {"length": 8}},
-        "trainer": {"max_epochs": 6, "accelerator": "cpu", "callbacks": [stop, {"class_path": "callbacks.RunRecord"}]},
+        "trainer": {
+            "max_epochs": 6,
+            "accelerator": "cpu",
+            "log_every_n_steps": 1,
+            "callbacks": [stop, {"class_path": "callbacks.RunRecord"}],
+        },
     }
     Path("base.yaml").write_text(yaml.safe_dump(base))
     grid = {"base": "base.yaml", "out": "out", "grid": {"model.init_args.adapter.rank": [2, 3]}}
@@ -239,7 +244,9 @@ def test_a_stopped_sweep_goes_on_with_the_cell_that_was_running(
     for folder in (first, second):
         record = read_record(folder / "record.json")
         assert (record.status, record.optimizer_steps, record.resumed) == ("finished", 6, 1)
-        assert folder.with_name(f"{folder.name}.unfinished-1").is_dir()
+        curve = [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
+        assert curve == [0, 1, 2, 3, 4, 5]
+    assert not list(Path("out").glob("*.unfinished-*"))
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -242,6 +242,13 @@ class TestWhatIsMissing:
         )
         assert not [name for name in report.figures if "first-failure" in name]
 
+    def test_a_law_says_whose_damaged_per_token_results_it_leaves_out(self, tmp_path: Path) -> None:
+        write_simulated_grid(tmp_path)
+        damaged = sorted(tmp_path.rglob("tokens.parquet"))[0]
+        damaged.write_bytes(b"no table")
+        text = Page(make_report(read_records([tmp_path])).html).text
+        assert f"the recall model leaves out a run: {damaged.as_posix()}: " in text
+
     def test_unfinished_runs_are_listed_but_not_drawn(self, tmp_path: Path) -> None:
         write_simulated_run(tmp_path / "cut", 4, 64, status="interrupted")
         text = Page(make_report(read_records([tmp_path])).html).text

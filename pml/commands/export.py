@@ -28,6 +28,7 @@ def run(args: jsonargparse.Namespace) -> int:
     """Merge, check and write; 0 when every recalled target still comes back, else 1 and nothing is written."""
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.certificate import greedy_answers
+    from pml.default_backbone import quiet_transformers
     from pml.run_folder import run_folder
     from pml.runs import open_run
 
@@ -57,8 +58,9 @@ def run(args: jsonargparse.Namespace) -> int:
         return 1
     partial = args.out.with_name(f".{args.out.name}.{os.getpid()}")
     try:
-        merged.save_pretrained(partial)
-        module.tokenizer.save_pretrained(partial)
+        with quiet_transformers():
+            merged.save_pretrained(partial)
+            module.tokenizer.save_pretrained(partial)
         partial.rename(args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

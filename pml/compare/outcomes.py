@@ -1,5 +1,6 @@
 """What runs are compared in: certain recall, recall as it is, and what either cost."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,9 +9,11 @@ import numpy as np
 
 from pml.errors import InputError
 from pml.records import Record
-from pml.token_results import first_positions, read_tokens
+from pml.token_results import TOKENS_NAME, first_positions, read_tokens
 
 __all__ = ["OUTCOMES", "Outcome", "outcomes_of"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,11 @@ def _targets_certain(folder: Path, record: Record) -> float | None:
     """Percentage of targets in which every token is certain."""
     if record.sub_threshold_fraction == 0:
         return 100.0
+    if not (folder / TOKENS_NAME).is_file():
+        return None
     try:
         positions = first_positions(read_tokens(folder))
-    except InputError:
+    except InputError as error:
+        log.warning("%s; how many targets are certain is not known", error)
         return None
     return 100 * float(np.mean(positions.sub_threshold == positions.length))

@@ -18,7 +18,7 @@ from pml.recall_model import fit_recall, run_tokens
 from pml.records import Record
 from pml.report.parts import Panel, count, draw, spans
 from pml.tables import TextTable
-from pml.token_results import read_tokens
+from pml.token_results import TOKENS_NAME, read_tokens
 
 __all__ = ["LawPart", "law_part"]
 
@@ -55,13 +55,13 @@ def law_part(records: Mapping[Path, Record], runs: list[Observation], name: str,
         name: What the names of its figures begin with.
         of: Whose law it is, for those who cannot see the figures.
     """
-    tokens = []
+    tokens, damaged = [], []
     for path, record in records.items():
-        try:
-            tokens += [run_tokens(read_tokens(path))] if record.status == "finished" else []
-        except InputError:
-            # Said once, where tokens are shown.
-            continue
+        if record.status == "finished" and (path / TOKENS_NAME).is_file():
+            try:
+                tokens.append(run_tokens(read_tokens(path)))
+            except InputError as error:
+                damaged.append(f"the recall model leaves out a run: {error}")
     try:
         fit = fit_law(runs, shared_setting(records), recall=fit_recall(tokens))
     except InputError as error:
@@ -73,7 +73,7 @@ def law_part(records: Mapping[Path, Record], runs: list[Observation], name: str,
         symbols=Equation(symbols_sentence(fit).replace("^(-1/p)", "^-1/p")),
         sentences=[f"{text[0].upper()}{text[1:]}." for text in sentences(fit)],
         tables=[parameters_table(fit), forms_table(fit), *([recall_table(fit.recall)] if fit.recall else [])],
-        warnings=list(fit.warnings),
+        warnings=[*fit.warnings, *damaged],
         panels=_panels(fit, runs, {s: share for s, share in accuracy.items() if share is not None}, name, of),
     )
 
