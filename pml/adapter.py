@@ -25,12 +25,12 @@ from pml.saved_adapter import check_weights, read_saved_adapter
 __all__ = [
     "AdapterConfig",
     "MlpBlockLora",
+    "adapter_for",
     "adapter_parameters",
     "adapter_state",
     "attach_adapter",
     "detach_adapter",
     "evaluating",
-    "linear_layers",
     "load_adapter",
     "lora_layers",
 ]
@@ -188,13 +188,16 @@ def _target_modules(config: AdapterConfig, backbone: Backbone, blocks: list[int]
     return targets
 
 
-def linear_layers(backbone: Backbone, block: int) -> list[str]:
-    """Names of all linear layers of a block, as `AdapterConfig.placement` takes them.
+def adapter_for(
+    backbone: Backbone, placement: str | list[str] | None, block: int | float | list[int], guard: GuardConfig | None
+) -> AdapterConfig:
+    """Where an adapter sits; without a placement on all linear layers of its block."""
+    if placement is None:
+        placement = _linear_layers(backbone, AdapterConfig(block=block).block_indices(len(backbone.blocks))[0])
+    return AdapterConfig(placement=placement, block=block, guard=guard)
 
-    Args:
-        backbone: The frozen model.
-        block: Index of the block.
-    """
+
+def _linear_layers(backbone: Backbone, block: int) -> list[str]:
     modules = backbone.blocks[block].named_modules()
     names = (name.rsplit(".", 1)[-1] for name, module in modules if isinstance(module, (nn.Linear, Conv1D)))
     return list(dict.fromkeys(names))

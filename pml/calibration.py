@@ -1,4 +1,4 @@
-"""What a parameter stores on a backbone of one's own: rank 1 is given more random tokens than it holds."""
+"""How many bits a parameter stores on your backbone: rank 1 is given more random tokens than it holds."""
 
 import math
 from collections.abc import Callable
@@ -10,10 +10,11 @@ from typing import Any
 from scipy import stats
 
 from pml import metrics
-from pml.adapter import AdapterConfig, adapter_parameters
+from pml.adapter import adapter_for, adapter_parameters
 from pml.backbone import load_backbone, shared_backbones
 from pml.bare_trainer import bare_trainer
 from pml.errors import InputError
+from pml.guard import GuardConfig
 from pml.modules import SFT
 from pml.recall import score_corpus
 from pml.storage import Constant
@@ -26,7 +27,9 @@ MOST_BITS = 1.6
 
 def calibrate(
     backbone: str,
-    adapter: AdapterConfig,
+    placement: str | list[str] | None = None,
+    block: int | float | list[int] = 2 / 3,
+    guard: GuardConfig | None = None,
     *,
     texts: int = 3,
     steps: int = 300,
@@ -37,7 +40,9 @@ def calibrate(
 
     Args:
         backbone: As `pml.backbone.load_backbone` takes it.
-        adapter: Placement, block and guard; its rank is taken to be 1.
+        placement: See `pml.adapter.AdapterConfig`; None is all linear layers of the block.
+        block: See there.
+        guard: What the adapters are guarded with; None guards nothing.
         texts: Different texts, with an adapter each.
         steps: Optimiser steps for each.
         learning_rate: Peak learning rate of AdamW.
@@ -51,10 +56,11 @@ def calibrate(
     stored: list[float] = []
     with shared_backbones():
         loaded = load_backbone(backbone)
+        adapter = replace(adapter_for(loaded, placement, block, guard), rank=1)
         bits_per_token = math.log2(loaded.vocab_size)
         where = ", ".join(map(str, adapter.block_indices(len(loaded.blocks))))
         for text in range(texts):
-            module = SFT(backbone=backbone, adapter=replace(adapter, rank=1), learning_rate=learning_rate, seed=text)
+            module = SFT(backbone=backbone, adapter=adapter, learning_rate=learning_rate, seed=text)
             module.configure_model()
             parameters = sum(p.numel() for p in adapter_parameters(module.model).values())
             stored.append(_stored_bits(module, math.ceil(MOST_BITS * parameters / bits_per_token), steps) / parameters)

@@ -19,7 +19,7 @@ __all__ = ["COMMANDS", "main"]
 FIT_COMMANDS = {
     "fit": "train an adapter on a corpus; leaves a run folder with record, adapter and curves",
     "validate": "measure the teacher-forced recall of a run, or of a checkpoint",
-    "test": "the same with greedy decoding",
+    "test": "measure what greedy decoding recalls of a run, or of a checkpoint",
     "predict": "score every target token of a run's corpus; leaves a table, predictions.parquet",
 }
 COMMANDS = (
@@ -154,9 +154,15 @@ def _with_run(arguments: Sequence[str]) -> Sequence[str]:
 def _run_command(name: str, arguments: Sequence[str]) -> int:
     import jsonargparse
 
+    from pml.commands._help import ParagraphFormatter
+
     module = importlib.import_module(f"pml.commands.{name}")
     parser = jsonargparse.ArgumentParser(
-        prog=f"pml {name}", description=module.__doc__, exit_on_error=False, allow_abbrev=False
+        prog=f"pml {name}",
+        description=module.__doc__,
+        formatter_class=ParagraphFormatter,
+        exit_on_error=False,
+        allow_abbrev=False,
     )
     module.configure(parser)
     if hasattr(module, "separate"):  # it takes keys of `pml fit` too

@@ -29,6 +29,8 @@ SETTINGS = {
     "model.frozen_prefix": ("state_store.py", "CacheConfig"),
     "model.cpu": ("cpu.py", "CpuConfig"),
     "model.curriculum": ("curriculum.py", "PrefixRatio"),
+    "model.adapter.guard": ("guard.py", "GuardConfig"),
+    "model.kl_penalty": ("kl_penalty.py", "KlPenaltyConfig"),
 }
 """Settings objects, whose fields are options."""
 
@@ -82,8 +84,10 @@ def fit_help(command: str, width: int | None = None) -> str:
     page.heading("MemFT alone")
     for argument in _arguments(PML / "modules.py", "MemFT"):
         page.argument("model", argument)
+    weightings = {"Weighting"}
     for name, node in _classes(PML / "weighting.py").items():
-        if any(isinstance(base, ast.Name) and base.id == "Weighting" for base in node.bases):
+        if weightings & {base.id for base in node.bases if isinstance(base, ast.Name)}:
+            weightings.add(name)
             page.item(name, _summary(node))
     for key, (file, name) in SETTINGS.items():
         page.heading(f"--{key}: {_summary(_classes(PML / file)[name])}")

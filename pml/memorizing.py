@@ -22,9 +22,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import PeftModel
 from torch import Tensor
 
-from pml.adapter import AdapterConfig, linear_layers, lora_layers
+from pml.adapter import AdapterConfig, adapter_for, lora_layers
 from pml.atomic import whole_file
-from pml.backbone import Backbone, backbone_facts, load_backbone, shared_backbones
+from pml.backbone import backbone_facts, load_backbone, shared_backbones
 from pml.bare_trainer import bare_trainer
 from pml.certificate import PairCertificate, certify
 from pml.corpus import Corpus
@@ -202,16 +202,6 @@ def memorize(
     with whole_file(made.adapter / CARD_NAME) as file:
         file.write(model_card(record, corpus, encoder, served=served).encode())
     return made
-
-
-def adapter_for(
-    backbone: Backbone, placement: str | list[str] | None, block: int | float | list[int], guard: GuardConfig | None
-) -> AdapterConfig:
-    """Where an adapter sits; without a placement on all linear layers of its block."""
-    if placement is None:
-        lowest = AdapterConfig(block=block).block_indices(len(backbone.blocks))[0]
-        placement = linear_layers(backbone, lowest)
-    return AdapterConfig(placement=placement, block=block, guard=guard)
 
 
 @dataclass(frozen=True)

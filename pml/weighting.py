@@ -229,10 +229,10 @@ class FallingThreshold(Weighting):
 
 @dataclass
 class WholeTargets(FallingThreshold):
-    """`FallingThreshold` times `within_reach`, whose temperature falls over the run.
+    """`FallingThreshold`, with more weight for targets that are nearly certain as a whole: `within_reach`.
 
-    Aim: most targets certain from the first token to the last. Where not all can be had, the budget goes to targets
-    that lack little. With a single target in a batch it is `FallingThreshold`.
+    Aim: most targets certain from the first token to the last, where not all can be had. The temperature of
+    `within_reach` falls over the run. With a single target in a batch it is `FallingThreshold`.
 
     Args:
         reach_start: Shortfall in nats that cuts a target's weight to 1/e at the first step, less the floor.

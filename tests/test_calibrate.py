@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from pml import calibration
-from pml.adapter import AdapterConfig
 from pml.cli import main
 from pml.errors import InputError
 from pml.modules import SFT
@@ -26,9 +25,8 @@ def test_the_constant_is_the_mean_over_texts_with_students_interval(
 
     monkeypatch.setattr(calibration, "_stored_bits", stored)
     told: list[tuple[int, float]] = []
-    adapter = AdapterConfig(rank=5, block=1)
     constant = calibration.calibrate(
-        str(tiny_backbone_folder), adapter, on_text=lambda number, bits: told.append((number, bits))
+        str(tiny_backbone_folder), "mlp_block", 1, on_text=lambda number, bits: told.append((number, bits))
     )
     assert [number for number, _ in told] == [1, 2, 3]
     assert [bits for _, bits in told] == pytest.approx([0.4, 0.5, 0.6])
@@ -63,7 +61,7 @@ def test_the_command_measures_and_leaves_what_plan_takes(
 @pytest.mark.parametrize("numbers", [{"texts": 1}, {"steps": 0}])
 def test_numbers_out_of_range_are_refused(numbers: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected at least 2 texts and 1 step"):
-        calibration.calibrate("nowhere", AdapterConfig(), **numbers)
+        calibration.calibrate("nowhere", **numbers)
 
 
 def test_a_file_of_something_else_is_not_written_over(

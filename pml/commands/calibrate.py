@@ -19,7 +19,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--backbone", type=str, default="smollm2-135m", help="smollm2-135m, a folder or a hub id")
     parser.add_argument(
-        "--placement", type=str | list[str], default=["down_proj"], help="mlp_block, or linear layers of a block"
+        "--placement", type=str | list[str] | None, help="mlp_block, or linear layers of a block; default all of them"
     )
     parser.add_argument("--block", type=int | float | list[int], default=2 / 3, help="block, blocks or depth")
     parser.add_argument("--guard", type=bool, default=True, help="measure adapters that are guarded")
@@ -33,7 +33,6 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 def run(args: jsonargparse.Namespace) -> int:
     """Measure, print and write."""
     # Imported here because it takes seconds, which --help need not wait for.
-    from pml.adapter import AdapterConfig
     from pml.calibration import calibrate
     from pml.guard import GuardConfig
     from pml.lightning_cli import prepare
@@ -44,7 +43,9 @@ def run(args: jsonargparse.Namespace) -> int:
     known = _known(args.out)
     constant = calibrate(
         args.backbone,
-        AdapterConfig(placement=args.placement, block=args.block, guard=GuardConfig() if args.guard else None),
+        args.placement,
+        args.block,
+        GuardConfig() if args.guard else None,
         texts=args.texts,
         steps=args.steps,
         learning_rate=args.learning_rate,

@@ -20,7 +20,7 @@ __all__ = ["configure", "run"]
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist yet")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist yet")
     parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights")
 
 

@@ -35,7 +35,9 @@ SHOWN = 20
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("pairs", type=Path, metavar="PAIRS", help="file of queries and targets")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the adapter, its record and its pairs")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for the adapter, its record and its pairs"
+    )
     parser.add_argument("--backbone", type=str, default="smollm2-135m", help="smollm2-135m, a folder or a hub id")
     parser.add_argument("--rank", type=int | None, help="LoRA rank to begin with; planned unless given")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What rank does a text need? From its surprise and measured constants, or from a law fitted to runs of one's own.
+"""What rank does a text need? From its surprise and measured constants, or from a law fitted to your runs.
 
     pml plan PAIRS.jsonl                                    the rank for these pairs; loads the backbone, runs nothing
     pml plan PAIRS.jsonl --placement mlp_block --guard false
@@ -89,11 +89,10 @@ def run(args: jsonargparse.Namespace) -> int:
 
 def _of_pairs(args: jsonargparse.Namespace) -> Any:
     # Imported here because it takes seconds, which --help need not wait for.
-    from pml.adapter import AdapterConfig
+    from pml.adapter import AdapterConfig, adapter_for
     from pml.backbone import load_backbone
     from pml.default_backbone import DEFAULT_BACKBONE
     from pml.guard import GuardConfig
-    from pml.memorizing import adapter_for
     from pml.storage import plan_rank, read_constants
 
     name = args.backbone or DEFAULT_BACKBONE

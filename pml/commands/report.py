@@ -17,7 +17,7 @@ __all__ = ["configure", "run"]
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_runs(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder for report.html and figures/")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for report.html and figures/")
     parser.add_argument("--title", type=str, default="What the adapters remember", help="heading of the page")
     parser.add_argument("--overwrite", action="store_true", help="replace another report, and its figures")
     add_where(parser)
