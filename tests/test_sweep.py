@@ -248,7 +248,7 @@ def test_a_cell_that_fails_leaves_its_error_and_the_others_finish(
     assert "adapter.rank is 40" in text
     (said,) = [line for line in err.splitlines() if line.startswith("failed: ")]
     assert f"{cells[1]['name']}: InputError: adapter.rank is 40" in said
-    assert said.endswith("error.txt; --retry-failed runs it again)")
+    assert said.endswith("error.txt; --retry_failed runs it again)")
 
 
 def test_each_cell_is_reported_on_a_line_with_the_time_that_is_left(

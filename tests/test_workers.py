@@ -98,10 +98,10 @@ def test_a_cell_that_has_failed_is_run_again_when_that_is_asked_for(
     (cell.folder / "error.txt").write_text("OutOfMemoryError: too large\n\nTraceback ...")
     assert main(["sweep", str(grid)]) == 1
     assert (
-        f"failed: {cell.name}: OutOfMemoryError: too large (see {cell.folder}/error.txt; --retry-failed runs it again)"
+        f"failed: {cell.name}: OutOfMemoryError: too large (see {cell.folder}/error.txt; --retry_failed runs it again)"
         in (capsys.readouterr().err)
     )
-    assert main(["sweep", str(grid), "--retry-failed"]) == 0
+    assert main(["sweep", str(grid), "--retry_failed"]) == 0
     assert read_record(cell.folder / "record.json").status == "finished"
 
 

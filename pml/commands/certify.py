@@ -1,11 +1,11 @@
 """Certify pair by pair what an adapter is certain to recall, recalls, or fails at, with margins in logits.
 
 RUN is a run's folder: backbone, corpus and adapter are taken from there. For an adapter that somebody else trained,
-give --adapter, --data (a file of pairs) and --backbone instead. A pair is certain if every target token has p > 0.5 and
-a margin in logits above the rounding that was measured: how far margins move, in the dtype of the run, when the tokens
-go one by one through the cache. Pairs are also decoded by transformers' own greedy decoding, the least certain first:
-in each of --dtypes, alone and in batches, with and without the cache. The exit code is 0 if every pair is certain,
-else 1.
+give --adapter and --data (a file of pairs) instead, and --backbone unless the adapter names its base. A pair is
+certain if every target token has p > 0.5 and a margin in logits above the rounding that was measured: how far margins
+move, in the dtype of the run, when the tokens go one by one through the cache. Pairs are also decoded by
+transformers' own greedy decoding, the least certain first: in each of --dtypes, alone and in batches, with and
+without the cache. The exit code is 0 if every pair is certain, else 1.
 """
 
 import sys

@@ -31,7 +31,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         "dotted into its settings, such as method_settings.learning_rate; folder tells sweeps apart",
     )
     parser.add_argument(
-        "--join-corpora",
+        "--join_corpora",
         action="store_true",
         help="fit one law across corpora of different names, such as files of several lengths",
     )

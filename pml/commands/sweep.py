@@ -3,7 +3,7 @@
 The grid file names the configurations that every cell starts from (`base`), the folder for the run folders (`out`) and,
 for any key of `pml fit`, the values it takes (`grid`). All cells are checked before the first one runs. Any number of
 sweeps of one grid may run at once, on any machines that share the folder: each cell is run once. A cell that fails does
-not stop the others, and is run again only with --retry-failed; the exit code is then 1. A cell whose loss became
+not stop the others, and is run again only with --retry_failed; the exit code is then 1. A cell whose loss became
 infinite or not a number has diverged: it counts as done, since to run it again would give the same, and is named at the
 end. Ctrl-C or SIGTERM saves what is running; the same command goes on with it.
 """
@@ -39,12 +39,12 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cluster", choices=["slurm", "local"], help="run the workers as jobs, submitted by submitit")
     parser.add_argument(
-        "--cluster-options",
+        "--cluster_options",
         type=dict[str, Any],
         default={},
         help="what submitit's executor is told, such as {slurm_partition: gpu, timeout_min: 600, gpus_per_node: 1}",
     )
-    parser.add_argument("--retry-failed", action="store_true", help="run cells again that have failed")
+    parser.add_argument("--retry_failed", action="store_true", help="run cells again that have failed")
     parser.add_argument(
         "--status", action="store_true", help="say what is done, running where, failed and left, and run nothing"
     )
@@ -108,7 +108,7 @@ def run(args: jsonargparse.Namespace) -> int:
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     for outcome in failed:
         error_file = outcome.cell.folder / ERROR_NAME
-        where = f" (see {error_file}; --retry-failed runs it again)" if error_file.exists() else ""
+        where = f" (see {error_file}; --retry_failed runs it again)" if error_file.exists() else ""
         say(f"failed: {outcome.cell.name}: {outcome.error}{where}", to=sys.stderr)
     left = [outcome.cell.name for outcome in outcomes if outcome.record is None and outcome.error is None]
     for name in left:
