@@ -5,12 +5,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pml.corpus import Example, collate
 from pml.records import Record, read_record
+from pml.token_history import read_history
 from tests import ddp_cases
 from tests.ddp_cases import GRADIENT_CASES, kicked
 from tests.fits import module_on, save_sharpened
@@ -230,3 +232,13 @@ def test_two_ranks_leave_the_curves_of_one(two: dict[str, Any], one: dict[str, A
 
     for tag in ("val/loss", "val/token_accuracy", "val/exact_match", "val/sub_threshold_fraction"):
         assert curve(two, tag) == pytest.approx(curve(one, tag), rel=2e-2), tag
+
+
+def test_two_ranks_keep_the_history_of_one(two: dict[str, Any], one: dict[str, Any]) -> None:
+    ours, expected = (read_history(made["folder"] / "run") for made in (two, one))
+    for name in ("step", "example_id", "position", "token_id"):
+        assert getattr(ours, name).tolist() == getattr(expected, name).tolist(), name
+    assert len(ours.token_id) == sum(len(target) for _, target in uneven(7))
+    # The frozen model, and after some fifty steps of AdamW with gradients summed in another order.
+    np.testing.assert_allclose(ours.probability[0], expected.probability[0], rtol=1e-5)
+    np.testing.assert_allclose(ours.probability[-1], expected.probability[-1], atol=2e-2)
