@@ -20,13 +20,16 @@ from lightning.pytorch import Trainer
 
 import callbacks
 import data_modules
-from pml import quiet
+from pml import quiet, weighting
 from pml.adapter import AdapterConfig
 from pml.cli import COMMANDS, FIT_COMMANDS, main
+from pml.guard import GuardConfig
+from pml.kl_penalty import KlPenaltyConfig
 from pml.lightning_cli import parse_run
 from pml.modules import SFT, MemFT
 from pml.quiet import keep_quiet
 from pml.records import read_record
+from pml.weighting import Weighting
 from tests import fits  # one thread
 
 assert fits.torch.get_num_threads() == 1
@@ -102,16 +105,27 @@ def test_the_help_of_fit_names_what_the_parser_takes_with_its_own_words(capsys: 
     assert main(["fit", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     options = {line.split()[0] for line in lines if line.strip().startswith("--")}
-    for group, made in (("trainer", Trainer), ("model", MemFT), ("model", SFT), ("model.adapter", AdapterConfig)):
+    settings = {"model.adapter": AdapterConfig, "model.adapter.guard": GuardConfig, "model.kl_penalty": KlPenaltyConfig}
+    for group, made in (("trainer", Trainer), ("model", MemFT), ("model", SFT), *settings.items()):
         names = inspect.signature(made).parameters.keys() - {"kwargs"}
         assert {f"--{group}.{name}" for name in names} <= options
     data = inspect.signature(data_modules.PhoneBook).parameters.keys() - {"kwargs"}
     assert {f"--data.{name}" for name in data} <= options
     named = {line.split()[0] for line in lines if line.startswith("  ")}
     assert {*data_modules.__all__} - {"MemorizationDataModule"} | {*callbacks.__all__} <= named
+    kinds = {name for name, kind in vars(weighting).items() if inspect.isclass(kind) and issubclass(kind, Weighting)}
+    assert kinds - {"Weighting"} <= named
     (rank,) = [line for line in lines if "--model.adapter.rank" in line]
     assert rank.split(maxsplit=1)[1] == "LoRA rank r. (default: 4)"
     assert any("--trainer.max_epochs" in line and "(default: 200)" in line for line in lines)
+
+
+def test_examples_in_the_help_of_a_command_keep_their_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "    pml plan PAIRS.jsonl --placement mlp_block --guard false" in lines
+    assert sum(line.startswith("    pml plan ") for line in lines) == 6
 
 
 @pytest.mark.parametrize("command", [*FIT_COMMANDS, "law", "plan", "compare", "sweep"])
