@@ -329,7 +329,7 @@ def _outcome(law: LawFit, rank: int, corpus: _Corpus) -> Outcome:
     reduction = min(float(law.predict(rank, tokens, initial_loss=given)), initial)
     mean = np.minimum(law.predict_draws(rank, tokens, initial_loss=given), initial)
     runs = law.new_run_draws(rank, tokens, initial_loss=given)
-    parameters = None if law.parameters_per_rank is None else rank * law.parameters_per_rank
+    parameters = None if law.parameters_per_rank is None else round(rank * law.parameters_per_rank)
     recalled: dict[str, Any] = {}
     if law.recall is not None:
         losses, per_target = runs.final_loss, tokens / corpus.pairs

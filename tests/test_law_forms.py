@@ -47,6 +47,18 @@ class TestValues:
         assert loss_reduction([4, 400], 100, 12, C=40, alpha=0.5, beta=0.5) == pytest.approx([8.0, 12.0])
         assert sensitivity([4, 400], 100, 12, C=40, alpha=0.5, beta=0.5).tolist() == [1.0, 0.0]
 
+    def test_a_plain_and_a_soft_minimum_broadcast_together(self) -> None:
+        where = ([4, 400], 100, 12)
+        for function in (loss_reduction, sensitivity, lambda *a, **k: gradient(*a, **k)["sharpness"]):
+            both = function(*where, C=40, alpha=0.5, beta=0.5, sharpness=[[1.0], [math.inf]])
+            apart = [function(*where, C=40, alpha=0.5, beta=0.5, sharpness=p) for p in (1.0, math.inf)]
+            np.testing.assert_array_equal(both, apart)
+
+    def test_noise_in_the_power_term_is_attenuated_near_the_ceiling(self) -> None:
+        # A power term of 8 under ceilings far above, at, and far below it: 2^-(1 + 1/p) at it.
+        found = sensitivity(4, 100, [8e6, 8.0, 8e-6], C=40, alpha=0.5, beta=0.5, sharpness=2.0)
+        assert found == pytest.approx([1.0, 2**-1.5, 0.0], abs=1e-6)
+
     def test_stored_bits_are_bits(self) -> None:
         # 1000 parameters store 800 of 3000 bits; 2200 bits over 200 tokens are 11 bits, or 7.6246 nats, a token.
         form, values = FORMS["stored_bits"], {"bits_per_parameter": 0.8, "sharpness": 32.0}

@@ -19,13 +19,15 @@ from simulated_laws import (
 )
 
 from pml.errors import InputError
-from pml.law import FORMS, FormName, Observation, fit_law, saturated
+from pml.figures import law_figure
+from pml.law import FORMS, FormName, LawFit, Observation, fit_law, saturated
 from pml.law.intervals import (
     noise_of,
     t_quantile,
 )
 from pml.law.least_squares import data_of, weights
 from pml.law.texts import texts_of
+from pml.plan import outcome_of_rank
 
 
 class TestNoise:
@@ -358,5 +360,33 @@ class TestByParameters:
         by_rank, in_bits = (fit_law(runs, form=form, compare=False) for form in ("power", "stored_bits"))
         assert by_rank.parameters_per_rank is in_bits.parameters_per_rank is None
         assert float(by_rank.predict(2, 100)) > 0
+        assert (by_rank.predicts_ranks, in_bits.predicts_ranks) == (True, False)
         with pytest.raises(InputError, match="differ in parameters per rank, so a rank has no one size"):
             in_bits.predict(2, 100)
+        titles = {axes.get_title() for axes in law_figure(in_bits, runs).axes}
+        assert "no lines: parameters per rank differ" in titles
+
+    def test_a_rank_may_have_a_fractional_number_of_parameters(self) -> None:
+        runs = [replace(r, effective_parameters=2501 * r.rank // 2) for r in self.runs((1000,), (2, 4, 8))]
+        law = fit_law(runs, form="power", compare=False)
+        assert law.parameters_per_rank == 1250.5
+        assert LawFit.from_json(law.to_json()).parameters_per_rank == 1250.5
+        found = outcome_of_rank(law, 3, 100).outcome
+        assert found is not None
+        assert found.effective_parameters == 3752  # 3751.5
+
+    @pytest.mark.parametrize(
+        ("known", "unknown", "missing"),
+        [
+            ("entropy_power", "effective_parameters", "the number of their effective parameters"),
+            (None, "entropy_bits", "the information in their corpus"),
+        ],
+    )
+    def test_a_form_needs_only_what_it_counts(self, known: FormName | None, unknown: str, missing: str) -> None:
+        bits = HIGH_LOSS / math.log(2)
+        runs = [replace(r, entropy_bits=bits * r.target_tokens) for r in self.runs((1000,), (1, 2, 4))]
+        runs = [replace(r, **{unknown: None}) for r in runs]  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=f"form stored_bits: of some runs {missing} is unknown"):
+            fit_law(runs, form="stored_bits")
+        fits = {fit.form for fit in fit_law(runs).fits}
+        assert ("entropy_power" in fits) is (known is not None)

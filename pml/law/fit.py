@@ -88,12 +88,12 @@ def fit_law(
     elif len(fits) == 1 and missing[PUBLISHED] is not None:
         reason = f"the others are not determined: {missing[PUBLISHED]}"
     fits = [_with_profiles(fit, solutions[fit.form]) if fit.form in (fits[0].form, PUBLISHED) else fit for fit in fits]
-    per_rank = {(run.effective_parameters or 0) / run.rank for run in kept}
+    per_rank = {run.effective_parameters / run.rank if run.effective_parameters else None for run in kept}
     law = LawFit(
         form=fits[0].form,
         chosen_because=reason,
         adapter_size=adapter_size,
-        parameters_per_rank=int(per_rank.pop()) or None if len(per_rank) == 1 else None,
+        parameters_per_rank=per_rank.pop() if len(per_rank) == 1 else None,
         fits=fits,
         observations=kept,
         left_out=left_out,
@@ -106,9 +106,14 @@ def fit_law(
 
 def _missing(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize, context: str) -> str | None:
     """Why the runs cannot determine a form; None where they can."""
-    if form.needs_entropy and any(run.entropy_bits is None or run.effective_parameters is None for run in runs):
+    unknown = []
+    if form.needs_entropy and any(run.entropy_bits is None for run in runs):
+        unknown.append("the information in their corpus")
+    if form.proportional and any(run.effective_parameters is None for run in runs):
+        unknown.append("the number of their effective parameters")
+    if unknown:
         return (
-            f"form {form.name}: the information in some runs' corpus is unknown; leave them out, or choose another form"
+            f"form {form.name}: of some runs {' and '.join(unknown)} is unknown; leave them out, or choose another form"
         )
     return shortfall(form, runs, adapter_size, context)
 

@@ -76,38 +76,49 @@ def loss_reduction(
         4.8
     """
     log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, C=C, alpha=alpha, beta=beta, b=b)
-    if np.all(np.isinf(sharpness)):
-        return np.asarray(b + np.exp(np.minimum(log_power, log_ceiling)))
-    p = np.asarray(sharpness)
-    return np.asarray(b + np.exp(-np.logaddexp(-p * log_power, -p * log_ceiling) / p))
+    plain, soft = np.minimum(log_power, log_ceiling), np.isfinite(sharpness)
+    if not soft.any():
+        return np.asarray(b + np.exp(plain))
+    p = np.where(soft, sharpness, 1.0)
+    return np.asarray(b + np.exp(np.where(soft, -np.logaddexp(-p * log_power, -p * log_ceiling) / p, plain)))
 
 
-def sensitivity(*where: npt.ArrayLike, sharpness: npt.ArrayLike = math.inf, **parameters: npt.ArrayLike) -> Array:
-    """Derivative of the loss reduction with respect to its power term: 1 far below the ceiling, 0 at it.
+def sensitivity(
+    rank: npt.ArrayLike,
+    target_tokens: npt.ArrayLike,
+    initial_loss: npt.ArrayLike = math.inf,
+    *,
+    sharpness: npt.ArrayLike = math.inf,
+    **parameters: npt.ArrayLike,
+) -> Array:
+    """Derivative of the loss reduction with respect to its power term, x, under a ceiling c: from 1 to 0 as x rises.
 
-    A run's deviation from the power law reaches its loss by this share. Arguments as in `loss_reduction`.
+    It is 2^-(1 + 1/p) where x = c. Noise in the power term is attenuated by this factor. Arguments as in
+    `loss_reduction`.
     """
-    log_power, log_ceiling = _log_terms(*where, **parameters)
-    if np.all(np.isinf(sharpness)):
-        return np.asarray(log_power < log_ceiling, dtype=np.float64)
-    return _share(log_power - log_ceiling, np.asarray(sharpness))
+    log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, **parameters)
+    return _by_power(log_power - log_ceiling, sharpness)
 
 
 def gradient(
-    *where: npt.ArrayLike, sharpness: npt.ArrayLike = math.inf, **parameters: npt.ArrayLike
+    rank: npt.ArrayLike,
+    target_tokens: npt.ArrayLike,
+    initial_loss: npt.ArrayLike = math.inf,
+    *,
+    sharpness: npt.ArrayLike = math.inf,
+    **parameters: npt.ArrayLike,
 ) -> dict[str, Array]:
     """Derivatives of `loss_reduction` by ln C, alpha, beta, b and ln sharpness, under the parameters' names."""
-    log_power, log_ceiling = _log_terms(*where, **parameters)
-    reach = sensitivity(*where, sharpness=sharpness, **parameters)
-    if np.all(np.isinf(sharpness)):
-        by_ceiling, by_log_sharpness = 1.0 - reach, np.zeros_like(reach)
-    else:
-        p, gap = np.asarray(sharpness), log_power - log_ceiling
-        by_ceiling = _share(-gap, p)
+    log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, **parameters)
+    gap, soft = log_power - log_ceiling, np.isfinite(sharpness)
+    reach = _by_power(gap, sharpness)
+    by_ceiling, by_log_sharpness = 1.0 - reach, np.zeros_like(reach)
+    if soft.any():
+        p = np.where(soft, sharpness, 1.0)
         log_sum = np.logaddexp(-p * log_power, -p * log_ceiling)
         share = np.exp(-p * log_power - log_sum)
-        by_log_sharpness = np.exp(-log_sum / p) * (log_sum / p + log_ceiling + share * gap)
-    rank, target_tokens = where[:2] if where else (parameters["rank"], parameters["target_tokens"])
+        by_ceiling = np.where(soft, _by_power(-gap, p), by_ceiling)
+        by_log_sharpness = np.where(soft, np.exp(-log_sum / p) * (log_sum / p + log_ceiling + share * gap), 0.0)
     by_log_power = np.exp(log_power) * reach
     return {
         "C": by_log_power,
@@ -128,9 +139,13 @@ def _log_terms(
     return np.clip(log_power, -LARGEST_LOG, LARGEST_LOG), np.minimum(np.log(ceiling), LARGEST_LOG)
 
 
-def _share(gap: Array, sharpness: Array) -> Array:
+def _by_power(gap: Array, sharpness: npt.ArrayLike) -> Array:
     """Derivative of min_p(x, c) with respect to x at ln(x / c)."""
-    return np.asarray(np.exp(-(1.0 + 1.0 / sharpness) * np.logaddexp(0.0, sharpness * gap)))
+    below, soft = np.asarray(gap < 0, dtype=np.float64), np.isfinite(sharpness)
+    if not soft.any():
+        return below
+    p = np.where(soft, sharpness, 1.0)
+    return np.where(soft, np.exp(-(1.0 + 1.0 / p) * np.logaddexp(0.0, p * gap)), below)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class LawFit(Content):
     form: FormName
     chosen_because: str
     adapter_size: AdapterSize
-    parameters_per_rank: int | None
+    parameters_per_rank: float | None
     fits: list[FormFit]
     observations: list[Observation]
     left_out: list[LeftOutRun]
@@ -111,8 +111,9 @@ class LawFit(Content):
 
     @property
     def predicts_ranks(self) -> bool:
-        """Whether it can predict from a rank; not if it counts parameters and runs differ in parameters per rank."""
-        return self.adapter_size == "rank" or self.parameters_per_rank is not None
+        """Whether it can predict from a rank; not if it counts parameters and a rank has no one number of them."""
+        counts_parameters = self.adapter_size != "rank" or FORMS[self.form].proportional
+        return self.parameters_per_rank is not None or not counts_parameters
 
     @property
     def bits_per_parameter(self) -> Estimate | None:
@@ -334,7 +335,7 @@ class LawFit(Content):
         for name, values in (("rank", ranks), ("target_tokens", lengths)):
             if not (values > 0).all():
                 raise InputError(f"{name}: expected values above 0, got {values.min():g}; give a positive number")
-        if self.parameters_per_rank is None and (self.adapter_size != "rank" or FORMS[self.form].proportional):
+        if not self.predicts_ranks:
             raise InputError(
                 "rank: the runs of this law differ in parameters per rank, so a rank has no one size; "
                 "fit the runs of one placement"
