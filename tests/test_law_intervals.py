@@ -283,6 +283,18 @@ class TestHeldOut:
         assert held.mape_percent == pytest.approx(100 * float(np.mean(missed)), rel=1e-5)
         assert held.mape_percent > 0.5
 
+    def test_replicates_that_are_held_out_do_not_weight_the_others(self) -> None:
+        # The seeds of the largest length are far apart, which would make the others' spreads look alike.
+        noise, runs = np.random.default_rng(4), []
+        for rank, length in itertools.product((1, 2, 4, 8), (64, 128, 256)):
+            spread = 1.0 if length == 256 else 0.2 / rank
+            runs += [run(rank, length, law_of(rank, length) + spread * noise.normal(), seed) for seed in range(3)]
+        rest = published([run for run in runs if run.target_tokens < 256])
+        missed = [abs(float(rest.predict(r.rank, 256)) / r.loss_reduction - 1) for r in runs if r.target_tokens == 256]
+        held = published(runs).best.largest("target_tokens")
+        assert held is not None
+        assert held.mape_percent == pytest.approx(100 * float(np.mean(missed)), rel=1e-5)
+
     def test_saturated_runs_beyond_the_largest_rank_are_held_out_with_it(self) -> None:
         runs = [r for r in saturating_runs(np.random.default_rng(0)) if not (r.rank == 6 and r.target_tokens > 144)]
         largest = max(r.rank for r in runs if not saturated(r))

@@ -7,7 +7,7 @@ import numpy as np
 
 from pml.law.forms import FORMS, AdapterSize, Array, Form, FormName
 from pml.law.intervals import between_group_squares
-from pml.law.least_squares import Data, solve
+from pml.law.least_squares import Data, data_of, solve
 from pml.law.observations import Observation, saturated
 from pml.law.schema import FACTORS, FormFit, HeldOut, factors_of
 
@@ -49,8 +49,11 @@ def held_out(form: Form, data: Data, adapter_size: AdapterSize) -> list[HeldOut]
         known = np.unique(levels[data.unsaturated])
         if len(known) < 3:
             continue
-        # There may be saturated runs beyond the largest; a prediction must not know them either.
-        held, kept = data.at((levels >= known[-1]) & data.unsaturated), data.at(levels < known[-1]).used_by(form)
+        held = data.at((levels >= known[-1]) & data.unsaturated)
+        # A prediction must know nothing of what is held out: neither saturated runs beyond the largest, nor the spread
+        # of replicates there, which the weights of the others would be shrunk towards.
+        rest = [run for run, level in zip(data.runs, levels, strict=True) if level < known[-1]]
+        kept = data_of(rest, adapter_size).used_by(form)
         error = math.nan
         if shortfall(form, kept.runs, adapter_size) is None and (solution := solve(form, kept)) is not None:
             error = 100.0 * float(np.mean(np.abs(form.evaluate(solution.values, held.points) / held.measured - 1.0)))
