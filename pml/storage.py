@@ -6,13 +6,12 @@ few percent of the entropy of a phone book. How many bits a trainable parameter 
 sits; measured values ship in `storage_constants.json`, and `pml calibrate` measures them on a backbone of one's own.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import pydantic
 import torch
@@ -24,11 +23,13 @@ from pml.errors import InputError
 
 __all__ = [
     "Constant",
+    "ConstantsFile",
     "RankPlan",
     "SizeOfRank",
     "constant_for",
     "plan_rank",
     "read_constants",
+    "read_constants_file",
     "size_of_rank",
     "surprise_bits",
 ]
@@ -47,7 +48,7 @@ FILL = 0.75
 here that recalled everything (80, 144 and 224 random tokens at ranks 2, 3 and 5: .78, .93 and .87 of .85 bits a
 parameter) and what leaves room for a text of another kind."""
 
-CONSTANTS_VERSION = 1
+CONSTANTS_VERSION: Final = 1
 BYTES_PER_PARAMETER = 4
 
 
@@ -73,6 +74,20 @@ class Constant(pydantic.BaseModel):
     high: float = pydantic.Field(gt=0)
     interval: str
     source: str
+
+
+class ConstantsFile(pydantic.BaseModel):
+    """The content of a file of constants, the latest first.
+
+    Attributes:
+        version: Version of this layout.
+        constants: What was measured.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    version: Literal[1]
+    constants: list[Constant]
 
 
 class SizeOfRank(pydantic.BaseModel):
@@ -142,16 +157,27 @@ def read_constants(path: str | Path | None = None) -> list[Constant]:
     Raises:
         InputError: If the file cannot be read or does not hold constants.
     """
-    shipped = json.loads((files("pml") / "storage_constants.json").read_text(encoding="utf-8"))
-    constants = [Constant.model_validate(entry) for entry in shipped["constants"]]
-    if path is None:
-        return constants
+    shipped = ConstantsFile.model_validate_json((files("pml") / "storage_constants.json").read_bytes()).constants
+    return shipped if path is None else [*read_constants_file(path).constants, *shipped]
+
+
+def read_constants_file(path: str | Path) -> ConstantsFile:
+    """What `pml calibrate` wrote.
+
+    Raises:
+        InputError: If the file cannot be read, does not hold constants, or holds those of another version.
+    """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return [*(Constant.model_validate(entry) for entry in content["constants"]), *constants]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return ConstantsFile.model_validate_json(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); `pml calibrate --out` writes one") from error
+    except pydantic.ValidationError as error:
+        # Another version may differ in many fields; the version says it best.
+        problem = min(error.errors(), key=lambda problem: problem["loc"] != ("version",))
+        where = ".".join(map(str, problem["loc"])) or "file"
         raise InputError(
-            f"{path}: not a file of constants ({_line(error)}); `pml calibrate --out` writes one"
+            f"{path}: not a file of constants of version {CONSTANTS_VERSION} ({where}: {problem['msg'].lower()}); "
+            "`pml calibrate --out` writes one"
         ) from error
 
 
@@ -281,7 +307,3 @@ def plan_rank(
 
 def _as_set(placement: str | list[str]) -> frozenset[str]:
     return frozenset([placement] if isinstance(placement, str) else placement)
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -70,5 +70,5 @@ def test_a_file_of_something_else_is_not_written_over(
     out = tmp_path / "mine.json"
     out.write_text("[1, 2]")
     assert main(["calibrate", f"--backbone={tiny_backbone_folder}", f"--out={out}"]) == 2
-    assert "exists and holds no constants" in capsys.readouterr().err
+    assert f"{out}: not a file of constants of version 1" in capsys.readouterr().err
     assert out.read_text() == "[1, 2]"

@@ -120,11 +120,20 @@ def test_constants_ship_for_what_people_use() -> None:
     assert all(known.low < known.bits_per_parameter < known.high and known.source for known in shipped)
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"constants": [{"placement": "mlp_block"}]}', '{"constants": 3}'])
-def test_a_file_that_holds_no_constants_is_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "file: invalid json"),
+        ("{}", "version: field required"),
+        ('{"version": 2, "constants": [{"bits": 1}]}', "version: input should be 1"),
+        ('{"version": 1, "constants": [{"placement": "mlp_block"}]}', "constants.0.bits_per_parameter: field required"),
+        ('{"version": 1, "constants": 3}', "constants: input should be a valid array"),
+    ],
+)
+def test_a_file_that_holds_no_constants_of_this_version_is_refused(tmp_path: Path, content: str, said: str) -> None:
     path = tmp_path / "constants.json"
     path.write_text(content)
-    with pytest.raises(InputError, match="not a file of constants"):
+    with pytest.raises(InputError, match=rf"constants\.json: not a file of constants of version 1 \({said}"):
         read_constants(path)
 
 
@@ -151,7 +160,7 @@ class TestCommand:
         self, facts: Path, tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         own = tmp_path / "own.json"
-        own.write_text(json.dumps({"constants": [constant(bits=0.33).model_dump()]}))
+        own.write_text(json.dumps({"version": 1, "constants": [constant(bits=0.33).model_dump()]}))
         asked = ["plan", str(facts), f"--backbone={tiny_backbone_folder}", "--placement=mlp_block", "--guard=false"]
         assert main([*asked, f"--constants={own}", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["rests_on"]["bits_per_parameter"] == 0.33

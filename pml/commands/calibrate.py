@@ -4,12 +4,10 @@ Adapters of rank 1 are trained on random tokens, more than they hold. What comes
 and with --out a file that `pml plan PAIRS --constants FILE` takes.
 """
 
-import json
 from pathlib import Path
 
 import jsonargparse
 
-from pml.errors import InputError
 from pml.escape import say, say_json
 
 __all__ = ["configure", "run"]
@@ -37,10 +35,10 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.guard import GuardConfig
     from pml.lightning_cli import prepare
     from pml.records import write_json
-    from pml.storage import CONSTANTS_VERSION
+    from pml.storage import CONSTANTS_VERSION, ConstantsFile, read_constants_file
 
     prepare()
-    known = _known(args.out)
+    known = read_constants_file(args.out).constants if args.out is not None and args.out.exists() else []
     constant = calibrate(
         args.backbone,
         args.placement,
@@ -51,25 +49,15 @@ def run(args: jsonargparse.Namespace) -> int:
         learning_rate=args.learning_rate,
         on_text=None if args.json else lambda text, bits: say(f"text {text}: {bits:.3f} bits a parameter"),
     )
-    measured = constant.model_dump(mode="json")
     if args.json:
-        say_json(measured)
+        say_json(constant.model_dump(mode="json"))
     else:
         say(f"{constant.bits_per_parameter:.3f} bits a parameter ({constant.low:.3f} to {constant.high:.3f})")
     if args.out is not None:
         same = ("placement", "guarded", "source")
-        others = [entry for entry in known if any(entry.get(name) != measured[name] for name in same)]
-        write_json(args.out, {"version": CONSTANTS_VERSION, "constants": [measured, *others]})
+        others = [other for other in known if any(getattr(other, name) != getattr(constant, name) for name in same)]
+        content = ConstantsFile(version=CONSTANTS_VERSION, constants=[constant, *others])
+        write_json(args.out, content.model_dump(mode="json"))
         if not args.json:
             say(f"{args.out}: pml plan PAIRS --constants {args.out}")
     return 0
-
-
-def _known(path: Path | None) -> list[dict[str, object]]:
-    """Constants that a file holds already, which stay in it."""
-    if path is None or not path.exists():
-        return []
-    try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["constants"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--out {path} exists and holds no constants; choose another file") from error
