@@ -159,6 +159,13 @@ class TestPairs:
             "SFT": -1.5,
         }
 
+    def test_pairs_without_a_difference_do_not_show_that_methods_are_equal(self) -> None:
+        (found,) = compare(pairs([3.0, 2.0], [3.0, 2.0]))
+        (verdict,) = found.verdicts
+        assert verdict.startswith("MemFT OnlyThreshold against SFT: undecided in ")
+        assert "final loss" in verdict
+        assert ";" not in verdict
+
     def test_texts_are_the_samples_where_there_are_several_and_seeds_where_there_is_one(self) -> None:
         (of_seeds,) = compare(pairs([5.0, 4.0, 3.0], [4.0, 2.0, 0.0]))
         assert (of_seeds.by_text, in_outcome(of_seeds, "final_loss").samples) == (False, 3)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,14 +17,14 @@ from pml.records import Record
 
 __all__ = ["Comparison", "MethodMeans", "compare"]
 
-VERDICTS = ("better", "worse", "the same", "undecided")
+VERDICTS: Final = ("better", "worse", "undecided")
 Values = Mapping[Path, Mapping[str, float | None]]
 """Outcomes by name, by the folder of the run."""
 
 
 @dataclass(frozen=True)
 class MethodMeans:
-    """What the finished runs of one method came to.
+    """Mean outcomes of a method's finished runs.
 
     Attributes:
         method: The method.
@@ -75,8 +75,7 @@ class Comparison:
         found: dict[str, list[str]] = {}
         for one in self.differences:
             if one.method == method:
-                certain = one.verdict != "undecided"
-                found.setdefault(one.verdict if one.mean else "the same", []).append(_in_words(one, certain))
+                found.setdefault(one.verdict, []).append(_in_words(one))
         parts = [f"{verdict} in {', '.join(found[verdict])}" for verdict in VERDICTS if verdict in found]
         return f"{method} against {self.baseline}: {'; '.join(parts) or 'no pair of runs to compare'}."
 
@@ -205,8 +204,8 @@ def _means(method: str, records: Mapping[Path, Record], values: Values) -> Metho
     )
 
 
-def _in_words(found: Difference, certain: bool) -> str:
-    if not certain:
+def _in_words(found: Difference) -> str:
+    if found.verdict == "undecided":
         return found.outcome.title
     unit = "points" if found.outcome.unit == "%" else found.outcome.unit
     bounds = f"; {100 * found.confidence:g} % interval {found.interval_shown}" if found.interval else ""
