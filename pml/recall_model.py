@@ -13,8 +13,9 @@ errors concentrate in few targets, and more whole targets are right at the same 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,10 @@ from scipy.optimize import minimize
 from scipy.special import betaln, digamma, expit
 from scipy.stats import binom
 
-from pml.token_results import TokenResults
+from pml.errors import InputError
+from pml.token_results import TOKENS_NAME, TokenResults, read_tokens
 
-__all__ = ["RecallModel", "ReliabilityBin", "RunTokens", "fit_recall", "run_tokens"]
+__all__ = ["RecallModel", "ReliabilityBin", "RunTokens", "fit_recall", "recall_of", "run_tokens"]
 
 Array = npt.NDArray[np.float64]
 
@@ -164,11 +166,27 @@ def run_tokens(results: TokenResults) -> RunTokens:
     return RunTokens(float(results.loss.mean()), np.bincount(example), right.astype(np.int64))
 
 
+def recall_of(folders: Iterable[Path]) -> tuple[RecallModel | None, list[str]]:
+    """The recall model of the finished runs in these folders, as `fit_recall` gives it, and warnings.
+
+    Runs without per-token results are passed over. Damaged results are left out too, with a warning that names the
+    file.
+    """
+    runs, warnings = [], []
+    for folder in folders:
+        if (folder / TOKENS_NAME).is_file():
+            try:
+                runs.append(run_tokens(read_tokens(folder)))
+            except InputError as error:
+                warnings.append(f"the recall model leaves out a run: {error}")
+    return fit_recall(runs), warnings
+
+
 def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
     """The recall model of runs of one kind, by maximum likelihood with a weak prior, and its calibration.
 
-    Every error is out of sample: a run is predicted from the others. Of more than 200 runs, every 200th is left out
-    together, so that the time grows in proportion to the runs.
+    Every error is out of sample: a run is predicted from the others, by 200-fold cross-validation where there are more
+    than 200 runs.
 
     Args:
         runs: Runs of one backbone and one kind of text.
@@ -223,7 +241,7 @@ def _accuracy(theta: Array, loss: Array) -> Array:
 
 
 def _log_all_right(theta: Array, loss: Array, tokens: npt.NDArray[Any]) -> Array:
-    """Logarithm of the probability that all n tokens are right."""
+    """Logarithm of the probability that all n tokens are right; n may be a mean, which scipy's betabinom refuses."""
     share = np.clip(_accuracy(theta, loss), SMALLEST_SHARE, 1 - SMALLEST_SHARE)
     concentration = np.exp(theta[2])
     right, wrong = share * concentration, (1.0 - share) * concentration
@@ -273,14 +291,14 @@ class _Likelihood:
             weights: One for each run; 0 leaves it out.
         """
         c, loss, times = np.exp(theta[2]), self.loss[self.run], weights[self.run] * self.times
-        exact = _accuracy(theta, loss)
-        share = np.clip(exact, SMALLEST_SHARE, 1 - SMALLEST_SHARE)
+        accuracy = _accuracy(theta, loss)
+        share = np.clip(accuracy, SMALLEST_SHARE, 1 - SMALLEST_SHARE)
         a, b, wrong = share * c, (1 - share) * c, self.tokens - self.right
         value = -float(times @ (betaln(a + self.right, b + wrong) - betaln(a, b)))
         by_both = digamma(c + self.tokens) - digamma(c)
         by_a, by_b = digamma(a + self.right) - digamma(a) - by_both, digamma(b + wrong) - digamma(b) - by_both
         # A share that is clipped does not move with theta.
-        by_logit = np.where(share == exact, share * (1 - share), 0.0) * c * (by_a - by_b) * np.exp(theta[1])
+        by_logit = np.where(share == accuracy, share * (1 - share), 0.0) * c * (by_a - by_b) * np.exp(theta[1])
         distance = np.log(np.maximum(loss, SMALLEST_LOSS)) - theta[0]
         gradient = -np.array([by_logit, -distance * by_logit, a * by_a + b * by_b]) @ times
         for i, (mean, spread) in ((1, STEEPNESS_PRIOR), (2, CONCENTRATION_PRIOR)):

@@ -674,6 +674,16 @@ class TestCommand:
         law(runs)
         assert "warning: the runs are of different corpora" in capsys.readouterr().out
 
+    def test_damaged_per_token_results_are_named_and_left_out(
+        self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        damaged = runs / "r1-l64" / "tokens.parquet"
+        damaged.write_bytes(b"no table")
+        assert law(runs, "--out", tmp_path / "out") == 0
+        said = f"the recall model leaves out a run: {damaged}: "
+        assert f"warning: {said}" in capsys.readouterr().out
+        assert [warning for warning in read_law(tmp_path / "out" / "law.json").warnings if warning.startswith(said)]
+
     def test_runs_of_several_learning_rates_are_pointed_out_and_told_apart(
         self, runs: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

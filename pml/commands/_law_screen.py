@@ -28,10 +28,9 @@ from pml.law.tables import (
     sentences,
     symbols_sentence,
 )
-from pml.recall_model import RecallModel, fit_recall, run_tokens
+from pml.recall_model import recall_of
 from pml.records import write_json
 from pml.tables import rich_table
-from pml.token_results import TOKENS_NAME, read_tokens
 
 __all__ = ["FIGURE_NAME", "fit_and_show"]
 
@@ -45,7 +44,9 @@ def fit_and_show(args: jsonargparse.Namespace) -> int:
         InputError: If the runs cannot determine a law, or `--out` holds another one.
     """
     runs, setting, token_accuracy = _measurements(args)
-    law = fit_law(runs, setting, form=args.form, adapter_size=args.by, recall=_recall(runs))
+    recall, damaged = recall_of(Path(run.source) for run in runs if run.finished)
+    law = fit_law(runs, setting, form=args.form, adapter_size=args.by, recall=recall)
+    law = law.model_copy(update={"warnings": [*law.warnings, *damaged]})
     content = law.to_json()
     if args.out is not None:
         _check_free(args.out / LAW_NAME, content, args.overwrite)
@@ -76,12 +77,6 @@ def _measurements(args: jsonargparse.Namespace) -> tuple[list[Observation], dict
         raise InputError(f"{files[0]}: expected CSV files alone, without run folders and --where; fit them separately")
     setting = {"files": [path.as_posix() for path in files]}
     return [run for path in files for run in read_csv(path)], setting, {}
-
-
-def _recall(runs: list[Observation]) -> RecallModel | None:
-    """From loss to recall, from the per-token results of the finished runs."""
-    folders = [Path(run.source) for run in runs if run.finished]
-    return fit_recall([run_tokens(read_tokens(folder)) for folder in folders if (folder / TOKENS_NAME).is_file()])
 
 
 def _check_free(path: Path, content: dict[str, Any], overwrite: bool) -> None:
@@ -115,7 +110,11 @@ def _print_law(law: LawFit, details: bool, out: Path | None) -> None:
         console.print(rich_table(table))
     if law.text_spread > 0 and details:
         effect = law.best.text_effect
-        learnt = f"a run takes off {effect:.2f} of a nat more" if effect else "its effect on dL is not significant"
-        say(f"texts of one length: the frozen model's loss varies by {law.text_spread:.2g} nats (one sigma); {learnt}")
+        shown = (
+            f"dL rises by {effect:.2f} nats per nat of initial loss above trend"
+            if effect
+            else "its effect on dL is not significant"
+        )
+        say(f"texts of one length: the frozen model's loss varies by {law.text_spread:.2g} nats (one sigma); {shown}")
     if out is not None:
         say(f"written: {out / LAW_NAME}, {out / FIGURE_NAME}")

@@ -14,11 +14,10 @@ from pml.law.tables import (
     sentences,
     symbols_sentence,
 )
-from pml.recall_model import fit_recall, run_tokens
+from pml.recall_model import recall_of
 from pml.records import Record
 from pml.report.parts import Panel, count, draw, spans
 from pml.tables import TextTable
-from pml.token_results import TOKENS_NAME, read_tokens
 
 __all__ = ["LawPart", "law_part"]
 
@@ -55,15 +54,9 @@ def law_part(records: Mapping[Path, Record], runs: list[Observation], name: str,
         name: What the names of its figures begin with.
         of: Whose law it is, for those who cannot see the figures.
     """
-    tokens, damaged = [], []
-    for path, record in records.items():
-        if record.status == "finished" and (path / TOKENS_NAME).is_file():
-            try:
-                tokens.append(run_tokens(read_tokens(path)))
-            except InputError as error:
-                damaged.append(f"the recall model leaves out a run: {error}")
+    recall, damaged = recall_of(path for path, record in records.items() if record.status == "finished")
     try:
-        fit = fit_law(runs, shared_setting(records), recall=fit_recall(tokens))
+        fit = fit_law(runs, shared_setting(records), recall=recall)
     except InputError as error:
         return str(error)
     accuracy = {path.as_posix(): record.generated_token_accuracy for path, record in records.items()}
