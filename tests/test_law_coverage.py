@@ -20,17 +20,18 @@ from simulated_laws import (
 )
 
 from pml.law import FORMS, FormName, Observation, fit_law, percentiles, saturated
+from pml.law.data import data_of
 from pml.law.forms import POSITIVE
 from pml.law.intervals import (
     GroupedBy,
     bootstrap,
     choose_groups,
-    expansion,
     noise_of,
     standard_errors,
+    t_over_z,
     t_quantile,
 )
-from pml.law.least_squares import data_of, solve, to_theta
+from pml.law.least_squares import solve, to_theta
 
 
 def intervals(
@@ -41,7 +42,7 @@ def intervals(
     solution = solve(kind, data)
     assert solution is not None
     grouped_by = grouped_by or choose_groups(solution)
-    widened = expansion(noise_of(solution.residual, data, grouped_by, len(solution.free)).degrees_of_freedom)
+    widened = t_over_z(noise_of(solution.residual, data, grouped_by, len(solution.free)).degrees_of_freedom)
     theta, draws = to_theta(kind, solution.values), bootstrap(solution, grouped_by)
     ends = theta + widened * (np.percentile(draws, (2.5, 97.5), axis=0) - theta)
     found = zip(kind.fitted, ends.T.tolist(), strict=True)

@@ -21,11 +21,11 @@ from simulated_laws import (
 from pml.errors import InputError
 from pml.figures import law_figure
 from pml.law import FORMS, FormName, LawFit, Observation, fit_law, saturated
+from pml.law.data import data_of, weights
 from pml.law.intervals import (
     noise_of,
     t_quantile,
 )
-from pml.law.least_squares import data_of, weights
 from pml.law.texts import texts_of
 from pml.plan import outcome_of_rank
 
@@ -34,31 +34,31 @@ class TestNoise:
     """Residuals around a law that says 1 nat everywhere."""
 
     @staticmethod
-    def of(by_point: list[list[float]], fitted: int, saturated_runs: int = 0) -> tuple[float, float, int]:
+    def of(by_point: list[list[float]], nvarys: int, saturated_runs: int = 0) -> tuple[float, float, int]:
         runs = [run(i + 1, 64, 1.0 + r, seed) for i, seeds in enumerate(by_point) for seed, r in enumerate(seeds)]
         runs += [Observation(9, 60 + n, 13.0, 0.01, 0, f"s{n}") for n in range(saturated_runs)]
         data = replace(data_of(runs, "rank"), root_weights=np.ones(len(runs)))
-        found = noise_of(data.measured - 1.0, data, "grid_point", fitted)
+        found = noise_of(data.measured - 1.0, data, "grid_point", nvarys)
         return found.of_a_run, found.of_the_fit, found.degrees_of_freedom
 
     def test_with_one_seed_it_is_the_standard_deviation_of_the_residuals(self) -> None:
         # (1 + 4 + 9 + 16) / (4 - 1) = 10
-        found = self.of([[1.0], [-2.0], [3.0], [-4.0]], fitted=1)
+        found = self.of([[1.0], [-2.0], [3.0], [-4.0]], nvarys=1)
         assert found == pytest.approx((math.sqrt(10), math.sqrt(10), 3))
 
     def test_with_several_seeds_the_fit_is_known_as_well_as_there_are_grid_points(self) -> None:
         # Means 2, -2, 1: 2 (4 + 4 + 1) / (3 - 1) = 9. Within: (2 + 2 + 2) / (6 - 3) = 2. A point: (9 - 2) / 2 = 3.5.
-        found = self.of([[1.0, 3.0], [-1.0, -3.0], [0.0, 2.0]], fitted=1)
+        found = self.of([[1.0, 3.0], [-1.0, -3.0], [0.0, 2.0]], nvarys=1)
         assert found == pytest.approx((math.sqrt(2 + 3.5), 3.0, 2))
 
     def test_with_no_more_grid_points_than_parameters_only_seeds_are_left(self) -> None:
         # (1 + 1 + 4 + 4) / (4 - 2) = 5
-        found = self.of([[1.0, -1.0], [2.0, -2.0]], fitted=2)
+        found = self.of([[1.0, -1.0], [2.0, -2.0]], nvarys=2)
         assert found == pytest.approx((math.sqrt(5), math.sqrt(5), 2))
 
     def test_saturated_runs_say_nothing_about_it(self) -> None:
         points = [[1.0], [-2.0], [3.0], [-4.0]]
-        assert self.of(points, fitted=1, saturated_runs=2) == pytest.approx(self.of(points, fitted=1))
+        assert self.of(points, nvarys=1, saturated_runs=2) == pytest.approx(self.of(points, nvarys=1))
 
     def test_the_noise_of_a_saturating_form_is_that_of_runs_below_the_ceiling(self) -> None:
         fit = fit_law(saturating_runs(np.random.default_rng(0)), form="ceiling", compare=False)
@@ -152,10 +152,17 @@ class TestTexts:
     def test_texts_of_one_length_scatter_around_their_mean(self) -> None:
         texts = texts_of([run(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
         assert texts.spread == pytest.approx(math.sqrt(0.1 / 4))
-        assert texts.expansion == pytest.approx(float(t.ppf(0.975, 4)) / 1.959964)
-        assert texts.usual_loss(640) == pytest.approx(13.2)
+        assert texts.t_over_z == pytest.approx(float(t.ppf(0.975, 4)) / 1.959964)
+        assert texts.expected_initial_loss(640) == pytest.approx(13.2)
         # Of a mean of five.
         assert texts.standard_error(640) == pytest.approx(math.sqrt(0.1 / 4 / 5))
+
+    def test_texts_of_one_length_have_no_slope_however_many_runs_each_has(self) -> None:
+        # The mean of five times ln 100 is not ln 100 in floats.
+        runs = [
+            replace(run(r, 100, 5.0, initial=13.0 + 0.1 * i), text=f"{i}") for i in range(4) for r in range(1, 6 - i)
+        ]
+        assert texts_of(runs).degrees_of_freedom == 3
 
     def test_the_line_is_known_best_in_the_middle(self) -> None:
         signs = ((64, 1), (128, -1), (256, -1), (512, 1))
@@ -178,19 +185,19 @@ class TestTexts:
         said = "only 3 texts for 4 parameters: the effect of a text cannot be separated from that of its length"
         assert any(warning.startswith(said) and "--initial-loss" in warning for warning in law.warnings)
 
-    def test_the_effect_of_a_text_is_regressed_on_its_excess(self) -> None:
-        # Five texts of one length with excess -0.2 to 0.2, of which 0.7 shows, by half in runs half-way to the ceiling.
+    def test_the_effect_of_a_text_is_regressed_on_its_initial_loss_residual(self) -> None:
+        # Five texts of one length, -0.2 to 0.2 from trend, of which 0.7 shows, by half in runs half-way to the ceiling.
         texts = texts_of([run(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
         reach = np.array([1.0, 0.5, 1.0, 0.5, 1.0])
-        assert texts.effect(0.7 * reach * texts.excess, reach, np.arange(5)) == pytest.approx(0.7)
+        assert texts.effect(0.7 * reach * texts.initial_loss_residuals, reach, np.arange(5)) == pytest.approx(0.7)
 
     def test_an_effect_that_is_not_significant_is_none(self) -> None:
-        # Excess (-3, 1, 1, 1) / 4, slope 0.3: residuals (0, d, -d, 0) have a standard error of d sqrt(2 / 2 / 0.75).
+        # (-3, 1, 1, 1) / 4 from trend, slope 0.3: residuals (0, d, -d, 0) have a standard error of d sqrt(1 / 0.75).
         texts = texts_of([replace(run(1, 64, 5.0, initial=13.0 + min(i, 1)), text=f"text {i}") for i in range(4)])
         pattern = np.array([0.0, 1.0, -1.0, 0.0])
         for size, expected in ((0.3 / 4.4, 0.0), (0.3 / 6.0, 0.3)):
             # Student's t of 2 degrees of freedom is 4.303, and 0.3 / (size / sqrt(0.75)) is 3.8 and 5.2.
-            found = texts.effect(0.3 * texts.excess + size * pattern, np.ones(4), np.arange(4))
+            found = texts.effect(0.3 * texts.initial_loss_residuals + size * pattern, np.ones(4), np.arange(4))
             assert found == pytest.approx(expected)
 
     def test_runs_are_grouped_by_text_if_texts_differ_and_by_grid_point_if_they_do_not(self) -> None:

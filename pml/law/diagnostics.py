@@ -78,8 +78,8 @@ def _about_the_grid(law: LawFit) -> list[str]:
             found.append(f"only one {noun}: how the loss reduction depends on it was not measured")
         elif len(values) == 2:
             found.append(f"only 2 {noun}s: the curvature of the law between them cannot be checked")
-    fitted = len(law.best.free)
-    if texts_to_spare(used, fitted) < SPARE_TEXTS:
+    nvarys = len(law.best.free)
+    if texts_to_spare(used, nvarys) < SPARE_TEXTS:
         number = len({run.text_label for run in used})
         unknown = (
             "; nor do they show how texts of one length differ (give pml plan the frozen model's loss, --initial-loss)"
@@ -87,7 +87,7 @@ def _about_the_grid(law: LawFit) -> list[str]:
             else ""
         )
         found.append(
-            f"only {number} text{'s' if number > 1 else ''} for {fitted} parameters: the effect of a text cannot be "
+            f"only {number} text{'s' if number > 1 else ''} for {nvarys} parameters: the effect of a text cannot be "
             f"separated from that of its length, and the intervals do not allow for it{unknown}"
         )
     corpora = law.setting.get("corpus", [])

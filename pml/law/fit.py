@@ -5,24 +5,26 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import lmfit
 import numpy as np
 
 from pml.errors import InputError
+from pml.law.data import Data, data_of
 from pml.law.diagnostics import warnings_of
 from pml.law.forms import FORMS, POSITIVE, SHARPNESS_RANGE, AdapterSize, Array, Form, FormName
 from pml.law.intervals import (
     Noise,
     bootstrap,
     choose_groups,
-    expansion,
     noise_of,
     profile_intervals,
     standard_errors,
+    t_over_z,
 )
-from pml.law.least_squares import Data, Solution, data_of, solve, to_theta
+from pml.law.least_squares import Solution, solve, to_theta
 from pml.law.observations import Observation, saturated, usable
 from pml.law.prediction import LawFit
-from pml.law.schema import Estimate, FormFit, Interval
+from pml.law.schema import Estimate, FormFit, Interval, percentiles
 from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms, shortfall
 from pml.law.texts import texts_of
 from pml.recall_model import RecallModel
@@ -120,44 +122,46 @@ def _missing(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize,
 
 def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -> FormFit:
     """A solution with everything that is reported about it, but for the profile intervals."""
-    form, data, residual, fitted = solution.form, solution.data, solution.residual, len(solution.free)
+    form, data, residual, nvarys = solution.form, solution.data, solution.residual, len(solution.free)
     predicted = form.evaluate(solution.values, everything.points)
     grouped_by = choose_groups(solution)
-    noise = noise_of(residual, data, grouped_by, fitted)
-    determined = not (form.offset == "fitted" and _is_logarithm(solution))
+    noise = noise_of(residual, data, grouped_by, nvarys)
+    determined = not (form.offset == "varies" and _is_logarithm(solution))
 
-    texts, reach = texts_of(everything.runs), form.sensitivity(solution.values, data.points)
+    texts, sensitivity = texts_of(everything.runs), form.sensitivity(solution.values, data.points)
     below, of_run = data.unsaturated, texts.of_run[everything.unsaturated | form.saturating]
-    effect = texts.effect(residual[below], reach[below], of_run[below])
-    beyond_text = residual - effect * reach * texts.excess[of_run]
+    effect = texts.effect(residual[below], sensitivity[below], of_run[below])
+    beyond_text = residual - effect * sensitivity * texts.initial_loss_residuals[of_run]
     # Runs on the way to the ceiling scatter more; they count only if there are no others.
-    at_ceiling = residual[there if (there := ~below & (reach < AT_CEILING)).any() else ~below]
+    at_ceiling = residual[there if (there := ~below & (sensitivity < AT_CEILING)).any() else ~below]
     result = standard_errors(solution, noise) if determined else None
     draws = bootstrap(solution, grouped_by) if determined else None
     return FormFit(
         form=form.name,
         parameters=_estimates(solution, noise, result, draws),
         at_bound=[name for name in form.fitted if name not in solution.free],
-        correlation=None if result is None else _correlation(result.covar),
+        correlation=None if result is None else _correlation(result),
         determined=determined,
         converged=solution.converged,
         observations_used=len(data.runs),
         grouped_by=grouped_by,
         degrees_of_freedom=noise.degrees_of_freedom,
-        noise_nats=noise_of(beyond_text, data, grouped_by, fitted).of_a_run,
+        noise_nats=noise_of(beyond_text, data, grouped_by, nvarys).of_a_run,
         noise_at_ceiling_nats=math.sqrt(np.mean(at_ceiling**2)) if len(at_ceiling) else None,
         text_effect=effect,
         r2=_r2(data.measured, solution.predicted),
         r2_all=_r2(everything.measured, np.minimum(predicted, everything.points.initial_loss)),
         mape_percent=100.0 * float(np.mean(np.abs(residual) / data.measured)),
         rmse_nats=math.sqrt(np.mean(residual**2)),
-        aicc=aicc(everything, predicted, fitted),
+        aicc=aicc(everything, predicted, nvarys),
         held_out=held_out(form, everything, adapter_size),
         predicted=predicted.tolist(),
     )
 
 
-def _estimates(solution: Solution, noise: Noise, result: Any | None, draws: Array | None) -> dict[str, Estimate]:
+def _estimates(
+    solution: Solution, noise: Noise, result: lmfit.minimizer.MinimizerResult | None, draws: Array | None
+) -> dict[str, Estimate]:
     """The parameters with lmfit's standard errors, and bootstrap intervals widened for few degrees of freedom."""
     theta, estimates = to_theta(solution.form, solution.values), {}
     for i, (name, value) in enumerate(solution.values.items()):
@@ -166,8 +170,8 @@ def _estimates(solution: Solution, noise: Noise, result: Any | None, draws: Arra
             continue
         interval = None
         if draws is not None:
-            ends = np.percentile(draws[:, i], (2.5, 97.5))
-            ends = theta[i] + expansion(noise.degrees_of_freedom) * (ends - theta[i])
+            ends = np.array(percentiles(draws[:, i]))
+            ends = theta[i] + t_over_z(noise.degrees_of_freedom) * (ends - theta[i])
             low, high = (np.exp(np.clip(ends, -300, 300)) if name in POSITIVE else ends).tolist()
             interval = _quotable(name, low, high)
         error = None if result is None else float(result.params[name].stderr)
@@ -195,10 +199,10 @@ def _with_profiles(fit: FormFit, solution: Solution) -> FormFit:
     return fit.model_copy(update={"parameters": parameters})
 
 
-def _correlation(covariance: Array) -> list[list[float]]:
-    spread = np.sqrt(np.diag(covariance))
-    found: list[list[float]] = np.clip(covariance / np.outer(spread, spread), -1.0, 1.0).tolist()
-    return found
+def _correlation(result: lmfit.minimizer.MinimizerResult) -> list[list[float]]:
+    """Of the parameters that vary, in order."""
+    names = result.var_names
+    return [[1.0 if a == b else float(result.params[a].correl[b]) for b in names] for a in names]
 
 
 def _r2(measured: Array, predicted: Array) -> float:

@@ -179,8 +179,8 @@ class Form:
         name: Its name in `law.json` and on the command line.
         text: The equation, with s for the adapter's size.
         meaning: When it applies.
-        offset: What b is: 0, fitted, or known for each run as L0 - H / l, the distance of the frozen model from a
-            uniform guess over a corpus of H nats.
+        offset: What b is: 0, a parameter that varies, or known for each run as L0 - H / l, the distance of the frozen
+            model from a uniform guess over a corpus of H nats.
         saturating: Whether it has the ceiling L0, and so describes saturated runs too.
         proportional: Whether the power term is `bits_per_parameter` times the effective parameters, in bits.
     """
@@ -188,12 +188,12 @@ class Form:
     name: FormName
     text: str
     meaning: str
-    offset: Literal["zero", "fitted", "known"] = "zero"
+    offset: Literal["zero", "varies", "known"] = "zero"
     saturating: bool = False
     proportional: bool = False
 
     def parameters(self, **values: float) -> lmfit.Parameters:
-        """The form as `lmfit.Parameters`: which vary, which are fixed or tied, and their bounds.
+        """The form as `lmfit.Parameters`: which vary, which are fixed, and their bounds; `arguments` has the ties.
 
         Args:
             values: Initial values of those that vary.
@@ -201,15 +201,12 @@ class Form:
         found = lmfit.Parameters()
         if self.proportional:
             found.add("bits_per_parameter", 1.0, min=0.0)
-            found.add("C", expr="bits_per_parameter * log(2)")
-            found.add("alpha", 1.0, vary=False)
-            found.add("beta", 1.0, vary=False)
         else:
             found.add("C", 1.0, min=0.0)
             found.add("alpha", 0.5)
             found.add("beta", 0.5)
         if self.offset != "known":
-            found.add("b", 0.0, vary=self.offset == "fitted")
+            found.add("b", 0.0, vary=self.offset == "varies")
         if self.saturating:
             low, high = SHARPNESS_RANGE
             found.add("sharpness", 6.0, min=low, max=high)
@@ -246,7 +243,7 @@ class Form:
         return loss_reduction(**self.arguments(values, points))
 
     def sensitivity(self, values: Mapping[str, Any], points: Points) -> Array:
-        """The share of a run's deviation from the power law that reaches its loss; see `sensitivity`."""
+        """Derivative of the loss reduction by its power term, `(runs,)`; see `sensitivity`."""
         return np.broadcast_to(sensitivity(**self.arguments(values, points)), np.shape(self.evaluate(values, points)))
 
     def gradient(self, values: Mapping[str, Any], points: Points, names: tuple[str, ...]) -> Array:
@@ -260,13 +257,13 @@ FORMS: Final[dict[FormName, Form]] = {
     form.name: form
     for form in (
         Form("power", "dL = C s^alpha l^-beta", "far below the ceiling, without offset"),
-        Form("power_offset", "dL = C s^alpha l^-beta + b", "the paper's law (Eq. 6), unsaturated runs", "fitted"),
+        Form("power_offset", "dL = C s^alpha l^-beta + b", "the paper's law (Eq. 6), unsaturated runs", "varies"),
         Form("ceiling", "dL = min(C s^alpha l^-beta, L0)", "`power` up to the frozen model's loss", "zero", True),
         Form(
             "ceiling_offset",
             "dL = b + min(C s^alpha l^-beta, L0 - b)",
             "the paper's law up to the frozen model's loss",
-            "fitted",
+            "varies",
             True,
         ),
         Form(

@@ -11,8 +11,9 @@ import numpy as np
 from scipy.stats import f as f_distribution
 from scipy.stats import norm, t
 
+from pml.law.data import Data
 from pml.law.forms import SHARPNESS_RANGE, Array
-from pml.law.least_squares import Data, Solution, minimize, minimizer, refit_many, to_natural, to_theta
+from pml.law.least_squares import Solution, batched_least_squares, minimize, minimizer, to_natural, to_theta
 from pml.law.observations import Observation, numbered, saturated
 
 __all__ = [
@@ -20,11 +21,11 @@ __all__ = [
     "Noise",
     "bootstrap",
     "choose_groups",
-    "expansion",
     "groups_of",
     "noise_of",
     "profile_intervals",
     "standard_errors",
+    "t_over_z",
     "t_quantile",
     "texts_to_spare",
 ]
@@ -48,8 +49,9 @@ class Noise:
 
     Attributes:
         of_a_run: Of a single run.
-        of_the_fit: What the covariance of unit noise has to be scaled with.
-        degrees_of_freedom: On which the latter rests.
+        of_the_fit: Residual scale for the covariance matrix.
+        degrees_of_freedom: Groups with unsaturated runs minus fitted parameters, on which the latter rests; with no
+            more groups than parameters it is unsaturated runs minus parameters, and at least 1.
     """
 
     of_a_run: float
@@ -62,9 +64,9 @@ def groups_of(runs: Sequence[Observation], grouped_by: GroupedBy) -> list[Hashab
     return [run.text_label if grouped_by == "text" else run.grid_point for run in runs]
 
 
-def texts_to_spare(runs: Sequence[Observation], fitted: int) -> int:
-    """By how many the texts of unsaturated runs outnumber the fitted parameters."""
-    return len({run.text_label for run in runs if not saturated(run)}) - fitted
+def texts_to_spare(runs: Sequence[Observation], nvarys: int) -> int:
+    """Texts of unsaturated runs minus fitted parameters."""
+    return len({run.text_label for run in runs if not saturated(run)}) - nvarys
 
 
 def between_group_squares(residual: Array, data: Data, grouped_by: GroupedBy) -> tuple[float, int]:
@@ -75,29 +77,30 @@ def between_group_squares(residual: Array, data: Data, grouped_by: GroupedBy) ->
     return float(np.sum(sums**2 / np.bincount(of_run, weights))), len(sums)
 
 
-def noise_of(residual: Array, data: Data, grouped_by: GroupedBy, fitted: int) -> Noise:
+def noise_of(residual: Array, data: Data, grouped_by: GroupedBy, nvarys: int) -> Noise:
     """The noise of the unsaturated runs around a form; runs at the ceiling say nothing about it.
 
-    Runs of one group share an error, so the parameters are known as well as there are groups, not runs: the noise of
-    the fit is that of the groups' means. The noise of a run has the variance between and within groups (a one-way
-    analysis of variance). With no more groups than parameters only the variance within groups is left.
+    Runs of one group share an error, so the parameters are known as well as there are groups, not runs: the covariance
+    is scaled by the mean square between groups, which counts the mean of n runs n times. The noise of a run has the
+    variance between and within groups (a one-way analysis of variance). With no more groups than parameters both are
+    the mean square over runs.
 
     Args:
         residual: Measured minus predicted loss reduction of each run.
         data: The runs.
         grouped_by: Which runs share an error.
-        fitted: Number of fitted parameters.
+        nvarys: Number of fitted parameters.
     """
     of_means, number = between_group_squares(residual, data, grouped_by)
     runs = int(data.unsaturated.sum())
     squares = float(np.sum((residual * data.root_weights)[data.unsaturated] ** 2))
-    if number <= fitted:
-        degrees = max(runs - fitted, 1)
+    if number <= nvarys:
+        degrees = max(runs - nvarys, 1)
         return Noise(math.sqrt(squares / degrees), math.sqrt(squares / degrees), degrees)
-    between = of_means / (number - fitted)
+    between = of_means / (number - nvarys)
     within = max(squares - of_means, 0.0) / max(runs - number, 1)
     of_groups = max(between - within, 0.0) * number / runs if runs > number else between
-    return Noise(math.sqrt(within + of_groups), math.sqrt(between), number - fitted)
+    return Noise(math.sqrt(within + of_groups), math.sqrt(between), number - nvarys)
 
 
 def t_quantile(degrees_of_freedom: int) -> float:
@@ -105,18 +108,18 @@ def t_quantile(degrees_of_freedom: int) -> float:
     return float(t.ppf(0.975, max(degrees_of_freedom, 1)))
 
 
-def expansion(degrees_of_freedom: int) -> float:
+def t_over_z(degrees_of_freedom: int) -> float:
     """Ratio of the quantile of Student's t to the normal one, by which intervals from few runs are widened."""
     return t_quantile(degrees_of_freedom) / float(norm.ppf(0.975))
 
 
 def standard_errors(solution: Solution, noise: Noise) -> lmfit.minimizer.MinimizerResult | None:
     """lmfit's result with standard errors and correlations for this noise; None where it has no covariance."""
-    data, whitened = solution.data, solution.whitened
-    scale = np.linalg.norm(whitened, axis=0)
-    if len(whitened) < len(solution.free) or not (np.isfinite(scale).all() and (scale > 0).all()):
+    data, jacobian = solution.data, solution.weighted_jacobian
+    scale = np.linalg.norm(jacobian, axis=0)
+    if len(jacobian) < len(solution.free) or not (np.isfinite(scale).all() and (scale > 0).all()):
         return None
-    if np.linalg.cond(whitened / scale) > LARGEST_CONDITION:
+    if np.linalg.cond(jacobian / scale) > LARGEST_CONDITION:
         return None
     least = 1e-12 * float(np.abs(data.measured).max())
     result = minimize(solution.form, data, solution.parameters, max(noise.of_the_fit, least))
@@ -153,17 +156,17 @@ def choose_groups(solution: Solution) -> GroupedBy:
 
     Texts can decide only where there are enough of them.
     """
-    form, data, fitted = solution.form, solution.data, len(solution.free)
-    if texts_to_spare(data.runs, fitted) < SPARE_TEXTS:
+    form, data, nvarys = solution.form, solution.data, len(solution.free)
+    if texts_to_spare(data.runs, nvarys) < SPARE_TEXTS:
         return "grid_point"
     below = data.points.at(data.unsaturated)
 
-    def doubt(grouped_by: GroupedBy) -> float:
+    def mean_prediction_variance(grouped_by: GroupedBy) -> float:
         draws = form.evaluate(to_natural(form, bootstrap(solution, grouped_by)), below)
-        widened = expansion(noise_of(solution.residual, data, grouped_by, fitted).degrees_of_freedom)
+        widened = t_over_z(noise_of(solution.residual, data, grouped_by, nvarys).degrees_of_freedom)
         return widened**2 * float(np.mean(np.var(draws, axis=0)))
 
-    return "text" if doubt("text") > doubt("grid_point") else "grid_point"
+    return "text" if mean_prediction_variance("text") > mean_prediction_variance("grid_point") else "grid_point"
 
 
 def bootstrap(solution: Solution, grouped_by: GroupedBy) -> Array:
@@ -175,7 +178,7 @@ def bootstrap(solution: Solution, grouped_by: GroupedBy) -> Array:
     run is a group.
     """
     form, data = solution.form, solution.data
-    residual, basis = solution.residual * data.root_weights, np.linalg.qr(solution.whitened)[0]
+    residual, basis = solution.residual * data.root_weights, np.linalg.qr(solution.weighted_jacobian)[0]
     of_run = numbered(groups_of(data.runs, grouped_by))
     if len(np.unique(of_run[data.unsaturated])) <= len(solution.free):
         of_run = np.arange(len(of_run))
@@ -188,7 +191,7 @@ def bootstrap(solution: Solution, grouped_by: GroupedBy) -> Array:
         corrected[members] = vectors @ (scale * (vectors.T @ residual[members]))
     factors = np.random.default_rng(BOOTSTRAP_SEED).standard_normal((DRAWS, number))[:, of_run]
     resampled = solution.predicted + factors * corrected / data.root_weights
-    draws = refit_many(form, data, resampled, to_theta(form, solution.values)[None], solution.free)
+    draws = batched_least_squares(form, data, resampled, to_theta(form, solution.values)[None], solution.free)
     if form.saturating:
         draws[:, -1] = np.clip(draws[:, -1], *np.log(SHARPNESS_RANGE))
     return draws[np.isfinite(draws).all(axis=1)]

@@ -1,30 +1,26 @@
-"""Least squares for one form: weights, initial values, the lmfit fit, and many refits at once for the bootstrap."""
+"""Least squares for one form: the lmfit fit, from several initial values, and batched fits for the bootstrap."""
 
 import math
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import lmfit
 import numpy as np
-import numpy.typing as npt
 
-from pml.law.forms import POSITIVE, SHARPNESS_RANGE, AdapterSize, Array, Form, Points
-from pml.law.observations import Observation, saturated
+from pml.law.data import Data
+from pml.law.forms import POSITIVE, SHARPNESS_RANGE, Array, Form
 
 __all__ = [
-    "Data",
     "Solution",
-    "data_of",
+    "batched_least_squares",
     "minimize",
     "minimizer",
-    "refit_many",
-    "residuals",
     "solve",
     "to_natural",
     "to_theta",
-    "weights",
 ]
 
 # Initial sharpness values: a wide bend, a narrow one, and none.
@@ -32,43 +28,9 @@ INITIAL_SHARPNESS = (2.0, 6.0, 20.0)
 # Initial values of b, as shares of the smallest loss reduction (above 0) and of the mean (below 0).
 OFFSETS_ABOVE, OFFSETS_BELOW = (0.5, 0.9), (0.2, 1.0, 4.0)
 STARTS = 3
-# For refits, far below the spread of a bootstrap's draws.
+# For batched fits, far below the spread of a bootstrap's draws.
 MOST_STEPS = 60
 SMALLEST_FALL = 1e-7
-# Losses are float32: a smaller variance of replicates, in nats squared, is rounding.
-SMALLEST_VARIANCE = 1e-12
-# The spread over two or three seeds is itself uncertain: the pooled spread counts as this many further seeds.
-PRIOR_DEGREES = 4
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a form is fitted to, one entry for each run.
-
-    Attributes:
-        runs: The runs.
-        points: Where the runs lie.
-        measured: Loss reduction in nats per target token.
-        root_weights: Square roots of the weights of the squared residuals.
-        unsaturated: Runs that the adapter limits, not the text.
-    """
-
-    runs: Sequence[Observation]
-    points: Points
-    measured: Array
-    root_weights: Array
-    unsaturated: npt.NDArray[np.bool_]
-
-    def at(self, chosen: npt.NDArray[np.bool_]) -> "Data":
-        """Some of the runs."""
-        runs = [run for run, keep in zip(self.runs, chosen, strict=True) if keep]
-        return Data(
-            runs, self.points.at(chosen), self.measured[chosen], self.root_weights[chosen], self.unsaturated[chosen]
-        )
-
-    def used_by(self, form: Form) -> "Data":
-        """The runs that a form is fitted to: all of them if it is saturating, the unsaturated ones otherwise."""
-        return self if form.saturating else self.at(self.unsaturated)
 
 
 @dataclass(frozen=True)
@@ -110,64 +72,32 @@ class Solution:
         return self.data.measured - self.predicted
 
     @cached_property
-    def whitened(self) -> Array:
-        """Weighted derivatives of the prediction by the free parameters, `(runs, parameters)`."""
-        return self.form.gradient(self.values, self.data.points, self.free) * self.data.root_weights[:, None]
+    def weighted_jacobian(self) -> Array:
+        """Weighted derivatives by the free parameters, positive ones by their logarithm, `(runs, parameters)`."""
+        return _weighted_jacobian(self.form, self.data, self.values, self.free)
 
 
-def data_of(runs: Sequence[Observation], adapter_size: AdapterSize) -> Data:
-    """The runs as arrays."""
-    tokens = np.array([run.target_tokens for run in runs], dtype=np.float64)
-    parameters = np.array([run.effective_parameters or math.nan for run in runs], dtype=np.float64)
-    bits = np.array([math.nan if run.entropy_bits is None else run.entropy_bits for run in runs])
-    size = parameters if adapter_size == "effective_parameters" else np.array([float(run.rank) for run in runs])
-    initial = np.array([run.initial_loss for run in runs])
-    return Data(
-        runs,
-        Points(size, tokens, parameters, initial, bits * math.log(2) / tokens),
-        np.array([run.loss_reduction for run in runs]),
-        np.sqrt(weights(runs)),
-        np.array([not saturated(run) for run in runs], dtype=bool),
-    )
+def _weighted_residuals(form: Form, data: Data, values: Mapping[str, Any], measured: Array) -> Array:
+    """Predicted minus measured, weighted. Everywhere else it is the reverse; the sign does not matter."""
+    return (form.evaluate(values, data.points) - measured) * data.root_weights
 
 
-def weights(runs: Sequence[Observation]) -> Array:
-    """Weights of the squared residuals from the spread of replicates; 1 for a run without replicates.
-
-    The variance of each grid point over its seeds is shrunk towards the pooled variance, an empirical Bayes estimate.
-    Saturated runs have weight 1, since their agreement says nothing about the noise.
-    """
-    found = np.ones(len(runs))
-    groups: dict[Hashable, list[int]] = {}
-    for i, run in enumerate(runs):
-        if not saturated(run):
-            groups.setdefault(run.grid_point, []).append(i)
-    replicated = [members for members in groups.values() if len(members) > 1]
-    degrees = np.array([len(members) - 1 for members in replicated], dtype=np.float64)
-    variances = np.array([np.var([runs[i].loss_reduction for i in members], ddof=1) for members in replicated])
-    pooled = float(degrees @ variances) / max(degrees.sum(), 1.0)
-    # A single replicated grid point has nothing to compare its spread with.
-    if len(replicated) < 2 or pooled <= SMALLEST_VARIANCE:
-        return found
-    for members, degree, variance in zip(replicated, degrees, variances, strict=True):
-        found[members] = (PRIOR_DEGREES + degree) * pooled / (PRIOR_DEGREES * pooled + degree * variance)
-    return found
+def _weighted_jacobian(form: Form, data: Data, values: Mapping[str, Any], names: tuple[str, ...]) -> Array:
+    """Derivatives of the weighted residuals by these parameters, positive ones by their logarithm."""
+    return form.gradient(values, data.points, names) * data.root_weights[:, None]
 
 
-def residuals(parameters: lmfit.Parameters, form: Form, data: Data, noise: float = 1.0) -> Array:
-    """Weighted residuals in units of the noise, the function that lmfit minimises: predicted minus measured.
-
-    Everywhere else a residual is measured minus predicted; their squares do not care.
-    """
-    return (form.evaluate(parameters.valuesdict(), data.points) - data.measured) * data.root_weights / noise
+def _residuals_for_lmfit(parameters: lmfit.Parameters, form: Form, data: Data, noise: float) -> Array:
+    """What lmfit minimises: weighted residuals in units of the noise."""
+    return _weighted_residuals(form, data, parameters.valuesdict(), data.measured) / noise
 
 
-def _jacobian(parameters: lmfit.Parameters, form: Form, data: Data, noise: float = 1.0) -> Array:
-    """Derivatives of `residuals` by the parameters that vary."""
+def _jacobian_for_lmfit(parameters: lmfit.Parameters, form: Form, data: Data, noise: float) -> Array:
+    """Their derivatives by the parameters that vary."""
     values = parameters.valuesdict()
     names = tuple(name for name, parameter in parameters.items() if parameter.vary)
     scale = np.array([values[name] if name in POSITIVE else 1.0 for name in names])
-    return form.gradient(values, data.points, names) / scale * data.root_weights[:, None] / noise
+    return _weighted_jacobian(form, data, values, names) / scale / noise
 
 
 def minimizer(
@@ -175,13 +105,13 @@ def minimizer(
 ) -> lmfit.Minimizer:
     """The problem for lmfit, unsolved. In units of the noise the covariance needs no scaling by the residuals."""
     return lmfit.Minimizer(
-        residuals,
+        _residuals_for_lmfit,
         parameters,
         fcn_args=(form, data, noise),
         scale_covar=False,
         nan_policy="propagate",
         max_nfev=2000,
-        Dfun=_jacobian,
+        Dfun=_jacobian_for_lmfit,
         ftol=tolerance,
         xtol=tolerance,
         gtol=1e-15,
@@ -198,18 +128,18 @@ def minimize(
 
 
 def solve(form: Form, data: Data) -> Solution | None:
-    """The least-squares solution; None where C > 0 cannot be fitted.
+    """The least-squares solution by lmfit; None where C > 0 cannot be fitted.
 
-    From several initial values `refit_many` goes most of the way; lmfit ends what came out best.
+    lmfit polishes the best of several starts, which `batched_least_squares` takes most of the way.
     """
     starts = _starts(form, data)
     if not starts:
         return None
     thetas = np.array([to_theta(form, one) for one in starts])
-    rough = refit_many(form, data, data.measured[None], thetas, form.fitted)
+    rough = batched_least_squares(form, data, data.measured[None], thetas, form.fitted)
     with np.errstate(all="ignore"):
-        missed = (form.evaluate(to_natural(form, rough), data.points) - data.measured) * data.root_weights
-        best_of = int(np.argmin(np.nan_to_num(np.sum(missed**2, axis=-1), nan=math.inf)))
+        squares = np.sum(_weighted_residuals(form, data, to_natural(form, rough), data.measured) ** 2, axis=-1)
+        best_of = int(np.argmin(np.nan_to_num(squares, nan=math.inf)))
     start = {name: float(value[0]) for name, value in to_natural(form, rough[best_of]).items()}
     if not all(map(math.isfinite, start.values())):
         return None
@@ -227,9 +157,7 @@ def solve(form: Form, data: Data) -> Solution | None:
 
 def _starts(form: Form, data: Data) -> list[dict[str, float]]:
     """Initial values from the log-linear solution of the unsaturated runs, for several b and sharpness."""
-    few = data.unsaturated.sum() < 2
-    chosen = data if few else data.at(data.unsaturated)
-    points, measured = chosen.points, chosen.measured
+    points, measured = data.points.at(data.unsaturated), data.measured[data.unsaturated]
     bends: list[dict[str, float]] = [{"sharpness": p} for p in INITIAL_SHARPNESS] if form.saturating else [{}]
     if form.offset == "known":
         measured = measured - (points.initial_loss - points.entropy)
@@ -238,7 +166,7 @@ def _starts(form: Form, data: Data) -> list[dict[str, float]]:
         positive = per_parameter[per_parameter > 0]
         return [{"bits_per_parameter": float(np.median(positive)) if len(positive) else 1e-3, **bend} for bend in bends]
     offsets = [0.0]
-    if form.offset == "fitted":
+    if form.offset == "varies":
         offsets += [share * measured.min() for share in OFFSETS_ABOVE]
         offsets += [-share * abs(measured.mean()) for share in OFFSETS_BELOW]
     columns = np.stack([np.ones(len(measured)), np.log(points.size), -np.log(points.target_tokens)], axis=1)
@@ -251,7 +179,7 @@ def _starts(form: Form, data: Data) -> list[dict[str, float]]:
         power = np.exp(columns @ [log_c, alpha, beta])
         squares = float(np.sum((power + b - measured) ** 2))
         start = {"C": math.exp(min(max(log_c, -300.0), 300.0)), "alpha": alpha, "beta": beta}
-        found.append((squares, start | ({"b": float(b)} if form.offset == "fitted" else {})))
+        found.append((squares, start | ({"b": float(b)} if form.offset == "varies" else {})))
     found.sort(key=lambda item: item[0])
     return [start | bend for _, start in found[:STARTS] for bend in bends]
 
@@ -270,7 +198,7 @@ def to_natural(form: Form, theta: Array) -> dict[str, Array]:
         }
 
 
-def refit_many(form: Form, data: Data, measured: Array, start: Array, free: tuple[str, ...]) -> Array:
+def batched_least_squares(form: Form, data: Data, measured: Array, start: Array, free: tuple[str, ...]) -> Array:
     """Least-squares solutions for many sets of measurements, or from many initial values, at once.
 
     Damped Gauss-Newton steps in coordinates in which the Jacobian at the first start is orthonormal.
@@ -288,36 +216,33 @@ def refit_many(form: Form, data: Data, measured: Array, start: Array, free: tupl
     index, draws = [form.fitted.index(name) for name in free], max(len(measured), len(start))
     measured, theta = np.broadcast_to(measured, (draws, measured.shape[1])), np.resize(start, (draws, start.shape[1]))
 
-    def slopes(at: Array) -> Array:
-        return form.gradient(to_natural(form, at), data.points, free) * data.root_weights[:, None]
+    def jacobian_at(theta: Array) -> Array:
+        return _weighted_jacobian(form, data, to_natural(form, theta), free)
 
-    def residual(at: Array, to: Array) -> Array:
-        return (to - form.evaluate(to_natural(form, at), data.points)) * data.root_weights
+    def residuals_at(theta: Array, measured: Array) -> Array:
+        return _weighted_residuals(form, data, to_natural(form, theta), measured)
 
     with np.errstate(all="ignore"):
-        basis = np.linalg.pinv(np.linalg.qr(slopes(theta[:1])[0])[1])
+        basis = np.linalg.pinv(np.linalg.qr(jacobian_at(theta[:1])[0])[1])
         # Draws that have converged are left alone.
         moving, damping = np.arange(len(measured)), np.full(len(measured), 1e-3)
-        left = residual(theta, measured)
-        squares = np.sum(left**2, axis=-1)
+        residuals = residuals_at(theta, measured)
+        squares = np.sum(residuals**2, axis=-1)
         for _ in range(MOST_STEPS):
-            jacobian = slopes(theta[moving]) @ basis
+            jacobian = jacobian_at(theta[moving]) @ basis
             gram = jacobian.swapaxes(1, 2) @ jacobian + np.maximum(damping[moving, None, None], 1e-9) * np.eye(
                 len(index)
             )
-            step = np.linalg.solve(gram, jacobian.swapaxes(1, 2) @ left[moving, :, None])[..., 0] @ basis.T
+            step = np.linalg.solve(gram, jacobian.swapaxes(1, 2) @ residuals[moving, :, None])[..., 0] @ basis.T
             tried = theta[moving]
-            tried[:, index] += step
-            tried_left = residual(tried, measured[moving])
-            tried_squares = np.sum(tried_left**2, axis=-1)
+            tried[:, index] -= step
+            tried_residuals = residuals_at(tried, measured[moving])
+            tried_squares = np.sum(tried_residuals**2, axis=-1)
             better = tried_squares <= squares[moving]
             fall = 1.0 - tried_squares / np.maximum(squares[moving], 1e-300)
             improved = moving[better]
-            theta[improved], left[improved], squares[improved] = (
-                tried[better],
-                tried_left[better],
-                tried_squares[better],
-            )
+            theta[improved], residuals[improved] = tried[better], tried_residuals[better]
+            squares[improved] = tried_squares[better]
             damping[moving] *= np.where(better, 0.1, 10.0)
             moving = moving[~(better & (fall < SMALLEST_FALL) | (damping[moving] > 1e10))]
             if not len(moving):

@@ -15,10 +15,11 @@ import pydantic
 from scipy.stats import norm
 
 from pml.errors import InputError
+from pml.law.data import data_of
 from pml.law.equation import Equation
 from pml.law.forms import FORMS, AdapterSize, Array, FormName, Points
-from pml.law.intervals import bootstrap, choose_groups, expansion, noise_of
-from pml.law.least_squares import Solution, data_of, to_natural
+from pml.law.intervals import bootstrap, choose_groups, noise_of, t_over_z
+from pml.law.least_squares import Solution, to_natural
 from pml.law.observations import LeftOutRun, Observation, saturated
 from pml.law.schema import (
     LAW_SCHEMA_VERSION,
@@ -43,7 +44,7 @@ class LawFit(Content):
     """The law fitted to runs in every form that they determine.
 
     Methods that predict take `initial_loss`, the frozen model's loss on the text in nats per target token. Without it
-    they assume the usual loss at the length, a line in ln l through the law's texts, and its uncertainty.
+    they assume the expected initial loss at the length, a line in ln l through the law's texts, and its uncertainty.
 
     Attributes:
         schema_version: Version of this layout.
@@ -159,13 +160,13 @@ class LawFit(Content):
         return self.fit_of(form).equation(errors, self.adapter_size)
 
     def initial_loss(self, target_tokens: npt.ArrayLike, given: float | None = None) -> Array:
-        """The frozen model's loss in nats per target token: the given one, or the usual one at the length.
+        """The frozen model's loss in nats per target token: the given one, or that expected at the length.
 
         Raises:
             InputError: If the given loss is not a number above 0.
         """
         if given is None:
-            return self._texts.usual_loss(target_tokens)
+            return self._texts.expected_initial_loss(target_tokens)
         if not (math.isfinite(given) and given > 0):
             raise InputError(f"initial loss is {given:g}; expected nats per target token above 0")
         return np.full(np.shape(target_tokens), float(given))
@@ -191,7 +192,7 @@ class LawFit(Content):
             initial_loss: The frozen model's loss on the text, if known.
 
         Returns:
-            An array of the broadcast shape, of no dimension for two numbers. A form without a ceiling may exceed the
+            An array of the broadcast shape, 0-d for scalars. A form without a ceiling may exceed the
             frozen model's loss, which no run can.
 
         Raises:
@@ -220,7 +221,7 @@ class LawFit(Content):
         points, shape = self._points(rank, target_tokens, initial_loss)
         laws = len(self._laws[0])
         if initial_loss is None:
-            points = replace(points, initial_loss=self._usual_loss_draws(points, laws))
+            points = replace(points, initial_loss=self._initial_loss_draws(points, laws))
         return self._evaluate_draws(laws, points).reshape(laws, *shape)
 
     def new_run_draws(
@@ -247,12 +248,12 @@ class LawFit(Content):
             quantiles = norm.ppf((np.arange(runs) + 0.5) / runs)
             noise, text = quantiles[:, None], random.permutation(quantiles)[:, None]
         if initial_loss is None:
-            of_text = self._texts.spread * self._texts.expansion * text
-            points = replace(points, initial_loss=np.maximum(self._usual_loss_draws(points, number) + of_text, 0.0))
+            of_text = self._texts.spread * self._texts.t_over_z * text
+            points = replace(points, initial_loss=np.maximum(self._initial_loss_draws(points, number) + of_text, 0.0))
         reach = FORMS[self.form].sensitivity(fit.values, points)
         # Saturated runs are many, so the noise at the ceiling needs no widening.
         at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
-        scale = np.hypot(reach * expansion(fit.degrees_of_freedom) * fit.noise_nats, (1.0 - reach) * at_ceiling)
+        scale = np.hypot(reach * t_over_z(fit.degrees_of_freedom) * fit.noise_nats, (1.0 - reach) * at_ceiling)
         reduction = np.minimum(self._evaluate_draws(number, points) + noise * scale, points.initial_loss)
         initial, reduction = (
             np.broadcast_to(values, (number, runs, points.size.size)).reshape(number, runs, *shape)
@@ -292,17 +293,18 @@ class LawFit(Content):
         """Parameters of bootstrapped laws, `(laws, parameters)`, and by how much their deviations are to be widened.
 
         They are refitted to the stored observations. The effect of texts is removed first, since predictions add it
-        for the text in question.
+        for the text in question. Where there is one, what is left may be shared by other groups than `grouped_by`, to
+        which the parameters' intervals belong, and the groups are chosen anew.
         """
         form, fit = FORMS[self.form], self.best
         data = data_of(self.observations, self.adapter_size)
-        excess = self._texts.excess[self._texts.of_run]
-        effect = fit.text_effect * form.sensitivity(fit.values, data.points) * excess
+        residuals = self._texts.initial_loss_residuals[self._texts.of_run]
+        effect = fit.text_effect * form.sensitivity(fit.values, data.points) * residuals
         data = replace(data, measured=data.measured - effect).used_by(form)
         solution = Solution(form, data, fit.values, fit.free)
-        grouped_by = choose_groups(solution)
+        grouped_by = fit.grouped_by if fit.text_effect == 0.0 else choose_groups(solution)
         degrees = noise_of(solution.residual, data, grouped_by, len(fit.free)).degrees_of_freedom
-        return bootstrap(solution, grouped_by), expansion(degrees)
+        return bootstrap(solution, grouped_by), t_over_z(degrees)
 
     def _evaluate(self, values: Mapping[str, Any], points: Points) -> Array:
         """Loss reduction at these points, with the effect of the texts."""
@@ -310,9 +312,9 @@ class LawFit(Content):
         found = form.evaluate(values, points)
         if text_effect == 0.0:
             return found
-        usual = self._texts.usual_loss(points.target_tokens)
-        excess = np.clip(points.initial_loss - usual, -OTHER_KIND * usual, OTHER_KIND * usual)
-        return np.asarray(found + text_effect * form.sensitivity(values, points) * excess)
+        expected = self._texts.expected_initial_loss(points.target_tokens)
+        residual = np.clip(points.initial_loss - expected, -OTHER_KIND * expected, OTHER_KIND * expected)
+        return np.asarray(found + text_effect * form.sensitivity(values, points) * residual)
 
     def _evaluate_draws(self, laws: int, points: Points) -> Array:
         """The same by so many bootstrapped laws, `(laws, runs, n)`, with widened deviations."""
@@ -321,11 +323,11 @@ class LawFit(Content):
         of_laws = self._evaluate(to_natural(FORMS[self.form], theta[:laws, None]), points)
         return np.asarray(value + widening * (of_laws - value))
 
-    def _usual_loss_draws(self, points: Points, laws: int) -> Array:
-        """The usual loss with its uncertainty, `(laws, 1, n)`."""
+    def _initial_loss_draws(self, points: Points, laws: int) -> Array:
+        """The expected initial loss with its uncertainty, `(laws, 1, n)`."""
         normal = np.random.default_rng(LINE_SEED).normal(size=(laws, 1, 1))
         error = self._texts.standard_error(points.target_tokens)
-        return np.maximum(points.initial_loss + self._texts.expansion * error * normal, 0.0)
+        return np.maximum(points.initial_loss + self._texts.t_over_z * error * normal, 0.0)
 
     def _points(
         self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, initial_loss: float | None

@@ -91,13 +91,12 @@ class FormFit(Content):
         determined: False where a logarithm describes the runs as well, so that C and b have no limit.
         converged: Whether lmfit reached a minimum.
         observations_used: Number of runs that it was fitted to: the unsaturated ones, and all if it is saturating.
-        grouped_by: Which runs share an error: the seeds of one grid point, or the ranks on one text.
-        degrees_of_freedom: Groups with unsaturated runs minus fitted parameters.
+        grouped_by: Which runs share an error in the intervals: the seeds of one grid point, or the ranks on one text.
+        degrees_of_freedom: Groups with unsaturated runs minus fitted parameters; with too few groups see `Noise`.
         noise_nats: Standard deviation of a run around the law far below the ceiling, seed noise and what the form
             misses together, in nats per target token.
         noise_at_ceiling_nats: The same of saturated runs; None where there is none.
-        text_effect: By how many nats more than the form predicts a run's loss falls for each nat by which the frozen
-            model's loss on its text exceeds the usual one at that length; 0 unless significant (see `Texts.effect`).
+        text_effect: Slope of residuals on the initial-loss residual; 0 unless significant (see `Texts.effect`).
         r2: Share of the variance of the used runs' loss reduction that it explains.
         r2_all: The same over all runs, so that forms can be compared; predictions are cut at the frozen model's loss.
         mape_percent: Mean absolute error relative to the measured loss reduction, in percent, over the used runs.

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pml.law.data import Data, data_of
 from pml.law.forms import FORMS, AdapterSize, Array, Form, FormName
 from pml.law.intervals import between_group_squares
-from pml.law.least_squares import Data, data_of, solve
+from pml.law.least_squares import solve
 from pml.law.observations import Observation, saturated
 from pml.law.schema import FACTORS, FormFit, HeldOut, factors_of
 
@@ -27,14 +28,14 @@ CLOSE_FACTOR = 1.5
 FEWEST_HELD_OUT = 4
 
 
-def aicc(data: Data, predicted: Array, fitted: int) -> float | None:
+def aicc(data: Data, predicted: Array, nvarys: int) -> float | None:
     """AICc of normal noise of unknown variance over the means of the unsaturated grid points.
 
     These are the same for every form. Saturated runs lie at the ceiling whatever the parameters, so their small
     residuals are no evidence of small noise. Seeds of one grid point share the form's error there and count once.
     """
     squares, number = between_group_squares(data.measured - predicted, data, "grid_point")
-    parameters = fitted + 1
+    parameters = nvarys + 1
     if number - parameters - 1 < 1:
         return None
     variance = max(squares / number, SMALLEST_SPREAD**2)

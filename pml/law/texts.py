@@ -1,7 +1,7 @@
 """Texts of one length differ in the frozen model's loss, and with it in how much a run can learn.
 
-The frozen model's loss on a text is compared with a straight line in ln l through all texts of a law. What lies above
-the line is the text's excess.
+The frozen model's loss on a text is compared with a straight line in ln l through all texts of a law. The line is the
+expected initial loss; what a text's loss lies above it is its initial-loss residual.
 """
 
 import math
@@ -11,9 +11,10 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import linregress
 
 from pml.law.forms import Array
-from pml.law.intervals import expansion, t_quantile
+from pml.law.intervals import t_over_z, t_quantile
 from pml.law.observations import Observation, numbered
 
 __all__ = ["FEWEST_TEXTS", "OTHER_KIND", "Texts", "texts_of"]
@@ -51,17 +52,17 @@ class Texts:
         """Standard deviation of the frozen model's loss around the line, in nats; 0 with fewer than 4 texts."""
         if len(self.losses) < FEWEST_TEXTS:
             return 0.0
-        return math.sqrt(float(self.excess @ self.excess) / self.degrees_of_freedom)
+        residuals = self.initial_loss_residuals
+        return math.sqrt(float(residuals @ residuals) / self.degrees_of_freedom)
 
     @property
-    def excess(self) -> Array:
-        """By how much the loss on each text lies above the line, in nats per target token, `(texts,)`."""
-        return self.losses - self.usual_loss(np.exp(self.log_lengths))
+    def initial_loss_residuals(self) -> Array:
+        """The frozen model's loss on each text minus the line, in nats per target token, `(texts,)`."""
+        return self.losses - self.expected_initial_loss(np.exp(self.log_lengths))
 
-    def usual_loss(self, lengths: npt.ArrayLike) -> Array:
+    def expected_initial_loss(self, lengths: npt.ArrayLike) -> Array:
         """The line at these lengths, in nats per target token; constant beyond the measured lengths."""
-        centred = self.log_lengths - self.log_lengths.mean()
-        slope = float(centred @ (self.losses - self.losses.mean())) / float(centred @ centred) if self._order else 0.0
+        slope = linregress(self.log_lengths, self.losses).slope if self._order else 0.0
         return np.asarray(self.losses.mean() + slope * self._from_mean(lengths))
 
     def standard_error(self, lengths: npt.ArrayLike) -> Array:
@@ -70,18 +71,18 @@ class Texts:
         return np.asarray(self.spread * np.sqrt(1 / len(self.losses) + self._from_mean(lengths) ** 2 / sum_of_squares))
 
     def effect(self, residual: Array, sensitivity: Array, of_run: npt.NDArray[np.intp]) -> float:
-        """Slope of the texts' mean residuals on their excess, through the origin; 0 unless it is significant (95 %).
+        """Slope of the texts' mean residuals on their initial-loss residuals, through 0; 0 unless significant (95 %).
 
-        It says by how many nats more than the form predicts a run's loss falls for each nat of its text's excess.
+        It says by how many nats more than the form predicts a run's loss falls for each nat of its text's residual.
 
         Args:
             residual: Measured minus predicted loss reduction of unsaturated runs in nats per target token, `(runs,)`.
-            sensitivity: Share of a deviation that reaches their loss, `(runs,)`.
+            sensitivity: Derivatives of their loss reduction by the power term, `(runs,)`.
             of_run: Index of their texts, `(runs,)`.
         """
         present, of_run, number = np.unique(of_run, return_inverse=True, return_counts=True)
         left, reach = (np.bincount(of_run, values) / number for values in (residual, sensitivity))
-        expected = reach * self.excess[present]
+        expected = reach * self.initial_loss_residuals[present]
         squares = float(expected @ expected)
         # The law's level and length exponent have taken as many degrees of freedom as the line has.
         degrees = len(present) - self._order - 2
@@ -92,9 +93,9 @@ class Texts:
         return found if abs(found) > t_quantile(degrees) * error else 0.0
 
     @property
-    def expansion(self) -> float:
+    def t_over_z(self) -> float:
         """By how much an interval is wider for a spread that is known from few texts."""
-        return expansion(self.degrees_of_freedom)
+        return t_over_z(self.degrees_of_freedom)
 
     @property
     def _order(self) -> int:
@@ -107,8 +108,9 @@ class Texts:
 
 def texts_of(runs: Sequence[Observation]) -> Texts:
     """The texts of runs."""
-    of_run = numbered(run.text_label for run in runs)
-    counts = np.bincount(of_run)
-    losses = np.bincount(of_run, [run.initial_loss for run in runs]) / counts
-    logs = np.bincount(of_run, [math.log(run.target_tokens) for run in runs]) / counts
+    labels = [run.text_label for run in runs]
+    of_run = numbered(labels)
+    losses = np.bincount(of_run, [run.initial_loss for run in runs]) / np.bincount(of_run)
+    # Not a mean, whose last digit would depend on the number of runs and make one length look like several.
+    logs = np.log([float(length) for length, _ in dict.fromkeys(labels)])
     return Texts(logs, losses, of_run)
