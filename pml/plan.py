@@ -1,8 +1,9 @@
 """What a fitted law predicts: what an adapter of some rank will do, and the smallest rank that will do.
 
-A plan goes from rank and length to loss by the law, and from loss to recall by the recall model. Its 95 % intervals are
-of the law's mean (confidence), or of a single new run, which adds its own noise and, unless the frozen model's loss on
-the text is given, its text. The recall model is taken as exact; `law.json` says how well it is calibrated.
+A plan goes from rank and length to loss by the law, and from loss to recall by the recall model. Its 95 % confidence
+intervals are of the law's mean. Its 95 % prediction intervals are of a single new run, which adds its own noise and,
+unless the frozen model's loss on the text is given, its text. Neither has the uncertainty of the recall model;
+`law.json` says how well that is calibrated.
 """
 
 import math
@@ -17,7 +18,7 @@ from pml.law import OTHER_KIND, LawFit, percentiles
 from pml.law.forms import Array
 from pml.law.schema import Content, Interval
 
-__all__ = ["LARGEST_RANK", "Outcome", "Plan", "outcome_of_rank", "rank_for_loss_reduction", "rank_for_recall"]
+__all__ = ["LARGEST_RANK", "Plan", "RankOutcome", "outcome_of_rank", "rank_for_loss_reduction", "rank_for_recall"]
 
 LARGEST_RANK = 4096
 """The largest rank considered; a larger adapter is no longer small."""
@@ -37,7 +38,7 @@ FAR_BELOW = 2.0
 NEARLY_ALL = 0.99
 
 
-class Outcome(Content):
+class RankOutcome(Content):
     """What an adapter of one rank does with a corpus of one length. Losses in nats per target token.
 
     Attributes:
@@ -46,14 +47,14 @@ class Outcome(Content):
         megabytes: Its size in float32, in 10^6 bytes.
         initial_loss: Of the frozen model.
         loss_reduction: By the law, and no more than the frozen model's loss.
-        loss_reduction_confidence: 95 % interval of the law's mean.
-        loss_reduction_new_run: 95 % interval of a single new run.
+        loss_reduction_confidence_interval: 95 % confidence interval.
+        loss_reduction_prediction_interval: 95 % prediction interval of a single new run.
         final_loss: Initial loss minus loss reduction.
-        final_loss_new_run: 95 % interval of a single new run.
+        final_loss_prediction_interval: 95 % prediction interval of a single new run.
         token_accuracy: Expected share of target tokens right in a new run; None without a recall model.
-        token_accuracy_new_run: 95 % interval of a single new run's expectation.
+        token_accuracy_prediction_interval: 95 % prediction interval of a single new run's expectation.
         exact_match: Expected share of targets right in a new run.
-        exact_match_new_run: 95 % interval of a single new run's expectation.
+        exact_match_prediction_interval: 95 % prediction interval of a single new run's expectation.
         whole_corpus: Probability that a new run has every target right.
     """
 
@@ -62,14 +63,14 @@ class Outcome(Content):
     megabytes: float | None
     initial_loss: float
     loss_reduction: float
-    loss_reduction_confidence: Interval
-    loss_reduction_new_run: Interval
+    loss_reduction_confidence_interval: Interval
+    loss_reduction_prediction_interval: Interval
     final_loss: float
-    final_loss_new_run: Interval
+    final_loss_prediction_interval: Interval
     token_accuracy: float | None = None
-    token_accuracy_new_run: Interval | None = None
+    token_accuracy_prediction_interval: Interval | None = None
     exact_match: float | None = None
-    exact_match_new_run: Interval | None = None
+    exact_match_prediction_interval: Interval | None = None
     whole_corpus: float | None = None
 
     def lines(self) -> list[str]:
@@ -81,20 +82,21 @@ class Outcome(Content):
                 "float32"
             )
         shown.append(
-            f"loss reduction: {self.loss_reduction:.4g} nats per target token (95 % interval of the mean "
-            f"{_range(self.loss_reduction_confidence)}, of a new run {_range(self.loss_reduction_new_run)})"
+            f"loss reduction: {self.loss_reduction:.4g} nats per target token (95 % intervals: confidence "
+            f"{_range(self.loss_reduction_confidence_interval)}, prediction of a new run "
+            f"{_range(self.loss_reduction_prediction_interval)})"
         )
         shown.append(
-            f"final loss: {self.final_loss:.4g} of {self.initial_loss:.4g} nats (a new run "
-            f"{_range(self.final_loss_new_run)})"
+            f"final loss: {self.final_loss:.4g} of {self.initial_loss:.4g} nats (prediction interval "
+            f"{_range(self.final_loss_prediction_interval)})"
         )
         for name, value, interval in (
-            ("target tokens right", self.token_accuracy, self.token_accuracy_new_run),
-            ("targets right word for word", self.exact_match, self.exact_match_new_run),
+            ("target tokens right", self.token_accuracy, self.token_accuracy_prediction_interval),
+            ("targets right word for word", self.exact_match, self.exact_match_prediction_interval),
         ):
             if value is not None and interval is not None:
                 low, high = (100 * end for end in interval)
-                shown.append(f"{name}: {100 * value:.1f} % expected (a new run {low:.1f} to {high:.1f} %)")
+                shown.append(f"{name}: {100 * value:.1f} % expected (prediction interval {low:.1f} to {high:.1f} %)")
         if self.whole_corpus is not None:
             shown.append(f"probability that a run has every target right: {self.whole_corpus:.3f}")
         return shown
@@ -104,12 +106,12 @@ class Plan(Content):
     """The answer to one question.
 
     Attributes:
-        question: It in words.
+        question: The question.
         target_tokens: Length of the corpus.
         pairs: Number of its targets.
         rank: The smallest rank that will do; None where none up to `LARGEST_RANK` does.
-        rank_confidence: 95 % interval of it from the law's uncertainty, to 3 % above 50; it includes `rank`. An end is
-            None beyond `LARGEST_RANK`.
+        rank_confidence_interval: 95 % confidence interval, to 3 % above 50; it includes `rank`. An end is None beyond
+            `LARGEST_RANK`.
         outcome: What that rank does.
         beyond: How far the question lies outside what was measured, a sentence each; empty inside.
         warnings: Those of the law.
@@ -119,16 +121,16 @@ class Plan(Content):
     target_tokens: int
     pairs: int
     rank: int | None
-    rank_confidence: tuple[int | None, int | None] | None
-    outcome: Outcome | None
+    rank_confidence_interval: tuple[int | None, int | None] | None
+    outcome: RankOutcome | None
     beyond: list[str]
     warnings: list[str]
 
     def lines(self) -> list[str]:
         """The answer in words, a line each."""
         shown = [self.question]
-        if self.rank_confidence is not None:
-            shown.append(f"rank: {self._rank_in_words(*self.rank_confidence)}")
+        if self.rank_confidence_interval is not None:
+            shown.append(f"rank: {self._rank_in_words(*self.rank_confidence_interval)}")
         if self.outcome is not None:
             shown += self.outcome.lines()
         shown += [f"outside the measured range: {sentence}" for sentence in self.beyond]
@@ -136,10 +138,10 @@ class Plan(Content):
 
     def _rank_in_words(self, low: int | None, high: int | None) -> str:
         if self.rank is None:
-            from_law = f", though the law's 95 % interval begins at {low}" if low is not None else ""
+            from_law = f", though the 95 % confidence interval begins at {low}" if low is not None else ""
             return f"none up to {LARGEST_RANK}{from_law}"
         ends = f"{low} to {high}" if high is not None else f"{low} to more than {LARGEST_RANK}"
-        return f"{self.rank} (95 % interval {ends}, from the law's uncertainty, without the noise of a single run)"
+        return f"{self.rank} (95 % confidence interval {ends}, without the noise of a single run)"
 
 
 @dataclass(frozen=True)
@@ -309,7 +311,7 @@ def _plan(
         target_tokens=corpus.target_tokens,
         pairs=corpus.pairs,
         rank=rank,
-        rank_confidence=confidence,
+        rank_confidence_interval=confidence,
         outcome=outcome,
         beyond=([none] if rank is None else []) + _beyond(law, outcome, corpus),
         warnings=law.warnings,
@@ -323,7 +325,7 @@ def _first(holds: npt.NDArray[np.bool_], ranks: Array) -> Array:
     return np.asarray(np.append(ranks, math.inf)[beyond_last_miss])
 
 
-def _outcome(law: LawFit, rank: int, corpus: _Corpus) -> Outcome:
+def _outcome(law: LawFit, rank: int, corpus: _Corpus) -> RankOutcome:
     tokens, given = corpus.target_tokens, corpus.initial_loss
     initial = float(law.initial_loss(tokens, given))
     reduction = min(float(law.predict(rank, tokens, initial_loss=given)), initial)
@@ -336,21 +338,21 @@ def _outcome(law: LawFit, rank: int, corpus: _Corpus) -> Outcome:
         accuracy, exact = law.recall.token_accuracy(losses), law.recall.exact_match(losses, per_target)
         recalled = {
             "token_accuracy": float(accuracy.mean()),
-            "token_accuracy_new_run": percentiles(accuracy),
+            "token_accuracy_prediction_interval": percentiles(accuracy),
             "exact_match": float(exact.mean()),
-            "exact_match_new_run": percentiles(exact),
+            "exact_match_prediction_interval": percentiles(exact),
             "whole_corpus": float(law.recall.recall_probability(losses, per_target, corpus.pairs).mean()),
         }
-    return Outcome(
+    return RankOutcome(
         rank=rank,
         effective_parameters=parameters,
         megabytes=None if parameters is None else parameters * BYTES_PER_PARAMETER / 1e6,
         initial_loss=initial,
         loss_reduction=reduction,
-        loss_reduction_confidence=percentiles(mean),
-        loss_reduction_new_run=percentiles(runs.loss_reduction),
+        loss_reduction_confidence_interval=percentiles(mean),
+        loss_reduction_prediction_interval=percentiles(runs.loss_reduction),
         final_loss=initial - reduction,
-        final_loss_new_run=percentiles(runs.final_loss),
+        final_loss_prediction_interval=percentiles(runs.final_loss),
         **recalled,
     )
 
@@ -359,7 +361,7 @@ def _range(ends: Interval) -> str:
     return f"{ends[0]:.4g} to {ends[1]:.4g}"
 
 
-def _beyond(law: LawFit, outcome: Outcome | None, corpus: _Corpus) -> list[str]:
+def _beyond(law: LawFit, outcome: RankOutcome | None, corpus: _Corpus) -> list[str]:
     """How far a question and its answer lie outside what the law was fitted to, in words."""
     found = []
     ranges = [("length", corpus.target_tokens, law.target_tokens_range)]

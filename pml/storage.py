@@ -1,4 +1,4 @@
-"""The rank that pairs need, without a run of one's own: their surprise in bits over what a parameter stores.
+"""The rank that pairs need, without a run of one's own: their surprisal in bits over what a parameter stores.
 
 What an adapter has to store is what the frozen model does not know, given the other pairs: that all answers are phone
 numbers is learnt once, the digits one by one. So each target is scored after `CONTEXT` other pairs, which is within a
@@ -31,22 +31,24 @@ __all__ = [
     "read_constants",
     "read_constants_file",
     "size_of_rank",
-    "surprise_bits",
+    "surprisal_bits",
 ]
 
 CONTEXT = 6
-"""Other pairs that stand before a target when its surprise is measured."""
+"""Other pairs that stand before a target when its surprisal is measured."""
 
 CONTEXT_TOKENS = 384
 """They are left out where they come to more: what a format is shows in a few hundred tokens."""
 
 SAMPLE = 32
-"""Pairs whose surprise is measured, evenly spaced; that of the others is taken to be the same per target token."""
+"""Pairs whose surprisal is measured, evenly spaced; that of the others is taken to be the same per target token."""
 
 FILL = 0.75
-"""Share of what an adapter stores at most up to which every target still comes back whole. Between the fullest runs
-here that recalled everything (80, 144 and 224 random tokens at ranks 2, 3 and 5: .78, .93 and .87 of .85 bits a
-parameter) and what leaves room for a text of another kind."""
+"""Largest fraction of capacity at which all targets are recalled.
+
+It lies between the fullest runs here that recalled everything (80, 144 and 224 random tokens at ranks 2, 3 and 5: .78,
+.93 and .87 of .85 bits a parameter) and what leaves room for a text of another kind.
+"""
 
 CONSTANTS_VERSION: Final = 1
 BYTES_PER_PARAMETER = 4
@@ -91,7 +93,7 @@ class ConstantsFile(pydantic.BaseModel):
 
 
 class SizeOfRank(pydantic.BaseModel):
-    """What one rank of an adapter comes to.
+    """Parameters per rank.
 
     Attributes:
         trainable: Trainable parameters.
@@ -110,8 +112,8 @@ class RankPlan(pydantic.BaseModel):
     Attributes:
         pairs: Number of targets.
         target_tokens: Their tokens.
-        surprise_bits: Surprise of all targets under the frozen model, by themselves.
-        bits_to_store: The same given other pairs.
+        surprisal_bits: Surprisal of all targets under the frozen model, by themselves.
+        bits_to_store: Their surprisal given other pairs.
         placement: Where the adapter sits.
         rank: The rank.
         rank_interval: The ranks for the ends of the constant's interval.
@@ -125,7 +127,7 @@ class RankPlan(pydantic.BaseModel):
 
     pairs: int
     target_tokens: int
-    surprise_bits: float
+    surprisal_bits: float
     bits_to_store: float
     placement: str | list[str]
     rank: int
@@ -141,7 +143,7 @@ class RankPlan(pydantic.BaseModel):
         where = self.placement if isinstance(self.placement, str) else ", ".join(self.placement)
         known = self.rests_on
         return [
-            f"{self.pairs:,} pairs, {self.target_tokens:,} target tokens: {self.surprise_bits:,.0f} bits of surprise "
+            f"{self.pairs:,} pairs, {self.target_tokens:,} target tokens: {self.surprisal_bits:,.0f} bits of surprisal "
             f"under the frozen model, {self.bits_to_store:,.0f} given other pairs",
             f"rank {self.rank} ({low} to {high}) in {where}: {self.parameters:,} trainable parameters, "
             f"{self.megabytes:.3g} MB in float32",
@@ -204,7 +206,7 @@ def constant_for(
 
 
 def size_of_rank(backbone: Backbone, config: AdapterConfig) -> SizeOfRank:
-    """What a rank comes to at a placement; the backbone carries no adapter before and after.
+    """Parameters per rank at a placement; the backbone carries no adapter before and after.
 
     Args:
         backbone: The frozen model.
@@ -224,8 +226,8 @@ def size_of_rank(backbone: Backbone, config: AdapterConfig) -> SizeOfRank:
         detach_adapter(model)
 
 
-def surprise_bits(backbone: Backbone, examples: Sequence[Example], others: int = 0, sample: int = SAMPLE) -> float:
-    """Surprise of all targets under the frozen model in bits, each after so many other pairs.
+def surprisal_bits(backbone: Backbone, examples: Sequence[Example], others: int = 0, sample: int = SAMPLE) -> float:
+    """Surprisal of all targets under the frozen model in bits, each after so many other pairs.
 
     Args:
         backbone: The model, without an adapter.
@@ -244,12 +246,12 @@ def surprise_bits(backbone: Backbone, examples: Sequence[Example], others: int =
             if len(longer) + len(example) > room:
                 break
             before = longer
-        nats += _surprise(backbone, before, example)
+        nats += _surprisal(backbone, before, example)
         tokens += len(example.target_ids)
     return nats / math.log(2) * sum(len(e.target_ids) for e in examples) / tokens
 
 
-def _surprise(backbone: Backbone, before: Sequence[int], example: Example) -> float:
+def _surprisal(backbone: Backbone, before: Sequence[int], example: Example) -> float:
     device = backbone.model.device
     ids = torch.tensor([[*before, *example.prompt_ids, *example.target_ids[:-1]]], device=device)
     targets = torch.tensor(example.target_ids, device=device)
@@ -275,11 +277,11 @@ def plan_rank(
     """
     constant, warnings = constant_for(config.placement, config.guard is not None, constants or read_constants())
     size = size_of_rank(backbone, config)
-    alone = surprise_bits(backbone, examples)
+    alone = surprisal_bits(backbone, examples)
     if len(examples) > SAMPLE:
-        warnings = [*warnings, f"surprise was measured on about {SAMPLE} pairs, evenly spaced"]
-    # A first pair has nobody to learn from, and some texts only mislead.
-    bits = min(alone, surprise_bits(backbone, examples, CONTEXT)) if len(examples) > 1 else alone
+        warnings = [*warnings, f"surprisal was measured on about {SAMPLE} pairs, evenly spaced"]
+    # The first pair has no context, and some contexts mislead.
+    bits = min(alone, surprisal_bits(backbone, examples, CONTEXT)) if len(examples) > 1 else alone
 
     def enough(bits_per_parameter: float) -> int:
         return max(1, math.ceil(bits / (FILL * bits_per_parameter * size.trainable)))
@@ -293,7 +295,7 @@ def plan_rank(
     return RankPlan(
         pairs=len(examples),
         target_tokens=sum(len(e.target_ids) for e in examples),
-        surprise_bits=alone,
+        surprisal_bits=alone,
         bits_to_store=bits,
         placement=config.placement,
         rank=rank,

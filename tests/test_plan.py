@@ -62,7 +62,7 @@ def test_a_text_with_a_frozen_loss_far_from_those_of_the_law_is_pointed_out(law:
 def test_the_smallest_rank_for_a_loss_reduction_by_hand(law: LawFit) -> None:
     # 40 sqrt(r) / sqrt(400) + 1 = 2 sqrt(r) + 1 >= 6 from r = 6.25 on
     plan = rank_for_loss_reduction(law, 400, 6.0)
-    assert (plan.rank, plan.rank_confidence) == (7, (7, 7))
+    assert (plan.rank, plan.rank_confidence_interval) == (7, (7, 7))
     assert plan.outcome is not None
     assert plan.outcome.loss_reduction == pytest.approx(2 * 7**0.5 + 1)
     assert plan.outcome.final_loss == pytest.approx(INITIAL - 2 * 7**0.5 - 1)
@@ -91,15 +91,12 @@ def test_where_no_rank_will_do_that_is_the_answer(law: LawFit) -> None:
 
 
 def test_where_a_rank_might_do_within_the_law_s_uncertainty_it_says_which(law: LawFit) -> None:
-    plan = rank_for_loss_reduction(law, 10**8, 1.3).model_copy(update={"rank_confidence": (3000, None)})
-    assert plan.lines()[1] == ("rank: none up to 4096, though the law's 95 % interval begins at 3000")
+    plan = rank_for_loss_reduction(law, 10**8, 1.3).model_copy(update={"rank_confidence_interval": (3000, None)})
+    assert plan.lines()[1] == ("rank: none up to 4096, though the 95 % confidence interval begins at 3000")
     found = rank_for_loss_reduction(law, 400, 6.0)
-    assert (
-        found.lines()[1]
-        == "rank: 7 (95 % interval 7 to 7, from the law's uncertainty, without the noise of a single run)"
-    )
-    endless = found.model_copy(update={"rank_confidence": (7, None)})
-    assert "(95 % interval 7 to more than 4096, " in endless.lines()[1]
+    assert found.lines()[1] == "rank: 7 (95 % confidence interval 7 to 7, without the noise of a single run)"
+    endless = found.model_copy(update={"rank_confidence_interval": (7, None)})
+    assert "(95 % confidence interval 7 to more than 4096, " in endless.lines()[1]
 
 
 def test_where_more_rank_is_no_more_likely_to_do_it_says_from_where_and_how_likely_that_is(law: LawFit) -> None:
@@ -154,7 +151,7 @@ def test_a_text_that_the_model_knows_better_needs_no_more_than_its_own_loss(law:
     assert outcome is not None
     # 2 sqrt(8) + 1 = 6.66 is more than there is to lower.
     assert (outcome.initial_loss, outcome.loss_reduction, outcome.final_loss) == (4.0, 4.0, 0.0)
-    assert outcome.final_loss_new_run == (0.0, 0.0)
+    assert outcome.final_loss_prediction_interval == (0.0, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -190,8 +187,8 @@ def test_the_interval_of_a_rank_covers_the_rank_that_is_needed(
         law = fit_law(runs, form="power_offset", compare=False, recall=RECALL)
         plan = rank_for_recall(law, 400, share=0.5, pairs=40, probability=probability)
         assert plan.rank is not None
-        assert plan.rank_confidence is not None
-        low, high = (257 if end is None else end for end in plan.rank_confidence)
+        assert plan.rank_confidence_interval is not None
+        low, high = (257 if end is None else end for end in plan.rank_confidence_interval)
         inside += low <= needed <= high
         width += (high - low) / draws
     # 22.8 expected, with a standard deviation of 1.1; and no wider than that takes.
@@ -201,7 +198,7 @@ def test_the_interval_of_a_rank_covers_the_rank_that_is_needed(
 
 def test_the_surer_a_run_must_be_the_larger_its_rank_and_all_of_its_interval(noisy: LawFit) -> None:
     plans = [rank_for_recall(noisy, 400, share=0.5, pairs=40, probability=p) for p in (0.5, 0.99)]
-    ends = [(plan.rank, *(plan.rank_confidence or (None, None))) for plan in plans]
+    ends = [(plan.rank, *(plan.rank_confidence_interval or (None, None))) for plan in plans]
     assert all(some is not None and more is not None and some < more for some, more in zip(*ends, strict=True)), ends
 
 
@@ -209,10 +206,11 @@ def test_without_the_frozen_loss_of_a_text_the_final_loss_is_less_certain(noisy:
     unknown, known = (outcome_of_rank(noisy, 2, 400, initial_loss=loss).outcome for loss in (None, 13.0))
     assert unknown is not None
     assert known is not None
-    spread, run_alone = (outcome.final_loss_new_run[1] - outcome.final_loss_new_run[0] for outcome in (unknown, known))
+    spread, run_alone = (float(np.ptp(outcome.final_loss_prediction_interval)) for outcome in (unknown, known))
     assert spread > 1.2 * run_alone
     # How much is lost depends little on the text, and what does is a part of how runs scatter.
-    assert np.ptp(unknown.loss_reduction_new_run) == pytest.approx(np.ptp(known.loss_reduction_new_run), rel=0.5)
+    unknown_spread, known_spread = (np.ptp(o.loss_reduction_prediction_interval) for o in (unknown, known))
+    assert unknown_spread == pytest.approx(known_spread, rel=0.5)
 
 
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])

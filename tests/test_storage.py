@@ -1,4 +1,4 @@
-"""The rank that pairs need: surprise by hand, rank by hand, and the command."""
+"""The rank that pairs need: surprisal by hand, rank by hand, and the command."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from pml.storage import (
     plan_rank,
     read_constants,
     size_of_rank,
-    surprise_bits,
+    surprisal_bits,
 )
 
 TWO = [Example(0, (3, 4), (5, 6)), Example(1, (7,), (8, 9, 10))]
@@ -47,25 +47,25 @@ def by_hand(backbone: Backbone, ids: list[int], targets: int) -> float:
     return bits
 
 
-def test_surprise_is_that_of_the_frozen_model_alone_or_after_other_pairs(tiny_backbone: Backbone) -> None:
+def test_surprisal_is_that_of_the_frozen_model_alone_or_after_other_pairs(tiny_backbone: Backbone) -> None:
     alone = by_hand(tiny_backbone, [3, 4, 5, 6], 2) + by_hand(tiny_backbone, [7, 8, 9, 10], 3)
-    assert surprise_bits(tiny_backbone, TWO) == pytest.approx(alone, rel=1e-5)
+    assert surprisal_bits(tiny_backbone, TWO) == pytest.approx(alone, rel=1e-5)
     after = by_hand(tiny_backbone, [7, 8, 9, 10, 3, 4, 5, 6], 2) + by_hand(tiny_backbone, [3, 4, 5, 6, 7, 8, 9, 10], 3)
-    assert surprise_bits(tiny_backbone, TWO, others=1) == pytest.approx(after, rel=1e-5)
+    assert surprisal_bits(tiny_backbone, TWO, others=1) == pytest.approx(after, rel=1e-5)
     # There is but one other.
-    assert surprise_bits(tiny_backbone, TWO, others=6) == pytest.approx(after, rel=1e-5)
+    assert surprisal_bits(tiny_backbone, TWO, others=6) == pytest.approx(after, rel=1e-5)
 
 
 def test_other_pairs_that_do_not_fit_into_the_context_are_left_out(tiny_backbone: Backbone) -> None:
     tiny_backbone.config.max_position_embeddings = 7
-    assert surprise_bits(tiny_backbone, TWO, others=1) == pytest.approx(surprise_bits(tiny_backbone, TWO))
+    assert surprisal_bits(tiny_backbone, TWO, others=1) == pytest.approx(surprisal_bits(tiny_backbone, TWO))
 
 
 def test_of_many_pairs_some_are_measured_and_the_others_taken_to_be_alike(tiny_backbone: Backbone) -> None:
     four = [*TWO, Example(2, (3, 4), (5,)), Example(3, (9,), (1, 1))]
     # The first and the third: three of the eight target tokens.
     some = by_hand(tiny_backbone, [3, 4, 5, 6], 2) + by_hand(tiny_backbone, [3, 4, 5], 1)
-    assert surprise_bits(tiny_backbone, four, sample=2) == pytest.approx(some * 8 / 3, rel=1e-5)
+    assert surprisal_bits(tiny_backbone, four, sample=2) == pytest.approx(some * 8 / 3, rel=1e-5)
 
 
 def test_the_size_of_a_rank_is_counted_on_the_adapter_itself(tiny_backbone: Backbone) -> None:
@@ -82,7 +82,7 @@ def test_the_size_of_a_rank_is_counted_on_the_adapter_itself(tiny_backbone: Back
 
 def test_the_rank_is_the_smallest_that_holds_the_bits(tiny_backbone: Backbone) -> None:
     plan = plan_rank(tiny_backbone, TWO, AdapterConfig(block=1), [constant(bits=0.5)])
-    bits = min(surprise_bits(tiny_backbone, TWO), surprise_bits(tiny_backbone, TWO, others=6))
+    bits = min(surprisal_bits(tiny_backbone, TWO), surprisal_bits(tiny_backbone, TWO, others=6))
     assert plan.bits_to_store == pytest.approx(bits)
     # A rank has 64 parameters.
     assert plan.rank == math.ceil(bits / (FILL * 0.5 * 64))

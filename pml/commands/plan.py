@@ -1,4 +1,4 @@
-"""What rank does a text need? From its surprise and measured constants, or from a law fitted to your runs.
+"""What rank does a text need? From its surprisal and measured constants, or from a law fitted to your runs.
 
     pml plan PAIRS.jsonl                                    the rank for these pairs; loads the backbone, runs nothing
     pml plan PAIRS.jsonl --placement mlp_block --guard false
