@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pml.content import Content
 from pml.errors import InputError
 from pml.law import OTHER_KIND, LawFit, percentiles
 from pml.law.forms import Array
-from pml.law.schema import Content, Interval
+from pml.law.schema import Interval
 
 __all__ = ["LARGEST_RANK", "Plan", "RankOutcome", "outcome_of_rank", "rank_for_loss_reduction", "rank_for_recall"]
 
 LARGEST_RANK = 4096
 """The largest rank considered; a larger adapter is no longer small."""
 
-BYTES_PER_PARAMETER = 4
 RANKS = np.arange(1.0, LARGEST_RANK + 1)
 # For recall: all ranks up to 50, then 3 % apart, and so many bootstrapped laws and runs by each.
 FEWER_RANKS = np.unique(np.geomspace(1, LARGEST_RANK, 360).round())
@@ -346,7 +346,7 @@ def _outcome(law: LawFit, rank: int, corpus: _Corpus) -> RankOutcome:
     return RankOutcome(
         rank=rank,
         effective_parameters=parameters,
-        megabytes=None if parameters is None else parameters * BYTES_PER_PARAMETER / 1e6,
+        megabytes=None if parameters is None else parameters * np.dtype(np.float32).itemsize / 1e6,
         initial_loss=initial,
         loss_reduction=reduction,
         loss_reduction_confidence_interval=percentiles(mean),

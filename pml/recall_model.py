@@ -25,6 +25,7 @@ from scipy.optimize import minimize
 from scipy.special import betaln, digamma, expit
 from scipy.stats import binom
 
+from pml.content import Content
 from pml.errors import InputError
 from pml.token_results import TOKENS_NAME, TokenResults, read_tokens
 
@@ -61,13 +62,7 @@ class RunTokens:
     right: npt.NDArray[np.int64]
 
 
-class _Content(pydantic.BaseModel):
-    """A part of `law.json`."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ReliabilityBin(_Content):
+class ReliabilityBin(Content):
     """Targets with a predicted probability of being right in one range, each predicted from the other runs.
 
     Attributes:
@@ -85,7 +80,7 @@ class ReliabilityBin(_Content):
     observed: float
 
 
-class RecallModel(_Content):
+class RecallModel(Content):
     """Token accuracy and exact match as functions of the mean loss; see the module for the model.
 
     Attributes:

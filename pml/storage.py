@@ -18,6 +18,7 @@ import torch
 
 from pml.adapter import AdapterConfig, adapter_parameters, attach_adapter, detach_adapter, lora_layers
 from pml.backbone import Backbone
+from pml.content import Content
 from pml.corpus import Example
 from pml.errors import InputError
 
@@ -51,10 +52,9 @@ It lies between the fullest runs here that recalled everything (80, 144 and 224 
 """
 
 CONSTANTS_VERSION: Final = 1
-BYTES_PER_PARAMETER = 4
 
 
-class Constant(pydantic.BaseModel):
+class Constant(Content):
     """What a trainable parameter stores at one placement, when more is asked of the adapter than it holds.
 
     Attributes:
@@ -67,8 +67,6 @@ class Constant(pydantic.BaseModel):
         source: What it was measured on.
     """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
     placement: str | list[str]
     guarded: bool = False
     bits_per_parameter: float = pydantic.Field(gt=0)
@@ -78,7 +76,7 @@ class Constant(pydantic.BaseModel):
     source: str
 
 
-class ConstantsFile(pydantic.BaseModel):
+class ConstantsFile(Content):
     """The content of a file of constants, the latest first.
 
     Attributes:
@@ -86,13 +84,11 @@ class ConstantsFile(pydantic.BaseModel):
         constants: What was measured.
     """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
     version: Literal[1]
     constants: list[Constant]
 
 
-class SizeOfRank(pydantic.BaseModel):
+class SizeOfRank(Content):
     """Parameters per rank.
 
     Attributes:
@@ -106,7 +102,7 @@ class SizeOfRank(pydantic.BaseModel):
     largest_rank: int
 
 
-class RankPlan(pydantic.BaseModel):
+class RankPlan(Content):
     """The rank that pairs need.
 
     Attributes:
@@ -122,8 +118,6 @@ class RankPlan(pydantic.BaseModel):
         rests_on: The constant that was used.
         warnings: What makes the answer less certain.
     """
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     pairs: int
     target_tokens: int
@@ -301,7 +295,7 @@ def plan_rank(
         rank=rank,
         rank_interval=(enough(constant.high), enough(constant.low)),
         parameters=rank * size.trainable,
-        megabytes=rank * size.saved * BYTES_PER_PARAMETER / 1e6,
+        megabytes=rank * size.saved * torch.float32.itemsize / 1e6,
         rests_on=constant,
         warnings=warnings,
     )

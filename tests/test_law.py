@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from record_factory import make_record, write_run
 from scipy.optimize import curve_fit
+from simulated_laws import fit_one
 
 from pml.commands import law as command
 from pml.errors import InputError
@@ -27,7 +28,6 @@ from pml.law import (
     HeldOut,
     LawFit,
     Observation,
-    fit_law,
     observations_from_records,
     read_law,
     saturated,
@@ -73,7 +73,7 @@ def shifted(runs: list[Observation], noise: np.ndarray) -> list[Observation]:
 
 def published(runs: Iterable[Observation], setting: dict[str, Any] | None = None) -> LawFit:
     """The paper's form."""
-    return fit_law(runs, setting, form="power_offset", compare=False)
+    return fit_one(runs, "power_offset", setting=setting)
 
 
 def values(fit: LawFit) -> dict[str, float]:
@@ -649,7 +649,7 @@ class TestCommand:
         assert printed.startswith(fit.equation() + "\n")
         assert fit.equation(errors=True).removeprefix("dL = ") in printed
         assert f"R² {fit.best.r2:.4f}, mean error {fit.best.mape_percent:.2f} %" in printed
-        assert "over 13 runs (left out: 3 saturated)" in printed
+        assert "over the 13 runs fitted (left out: 3 saturated)" in printed
         assert f"{tmp_path / 'out' / 'law.json'}, {tmp_path / 'out' / 'law.png'}" in printed
         assert (tmp_path / "out" / "law.png").read_bytes().startswith(b"\x89PNG")
         assert fit.setting["method"] == "memft"

@@ -11,6 +11,7 @@ from simulated_laws import (
     HIGH_LOSS,
     SATURATING,
     TRUTH,
+    fit_one,
     grid,
     law_of,
     published,
@@ -19,7 +20,7 @@ from simulated_laws import (
     saturating_runs,
 )
 
-from pml.law import FORMS, FormName, Observation, fit_law, percentiles, saturated
+from pml.law import FORMS, FormName, Observation, percentiles, saturated
 from pml.law.data import data_of
 from pml.law.forms import POSITIVE
 from pml.law.intervals import (
@@ -130,7 +131,7 @@ class TestCoverage:
     def test_of_a_new_run_on_the_way_to_the_ceiling(self) -> None:
         noise, inside, width = np.random.default_rng(3), dict.fromkeys((3, 10, 40), 0), dict.fromkeys((3, 10, 40), 0.0)
         for _ in range(40):
-            fit = fit_law(saturating_runs(noise, 0.0, 0.02), form="ceiling", compare=False)
+            fit = fit_one(saturating_runs(noise, 0.0, 0.02), "ceiling")
             scatter = 1 + 0.02 * noise.normal()
             for rank in inside:
                 low, high = percentiles(fit.new_run_draws(rank, 216).loss_reduction)

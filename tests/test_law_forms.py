@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.optimize import approx_fprime
+from simulated_laws import fit_one
 
 from pml.law import FORMS, Equation, FormName, LawFit, Observation, fit_law, loss_reduction, saturated
 from pml.law.data import data_of
@@ -153,7 +154,7 @@ class TestRecovery:
     def test_saturating_forms_are_recovered_from_all_runs(self, name: FormName, truth: dict[str, float]) -> None:
         runs = runs_of(FORMS[name], **truth)
         assert 2 <= sum(map(saturated, runs)) < len(runs) - 5
-        fit = fit_law(runs, form=name, compare=False)
+        fit = fit_one(runs, name)
         assert {key: fit.parameters[key].value for key in truth} == pytest.approx(truth, rel=1e-6)
         assert fit.best.r2 == pytest.approx(1.0, abs=1e-12)
 
@@ -184,9 +185,7 @@ class TestRecovery:
 class TestWords:
     @pytest.fixture
     def fit(self) -> LawFit:
-        return fit_law(
-            runs_of(FORMS["stored_bits"], bits_per_parameter=0.8, sharpness=2.1), form="stored_bits", compare=False
-        )
+        return fit_one(runs_of(FORMS["stored_bits"], bits_per_parameter=0.8, sharpness=2.1), "stored_bits")
 
     def test_the_sharpness_stands_at_the_minimum(self, fit: LawFit) -> None:
         assert fit.equation() == "stored bits = min_2.1(0.800 P, H)"
@@ -194,7 +193,7 @@ class TestWords:
 
     def test_a_plain_minimum_has_none(self) -> None:
         runs = runs_of(FORMS["stored_bits"], bits_per_parameter=0.8, sharpness=33.0)
-        fit = fit_law(runs, form="stored_bits", compare=False)
+        fit = fit_one(runs, "stored_bits")
         assert fit.best.at_bound == ["sharpness"]
         assert fit.equation() == "stored bits = min(0.800 P, H)"
 

@@ -10,6 +10,7 @@ from scipy.stats import t
 from simulated_laws import (
     HIGH_LOSS,
     TRUTH,
+    fit_one,
     grid,
     law_of,
     published,
@@ -61,7 +62,7 @@ class TestNoise:
         assert self.of(points, nvarys=1, saturated_runs=2) == pytest.approx(self.of(points, nvarys=1))
 
     def test_the_noise_of_a_saturating_form_is_that_of_runs_below_the_ceiling(self) -> None:
-        fit = fit_law(saturating_runs(np.random.default_rng(0)), form="ceiling", compare=False)
+        fit = fit_one(saturating_runs(np.random.default_rng(0)), "ceiling")
         below = [
             run.loss_reduction - predicted
             for run, predicted in zip(fit.observations, fit.best.predicted, strict=True)
@@ -72,7 +73,7 @@ class TestNoise:
         assert fit.best.noise_nats == pytest.approx(math.sqrt(sum(x * x for x in below) / (len(below) - 4)))
 
     def test_the_noise_at_the_ceiling_is_not_that_of_runs_on_the_way_to_it(self) -> None:
-        fit = fit_law(saturating_runs(np.random.default_rng(0)), form="ceiling", compare=False)
+        fit = fit_one(saturating_runs(np.random.default_rng(0)), "ceiling")
         reach = FORMS["ceiling"].sensitivity(fit.best.values, data_of(fit.observations, "rank").points)
         pairs = zip(fit.observations, fit.best.predicted, reach, strict=True)
         missed = [(run.loss_reduction - p, f) for run, p, f in pairs if saturated(run)]
@@ -118,7 +119,7 @@ class TestIntervals:
             assert replicated.profile == pytest.approx(alone.profile, rel=1e-3)
 
     def test_a_run_below_the_ceiling_has_its_own_noise_and_at_it_hardly_any(self) -> None:
-        fit = fit_law(saturating_runs(np.random.default_rng(0)), form="ceiling", compare=False)
+        fit = fit_one(saturating_runs(np.random.default_rng(0)), "ceiling")
         ranks, lengths = np.array([1, 64]), 216
         of_the_mean = np.ptp(np.percentile(fit.predict_draws(ranks, lengths), (2.5, 97.5), axis=0), axis=0)
         of_a_run = np.percentile(fit.new_run_draws(ranks, lengths).loss_reduction[:, 0], (2.5, 97.5), axis=0)
@@ -129,7 +130,7 @@ class TestIntervals:
         assert above < 0.3 * noise
 
     def test_a_sharpness_has_no_interval_beyond_its_range(self) -> None:
-        fit = fit_law(saturating_runs(np.random.default_rng(0), spread=0.6), form="ceiling", compare=False)
+        fit = fit_one(saturating_runs(np.random.default_rng(0), spread=0.6), "ceiling")
         interval = fit.parameters["sharpness"].bootstrap
         assert interval is not None
         assert 0.5 * (1 - 1e-9) <= interval[0] < interval[1] <= 32 * (1 + 1e-9)
@@ -306,10 +307,10 @@ class TestHeldOut:
         runs = [r for r in saturating_runs(np.random.default_rng(0)) if not (r.rank == 6 and r.target_tokens > 144)]
         largest = max(r.rank for r in runs if not saturated(r))
         assert any(r.rank > largest for r in runs)
-        held = fit_law(runs, form="ceiling", compare=False).best.largest("rank")
+        held = fit_one(runs, "ceiling").best.largest("rank")
         assert held is not None
         assert held.value == largest
-        rest = fit_law([r for r in runs if r.rank < largest], form="ceiling", compare=False)
+        rest = fit_one([r for r in runs if r.rank < largest], "ceiling")
         there = [r for r in runs if r.rank == largest and not saturated(r)]
         predicted = FORMS["ceiling"].evaluate(rest.best.values, data_of(there, "rank").points)
         missed = np.abs(predicted / [r.loss_reduction for r in there] - 1)
@@ -351,7 +352,7 @@ class TestByParameters:
 
     def test_one_rank_in_places_of_several_sizes_determines_a_law(self) -> None:
         runs = self.runs((1000, 2000, 5000), (1,))
-        law = fit_law(runs, form="power", compare=False, adapter_size="effective_parameters")
+        law = fit_one(runs, "power", adapter_size="effective_parameters")
         assert law.parameters["alpha"].value == pytest.approx(0.5, abs=0.01)
         assert not any("only one" in warning for warning in law.warnings)
         with pytest.raises(InputError, match="only rank 1 among the 12 of 12 runs"):
@@ -364,7 +365,7 @@ class TestByParameters:
 
     def test_the_largest_number_of_parameters_is_held_out(self) -> None:
         runs = self.runs((1000, 1500), (1, 2, 4), short=6000)
-        law = fit_law(runs, form="power", compare=False, adapter_size="effective_parameters")
+        law = fit_one(runs, "power", adapter_size="effective_parameters")
         held = law.best.largest("effective_parameters")
         assert held is not None
         assert (held.value, held.runs) == (6000, 4)
@@ -376,7 +377,7 @@ class TestByParameters:
         # As much information as the frozen model's loss, so that it starts at a uniform guess.
         bits = HIGH_LOSS / math.log(2)
         runs = [replace(r, entropy_bits=bits * r.target_tokens) for r in self.runs((1000, 1100), (1, 2, 4))]
-        by_rank, in_bits = (fit_law(runs, form=form, compare=False) for form in ("power", "stored_bits"))
+        by_rank, in_bits = (fit_one(runs, form) for form in ("power", "stored_bits"))
         assert by_rank.parameters_per_rank is in_bits.parameters_per_rank is None
         assert float(by_rank.predict(2, 100)) > 0
         assert (by_rank.predicts_ranks, in_bits.predicts_ranks) == (True, False)
@@ -387,7 +388,7 @@ class TestByParameters:
 
     def test_a_rank_may_have_a_fractional_number_of_parameters(self) -> None:
         runs = [replace(r, effective_parameters=2501 * r.rank // 2) for r in self.runs((1000,), (2, 4, 8))]
-        law = fit_law(runs, form="power", compare=False)
+        law = fit_one(runs, "power")
         assert law.parameters_per_rank == 1250.5
         assert LawFit.from_json(law.to_json()).parameters_per_rank == 1250.5
         found = outcome_of_rank(law, 3, 100).outcome

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import norm
+from simulated_laws import fit_one
 
 from pml.cli import main
 from pml.errors import InputError
-from pml.law import LAW_NAME, LawFit, Observation, fit_law
+from pml.law import LAW_NAME, LawFit, Observation
 from pml.plan import LARGEST_RANK, Plan, outcome_of_rank, rank_for_loss_reduction, rank_for_recall
 from pml.recall_model import RecallModel
 from pml.records import write_json
@@ -47,7 +48,7 @@ def law() -> LawFit:
         for r in (1, 2, 4, 8)
         for n in (256, 400, 1024, 2048)
     ]
-    return fit_law(runs, form="power_offset", compare=False, recall=RECALL)
+    return fit_one(runs, "power_offset", recall=RECALL)
 
 
 def test_a_text_with_a_frozen_loss_far_from_those_of_the_law_is_pointed_out(law: LawFit) -> None:
@@ -163,7 +164,7 @@ def noisy() -> LawFit:
         for r in (1, 2, 4, 8):
             fallen = reduction(r, n) + 0.15 * float(noise.normal())
             runs.append(Observation(r, n, initial, initial - fallen, 0, f"r{r}-l{n}"))
-    return fit_law(runs, form="power_offset", compare=False, recall=RECALL)
+    return fit_one(runs, "power_offset", recall=RECALL)
 
 
 @pytest.mark.parametrize("probability", [0.5, 0.95])
@@ -184,7 +185,7 @@ def test_the_interval_of_a_rank_covers_the_rank_that_is_needed(
             for r in (1, 2, 4, 8, 16)
             for n in (256, 400, 1024, 2048)
         ]
-        law = fit_law(runs, form="power_offset", compare=False, recall=RECALL)
+        law = fit_one(runs, "power_offset", recall=RECALL)
         plan = rank_for_recall(law, 400, share=0.5, pairs=40, probability=probability)
         assert plan.rank is not None
         assert plan.rank_confidence_interval is not None

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,10 +26,9 @@ from pml.figures.style import (
     tidy,
 )
 from pml.law import FORMS, LawFit, Observation, saturated
+from pml.law.forms import Array
 
 __all__ = ["agreement_figure", "law_figure", "reduction_figure", "residual_figure"]
-
-Array = npt.NDArray[np.float64]
 
 REDUCTION = "loss reduction (nats per target token)"
 

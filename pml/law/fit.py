@@ -44,7 +44,6 @@ def fit_law(
     setting: Mapping[str, Any] | None = None,
     *,
     form: FormName | None = None,
-    compare: bool = True,
     adapter_size: AdapterSize = "rank",
     recall: RecallModel | None = None,
 ) -> LawFit:
@@ -58,7 +57,6 @@ def fit_law(
         runs: What the runs measured.
         setting: What the runs have in common (see `shared_setting`); kept with the fit.
         form: The form to choose; None leaves it to AICc and held-out error.
-        compare: Fit the other forms too if `form` is given.
         adapter_size: What the law counts as the adapter's size.
         recall: From loss to recall (see `pml.recall_model`); kept with the fit.
 
@@ -76,8 +74,6 @@ def fit_law(
     possible = [name for name, reason in missing.items() if reason is None]
     if not possible or (form is not None and form not in possible):
         raise InputError(missing[form or PUBLISHED] or "")
-    if form is not None and not compare:
-        possible = [form]
     data = data_of(kept, adapter_size)
     solutions = {
         name: found for name in possible if (found := solve(FORMS[name], data.used_by(FORMS[name]))) is not None

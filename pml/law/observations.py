@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pydantic
 
+from pml.content import Content
 from pml.groups import select_records, shared_setting
 from pml.law.forms import AdapterSize
 from pml.records import Record
@@ -52,11 +53,11 @@ class Observation:
         entropy_bits: Information in the targets given the queries; None where unknown.
         pairs: Number of targets.
         late_loss_drop: By how much the training loss still fell at the end (see `pml.records.Record`).
-        learning_rate_left: The learning rate of the last step, as a share of the peak.
         text: Identifies the text, such as the hash of its token ids; None where unknown.
     """
 
-    __pydantic_config__ = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+    # Files of earlier versions say more of a run.
+    __pydantic_config__ = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)
 
     rank: int
     target_tokens: int
@@ -69,7 +70,6 @@ class Observation:
     entropy_bits: float | None = None
     pairs: int = 1
     late_loss_drop: float | None = None
-    learning_rate_left: float | None = None
     text: str | None = None
 
     @property
@@ -103,10 +103,8 @@ class Observation:
         return self.entropy_bits - self.final_loss * self.target_tokens / math.log(2)
 
 
-class LeftOutRun(pydantic.BaseModel):
+class LeftOutRun(Content):
     """A run that no form can use, and why; a loss that is not finite is None."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     source: str
     rank: int
@@ -196,7 +194,6 @@ def observations_from_records(
             entropy_bits=record.corpus_entropy_bits,
             pairs=record.pairs,
             late_loss_drop=record.late_loss_drop,
-            learning_rate_left=record.learning_rate_left,
             text=record.corpus_hash,
         )
         for path, record in kept.items()

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pydantic
 from scipy.stats import norm
 
+from pml.content import Content
 from pml.errors import InputError
 from pml.law.data import data_of
 from pml.law.equation import Equation
@@ -23,7 +24,6 @@ from pml.law.least_squares import Solution, to_natural
 from pml.law.observations import LeftOutRun, Observation, saturated
 from pml.law.schema import (
     LAW_SCHEMA_VERSION,
-    Content,
     Estimate,
     Factor,
     FormFit,

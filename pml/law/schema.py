@@ -6,6 +6,7 @@ from typing import Final, Literal
 import numpy as np
 import pydantic
 
+from pml.content import Content
 from pml.law.equation import Equation, equation_of
 from pml.law.forms import FORMS, AdapterSize, Array, FormName
 from pml.law.intervals import GroupedBy
@@ -13,7 +14,6 @@ from pml.law.intervals import GroupedBy
 __all__ = [
     "FACTORS",
     "LAW_SCHEMA_VERSION",
-    "Content",
     "Estimate",
     "Factor",
     "FormFit",
@@ -33,12 +33,6 @@ FACTORS: Final[dict[Factor, str]] = {
 }
 """What runs of a law differ in, with the words for it. A law counts one of the first two."""
 Interval = tuple[float, float]
-
-
-class Content(pydantic.BaseModel):
-    """A part of `law.json`: no unknown keys, no changes, no infinities or NaN."""
-
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Estimate(Content):

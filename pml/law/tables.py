@@ -78,7 +78,7 @@ def forms_table(law: LawFit) -> TextTable:
             "form",
             "equation",
             "AICc",
-            "R²",
+            "R², all runs",
             "noise (nats)",
             f"largest {FACTORS[size]} held out",
             "largest length held out",
@@ -86,9 +86,9 @@ def forms_table(law: LawFit) -> TextTable:
         rows,
         words=(0, 1),
         note="r: rank, P: adapter parameters, l: target tokens, L0: loss of the frozen model, H: bits (stored) or nats "
-        "(loss) in the corpus; the number at min is the sharpness of the soft minimum. R² over all runs; AICc over the "
-        "unsaturated grid points, smaller is better. Held out: mean error of the loss reduction of the unsaturated "
-        "runs at the largest rank or length, predicted without any run from there on.",
+        "(loss) in the corpus; the number at min is the sharpness of the soft minimum. R²: predictions are cut at L0; "
+        "AICc: over the unsaturated grid points, smaller is better. Held out: mean error of the loss reduction of the "
+        "unsaturated runs at the largest rank or length, predicted without any run from there on.",
     )
 
 
@@ -130,13 +130,14 @@ def observations_table(law: LawFit) -> TextTable:
 
 def sentences(law: LawFit) -> list[str]:
     """Which form was chosen and why, how well it fits and to what, its held-out errors, and bits per parameter."""
-    best, left_out = law.best, ", ".join(f"{number} {reason}" for reason, number in sorted(law.left_out_counts.items()))
+    best = law.best
+    left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(law.left_out_counts.items()))
+    without = f" (left out: {left_out})" if left_out else ""
     (low, high), (short, long) = law.rank_range, law.target_tokens_range
     found = [
         f"form: {law.form} ({FORMS[law.form].meaning.replace('`', '')}); chosen: {law.chosen_because}",
         f"R² {best.r2:.4f}, mean error {best.mape_percent:.2f} %, RMSE {best.rmse_nats:.4f} nats per target token over "
-        f"{best.observations_used} runs{f' (left out: {left_out})' if left_out else ''}; ranks {low} to {high}, "
-        f"{short} to {long} target tokens",
+        f"the {best.observations_used} runs fitted{without}; ranks {low} to {high}, {short} to {long} target tokens",
     ]
     largest = [(factor, held) for factor in law.factors if (held := best.largest(factor)) is not None]
     if largest:

@@ -1,0 +1,11 @@
+"""What the JSON files and answers of this project are made of: models that are strict, and the same when read back."""
+
+import pydantic
+
+__all__ = ["Content"]
+
+
+class Content(pydantic.BaseModel):
+    """A part of a JSON file or answer: no unknown keys, no changes, no infinities or NaN."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
