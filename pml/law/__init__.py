@@ -5,14 +5,16 @@
 dL is the loss reduction in nats per target token, r the LoRA rank, and l the number of target tokens to memorise,
 summed over the corpus. Read in this order:
 
-    forms           the law as one function, and its forms as `lmfit.Parameters`
-    observations    what a run measured, and which runs belong to one law; `csv_file`: measurements from elsewhere
-    least_squares   the lmfit fit of one form, and many refits at once
-    intervals       noise, standard errors, profile likelihood, wild bootstrap; `texts`: how texts differ
-    selection       AICc and held-out prediction
-    fit             `fit_law`, which brings these together
-    prediction      `LawFit`: predictions with intervals, and `law.json` (`schema`, `equation`)
-    diagnostics     warnings; `tables`: what commands and pages show
+    forms            the law as one function, and its forms as `lmfit.Parameters` on it
+    observations     what a run measured, and which runs belong to one law; `csv_file`: measurements from elsewhere
+    data             runs as arrays, and the weights of their residuals
+    least_squares    the lmfit fit of one form, and many at once for the bootstrap
+    intervals        noise, standard errors, profile likelihood, wild bootstrap; `texts`: how texts differ
+    identifiability  whether runs determine a form; `selection`: AICc and held-out prediction
+    fit              `fit_law`, which brings these together
+    prediction       predictions, by bootstrapped laws and for new runs
+    law_fit          `LawFit`, the content of `law.json` (`schema`, `equation`), and what one asks of it
+    diagnostics      warnings; `tables`: what commands and pages show
 """
 
 from pml.groups import select_records, shared_setting
@@ -20,6 +22,7 @@ from pml.law.csv_file import read_csv
 from pml.law.equation import Equation
 from pml.law.fit import fit_law
 from pml.law.forms import FORMS, AdapterSize, Form, FormName, loss_reduction
+from pml.law.law_fit import LAW_NAME, LawFit, read_law
 from pml.law.observations import (
     CRITICAL_LOSS,
     LeftOutRun,
@@ -29,7 +32,6 @@ from pml.law.observations import (
     saturated,
     unconverged,
 )
-from pml.law.prediction import LAW_NAME, LawFit, read_law
 from pml.law.schema import FACTORS, Estimate, Factor, FormFit, HeldOut, RunDraws, percentiles
 from pml.law.texts import OTHER_KIND
 

@@ -2,8 +2,8 @@
 
 from pml.law.forms import FORMS
 from pml.law.intervals import SPARE_TEXTS, texts_to_spare
+from pml.law.law_fit import LawFit
 from pml.law.observations import saturated, unconverged
-from pml.law.prediction import LawFit
 from pml.law.schema import FACTORS, FormFit
 from pml.law.texts import FEWEST_TEXTS
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import lmfit
@@ -11,7 +11,8 @@ import numpy as np
 from pml.errors import InputError
 from pml.law.data import Data, data_of
 from pml.law.diagnostics import warnings_of
-from pml.law.forms import FORMS, POSITIVE, SHARPNESS_RANGE, AdapterSize, Array, Form, FormName
+from pml.law.forms import FORMS, POSITIVE, SHARPNESS_RANGE, AdapterSize, Array, FormName
+from pml.law.identifiability import missing_for
 from pml.law.intervals import (
     Noise,
     bootstrap,
@@ -21,11 +22,11 @@ from pml.law.intervals import (
     standard_errors,
     t_over_z,
 )
+from pml.law.law_fit import LawFit
 from pml.law.least_squares import Solution, solve, to_theta
 from pml.law.observations import Observation, saturated, usable
-from pml.law.prediction import LawFit
 from pml.law.schema import Estimate, FormFit, Interval, percentiles
-from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms, shortfall
+from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms
 from pml.law.texts import texts_of
 from pml.recall_model import RecallModel
 
@@ -70,7 +71,7 @@ def fit_law(
     counts = Counter[str](run.reason for run in left_out) + Counter({"saturated": sum(map(saturated, kept))})
     others = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none left out"
     context = f"of {len(kept) + len(left_out)} runs ({others})"
-    missing = {name: _missing(kind, kept, adapter_size, context) for name, kind in FORMS.items()}
+    missing = {name: missing_for(kind, kept, adapter_size, context) for name, kind in FORMS.items()}
     possible = [name for name, reason in missing.items() if reason is None]
     if not possible or (form is not None and form not in possible):
         raise InputError(missing[form or PUBLISHED] or "")
@@ -100,20 +101,6 @@ def fit_law(
         warnings=[],
     )
     return law.model_copy(update={"warnings": warnings_of(law)})
-
-
-def _missing(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize, context: str) -> str | None:
-    """Why the runs cannot determine a form; None where they can."""
-    unknown = []
-    if form.needs_entropy and any(run.entropy_bits is None for run in runs):
-        unknown.append("the information in their corpus")
-    if form.proportional and any(run.effective_parameters is None for run in runs):
-        unknown.append("the number of their effective parameters")
-    if unknown:
-        return (
-            f"form {form.name}: of some runs {' and '.join(unknown)} is unknown; leave them out, or choose another form"
-        )
-    return shortfall(form, runs, adapter_size, context)
 
 
 def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -> FormFit:

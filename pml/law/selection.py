@@ -7,20 +7,15 @@ import numpy as np
 
 from pml.law.data import Data, data_of
 from pml.law.forms import FORMS, AdapterSize, Array, Form, FormName
+from pml.law.identifiability import SMALLEST_SPREAD, shortfall
 from pml.law.intervals import between_group_squares
 from pml.law.least_squares import solve
 from pml.law.observations import Observation, saturated
-from pml.law.schema import FACTORS, FormFit, HeldOut, factors_of
+from pml.law.schema import FormFit, HeldOut, factors_of
 
-__all__ = ["PUBLISHED", "aicc", "held_out", "rank_forms", "shortfall"]
+__all__ = ["PUBLISHED", "aicc", "held_out", "rank_forms"]
 
 PUBLISHED: FormName = "power_offset"
-# One more than the four parameters of the published law, so that the residuals inform about the noise.
-FEWEST_RUNS = 5
-# Two more than the two parameters of the law in bits.
-FEWEST_RUNS_IN_BITS = 4
-# Smallest spread of the loss reduction, in nats, that float32 losses can show.
-SMALLEST_SPREAD = 1e-6
 # Forms whose AICc differs by less are chosen by held-out error (Burnham and Anderson's rule of thumb).
 CLOSE_AICC = 2.0
 # Held-out errors within this factor, or of fewer runs, do not separate forms.
@@ -94,48 +89,6 @@ def rank_forms(fits: list[FormFit], runs: Sequence[Observation]) -> tuple[list[F
         return ranked, f"{simplest}; AICc is within {CLOSE_AICC:.0f} of the smallest{among} for {len(close)} forms"
     others = [value - lowest for name, value in known.items() if name != first.form]
     return ranked, f"smallest AICc{among}" + (f"; the next is {min(others):.1f} larger" if others else "")
-
-
-def shortfall(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize, context: str = "") -> str | None:
-    """Why runs are too few or too alike to determine a form, and what to do; None where they are not.
-
-    Args:
-        form: The form.
-        runs: The runs.
-        adapter_size: What the law counts.
-        context: How many runs there are and why others are left out.
-    """
-    used = [run for run in runs if not saturated(run)]
-    fewest = FEWEST_RUNS_IN_BITS if form.proportional else FEWEST_RUNS
-    if len(used) < fewest:
-        return (
-            f"{len(used)} {context} can be used; saturated means a final loss <= ln 2: expected at least {fewest}; "
-            "add runs with longer targets or lower ranks"
-        )
-    reductions = [run.loss_reduction for run in used]
-    if max(reductions) - min(reductions) < SMALLEST_SPREAD:
-        return (
-            f"the loss reduction is {reductions[0]:.6g} nats in all {len(used)} runs: expected it to vary with rank "
-            "and length; check that the runs really differ"
-        )
-    if form.proportional:
-        return None
-    grid = {(run.size(adapter_size), run.target_tokens) for run in used}
-    size, length = (FACTORS[factor] for factor in factors_of(adapter_size))
-    for noun, values in ((size, {point[0] for point in grid}), (length, {point[1] for point in grid})):
-        if len(values) < 2:
-            return (
-                f"only {noun} {min(values)} among the {len(used)} {context} that can be used: expected at least 2 "
-                f"{noun}s; add runs with other {noun}s"
-            )
-    logs = np.array([[1.0, math.log(s), math.log(tokens)] for s, tokens in grid])
-    if len(grid) < 4 or np.linalg.matrix_rank(logs, tol=1e-9 * len(grid)) < 3:
-        return (
-            f"the {len(grid)} ({size}, length) pairs of the {len(used)} {context} that can be used cannot separate the "
-            f"effect of {size} from that of length: expected at least 4 different pairs, not all on one line; add runs "
-            f"that change the {size} at the same length"
-        )
-    return None
 
 
 def _held_out_error(fit: FormFit) -> float:

@@ -3,8 +3,8 @@
 from typing import Final
 
 from pml.law.forms import FORMS
+from pml.law.law_fit import LawFit
 from pml.law.observations import saturated
-from pml.law.prediction import LawFit
 from pml.law.schema import FACTORS, Factor, FormFit
 from pml.law.selection import PUBLISHED
 from pml.recall_model import RecallModel
