@@ -17,7 +17,7 @@ from pml.errors import InputError
 from pml.guard import GuardConfig
 from pml.modules import SFT
 from pml.recall import score_corpus
-from pml.storage import Constant
+from pml.storage_constants import Constant
 
 __all__ = ["calibrate"]
 

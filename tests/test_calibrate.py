@@ -11,7 +11,7 @@ from pml import calibration
 from pml.cli import main
 from pml.errors import InputError
 from pml.modules import SFT
-from pml.storage import read_constants
+from pml.storage_constants import read_constants
 
 
 def test_the_constant_is_the_mean_over_texts_with_students_interval(

@@ -12,7 +12,8 @@ from simulated_laws import fit_one
 from pml.cli import main
 from pml.errors import InputError
 from pml.law import LAW_NAME, LawFit, Observation
-from pml.plan import LARGEST_RANK, Plan, outcome_of_rank, rank_for_loss_reduction, rank_for_recall
+from pml.plan import outcome_of_rank, rank_for_loss_reduction, rank_for_recall
+from pml.plan_answer import LARGEST_RANK, Plan
 from pml.recall_model import RecallModel
 from pml.records import write_json
 

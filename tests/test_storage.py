@@ -14,15 +14,9 @@ from pml.cli import main
 from pml.corpus import Example
 from pml.errors import InputError
 from pml.guard import GuardConfig
-from pml.storage import (
-    FILL,
-    Constant,
-    constant_for,
-    plan_rank,
-    read_constants,
-    size_of_rank,
-    surprisal_bits,
-)
+from pml.storage import FILL, plan_rank, size_of_rank
+from pml.storage_constants import Constant, constant_for, read_constants
+from pml.surprisal import surprisal_bits
 
 TWO = [Example(0, (3, 4), (5, 6)), Example(1, (7,), (8, 9, 10))]
 

@@ -35,7 +35,7 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.guard import GuardConfig
     from pml.lightning_cli import prepare
     from pml.records import write_json
-    from pml.storage import CONSTANTS_VERSION, ConstantsFile, read_constants_file
+    from pml.storage_constants import CONSTANTS_VERSION, ConstantsFile, read_constants_file
 
     prepare()
     known = read_constants_file(args.out).constants if args.out is not None and args.out.exists() else []

@@ -93,7 +93,8 @@ def _of_pairs(args: jsonargparse.Namespace) -> Any:
     from pml.backbone import load_backbone
     from pml.default_backbone import DEFAULT_BACKBONE
     from pml.guard import GuardConfig
-    from pml.storage import plan_rank, read_constants
+    from pml.storage import plan_rank
+    from pml.storage_constants import read_constants
 
     name = args.backbone or DEFAULT_BACKBONE
     constants = read_constants(args.constants)

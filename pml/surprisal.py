@@ -1,0 +1,55 @@
+"""Surprisal of targets under the frozen model, by themselves or given other pairs."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from pml.backbone import Backbone
+from pml.corpus import Example
+
+__all__ = ["CONTEXT", "SAMPLE", "surprisal_bits"]
+
+CONTEXT = 6
+"""Other pairs that stand before a target when its surprisal is measured."""
+
+CONTEXT_TOKENS = 384
+"""They are left out where they come to more: what a format is shows in a few hundred tokens."""
+
+SAMPLE = 32
+"""Pairs whose surprisal is measured, evenly spaced; that of the others is taken to be the same per target token."""
+
+
+def surprisal_bits(backbone: Backbone, examples: Sequence[Example], others: int = 0, sample: int = SAMPLE) -> float:
+    """Surprisal of all targets under the frozen model in bits, each after so many other pairs.
+
+    Args:
+        backbone: The model, without an adapter.
+        examples: The pairs.
+        others: Pairs that stand before each; fewer where they do not fit into the context.
+        sample: Most pairs that are measured.
+    """
+    backbone.restore()
+    room = min(CONTEXT_TOKENS, backbone.max_positions or CONTEXT_TOKENS)
+    nats, tokens = 0.0, 0
+    for index in range(0, len(examples), -(-len(examples) // sample)):
+        example, before = examples[index], list[int]()
+        for step in range(1, min(others, len(examples) - 1) + 1):
+            other = examples[index - step]
+            longer = [*other.prompt_ids, *other.target_ids, *before]
+            if len(longer) + len(example) > room:
+                break
+            before = longer
+        nats += _surprisal(backbone, before, example)
+        tokens += len(example.target_ids)
+    return nats / math.log(2) * sum(len(e.target_ids) for e in examples) / tokens
+
+
+def _surprisal(backbone: Backbone, before: Sequence[int], example: Example) -> float:
+    device = backbone.model.device
+    ids = torch.tensor([[*before, *example.prompt_ids, *example.target_ids[:-1]]], device=device)
+    targets = torch.tensor(example.target_ids, device=device)
+    with torch.no_grad():
+        logits = backbone.model(input_ids=ids, use_cache=False, logits_to_keep=len(targets)).logits[0]
+    scores = logits[-len(targets) :].float().log_softmax(dim=-1)
+    return -float(scores.gather(1, targets[:, None]).cpu().double().sum())
