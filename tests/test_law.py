@@ -502,6 +502,11 @@ class TestJson:
             LawFit.from_json(published(grid()).to_json() | change)
         assert named in str(caught.value)
 
+    def test_what_earlier_versions_said_of_a_run_is_passed_over(self) -> None:
+        content = published(grid()).to_json()
+        content["observations"][0]["learning_rate_left"] = 0.005
+        assert LawFit.from_json(content) == published(grid())
+
     @pytest.mark.parametrize(
         ("change", "named"),
         [
