@@ -75,7 +75,7 @@ def read_constants_file(path: str | Path) -> ConstantsFile:
         where = ".".join(map(str, problem["loc"])) or "file"
         raise InputError(
             f"{path}: not a file of constants of version {CONSTANTS_VERSION} ({where}: {problem['msg'].lower()}); "
-            "`pml calibrate --out` writes one"
+            "`pml calibrate --out` writes one to a new file"
         ) from error
 
 

@@ -78,7 +78,7 @@ def forms_table(law: LawFit) -> TextTable:
             "form",
             "equation",
             "AICc",
-            "R², all runs",
+            "R², all",
             "noise (nats)",
             f"largest {FACTORS[size]} held out",
             "largest length held out",
@@ -86,9 +86,9 @@ def forms_table(law: LawFit) -> TextTable:
         rows,
         words=(0, 1),
         note="r: rank, P: adapter parameters, l: target tokens, L0: loss of the frozen model, H: bits (stored) or nats "
-        "(loss) in the corpus; the number at min is the sharpness of the soft minimum. R²: predictions are cut at L0; "
-        "AICc: over the unsaturated grid points, smaller is better. Held out: mean error of the loss reduction of the "
-        "unsaturated runs at the largest rank or length, predicted without any run from there on.",
+        "(loss) in the corpus; the number at min is the sharpness of the soft minimum. R²: over all runs, predictions "
+        "cut at L0. AICc: over the unsaturated grid points, smaller is better. Held out: mean error of the loss "
+        "reduction of the unsaturated runs at the largest rank or length, predicted without any run from there on.",
     )
 
 
