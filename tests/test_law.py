@@ -257,6 +257,14 @@ class TestPrediction:
         # 40 * sqrt(4) / sqrt(100) + 1 = 9
         assert float(fit.predict(4, 100)) == pytest.approx(9.0, rel=1e-9)
 
+    def test_a_changed_copy_predicts_by_its_own_parameters(self) -> None:
+        fit, other = (published(grid(C=40.0, alpha=0.5, beta=0.5, b=b)) for b in (1.0, 2.0))
+        # Predicted from once, so that there is something to keep.
+        before = float(fit.predict_draws(4, 100).mean())
+        changed = fit.model_copy(update={"fits": other.fits, "observations": other.observations})
+        assert float(changed.predict_draws(4, 100).mean()) == pytest.approx(before + 1.0)
+        assert float(fit.predict(4, 100)) == pytest.approx(9.0)
+
     def test_arrays_broadcast(self) -> None:
         fit = published(grid(C=40.0, alpha=0.5, beta=0.5, b=1.0))
         table = fit.predict(np.array([[1], [4]]), np.array([100, 400, 1600]))

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -258,6 +258,12 @@ class LawFit(Content):
                 f"not a law of schema version {LAW_SCHEMA_VERSION}: {where}: {problems[0]['msg']}; "
                 "fit it again with pml law"
             ) from error
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields replaced, which predicts by what it has now."""
+        copy = super().model_copy(update=update, deep=deep)
+        copy.__dict__.pop("_predictor", None)
+        return copy
 
     @cached_property
     def _predictor(self) -> Predictor:
