@@ -184,7 +184,7 @@ class TestTexts:
         law = published([run(r, 64 * 2**i, 5.0 + r - i, initial=13.0 + i % 2) for r in (1, 2, 4) for i in range(3)])
         assert (law.text_spread, law.best.text_effect) == (0.0, 0.0)
         said = "only 3 texts for 4 parameters: the effect of a text cannot be separated from that of its length"
-        assert any(warning.startswith(said) and "--initial-loss" in warning for warning in law.warnings)
+        assert any(warning.startswith(said) and "--initial_loss" in warning for warning in law.warnings)
 
     def test_the_effect_of_a_text_is_regressed_on_its_initial_loss_residual(self) -> None:
         # Five texts of one length, -0.2 to 0.2 from trend, of which 0.7 shows, by half in runs half-way to the ceiling.

@@ -241,9 +241,9 @@ def test_questions_without_an_answer_are_refused(law: LawFit, question: Callable
 def test_the_command_answers_from_a_file(law: LawFit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_json(tmp_path / LAW_NAME, law.to_json())
     asked = ["plan", str(tmp_path), "--length", "400"]
-    assert main([*asked, "--loss-reduction", "6", "--json"]) == 0
+    assert main([*asked, "--loss_reduction", "6", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rank"] == 7
-    assert main([*asked, "--rank", "8", "--initial-loss", "4", "--json"]) == 0
+    assert main([*asked, "--rank", "8", "--initial_loss", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["outcome"]["final_loss"] == 0.0
     assert main([*asked, "--rank", "8", "--recall", "1"]) == 2
     assert "--recall and --rank: expected one question at a time" in capsys.readouterr().err

@@ -3,9 +3,9 @@
     pml plan PAIRS.jsonl                                    the rank for these pairs; loads the backbone, runs nothing
     pml plan PAIRS.jsonl --placement mlp_block --guard false
     pml plan LAW.json --length 512                          the smallest rank that recalls it all, by a fitted law
-    pml plan LAW.json --length 512 --loss-reduction 6       the smallest rank that lowers the loss by 6 nats per token
+    pml plan LAW.json --length 512 --loss_reduction 6       the smallest rank that lowers the loss by 6 nats per token
     pml plan LAW.json --length 512 --rank 8                 what rank 8 does: loss in nats per token, recall, megabytes
-    pml plan LAW.json --length 512 --initial-loss 13.1      given the frozen model's loss on this text
+    pml plan LAW.json --length 512 --initial_loss 13.1      given the frozen model's loss on this text
 
 Answers have intervals, and say what they rest on and where the question lies outside what was measured.
 """
@@ -53,13 +53,13 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         help="law: how likely a run must be to reach --recall; default 0.5, the median run",
     )
     parser.add_argument(
-        "--loss-reduction",
+        "--loss_reduction",
         type=float | None,
         help="law: ask for this loss reduction, in nats per target token, instead",
     )
     parser.add_argument("--rank", type=int | None, help="law: ask what this rank does instead")
     parser.add_argument(
-        "--initial-loss",
+        "--initial_loss",
         type=float | None,
         help="law: the frozen model's loss on this text in nats per target token, as pml data CONFIG --loss prints it; "
         "without it the intervals allow for the differences between the law's texts, if there are 4 or more",

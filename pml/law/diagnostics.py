@@ -82,7 +82,7 @@ def _about_the_grid(law: LawFit) -> list[str]:
     if texts_to_spare(used, nvarys) < SPARE_TEXTS:
         number = len({run.text_label for run in used})
         unknown = (
-            "; nor do they show how texts of one length differ (give pml plan the frozen model's loss, --initial-loss)"
+            "; nor do they show how texts of one length differ (give pml plan the frozen model's loss, --initial_loss)"
             if len({run.text_label for run in law.observations}) < FEWEST_TEXTS
             else ""
         )
