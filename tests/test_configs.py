@@ -1,6 +1,5 @@
 """Every shipped configuration parses and can be made; its header says how to run it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
