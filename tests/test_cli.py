@@ -560,7 +560,7 @@ def test_wrong_input_is_one_line_exit_code_two_and_nothing_written(
 
 
 def test_wrong_input_to_a_process_is_one_line_too(tiny_backbone_folder: Path, files: Path, tmp_path: Path) -> None:
-    arguments, name, message = WRONG["law without a record"]
+    arguments, name, message = WRONG["unknown option of a command"]
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     done = pml(*arguments(tiny_backbone_folder, files), cwd=cwd)

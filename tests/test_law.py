@@ -704,14 +704,6 @@ class TestCommand:
         assert float(observed[0][3]) == pytest.approx(90 * 64**-0.6 + 0.3, abs=0.05)
         assert float(observed[0][4]) == pytest.approx(90 * 64**-0.6 + 0.3, abs=0.05)
 
-    def test_json_prints_the_file_and_nothing_else(
-        self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        assert law(runs, "--out", tmp_path / "out", "--json") == 0
-        captured = capsys.readouterr()
-        assert captured.out == (tmp_path / "out" / "law.json").read_text(encoding="utf-8")
-        assert captured.err == ""
-
     def test_without_out_nothing_is_written(
         self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -722,10 +714,16 @@ class TestCommand:
         assert sorted(tmp_path.rglob("*")) == before
         assert "written" not in capsys.readouterr().out
 
-    def test_another_law_is_not_overwritten_unless_told(self, runs: Path, tmp_path: Path) -> None:
+    def test_json_prints_the_file_and_nothing_else_and_another_law_is_not_overwritten_unless_told(
+        self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         out = tmp_path / "out"
-        law(runs, "--out", out)
-        law(runs, "--out", out)
+        assert law(runs, "--out", out) == 0
+        capsys.readouterr()
+        assert law(runs, "--out", out, "--json") == 0
+        captured = capsys.readouterr()
+        assert captured.out == (out / "law.json").read_text(encoding="utf-8")
+        assert captured.err == ""
         before = {path: path.read_bytes() for path in out.iterdir()}
         write_run(runs / "more", rank=2, target_tokens=96, final_loss=4.0)
         with pytest.raises(InputError, match=r"law\.json: holds another law; give another --out, or --overwrite"):
