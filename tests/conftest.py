@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # As wide as the commands print into a pipe, whatever runs the tests.
 os.environ["COLUMNS"] = "120"
 
+import multiprocessing
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+# Importing all that a process needs takes seconds; those of a fork server are forked from one that has done so.
+multiprocessing.set_forkserver_preload(["pml.bench.steps", "tests.ddp_cases", "transformers.models.llama"])
 
 # Wide enough that predictions are far from flat: tests that compare losses or argmaxes can then fail.
 INIT_STD = 0.2
@@ -148,3 +152,14 @@ def default_backbone() -> Backbone:
 def no_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Laws without profile intervals, which take most of a fit's time, for tests of hundreds of fits."""
     monkeypatch.setattr("pml.law.fit.profile_intervals", lambda *_: {})
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages without figures, which take most of their time, for tests of what they say."""
+
+    def draw(*_: Any) -> list[Any]:
+        return []
+
+    for part in ("studies", "law_part", "training"):
+        monkeypatch.setattr(f"pml.report.{part}.draw", draw)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,11 @@ def test_the_arithmetic_of_a_step_by_hand(tiny_backbone: Backbone) -> None:
 
 
 def test_bench_measures_every_way_on_every_case(
-    tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # See `conftest.py`.
+    forked = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: forked)
     out = tmp_path / "bench.json"
     arguments = ["--backbone", str(tiny_backbone_folder), "--targets", "8", "--pairs", "2", "--dtypes", "float32"]
     arguments += ["--repeats", "2", "--steps", "1", "--recall", "0", "--fit_steps", "5"]

@@ -26,20 +26,37 @@ def written(path: Path, facts: dict[str, str]) -> Path:
     return path
 
 
-def arguments(backbone: Path, path: Path) -> list[str]:
+def arguments(backbone: Path) -> list[str]:
     keys = ["--model=SFT", f"--model.backbone={backbone}", "--model.adapter.block=1", "--data=Facts"]
-    keys += [f"--data.path={path}", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+    keys += ["--data.path=facts.jsonl", "--trainer.max_epochs=2", "--trainer.accelerator=cpu"]
+    keys += ["--trainer.callbacks=[]", "--trainer.callbacks+=VerbatimRecall", "--trainer.callbacks+=RunRecord"]
     return [*keys, "--trainer.enable_progress_bar=false"]
 
 
+@pytest.fixture(scope="module")
+def fitted(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs on one file, which was edited between them; not to be changed."""
+    folder = tmp_path_factory.mktemp("fitted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for facts in (BEFORE, AFTER):
+            written(folder / "facts.jsonl", facts)
+            assert main(["fit", *arguments(tiny_backbone_folder)]) == 0
+    return folder / "runs/fit"
+
+
 @pytest.fixture
-def run(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run on a file that is edited afterwards."""
+def run(fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run on a file that has been edited since."""
     monkeypatch.chdir(tmp_path)
-    path = written(tmp_path / "facts.jsonl", BEFORE)
-    assert main(["fit", *arguments(tiny_backbone_folder, path)]) == 0
-    written(path, AFTER)
-    return tmp_path / "runs/fit/version_0"
+    written(tmp_path / "facts.jsonl", AFTER)
+    return shutil.copytree(fitted / "version_0", tmp_path / "runs/fit/version_0")
+
+
+@pytest.fixture
+def again(run: Path, fitted: Path) -> Path:
+    """Beside it, one on the file as it is now."""
+    return shutil.copytree(fitted / "version_1", run.with_name("version_1"))
 
 
 def test_recall_asks_for_what_was_trained_on_and_says_that_the_source_is_another(
@@ -72,10 +89,9 @@ def test_a_run_from_before_runs_kept_their_data_is_refused_when_the_data_is_anot
 
 
 def test_a_corpus_that_is_not_the_record_s_is_refused(
-    run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, again: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit", *arguments(tiny_backbone_folder, run.parents[2] / "facts.jsonl")]) == 0
-    shutil.copy(run.with_name("version_1") / "corpus.parquet", run)
+    shutil.copy(again / "corpus.parquet", run)
     assert main(["recall", str(run)]) == 2
     assert "the data has changed since this run was trained" in capsys.readouterr().err
 
@@ -94,7 +110,7 @@ def test_a_fit_goes_on_only_with_the_data_that_it_began_with(
     run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run.parents[2] / "facts.jsonl"
-    again = [*arguments(tiny_backbone_folder, path), f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
+    again = [*arguments(tiny_backbone_folder), f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"]
     again += ["--trainer.max_epochs=3"]
     assert main(["fit", *again]) == 2
     assert "this checkpoint is of a fit to other data" in capsys.readouterr().err
@@ -110,7 +126,7 @@ def test_a_sweep_does_not_take_a_cell_for_done_that_was_run_on_other_data(
     base: dict[str, Any] = {
         "model": {"class_path": "SFT", "init_args": {"backbone": str(tiny_backbone_folder), "adapter": {"block": 1}}},
         "data": {"class_path": "Facts", "init_args": {"path": str(path)}},
-        "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "callbacks": [{"class_path": "callbacks.RunRecord"}]},
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     grid = {"base": "base.yaml", "out": "runs/grid", "grid": {"model.init_args.adapter.rank": [1, 2]}}
@@ -130,10 +146,8 @@ def test_a_sweep_does_not_take_a_cell_for_done_that_was_run_on_other_data(
 
 
 def test_runs_on_two_versions_of_one_file_are_told_apart_by_whoever_compares_them(
-    run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, again: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit", *arguments(tiny_backbone_folder, run.parents[2] / "facts.jsonl")]) == 0
-    capsys.readouterr()
     for command in (["report", "--out=page"], ["compare"], ["law"]):
         main([command[0], "runs", *command[1:]])
         err = capsys.readouterr().err
@@ -142,10 +156,9 @@ def test_runs_on_two_versions_of_one_file_are_told_apart_by_whoever_compares_the
 
 
 def test_a_record_beside_another_corpus_is_no_evidence(
-    run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, again: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["fit", *arguments(tiny_backbone_folder, run.parents[2] / "facts.jsonl")]) == 0
-    shutil.copy(run.with_name("version_1") / "corpus.parquet", run)
+    shutil.copy(again / "corpus.parquet", run)
     for command in ("report", "compare", "law"):
         assert main([command, "runs", *(["--out=page"] if command == "report" else [])]) == 2
         assert "corpus.parquet is not the corpus that its record is of" in capsys.readouterr().err

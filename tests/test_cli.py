@@ -66,6 +66,10 @@ def quick(folder: Path) -> list[str]:
     return [*fit_arguments(folder), "--trainer.enable_progress_bar=false"]
 
 
+RECORD_ALONE = ["--trainer.callbacks=[]", "--trainer.callbacks+=callbacks.RunRecord"]
+"""In place of all that a fit measures unless told otherwise, for tests of something else."""
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A phone book written by `pml fit`, as a process of its own."""
@@ -194,7 +198,7 @@ def test_a_second_fit_goes_into_a_folder_of_its_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        assert main(["fit", *quick(tiny_backbone_folder)]) == 0
+        assert main(["fit", *quick(tiny_backbone_folder), *RECORD_ALONE]) == 0
     first, second = (read_record(tmp_path / f"runs/fit/version_{n}/record.json") for n in (0, 1))
     assert first.final_loss == second.final_loss
 
@@ -204,7 +208,7 @@ def test_a_printed_configuration_is_yaml_that_runs_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main(["fit", *quick(tiny_backbone_folder), "--print_config"])
+        main(["fit", *quick(tiny_backbone_folder), *RECORD_ALONE, "--print_config"])
     assert not stop.value.code
     out = capsys.readouterr().out
     assert yaml.safe_load(out)["data"]["init_args"]["length"] == 8
@@ -329,7 +333,8 @@ def test_evaluating_leaves_the_configuration_of_the_run_alone(
     finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["fit", *quick(Path(read_record(finished["run"] / "record.json").backbone))]) == 0
+    backbone = Path(read_record(finished["run"] / "record.json").backbone)
+    assert main(["fit", *quick(backbone), *RECORD_ALONE]) == 0
     path = tmp_path / "runs/fit/version_0/config.yaml"
     before = path.read_bytes()
     checkpoint = f"--ckpt_path={finished['run'] / 'checkpoints' / 'last.ckpt'}"
@@ -341,7 +346,7 @@ def test_a_fit_into_the_folder_of_a_finished_one_is_refused(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    same = [*quick(tiny_backbone_folder), "--trainer.logger.version=version_0"]
+    same = [*quick(tiny_backbone_folder), *RECORD_ALONE, "--trainer.logger.version=version_0"]
     assert main(["fit", *same]) == 0
     record = (tmp_path / "runs/fit/version_0/record.json").read_bytes()
     capsys.readouterr()
@@ -418,7 +423,8 @@ def test_recall_asks_a_prompt_the_way_the_corpus_was_asked(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = [*finished["arguments"], f"--data.chat_template={chat_template}", "--data.end_of_turn=false"]
+    arguments = [*finished["arguments"], *RECORD_ALONE]
+    arguments += [f"--data.chat_template={chat_template}", "--data.end_of_turn=false"]
     assert main(["fit", *arguments, "--trainer.enable_progress_bar=false"]) == 0
     capsys.readouterr()
     assert main(["recall", "runs", "--json"]) == 0
@@ -435,7 +441,7 @@ def test_a_sweep_exits_with_zero_when_all_is_recorded_and_with_one_when_a_cell_f
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    base = ["fit", *quick(tiny_backbone_folder), "--print_config"]
+    base = ["fit", *quick(tiny_backbone_folder), *RECORD_ALONE, "--print_config"]
     with (tmp_path / "base.yaml").open("w") as file, contextlib.redirect_stdout(file), contextlib.suppress(SystemExit):
         main(base)
     grid = {"base": "base.yaml", "out": "cells", "grid": {"model.init_args.adapter.rank": [1, 2]}}
@@ -444,7 +450,7 @@ def test_a_sweep_exits_with_zero_when_all_is_recorded_and_with_one_when_a_cell_f
     assert main(["sweep", "grid.yaml"]) == 0
     said = capsys.readouterr().err.splitlines()
     # What was chosen for speed is said once, not once per cell.
-    heads = [line.partition(":")[0] for line in said if not line.startswith(("record: ", "harm: "))]
+    heads = [line.partition(":")[0] for line in said if not line.startswith("record: ")]
     assert [head[:6] for head in heads if head not in CHOSEN_FOR_SPEED] == ["2 cell", "[1/2] ", "[2/2] "]
     chosen = [head for head in heads if head in CHOSEN_FOR_SPEED]
     assert len(chosen) == len(set(chosen)) >= 2  # the first may have been chosen by an earlier fit of this process
@@ -540,21 +546,21 @@ def test_wrong_input_is_one_line_exit_code_two_and_nothing_written(
     files: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    # Libraries that are not Python's may write to stderr too.
     arguments, name, message = WRONG[case]
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     monkeypatch.chdir(cwd)
     code = main(arguments(tiny_backbone_folder, files))
-    out, err = capsys.readouterr()
+    out, err = capfd.readouterr()
     check_refused(code, err, name, message, cwd)
     assert out == ""
 
 
 def test_wrong_input_to_a_process_is_one_line_too(tiny_backbone_folder: Path, files: Path, tmp_path: Path) -> None:
-    # As a person would, where libraries may write to stderr too; this one goes wrong after the backbone is loaded.
-    arguments, name, message = WRONG["rank above d"]
+    arguments, name, message = WRONG["unknown option of a command"]
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     done = pml(*arguments(tiny_backbone_folder, files), cwd=cwd)

@@ -50,7 +50,7 @@ def start(ranks: int, *arguments: Any, folder: Path) -> dict[str, Any]:
         port = free.getsockname()[1]
     model, *more = arguments
     processes = torch.multiprocessing.start_processes(
-        ddp_cases.many_ranks, (ranks, port, model, folder, *more), nprocs=ranks, join=False, start_method="spawn"
+        ddp_cases.many_ranks, (ranks, port, model, folder, *more), nprocs=ranks, join=False, start_method="forkserver"
     )
     end = time.monotonic() + LIMIT_SECONDS
     while not processes.join(timeout=1):

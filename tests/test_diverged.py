@@ -36,7 +36,11 @@ def write(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     base = {
         "model": {"class_path": "SFT", "init_args": init},
         "data": {"class_path": "RandomTokens", "init_args": {"length": 8}},
-        "trainer": {"max_epochs": 20, "accelerator": "cpu"},
+        "trainer": {
+            "max_epochs": 20,
+            "accelerator": "cpu",
+            "callbacks": [{"class_path": "callbacks.VerbatimRecall"}, {"class_path": "callbacks.RunRecord"}],
+        },
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
 
@@ -78,7 +82,7 @@ def test_a_fit_that_diverges_leaves_a_record_its_adapter_and_its_curves_and_says
     assert "lower the learning rate of 1e+37" in said
 
 
-def test_a_sweep_counts_a_diverged_cell_as_done_and_names_it_every_time(
+def test_a_sweep_counts_a_diverged_cell_as_done_and_names_it_and_its_answers_mean_nothing(
     write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = write(grid={RATE: [0.05, TOO_HIGH]})
@@ -105,6 +109,12 @@ def test_a_sweep_counts_a_diverged_cell_as_done_and_names_it_every_time(
     assert listed == ""
     assert read_record(Path(cells[1]["folder"]) / "record.json") == kept
     assert [path.name for path in Path("out").iterdir() if "unfinished" in path.name] == []
+    sound, lost = (cell["folder"] for cell in cells)
+    assert main(["recall", "out", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [result["run"] for result in json.loads(out)] == [sound]
+    assert err.count("note: ") == 1
+    assert f"note: {lost} diverged: " in err
 
 
 def test_a_search_puts_a_diverged_candidate_behind_every_other(write: Callable[..., Path]) -> None:
@@ -125,18 +135,6 @@ def test_a_search_in_which_everything_diverges_chooses_nothing(
     assert 'diverged: {"seed_everything": 1}: every candidate ended with a loss that' in capsys.readouterr().err
     (cell,) = json.loads(Path("out/search.json").read_text())["cells"]
     assert (cell["chosen"], cell["at_the_edge"]) == (None, [])
-
-
-def test_a_diverged_adapter_is_left_out_with_a_note_that_its_answers_mean_nothing(
-    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
-    main(["sweep", str(write(grid={RATE: [0.05, TOO_HIGH]})), "--json"])
-    sound, lost = (cell["folder"] for cell in json.loads(capsys.readouterr().out))
-    assert main(["recall", "out", "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert [result["run"] for result in json.loads(out)] == [sound]
-    assert err.count("note: ") == 1
-    assert f"note: {lost} diverged: " in err
 
 
 @pytest.mark.parametrize("status", ["diverged", "interrupted"])

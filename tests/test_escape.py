@@ -49,13 +49,12 @@ def test_a_console_shows_text_as_it_is_and_keeps_its_own_colours(capsys: pytest.
 NAME = "run \x1b[2J\x9b [/red]"
 
 
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Finished runs whose folders and corpus have names that a terminal would obey."""
-    monkeypatch.chdir(tmp_path)
-    for method in ("sft", "memft"):
-        write_simulated_grid(tmp_path / NAME, methods=(method,), corpus=f"corpus {EVIL} [bold]")
-    return tmp_path / NAME
+    folder, corpus = tmp_path_factory.mktemp("evil") / NAME, f"corpus {EVIL} [bold]"
+    write_simulated_grid(folder, (1, 2, 4), (128, 256), (0,), ("sft", "memft"), corpus=corpus)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -77,7 +76,10 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
     ids=lambda arguments: " ".join(map(ascii, arguments))[:40],
 )
-def test_commands_on_runs_of_evil_names(arguments: list[str], runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_on_runs_of_evil_names(
+    arguments: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(runs.parent)
     capsys.readouterr()
     main(arguments)
     out, err = capsys.readouterr()
@@ -93,10 +95,12 @@ def test_commands_on_a_run_whose_queries_are_evil(
     Path("evil.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     model = ["--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=1"]
     made = ["fit", *model, "--data=Facts", "--data.path=evil.jsonl", "--trainer.max_epochs=1"]
+    made += ["--trainer.callbacks=[]", "--trainer.callbacks+=callbacks.RunRecord"]
     name = "evil\x1b[2J"
     assert main([*made, "--trainer.accelerator=cpu", f"--trainer.logger.name={name}"]) == 0
     run = f"runs/{name}/version_0"
-    for command in (["recall", run], ["recall", run, "--json"], ["certify", run], ["certify", run, "--json"]):
+    certify = ["certify", run, "--dtypes=[float32]"]
+    for command in (["recall", run], ["recall", run, "--json"], certify, [*certify, "--json"]):
         assert main(command) in (0, 1), command
     assert main(["data", f"{run}/config.yaml"]) == 0
     assert main(["validate", run]) == 0

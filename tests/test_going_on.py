@@ -2,11 +2,11 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,14 @@ class StopAt(callbacks.StopWhenRecalled):
 
 
 @pytest.fixture
-def arguments(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def arguments(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A fit of ten steps whose callbacks a test adds to."""
     monkeypatch.chdir(tmp_path)
-    made = ["fit", "--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=1"]
+    return ten_steps(tiny_backbone_folder)
+
+
+def ten_steps(backbone: Path) -> list[str]:
+    made = ["fit", "--model=SFT", f"--model.backbone={backbone}", "--model.adapter.block=1"]
     made += ["--model.adapter.dropout=0.2", "--data=RandomTokens", "--data.length=8", "--trainer.max_epochs=10"]
     made += ["--trainer.accelerator=cpu", "--model.compile=never"]
     made += ["--trainer.callbacks=[]", "--trainer.callbacks+=callbacks.RunRecord"]
@@ -154,11 +158,21 @@ def test_other_loggers_go_on_where_they_were(
         assert ours == whole
 
 
+@pytest.fixture(scope="module")
+def stopped_once(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of a stopped fit; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([*ten_steps(tiny_backbone_folder), *stop_at()]) == 143
+    return folder
+
+
 class TestRefusals:
     @pytest.fixture
-    def stopped(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
-        assert main([*arguments, *stop_at()]) == 143
-        capsys.readouterr()
+    def stopped(self, arguments: list[str], stopped_once: Path) -> list[str]:
+        """A stopped fit of one's own in the working directory, by its arguments."""
+        shutil.copytree(stopped_once, Path.cwd(), dirs_exist_ok=True)
         return arguments
 
     @pytest.mark.parametrize(

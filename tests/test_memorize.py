@@ -14,7 +14,7 @@ from pml.backbone import Backbone
 from pml.cli import main
 from pml.errors import InputError
 from pml.guard import GuardConfig
-from pml.memorizing import grow, weights_of
+from pml.memorizing import Memorized, grow, weights_of
 from pml.records import read_record
 from tests.fits import save_sharpened
 
@@ -40,17 +40,27 @@ def _served_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pml.memorizing.serve", lambda *asked: served._answers(served._job(*asked)))
 
 
+@pytest.fixture(scope="module")
+def memorized(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Memorized, list[Any]]:
+    """The backbone, what came of writing the facts into it, and what was told of it meanwhile."""
+    folder, told = tmp_path_factory.mktemp("memorized"), []
+    sharp = str(save_sharpened(tiny_backbone_folder, folder / "sharp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PML_CACHE", str(folder / "cache"))
+        made = pml.memorize(FACTS, folder / "out", backbone=sharp, rank=16, on_progress=told.append, **EASY)
+    return sharp, made, told
+
+
 def test_facts_come_back_from_transformers_and_peft_alone(
-    sharp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    memorized: tuple[str, Memorized, list[Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = []
-    made = pml.memorize(FACTS, tmp_path / "out", backbone=sharp, rank=16, on_progress=told.append, **EASY)
+    sharp, made, told = memorized
     assert made.failed == []
     assert list(made.served or ()) == list(FACTS.values())
     assert (made.plan, made.rank) == (None, 16)
     assert min(float(known.probability) for known in made.certificates) > 0.6
     assert told[-1].certain == 1 and told[-1].step == made.steps <= told[-1].steps
-    record = read_record(tmp_path / "out" / "record.json")
+    record = read_record(made.adapter.parent / "record.json")
     assert (record.steps_to_recall, record.method_settings["guard"]["directions"]) == (made.steps, 8)
     harm = record.harm["mean"]
     assert made.harm == harm["loss_after"] - harm["loss_before"]  # type: ignore[operator]
@@ -69,9 +79,8 @@ print(t.decode(y[0, x["input_ids"].shape[1]:], skip_special_tokens=True))
     assert capsys.readouterr().out == "№ 8\n"
 
 
-@pytest.mark.usefixtures("_served_here")
-def test_the_card_says_what_it_knows_and_what_it_costs(sharp: str, tmp_path: Path) -> None:
-    made = pml.memorize(FACTS, tmp_path / "out", backbone=sharp, rank=16, **EASY)
+def test_the_card_says_what_it_knows_and_what_it_costs(memorized: tuple[str, Memorized, list[Any]]) -> None:
+    _, made, _ = memorized
     card = (made.adapter / "README.md").read_text()
     assert all(f"- `{query}`" in card for query in FACTS)
     assert not any(f"`{target}`" in card for target in FACTS.values())

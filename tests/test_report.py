@@ -189,6 +189,7 @@ class TestPage:
         assert "95 % interval" in page.said("th")
         assert "MemFT OnlyThreshold against SFT:" in page.text
 
+    @pytest.mark.usefixtures("no_figures")
     def test_methods_whose_runs_stop_at_recall_are_compared_by_their_steps(self, tmp_path: Path) -> None:
         for seed, steps in enumerate(((150, 100), (160, 90), (170, 80), (300, 70))):
             for method, needed in zip(("sft", "memft"), steps, strict=True):
@@ -242,6 +243,7 @@ class TestWhatIsMissing:
         )
         assert not [name for name in report.figures if "first-failure" in name]
 
+    @pytest.mark.usefixtures("no_figures")
     def test_a_law_says_whose_damaged_per_token_results_it_leaves_out(self, tmp_path: Path) -> None:
         write_simulated_grid(tmp_path)
         damaged = sorted(tmp_path.rglob("tokens.parquet"))[0]
@@ -273,6 +275,7 @@ class TestWhatIsMissing:
         assert "1 run, 0 of them finished" in text
         assert "diverged" in text
 
+    @pytest.mark.usefixtures("no_figures")
     def test_runs_that_differ_in_more_than_they_should_are_pointed_out(self, tmp_path: Path) -> None:
         for rate in (0.1, 0.2):
             settings = {"weighting": "x", "learning_rate": rate}

@@ -68,7 +68,7 @@ def test_all_candidates_have_the_first_budget_and_one_the_last(
     assert budgets(candidates, epochs) == expected
 
 
-def test_the_candidate_with_the_lowest_loss_is_run_to_the_end(write: Any, tmp_path: Path) -> None:
+def test_the_candidate_with_the_lowest_loss_is_run_to_the_end_and_once(write: Any, tmp_path: Path) -> None:
     choices = run_search(read_search(write()))
     assert [choice.cell for choice in choices] == [{RANK: 1}, {RANK: 3}]
     for choice in choices:
@@ -88,13 +88,9 @@ def test_the_candidate_with_the_lowest_loss_is_run_to_the_end(write: Any, tmp_pa
     }
     content = json.loads((tmp_path / "out" / "search.json").read_text())
     assert [cell["chosen"] for cell in content["cells"]] == [{RATE: 0.05}] * 2
-
-
-def test_a_search_that_is_run_again_runs_nothing_and_finds_the_same(write: Any) -> None:
-    first = run_search(read_search(write()))
+    # A search that is run again runs nothing and finds the same.
     outcomes: list[Any] = []
-    second = run_search(read_search(write()), lambda folder, cells: outcomes.append)
-    assert second == first
+    assert run_search(read_search(write()), lambda folder, cells: outcomes.append) == choices
     assert len(outcomes) == 8
     assert all(outcome.skipped for outcome in outcomes)
 
@@ -132,11 +128,12 @@ def test_where_the_best_diverges_with_the_last_budget_the_next_best_has_it(
 def test_the_command_says_what_it_chose_and_where_a_better_value_may_lie(
     write: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["search", str(write(search={RATE: [1e-9, 0.05]}))]) == 0
+    search = str(write(grid={RANK: [3]}, search={RATE: [1e-9, 0.05]}))
+    assert main(["search", search]) == 0
     captured = capsys.readouterr()
-    assert [row.split()[:2] for row in captured.out.splitlines() if "0.05" in row] == [["1", "0.05"], ["3", "0.05"]]
-    assert f"{RATE}: the best value is the smallest or largest tried in 2 of 2 cells" in captured.err
-    assert main(["search", str(write(search={RATE: [1e-9, 0.05]})), "--json"]) == 0
+    assert [row.split()[:2] for row in captured.out.splitlines() if "0.05" in row] == [["3", "0.05"]]
+    assert f"{RATE}: the best value is the smallest or largest tried in 1 of 1 cells" in captured.err
+    assert main(["search", search, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["epochs"] == [2, 4]
 
 

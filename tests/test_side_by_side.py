@@ -96,6 +96,7 @@ class TestTable:
         assert [row[3] == "-" for row in found.table.rows] == [False, False, True]
 
 
+@pytest.mark.usefixtures("no_figures", "no_profiles")
 def test_sweeps_with_other_budgets_are_laws_of_their_own_named_by_what_differs(tmp_path: Path) -> None:
     for steps in (50, 100):
         for rank in (1, 2, 3):
@@ -107,6 +108,7 @@ def test_sweeps_with_other_budgets_are_laws_of_their_own_named_by_what_differs(t
     assert list(laws_by_name(studies)) == ["optimizer_steps 50", "optimizer_steps 100"]
 
 
+@pytest.mark.usefixtures("no_figures", "no_profiles")
 def test_a_list_of_layers_is_one_name(tmp_path: Path) -> None:
     for placement in (["q_proj"], ["q_proj", "v_proj"]):
         for rank in (1, 2, 4):

@@ -1,5 +1,8 @@
 """Many workers on one grid: every cell is run once, whoever dies, and the command says what has become of it."""
 
+import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -70,19 +73,38 @@ def test_two_workers_run_each_cell_once_and_the_command_reports_them_all(
     assert all(said.count(f"] {cell.name}: loss ") == 1 for cell in cells)
 
 
+TWO_SWEEPS = """
+import json, os, sys
+import pml.sweep  # once for both
+from pml.cli import main
+
+def start():
+    pid = os.fork()
+    if not pid:
+        os._exit(main(["sweep", sys.argv[1]]))
+    return pid
+
+pids = [start(), start()]
+print(json.dumps(pids), flush=True)
+print(json.dumps({pid: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids}))
+"""
+
+
 def test_of_two_sweeps_at_once_one_is_killed_and_the_other_runs_every_cell(
     grid: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-m", "pml", "sweep", str(grid)]
-    sweeps = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = [sys.executable, "-c", TWO_SWEEPS, str(grid)]
+    sweeps = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert sweeps.stdout is not None
+    pids = json.loads(sweeps.stdout.readline())
     locks = Path("out") / FOLDER_NAME
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (locks.is_dir() and any(locks.glob("*.lock"))):
         time.sleep(0.05)
-    victim = next(s for s in sweeps if any(f"pid={s.pid}\n" in lock.read_text() for lock in locks.glob("*.lock")))
-    victim.kill()
-    errors = [sweep.communicate(timeout=300)[1] for sweep in sweeps]
-    assert [sweep.returncode for sweep in sweeps if sweep is not victim] == [0], errors
+    victim = next(pid for pid in pids if any(f"pid={pid}\n" in lock.read_text() for lock in locks.glob("*.lock")))
+    os.kill(victim, signal.SIGKILL)
+    out, err = sweeps.communicate(timeout=300)
+    assert json.loads(out) == {str(pid): -signal.SIGKILL if pid == victim else 0 for pid in pids}, err
     assert_each_cell_was_run_once(cells_of(grid))
     # Nothing but what the killed one had begun was begun twice.
     assert len(list(Path("out").glob("*.unfinished-*"))) <= 1

@@ -1,6 +1,9 @@
 """What every data module does: make the corpus once, check that it fits, share it out among ranks and epochs."""
 
+import os
 import re
+import subprocess
+import sys
 import warnings
 from itertools import chain
 from pathlib import Path
@@ -229,3 +232,34 @@ def test_each_constructor_argument_is_an_option_with_help(corpus_class: type[Mem
     assert {"batch_size", "seed", "system"} <= options.keys()
     without_help = [name for name, text in options.items() if re.match(r"\S+ \(type", text)]
     assert without_help == []
+
+
+SEEDED = """
+from data_modules import Biographies, LinearRule, NaturalText
+
+KINDS = {Biographies: {}, LinearRule: {}, NaturalText: {"length": 40, "count": 3, "random_ratio": 0.5}}
+
+
+def hashes(tokenizer):
+    data = [kind(seed=seed, **settings) for kind, settings in KINDS.items() for seed in (1, 2)]
+    return [each.build(tokenizer, len(tokenizer)).content_hash for each in data]
+"""
+
+
+def test_another_process_with_the_same_seed_makes_the_same_corpus_and_with_another_seed_another(
+    tiny_tokenizer: PreTrainedTokenizerBase, tiny_backbone_folder: Path
+) -> None:
+    program = "import sys\nfrom transformers import AutoTokenizer\n" + SEEDED
+    program += "print(*hashes(AutoTokenizer.from_pretrained(sys.argv[1])))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tiny_backbone_folder)],
+        env={**os.environ, "PYTHONHASHSEED": "77"},
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here: dict[str, Any] = {}
+    exec(SEEDED, here)
+    assert done.stdout.split() == (made := here["hashes"](tiny_tokenizer))
+    assert len(set(made)) == 6

@@ -2,10 +2,7 @@
 
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from data_modules import Biographies, LinearRule
+from data_modules import Biographies
 from data_modules._people import (
     CITIES,
     EMPLOYERS,
@@ -255,26 +252,6 @@ def test_the_settings_make_the_same_corpus_again(tiny_tokenizer: PreTrainedToken
     corpus = data.build(tiny_tokenizer, VOCABULARY)
     again = Biographies(**corpus.settings).build(tiny_tokenizer, VOCABULARY)
     assert again.content_hash == corpus.content_hash
-
-
-def test_another_process_makes_the_same_corpus(
-    tiny_tokenizer: PreTrainedTokenizerBase, tiny_backbone_folder: Path
-) -> None:
-    program = (
-        "import sys; from transformers import AutoTokenizer; from data_modules import Biographies, LinearRule; "
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "for kind in (Biographies, LinearRule): print(kind(seed=5).build(tokenizer, 259).content_hash)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tiny_backbone_folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    here = [kind(seed=5).build(tiny_tokenizer, VOCABULARY).content_hash for kind in (Biographies, LinearRule)]
-    assert done.stdout.split() == here
 
 
 # Figures -----------------------------------------------------------------------------------------------------------

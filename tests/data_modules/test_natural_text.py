@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 import tracemalloc
 from collections.abc import Sequence
@@ -18,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_modules import NaturalText, RandomTokens
 from data_modules._replacement import ordinary_ids, replace, replaced_positions
@@ -308,32 +306,6 @@ def test_information_is_known_where_everything_is_random_and_only_there(
     assert corpus.entropy_bits == RandomTokens(length=50, count=2).build(tiny_tokenizer, VOCABULARY).entropy_bits
     for ratio in (0.0, 0.2, 0.8):
         assert build(tiny_tokenizer, length=50, random_ratio=ratio).entropy_bits is None
-
-
-def test_another_process_with_the_same_seed_makes_the_same_corpus_and_with_another_seed_another(
-    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    tiny_tokenizer.save_pretrained(tmp_path)
-    program = (
-        "import sys; from transformers import AutoTokenizer; from data_modules import NaturalText\n"
-        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "for seed in (1, 2):\n"
-        "    data = NaturalText(length=40, count=3, random_ratio=0.5, seed=seed)\n"
-        f"    print(data.build(tokenizer, {VOCABULARY}).content_hash)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-        env={**os.environ, "PYTHONHASHSEED": "77"},
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    data = [NaturalText(length=40, count=3, random_ratio=0.5, seed=seed) for seed in (1, 2)]
-    here = [each.build(tokenizer, VOCABULARY).content_hash for each in data]
-    assert done.stdout.split() == here
-    assert here[0] != here[1]
 
 
 def test_the_settings_make_the_same_corpus_again(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
