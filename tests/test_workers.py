@@ -81,6 +81,7 @@ from pml.cli import main
 def start():
     pid = os.fork()
     if not pid:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os._exit(main(["sweep", sys.argv[1]]))
     return pid
 
