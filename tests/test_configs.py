@@ -56,7 +56,7 @@ def test_every_value_of_a_grid_parses(path: Path, tmp_path: Path, monkeypatch: p
     tried = [grid.search] if isinstance(grid, SearchGrid) else []
     # The paper's grids have hundreds of cells, too many to make each.
     cells = resolve(Grid(base=grid.base, out=grid.out, grid=every_value_once([*grid.grid, *tried])))
-    assert len(cells) >= 2
+    assert cells
     assert list(tmp_path.iterdir()) == []
 
 
