@@ -165,10 +165,17 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     module.configure(parser)
+    arguments = [_with_underscores(argument) for argument in arguments]
     if hasattr(module, "separate"):  # it takes keys of `pml fit` too
         own, keys = module.separate(arguments)
         return int(module.run(parser.parse_args(own), keys))
-    return int(module.run(parser.parse_args(list(arguments))))
+    return int(module.run(parser.parse_args(arguments)))
+
+
+def _with_underscores(argument: str) -> str:
+    """An option by the name that it has: `--retry-failed` is `--retry_failed`."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
 
 
 def _overview() -> str:

@@ -124,6 +124,12 @@ def test_the_help_of_fit_names_what_the_parser_takes_with_its_own_words(capsys: 
     assert any("--trainer.max_epochs" in line and "(default: 200)" in line for line in lines)
 
 
+@pytest.mark.parametrize("option", ["--retry-failed", "--retry_failed", "--cluster-options={}"])
+def test_options_may_be_written_with_hyphens(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", "no-such-grid.yaml", option]) == 2
+    assert "no-such-grid.yaml: " in capsys.readouterr().err
+
+
 def test_examples_in_the_help_of_a_command_keep_their_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "--help"])

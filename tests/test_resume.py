@@ -105,20 +105,22 @@ NOT_OF_THE_RESULT = {"wall_seconds", "resumed"}
 def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(case: str, sharp: Path, tmp_path: Path) -> None:
     whole, record, batches = fit(case, sharp, tmp_path / "whole")
     assert record is not None
-    points = sorted(random.Random(case).sample(range(batches - 1), 2))
-    checkpoint = None
-    for part, stop_at in enumerate([*points, None]):
-        folder = tmp_path / str(part)
-        adapter, again, _ = fit(case, sharp, folder, stop_at, checkpoint)
+    draw = random.Random(case)
+    for chain in range(2):
+        points = sorted(draw.sample(range(batches - 1), 2))
+        checkpoint = None
+        for part, stop_at in enumerate([*points, None]):
+            folder = tmp_path / f"{chain}-{part}"
+            adapter, again, _ = fit(case, sharp, folder, stop_at, checkpoint)
+            assert again is not None
+            assert again.resumed == part
+            assert (again.status == "interrupted") is (stop_at is not None and again.optimizer_steps < batches)
+            checkpoint = newest_checkpoint(folder)
         assert again is not None
-        assert again.resumed == part
-        assert (again.status == "interrupted") is (stop_at is not None and again.optimizer_steps < batches)
-        checkpoint = newest_checkpoint(folder)
-    assert again is not None
-    where = f"{case}: stopped in the batches {points} of {batches}"
-    assert {n for n, p in whole.items() if not torch.equal(p, adapter[n])} == set(), where
-    expected, got = (r.model_dump(exclude=NOT_OF_THE_RESULT) for r in (record, again))
-    assert got == expected, where
+        where = f"{case}: stopped in the batches {points} of {batches}"
+        assert {n for n, p in whole.items() if not torch.equal(p, adapter[n])} == set(), where
+        expected, got = (r.model_dump(exclude=NOT_OF_THE_RESULT) for r in (record, again))
+        assert got == expected, where
 
 
 class SaveBetween(Callback):
