@@ -314,18 +314,19 @@ def test_adapters_of_different_rank_leave_the_backbone_bit_for_bit_as_it_was(
         assert all(torch.equal(state[name], value) for name, value in fresh.items())
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_cell_of_a_sweep_is_bit_for_bit_the_run_that_fit_makes_alone(
-    base: Callable[..., Path], tmp_path: Path
+    dropout: float, base: Callable[..., Path], tmp_path: Path
 ) -> None:
     grid = {
         "model.init_args.adapter.rank": [1, 3],
-        "model.init_args.adapter.dropout": [0.3],
+        "model.init_args.adapter.dropout": [dropout],
         "seed_everything": [5],
     }
     outcomes = run_cells(cells_of(tmp_path, grid), lambda outcome: None)
     for rank, outcome in zip((1, 3), outcomes, strict=True):
         alone = ["fit", "--config=base.yaml", f"--model.init_args.adapter.rank={rank}", "--seed_everything=5"]
-        alone += ["--model.init_args.adapter.dropout=0.3", f"--trainer.logger.name=rank{rank}"]
+        alone += [f"--model.init_args.adapter.dropout={dropout}", f"--trainer.logger.name=rank{rank}"]
         assert main([*alone, "--trainer.enable_progress_bar=false"]) == 0
         record = read_record(tmp_path / f"runs/rank{rank}/version_0/record.json")
         swept = outcome.record

@@ -25,7 +25,7 @@ from tests.tokenizer_kinds import KINDS, make_tokenizer
 
 HERE = Path(__file__).parent
 SERVED = [kind for kind in KINDS if kind != "word_piece"]  # which gives back no word after a prompt
-WITHOUT_PEFT = ["chatml", "inst"]
+WITHOUT_PEFT = ["chatml", "dated", "inst", "appending"]
 PER_KIND = 8
 STRINGS = HARD[:-1]  # without the very long one
 
