@@ -232,7 +232,7 @@ def test_the_default_backbone_agrees_with_itself_split(config: AdapterConfig, de
                 scores.losses.detach(),
                 [p.grad.clone() for p in module.model.parameters() if p.requires_grad],
             )
-            steps[split] = train(module, steps=3, examples=examples)
+            steps[split] = train(module, steps=5, examples=examples)
         finally:
             module.release()
     torch.testing.assert_close(results[True][0], results[False][0], rtol=1e-4, atol=1e-4)
