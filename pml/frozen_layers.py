@@ -20,6 +20,7 @@ from pml.backbone import Backbone
 from pml.compiled import CompiledDecoder
 from pml.corpus import PADDING_EXAMPLE, Example, collate
 from pml.cpu import attention, give_back_memory
+from pml.cuda_graphs import ReplayedDecoder
 from pml.cut_trial import fault, narrow_windows
 from pml.errors import InputError
 from pml.products import float32_products
@@ -102,6 +103,7 @@ class FrozenLayers:
         self.cut: Cut = "whole"
         self._suffix: nn.Module = backbone.decoder
         self._compiled: CompiledDecoder | None = None
+        self._replayed: ReplayedDecoder | None = None
         if not self.config.enabled:
             return
         problem = self._first_sound_cut()
@@ -194,6 +196,16 @@ class FrozenLayers:
         """Compile what is trained through; a first batch tries it. Evaluation, whose shapes vary, runs as it is."""
         self._compiled = CompiledDecoder(self._suffix, tolerance=1e-4)
 
+    def replay(self, wanted: bool = True) -> None:
+        """Replay what is trained through as CUDA graphs, where the model is on a CUDA device; or no longer."""
+        self._replayed = None
+        if wanted and self.cut != "whole" and self.backbone.model.device.type == "cuda":
+            suffix = self._suffix
+            trained = [p for block in self.backbone.blocks[self._first_above :] for p in block.parameters()]
+            self._replayed = ReplayedDecoder(
+                lambda states: run_decoder(suffix, inputs_embeds=states), [p for p in trained if p.requires_grad]
+            )
+
     # What `pml.cut_trial` tries ---------------------------------------------------------------------------------------
 
     def whole(self, input_ids: Tensor) -> Tensor:
@@ -220,8 +232,11 @@ class FrozenLayers:
 
     def _trained(self, **inputs: Tensor) -> Tensor:
         """Final hidden states through the blocks above the cut."""
-        if self._compiled is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (self._compiled is None and self._replayed is None):
             return run_decoder(self._suffix, **inputs)
+        if self._compiled is None and self._replayed is not None:
+            return self._replayed(inputs["inputs_embeds"])
+        assert self._compiled is not None
         first = next(iter(inputs.values()))
         with attention(first.shape[1], first.device), one_sequence_a_row():
             return self._compiled(**inputs)

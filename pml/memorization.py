@@ -55,6 +55,7 @@ class Memorization(LightningModule):
             `torch.set_float32_matmul_precision`: `high` and `medium` are faster where the device has units for them.
             Whatever is kept, measured, certified or decoded is computed in the highest.
         compile: Compile the blocks above the adapter: `auto` does where the fit is long enough to earn it back.
+        cuda_graphs: Replay short steps through the blocks above the adapter as CUDA graphs; no effect on other devices.
         kl_penalty: Penalty on what training does to ordinary text; None takes none.
         seed: Seed of the adapter's initialisation; None takes the one that `seed_everything` was given.
     """
@@ -76,6 +77,7 @@ class Memorization(LightningModule):
         cpu: CpuConfig | None = None,
         matmul_precision: MatmulPrecision = "highest",
         compile: CompileMode = "auto",
+        cuda_graphs: bool = True,
         kl_penalty: KlPenaltyConfig | None = None,
         seed: int | None = None,
     ) -> None:
@@ -96,6 +98,7 @@ class Memorization(LightningModule):
         """What was chosen for this machine's CPU; None on other devices."""
         self.matmul_precision: MatmulPrecision = matmul_precision
         self.compile_mode = compile
+        self.cuda_graphs = cuda_graphs
         self._compiling: Compiling | None = None
         self.kl_penalty = from_plain(kl_penalty, KlPenaltyConfig)
         self._penalty: KlPenalty | None = None
@@ -280,8 +283,11 @@ class Memorization(LightningModule):
         self.goes_on_from = {}
         if self.kl_penalty is not None:
             self._penalty = KlPenalty(self.kl_penalty, self.backbone, self.seed)
-        # Before the first step, and after what was measured before it.
-        self._release_frozen_layers()
+        self._release_frozen_layers()  # before the first step, and after what was measured before it
+        self.frozen_layers.replay(self.cuda_graphs)
+
+    def on_train_end(self) -> None:
+        self.frozen_layers.replay(False)  # which frees their memory
 
     def on_train_epoch_end(self) -> None:
         self._release_frozen_layers()
@@ -343,8 +349,7 @@ class Memorization(LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         return {"scores": self.score(batch)}
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        return self.validation_step(batch, batch_idx)
+    test_step = validation_step
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> TokenScores:
         return self.score(batch)
@@ -371,10 +376,7 @@ class Memorization(LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """Load a module of the method that a checkpoint is of, this class or one derived from it.
 
-        Args:
-            checkpoint_path: The file.
-            *args: See `LightningModule.load_from_checkpoint`.
-            **kwargs: See there; they override what the module was made with.
+        Arguments are those of `LightningModule.load_from_checkpoint`.
 
         Raises:
             InputError: If no such method is known here.

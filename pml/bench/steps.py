@@ -24,6 +24,7 @@ from pml.corpus import Corpus, collate
 from pml.cpu import give_back_memory, tune_cpu
 from pml.frozen_layers import content_keys
 from pml.modules import SFT, Memorization
+from pml.optimizer import make_adamw
 from pml.products import MatmulPrecision, float32_products
 from pml.state_store import CacheConfig
 from pml.weighting import weighted_mean
@@ -218,11 +219,16 @@ class _Stepper:
             self._loss = lambda: pml_loss(module, {**self.batch, "keys": keys})
             cut = module.frozen_layers.cut
             parameters = adapter_parameters(module.model)
-        self.optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
+        self.optimizer = (
+            torch.optim.AdamW(parameters.values(), lr=1e-3)
+            if way == "ordinary"
+            else make_adamw(parameters.values(), 1e-3, (0.9, 0.999), 0.0)
+        )
         self.facts = {"cut": cut, "gflop": step_flops(backbone, corpus, adapter, way) / 1e9}
         if way == "split":
             self._loss()  # everything below the adapter is kept from here on, so its weights can go
             module.frozen_layers.release()
+            module.frozen_layers.replay()
         give_back_memory()
         reset_peak(device)
         self._held = held_mib(device)

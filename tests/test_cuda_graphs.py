@@ -1,0 +1,133 @@
+"""When passes are captured and replayed; `tests/accelerator/test_gpu.py` has what only a GPU can show."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+import pml.cuda_graphs
+from pml.cuda_graphs import ReplayedDecoder
+
+SCALE = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
+
+
+def double(states: Tensor) -> Tensor:
+    return states * SCALE
+
+
+class Recording:
+    """In place of graphs: what a function gives, in memory that each call writes to again, as graphs do."""
+
+    made: list["Recording"]
+
+    def __init__(self, function: Callable[[Tensor], Tensor], states: Tensor, parameters: Sequence[Tensor]) -> None:
+        self._function, self._parameters = function, list(parameters)
+        self._states = states.detach().clone().requires_grad_(states.requires_grad)
+        self._out = torch.empty_like(states)
+        self.replays = 0
+        Recording.made.append(self)
+
+    def forward(self, states: Tensor) -> Tensor:
+        self.replays += 1
+        with torch.no_grad():
+            self._states.copy_(states)
+            self._out.copy_(self._function(self._states))
+        return self._out.detach()
+
+    def backward(self, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            wanted = [*([self._states] if self._states.requires_grad else []), *self._parameters]
+            gradients = torch.autograd.grad(self._function(self._states), wanted, gradient)
+        return gradients if self._states.requires_grad else (None, *gradients)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    Recording.made = []
+    SCALE.grad = None
+
+
+def decoder() -> ReplayedDecoder:
+    return ReplayedDecoder(double, [SCALE], Recording)
+
+
+def states(batch: int = 1, value: float = 1.0, needs_grad: bool = True) -> Tensor:
+    return torch.full((batch, 3, 2), value, requires_grad=needs_grad)
+
+
+def test_a_shape_that_comes_back_is_captured_once_and_replayed_from_then_on() -> None:
+    replayed = decoder()
+    for value in (1.0, 2.0, 3.0, 4.0, 5.0):
+        inputs = states(value=value)
+        replayed(inputs).sum().backward()
+        assert inputs.grad is not None
+        assert torch.equal(inputs.grad, SCALE.detach().expand(1, 3, 2))
+    # Each of the three positions adds its state to the gradient of a factor.
+    assert SCALE.grad is not None
+    assert SCALE.grad.tolist() == [3 * 15.0, 3 * 15.0]
+    (passes,) = Recording.made
+    # Once to be tried against the third pass, then twice in the place of a plain one.
+    assert passes.replays == 3
+
+
+def test_shapes_that_do_not_come_back_are_never_captured() -> None:
+    replayed = decoder()
+    for batch in range(1, 6):
+        for _ in range(2):
+            replayed(states(batch)).sum().backward()
+    assert Recording.made == []
+
+
+def test_only_so_many_shapes_and_no_long_ones_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pml.cuda_graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(pml.cuda_graphs, "MOST_TOKENS", 12)
+    replayed = decoder()
+    for batch in (5, 1, 2, 3):
+        for _ in range(4):
+            replayed(states(batch)).sum().backward()
+    assert len(Recording.made) == 2
+
+
+def test_a_second_pass_before_the_first_went_back_is_plain_since_it_would_write_over_it() -> None:
+    replayed = decoder()
+    for _ in range(3):
+        replayed(states()).sum().backward()
+    SCALE.grad = None
+    first, second = replayed(states(value=5.0)), replayed(states(value=7.0))
+    (passes,) = Recording.made
+    assert passes.replays == 2
+    (first.sum() + second.sum()).backward()
+    assert SCALE.grad is not None
+    assert SCALE.grad.tolist() == [3 * 12.0, 3 * 12.0]
+    replayed(states(value=1.0)).sum().backward()
+    assert passes.replays == 3
+
+
+def test_states_that_need_no_gradient_are_another_shape() -> None:
+    replayed = decoder()
+    for needs_grad in (True, False):
+        for _ in range(4):
+            replayed(states(needs_grad=needs_grad)).sum().backward()
+    assert [passes.replays for passes in Recording.made] == [2, 2]
+
+
+def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(*_: object) -> Recording:
+        raise RuntimeError("operation not permitted when stream is capturing\nand a long trace")
+
+    replayed = ReplayedDecoder(double, [SCALE], refuse)
+    with caplog.at_level("INFO"):
+        for _ in range(5):
+            assert torch.equal(replayed(states()), double(states()))
+    assert caplog.text.count("not replayed as CUDA graphs: operation not permitted when stream is capturing") == 1
+
+
+def test_replayed_states_that_differ_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    def other(function: Callable[[Tensor], Tensor], inputs: Tensor, parameters: Sequence[Tensor]) -> Recording:
+        return Recording(lambda values: 1.01 * function(values), inputs, parameters)
+
+    replayed = ReplayedDecoder(double, [SCALE], other)
+    for _ in range(5):
+        assert torch.equal(replayed(states()), double(states()))
+    assert caplog.text.count("replayed states differ by 1.0e-02") == 1
