@@ -1,0 +1,111 @@
+"""Twelve sets of pairs of five kinds, and the grid that trains each at the rank that is planned for it and at half.
+
+    python configs/experiments/gpu/planned_pairs.py planned     # planned/*.jsonl, planned/plans.json, planned/grid.yaml
+    pml sweep planned/grid.yaml
+
+With a second argument, a file of `pml calibrate --out`, ranks are planned with its constants.
+"""
+
+import ast
+import json
+import math
+import random
+import string
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from data_modules import Biographies, Facts, NaturalText, PhoneBook
+from pml.adapter import AdapterConfig, adapter_for
+from pml.backbone import load_backbone
+from pml.devices import best_device
+from pml.guard import GuardConfig
+from pml.storage import plan_rank
+from pml.storage_constants import read_constants
+
+EPOCHS, FEWEST_STEPS = 80, 400
+"""Of each run; most end before."""
+
+MODULES = ("argparse", "calendar", "configparser", "difflib", "ftplib", "shutil", "statistics", "textwrap", "zipapp")
+
+Rows = list[tuple[str, str]]
+
+
+def _of(data, backbone) -> Rows:
+    corpus = data.build(backbone.tokenizer, backbone.vocab_size)
+    return [(example.query, example.target) for example in corpus.examples]
+
+
+def _keys(count: int, seed: int) -> Rows:
+    draw = random.Random(seed)
+    symbols = string.ascii_uppercase + string.digits
+
+    def key() -> str:
+        return "-".join("".join(draw.choices(symbols, k=4)) for _ in range(5))
+
+    return [
+        (f"What is the licence key of product {number}?", key()) for number in draw.sample(range(1000, 9999), count)
+    ]
+
+
+def _functions() -> Iterator[tuple[str, str]]:
+    """Short functions of the standard library: their names, and their source."""
+    for name in MODULES:
+        source = (Path(sysconfig.get_path("stdlib")) / f"{name}.py").read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and not ast.get_docstring(node):
+                text = ast.get_source_segment(source, node)
+                if text is not None and 60 <= len(text) <= 240:
+                    yield f"What is the source of {name}.{node.name}, line {node.lineno}?", text
+
+
+def sets(backbone) -> Iterator[tuple[str, Rows]]:
+    """Names and pairs."""
+    for count, seed in ((72, 101), (112, 102), (160, 103)):
+        yield f"phone_numbers_{count}", _of(PhoneBook(pairs=count, seed=seed), backbone)
+    for count, seed in ((24, 104), (40, 105)):
+        yield f"keys_{count}", _keys(count, seed)
+    for people, seed in ((48, 106), (80, 107)):
+        facts = Biographies(people=people, seed=seed, attributes=["birth_date", "employer"])
+        yield f"facts_{2 * people}", _of(facts, backbone)
+    for count, skipped in ((12, 20_000), (20, 30_000), (32, 40_000)):
+        prose = NaturalText(length=48, count=count, skip_tokens=skipped, query="opening", opening_tokens=12)
+        yield f"prose_{count}", _of(prose, backbone)
+    functions = list(_functions())
+    yield "code_32", functions[:32]
+    yield "code_48", functions[32:80]
+
+
+def main(folder: Path, constants: Path | None) -> None:
+    """Write the pairs, what is planned for them, and the grid."""
+    backbone = load_backbone()
+    backbone.model.to(best_device())
+    folder.mkdir(parents=True, exist_ok=True)
+    plans, cells = {}, []
+    for name, rows in sets(backbone):
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"query": q, "target": t}) + "\n" for q, t in rows))
+        corpus = Facts(str(path)).build(backbone.tokenizer, backbone.vocab_size)
+        adapter = adapter_for(backbone, None, AdapterConfig.block, GuardConfig())
+        plan = plan_rank(backbone, corpus.examples, adapter, read_constants(constants))
+        plans[name] = plan.model_dump(mode="json")
+        print(f"{name}: {plan.target_tokens} tokens, {plan.bits_to_store:.0f} bits: rank {plan.rank}")
+        ranks = sorted({plan.rank, max(1, plan.rank // 2)}, reverse=True)
+        cells.append(
+            {
+                "data.init_args.path": [str(path)],
+                "model.init_args.adapter.rank": ranks,
+                "trainer.max_epochs": [max(EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(plan.pairs / 4)))],
+            }
+        )
+    (folder / "plans.json").write_text(json.dumps(plans, indent=1))
+    base = Path(__file__).parent / "planned_run.yaml"
+    grid = {"base": str(base.resolve()), "out": str(folder / "runs"), "grid": cells}
+    (folder / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
