@@ -203,7 +203,11 @@ class Memorization(LightningModule):
     def configure_model(self) -> None:
         """Load the backbone and put a fresh adapter on it; does nothing the second time."""
         if self._peft_model is None:
-            self._peft_model = attach_adapter(self.backbone, self.adapter, self.seed)
+            # Lightning has made its device the default, on which a seed's numbers would be drawn as others.
+            with torch.device("cpu"):
+                if self._trainer is not None:  # what a guard runs through the model is faster there
+                    torch.nn.Module.to(self.backbone.model, self._trainer.strategy.root_device)
+                self._peft_model = attach_adapter(self.backbone, self.adapter, self.seed)
             self.train(self.training)
 
     def load_adapter(self, folder: str | Path) -> None:

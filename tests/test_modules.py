@@ -126,6 +126,18 @@ def test_training_moves_the_adapter_and_leaves_the_backbone_alone(tiny_backbone_
     assert moved == adapter_parameters(module.model).keys()
 
 
+def test_a_seed_gives_the_same_adapter_where_lightning_has_made_another_device_the_default(
+    tiny_backbone_folder: Path,
+) -> None:
+    modules = [SFT(str(tiny_backbone_folder), adapter=SMALL, seed=3) for _ in range(2)]
+    modules[0].configure_model()
+    with torch.device("meta"):
+        modules[1].configure_model()
+    ours, theirs = (adapter_parameters(module.model) for module in modules)
+    assert {parameter.device.type for parameter in theirs.values()} == {"cpu"}
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+
+
 def test_a_seed_gives_the_same_run(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     ends = []
     for seed in (1, 1, 2):
