@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["best_device", "runs_ahead", "widest_float"]
+__all__ = ["best_device", "has_graphs", "runs_ahead", "widest_float"]
 
 
 def best_device() -> torch.device:
@@ -16,6 +16,11 @@ def runs_ahead(device: torch.device) -> bool:
     A CPU does what it is told at once: there a look is free, and saves work that turns out not to be needed.
     """
     return device.type != "cpu"
+
+
+def has_graphs(device: torch.device) -> bool:
+    """Whether the launches of many kernels can be kept there and replayed as one, as `pml.cuda_graphs` does."""
+    return device.type == "cuda"
 
 
 def widest_float(device: torch.device) -> torch.dtype:

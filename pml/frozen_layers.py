@@ -7,13 +7,14 @@ whole: names, saving, loading and generation know nothing of the split.
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from pml.adapter import MlpBlockLora, lora_layers
 from pml.backbone import Backbone
@@ -22,6 +23,7 @@ from pml.corpus import PADDING_EXAMPLE, Example, collate
 from pml.cpu import attention, give_back_memory
 from pml.cuda_graphs import ReplayedDecoder
 from pml.cut_trial import fault, narrow_windows
+from pml.devices import has_graphs
 from pml.errors import InputError
 from pml.products import float32_products
 from pml.state_store import CacheConfig, StateStore
@@ -197,14 +199,20 @@ class FrozenLayers:
         self._compiled = CompiledDecoder(self._suffix, tolerance=1e-4)
 
     def replay(self, wanted: bool = True) -> None:
-        """Replay what is trained through as CUDA graphs, where the model is on a CUDA device; or no longer."""
+        """Replay what is trained through as CUDA graphs, where the device has them; or no longer."""
         self._replayed = None
-        if wanted and self.cut != "whole" and self.backbone.model.device.type == "cuda":
+        if wanted and self.cut != "whole" and has_graphs(self.backbone.model.device):
             suffix = self._suffix
-            trained = [p for block in self.backbone.blocks[self._first_above :] for p in block.parameters()]
-            self._replayed = ReplayedDecoder(
-                lambda states: run_decoder(suffix, inputs_embeds=states), [p for p in trained if p.requires_grad]
-            )
+
+            def decoder(states: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+                if not parameters:
+                    return run_decoder(suffix, inputs_embeds=states)
+                return run_decoder(
+                    lambda **inputs: functional_call(suffix, dict(parameters), (), inputs), inputs_embeds=states
+                )
+
+            trained = {name: p for name, p in suffix.named_parameters() if p.requires_grad}
+            self._replayed = ReplayedDecoder(decoder, trained)
 
     # What `pml.cut_trial` tries ---------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from pml.products import MatmulPrecision, check_matmul_precision, float32_produc
 from pml.schedule import check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
 from pml.state_store import CacheConfig
-from pml.training_state import copy_adapter, go_on, method_of, own_share, refuse_other_data, seed_rank, training_state
+from pml.training_state import copy_adapter, go_on, method_of, restore, seed_rank, training_state
 from pml.weighting import TokenScores, Uniform, Weighting
 
 __all__ = ["Memorization"]
@@ -55,7 +55,8 @@ class Memorization(LightningModule):
             `torch.set_float32_matmul_precision`: `high` and `medium` are faster where the device has units for them.
             Whatever is kept, measured, certified or decoded is computed in the highest.
         compile: Compile the blocks above the adapter: `auto` does where the fit is long enough to earn it back.
-        cuda_graphs: Replay short steps through the blocks above the adapter as CUDA graphs; no effect on other devices.
+        cuda_graphs: Replay short steps through the blocks above the adapter as CUDA graphs, where there is no dropout;
+            no effect on other devices.
         kl_penalty: Penalty on what training does to ordinary text; None takes none.
         seed: Seed of the adapter's initialisation; None takes the one that `seed_everything` was given.
     """
@@ -288,7 +289,7 @@ class Memorization(LightningModule):
         if self.kl_penalty is not None:
             self._penalty = KlPenalty(self.kl_penalty, self.backbone, self.seed)
         self._release_frozen_layers()  # before the first step, and after what was measured before it
-        self.frozen_layers.replay(self.cuda_graphs)
+        self.frozen_layers.replay(self.cuda_graphs and not self.adapter.dropout)
 
     def on_train_end(self) -> None:
         self.frozen_layers.replay(False)  # which frees their memory
@@ -393,14 +394,5 @@ class Memorization(LightningModule):
         checkpoint["pml"] = training_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if not (state := checkpoint.get("pml")):
-            return
-        self.weighting.load_state_dict(state["weighting"])
-        self.tokens_trained, self._skipped = own_share(state["tokens_trained"]), state["skipped_steps"]
-        self.resumed = state.get("resumed", 0)
-        if self._trainer is not None and self._trainer.training:
-            refuse_other_data(self, state)
-            if self.cpu_choice is not None:  # timed anew, the faster product might be another, which rounds otherwise
-                self.cpu_choice = tune_cpu(self.cpu_config, state.get("onednn"))
-            self.resumed += 1
-            self.goes_on_from = state
+        if state := checkpoint.get("pml"):
+            restore(self, state)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pml.adapter import adapter_parameters
+from pml.cpu import tune_cpu
 from pml.errors import InputError
 from pml.ranks import from_all_ranks, is_first_rank, summed_over_ranks
 
@@ -20,8 +21,7 @@ __all__ = [
     "corpus_hash",
     "go_on",
     "method_of",
-    "own_share",
-    "refuse_other_data",
+    "restore",
     "seed_rank",
     "training_state",
 ]
@@ -56,6 +56,27 @@ def seed_rank(rank: int) -> None:
         torch.manual_seed((torch.initial_seed() + rank) % 2**63)
 
 
+def restore(module: "Memorization", state: Mapping[str, Any]) -> None:
+    """Take back what a module knows of its fit; where training is to go on, the rest follows in `go_on`.
+
+    Args:
+        module: Maybe without a trainer.
+        state: What `training_state` gave, maybe of an older version.
+
+    Raises:
+        InputError: If training is to go on with another corpus.
+    """
+    module.weighting.load_state_dict(state["weighting"])
+    module.tokens_trained, module._skipped = _own_share(state["tokens_trained"]), state["skipped_steps"]
+    module.resumed = state.get("resumed", 0)
+    if module._trainer is not None and module._trainer.training:
+        _refuse_other_data(module, state)
+        if module.cpu_choice is not None:  # timed anew, the faster product might be another, which rounds otherwise
+            module.cpu_choice = tune_cpu(module.cpu_config, state.get("onednn"))
+        module.resumed += 1
+        module.goes_on_from = dict(state)
+
+
 def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
     """Put generators and gradients back where `training_state` found them; called when training is about to go on.
 
@@ -83,7 +104,7 @@ def _position(module: "Memorization") -> dict[str, Any]:
     return loader.state_dict() if hasattr(loader, "state_dict") else {}
 
 
-def own_share(total: int) -> int:
+def _own_share(total: int) -> int:
     """A sum over ranks as the first rank's own, so that summed again it is the same."""
     return total if is_first_rank() else 0
 
@@ -94,7 +115,7 @@ def corpus_hash(module: "Memorization") -> str | None:
     return datamodule.corpus.content_hash if hasattr(datamodule, "corpus") else None
 
 
-def refuse_other_data(module: "Memorization", state: Mapping[str, Any]) -> None:
+def _refuse_other_data(module: "Memorization", state: Mapping[str, Any]) -> None:
     """Refuse to go on with another corpus.
 
     Raises:

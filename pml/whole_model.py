@@ -1,6 +1,6 @@
 """Running a backbone whole: whether it runs at all, whether it is causal, and what its logits are made of."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -23,7 +23,7 @@ LOUD = 1000.0
 """Size of the logits that a head is made to give, larger than any cap lets through."""
 
 
-def run_decoder(decoder: nn.Module, **inputs: Tensor) -> Tensor:
+def run_decoder(decoder: Callable[..., Any], **inputs: Tensor) -> Tensor:
     """Final hidden states (B, S, d) of a decoder, from `input_ids` or `inputs_embeds`."""
     first = next(iter(inputs.values()))
     with attention(first.shape[1], first.device), one_sequence_a_row():

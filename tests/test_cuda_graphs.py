@@ -1,28 +1,35 @@
 """When passes are captured and replayed; `tests/accelerator/test_gpu.py` has what only a GPU can show."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import pml.cuda_graphs
-from pml.cuda_graphs import ReplayedDecoder
+import pml.frozen_layers
+from pml.adapter import AdapterConfig, adapter_parameters
+from pml.cuda_graphs import Decoder, ReplayedDecoder
+from pml.guard import GuardConfig
+from tests.fits import module_on
+from tests.tiny_runs import Ids, make_trainer, uneven
 
 SCALE = torch.nn.Parameter(torch.tensor([2.0, 3.0]))
 
 
-def double(states: Tensor) -> Tensor:
-    return states * SCALE
+def scaled(states: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    return states * parameters.get("scale", SCALE)
 
 
 class Recording:
-    """In place of graphs: what a function gives, in memory that each call writes to again, as graphs do."""
+    """In place of graphs: what a decoder gives, in memory that each call writes to again, as graphs do."""
 
     made: list["Recording"]
 
-    def __init__(self, function: Callable[[Tensor], Tensor], states: Tensor, parameters: Sequence[Tensor]) -> None:
-        self._function, self._parameters = function, list(parameters)
+    def __init__(self, decoder: Decoder, states: Tensor, parameters: Mapping[str, Tensor]) -> None:
+        self._decoder, self._parameters = decoder, parameters
         self._states = states.detach().clone().requires_grad_(states.requires_grad)
         self._out = torch.empty_like(states)
         self.replays = 0
@@ -32,13 +39,13 @@ class Recording:
         self.replays += 1
         with torch.no_grad():
             self._states.copy_(states)
-            self._out.copy_(self._function(self._states))
+            self._out.copy_(self._decoder(self._states, self._parameters))
         return self._out.detach()
 
     def backward(self, gradient: Tensor) -> tuple[Tensor | None, ...]:
         with torch.enable_grad():
-            wanted = [*([self._states] if self._states.requires_grad else []), *self._parameters]
-            gradients = torch.autograd.grad(self._function(self._states), wanted, gradient)
+            wanted = [*([self._states] if self._states.requires_grad else []), *self._parameters.values()]
+            gradients = torch.autograd.grad(self._decoder(self._states, self._parameters), wanted, gradient)
         return gradients if self._states.requires_grad else (None, *gradients)
 
 
@@ -49,7 +56,7 @@ def _fresh() -> None:
 
 
 def decoder() -> ReplayedDecoder:
-    return ReplayedDecoder(double, [SCALE], Recording)
+    return ReplayedDecoder(scaled, {"scale": SCALE}, Recording)
 
 
 def states(batch: int = 1, value: float = 1.0, needs_grad: bool = True) -> Tensor:
@@ -116,18 +123,63 @@ def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture)
     def refuse(*_: object) -> Recording:
         raise RuntimeError("operation not permitted when stream is capturing\nand a long trace")
 
-    replayed = ReplayedDecoder(double, [SCALE], refuse)
+    replayed = ReplayedDecoder(scaled, {"scale": SCALE}, refuse)
     with caplog.at_level("INFO"):
         for _ in range(5):
-            assert torch.equal(replayed(states()), double(states()))
+            assert torch.equal(replayed(states()), scaled(states(), {}))
     assert caplog.text.count("not replayed as CUDA graphs: operation not permitted when stream is capturing") == 1
 
 
-def test_replayed_states_that_differ_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
-    def other(function: Callable[[Tensor], Tensor], inputs: Tensor, parameters: Sequence[Tensor]) -> Recording:
-        return Recording(lambda values: 1.01 * function(values), inputs, parameters)
+class OtherStates(Recording):
+    def forward(self, states: Tensor) -> Tensor:
+        return 1.01 * super().forward(states)
 
-    replayed = ReplayedDecoder(double, [SCALE], other)
+
+class OtherGradients(Recording):
+    def backward(self, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        by_states, by_scale = super().backward(gradient)
+        assert by_scale is not None
+        return by_states, 1.01 * by_scale
+
+
+@pytest.mark.parametrize("wrong", [OtherStates, OtherGradients])
+def test_replays_that_differ_are_not_used(wrong: type[Recording], caplog: pytest.LogCaptureFixture) -> None:
+    replayed = ReplayedDecoder(scaled, {"scale": SCALE}, wrong)
     for _ in range(5):
-        assert torch.equal(replayed(states()), double(states()))
-    assert caplog.text.count("replayed states differ by 1.0e-02") == 1
+        inputs = states()
+        outputs = replayed(inputs)
+        assert torch.equal(outputs, scaled(inputs, {}))
+        outputs.sum().backward()
+    assert SCALE.grad is not None
+    assert SCALE.grad.tolist() == [15.0, 15.0]
+    assert caplog.text.count("a replayed step differs by 1.0e-02") == 1
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        AdapterConfig(rank=2, block=2),
+        AdapterConfig(rank=2, block=1, placement=["q_proj", "o_proj", "gate_proj", "down_proj"]),
+        AdapterConfig(rank=2, block=1, placement=["up_proj"], guard=GuardConfig(directions=8)),
+    ],
+    ids=["mlp_block", "linear layers", "guarded"],
+)
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_fit_of_replayed_steps_is_the_fit(
+    accumulated: int,
+    adapter: AdapterConfig,
+    tiny_backbone_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pml.frozen_layers, "ReplayedDecoder", partial(ReplayedDecoder, capture=Recording))
+    weights = []
+    for has_graphs in (False, True):
+        monkeypatch.setattr(pml.frozen_layers, "has_graphs", lambda _, answer=has_graphs: answer)
+        module = module_on(tiny_backbone_folder, adapter=adapter)
+        trainer = make_trainer(tmp_path, max_epochs=8, accumulate_grad_batches=accumulated)
+        trainer.fit(module, datamodule=Ids(uneven(6), batch_size=3))
+        weights.append({name: values.clone() for name, values in adapter_parameters(module.model).items()})
+    assert Recording.made
+    assert all(passes.replays > 1 for passes in Recording.made)
+    torch.testing.assert_close(weights[1], weights[0])
