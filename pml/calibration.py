@@ -65,12 +65,15 @@ def calibrate(
             parameters = sum(p.numel() for p in adapter_parameters(module.model).values())
             stored.append(_stored_bits(module, math.ceil(MOST_BITS * parameters / bits_per_token), steps) / parameters)
             module.release()
+            if not stored[-1] > 0:
+                raise InputError(
+                    f"text {text + 1} of {texts} stored nothing in {steps} steps at a learning rate of "
+                    f"{learning_rate:g}; give a lower rate, or more steps"
+                )
             if on_text is not None:
                 on_text(text + 1, stored[-1])
     mean = fmean(stored)
     half = float(stats.t.ppf(0.975, texts - 1)) * stdev(stored) / math.sqrt(texts)
-    if not mean > 0:
-        raise InputError(f"nothing was stored in {steps} steps; give more steps, or another learning rate")
     return Constant(
         placement=adapter.placement,
         guarded=adapter.guard is not None,

@@ -39,6 +39,14 @@ def test_the_constant_is_the_mean_over_texts_with_students_interval(
     assert "block 1, 3 random texts at rank 1" in constant.source
 
 
+def test_a_text_of_which_nothing_stays_ends_it_with_what_to_do(
+    tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_stored_bits", lambda module, *_: 30.0 if module.seed == 0 else 0.0)
+    with pytest.raises(InputError, match=r"text 2 of 3 stored nothing in 300 steps at a learning rate of 0.1; give a"):
+        calibration.calibrate(str(tiny_backbone_folder), "mlp_block", 1)
+
+
 def test_the_command_measures_and_leaves_what_plan_takes(
     tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

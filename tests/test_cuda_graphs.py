@@ -172,6 +172,7 @@ def test_a_fit_of_replayed_steps_is_the_fit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("PML_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pml.frozen_layers, "ReplayedDecoder", partial(ReplayedDecoder, capture=Recording))
     weights = []
     for has_graphs in (False, True):
