@@ -6,19 +6,21 @@ the frozen model's own, so no text has to be true or well written (knowledge dis
 model as its own teacher).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from pml.backbone import Backbone
 from pml.corpus import Example, collate
 from pml.errors import InputError
 from pml.frozen_layers import FrozenLayers, on_device
 from pml.ordinary_text import guard_passages, text_examples
-from pml.scoring import target_logits
+from pml.scoring import target_hidden, target_logits
 
 __all__ = ["KlPenalty", "KlPenaltyConfig", "kl_divergence", "turn_of"]
 
@@ -48,6 +50,33 @@ class KlPenaltyConfig:
                 raise InputError(f"kl_penalty.{name} is {value}; expected at least 1")
 
 
+class _Divergence(torch.autograd.Function):
+    """KL(p || q) of softmax(a) and softmax(b), sum p (a - b) - ln Z_a + ln Z_b, with its gradient q - p by b.
+
+    A pass over (N, V) costs as much as half a product with the head, so what autograd would do apart is done at once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, frozen: Tensor, adapted: Tensor) -> Tensor:
+        a, b = frozen.float(), adapted.float()
+        p, q = a.softmax(dim=-1), b.softmax(dim=-1)
+        divergences = (p * (a - b)).sum(dim=-1) + _log_normaliser(b, q) - _log_normaliser(a, p)
+        ctx.save_for_backward(q.sub_(p).div_(len(q)))
+        ctx.dtype = adapted.dtype
+        return divergences.mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        (by_adapted,) = ctx.saved_tensors
+        return None, (by_adapted * gradient).to(ctx.dtype)
+
+
+def _log_normaliser(logits: Tensor, probabilities: Tensor) -> Tensor:
+    """ln of the sum of exp(logits), by way of the largest, whose probability is nowhere near 0."""
+    return logits.amax(dim=-1) - probabilities.amax(dim=-1).log()
+
+
 def kl_divergence(frozen: Tensor, adapted: Tensor) -> Tensor:
     """KL(frozen || adapted) in nats, the mean over N tokens; float32 whatever the logits are.
 
@@ -55,8 +84,8 @@ def kl_divergence(frozen: Tensor, adapted: Tensor) -> Tensor:
         frozen: Logits (N, V) of the frozen model.
         adapted: Logits (N, V), through which the gradient flows.
     """
-    log_p, log_q = (logits.float().log_softmax(dim=-1) for logits in (frozen, adapted))
-    return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    divergence: Tensor = _Divergence.apply(frozen, adapted)
+    return divergence
 
 
 def turn_of(trainer: Trainer, batch_idx: int) -> int:
@@ -86,6 +115,7 @@ class KlPenalty:
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
         self.passages = [replace(examples[i], target_ids=examples[i].target_ids[: config.tokens]) for i in order]
         self._each = min(config.passages, len(examples))
+        self._hidden: dict[int, Tensor] = {}
 
     def chosen(self, turn: int) -> list[Example]:
         """The passages of a micro-batch, in a fixed order and from the start again after the last.
@@ -104,7 +134,23 @@ class KlPenalty:
             model: The same model whole.
             turn: See `turn_of`.
         """
-        batch = on_device(collate(self.chosen(turn)), model.device)
-        with torch.no_grad(), model.disable_adapter():
-            frozen = target_logits(frozen_layers, model, batch)
-        return kl_divergence(frozen, target_logits(frozen_layers, model, batch))
+        passages = self.chosen(turn)
+        batch = on_device(collate(passages), model.device)
+        return kl_divergence(
+            self._frozen_logits(passages, batch, frozen_layers, model), target_logits(frozen_layers, model, batch)
+        )
+
+    @torch.no_grad()
+    def _frozen_logits(
+        self, passages: Sequence[Example], batch: dict[str, Any], frozen_layers: FrozenLayers, model: PeftModel
+    ) -> Tensor:
+        """Logits (N, V) of the frozen model; where no more than a head follows, its final hidden states are kept."""
+        head = frozen_layers.head
+        if head is None:
+            with model.disable_adapter():
+                return target_logits(frozen_layers, model, batch)
+        if any(passage.example_id not in self._hidden for passage in passages):
+            with model.disable_adapter():
+                hidden = target_hidden(frozen_layers, batch).split([len(p.target_ids) for p in passages])
+            self._hidden.update(zip((p.example_id for p in passages), hidden, strict=True))
+        return nn.functional.linear(torch.cat([self._hidden[p.example_id] for p in passages]), head.weight, head.bias)

@@ -10,7 +10,7 @@ from pml.frozen_layers import FrozenLayers
 from pml.token_loss import TokenLosses, against_the_rest, is_argmax, token_losses
 from pml.weighting import TokenScores
 
-__all__ = ["score_batch", "target_logits"]
+__all__ = ["score_batch", "target_hidden", "target_logits"]
 
 
 def score_batch(
@@ -27,7 +27,7 @@ def score_batch(
     _, cells, targets = batch["supervised"]
     rows, steps = len(batch["input_ids"]), max(batch["input_ids"].shape[1] - 1, 1)
     if frozen_layers.head is not None:
-        hidden = _target_hidden(frozen_layers, batch)
+        hidden = target_hidden(frozen_layers, batch)
         scored = token_losses(hidden, frozen_layers.head, targets, gradient_above)
     else:
         logits = target_logits(frozen_layers, model, batch).float()
@@ -46,7 +46,7 @@ def score_batch(
 def target_logits(frozen_layers: FrozenLayers, model: PeftModel, batch: dict[str, Any]) -> Tensor:
     """Logits (N, V) of the positions that predict the N target tokens, held whole; see `score_batch`."""
     if frozen_layers.head is not None:
-        hidden = _target_hidden(frozen_layers, batch)
+        hidden = target_hidden(frozen_layers, batch)
         return nn.functional.linear(hidden, frozen_layers.head.weight, frozen_layers.head.bias)
     # A head that caps or scales its logits is asked as a whole.
     steps = max(batch["input_ids"].shape[1] - 1, 1)
@@ -54,6 +54,6 @@ def target_logits(frozen_layers: FrozenLayers, model: PeftModel, batch: dict[str
     return logits.flatten(0, 1).index_select(0, batch["supervised"][0])
 
 
-def _target_hidden(frozen_layers: FrozenLayers, batch: dict[str, Any]) -> Tensor:
+def target_hidden(frozen_layers: FrozenLayers, batch: dict[str, Any]) -> Tensor:
     """Final hidden states (N, d) at the positions that predict the target tokens."""
     return frozen_layers.final_hidden(batch).flatten(0, 1).index_select(0, batch["supervised"][0])

@@ -50,6 +50,19 @@ def test_the_divergence_is_that_of_the_distributions() -> None:
     assert kl_divergence(frozen, adapted).item() == pytest.approx(expected / 2, rel=1e-5)
 
 
+def test_its_gradient_is_the_one_that_autograd_finds() -> None:
+    generator = torch.Generator().manual_seed(2)
+    frozen, adapted = (8 * torch.randn(5, 40, generator=generator) for _ in range(2))
+    adapted.requires_grad_()
+    (3 * kl_divergence(frozen, adapted)).backward()
+    exact = adapted.detach().double().requires_grad_()
+    log_p, log_q = frozen.double().log_softmax(-1), exact.log_softmax(-1)
+    (3 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()).backward()
+    assert adapted.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(adapted.grad, exact.grad.float(), rtol=1e-5, atol=1e-7)
+
+
 def test_the_divergence_of_bfloat16_logits_is_taken_in_float32() -> None:
     frozen, adapted = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     taken = kl_divergence(frozen, adapted)
@@ -66,6 +79,19 @@ def test_passages_come_in_turn_and_from_the_start_again(sharp: Path) -> None:
     assert all(len(e.target_ids) <= 5 for e in penalty.chosen(0))
     assert KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=3).chosen(1) == penalty.chosen(1)
     assert KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=4).chosen(1) != penalty.chosen(1)
+
+
+def test_what_the_frozen_model_says_is_computed_once(sharp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = module_on(sharp)
+    module.configure_model()
+    penalty = KlPenalty(PASSAGES, module.backbone, seed=1)
+    kicked(module)
+    first = penalty.loss(module.frozen_layers, module.model, 0)
+    calls: list[int] = []
+    above = module.frozen_layers.above
+    monkeypatch.setattr(module.frozen_layers, "above", lambda *kept: calls.append(1) or above(*kept))
+    assert torch.equal(penalty.loss(module.frozen_layers, module.model, 0), first)
+    assert len(calls) == 1
 
 
 def test_a_fresh_adapter_has_no_divergence_and_a_trained_one_that_of_the_whole_models(sharp: Path) -> None:
