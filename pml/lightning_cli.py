@@ -324,6 +324,15 @@ class _ParsedRun(MemorizationCLI):
 class _CheckedRun(_ParsedRun):
     """One of which nothing but the configuration is kept."""
 
+    _made_parser: LightningArgumentParser | None = None
+    """Made once for all cells of a grid: to make it takes a third of the time of one."""
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        if _CheckedRun._made_parser is None:
+            super().setup_parser(*args, **kwargs)
+            _CheckedRun._made_parser = self.parser
+        self.parser = _CheckedRun._made_parser
+
     def __init__(self, args: Sequence[str]) -> None:
         # Lightning takes hyperparameters from here. Dumping them takes a quarter of the time of a grid's cell.
         self.config_dump: dict[str, Any] = {}
