@@ -82,7 +82,7 @@ class Settings:
     block: int | float | list[int] = 2 / 3
     guard: GuardConfig | None = field(default_factory=GuardConfig)
     kl_penalty: KlPenaltyConfig | None = field(default_factory=KlPenaltyConfig)
-    learning_rate: float = 0.015
+    learning_rate: float = 0.03
     margin: float = 0.6
     query_column: str = "query"
     target_column: str = "target"

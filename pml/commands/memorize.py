@@ -50,7 +50,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kl_weight", type=float, default=16.0, help="penalty on changes of ordinary text, see pml.kl_penalty; 0: none"
     )
-    parser.add_argument("--learning_rate", type=float, default=0.015, help="peak learning rate of AdamW")
+    parser.add_argument("--learning_rate", type=float, default=0.03, help="peak learning rate of AdamW")
     parser.add_argument("--margin", type=float, default=0.6, help="probability that every target token has to exceed")
     parser.add_argument("--query_column", type=str, default="query", help="where a row has what is asked")
     parser.add_argument("--target_column", type=str, default="target", help="where it has what has to come back")
