@@ -7,6 +7,7 @@ launches of one forward and one backward pass for one shape of batch, and replay
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -162,7 +163,7 @@ class ReplayedDecoder:
         return plain
 
     def _replay(self, shape: tuple[Any, ...], states: Tensor) -> Tensor:
-        done = lambda: self._waiting.discard(shape)  # noqa: E731
+        done = partial(self._waiting.discard, shape)
         replayed: Tensor = _Replay.apply(self._passes[shape], done, states, *self._parameters.values())
         return replayed
 

@@ -118,13 +118,13 @@ class KlPenalty:
         self._hidden: dict[int, Tensor] = {}
 
     def chosen(self, turn: int) -> list[Example]:
-        """The passages of a micro-batch, in a fixed order and from the start again after the last.
+        """The passages of a micro-batch: always the same together, since what is in a batch decides how it is rounded.
 
         Args:
-            turn: See `turn_of`.
+            turn: See `turn_of`; after the last passages it begins again with the first.
         """
-        first = turn * self._each
-        return [self.passages[(first + i) % len(self.passages)] for i in range(self._each)]
+        first = turn % (len(self.passages) // self._each) * self._each
+        return self.passages[first : first + self._each]
 
     def loss(self, frozen_layers: FrozenLayers, model: PeftModel, turn: int) -> Tensor:
         """Divergence in nats per token on the passages of a micro-batch.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -195,6 +196,9 @@ class MemorizationCLI(LightningCLI):
         Raises:
             InputError: If the backbone, the adapter, the corpus or the checkpoint cannot be had.
         """
+        # A guard runs text through the model, which takes long on a CPU; of several processes, some are yet to start.
+        if self.trainer.world_size == 1:
+            torch.nn.Module.to(self.model.backbone.model, self.trainer.strategy.root_device)
         self.model.configure_model()
         self._build()
 

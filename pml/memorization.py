@@ -206,8 +206,6 @@ class Memorization(LightningModule):
         if self._peft_model is None:
             # Lightning has made its device the default, on which a seed's numbers would be drawn as others.
             with torch.device("cpu"):
-                if self._trainer is not None:  # what a guard runs through the model is faster there
-                    torch.nn.Module.to(self.backbone.model, self._trainer.strategy.root_device)
                 self._peft_model = attach_adapter(self.backbone, self.adapter, self.seed)
             self.train(self.training)
 

@@ -72,10 +72,10 @@ def test_the_divergence_of_bfloat16_logits_is_taken_in_float32() -> None:
 
 def test_passages_come_in_turn_and_from_the_start_again(sharp: Path) -> None:
     penalty = KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=3)
-    count = len(penalty.passages)
-    first_round = [e.example_id for turn in range(count // 2) for e in penalty.chosen(turn)]
-    assert len(set(first_round)) == len(first_round) == count // 2 * 2
-    assert penalty.chosen(count) == penalty.chosen(0)
+    turns = len(penalty.passages) // 2
+    first_round = [e.example_id for turn in range(turns) for e in penalty.chosen(turn)]
+    assert len(set(first_round)) == len(first_round) == 2 * turns
+    assert penalty.chosen(turns + 1) == penalty.chosen(1)
     assert all(len(e.target_ids) <= 5 for e in penalty.chosen(0))
     assert KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=3).chosen(1) == penalty.chosen(1)
     assert KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=4).chosen(1) != penalty.chosen(1)
