@@ -240,14 +240,13 @@ class FrozenLayers:
 
     def _trained(self, **inputs: Tensor) -> Tensor:
         """Final hidden states through the blocks above the cut."""
-        if not torch.is_grad_enabled() or (self._compiled is None and self._replayed is None):
-            return run_decoder(self._suffix, **inputs)
-        if self._compiled is None and self._replayed is not None:
+        if torch.is_grad_enabled() and self._compiled is not None:
+            first = next(iter(inputs.values()))
+            with attention(first.shape[1], first.device), one_sequence_a_row():
+                return self._compiled(**inputs)
+        if torch.is_grad_enabled() and self._replayed is not None:
             return self._replayed(inputs["inputs_embeds"])
-        assert self._compiled is not None
-        first = next(iter(inputs.values()))
-        with attention(first.shape[1], first.device), one_sequence_a_row():
-            return self._compiled(**inputs)
+        return run_decoder(self._suffix, **inputs)
 
     def _below(self, batch: dict[str, Any], row: int, key: bytes) -> tuple[Tensor, ...]:
         """What one example keeps, from the store or computed."""
