@@ -59,6 +59,10 @@ demo: venv ## Write a phone book into an adapter and recall it, then fit the law
 test: fetch ## Run all tests, on all cores with one thread each
 	@OMP_NUM_THREADS=1 pytest -q -n logical --dist worksteal
 
+.PHONY: slow
+slow: fetch ## Run the slow tests as well
+	@OMP_NUM_THREADS=1 pytest -q -n logical --dist worksteal -m "slow or not slow"
+
 .PHONY: lint
 lint: venv ## Check format, lint and types
 	@ruff format --check --quiet . || { echo "error: not formatted; run make format" >&2; exit 1; }

@@ -30,6 +30,7 @@ def fit(config: str, *arguments: str) -> Record:
     return read_record(Path("runs") / Path(config).stem / "version_0" / "record.json")
 
 
+@pytest.mark.slow
 @pytest.mark.backbone
 def test_a_rule_is_memorised_and_its_held_out_part_measured_beside_it(
     default_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -59,6 +60,7 @@ def test_a_rule_is_memorised_and_its_held_out_part_measured_beside_it(
     assert figures["held_out_exact_match"] == figures["held_out_generated_exact_match"]
 
 
+@pytest.mark.slow
 @pytest.mark.backbone
 def test_biographies_are_recorded_with_the_bits_that_were_stored(
     default_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
