@@ -1,4 +1,8 @@
-"""How many bits a parameter stores on your backbone: rank 1 is given more random tokens than it holds."""
+"""How many bits a parameter stores on your backbone: rank 1 is given more random tokens than it holds.
+
+Adapters are trained as `pml memorize` trains them, a few short pairs at a time. How an adapter is trained decides what
+it stores as much as where it sits: with one long text at a high rate and no penalty it stores twice as much.
+"""
 
 import math
 from collections.abc import Callable
@@ -15,6 +19,8 @@ from pml.backbone import load_backbone, shared_backbones
 from pml.bare_trainer import bare_trainer
 from pml.errors import InputError
 from pml.guard import GuardConfig
+from pml.kl_penalty import KlPenaltyConfig
+from pml.memorizing import LEARNING_RATE, PER_STEP
 from pml.modules import SFT
 from pml.recall import score_corpus
 from pml.storage_constants import Constant
@@ -24,16 +30,20 @@ __all__ = ["calibrate"]
 MOST_BITS = 1.6
 """Bits a parameter that each adapter is given to hold; none stored more than 1.3 here."""
 
+PAIR_TOKENS = 24
+"""Target tokens of a pair, as many as a fact or a key has."""
+
 
 def calibrate(
     backbone: str,
     placement: str | list[str] | None = None,
     block: int | float | list[int] = 2 / 3,
     guard: GuardConfig | None = None,
+    kl_penalty: KlPenaltyConfig | None = None,
     *,
     texts: int = 3,
     steps: int = 300,
-    learning_rate: float = 0.1,
+    learning_rate: float = LEARNING_RATE,
     on_text: Callable[[int, float], None] | None = None,
 ) -> Constant:
     """Measure bits per trainable parameter at one placement.
@@ -43,7 +53,8 @@ def calibrate(
         placement: See `pml.adapter.AdapterConfig`; None is all linear layers of the block.
         block: See there.
         guard: What the adapters are guarded with; None guards nothing.
-        texts: Different texts, with an adapter each.
+        kl_penalty: What keeps the model as it was on ordinary text; None penalises nothing.
+        texts: Different sets of random pairs, with an adapter each.
         steps: Optimiser steps for each.
         learning_rate: Peak learning rate of AdamW.
         on_text: Called after each text with its number, from 1, and its bits per parameter.
@@ -60,7 +71,9 @@ def calibrate(
         bits_per_token = math.log2(loaded.vocab_size)
         where = ", ".join(map(str, adapter.block_indices(len(loaded.blocks))))
         for text in range(texts):
-            module = SFT(backbone=backbone, adapter=adapter, learning_rate=learning_rate, seed=text)
+            module = SFT(
+                backbone=backbone, adapter=adapter, learning_rate=learning_rate, kl_penalty=kl_penalty, seed=text
+            )
             module.configure_model()
             parameters = sum(p.numel() for p in adapter_parameters(module.model).values())
             stored.append(_stored_bits(module, math.ceil(MOST_BITS * parameters / bits_per_token), steps) / parameters)
@@ -82,19 +95,16 @@ def calibrate(
         low=max(mean - half, min(stored) / 2),
         high=mean + half,
         interval="95 %",
-        source=f"{backbone}, block {where}, {texts} random texts at rank 1, {steps} steps at {learning_rate:g}",
+        source=f"{backbone}, block {where}, {texts} sets of random pairs at rank 1, {steps} steps at {learning_rate:g}"
+        + (f", KL penalty {kl_penalty.weight:g}" if kl_penalty is not None else ""),
     )
 
 
 def _stored_bits(module: SFT, tokens: int, steps: int) -> float:
-    """Bits of one random text that its adapter holds after training."""
-    most = module.max_positions
+    """Bits of random pairs that their adapter holds after training."""
+    length = min(tokens, PAIR_TOKENS)
     data: Any = import_module("data_modules").RandomTokens(
-        # Several targets where one would not fit into the context, or would take long.
-        length=min(tokens, 256 if most is None else min(256, most // 2)),
-        count=max(1, round(tokens / 256)),
-        batch_size=None,
-        seed=module.seed,
+        length=length, count=math.ceil(tokens / length), prompt="pair", batch_size=PER_STEP, seed=module.seed
     )
     trainer = bare_trainer(max_steps=steps, max_epochs=-1)
     trainer.fit(module, datamodule=data)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["serve"]
 
-BATCH = 8
+BATCH = 32
 """Prompts decoded together, padded on the left as servers do it."""
 
 BEYOND = 4

@@ -10,6 +10,7 @@ import pytest
 from pml import calibration
 from pml.cli import main
 from pml.errors import InputError
+from pml.kl_penalty import KlPenaltyConfig
 from pml.modules import SFT
 from pml.storage_constants import read_constants
 
@@ -18,15 +19,21 @@ def test_the_constant_is_the_mean_over_texts_with_students_interval(
     tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
+    penalty = KlPenaltyConfig(weight=2)
 
     def stored(module: SFT, tokens: int, steps: int) -> float:
+        assert module.kl_penalty == penalty
         asked.append((tokens, module.seed))
         return 64 * (0.4, 0.5, 0.6)[module.seed]  # 2 d parameters at rank 1
 
     monkeypatch.setattr(calibration, "_stored_bits", stored)
     told: list[tuple[int, float]] = []
     constant = calibration.calibrate(
-        str(tiny_backbone_folder), "mlp_block", 1, on_text=lambda number, bits: told.append((number, bits))
+        str(tiny_backbone_folder),
+        "mlp_block",
+        1,
+        kl_penalty=penalty,
+        on_text=lambda number, bits: told.append((number, bits)),
     )
     assert [number for number, _ in told] == [1, 2, 3]
     assert [bits for _, bits in told] == pytest.approx([0.4, 0.5, 0.6])
@@ -36,14 +43,14 @@ def test_the_constant_is_the_mean_over_texts_with_students_interval(
     assert constant.low == pytest.approx(0.5 - 4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
     # 1.6 bits a parameter, 259 tokens in the vocabulary.
     assert asked == [(math.ceil(1.6 * 64 / math.log2(259)), seed) for seed in range(3)]
-    assert "block 1, 3 random texts at rank 1" in constant.source
+    assert "block 1, 3 sets of random pairs at rank 1, 300 steps at 0.03, KL penalty 2" in constant.source
 
 
 def test_a_text_of_which_nothing_stays_ends_it_with_what_to_do(
     tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "_stored_bits", lambda module, *_: 30.0 if module.seed == 0 else 0.0)
-    with pytest.raises(InputError, match=r"text 2 of 3 stored nothing in 300 steps at a learning rate of 0.1; give a"):
+    with pytest.raises(InputError, match=r"text 2 of 3 stored nothing in 300 steps at a learning rate of 0.03; give a"):
         calibration.calibrate(str(tiny_backbone_folder), "mlp_block", 1)
 
 
@@ -51,7 +58,8 @@ def test_the_command_measures_and_leaves_what_plan_takes(
     tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "own.json"
-    common = [f"--backbone={tiny_backbone_folder}", "--block=1", "--guard=false", "--texts=2", f"--out={out}"]
+    common = [f"--backbone={tiny_backbone_folder}", "--block=1", "--guard=false", "--kl_penalty=false", "--texts=2"]
+    common.append(f"--out={out}")
     asked = ["calibrate", *common, "--placement=mlp_block", "--learning_rate=0.05"]
     assert main([*asked, "--steps=100", "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)

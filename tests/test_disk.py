@@ -3,7 +3,6 @@
 import errno
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ assert fits.torch.get_num_threads() == 1
 
 MENDED = "PML_TEST_DISK_IS_MENDED"
 BEFORE, MIDDLE, LAST = STEPS = (-1, 5, 9)
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def fill_disk(pages: int) -> None:
@@ -294,11 +291,12 @@ def test_a_cache_whose_disk_is_full_keeps_no_more(small_disk: Path, caplog: pyte
     assert caplog.text.count("the frozen-layer cache takes no more of the disk (No space left on device)") == 1
 
 
-def test_what_is_printed_onto_a_full_disk(tmp_path: Path) -> None:
+def test_what_is_printed_onto_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_simulated_grid(tmp_path / "grid")
-    command = [sys.executable, "-m", "pml", "law", str(tmp_path / "grid")]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
+        monkeypatch.setattr("sys.stdout", full)
+        assert main(["law", str(tmp_path / "grid")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line == "pml law: error: No space left on device; expected room to write; files that were whole still are"

@@ -207,8 +207,14 @@ def test_twenty_training_steps_end_alike_split_and_whole(
 @pytest.mark.backbone
 @pytest.mark.parametrize(
     "config",
-    [AdapterConfig(rank=4, block=20), AdapterConfig(rank=4, block=[1, 3], placement=["down_proj"])],
-    ids=["mlp_block at 20", "down_proj at 1 and 3"],
+    [
+        pytest.param(AdapterConfig(rank=4, block=20), id="mlp_block at 20"),
+        pytest.param(
+            AdapterConfig(rank=4, block=[1, 3], placement=["down_proj"]),
+            id="down_proj at 1 and 3",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_the_default_backbone_agrees_with_itself_split(config: AdapterConfig, default_backbone: Backbone) -> None:
     generator = torch.Generator().manual_seed(6)

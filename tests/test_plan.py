@@ -168,6 +168,7 @@ def noisy() -> LawFit:
     return fit_one(runs, "power_offset", recall=RECALL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_profiles")
 def test_the_interval_of_a_rank_covers_the_rank_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     # As of 360 ranks up to 4096, in less time.

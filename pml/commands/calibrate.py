@@ -1,7 +1,7 @@
 """Measure how many bits a trainable parameter stores on your backbone, for pml plan: minutes, once per placement.
 
-Adapters of rank 1 are trained on random tokens, more than they hold. What comes out is a mean with its 95 % interval,
-and with --out a file that `pml plan PAIRS --constants FILE` takes.
+Adapters of rank 1 are trained on pairs of random tokens, more than they hold, as `pml memorize` trains. What comes out
+is a mean with its 95 % interval, and with --out a file that `pml plan PAIRS --constants FILE` takes.
 """
 
 from pathlib import Path
@@ -21,9 +21,10 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument("--block", type=int | float | list[int], default=2 / 3, help="block, blocks or depth")
     parser.add_argument("--guard", type=bool, default=True, help="measure adapters that are guarded")
+    parser.add_argument("--kl_penalty", type=bool, default=True, help="measure adapters that are trained with it")
     parser.add_argument("--texts", type=int, default=3, help="different texts, with an adapter each")
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps for each text")
-    parser.add_argument("--learning_rate", type=float, default=0.1, help="peak learning rate of AdamW")
+    parser.add_argument("--learning_rate", type=float, default=0.03, help="peak learning rate of AdamW")
     parser.add_argument("--out", type=Path | None, help="file to write or to add to")
     parser.add_argument("--json", action="store_true", help="print JSON: bits_per_parameter, low, high")
 
@@ -33,6 +34,7 @@ def run(args: jsonargparse.Namespace) -> int:
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.calibration import calibrate
     from pml.guard import GuardConfig
+    from pml.kl_penalty import KlPenaltyConfig
     from pml.lightning_cli import prepare
     from pml.records import write_json
     from pml.storage_constants import CONSTANTS_VERSION, ConstantsFile, read_constants_file
@@ -44,6 +46,7 @@ def run(args: jsonargparse.Namespace) -> int:
         args.placement,
         args.block,
         GuardConfig() if args.guard else None,
+        KlPenaltyConfig() if args.kl_penalty else None,
         texts=args.texts,
         steps=args.steps,
         learning_rate=args.learning_rate,

@@ -149,17 +149,21 @@ def test_an_adapter_beside_a_whole_mlp_serves_what_was_certified_with_pml_adapte
 
 
 @pytest.mark.backbone
-def test_the_default_backbone_serves_what_was_certified(default_backbone: Backbone, tmp_path: Path) -> None:
-    texts = {
-        "mlp_block": ["0042", "It ends with <|im_end|> and a newline.\r\n", "שלום"],
-        "down_proj": [" 7 ", "ﬁ½ e\u0301", '{"k": [null]}'],
-    }
-    jobs = []
-    for placement, chosen in texts.items():
-        data = Facts(path=str(written(tmp_path, chosen)), batch_size=None)
-        where = placement if placement == "mlp_block" else [placement]
-        # So far up, with room and a rate that suits it, a few steps of a few blocks do.
-        adapter = AdapterConfig(rank=16, placement=where, block=25)
-        module = SFT(backbone=str(fetch_default()), adapter=adapter, learning_rate=0.1, schedule="constant", seed=1)
-        jobs.append(certified(module, data, tmp_path, epochs=80))
-    assert served(jobs, tmp_path) == list(texts.values())
+@pytest.mark.parametrize(
+    ("placement", "texts"),
+    [
+        (["down_proj"], [" 7 ", "ﬁ½ e\u0301", '{"k": [null]}']),
+        pytest.param(
+            "mlp_block", ["0042", "It ends with <|im_end|> and a newline.\r\n", "שלום"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_the_default_backbone_serves_what_was_certified(
+    placement: str | list[str], texts: list[str], default_backbone: Backbone, tmp_path: Path
+) -> None:
+    data = Facts(path=str(written(tmp_path, texts)), batch_size=None)
+    # So far up, with room and a rate that suits it, a few steps of a few blocks do.
+    adapter = AdapterConfig(rank=16, placement=placement, block=25)
+    module = SFT(backbone=str(fetch_default()), adapter=adapter, learning_rate=0.1, schedule="constant", seed=1)
+    assert served([certified(module, data, tmp_path, epochs=80)], tmp_path) == [texts]
