@@ -23,11 +23,9 @@ from pml.adapter import AdapterConfig, adapter_for
 from pml.backbone import load_backbone
 from pml.devices import best_device
 from pml.guard import GuardConfig
+from pml.memorizing import EPOCHS, FEWEST_STEPS, PER_STEP
 from pml.storage import plan_rank
 from pml.storage_constants import read_constants
-
-EPOCHS, FEWEST_STEPS = 80, 400
-"""Of each run; most end before."""
 
 MODULES = ("argparse", "calendar", "configparser", "difflib", "ftplib", "shutil", "statistics", "textwrap", "zipapp")
 
@@ -98,7 +96,7 @@ def main(folder: Path, constants: Path | None) -> None:
             {
                 "data.init_args.path": [str(path)],
                 "model.init_args.adapter.rank": ranks,
-                "trainer.max_epochs": [max(EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(plan.pairs / 4)))],
+                "trainer.max_epochs": [max(EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(plan.pairs / PER_STEP)))],
             }
         )
     (folder / "plans.json").write_text(json.dumps(plans, indent=1))
