@@ -111,6 +111,9 @@ def test_constants_ship_for_what_people_use() -> None:
     assert {"mlp_block", "down_proj", "q_proj v_proj"} <= {
         known.placement if isinstance(known.placement, str) else " ".join(known.placement) for known in shipped
     }
+    # What `pml memorize` plans with.
+    every_linear_layer = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert constant_for(every_linear_layer, True, shipped)[1] == []
     assert all(known.low < known.bits_per_parameter < known.high and known.source for known in shipped)
 
 
