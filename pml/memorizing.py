@@ -207,6 +207,11 @@ def memorize(
     return made
 
 
+def most_epochs(pairs: int) -> int:
+    """Epochs of one attempt at most, for so many pairs."""
+    return max(EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(pairs / PER_STEP)))
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a training stands after an epoch.
@@ -273,13 +278,12 @@ def _train(
         if learnt:
             grow(module.model, learnt)
         stop = observers.StopWhenRecalled(chosen.margin)
-        batches = math.ceil(len(data.corpus) / PER_STEP)
         callbacks = [stop, observers.Generalization(), observers.Harm()]
         callbacks.append(observers.RunRecord(dirpath=str(folder), overwrite=True))
         if on_progress is not None:
             callbacks.append(_Watch(chosen.margin, adapter.rank, on_progress))
         trainer = bare_trainer(
-            max_epochs=max(EPOCHS, math.ceil(FEWEST_STEPS / batches)),
+            max_epochs=most_epochs(len(data.corpus)),
             callbacks=callbacks,
             default_root_dir=folder,
         )

@@ -37,14 +37,10 @@ def test_a_run_can_be_made(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def every_value_once(parts: list[dict[str, list[Any]]]) -> list[dict[str, list[Any]]]:
-    """Cells, as grids of one, that together have every value of every key: as few as that takes.
-
-    Of a row of whole numbers the ends do: what is between them parses as they do.
-    """
+    """Cells, as grids of one, that together have every value of every key: as few as that takes."""
     seen: dict[str, list[Any]] = {}
     cells = []
     for part in parts:
-        part = {key: sorted({min(v), max(v)}) if all(type(n) is int for n in v) else v for key, v in part.items()}
         new = {key: [v for v in values if v not in seen.get(key, [])] or values[:1] for key, values in part.items()}
         longest = max(map(len, new.values()))
         cells += [{key: [values[i % len(values)]] for key, values in new.items()} for i in range(longest)]

@@ -8,7 +8,6 @@ With a second argument, a file of `pml calibrate --out`, ranks are planned with 
 
 import ast
 import json
-import math
 import random
 import string
 import sys
@@ -23,7 +22,7 @@ from pml.adapter import AdapterConfig, adapter_for
 from pml.backbone import load_backbone
 from pml.devices import best_device
 from pml.guard import GuardConfig
-from pml.memorizing import EPOCHS, FEWEST_STEPS, PER_STEP
+from pml.memorizing import most_epochs
 from pml.storage import plan_rank
 from pml.storage_constants import read_constants
 
@@ -96,7 +95,7 @@ def main(folder: Path, constants: Path | None) -> None:
             {
                 "data.init_args.path": [str(path)],
                 "model.init_args.adapter.rank": ranks,
-                "trainer.max_epochs": [max(EPOCHS, math.ceil(FEWEST_STEPS / math.ceil(plan.pairs / PER_STEP)))],
+                "trainer.max_epochs": [most_epochs(plan.pairs)],
             }
         )
     (folder / "plans.json").write_text(json.dumps(plans, indent=1))
