@@ -9,7 +9,7 @@ import typing
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jsonargparse
 import torch
@@ -66,7 +66,7 @@ class _SaveConfig(SaveConfigCallback):
             folder = own or folder_of_loggers(trainer)
             if trainer.is_global_zero:
                 with whole_file(folder / CONFIG_NAME) as file:
-                    file.write(self.parser.dump(self.config, skip_unset=False).encode())
+                    file.write(self.parser.dump(self.config, skip_unset=False, skip_validation=True).encode())
         self.already_saved = True
 
 
@@ -78,6 +78,9 @@ class MemorizationCLI(LightningCLI):
         run: Whether a subcommand is expected and run; otherwise `args` are those of `pml fit`, everything is made, and
             `run_fit` does what is left.
     """
+
+    _parsers: ClassVar[dict[tuple[Any, ...], dict[str, Any]]] = {}
+    """Made once for all fits of a process, such as the cells of a grid: it takes a fifth of the time of parsing one."""
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         self._fit_alone = not run
@@ -103,6 +106,14 @@ class MemorizationCLI(LightningCLI):
             args=None if args is None else list(args),
             run=run,
         )
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        made = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
+        key = (self._fit_alone, *self._commands)
+        if key not in self._parsers:
+            super().setup_parser(*args, **kwargs)
+            self._parsers[key] = {name: getattr(self, name) for name in made if hasattr(self, name)}
+        vars(self).update(self._parsers[key])
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The subcommand that is asked for, with the arguments that it does not take."""
@@ -149,6 +160,13 @@ class MemorizationCLI(LightningCLI):
         if command in ("fit", None) and (run := run_to_go_on_in(Path(options["ckpt_path"]))):
             self._goes_on = run, checkpoint
         super()._parse_ckpt_path()
+
+    def _dump_config(self) -> None:
+        # Lightning would validate what has just been parsed once more, which takes longer than the rest of this.
+        if not hasattr(self, "config_dump"):
+            text = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, skip_validation=True)
+            dumped = yaml.safe_load(text)
+            self.config_dump = dumped.get(self.config.get("subcommand"), dumped)
 
     def instantiate_classes(self) -> None:
         options = self.config.get(str(self.config.get("subcommand")), self.config)
@@ -327,15 +345,6 @@ class _ParsedRun(MemorizationCLI):
 
 class _CheckedRun(_ParsedRun):
     """One of which nothing but the configuration is kept."""
-
-    _made_parser: LightningArgumentParser | None = None
-    """Made once for all cells of a grid: to make it takes a third of the time of one."""
-
-    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        if _CheckedRun._made_parser is None:
-            super().setup_parser(*args, **kwargs)
-            _CheckedRun._made_parser = self.parser
-        self.parser = _CheckedRun._made_parser
 
     def __init__(self, args: Sequence[str]) -> None:
         # Lightning takes hyperparameters from here. Dumping them takes a quarter of the time of a grid's cell.

@@ -269,7 +269,7 @@ def test_a_sweep_stops_with_one_line_and_what_is_done_stays_done(
 def test_a_command_that_cannot_write_what_it_made(
     command: str, read_only: bool, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_simulated_grid(tmp_path / "grid")
+    write_simulated_grid(tmp_path / "grid", ranks=(1, 2, 4), lengths=(128, 256), seeds=(0,))
     Path("grid").symlink_to(tmp_path / "grid")
     if read_only:
         mount("-o", "remount,ro", str(small_disk))
@@ -294,7 +294,7 @@ def test_a_cache_whose_disk_is_full_keeps_no_more(small_disk: Path, caplog: pyte
 def test_what_is_printed_onto_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_simulated_grid(tmp_path / "grid")
+    write_simulated_grid(tmp_path / "grid", ranks=(1, 2, 4), lengths=(128, 256), seeds=(0,))
     with open("/dev/full", "w") as full:
         monkeypatch.setattr("sys.stdout", full)
         assert main(["law", str(tmp_path / "grid")]) == 2
