@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pml.last_seen import Standing
 from pml.stubborn import stubborn_table
+from pml.tables import markdown_table
 from pml.token_history import History
 from pml.token_pictures import by_position, grid_image, history_image
 
@@ -42,7 +43,7 @@ def show_look(
     def text(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
-    writer.add_text("tokens/most_stubborn", stubborn_table(standing, targets, text), step)
+    writer.add_text("tokens/most_stubborn", markdown_table(stubborn_table(standing, targets, text)), step)
 
 
 def show_history(logger: TensorBoardLogger, history: History, threshold: float) -> None:

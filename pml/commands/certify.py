@@ -22,7 +22,7 @@ import jsonargparse
 from pml.commands._console import make_console, one_line
 from pml.commands._facts import add_adapter_arguments, base_of, check_adapter_arguments, read_facts
 from pml.errors import InputError
-from pml.escape import say, say_json
+from pml.escape import say, say_json, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -154,8 +154,7 @@ def _print(
     decodings: "Sequence[Decoding]",
     show: int,
 ) -> None:
-    from rich import box
-    from rich.table import Table
+    from pml.tables import TextTable, rich_table
 
     counts = Counter(known.verdict for known in certificates)
     say(
@@ -164,43 +163,36 @@ def _print(
         f"{rounding[asked.dtype].logits:.2g} in logits, seen on {rounding[asked.dtype].tokens} tokens)"
     )
     console = make_console()
-    table = Table("pair", "query", "verdict", "at token", "p", "margin", "next best", box=box.SIMPLE_HEAD)
-    ranked = sorted(certificates, key=lambda known: known.margin)
-    for known in ranked[:show]:
-        example = known.example
-        table.add_row(
-            str(example.example_id),
-            _short(example.query),
+    pairs = [
+        (
+            str(known.example.example_id),
+            shortened(one_line(known.example.query), SHORT),
             known.verdict,
-            f"{known.position + 1} of {len(example.target_ids)}",
+            f"{known.position + 1} of {len(known.example.target_ids)}",
             f"{known.probability:.3f}",
             f"{known.margin:+.2f}",
-            _short(f"{asked.encoder.decode([known.rival])!r}"),
+            shortened(one_line(f"{asked.encoder.decode([known.rival])!r}"), SHORT),
         )
-    console.print(table)
-    if len(ranked) > show:
-        say(f"{len(ranked) - show} more pairs, with larger margins (--show)")
-    ways = Table(
-        "decoded in", "prompts", "cache", "came back", "margins move by", "certain beyond that", box=box.SIMPLE_HEAD
-    )
-    for way in decodings:
-        moved = rounding[way.dtype].logits
-        beyond = sum(float(known.margins.min()) > moved for known in certificates)
-        ways.add_row(
+        for known in sorted(certificates, key=lambda known: known.margin)[:show]
+    ]
+    of_pair = ("pair", "query", "verdict", "at token", "p", "margin", "next best")
+    console.print(rich_table(TextTable("", of_pair, pairs, words=range(7))))
+    if len(certificates) > show:
+        say(f"{len(certificates) - show} more pairs, with larger margins (--show)")
+    ways = [
+        (
             way.dtype,
             "one by one" if way.batch_size == 1 else f"{way.batch_size} together",
             "with" if way.cache else "without",
             f"{way.exact} of {way.pairs}",
-            f"up to {moved:.2g}",
-            str(beyond),
+            f"up to {rounding[way.dtype].logits:.2g}",
+            str(sum(float(known.margins.min()) > rounding[way.dtype].logits for known in certificates)),
         )
-    console.print(ways)
+        for way in decodings
+    ]
+    of_way = ("decoded in", "prompts", "cache", "came back", "margins move by", "certain beyond that")
+    console.print(rich_table(TextTable("", of_way, ways, words=range(6))))
     sys.stdout.flush()
-
-
-def _short(text: str) -> str:
-    line = one_line(text)
-    return line if len(line) <= SHORT else f"{line[: SHORT - 3]}..."
 
 
 def _plain(

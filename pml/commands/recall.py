@@ -18,7 +18,7 @@ import jsonargparse
 from pml.commands._console import make_console, one_line
 from pml.commands._facts import add_adapter_arguments, check_adapter_arguments, open_adapter
 from pml.errors import InputError
-from pml.escape import say, say_json
+from pml.escape import say, say_json, shortened
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -199,5 +199,4 @@ def _alike(text: str, target: str) -> int:
 
 
 def _short(text: str) -> str:
-    line = one_line(text)
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+    return shortened(one_line(text), LONGEST)

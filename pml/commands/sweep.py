@@ -64,7 +64,7 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.grid import ERROR_NAME, Grid, read_grid, resolve
     from pml.stopping import Stopped
     from pml.sweep import Outcome, claims_of, run_cells, set_failures_aside
-    from pml.tables import records_table
+    from pml.tables import records_table, rich_table
 
     grid: Grid = read_grid(args.grid)
     cells = resolve(grid)
@@ -95,7 +95,7 @@ def run(args: jsonargparse.Namespace) -> int:
         raise
     records = {outcome.cell.folder: outcome.record for outcome in outcomes if outcome.record is not None}
     if records and not args.json:
-        make_console().print(records_table(records))
+        make_console().print(rich_table(records_table(records)))
     if args.json:
         say_json([_plain(outcome) for outcome in outcomes])
     for outcome in outcomes:

@@ -33,9 +33,9 @@ def over_grid(runs: Iterable[Observation], value: Callable[[Observation], float]
     return {point: float(np.mean(values)) for point, values in found.items()}
 
 
-def is_grid(values: Values) -> bool:
-    """Whether there are several ranks and several lengths."""
-    return all(len(set(found)) > 1 for found in zip(*values, strict=True)) if values else False
+def is_grid(points: Iterable[tuple[int, int]]) -> bool:
+    """Whether these points, rank and length of each, have several ranks and several lengths."""
+    return sum(len(set(found)) > 1 for found in zip(*points, strict=True)) == 2
 
 
 def heat_map_figure(values: Values, title: str, shade: Shade) -> Figure:

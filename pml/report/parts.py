@@ -1,4 +1,4 @@
-"""What a page is put together from: figures with their words, and words for numbers."""
+"""What a page is put together from: sections, figures with their words, and words for numbers."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -7,8 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from pml.figures import NothingToShow, png_bytes, settle, svg_data_uri
+from pml.law import Equation
+from pml.tables import TextTable
 
-__all__ = ["Panel", "count", "draw", "shown", "spans"]
+__all__ = ["Panel", "Section", "count", "draw", "shown", "spans"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,31 @@ class Panel:
     alt: str
     svg: str
     png: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with what stands below it, in this order.
+
+    Attributes:
+        title: The heading.
+        equation: A law; the page shows it as HTML, and what its measures of fit mean.
+        sentences: Paragraphs.
+        warnings: Why to trust it less than its numbers suggest.
+        panels: Figures.
+        tables: Tables.
+    """
+
+    title: str
+    equation: Equation | None = None
+    sentences: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
+    tables: list[TextTable] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Whether anything stands below the heading."""
+        return bool(self.equation or self.sentences or self.warnings or self.panels or self.tables)
 
 
 def draw(name: str, title: str, caption: str, alt: str, make: Callable[[], Figure]) -> list[Panel]:
