@@ -180,7 +180,7 @@ class TestLawFigure:
         legends = [axes.get_legend() for axes in panels(figure)[:2]]
         assert [[text.get_text() for text in legend.get_texts()] for legend in legends if legend] == [
             ["64", "128", "256", "saturated"],
-            ["1", "2", "4", "6"],
+            ["1", "2", "4", "6", "saturated"],
         ]
 
     @pytest.mark.parametrize("count", [3, 7, 8, 12])

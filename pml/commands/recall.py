@@ -65,20 +65,13 @@ def run(args: jsonargparse.Namespace) -> int:
     if not args.temperature > 0 or math.isinf(args.temperature):
         raise InputError(f"--temperature is {args.temperature}; expected a number above 0")
     check_adapter_arguments(args)
-    if args.adapter is not None:
-        results = [_ask(args.adapter, args)]
-        if args.json:
-            say_json(results)
-        return 0
-    records = read_records([run_folder(args.run)])
+    records = {} if args.run is None else read_records([run_folder(args.run)])
     for folder, record in records.items():
         if record.status == "diverged":
-            say(
-                f"note: {folder} diverged: its final loss is not a finite number, so it is left out",
-                to=sys.stderr,
-            )
+            say(f"note: {folder} diverged: its final loss is not a finite number, so it is left out", to=sys.stderr)
+    folders = [folder for folder, record in records.items() if record.status != "diverged"]
     with shared_backbones():
-        results = [_ask(folder, args) for folder, record in records.items() if record.status != "diverged"]
+        results = [_ask(folder, args) for folder in (folders if args.adapter is None else [args.adapter])]
     if args.json:
         say_json(results)
     return 0

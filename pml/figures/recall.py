@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from pml.figures.style import (
     INK,
@@ -20,7 +21,6 @@ from pml.figures.style import (
     looks_of,
     new_figure,
     percent_axis,
-    plain_log,
 )
 from pml.records import Record
 from pml.token_results import FirstPositions, RankCorrelation
@@ -61,7 +61,7 @@ def recall_figure(methods: Mapping[str, Iterable[Record]], measure: Measure) -> 
                 continue
             _draw_recall(axes, runs, lengths[i], measure, looks)
             axes.set_title(f"{lengths[i]:,} tokens", fontsize=10)
-            logarithmic(axes, "x", ranks)
+            logarithmic(axes, ranks)
             axes.xaxis.set_tick_params(labelbottom=True)
             percent_axis(axes)
             if i % columns == 0:
@@ -104,8 +104,11 @@ def first_failure_figure(positions: FirstPositions, correlation: RankCorrelation
             alpha=0.85,
             zorder=2,
         )
-        plain_log(axes, "x")
-        plain_log(axes, "y")
+        axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axis.set_minor_formatter(NullFormatter())
         margin = edge**0.06 * 1.05
         axes.set(xlim=(1 / margin, edge * margin), ylim=(1 / margin, edge * margin))
         axes.set(xlabel="first token with p <= 0.5", ylabel="first wrong token")

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, SymmetricalLogLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter, SymmetricalLogLocator
 
 from pml.figures.style import PAPER, NothingToShow, dashes, legend_below, literal, looks_of, new_figure, percent_axis
 
@@ -112,5 +112,5 @@ def _step_axis(axes: Axes, last: int) -> None:
     axes.xaxis.set_major_locator(
         SymmetricalLogLocator(base=10, linthresh=1, subs=(1.0, 2.0, 5.0) if last < 300 else (1.0, 3.0))
     )
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -7,6 +7,7 @@ example, all of it.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,31 +162,24 @@ def _learning_panel(
 
 
 def _first_failure_panel(anchor: str, of: str, failures: list[FirstPositions], steps: list[int]) -> list[Panel]:
-    positions = FirstPositions.joined(failures) if failures else None
-    found = rank_correlation(positions) if positions is not None else None
-    if positions is None or found is None:
+    if not failures:
         return []
-    when = (
-        f" Each run at the last look at which half of its targets had a wrong token (step {spans(steps)})."
-        if steps
-        else ""
-    )
-    alone = (
-        ""
-        if found.rho_of_failing is None
-        else f"; without them \N{GREEK SMALL LETTER RHO} is {found.rho_of_failing:.3f}"
-    )
-    unfailing = (
-        f" {count(found.unfailing, 'target')} without a wrong token count as failing at the end{alone}."
-        if found.unfailing
-        else ""
-    )
+    positions = FirstPositions(*(np.concatenate(column) for column in zip(*failures, strict=True)))
+    found = rank_correlation(positions)
+    if found is None:
+        return []
+    rho, remarks = "\N{GREEK SMALL LETTER RHO}", ""
+    if steps:
+        remarks += f" Each run at the last look at which half of its targets had a wrong token (step {spans(steps)})."
+    if found.unfailing:
+        alone = "" if found.rho_of_failing is None else f"; without them {rho} is {found.rho_of_failing:.3f}"
+        remarks += f" {count(found.unfailing, 'target')} without a wrong token count as failing at the end{alone}."
     return draw(
         f"{anchor}-first-failure",
         "Where targets first fail",
         f"First wrong token against first token with p <= 0.5, {count(found.targets, 'target')}; "
-        f"\N{GREEK SMALL LETTER RHO}: Spearman's rank correlation. No point can lie below the line, so a part of it is "
-        f"there by construction; the paper reports 0.908.{when}{unfailing}",
+        f"{rho}: Spearman's rank correlation. No point can lie below the line, so a part of it is there by "
+        f"construction; the paper reports 0.908.{remarks}",
         f"{of}: first wrong token against first token with p <= 0.5: Spearman's rho {found.rho:.3f} over "
         f"{count(found.targets, 'target')}.",
         lambda: first_failure_figure(positions, found),
@@ -205,27 +199,22 @@ def _target_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
         ids, starts, lengths = np.unique(history.example_id, return_index=True, return_counts=True)
         if len(ids) < 2:
             continue
-        weakest = {method: np.fmin.reduceat(run.history.probability[-1], starts) for method, run in runs.items()}
-        order = np.argsort(np.min(np.stack(list(weakest.values())), axis=0), kind="stable")[:MOST_TARGETS]
+        weakest = np.min([np.fmin.reduceat(run.history.probability[-1], starts) for run in runs.values()], axis=0)
+        order = np.argsort(weakest, kind="stable")[:MOST_TARGETS]
         try:
             texts = read_targets(folder / CORPUS_NAME, [int(i) for i in ids[order]])
         except InputError:
             texts = {}
+        rows = []
+        for i in order:
+            name = visible_text(texts.get(int(ids[i]), f"number {ids[i]}"))
+            states = [_target_state(run.history, slice(starts[i], starts[i] + lengths[i])) for run in runs.values()]
+            rows.append((shortened(name, MOST_LETTERS), *chain.from_iterable(states)))
         short = short_method_names(runs)
         yield TextTable(
             f"Targets, the {len(order)} weakest of {record.pairs:,}" if len(order) < record.pairs else "Targets",
-            ("target", *(name for method in runs for name in (short[method], "margin"))),
-            [
-                (
-                    shortened(visible_text(texts.get(int(ids[i]), f"number {int(ids[i])}")), MOST_LETTERS),
-                    *(
-                        value
-                        for run in runs.values()
-                        for value in _target_state(run.history, slice(starts[i], starts[i] + lengths[i]))
-                    ),
-                )
-                for i in order
-            ],
+            ("target", *chain.from_iterable((short[method], "margin") for method in runs)),
+            rows,
             words=(0, *range(1, 2 * len(runs) + 1, 2)),
             note="At the end of the run. Margin: by how much the logit of the weakest token exceeds that of the best "
             "other one.",
