@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["by_position", "colours", "grid_image", "history_image", "pool_min", "token_grid"]
+from pml.token_history import History
+
+__all__ = ["colours", "grid_image", "history_image", "pool_min", "token_grid"]
 
 INK, PAPER = "#333333", "#FFFFFF"
 
@@ -90,11 +92,6 @@ def token_grid(
     return pool_min(table, rows, columns)
 
 
-def by_position(position: npt.NDArray[np.int64], example_id: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Order of tokens in which all first tokens of targets come first, then all second ones, and so on."""
-    return np.lexsort((example_id, position))
-
-
 def grid_image(probability: Floats, lengths: Sequence[int], threshold: float = 0.5, title: str = "") -> Pixels:
     """(H, W, 3) picture of every target token at one look.
 
@@ -116,21 +113,19 @@ def grid_image(probability: Floats, lengths: Sequence[int], threshold: float = 0
     return _framed(colours(table, threshold), title, across, pooled, right, down, threshold)
 
 
-def history_image(
-    probability: Floats, step: Sequence[int], position: npt.NDArray[np.int64], threshold: float = 0.5, title: str = ""
-) -> Pixels:
+def history_image(history: History, threshold: float = 0.5, title: str = "") -> Pixels:
     """(H, W, 3) picture of a run: looks from top to bottom, target tokens by position from left to right.
 
     Args:
-        probability: (looks, tokens), in the order of `by_position`.
-        step: (looks,) optimiser steps.
-        position: (tokens,) place in the target, in the same order.
+        history: The looks.
         threshold: Where the colours jump.
         title: A line above it.
     """
-    table = pool_min(probability, HEIGHT // LEAST_CELL, WIDTH)
-    pooled, down = probability.shape[1] > WIDTH, (f"step {step[0]}", f"step {step[-1]}")
-    return _framed(colours(table, threshold), title, "position in target", pooled, position.max(), down, threshold)
+    by_position = history.probability[:, np.lexsort((history.example_id, history.position))]
+    pixels = colours(pool_min(by_position, HEIGHT // LEAST_CELL, WIDTH), threshold)
+    pooled, right = by_position.shape[1] > WIDTH, int(history.position.max())
+    down = (f"step {history.step[0]}", f"step {history.step[-1]}")
+    return _framed(pixels, title, "position in target", pooled, right, down, threshold)
 
 
 def _ramp(stops: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.float64]:

@@ -1,10 +1,11 @@
 """By how much one method differs from another over pairs of runs, with an interval and a verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 from pml.compare.outcomes import Outcome
@@ -65,7 +66,7 @@ def paired_difference(
     outcome: Outcome,
     baseline: Sequence[float],
     method: Sequence[float],
-    samples: Sequence[str | int] | None = None,
+    samples: Sequence[Hashable] | None = None,
     *,
     name: str = "",
     confidence: float = 0.95,
@@ -80,10 +81,8 @@ def paired_difference(
         name: What the method is called.
         confidence: Level of the interval.
     """
-    a, b = np.asarray(baseline, np.float64), np.asarray(method, np.float64)
-    if samples is not None:
-        _, sample, pairs = np.unique(samples, return_inverse=True, return_counts=True)
-        a, b = (np.bincount(sample, values) / pairs for values in (a, b))
+    of = range(len(baseline)) if samples is None else samples
+    a, b = _by_sample(baseline, of), _by_sample(method, of)
     differences = b - a
     # Equal differences of floats are equal but for rounding, which would make an interval of no width.
     rounding = 1e-12 * max(1.0, float(np.abs(a).max()), float(np.abs(b).max()))
@@ -103,3 +102,11 @@ def paired_difference(
         interval=interval,
         confidence=confidence,
     )
+
+
+def _by_sample(values: Sequence[float], samples: Sequence[Hashable]) -> npt.NDArray[np.float64]:
+    """The mean over the pairs of each sample, in the order in which samples appear."""
+    groups: dict[Hashable, list[float]] = {}
+    for value, sample in zip(values, samples, strict=True):
+        groups.setdefault(sample, []).append(value)
+    return np.array([np.mean(group) for group in groups.values()], dtype=np.float64)

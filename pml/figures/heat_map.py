@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pml.figures.style import INK, PAPER, NothingToShow, new_figure, thinned_labels
+from pml.figures.style import INK, PAPER, new_figure, thinned_labels
 from pml.law import Observation
 
 __all__ = ["Shade", "Values", "draw_heat_map", "heat_map_figure", "is_grid", "over_grid"]
@@ -38,19 +38,16 @@ def is_grid(points: Iterable[tuple[int, int]]) -> bool:
     return sum(len(set(found)) > 1 for found in zip(*points, strict=True)) == 2
 
 
-def heat_map_figure(values: Values, title: str, shade: Shade) -> Figure:
-    """A map of one number, as wide as a page's column.
+def heat_map_figure(values: Values, title: str, shade: Shade) -> Figure | None:
+    """A map of one number, as wide as a page's column; None where there is none, or not over a grid.
 
     Args:
         values: What to show.
         title: What it is, with its unit.
         shade: Which end is dark.
-
-    Raises:
-        NothingToShow: If there is no number, or they are not over a grid.
     """
     if not is_grid(values):
-        raise NothingToShow("it takes several ranks and several lengths with this measurement")
+        return None
     with new_figure(4.4) as (figure, axes):
         draw_heat_map(axes, values, title, shade)
     return figure

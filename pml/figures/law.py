@@ -16,13 +16,12 @@ from pml.figures.style import (
     PAPER,
     Looks,
     canvas,
-    draw_point,
-    hollow_handle,
     legend_below,
     literal,
     logarithmic,
     looks_of,
     new_figure,
+    point,
 )
 from pml.law import FORMS, LawFit, Observation, saturated
 
@@ -123,8 +122,8 @@ def residual_figure(fit: LawFit) -> Figure:
             axes.axhspan(-fit.best.rmse_nats, fit.best.rmse_nats, color="#EEEEEE", zorder=0)
             axes.axhline(0.0, color=INK, linewidth=1.0, zorder=1)
             for run, predicted in fit.used:
-                place = getattr(run, field), run.loss_reduction - predicted
-                draw_point(axes, *place, looks[run.target_tokens], size=6.5)
+                style = point(looks[run.target_tokens], size=6.5)
+                axes.plot(getattr(run, field), run.loss_reduction - predicted, **style)
             logarithmic(axes, {getattr(run, field) for run, _ in fit.used})
             axes.set(xlabel=NAMES[field], ylabel="measured - predicted\n(nats per target token)")
     return figure
@@ -149,7 +148,7 @@ def _key(run: Observation) -> tuple[str, int, int, int]:
 def _handles(looks: Looks, hollow: list[Observation]) -> list[Line2D]:
     """Lines with their markers, and what hollow means where something is."""
     lines = [Line2D([], [], color=c, marker=m, markersize=6, label=f"{value:,}") for value, (c, m) in looks.items()]
-    return [*lines, hollow_handle("saturated")] if hollow else lines
+    return [*lines, Line2D([], [], **point((INK, "o"), is_hollow=True, size=7))] if hollow else lines
 
 
 def _draw_reduction(axes: Axes, fit: LawFit, runs: Iterable[Observation], by: By) -> list[Line2D]:
@@ -176,8 +175,8 @@ def _draw_reduction(axes: Axes, fit: LawFit, runs: Iterable[Observation], by: By
             axes.fill_between(inside, *band, color=colour, alpha=0.15, linewidth=0, zorder=1)
     for group in (hollow, filled):
         for run in group:
-            look = looks[getattr(run, other)]
-            draw_point(axes, getattr(run, along), run.loss_reduction, look, is_hollow=group is hollow, size=7)
+            style = point(looks[getattr(run, other)], is_hollow=group is hollow, size=7)
+            axes.plot(getattr(run, along), run.loss_reduction, **style)
     logarithmic(axes, at)
     # A line may climb past what any run can reach, the frozen model's loss; the measured runs set the scale.
     _logarithmic_losses(axes, [run.loss_reduction for run in filled + hollow])
@@ -221,8 +220,8 @@ def _draw_agreement(axes: Axes, fit: LawFit, runs: Iterable[Observation]) -> lis
             if predicted is None:
                 predicted = float(fit.predict(run.rank, run.target_tokens))
             beyond += predicted > edge
-            look = looks[run.target_tokens]
-            draw_point(axes, run.loss_reduction, min(predicted, edge), look, is_hollow=group is hollow)
+            style = point(looks[run.target_tokens], is_hollow=group is hollow)
+            axes.plot(run.loss_reduction, min(predicted, edge), **style)
     axes.plot(limits, limits, color=INK, linewidth=1.2, linestyle="--", zorder=1, label="identity")
     axes.set(xlim=limits, ylim=limits, aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):

@@ -13,7 +13,6 @@ from pml.figures.style import (
     INK,
     PAPER,
     Looks,
-    NothingToShow,
     dashes,
     legend_below,
     literal,
@@ -31,25 +30,23 @@ LABELS = {"tokens_certain": "tokens certain", "token_accuracy": "tokens right", 
 Measure = Literal["tokens_certain", "token_accuracy", "exact_match"]
 
 
-def recall_figure(methods: Mapping[str, Iterable[Record]], measure: Measure) -> Figure:
+def recall_figure(methods: Mapping[str, Iterable[Record]], measure: Measure) -> Figure | None:
     """Recall in percent under teacher forcing against rank, a panel for each length and a line for each method.
 
-    Lines go through the means over seeds; bars reach from the lowest to the highest seed.
+    Lines go through the means over seeds; bars reach from the lowest to the highest seed. None with fewer than two
+    ranks.
 
     Args:
         methods: Finished runs by the name of their method.
         measure: `tokens_certain`, share of target tokens with p > 0.5; `token_accuracy`, share of them that are right;
             or `exact_match`, share of whole targets.
-
-    Raises:
-        NothingToShow: If there are not two ranks.
     """
     runs = {method: list(records) for method, records in methods.items()}
     everything = [record for records in runs.values() for record in records]
     lengths = sorted({record.target_tokens for record in everything})
     ranks = sorted({record.rank for record in everything})
     if len(ranks) < 2:
-        raise NothingToShow("it takes runs of several ranks")
+        return None
     looks = looks_of(runs)
     columns = min(2, len(lengths))
     rows = -(-len(lengths) // columns)

@@ -12,7 +12,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, PercentFormatter
 
 from pml.atomic import whole_file
@@ -23,11 +22,8 @@ __all__ = [
     "MARKERS",
     "PAPER",
     "Looks",
-    "NothingToShow",
     "canvas",
     "dashes",
-    "draw_point",
-    "hollow_handle",
     "legend_below",
     "literal",
     "logarithmic",
@@ -35,6 +31,7 @@ __all__ = [
     "new_figure",
     "percent_axis",
     "png_bytes",
+    "point",
     "save_figure",
     "settle",
     "svg_data_uri",
@@ -52,10 +49,6 @@ WIDTH_INCHES = 4.7
 
 Looks = dict[Any, tuple[str, str]]
 """A colour and a marker for each value that a figure tells apart."""
-
-
-class NothingToShow(Exception):
-    """What a figure is about is not in the runs; the message says in words what is missing."""
 
 
 @contextmanager
@@ -108,39 +101,20 @@ def looks_of(values: Iterable[Any]) -> Looks:
     }
 
 
-def draw_point(
-    axes: Axes, x: float, y: float, look: tuple[str, str], *, is_hollow: bool = False, size: float = 8.0
-) -> None:
-    """One run: filled where the law used it, hollow where it is saturated."""
+def point(look: tuple[str, str], *, is_hollow: bool = False, size: float = 8.0) -> dict[str, Any]:
+    """How one run is drawn: filled where the law used it, hollow where it is saturated."""
     colour, marker = look
-    axes.plot(
-        [x],
-        [y],
-        linestyle="none",
-        marker=marker,
-        markersize=size,
-        markerfacecolor=PAPER if is_hollow else colour,
-        markeredgecolor=colour if is_hollow else PAPER,
-        markeredgewidth=1.6 if is_hollow else 0.8,
-        zorder=3 if is_hollow else 4,
-        clip_on=False,
-        label="saturated" if is_hollow else "used",
-    )
-
-
-def hollow_handle(label: str) -> Line2D:
-    """What stands for hollow points in a legend."""
-    return Line2D(
-        [],
-        [],
-        linestyle="none",
-        marker="o",
-        markersize=7,
-        markerfacecolor=PAPER,
-        markeredgecolor=INK,
-        markeredgewidth=1.6,
-        label=label,
-    )
+    return {
+        "linestyle": "none",
+        "marker": marker,
+        "markersize": size,
+        "markerfacecolor": PAPER if is_hollow else colour,
+        "markeredgecolor": colour if is_hollow else PAPER,
+        "markeredgewidth": 1.6 if is_hollow else 0.8,
+        "zorder": 3 if is_hollow else 4,
+        "clip_on": False,
+        "label": "saturated" if is_hollow else "used",
+    }
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], columns: int = 3, title: str | None = None) -> None:

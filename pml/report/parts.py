@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pml.figures import NothingToShow, png_bytes, settle, svg_data_uri
+from pml.figures import png_bytes, settle, svg_data_uri
 from pml.law import Equation
 from pml.tables import TextTable
 
@@ -59,11 +59,10 @@ class Section:
         return bool(self.equation or self.sentences or self.warnings or self.panels or self.tables)
 
 
-def draw(name: str, title: str, caption: str, alt: str, make: Callable[[], Figure]) -> list[Panel]:
+def draw(name: str, title: str, caption: str, alt: str, make: Callable[[], Figure | None]) -> list[Panel]:
     """Make a figure; an empty list where the runs have nothing for it to show."""
-    try:
-        figure = make()
-    except NothingToShow:
+    figure = make()
+    if figure is None:
         return []
     settle(figure)
     return [Panel(name, title, caption, alt, svg_data_uri(figure), png_bytes(figure))]
