@@ -60,6 +60,5 @@ def stubborn_table(
         ("pair", "token in its target", "position", "p", "margin (logits)", "wins instead", "pair right from step"),
         rows,
         words=(1, 5),
-        note="The tokens with the smallest probability p at the end of the run.",
         small=True,
     )

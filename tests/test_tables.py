@@ -123,5 +123,10 @@ def test_a_table_of_text_shows_its_title_its_values_and_its_note() -> None:
     assert (lines[0], lines[-1]) == (["Forms"], ["all"])
 
 
+def test_columns_that_nothing_is_known_of_are_left_out_and_words_stay_words() -> None:
+    table = TextTable("t", ("a", "b", "c"), [("1", "-", "x"), ("-", "-", "y")], words=(1, 2)).known()
+    assert (table.columns, table.rows, table.words) == (["a", "c"], [["1", "x"], ["-", "y"]], [1])
+
+
 def test_an_interval_has_three_digits() -> None:
     assert (show_interval((0.12345, 1234.5)), show_interval(None)) == ("0.123 to 1.23e+03", "-")

@@ -40,7 +40,7 @@ class Section:
 
     Attributes:
         title: The heading.
-        equation: A law; the page shows it as HTML, and what its measures of fit mean.
+        equation: A law, which the page shows as HTML.
         sentences: Paragraphs.
         warnings: Why to trust it less than its numbers suggest.
         panels: Figures.

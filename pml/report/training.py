@@ -245,9 +245,14 @@ def _stubborn_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
         )
         targets = [part.tolist() for part in np.split(history.token_id, starts[1:])]
         table = stubborn_table(last, targets, _text_of(record.backbone), MOST_TOKENS)
-        rows += [(short[method], *row) for row in table.rows]
+        # Without the number of the pair: of a long corpus a history keeps some pairs, and counts those.
+        rows += [(short[method], *row[1:]) for row in table.rows]
     if rows:
-        yield replace(table, columns=("method", *table.columns), rows=rows, words=(0, 2)).known()
+        columns, note = (
+            ("method", *table.columns[1:]),
+            "The tokens with the smallest probability p at the end of the run.",
+        )
+        yield replace(table, columns=columns, rows=rows, words=(0, 1), note=note).known()
 
 
 def _first_right(history: History, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
