@@ -8,8 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pml.last_seen import Standing
 from pml.stubborn import stubborn_table
+from pml.tables import markdown_table
 from pml.token_history import History
-from pml.token_pictures import by_position, grid_image, history_image
+from pml.token_pictures import grid_image, history_image
 
 __all__ = ["show_history", "show_look"]
 
@@ -42,14 +43,11 @@ def show_look(
     def text(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
-    writer.add_text("tokens/most_stubborn", stubborn_table(standing, targets, text), step)
+    writer.add_text("tokens/most_stubborn", markdown_table(stubborn_table(standing, targets, text)), step)
 
 
 def show_history(logger: TensorBoardLogger, history: History, threshold: float) -> None:
     """Write the picture of all looks."""
-    order = by_position(history.position, history.example_id)
-    steps = [int(step) for step in history.step]
-    title = f"p of target tokens by position, {len(steps)} looks"
-    picture = history_image(history.probability[:, order], steps, history.position[order], threshold, title)
-    logger.experiment.add_image("tokens/history", picture, steps[-1], dataformats="HWC")
+    picture = history_image(history, threshold, f"p of target tokens by position, {len(history.step)} looks")
+    logger.experiment.add_image("tokens/history", picture, int(history.step[-1]), dataformats="HWC")
     logger.experiment.flush()

@@ -5,7 +5,7 @@ import re
 import sys
 from typing import Any, TextIO
 
-__all__ = ["one_line", "say", "say_json", "visible"]
+__all__ = ["one_line", "say", "say_json", "shortened", "visible"]
 
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that move, colour or turn round what a terminal shows, and bytes of a name that are no text.
@@ -17,6 +17,11 @@ New lines and tabs are not among them.
 def one_line(text: str) -> str:
     """Text as one line; control characters, which a terminal would obey, are spelled out."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def shortened(line: str, most: int) -> str:
+    """A line, or as much of it as leaves room for dots within so many characters."""
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def visible(text: str) -> str:

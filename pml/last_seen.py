@@ -68,8 +68,8 @@ class LastSeen:
         device, nowhere, nobody = self.table.device, len(self.table) - 1, len(self.first_right) - 1
         losses, correct, mask, example_id = (t.to(device, non_blocking=True) for t in scores[:4])
         padding = example_id < 0
-        start = self._offsets[example_id.where(~padding, torch.full_like(example_id, nobody))]
-        places = start[:, None] + torch.arange(mask.shape[1], device=device)
+        rows = example_id.where(~padding, torch.full_like(example_id, nobody))
+        places = self._offsets[rows][:, None] + torch.arange(mask.shape[1], device=device)
         places = places.where(mask & ~padding[:, None], torch.full_like(places, nowhere))
         unknown = torch.full_like(losses, torch.nan)
         margin = unknown if scores.margin is None else scores.margin.to(device)
@@ -78,7 +78,6 @@ class LastSeen:
         self.table[places] = torch.stack([column.float() for column in columns], dim=-1)
         whole = (correct | ~mask).all(dim=1) & ~padding
         first = torch.full_like(whole, step, dtype=torch.float32).where(whole, torch.full((), torch.inf, device=device))
-        rows = example_id.where(~padding, torch.full_like(example_id, nobody))
         self.first_right.scatter_reduce_(0, rows, first, "amin")
 
     def standing(self) -> Standing:

@@ -34,11 +34,7 @@ def recall_measures(
         "initial_loss": initial_loss,
         "final_loss": final_loss,
         "loss_reduction": initial_loss - final_loss,
-        "token_accuracy": metrics.token_accuracy(final).item(),
-        "exact_match": metrics.exact_match(final).double().mean().item(),
-        "sub_threshold_fraction": metrics.sub_threshold_fraction(final, threshold).item(),
-        "min_target_probability": metrics.min_target_probability(final).item(),
-        "first_failure": metrics.first_failure(final).double().mean().item(),
+        **_recall(final, threshold),
         "by_kind": metrics.by_kind(replaced_tokens(corpus, final), initial, final),
         "extraction_probability": metrics.extraction_probability(final, samples).mean().item(),
         "extraction_samples": samples,
@@ -60,12 +56,15 @@ def memorized_bits(corpus: Corpus, scores: TokenScores) -> float | None:
 
 def curve_ends(scores: TokenScores, threshold: float = 0.5, wall_seconds: float = 0.0) -> dict[str, float]:
     """What the curves of validations begin and end with, by tag, and how long that took."""
+    measures = {"loss": metrics.mean_loss(scores).item(), **_recall(scores, threshold)}
+    return {**{f"val/{name}": value for name, value in measures.items()}, "run/wall_seconds": wall_seconds}
+
+
+def _recall(scores: TokenScores, threshold: float) -> dict[str, float]:
     return {
-        "val/loss": metrics.mean_loss(scores).item(),
-        "val/token_accuracy": metrics.token_accuracy(scores).item(),
-        "val/exact_match": metrics.exact_match(scores).double().mean().item(),
-        "val/first_failure": metrics.first_failure(scores).double().mean().item(),
-        "val/sub_threshold_fraction": metrics.sub_threshold_fraction(scores, threshold).item(),
-        "val/min_target_probability": metrics.min_target_probability(scores).item(),
-        "run/wall_seconds": wall_seconds,
+        "token_accuracy": metrics.token_accuracy(scores).item(),
+        "exact_match": metrics.exact_match(scores).double().mean().item(),
+        "sub_threshold_fraction": metrics.sub_threshold_fraction(scores, threshold).item(),
+        "min_target_probability": metrics.min_target_probability(scores).item(),
+        "first_failure": metrics.first_failure(scores).double().mean().item(),
     }

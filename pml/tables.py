@@ -1,8 +1,10 @@
-"""Tables as data, shown by commands with rich and by pages as HTML; the table of runs; how numbers are written."""
+"""Tables as data, which rich, pages and TensorBoard show; the table of runs; how numbers are written and ordered."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -12,6 +14,9 @@ from pml.records import Record
 __all__ = [
     "PAPER_WIDTH",
     "TextTable",
+    "markdown_table",
+    "markdown_text",
+    "numbers_first",
     "records_table",
     "rich_table",
     "short_names",
@@ -34,7 +39,7 @@ class TextTable:
         rows: As many values as there are columns.
         words: Columns of words, which are set to the left; the others are numbers.
         note: How to read it.
-        small: Whether it is long, and so set in smaller letters.
+        small: Whether it is large: set in smaller letters, and in a terminal without room between columns.
     """
 
     title: str
@@ -44,22 +49,57 @@ class TextTable:
     note: str = ""
     small: bool = False
 
+    def known(self) -> "TextTable":
+        """The table without columns in which every value is a dash."""
+        kept = [i for i in range(len(self.columns)) if any(row[i] != "-" for row in self.rows)]
+        return replace(
+            self,
+            columns=[self.columns[i] for i in kept],
+            rows=[[row[i] for i in kept] for row in self.rows],
+            words=[new for new, old in enumerate(kept) if old in self.words],
+        )
+
 
 def rich_table(table: TextTable) -> Table:
     """A table for the terminal: its title above, its note below."""
     shown = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title=table.title,
+        padding=(0, 0 if table.small else 1),
+        show_edge=not table.small,
+        title=table.title or None,
         title_justify="left",
         caption=table.note or None,
         caption_justify="left",
     )
     for i, name in enumerate(table.columns):
-        shown.add_column(name, justify="left" if i in table.words else "right", overflow="fold")
+        words = i in table.words
+        # Where there is little room, words are folded and numbers stay whole.
+        shown.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=table.small and not words)
     for row in table.rows:
-        shown.add_row(*map(str, row))
+        shown.add_row(*row)
     return shown
+
+
+def markdown_table(table: TextTable) -> str:
+    """A table in Markdown, for TensorBoard."""
+    lines = [
+        table.columns,
+        [":---" if i in table.words else "---:" for i in range(len(table.columns))],
+        *([markdown_text(value) for value in row] for row in table.rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text on one line, in which neither Markdown nor HTML takes anything for markup.
+
+    Example:
+        >>> markdown_text("a|b")
+        'a&#124;b'
+    """
+    # Entities stand for themselves in either language; a backslash before a pipe does not in every table.
+    return "".join(c if c.isalnum() or c in " ,;" or ord(c) > 127 else f"&#{ord(c)};" for c in text)
 
 
 def show_interval(ends: tuple[float, float] | None) -> str:
@@ -67,69 +107,68 @@ def show_interval(ends: tuple[float, float] | None) -> str:
     return "-" if ends is None else f"{ends[0]:.3g} to {ends[1]:.3g}"
 
 
-def records_table(records: Mapping[Path, Record]) -> Table:
+def records_table(records: Mapping[Path, Record]) -> TextTable:
     """One row a run, by corpus, length, rank and method; losses in nats per target token, shares in percent.
 
-    Made for 100 columns: settings that all runs share stand in the caption, and so do results that none has.
+    Made for 100 columns: settings that all runs share stand in the note, and so do results that none has.
 
     Args:
         records: Records by the folder of their run.
     """
-    rows = sorted(
+    ordered = sorted(
         records.items(), key=lambda item: (item[1].corpus, item[1].target_tokens, item[1].rank, item[1].method, item[0])
     )
-    runs = short_names([path for path, _ in rows])
+    runs = [record for _, record in ordered]
+    names = short_names([path for path, _ in ordered])
     settings = {
-        "corpus": [record.corpus for _, record in rows],
-        "pairs": [str(record.pairs) for _, record in rows],
-        "target\ntokens": [str(record.target_tokens) for _, record in rows],
-        "rank": [str(record.rank) for _, record in rows],
-        "method": [record.method for _, record in rows],
+        "corpus": [run.corpus for run in runs],
+        "pairs": [str(run.pairs) for run in runs],
+        "target\ntokens": [str(run.target_tokens) for run in runs],
+        "rank": [str(run.rank) for run in runs],
+        "method": [run.method for run in runs],
     }
     results = {
-        "start\nloss": [show_loss(record.initial_loss) for _, record in rows],
-        "final\nloss": [show_loss(record.final_loss) for _, record in rows],
-        "token\nright": [show_percent(record.token_accuracy) for _, record in rows],
-        "exact\nmatch": [show_percent(record.exact_match) for _, record in rows],
-        "gene-\nrated": [show_percent(record.generated_exact_match) for _, record in rows],
-        "p<=.5": [show_percent(record.sub_threshold_fraction) for _, record in rows],
-        "steps": [str(record.optimizer_steps) for _, record in rows],
-        "recall\nafter": [_or_dash(record.steps_to_recall) for _, record in rows],
-        "sec.": [f"{record.wall_seconds:.0f}" for _, record in rows],
+        "start\nloss": [show_loss(run.initial_loss) for run in runs],
+        "final\nloss": [show_loss(run.final_loss) for run in runs],
+        "token\nright": [show_percent(run.token_accuracy) for run in runs],
+        "exact\nmatch": [show_percent(run.exact_match) for run in runs],
+        "gene-\nrated": [show_percent(run.generated_exact_match) for run in runs],
+        "p<=.5": [show_percent(run.sub_threshold_fraction) for run in runs],
+        "steps": [str(run.optimizer_steps) for run in runs],
+        "recall\nafter": ["-" if run.steps_to_recall is None else str(run.steps_to_recall) for run in runs],
+        "sec.": [f"{run.wall_seconds:.0f}" for run in runs],
     }
     shared = [f"{_plain(name)} {values[0]}" for name, values in settings.items() if len(set(values)) == 1]
     absent = [_plain(name) for name, values in results.items() if set(values) == {"-"}]
-    caption = [
+    note = [
         f"All runs: {', '.join(shared)}." if shared else "",
         "Loss in nats per target token. In percent: target tokens right and targets exactly matched (teacher-forced), "
         "targets exactly generated (greedy decoding), target tokens with p <= threshold.",
         "" if "recall after" in absent else "Recall after: steps until every target token was certified.",
         f"None of the runs has: {', '.join(absent)}." if absent else "",
     ]
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=0,
-        caption=" ".join(filter(None, caption)),
-        caption_justify="left",
-    )
-    columns = {name: values for name, values in settings.items() if len(set(values)) > 1}
-    columns |= {name: values for name, values in results.items() if set(values) != {"-"}}
-    table.add_column("run", overflow="fold", min_width=11, vertical="top")
-    for name in columns:
-        words = name in ("corpus", "method")
-        table.add_column(
-            name,
-            justify="left" if words else "right",
-            overflow="fold",
-            no_wrap=name != "corpus",
-            vertical="top",
-            max_width=9 if name == "corpus" else None,
-        )
-    for i, (_, record) in enumerate(rows):
-        run = runs[i] if record.status == "finished" else f"{runs[i]} ({record.status})"
-        table.add_row(run, *(values[i] for values in columns.values()))
-    return table
+    columns = {
+        "run": [
+            name if run.status == "finished" else f"{name} ({run.status})"
+            for name, run in zip(names, runs, strict=True)
+        ],
+        **{name: values for name, values in settings.items() if len(set(values)) > 1},
+        **results,
+    }
+    return TextTable(
+        "",
+        list(columns),
+        list(zip(*columns.values(), strict=True)),
+        words=[i for i, name in enumerate(columns) if name in ("run", "corpus", "method")],
+        note=" ".join(filter(None, note)),
+        small=True,
+    ).known()
+
+
+def numbers_first(value: Any) -> tuple[float, str]:
+    """What to sort settings by: numbers by their size and before words, a list by its first element."""
+    first = value[0] if isinstance(value, list) and value else value
+    return (float(first), "") if isinstance(first, int | float) else (math.inf, str(first))
 
 
 def short_names(paths: list[Path]) -> list[str]:
@@ -153,13 +192,9 @@ def show_percent(share: float | None) -> str:
 
 def show_loss(nats: float | None) -> str:
     """A loss in nats in five characters; `-` where it was not measured, or is not a finite number."""
-    if nats is None:
+    if nats is None or not math.isfinite(nats):
         return "-"
     return f"{nats:.2f}" if nats >= 10 else f"{nats:.3f}"
-
-
-def _or_dash(value: int | None) -> str:
-    return "-" if value is None else str(value)
 
 
 def _plain(header: str) -> str:

@@ -11,7 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["by_position", "colours", "grid_image", "history_image", "pool_min", "token_grid"]
+from pml.token_history import History
+
+__all__ = ["colours", "grid_image", "history_image", "pool_min", "token_grid"]
 
 INK, PAPER = "#333333", "#FFFFFF"
 
@@ -90,14 +92,7 @@ def token_grid(
     return pool_min(table, rows, columns)
 
 
-def by_position(position: npt.NDArray[np.int64], example_id: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Order of tokens in which all first tokens of targets come first, then all second ones, and so on."""
-    return np.lexsort((example_id, position))
-
-
-def grid_image(
-    probability: Floats, lengths: Sequence[int], threshold: float = 0.5, title: str = "", size: int = 1
-) -> Pixels:
+def grid_image(probability: Floats, lengths: Sequence[int], threshold: float = 0.5, title: str = "") -> Pixels:
     """(H, W, 3) picture of every target token at one look.
 
     Args:
@@ -105,39 +100,32 @@ def grid_image(
         lengths: Tokens of each target.
         threshold: Where the colours jump.
         title: A line above it.
-        size: How many times as large as it has to be.
     """
     table = token_grid(probability, lengths)
-    tall = -(-(table.shape[1] if len(lengths) == 1 else len(lengths)) // table.shape[0])
+    rows, columns = table.shape
     if len(lengths) == 1:
-        per_cell = -(-len(probability) // table.size) if len(probability) > table.size else 1
-        across, down = f"token (rows of {table.shape[1] * per_cell})", ("0", str(len(probability) - 1))
-        right = str(table.shape[1] * per_cell - 1)
+        pooled = len(probability) > table.size
+        in_row = columns * -(-len(probability) // table.size)
+        across, right, down = f"token (rows of {in_row})", in_row - 1, ("0", str(len(probability) - 1))
     else:
-        per_cell = -(-max(lengths) // table.shape[1])
-        across, down, right = "position in target", ("pair 0", f"pair {len(lengths) - 1}"), str(max(lengths) - 1)
-    pooled = per_cell > 1 or (len(lengths) > 1 and tall > 1)
-    if pooled:
-        across += ", smallest of neighbours"
-    return _framed(colours(table, threshold), title, across, right, down, threshold, size)
+        pooled = len(lengths) > rows or max(lengths) > columns
+        across, right, down = "position in target", max(lengths) - 1, ("pair 0", f"pair {len(lengths) - 1}")
+    return _framed(colours(table, threshold), title, across, pooled, right, down, threshold)
 
 
-def history_image(
-    probability: Floats, step: Sequence[int], position: npt.NDArray[np.int64], threshold: float = 0.5, title: str = ""
-) -> Pixels:
+def history_image(history: History, threshold: float = 0.5, title: str = "") -> Pixels:
     """(H, W, 3) picture of a run: looks from top to bottom, target tokens by position from left to right.
 
     Args:
-        probability: (looks, tokens), in the order of `by_position`.
-        step: (looks,) optimiser steps.
-        position: (tokens,) place in the target, in the same order.
+        history: The looks.
         threshold: Where the colours jump.
         title: A line above it.
     """
-    table = pool_min(probability, HEIGHT // LEAST_CELL, WIDTH)
-    down = (f"step {step[0]}", f"step {step[-1]}")
-    across = "position in target" + (", smallest of neighbours" if probability.shape[1] > WIDTH else "")
-    return _framed(colours(table, threshold), title, across, str(int(position.max())), down, threshold)
+    by_position = history.probability[:, np.lexsort((history.example_id, history.position))]
+    pixels = colours(pool_min(by_position, HEIGHT // LEAST_CELL, WIDTH), threshold)
+    pooled, right = by_position.shape[1] > WIDTH, int(history.position.max())
+    down = (f"step {history.step[0]}", f"step {history.step[-1]}")
+    return _framed(pixels, title, "position in target", pooled, right, down, threshold)
 
 
 def _ramp(stops: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.float64]:
@@ -147,12 +135,11 @@ def _ramp(stops: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.float64]:
 
 
 def _framed(
-    pixels: Pixels, title: str, across: str, right: str, down: tuple[str, str], threshold: float, size: int = 1
+    pixels: Pixels, title: str, across: str, pooled: bool, right: int, down: tuple[str, str], threshold: float
 ) -> Pixels:
     """The cells as squares or bars, with a title, the ends of both axes, and the key of colours."""
     rows, columns = pixels.shape[:2]
-    wide = max(1, min(24, WIDTH // columns)) * size
-    high = max(1, min(24, HEIGHT // rows)) * size
+    wide, high = max(1, min(24, WIDTH // columns)), max(1, min(24, HEIGHT // rows))
     body = pixels.repeat(high, axis=0).repeat(wide, axis=1)
     height, width = body.shape[:2]
     picture = Image.new("RGB", (MARGIN_LEFT + max(width, LEAST_WIDTH) + 16, MARGIN_TOP + height + MARGIN_BOTTOM), PAPER)
@@ -169,15 +156,9 @@ def _framed(
         write(MARGIN_LEFT - 6, MARGIN_TOP, down[0], "rt")
         write(MARGIN_LEFT - 6, MARGIN_TOP + height, down[1], "rb")
     below = MARGIN_TOP + height + 4
-    write(MARGIN_LEFT, below, f"0 … {right}  {across}", "lt")
-    _key(picture, draw, write, MARGIN_LEFT, below + 28, threshold)
-    return np.asarray(picture)
-
-
-def _key(picture: Image.Image, draw: ImageDraw.ImageDraw, write: object, x: int, y: int, threshold: float) -> None:
-    """The two ramps side by side with their ends numbered."""
-    assert callable(write)
-    half = 6 * SHADES
+    write(MARGIN_LEFT, below, f"0 … {right}  {across}{', smallest of neighbours' if pooled else ''}", "lt")
+    # The key: both ramps side by side with their ends numbered.
+    x, y, half = MARGIN_LEFT, below + 28, 6 * SHADES
     for start, ramp in ((x, _ramp(BELOW)), (x + half + 8, _ramp(ABOVE))):
         bar = ramp.astype(np.uint8)[None].repeat(12, axis=0).repeat(6, axis=1)
         picture.paste(Image.fromarray(bar), (start, y))
@@ -185,3 +166,4 @@ def _key(picture: Image.Image, draw: ImageDraw.ImageDraw, write: object, x: int,
     write(x + half + 4, y + 15, f"{threshold:g}", "mt")
     write(x + 2 * half + 8, y + 15, "1", "rt")
     write(x + 2 * half + 16, y + 6, "certain", "lm")
+    return np.asarray(picture)

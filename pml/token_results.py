@@ -1,8 +1,9 @@
 """What a run leaves about every target token, written and read back: loss in nats, and whether the argmax is right."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,8 +53,7 @@ class TokenResults:
     correct: npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class FirstPositions:
+class FirstPositions(NamedTuple):
     """Where each target first stands at or below the threshold, and where its argmax is first wrong.
 
     Both are the target's length where there is no such token; the first is never larger than the second, because a
@@ -69,13 +69,6 @@ class FirstPositions:
     failure: npt.NDArray[np.int64]
     length: npt.NDArray[np.int64]
 
-    @classmethod
-    def joined(cls, parts: Iterable["FirstPositions"]) -> "FirstPositions":
-        """The targets of several runs."""
-        several = list(parts)
-        columns = zip(*((part.sub_threshold, part.failure, part.length) for part in several), strict=True)
-        return cls(*(np.concatenate(column) for column in columns))
-
 
 @dataclass(frozen=True)
 class RankCorrelation:
@@ -84,8 +77,7 @@ class RankCorrelation:
     Attributes:
         rho: Spearman's rank correlation.
         rho_of_failing: The same over the counted targets that do fail; None with fewer than three, or all at one place.
-        targets: Targets that it is over: those with a token at or below the threshold.
-        certain: Targets without such a token, which are not counted: nothing in them can fail.
+        targets: Targets that it is over: those with a token at or below the threshold; in the others nothing can fail.
         unfailing: Targets among the counted in which all the same every argmax is right; they count as failing at
             their end.
     """
@@ -93,7 +85,6 @@ class RankCorrelation:
     rho: float
     rho_of_failing: float | None
     targets: int
-    certain: int
     unfailing: int
 
 
@@ -204,7 +195,6 @@ def rank_correlation(positions: FirstPositions) -> RankCorrelation | None:
         rho=rho,
         rho_of_failing=_spearman(positions, failing),
         targets=int(counted.sum()),
-        certain=int((~counted).sum()),
         unfailing=int((counted & ~failing).sum()),
     )
 

@@ -311,9 +311,10 @@ class TestTokens:
         assert "number 3 certain +2.00 certain +2.00" in rows
 
     def test_the_most_stubborn_token_comes_first_with_its_place(self, tokens: Page) -> None:
-        rows = tokens.text.partition("target right from step")[2].partition("Every run")[0]
+        rows = tokens.text.partition("pair right from step")[2].partition("Every run")[0]
         assert rows.split()[0] == "SFT"
         assert "2 of 16 0.05 -1.50 never" in rows
+        assert "wins instead" not in tokens.text  # a history does not say it
         assert rows.count("MemFT") == rows.count("SFT") == 5
 
     def test_hand_worked_curves(self) -> None:

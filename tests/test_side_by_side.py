@@ -54,7 +54,7 @@ class TestForm:
         assert common_form(in_bits) == "stored_bits"
         found = side_by_side(in_bits)
         assert found is not None
-        assert found.table.columns[1].endswith("(bits) (95 %)")
+        assert found.tables[0].columns[1].endswith("(bits) (95 %)")
         exact = laws["50 steps"].fit_of("ceiling").model_copy(update={"determined": False})
         undetermined = laws["50 steps"].model_copy(update={"fits": [exact], "form": "ceiling"})
         assert common_form({**laws, "undetermined": undetermined}) is None
@@ -70,30 +70,31 @@ class TestTable:
         form = common_form(laws)
         assert found is not None
         assert form is not None
-        for row, (label, fitted) in zip(found.table.rows, laws.items(), strict=True):
+        for row, (label, fitted) in zip(found.tables[0].rows, laws.items(), strict=True):
             alpha = fitted.fit_of(form).parameters["alpha"]
             assert alpha.interval is not None
             assert row[0] == label
             assert row[1] == f"{alpha.value:.3g} ({alpha.interval[0]:.3g} to {alpha.interval[1]:.3g})"
         # A change of the exponent from 0.4 to 0.6 is far outside what noise of 1 % leaves open.
-        assert [float(row[1].split()[0]) for row in found.table.rows] == pytest.approx([0.4, 0.6], abs=0.05)
+        assert [float(row[1].split()[0]) for row in found.tables[0].rows] == pytest.approx([0.4, 0.6], abs=0.05)
 
     def test_the_form_is_an_equation_whose_letters_are_explained(self, laws: dict[str, LawFit]) -> None:
         found = side_by_side(laws)
         assert found is not None
+        assert found.equation is not None
         assert "s<sup>\N{GREEK SMALL LETTER ALPHA}</sup>" in found.equation.__html__()
         for letter in ("dL:", "s:", "l:", "\N{GREEK SMALL LETTER KAPPA}:"):
-            assert letter in found.note
+            assert letter in found.sentences[0]
 
     def test_it_counts_runs_that_had_not_converged(self, laws: dict[str, LawFit]) -> None:
         found = side_by_side(laws)
         assert found is not None
-        assert [row[-1] for row in found.table.rows] == ["3", "0"]
+        assert [row[-1] for row in found.tables[0].rows] == ["3", "0"]
 
     def test_capacity_is_a_dash_where_the_bits_are_unknown(self, laws: dict[str, LawFit]) -> None:
         found = side_by_side({**laws, "unknown bits": law(0.4, 0.5, entropy=False)})
         assert found is not None
-        assert [row[3] == "-" for row in found.table.rows] == [False, False, True]
+        assert [row[3] == "-" for row in found.tables[0].rows] == [False, False, True]
 
 
 @pytest.mark.usefixtures("no_figures", "no_profiles")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from pml.last_seen import Standing
-from pml.stubborn import markdown_text, stubborn_table
+from pml.stubborn import stubborn_table, visible_text
+from pml.tables import markdown_table, markdown_text
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ from pml.stubborn import markdown_text, stubborn_table
     ],
 )
 def test_text_is_data(text: str, shown: str) -> None:
-    assert markdown_text(text) == shown
+    assert markdown_text(visible_text(text)) == shown
 
 
 def test_the_weakest_come_first_with_neighbours_and_what_wins_instead() -> None:
@@ -33,7 +34,11 @@ def test_the_weakest_come_first_with_neighbours_and_what_wins_instead() -> None:
         rival=np.array([0, 5, -1, -1], dtype=np.int32),
         first_right=np.array([-1, 12]),
     )
-    lines = stubborn_table(standing, [[1, 2], [3, 4]], lambda ids: "".join("abc|ef"[i] for i in ids), most=2)
-    first, second = lines.splitlines()[2:]
-    assert first == "| 0 | 1 | b | **c** |  | 0.1 | -1.50 | f | never |"
-    assert second == "| 1 | 1 | &#124; | **e** |  | 0.4 |  |  | 12 |"
+    table = stubborn_table(standing, [[1, 2], [3, 4]], lambda ids: "".join("abc|ef"[i] for i in ids), most=2)
+    assert table.rows == [
+        ("0", "b [c]", "2 of 2", "0.1", "-1.50", "f", "never"),
+        ("1", "| [e]", "2 of 2", "0.4", "-", "-", "12"),
+    ]
+    header, line, *_ = markdown_table(table).splitlines()
+    assert header.startswith("| pair | token in its target | position | p | margin (logits) | wins instead |")
+    assert line == "| ---: | :--- | ---: | ---: | ---: | :--- | ---: |"

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from pml.token_pictures import by_position, colours, grid_image, history_image, pool_min, token_grid
+from pml.token_history import History
+from pml.token_pictures import colours, grid_image, history_image, pool_min, token_grid
 
 
 def test_colours_jump_at_the_threshold_which_is_itself_below() -> None:
@@ -46,8 +47,10 @@ def test_one_long_target_is_wrapped_and_one_failing_token_in_a_million_is_seen()
 
 def test_the_history_has_first_tokens_first() -> None:
     position, example = np.array([0, 1, 0, 1, 2]), np.array([0, 0, 1, 1, 1])
-    order = by_position(position, example)
-    assert position[order].tolist() == [0, 0, 1, 1, 2]
-    assert example[order].tolist() == [0, 1, 0, 1, 1]
-    picture = history_image(np.random.rand(3, 5)[:, order], [0, 1, 9], position[order])
-    assert picture.ndim == 3
+    # Both first tokens are certain and stand side by side, though the second target is kept behind the first.
+    probability = np.where(position == 0, 1.0, 0.0).astype(np.float32)[None].repeat(2, axis=0)
+    history = History(np.array([0, 9]), example, position, position, probability, probability, probability > 0.5)
+    row = history_image(history)[40].astype(int)
+    blue, orange = ((row == colours(np.array([p]))[0]).all(axis=1) for p in (1.0, 0.0))
+    assert np.flatnonzero(blue).tolist() == list(range(76, 76 + 48))
+    assert np.flatnonzero(orange).tolist() == list(range(76 + 48, 76 + 120))

@@ -12,7 +12,7 @@ import sys
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ import jsonargparse
 from pml.commands._console import make_console, one_line
 from pml.commands._facts import add_adapter_arguments, base_of, check_adapter_arguments, read_facts
 from pml.errors import InputError
-from pml.escape import say, say_json
+from pml.escape import say, say_json, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,6 +60,15 @@ class Decoding:
     exact: int
 
 
+@dataclass
+class Found:
+    """What came of it: certificates in the dtype of the run, rounding in each dtype, and how decoding went."""
+
+    certificates: "list[PairCertificate]" = field(default_factory=list)
+    rounding: "dict[str, Rounding]" = field(default_factory=dict)
+    decodings: list[Decoding] = field(default_factory=list)
+
+
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", type=Path | None, nargs="?", metavar="RUN", help="run folder")
@@ -92,24 +101,22 @@ def run(args: jsonargparse.Namespace) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; expected at least 1 {what}")
     asked = _run_to_certify(args) if args.run is not None else _adapter_to_certify(args)
-    certificates: list[PairCertificate] = []
-    rounding: dict[str, Rounding] = {}
-    decodings: list[Decoding] = []
+    found = Found()
     for dtype in dict.fromkeys([asked.dtype, *args.dtypes]):
         model = load_adapter(load_backbone(asked.backbone, dtype), asked.adapter).eval().to(best_device())
         # The certificate is of the dtype that was trained in; others are held against it.
-        certificates = certificates or certify(model, asked.examples)
-        margins = [known.margins for known in certificates]
-        rounding[dtype] = measure_rounding(model, asked.examples, margins)
+        found.certificates = found.certificates or certify(model, asked.examples)
+        margins = [known.margins for known in found.certificates]
+        found.rounding[dtype] = measure_rounding(model, asked.examples, margins)
         if dtype == asked.dtype:
-            certificates = allow_for_rounding(certificates, rounding[dtype].logits)
+            found.certificates = allow_for_rounding(found.certificates, found.rounding[dtype].logits)
         if dtype in args.dtypes:
-            decodings += _decoded(model, _least_certain(certificates, args.tokens), dtype)
+            found.decodings += _decoded(model, _least_certain(found.certificates, args.tokens), dtype)
     if args.json:
-        say_json(_plain(asked, certificates, rounding, decodings))
+        say_json(_plain(asked, found))
     else:
-        _print(asked, certificates, rounding, decodings, args.show)
-    return 0 if all(known.verdict == "certain" for known in certificates) else 1
+        _print(asked, found, args.show)
+    return 0 if all(known.verdict == "certain" for known in found.certificates) else 1
 
 
 def _run_to_certify(args: jsonargparse.Namespace) -> Asked:
@@ -147,16 +154,10 @@ def _decoded(model: Any, examples: "Sequence[Example]", dtype: str) -> Iterator[
             yield Decoding(dtype, batch_size, cache, len(examples), exact)
 
 
-def _print(
-    asked: Asked,
-    certificates: "Sequence[PairCertificate]",
-    rounding: "dict[str, Rounding]",
-    decodings: "Sequence[Decoding]",
-    show: int,
-) -> None:
-    from rich import box
-    from rich.table import Table
+def _print(asked: Asked, found: Found, show: int) -> None:
+    from pml.tables import TextTable, rich_table
 
+    certificates, rounding = found.certificates, found.rounding
     counts = Counter(known.verdict for known in certificates)
     say(
         f"{asked.adapter}: of {len(certificates)} pairs {counts['certain']} are certain, {counts['right']} right but "
@@ -164,51 +165,39 @@ def _print(
         f"{rounding[asked.dtype].logits:.2g} in logits, seen on {rounding[asked.dtype].tokens} tokens)"
     )
     console = make_console()
-    table = Table("pair", "query", "verdict", "at token", "p", "margin", "next best", box=box.SIMPLE_HEAD)
-    ranked = sorted(certificates, key=lambda known: known.margin)
-    for known in ranked[:show]:
-        example = known.example
-        table.add_row(
-            str(example.example_id),
-            _short(example.query),
+    pairs = [
+        (
+            str(known.example.example_id),
+            shortened(one_line(known.example.query), SHORT),
             known.verdict,
-            f"{known.position + 1} of {len(example.target_ids)}",
+            f"{known.position + 1} of {len(known.example.target_ids)}",
             f"{known.probability:.3f}",
             f"{known.margin:+.2f}",
-            _short(f"{asked.encoder.decode([known.rival])!r}"),
+            shortened(one_line(f"{asked.encoder.decode([known.rival])!r}"), SHORT),
         )
-    console.print(table)
-    if len(ranked) > show:
-        say(f"{len(ranked) - show} more pairs, with larger margins (--show)")
-    ways = Table(
-        "decoded in", "prompts", "cache", "came back", "margins move by", "certain beyond that", box=box.SIMPLE_HEAD
-    )
-    for way in decodings:
-        moved = rounding[way.dtype].logits
-        beyond = sum(float(known.margins.min()) > moved for known in certificates)
-        ways.add_row(
+        for known in sorted(certificates, key=lambda known: known.margin)[:show]
+    ]
+    of_pair = ("pair", "query", "verdict", "at token", "p", "margin", "next best")
+    console.print(rich_table(TextTable("", of_pair, pairs, words=range(7))))
+    if len(certificates) > show:
+        say(f"{len(certificates) - show} more pairs, with larger margins (--show)")
+    ways = [
+        (
             way.dtype,
             "one by one" if way.batch_size == 1 else f"{way.batch_size} together",
             "with" if way.cache else "without",
             f"{way.exact} of {way.pairs}",
-            f"up to {moved:.2g}",
-            str(beyond),
+            f"up to {rounding[way.dtype].logits:.2g}",
+            str(sum(float(known.margins.min()) > rounding[way.dtype].logits for known in certificates)),
         )
-    console.print(ways)
+        for way in found.decodings
+    ]
+    of_way = ("decoded in", "prompts", "cache", "came back", "margins move by", "certain beyond that")
+    console.print(rich_table(TextTable("", of_way, ways, words=range(6))))
     sys.stdout.flush()
 
 
-def _short(text: str) -> str:
-    line = one_line(text)
-    return line if len(line) <= SHORT else f"{line[: SHORT - 3]}..."
-
-
-def _plain(
-    asked: Asked,
-    certificates: "Sequence[PairCertificate]",
-    rounding: "dict[str, Rounding]",
-    decodings: "Sequence[Decoding]",
-) -> dict[str, Any]:
+def _plain(asked: Asked, found: Found) -> dict[str, Any]:
     return {
         "adapter": str(asked.adapter),
         "backbone": asked.backbone,
@@ -226,9 +215,9 @@ def _plain(
                 "next_best": asked.encoder.decode([known.rival]),
                 "smallest_margin": float(known.margins.min()),
             }
-            for known in certificates
+            for known in found.certificates
         ],
-        "margins_move_by": {dtype: seen.logits for dtype, seen in rounding.items()},
-        "margins_measured_on_tokens": {dtype: seen.tokens for dtype, seen in rounding.items()},
-        "decodings": [vars(way) for way in decodings],
+        "margins_move_by": {dtype: seen.logits for dtype, seen in found.rounding.items()},
+        "margins_measured_on_tokens": {dtype: seen.tokens for dtype, seen in found.rounding.items()},
+        "decodings": [vars(way) for way in found.decodings],
     }

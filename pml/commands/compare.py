@@ -53,8 +53,7 @@ def run(args: jsonargparse.Namespace) -> int:
         confidence=args.confidence,
     )
     if args.json:
-        content = [comparison.to_json() for comparison in comparisons]
-        say_json(content)
+        say_json([comparison.to_json() for comparison in comparisons])
         return 0
     console = make_console()
     for comparison in comparisons:
@@ -68,9 +67,8 @@ def _print(console: Console, comparison: "Comparison") -> None:
 
     width = min(console.width, PAPER_WIDTH)
     for table in (means_table(comparison), *differences_tables(comparison)):
-        if table.rows:
-            console.print(rich_table(table), width=width)
-            console.print()
+        console.print(rich_table(table), width=width)
+        console.print()
     lines = list(comparison.verdicts)
     lines += [f"warning: {name} differs too: {', '.join(values)}" for name, values in comparison.settings.items()]
     for reason, count in Counter(left.reason for left in comparison.left_out).items():

@@ -19,8 +19,6 @@ from pml.errors import InputError
 from pml.escape import say, say_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from pml.corpus import Corpus, Example
     from pml.modules import Memorization
 
@@ -137,8 +135,8 @@ def _frozen_loss(module: "Memorization", corpus: "Corpus") -> float:
 
 def _print(facts: dict[str, Any], corpus: "Corpus") -> None:
     from pml.commands._console import make_console
+    from pml.tables import TextTable, rich_table
 
-    console = make_console()
     bits = facts["entropy_bits"]
     rows = {
         "backbone": facts["backbone"],
@@ -162,19 +160,8 @@ def _print(facts: dict[str, Any], corpus: "Corpus") -> None:
     lengths = facts["tokens_per_target"]
     spread = ", ".join(f"{name} {lengths[name]:,g}" for name in ("min", "median", "mean", "max"))
     say(f"tokens per target: {spread}")
-    console.print(_lengths_table(lengths["counts"]))
-
-
-def _lengths_table(counts: dict[int, int]) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("tokens", justify="right")
-    table.add_column("targets", justify="right")
-    for name, count in _bins(counts):
-        table.add_row(name, f"{count:,}")
-    return table
+    targets = [(name, f"{count:,}") for name, count in _bins(lengths["counts"])]
+    make_console().print(rich_table(TextTable("", ("tokens", "targets"), targets, words=())))
 
 
 def _bins(counts: dict[int, int]) -> Iterator[tuple[str, int]]:

@@ -18,7 +18,7 @@ import jsonargparse
 from pml.commands._console import make_console, one_line
 from pml.commands._facts import add_adapter_arguments, check_adapter_arguments, open_adapter
 from pml.errors import InputError
-from pml.escape import say, say_json
+from pml.escape import say, say_json, shortened
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -65,20 +65,13 @@ def run(args: jsonargparse.Namespace) -> int:
     if not args.temperature > 0 or math.isinf(args.temperature):
         raise InputError(f"--temperature is {args.temperature}; expected a number above 0")
     check_adapter_arguments(args)
-    if args.adapter is not None:
-        results = [_ask(args.adapter, args)]
-        if args.json:
-            say_json(results)
-        return 0
-    records = read_records([run_folder(args.run)])
+    records = {} if args.run is None else read_records([run_folder(args.run)])
     for folder, record in records.items():
         if record.status == "diverged":
-            say(
-                f"note: {folder} diverged: its final loss is not a finite number, so it is left out",
-                to=sys.stderr,
-            )
+            say(f"note: {folder} diverged: its final loss is not a finite number, so it is left out", to=sys.stderr)
+    folders = [folder for folder, record in records.items() if record.status != "diverged"]
     with shared_backbones():
-        results = [_ask(folder, args) for folder, record in records.items() if record.status != "diverged"]
+        results = [_ask(folder, args) for folder in (folders if args.adapter is None else [args.adapter])]
     if args.json:
         say_json(results)
     return 0
@@ -199,5 +192,4 @@ def _alike(text: str, target: str) -> int:
 
 
 def _short(text: str) -> str:
-    line = one_line(text)
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+    return shortened(one_line(text), LONGEST)

@@ -7,7 +7,6 @@ Interrupted, it goes on where it was.
 """
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +16,9 @@ import jsonargparse
 from pml.escape import say, say_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from pml.grid import Cell
     from pml.search import Choice, SearchGrid
+    from pml.tables import TextTable
 
 __all__ = ["configure", "run"]
 
@@ -40,6 +38,7 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.commands.sweep import Progress
     from pml.search import SEARCH_NAME, read_search, run_search
     from pml.stopping import Stopped
+    from pml.tables import rich_table
 
     grid = read_search(args.grid)
 
@@ -55,7 +54,7 @@ def run(args: jsonargparse.Namespace) -> int:
     if args.json:
         say_json(json.loads((grid.out / SEARCH_NAME).read_bytes()))
     else:
-        make_console().print(_table(grid, choices))
+        make_console().print(rich_table(_table(grid, choices)))
         for key in grid.search:
             edge = sum(key in choice.at_the_edge for choice in choices)
             if edge:
@@ -77,25 +76,18 @@ def run(args: jsonargparse.Namespace) -> int:
     return 1 if failed or diverged else 0
 
 
-def _table(grid: "SearchGrid", choices: "list[Choice]") -> "Table":
-    from rich import box
-    from rich.table import Table
+def _table(grid: "SearchGrid", choices: "list[Choice]") -> "TextTable":
+    from pml.tables import TextTable, show_loss
 
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        caption="Final loss in nats per target token of the best settings with each budget in epochs.",
-        caption_justify="left",
-    )
     keys = list(dict.fromkeys(key for part in grid.grid for key in part))
-    for key in (*keys, *grid.search):
-        table.add_column(key.rsplit(".", 1)[-1], justify="right")
-    for epochs in grid.epochs:
-        table.add_column(f"{epochs}\nepochs", justify="right")
-    for choice in choices:
-        best = choice.candidates[0]
-        table.add_row(
+    settings = [key.rsplit(".", 1)[-1] for key in (*keys, *grid.search)]
+    rows = [
+        (
             *(str(choice.cell.get(key, "-")) for key in keys),
-            *(str(best.settings[key]) for key in grid.search),
-            *(f"{loss:.3f}" if math.isfinite(loss := best.losses[epochs]) else "-" for epochs in grid.epochs),
+            *(str(choice.candidates[0].settings[key]) for key in grid.search),
+            *(show_loss(choice.candidates[0].losses[epochs]) for epochs in grid.epochs),
         )
-    return table
+        for choice in choices
+    ]
+    note = "Final loss in nats per target token of the best settings with each budget in epochs."
+    return TextTable("", (*settings, *(f"{epochs}\nepochs" for epochs in grid.epochs)), rows, words=(), note=note)

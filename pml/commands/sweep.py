@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 
+from pml.errors import InputError
 from pml.escape import say, say_json
 
 if TYPE_CHECKING:
@@ -56,15 +57,13 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 def run(args: jsonargparse.Namespace) -> int:
     """Run the grid; 0 when every cell has a record, 1 when some failed."""
     if args.workers is not None and args.workers < 1:
-        from pml.errors import InputError
-
         raise InputError(f"--workers is {args.workers}; expected at least 1")
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.commands._console import make_console
-    from pml.grid import ERROR_NAME, Grid, read_grid, resolve
+    from pml.grid import Grid, read_grid, resolve
     from pml.stopping import Stopped
     from pml.sweep import Outcome, claims_of, run_cells, set_failures_aside
-    from pml.tables import records_table
+    from pml.tables import records_table, rich_table
 
     grid: Grid = read_grid(args.grid)
     cells = resolve(grid)
@@ -95,27 +94,31 @@ def run(args: jsonargparse.Namespace) -> int:
         raise
     records = {outcome.cell.folder: outcome.record for outcome in outcomes if outcome.record is not None}
     if records and not args.json:
-        make_console().print(records_table(records))
+        make_console().print(rich_table(records_table(records)))
     if args.json:
         say_json([_plain(outcome) for outcome in outcomes])
-    for outcome in outcomes:
-        if outcome.diverged:
-            say(
-                f"diverged: {outcome.cell.name}: its loss is not a finite number; a lower learning rate, which is "
-                f"another cell, may help (see {outcome.cell.folder})",
-                to=sys.stderr,
-            )
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
-    for outcome in failed:
-        error_file = outcome.cell.folder / ERROR_NAME
-        where = f" (see {error_file}; --retry_failed runs it again)" if error_file.exists() else ""
-        say(f"failed: {outcome.cell.name}: {outcome.error}{where}", to=sys.stderr)
-    left = [outcome.cell.name for outcome in outcomes if outcome.record is None and outcome.error is None]
-    for name in left:
-        say(f"not run: {name}", to=sys.stderr)
-    for trouble in troubles:
-        say(trouble, to=sys.stderr)
-    return 1 if failed or left else 0
+    for trouble in (*map(_trouble, outcomes), *troubles):
+        if trouble:
+            say(trouble, to=sys.stderr)
+    return 1 if any(outcome.record is None or outcome.error is not None for outcome in outcomes) else 0
+
+
+def _trouble(outcome: "Outcome") -> str:
+    """What to know of a cell without a result that can be used; empty where it has one."""
+    from pml.grid import ERROR_NAME
+
+    name, folder = outcome.cell.name, outcome.cell.folder
+    if outcome.error is not None:
+        where = f" (see {folder / ERROR_NAME}; --retry_failed runs it again)" if (folder / ERROR_NAME).exists() else ""
+        return f"failed: {name}: {outcome.error}{where}"
+    if outcome.record is None:
+        return f"not run: {name}"
+    if outcome.diverged:
+        return (
+            f"diverged: {name}: its loss is not a finite number; a lower learning rate, which is another cell, may "
+            f"help (see {folder})"
+        )
+    return ""
 
 
 def watch(cells: "Sequence[Cell]", workers: "Workers", claims: "Claims", report: "Callable[[Outcome], None]") -> None:

@@ -1,6 +1,5 @@
 """Any number of methods against one of them, over pairs of runs."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pml.compare.pairs import TOLERANCE, LeftOut, Pair, find_pairs
 from pml.errors import InputError
 from pml.groups import method_name, setting_of
 from pml.records import Record
+from pml.tables import numbers_first
 
 __all__ = ["Comparison", "MethodMeans", "compare"]
 
@@ -128,10 +128,8 @@ def compare(
     for path, record in records.items():
         parts.setdefault(repr(setting_of(record, by)) if by else "", {})[path] = record
     values = {path: outcomes_of(path, record) for path, record in records.items() if record.status == "finished"}
-    comparisons = [
-        _comparison(part, values, first, by, tolerance, confidence)
-        for part in sorted(parts.values(), key=lambda part: _order(part, by))
-    ]
+    comparisons = [_comparison(part, values, first, by, tolerance, confidence) for part in parts.values()]
+    comparisons.sort(key=lambda comparison: [numbers_first(value) for value in comparison.where.values()])
     if not any(comparison.differences for comparison in comparisons):
         reasons = sorted({left.reason for comparison in comparisons for left in comparison.left_out})
         others = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
@@ -219,12 +217,6 @@ def _baseline(asked: str | None, methods: list[str]) -> str:
         if method.lower() == asked.lower():
             return method
     raise InputError(f"baseline: no run of {asked!r}; there are {', '.join(methods)}; name one of them")
-
-
-def _order(part: Mapping[Path, Record], by: str | None) -> tuple[float, str]:
-    """Parts by number where they are numbers, by their text otherwise."""
-    value = setting_of(next(iter(part.values())), by) if by else None
-    return (float(value), "") if isinstance(value, int | float) else (math.inf, str(value))
 
 
 def _other_settings(runs: list[tuple[Record, Record]]) -> dict[str, list[str]]:

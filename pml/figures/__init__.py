@@ -3,12 +3,11 @@
 from pml.figures.heat_map import heat_map_figure, over_grid
 from pml.figures.law import agreement_figure, law_figure, reduction_figure, residual_figure
 from pml.figures.recall import first_failure_figure, recall_figure
-from pml.figures.style import NothingToShow, png_bytes, save_figure, settle, svg_data_uri
+from pml.figures.style import png_bytes, save_figure, settle, svg_data_uri
 from pml.figures.training import Curves, learning_figure, phases_figure
 
 __all__ = [
     "Curves",
-    "NothingToShow",
     "agreement_figure",
     "first_failure_figure",
     "heat_map_figure",

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pml.figures.style import INK, PAPER, NothingToShow, new_figure, thinned_labels
+from pml.figures.style import INK, PAPER, new_figure, thinned_labels
 from pml.law import Observation
 
 __all__ = ["Shade", "Values", "draw_heat_map", "heat_map_figure", "is_grid", "over_grid"]
@@ -33,24 +33,21 @@ def over_grid(runs: Iterable[Observation], value: Callable[[Observation], float]
     return {point: float(np.mean(values)) for point, values in found.items()}
 
 
-def is_grid(values: Values) -> bool:
-    """Whether there are several ranks and several lengths."""
-    return all(len(set(found)) > 1 for found in zip(*values, strict=True)) if values else False
+def is_grid(points: Iterable[tuple[int, int]]) -> bool:
+    """Whether these points, rank and length of each, have several ranks and several lengths."""
+    return sum(len(set(found)) > 1 for found in zip(*points, strict=True)) == 2
 
 
-def heat_map_figure(values: Values, title: str, shade: Shade) -> Figure:
-    """A map of one number, as wide as a page's column.
+def heat_map_figure(values: Values, title: str, shade: Shade) -> Figure | None:
+    """A map of one number, as wide as a page's column; None where there is none, or not over a grid.
 
     Args:
         values: What to show.
         title: What it is, with its unit.
         shade: Which end is dark.
-
-    Raises:
-        NothingToShow: If there is no number, or they are not over a grid.
     """
     if not is_grid(values):
-        raise NothingToShow("it takes several ranks and several lengths with this measurement")
+        return None
     with new_figure(4.4) as (figure, axes):
         draw_heat_map(axes, values, title, shade)
     return figure

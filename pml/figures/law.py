@@ -16,21 +16,21 @@ from pml.figures.style import (
     PAPER,
     Looks,
     canvas,
-    draw_point,
-    hollow_handle,
     legend_below,
     literal,
     logarithmic,
     looks_of,
     new_figure,
-    tidy,
+    point,
 )
 from pml.law import FORMS, LawFit, Observation, saturated
-from pml.law.forms import Array
 
 __all__ = ["agreement_figure", "law_figure", "reduction_figure", "residual_figure"]
 
-REDUCTION = "loss reduction (nats per target token)"
+By = Literal["rank", "length"]
+AXES: dict[By, tuple[str, str]] = {"rank": ("rank", "target_tokens"), "length": ("target_tokens", "rank")}
+"""What the horizontal axis is, and what each line has one value of, as fields of a run."""
+NAMES = {"rank": "LoRA rank", "target_tokens": "target tokens"}
 
 
 def law_figure(fit: LawFit, runs: Iterable[Observation], token_accuracy: Mapping[str, float] | None = None) -> Figure:
@@ -46,7 +46,6 @@ def law_figure(fit: LawFit, runs: Iterable[Observation], token_accuracy: Mapping
         token_accuracy: Share of target tokens that greedy decoding puts in their place, by the source of a run.
     """
     every = list(runs)
-    filled, hollow = _shown(fit, every)
     maps = [(title, shade, found) for title, shade, found in _maps(every, token_accuracy or {}) if is_grid(found)]
     with canvas():
         figure = Figure(figsize=(14, 9.6) if maps else (15, 5.2), dpi=120, layout="constrained", facecolor=PAPER)
@@ -56,16 +55,12 @@ def law_figure(fit: LawFit, runs: Iterable[Observation], token_accuracy: Mapping
             agreement, *cells = below.subplots(1, 1 + len(maps))
         else:
             (by_rank, by_length, agreement), cells = figure.subplots(1, 3), []
-        panels: tuple[tuple[Axes, Literal["rank", "length"]], ...] = ((by_rank, "rank"), (by_length, "length"))
+        panels: tuple[tuple[Axes, By], ...] = ((by_rank, "rank"), (by_length, "length"))
         for axes, by in panels:
-            tidy(axes)
-            looks = looks_of(sorted({_other(run, by) for run in filled + hollow}))
-            _draw_reduction(axes, fit, filled, hollow, looks, by)
-            handles = _handles(looks, hollow if by == "rank" else [])
-            title = "target tokens" if by == "rank" else "LoRA rank"
+            handles = _draw_reduction(axes, fit, every, by)
             axes.legend(
                 handles=handles,
-                title=title,
+                title=NAMES[AXES[by][1]],
                 loc="center left",
                 bbox_to_anchor=(1.0, 0.5),
                 ncols=1 + len(handles) // 18,
@@ -73,8 +68,7 @@ def law_figure(fit: LawFit, runs: Iterable[Observation], token_accuracy: Mapping
                 fontsize=9.5,
                 handlelength=1.5,
             )
-        tidy(agreement)
-        _draw_agreement(agreement, fit, filled, hollow, _looks(filled + hollow))
+        _draw_agreement(agreement, fit, every)
         agreement.set_title(f"$R^2$ = {fit.best.r2:.4f}, MAPE = {fit.best.mape_percent:.1f} %", fontsize=12)
         if fit.predicts_ranks:
             by_rank.set_title("law and 95 % band; dotted where no run was used", fontsize=12)
@@ -95,15 +89,12 @@ def _maps(runs: list[Observation], token_accuracy: Mapping[str, float]) -> list[
 
 def agreement_figure(fit: LawFit, runs: Iterable[Observation]) -> Figure:
     """Predicted against measured loss reduction in nats per target token; saturated runs hollow."""
-    filled, hollow = _shown(fit, runs)
-    looks = _looks(filled + hollow)
     with new_figure(4.9) as (figure, axes):
-        _draw_agreement(axes, fit, filled, hollow, looks)
-        legend_below(figure, _handles(looks, hollow), title="target tokens")
+        legend_below(figure, _draw_agreement(axes, fit, runs), title=NAMES["target_tokens"])
     return figure
 
 
-def reduction_figure(fit: LawFit, runs: Iterable[Observation], by: Literal["rank", "length"]) -> Figure:
+def reduction_figure(fit: LawFit, runs: Iterable[Observation], by: By) -> Figure:
     """Loss reduction in nats per target token against rank or length, both logarithmic, with the fit and its band.
 
     There is a line for each value of the other one, solid over the runs that the fit used (the saturated ones too
@@ -115,11 +106,8 @@ def reduction_figure(fit: LawFit, runs: Iterable[Observation], by: Literal["rank
         runs: All runs, those that the fit left out too.
         by: What the horizontal axis is.
     """
-    filled, hollow = _shown(fit, runs)
-    looks = looks_of(sorted({_other(run, by) for run in filled + hollow}))
     with new_figure(4.4) as (figure, axes):
-        _draw_reduction(axes, fit, filled, hollow, looks, by)
-        legend_below(figure, _handles(looks, hollow), title="target tokens" if by == "rank" else "LoRA rank")
+        legend_below(figure, _draw_reduction(axes, fit, runs, by), title=NAMES[AXES[by][1]])
     return figure
 
 
@@ -129,19 +117,15 @@ def residual_figure(fit: LawFit) -> Figure:
     The shade is one root mean squared error on either side; a law that holds leaves no trend.
     """
     looks = looks_of(sorted({run.target_tokens for run, _ in fit.used}))
-    with new_figure(5.2, rows=2, sharey=True) as (figure, (by_rank, by_length)):
-        for axes in (by_rank, by_length):
+    with new_figure(5.2, rows=2, sharey=True) as (figure, panels):
+        for axes, field in zip(panels, NAMES, strict=True):
             axes.axhspan(-fit.best.rmse_nats, fit.best.rmse_nats, color="#EEEEEE", zorder=0)
             axes.axhline(0.0, color=INK, linewidth=1.0, zorder=1)
-            axes.set_ylabel("measured - predicted\n(nats per target token)")
-        for run, predicted in fit.used:
-            look = looks[run.target_tokens]
-            draw_point(by_rank, run.rank, run.loss_reduction - predicted, look, size=6.5)
-            draw_point(by_length, run.target_tokens, run.loss_reduction - predicted, look, size=6.5)
-        logarithmic(by_rank, "x", {run.rank for run, _ in fit.used})
-        logarithmic(by_length, "x", {run.target_tokens for run, _ in fit.used})
-        by_rank.set_xlabel("LoRA rank")
-        by_length.set_xlabel("target tokens")
+            for run, predicted in fit.used:
+                style = point(looks[run.target_tokens], size=6.5)
+                axes.plot(getattr(run, field), run.loss_reduction - predicted, **style)
+            logarithmic(axes, {getattr(run, field) for run, _ in fit.used})
+            axes.set(xlabel=NAMES[field], ylabel="measured - predicted\n(nats per target token)")
     return figure
 
 
@@ -161,61 +145,45 @@ def _key(run: Observation) -> tuple[str, int, int, int]:
     return run.source, run.rank, run.target_tokens, run.seed
 
 
-def _looks(runs: Iterable[Observation]) -> Looks:
-    return looks_of(sorted({run.target_tokens for run in runs}))
-
-
 def _handles(looks: Looks, hollow: list[Observation]) -> list[Line2D]:
     """Lines with their markers, and what hollow means where something is."""
     lines = [Line2D([], [], color=c, marker=m, markersize=6, label=f"{value:,}") for value, (c, m) in looks.items()]
-    return [*lines, hollow_handle("saturated")] if hollow else lines
+    return [*lines, Line2D([], [], **point((INK, "o"), is_hollow=True, size=7))] if hollow else lines
 
 
-def _draw_reduction(
-    axes: Axes,
-    fit: LawFit,
-    filled: list[Observation],
-    hollow: list[Observation],
-    looks: Looks,
-    by: Literal["rank", "length"],
-) -> None:
-    """Loss reduction against rank or length, with a line of the fit and its band for each value of the other one."""
-    runs = filled + hollow
-    in_fit = runs if FORMS[fit.form].saturating else filled
-    at = sorted({_along(run, by) for run in runs})
+def _draw_reduction(axes: Axes, fit: LawFit, runs: Iterable[Observation], by: By) -> list[Line2D]:
+    """Loss reduction against rank or length, with a line of the fit and its band for each value of the other one.
+
+    Returns:
+        What the legend says.
+    """
+    filled, hollow = _shown(fit, runs)
+    in_fit = filled + hollow if FORMS[fit.form].saturating else filled
+    along, other = AXES[by]
+    looks = looks_of(sorted({getattr(run, other) for run in filled + hollow}))
+    at = sorted({getattr(run, along) for run in filled + hollow})
     everywhere = np.geomspace(at[0], at[-1], 200)
     for value, (colour, _) in looks.items() if fit.predicts_ranks else ():
-        axes.plot(everywhere, fit.predict(*_at(everywhere, value, by)), color=colour, linewidth=1.2, ls=":", zorder=1)
-        used = [_along(run, by) for run in in_fit if _other(run, by) == value]
+        predicted = fit.predict(**{along: everywhere, other: value})
+        axes.plot(everywhere, predicted, color=colour, linewidth=1.2, ls=":", zorder=1)
+        used = [getattr(run, along) for run in in_fit if getattr(run, other) == value]
         if used:
             inside = np.geomspace(min(used), max(used), 100)
-            axes.plot(inside, fit.predict(*_at(inside, value, by)), color=colour, linewidth=1.8, zorder=2)
-            band = np.percentile(fit.predict_draws(*_at(inside, value, by)), (2.5, 97.5), axis=0)
+            points = {along: inside, other: value}
+            axes.plot(inside, fit.predict(**points), color=colour, linewidth=1.8, zorder=2)
+            band = np.percentile(fit.predict_draws(**points), (2.5, 97.5), axis=0)
             axes.fill_between(inside, *band, color=colour, alpha=0.15, linewidth=0, zorder=1)
     for group in (hollow, filled):
         for run in group:
-            look = looks[_other(run, by)]
-            draw_point(axes, _along(run, by), run.loss_reduction, look, is_hollow=group is hollow, size=7)
-    logarithmic(axes, "x", at)
+            style = point(looks[getattr(run, other)], is_hollow=group is hollow, size=7)
+            axes.plot(getattr(run, along), run.loss_reduction, **style)
+    logarithmic(axes, at)
     # A line may climb past what any run can reach, the frozen model's loss; the measured runs set the scale.
-    _logarithmic_losses(axes, [run.loss_reduction for run in runs])
-    axes.set(xlabel="LoRA rank" if by == "rank" else "target tokens", ylabel=REDUCTION)
+    _logarithmic_losses(axes, [run.loss_reduction for run in filled + hollow])
+    axes.set(xlabel=NAMES[along], ylabel="loss reduction (nats per target token)")
     if not fit.predicts_ranks:
         axes.set_title("no lines: parameters per rank differ", fontsize=12)
-
-
-def _along(run: Observation, by: str) -> int:
-    return run.rank if by == "rank" else run.target_tokens
-
-
-def _other(run: Observation, by: str) -> int:
-    return run.target_tokens if by == "rank" else run.rank
-
-
-def _at(along: Array, other: int, by: str) -> tuple[Array, Array]:
-    """Ranks and lengths along one of them."""
-    others = np.full_like(along, other)
-    return (along, others) if by == "rank" else (others, along)
+    return _handles(looks, hollow)
 
 
 def _logarithmic_losses(axes: Axes, measured: list[float]) -> None:
@@ -230,10 +198,14 @@ def _logarithmic_losses(axes: Axes, measured: list[float]) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _draw_agreement(
-    axes: Axes, fit: LawFit, filled: list[Observation], hollow: list[Observation], looks: Looks
-) -> None:
-    """Predicted against measured."""
+def _draw_agreement(axes: Axes, fit: LawFit, runs: Iterable[Observation]) -> list[Line2D]:
+    """Predicted against measured.
+
+    Returns:
+        What the legend says.
+    """
+    filled, hollow = _shown(fit, runs)
+    looks = looks_of(sorted({run.target_tokens for run in filled + hollow}))
     values = [run.loss_reduction for run in (*hollow, *filled)] + [predicted for _, predicted in fit.used]
     span = max(values) - min(values)
     # Without a ceiling, what the law says of saturated runs may be so large that the others would be squeezed.
@@ -242,21 +214,23 @@ def _draw_agreement(
     edge, beyond = limits[1] - 0.03 * span, 0
     # Given each run's own initial loss, as for every other error.
     by_run = dict(zip(map(_key, fit.observations), fit.best.predicted, strict=True))
-    for run in (*hollow, *filled):
-        predicted = by_run.get(_key(run))
-        if predicted is None:
-            predicted = float(fit.predict(run.rank, run.target_tokens))
-        beyond += predicted > edge
-        shown = min(predicted, edge)
-        draw_point(axes, run.loss_reduction, shown, looks[run.target_tokens], is_hollow=run in hollow)
+    for group in (hollow, filled):
+        for run in group:
+            predicted = by_run.get(_key(run))
+            if predicted is None:
+                predicted = float(fit.predict(run.rank, run.target_tokens))
+            beyond += predicted > edge
+            style = point(looks[run.target_tokens], is_hollow=group is hollow)
+            axes.plot(run.loss_reduction, min(predicted, edge), **style)
     axes.plot(limits, limits, color=INK, linewidth=1.2, linestyle="--", zorder=1, label="identity")
     axes.set(xlim=limits, ylim=limits, aspect="equal")
-    axes.yaxis.set_major_locator(MaxNLocator(7))
-    axes.xaxis.set_major_locator(MaxNLocator(7))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(7))
     if beyond:
         note = f"at the upper edge: {beyond} predicted beyond it"
         axes.text(0.02, 0.96, note, transform=axes.transAxes, fontsize=9.5, verticalalignment="top")
     axes.set(xlabel="measured loss reduction (nats)", ylabel="predicted loss reduction (nats)")
+    return _handles(looks, hollow)
 
 
 def _setting(fit: LawFit) -> str:

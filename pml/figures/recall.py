@@ -7,12 +7,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from pml.figures.style import (
     INK,
     PAPER,
     Looks,
-    NothingToShow,
     dashes,
     legend_below,
     literal,
@@ -20,7 +20,6 @@ from pml.figures.style import (
     looks_of,
     new_figure,
     percent_axis,
-    plain_log,
 )
 from pml.records import Record
 from pml.token_results import FirstPositions, RankCorrelation
@@ -31,25 +30,23 @@ LABELS = {"tokens_certain": "tokens certain", "token_accuracy": "tokens right", 
 Measure = Literal["tokens_certain", "token_accuracy", "exact_match"]
 
 
-def recall_figure(methods: Mapping[str, Iterable[Record]], measure: Measure) -> Figure:
+def recall_figure(methods: Mapping[str, Iterable[Record]], measure: Measure) -> Figure | None:
     """Recall in percent under teacher forcing against rank, a panel for each length and a line for each method.
 
-    Lines go through the means over seeds; bars reach from the lowest to the highest seed.
+    Lines go through the means over seeds; bars reach from the lowest to the highest seed. None with fewer than two
+    ranks.
 
     Args:
         methods: Finished runs by the name of their method.
         measure: `tokens_certain`, share of target tokens with p > 0.5; `token_accuracy`, share of them that are right;
             or `exact_match`, share of whole targets.
-
-    Raises:
-        NothingToShow: If there are not two ranks.
     """
     runs = {method: list(records) for method, records in methods.items()}
     everything = [record for records in runs.values() for record in records]
     lengths = sorted({record.target_tokens for record in everything})
     ranks = sorted({record.rank for record in everything})
     if len(ranks) < 2:
-        raise NothingToShow("it takes runs of several ranks")
+        return None
     looks = looks_of(runs)
     columns = min(2, len(lengths))
     rows = -(-len(lengths) // columns)
@@ -61,7 +58,7 @@ def recall_figure(methods: Mapping[str, Iterable[Record]], measure: Measure) -> 
                 continue
             _draw_recall(axes, runs, lengths[i], measure, looks)
             axes.set_title(f"{lengths[i]:,} tokens", fontsize=10)
-            logarithmic(axes, "x", ranks)
+            logarithmic(axes, ranks)
             axes.xaxis.set_tick_params(labelbottom=True)
             percent_axis(axes)
             if i % columns == 0:
@@ -104,8 +101,11 @@ def first_failure_figure(positions: FirstPositions, correlation: RankCorrelation
             alpha=0.85,
             zorder=2,
         )
-        plain_log(axes, "x")
-        plain_log(axes, "y")
+        axes.set(xscale="log", yscale="log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axis.set_minor_formatter(NullFormatter())
         margin = edge**0.06 * 1.05
         axes.set(xlim=(1 / margin, edge * margin), ylim=(1 / margin, edge * margin))
         axes.set(xlabel="first token with p <= 0.5", ylabel="first wrong token")

@@ -12,8 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter
 
 from pml.atomic import whole_file
 
@@ -23,24 +22,20 @@ __all__ = [
     "MARKERS",
     "PAPER",
     "Looks",
-    "NothingToShow",
     "canvas",
     "dashes",
-    "draw_point",
-    "hollow_handle",
     "legend_below",
     "literal",
     "logarithmic",
     "looks_of",
     "new_figure",
     "percent_axis",
-    "plain_log",
     "png_bytes",
+    "point",
     "save_figure",
     "settle",
     "svg_data_uri",
     "thinned_labels",
-    "tidy",
 ]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, without the yellow that is too pale for lines.
@@ -56,18 +51,21 @@ Looks = dict[Any, tuple[str, str]]
 """A colour and a marker for each value that a figure tells apart."""
 
 
-class NothingToShow(Exception):
-    """What a figure is about is not in the runs; the message says in words what is missing."""
-
-
 @contextmanager
-def canvas(font_size: float = 11.0) -> Iterator[None]:
+def canvas() -> Iterator[None]:
     """Settings that hold for everything drawn inside."""
     settings: dict[Any, Any] = {
-        "font.size": font_size,
+        "font.size": 11.0,
         "axes.edgecolor": INK,
         "axes.labelcolor": INK,
         "text.color": INK,
+        # A light grid behind the data, and no frame where there is no scale.
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": GRID,
+        "grid.linewidth": 0.8,
     }
     with matplotlib.rc_context(settings):
         yield
@@ -75,7 +73,7 @@ def canvas(font_size: float = 11.0) -> Iterator[None]:
 
 @contextmanager
 def new_figure(height: float = 3.9, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure of a page's column and its axes, tidied; draw inside the context.
+    """A figure of a page's column and its axes; draw inside the context.
 
     Args:
         height: In inches.
@@ -85,17 +83,7 @@ def new_figure(height: float = 3.9, rows: int = 1, columns: int = 1, **options: 
     """
     with canvas():
         figure = Figure(figsize=(WIDTH_INCHES, height), dpi=160, layout="constrained", facecolor=PAPER)
-        axes = figure.subplots(rows, columns, **options)
-        for one in np.atleast_1d(axes).flat:
-            tidy(one)
-        yield figure, axes
-
-
-def tidy(axes: Axes) -> None:
-    """A light grid behind the data, and no frame where there is no scale."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
+        yield figure, figure.subplots(rows, columns, **options)
 
 
 def looks_of(values: Iterable[Any]) -> Looks:
@@ -113,39 +101,20 @@ def looks_of(values: Iterable[Any]) -> Looks:
     }
 
 
-def draw_point(
-    axes: Axes, x: float, y: float, look: tuple[str, str], *, is_hollow: bool = False, size: float = 8.0
-) -> None:
-    """One run: filled where the law used it, hollow where it is saturated."""
+def point(look: tuple[str, str], *, is_hollow: bool = False, size: float = 8.0) -> dict[str, Any]:
+    """How one run is drawn: filled where the law used it, hollow where it is saturated."""
     colour, marker = look
-    axes.plot(
-        [x],
-        [y],
-        linestyle="none",
-        marker=marker,
-        markersize=size,
-        markerfacecolor=PAPER if is_hollow else colour,
-        markeredgecolor=colour if is_hollow else PAPER,
-        markeredgewidth=1.6 if is_hollow else 0.8,
-        zorder=3 if is_hollow else 4,
-        clip_on=False,
-        label="saturated" if is_hollow else "used",
-    )
-
-
-def hollow_handle(label: str) -> Line2D:
-    """What stands for hollow points in a legend."""
-    return Line2D(
-        [],
-        [],
-        linestyle="none",
-        marker="o",
-        markersize=7,
-        markerfacecolor=PAPER,
-        markeredgecolor=INK,
-        markeredgewidth=1.6,
-        label=label,
-    )
+    return {
+        "linestyle": "none",
+        "marker": marker,
+        "markersize": size,
+        "markerfacecolor": PAPER if is_hollow else colour,
+        "markeredgecolor": colour if is_hollow else PAPER,
+        "markeredgewidth": 1.6 if is_hollow else 0.8,
+        "zorder": 3 if is_hollow else 4,
+        "clip_on": False,
+        "label": "saturated" if is_hollow else "used",
+    }
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], columns: int = 3, title: str | None = None) -> None:
@@ -163,29 +132,12 @@ def legend_below(figure: Figure, handles: Sequence[Any], columns: int = 3, title
     )
 
 
-def logarithmic(axis_of: Axes, which: str, values: Iterable[int]) -> None:
-    """A logarithmic axis, `x` or `y`, ticked at these values alone; labels that would touch are left out."""
+def logarithmic(axes: Axes, values: Iterable[int]) -> None:
+    """A logarithmic horizontal axis, ticked at these values alone; labels that would touch are left out."""
     ticks = sorted(set(values))
-    getattr(axis_of, f"set_{which}scale")("log")
-    axis = getattr(axis_of, f"{which}axis")
-    axis.set_major_locator(FixedLocator(ticks))
-    axis.set_minor_locator(NullLocator())
-    axis.set_ticks(ticks, labels=thinned_labels(ticks))
-
-
-def plain_log(axes: Axes, which: str, *, decades: bool = False) -> None:
-    """A logarithmic axis, `x` or `y`, with numbers such as 0.5 or 2,000 rather than powers of ten.
-
-    Args:
-        axes: Whose axis it is.
-        which: `x` or `y`.
-        decades: Number the decades alone, for an axis of many of them.
-    """
-    getattr(axes, f"set_{which}scale")("log")
-    axis = getattr(axes, f"{which}axis")
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0,) if decades else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(ticks, labels=thinned_labels(ticks))
 
 
 def percent_axis(axes: Axes) -> None:

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, SymmetricalLogLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter, SymmetricalLogLocator
 
-from pml.figures.style import PAPER, NothingToShow, dashes, legend_below, literal, looks_of, new_figure, percent_axis
+from pml.figures.style import PAPER, dashes, legend_below, literal, looks_of, new_figure, percent_axis
 
 __all__ = ["Curves", "learning_figure", "phases_figure"]
 
@@ -37,17 +37,14 @@ class Curves:
     loss: Array
 
 
-def phases_figure(runs: Mapping[str, Curves]) -> Figure:
-    """Shares of target tokens that are certain, right without being certain, and wrong, over optimiser steps.
+def phases_figure(runs: Mapping[str, Curves]) -> Figure | None:
+    """Shares of target tokens that are certain, right without being certain, and wrong, over steps; None without runs.
 
     Args:
         runs: By what each panel is called; a few.
-
-    Raises:
-        NothingToShow: If there is no run.
     """
     if not runs:
-        raise NothingToShow("no run left a history of its tokens")
+        return None
     with new_figure(1.1 + 2.1 * len(runs), rows=len(runs), sharex=True, squeeze=False) as (figure, grid):
         for axes, (name, run) in zip(grid[:, 0], runs.items(), strict=True):
             shares = (run.certain, run.right, 1 - run.certain - run.right)
@@ -67,19 +64,16 @@ def phases_figure(runs: Mapping[str, Curves]) -> Figure:
     return figure
 
 
-def learning_figure(groups: Mapping[str, list[Curves]], title: str) -> Figure:
-    """Mean loss and the share of certain tokens over optimiser steps, a line for each run.
+def learning_figure(groups: Mapping[str, list[Curves]], title: str) -> Figure | None:
+    """Mean loss and the share of certain tokens over optimiser steps, a line for each run; None without runs.
 
     Args:
         groups: Runs by what their lines are called, such as their method or rank.
         title: What the names are.
-
-    Raises:
-        NothingToShow: If there is no run.
     """
     every = [run for runs in groups.values() for run in runs]
     if not every:
-        raise NothingToShow("no run left a history of its tokens")
+        return None
     looks = looks_of(groups)
     faint = 1.0 if len(every) <= len(groups) else 0.6
     with new_figure(5.3, rows=2, sharex=True) as (figure, (above, below)):
@@ -112,5 +106,5 @@ def _step_axis(axes: Axes, last: int) -> None:
     axes.xaxis.set_major_locator(
         SymmetricalLogLocator(base=10, linthresh=1, subs=(1.0, 2.0, 5.0) if last < 300 else (1.0, 3.0))
     )
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -1,10 +1,10 @@
 """What a page says about one law: its equation with intervals, how well it fits, and its figures."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from pml.errors import InputError
+from markupsafe import Markup
+
 from pml.figures import agreement_figure, heat_map_figure, over_grid, reduction_figure, residual_figure
 from pml.law import FORMS, Equation, LawFit, Observation, fit_law, saturated, shared_setting
 from pml.law.tables import (
@@ -16,58 +16,44 @@ from pml.law.tables import (
 )
 from pml.recall_model import recall_of
 from pml.records import Record
-from pml.report.parts import Panel, count, draw, spans
-from pml.tables import TextTable
+from pml.report.parts import Panel, Section, count, draw, spans
 
-__all__ = ["LawPart", "law_part"]
+__all__ = ["law_part"]
 
-
-@dataclass(frozen=True)
-class LawPart:
-    """A fitted law on the page.
-
-    Attributes:
-        fit: The law.
-        equation: Its chosen form; the page shows it as HTML.
-        symbols: What its letters mean, with them set as in the equation.
-        sentences: Why this form, how well it fits, its held-out errors, and bits per parameter.
-        tables: Parameters with their intervals, the forms beside each other, and the recall model's calibration.
-        warnings: In words, why to trust it less than its numbers suggest.
-        panels: Its figures.
-    """
-
-    fit: LawFit
-    equation: Equation
-    symbols: Equation
-    sentences: list[str]
-    tables: list[TextTable]
-    warnings: list[str]
-    panels: list[Panel]
+MEASURES = (
+    "R²: share of the variance of the loss reduction that the law explains; mean error: in percent of the measured "
+    "value; RMSE: root of the mean squared error; AICc: the information criterion, smaller is better."
+)
 
 
-def law_part(records: Mapping[Path, Record], runs: list[Observation], name: str, of: str) -> LawPart | str:
-    """Fit the law to the runs of one group; in place of a law, why there is none.
+def law_part(
+    records: Mapping[Path, Record], runs: list[Observation], title: str, name: str, of: str
+) -> tuple[LawFit, Section]:
+    """Fit the law to the runs of one group.
 
     Args:
         records: Records by folder: one backbone, adapter place, initialisation, corpus and method.
         runs: What they measured.
+        title: Heading of the section.
         name: What the names of its figures begin with.
         of: Whose law it is, for those who cannot see the figures.
+
+    Raises:
+        InputError: If the runs do not determine a law.
     """
     recall, damaged = recall_of(path for path, record in records.items() if record.status == "finished")
-    try:
-        fit = fit_law(runs, shared_setting(records), recall=recall)
-    except InputError as error:
-        return str(error)
+    fit = fit_law(runs, shared_setting(records), recall=recall)
     accuracy = {path.as_posix(): record.generated_token_accuracy for path, record in records.items()}
-    return LawPart(
-        fit=fit,
+    decoded = {source: share for source, share in accuracy.items() if share is not None}
+    # An equation too, so that its letters are set like those above it.
+    symbols = Markup(Equation(symbols_sentence(fit).replace("^(-1/p)", "^-1/p"))) + "."
+    return fit, Section(
+        title,
         equation=fit.equation(),
-        symbols=Equation(symbols_sentence(fit).replace("^(-1/p)", "^-1/p")),
-        sentences=[f"{text[0].upper()}{text[1:]}." for text in sentences(fit)],
-        tables=[parameters_table(fit), forms_table(fit), *([recall_table(fit.recall)] if fit.recall else [])],
+        sentences=[symbols, *(f"{text[0].upper()}{text[1:]}." for text in sentences(fit)), MEASURES],
         warnings=[*fit.warnings, *damaged],
-        panels=_panels(fit, runs, {s: share for s, share in accuracy.items() if share is not None}, name, of),
+        panels=_panels(fit, runs, decoded, name, of),
+        tables=[parameters_table(fit), forms_table(fit), *([recall_table(fit.recall)] if fit.recall else [])],
     )
 
 

@@ -70,18 +70,17 @@ def make_report(
     )
     # The style sheet is ours; escaping it would break its quotes.
     style = Markup(environment.get_template("report.css").render())
-    beside = side_by_side(laws_by_name(studies))
     content = {
         "title": title,
         "lead": _lead(records),
         "studies": studies,
-        "side_by_side": beside,
+        "side_by_side": side_by_side(laws_by_name(studies)),
         "provenance": provenance(records),
         "version": version("pml"),
         "runs": len(records),
     }
     html = environment.get_template("report.html").render(report=content, style=style)
-    panels = [panel for study in studies for panel in study.panels]
+    panels = [panel for study in studies for section in study.sections for panel in section.panels]
     return Report(html + "\n", {f"{panel.name}.png": panel.png for panel in panels})
 
 

@@ -1,4 +1,4 @@
-"""What a page is put together from: figures with their words, and words for numbers."""
+"""What a page is put together from: sections, figures with their words, and words for numbers."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -6,9 +6,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pml.figures import NothingToShow, png_bytes, settle, svg_data_uri
+from pml.figures import png_bytes, settle, svg_data_uri
+from pml.law import Equation
+from pml.tables import TextTable
 
-__all__ = ["Panel", "count", "draw", "shown", "spans"]
+__all__ = ["Panel", "Section", "count", "draw", "shown", "spans"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,35 @@ class Panel:
     png: bytes = field(repr=False)
 
 
-def draw(name: str, title: str, caption: str, alt: str, make: Callable[[], Figure]) -> list[Panel]:
+@dataclass(frozen=True)
+class Section:
+    """A heading with what stands below it, in this order.
+
+    Attributes:
+        title: The heading.
+        equation: A law, which the page shows as HTML.
+        sentences: Paragraphs.
+        warnings: Why to trust it less than its numbers suggest.
+        panels: Figures.
+        tables: Tables.
+    """
+
+    title: str
+    equation: Equation | None = None
+    sentences: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
+    tables: list[TextTable] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Whether anything stands below the heading."""
+        return bool(self.equation or self.sentences or self.warnings or self.panels or self.tables)
+
+
+def draw(name: str, title: str, caption: str, alt: str, make: Callable[[], Figure | None]) -> list[Panel]:
     """Make a figure; an empty list where the runs have nothing for it to show."""
-    try:
-        figure = make()
-    except NothingToShow:
+    figure = make()
+    if figure is None:
         return []
     settle(figure)
     return [Panel(name, title, caption, alt, svg_data_uri(figure), png_bytes(figure))]

@@ -2,28 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from pml.law import FORMS, Equation, Estimate, FormName, LawFit, unconverged
 from pml.law.tables import SYMBOLS
+from pml.report.parts import Section
 from pml.tables import TextTable, show_interval
 
-__all__ = ["SideBySide", "common_form", "side_by_side"]
-
-
-@dataclass(frozen=True)
-class SideBySide:
-    """What a page says about several laws at once.
-
-    Attributes:
-        equation: The form in which they are compared.
-        note: Why it is this one, and what its letters mean.
-        table: Their parameters with intervals.
-    """
-
-    equation: Equation
-    note: str
-    table: TextTable
+__all__ = ["common_form", "side_by_side"]
 
 
 def common_form(laws: Mapping[str, LawFit]) -> FormName | None:
@@ -43,8 +28,8 @@ def common_form(laws: Mapping[str, LawFit]) -> FormName | None:
     return min(shared, key=criterion, default=of_bits)
 
 
-def side_by_side(laws: Mapping[str, LawFit]) -> SideBySide | None:
-    """Compare laws by what they are called; None where there are fewer than two, or they have no form in common."""
+def side_by_side(laws: Mapping[str, LawFit]) -> Section | None:
+    """The parameters of laws in one form, by what they are called; None if there is one law, or no form in common."""
     if len(laws) < 2 or (form := common_form(laws)) is None:
         return None
     names = [name for name in ("alpha", "beta") if name in FORMS[form].fitted]
@@ -72,20 +57,20 @@ def side_by_side(laws: Mapping[str, LawFit]) -> SideBySide | None:
             ]
         )
     columns = (*(SYMBOLS[name] for name in names), kappa)
-    return SideBySide(
-        equation=Equation(text),
-        note=f"All in one form, {form}, so that numbers can be compared. {why} dL: loss reduction in nats per target "
-        f"token; s: LoRA rank, or effective parameters where the law counts them; l: target tokens; "
-        f"{kappa.split()[0]}: stored bits per adapter parameter.",
-        table=TextTable(
-            "Parameters of the laws",
-            ("law", *(f"{name} (95 %)" for name in columns), "R²", "form chosen for it", "runs", "not converged"),
-            rows,
-            words=(0, len(names) + 3),
-            note="In brackets 95 % intervals. Not converged: unsaturated runs with more than a hundredth of their loss "
-            "reduction in the last tenth of the steps.",
-        ),
+    note = (
+        f"All in one form, {form}, so that numbers can be compared. {why} dL: loss reduction in nats per target token; "
+        f"s: LoRA rank, or effective parameters where the law counts them; l: target tokens; {kappa.split()[0]}: "
+        "stored bits per adapter parameter."
     )
+    table = TextTable(
+        "Parameters of the laws",
+        ("law", *(f"{name} (95 %)" for name in columns), "R²", "form chosen for it", "runs", "not converged"),
+        rows,
+        words=(0, len(names) + 3),
+        note="In brackets 95 % intervals. Not converged: unsaturated runs with more than a hundredth of their loss "
+        "reduction in the last tenth of the steps.",
+    )
+    return Section("Laws side by side", equation=Equation(text), sentences=[note], tables=[table])
 
 
 def _with_interval(estimate: Estimate) -> str:

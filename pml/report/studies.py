@@ -1,22 +1,21 @@
 """Runs as a page tells of them: a study for each setting, and in it the law of each method, then what all share."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pml.compare import compare, differences_tables, means_table
 from pml.errors import InputError
 from pml.figures import recall_figure
+from pml.figures.heat_map import is_grid
 from pml.figures.recall import Measure
 from pml.groups import Group, differing, short_method_names
 from pml.law import LawFit, Observation, observations_from_records, saturated
 from pml.records import Record
-from pml.report.law_part import LawPart, law_part
-from pml.report.parts import Panel, count, draw, shown, spans
-from pml.report.training import TrainingPart, training_part
-from pml.tables import TextTable, show_loss, show_percent
+from pml.report.law_part import law_part
+from pml.report.parts import Panel, Section, count, draw, shown, spans
+from pml.report.training import training_part
+from pml.tables import TextTable, numbers_first, show_loss, show_percent
 
 __all__ = ["Study", "laws_by_name", "make_studies"]
 
@@ -38,31 +37,15 @@ class Study:
         label: The same without what all settings of the page share; empty where there is one setting.
         setting: Backbone, place and initialisation of the adapter in one line.
         laws: The law of each method that has one.
-        notes: Why a grid has no law, and what could not be read.
-        comparisons: Tables of methods against each other.
-        verdicts: What they come to, and what to know of it.
-        recall: Figures of recall by rank, with all methods.
-        training: What the tokens went through.
-        tables: Of what only some runs have measured, and every run.
+        sections: What is said about the runs; empty ones are left out.
     """
 
     anchor: str
     title: str
     label: str
     setting: str
-    laws: dict[str, LawPart]
-    notes: list[str]
-    comparisons: list[TextTable]
-    verdicts: list[str]
-    recall: list[Panel]
-    training: TrainingPart
-    tables: list[TextTable]
-
-    @property
-    def panels(self) -> list[Panel]:
-        """All its figures."""
-        of_laws = [panel for law in self.laws.values() for panel in law.panels]
-        return [*of_laws, *self.recall, *self.training.panels]
+    laws: dict[str, LawFit]
+    sections: list[Section]
 
 
 def make_studies(groups: list[Group]) -> list[Study]:
@@ -71,7 +54,7 @@ def make_studies(groups: list[Group]) -> list[Study]:
     for group in groups:
         settings.setdefault(repr(group.setting), []).append(group)
     names = differing(groups)
-    ordered = sorted(settings.values(), key=lambda same: [_order(same[0].setting.get(name)) for name in names])
+    ordered = sorted(settings.values(), key=lambda same: [numbers_first(same[0].setting.get(name)) for name in names])
     # The plain method before the others, which are measured against it.
     return [
         _study(i + 1, sorted(same, key=lambda group: (group.method != "SFT", group.method)), names)
@@ -83,16 +66,10 @@ def laws_by_name(studies: list[Study]) -> dict[str, LawFit]:
     """The laws of a page by what tells them apart: the setting of the study, and the method where there are several."""
     several = len({method for study in studies for method in study.laws}) > 1
     return {
-        ", ".join(filter(None, (study.label, method if several else ""))) or study.title: law.fit
+        ", ".join(filter(None, (study.label, method if several else ""))) or study.title: law
         for study in studies
         for method, law in study.laws.items()
     }
-
-
-def _order(value: Any) -> tuple[float, str]:
-    """Numbers by their size and before words, a list by its first element."""
-    first = value[0] if isinstance(value, list) and value else value
-    return (float(first), "") if isinstance(first, int | float) else (math.inf, str(first))
 
 
 def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
@@ -106,40 +83,38 @@ def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
     title = ", ".join(filter(None, (CORPORA.get(corpus, corpus), others)))
     records = {path: record for group in groups for path, record in group.records.items()}
     observations = {group.method: observations_from_records(group.records) for group in groups}
-    laws, notes = {}, []
-    for i, group in enumerate(groups):
-        if not _is_grid(group.records):
-            continue
-        law = law_part(group.records, observations[group.method], f"{anchor}-{i + 1}", f"{title}, {group.method}")
-        if isinstance(law, LawPart):
-            laws[group.method] = law
-        else:
-            notes.append(f"{group.method}: no law ({law}).")
     finished = {
         group.method: {path: record for path, record in group.records.items() if record.status == "finished"}
         for group in groups
     }
-    comparisons, verdicts = _comparisons(records) if len(groups) > 1 else ([], [])
-    training = training_part(anchor, title, finished)
+    laws: dict[str, LawFit] = {}
+    sections = []
+    # Of runs of one rank or one length a law has nothing to say.
+    grids = [group for group in groups if is_grid((run.rank, run.target_tokens) for run in group.records.values())]
+    for i, group in enumerate(grids):
+        method, heading = group.method, "The law" if len(grids) == 1 else f"The law: {group.method}"
+        of = f"{title}, {method}"
+        try:
+            laws[method], section = law_part(group.records, observations[method], heading, f"{anchor}-{i + 1}", of)
+        except InputError as error:
+            section = Section(heading, warnings=[f"{method}: no law ({error})."])
+        sections.append(section)
+    if len(groups) > 1:
+        sections.append(_comparison(records))
+    by_method = {method: list(runs.values()) for method, runs in finished.items()}
+    sections += [
+        Section("Recall by rank", panels=_recall_panels(anchor, by_method)),
+        training_part(anchor, title, finished),
+        Section("Runs", tables=[*_side_effects(records), _runs(groups, observations, laws)]),
+    ]
     return Study(
         anchor=anchor,
         title=title,
         label=title if "corpus" in names else others,
         setting=_setting(groups, records),
         laws=laws,
-        notes=notes + training.notes,
-        comparisons=comparisons,
-        verdicts=verdicts,
-        recall=_recall_panels(anchor, {method: list(runs.values()) for method, runs in finished.items()}),
-        training=training,
-        tables=[*_side_effects(records), _runs(groups, observations, laws)],
+        sections=[section for section in sections if section],
     )
-
-
-def _is_grid(records: Mapping[Path, Record]) -> bool:
-    """Whether there are several ranks and several lengths: a law has something to say."""
-    runs = records.values()
-    return len({run.rank for run in runs}) > 1 and len({run.target_tokens for run in runs}) > 1
 
 
 def _setting(groups: list[Group], records: Mapping[Path, Record]) -> str:
@@ -154,19 +129,19 @@ def _setting(groups: list[Group], records: Mapping[Path, Record]) -> str:
     )
 
 
-def _comparisons(records: Mapping[Path, Record]) -> tuple[list[TextTable], list[str]]:
-    """Methods against each other, and what to know of it."""
+def _comparison(records: Mapping[Path, Record]) -> Section:
+    """Methods against each other."""
     try:
         (found,) = compare(records)
     except InputError as error:
-        return [], [f"Methods are not compared: {error}."]
-    notes = list(found.verdicts)
-    notes += [f"{name} differs too: {', '.join(values)}." for name, values in found.settings.items()]
+        return Section("Methods", sentences=[f"Methods are not compared: {error}."])
+    notes = [f"{name} differs too: {', '.join(values)}." for name, values in found.settings.items()]
     if found.left_out:
         runs = {run for left in found.left_out for run in left.runs}
         reasons = "; ".join(list(dict.fromkeys(left.reason for left in found.left_out))[:3])
         notes.append(f"Not compared, or in steps alone: {count(len(runs), 'run')} ({reasons}).")
-    return [means_table(found), *differences_tables(found)], notes
+    tables = [means_table(found), *differences_tables(found)]
+    return Section("Methods", sentences=[*found.verdicts, *notes], tables=tables)
 
 
 def _recall_panels(anchor: str, methods: Mapping[str, list[Record]]) -> list[Panel]:
@@ -190,15 +165,15 @@ def _recall_panels(anchor: str, methods: Mapping[str, list[Record]]) -> list[Pan
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
-def _runs(groups: list[Group], observations: Mapping[str, list[Observation]], laws: Mapping[str, LawPart]) -> TextTable:
+def _runs(groups: list[Group], observations: Mapping[str, list[Observation]], laws: Mapping[str, LawFit]) -> TextTable:
     """Every run with what was measured and what the law predicts; what no run has is left out."""
     rows, short = [], short_method_names(group.method for group in groups)
     for group in groups:
         law = laws.get(group.method)
         runs = {run.source: run for run in observations[group.method]}
-        predicted = {run.source: show_loss(value) for run, value in law.fit.used} if law else {}
+        predicted = {run.source: show_loss(value) for run, value in law.used} if law else {}
         reasons: dict[str, str] = {s: "saturated" for s, run in runs.items() if law and run.finished and saturated(run)}
-        reasons |= {left.source: left.reason for left in law.fit.left_out} if law else {}
+        reasons |= {left.source: left.reason for left in law.left_out} if law else {}
         for path, record in group.records.items():
             source = path.as_posix()
             bits = runs[source].stored_bits if len(runs) > 1 else None
@@ -220,18 +195,17 @@ def _runs(groups: list[Group], observations: Mapping[str, list[Observation]], la
                 "note": reasons.get(source) or ("-" if record.status == "finished" else record.status),
             }
             rows.append(((record.target_tokens, record.rank, group.method, record.seed, source), row))
-    rows.sort(key=lambda item: item[0])
-    names = [name for name in rows[0][1] if name == "rank" or any(row[name] != "-" for _, row in rows)]
+    names = list(rows[0][1])
     return TextTable(
         "Every run",
         names,
-        [[row[name] for name in names] for _, row in rows],
-        words=[i for i, name in enumerate(names) if name in ("method", "note")],
+        [list(row.values()) for _, row in sorted(rows, key=lambda item: item[0])],
+        words=(names.index("method"), names.index("note")),
         note="Losses in nats per target token, shares in percent, certain after optimiser steps. Generated: targets "
         "that greedy decoding gives back."
         + (" Saturated: final loss at most ln 2, so that the text sets the limit, not the adapter." if laws else ""),
         small=True,
-    )
+    ).known()
 
 
 def _side_effects(records: Mapping[Path, Record]) -> list[TextTable]:

@@ -5,26 +5,29 @@ example, all of it.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pml.corpus_file import CORPUS_NAME, read_targets
 from pml.errors import InputError
+from pml.escape import shortened
 from pml.figures import Curves, first_failure_figure, learning_figure, phases_figure
 from pml.groups import short_method_names
 from pml.last_seen import Standing
 from pml.records import Record
-from pml.report.parts import Panel, count, draw, spans
-from pml.stubborn import most_stubborn, visible_text
+from pml.report.parts import Panel, Section, count, draw, spans
+from pml.stubborn import stubborn_table, visible_text
 from pml.tables import TextTable
 from pml.token_history import HISTORY_NAME, History, read_history
 from pml.token_results import FirstPositions, TokenResults, first_positions, rank_correlation, read_tokens
 
-__all__ = ["TrainingPart", "curves_of", "training_part"]
+__all__ = ["curves_of", "training_part"]
 
 THRESHOLD = 0.5
 # What float32 rounds to 0 is smaller: a loss of some 100 nats.
@@ -32,22 +35,15 @@ SMALLEST = 1e-44
 MOST_TARGETS, MOST_TOKENS, MOST_LETTERS = 12, 5, 60
 
 
-@dataclass(frozen=True)
-class TrainingPart:
-    """What a page says about the tokens of runs.
+class Example(NamedTuple):
+    """The run of a method whose tokens are shown one by one."""
 
-    Attributes:
-        panels: Figures over steps, and of first failures.
-        tables: Targets one by one, and the most stubborn tokens.
-        notes: What could not be read.
-    """
-
-    panels: list[Panel]
-    tables: list[TextTable]
-    notes: list[str]
+    record: Record
+    folder: Path
+    history: History
 
 
-def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Record]]) -> TrainingPart:
+def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Record]]) -> Section:
     """Read the histories of finished runs, and show what is in them.
 
     Args:
@@ -55,51 +51,47 @@ def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Reco
         of: Whose tokens they are, for those who cannot see the figures.
         methods: Finished runs by the name of their method and their folder.
     """
-    chosen = {
-        method: max(runs, key=lambda path: _as_example(path, runs[path])) for method, runs in methods.items() if runs
-    }
+    examples: dict[str, Example] = {}
     curves: dict[Path, Curves] = {}
-    examples: dict[str, History] = {}
     failures, steps, unread = [], [], []
     for method, runs in methods.items():
-        for path in runs:
-            found = None
+        chosen = _example(runs)
+        for path, record in runs.items():
+            at_look = None
             try:
                 history = read_history(path)
-                curves[path] = curves_of(history)
-                found = _first_positions(history)
-                if path == chosen[method]:
-                    examples[method] = history
             except InputError:
                 pass  # a run without looks has its end, in another file
+            else:
+                curves[path], at_look = curves_of(history), _first_positions(history)
+                if path == chosen:
+                    examples[method] = Example(record, path, history)
             try:
-                positions = first_positions(read_tokens(path)) if found is None else found[1]
+                failures.append(at_look[1] if at_look else first_positions(read_tokens(path)))
             except InputError as error:
                 unread.append(str(error))
-                continue
-            steps += [] if found is None else [found[0]]
-            failures.append(positions)
-    records = {path: record for runs in methods.values() for path, record in runs.items()}
-    missing = (
-        [f"Per-token results are missing for {count(len(unread), 'run')}, the first because of {unread[0]}."]
-        if unread
-        else []
-    )
-    shown = {method: (records[chosen[method]], chosen[method], history) for method, history in examples.items()}
-    return TrainingPart(
+            steps += [at_look[0]] if at_look else []
+    missing = f"Per-token results are missing for {count(len(unread), 'run')}, the first because of "
+    return Section(
+        "Target tokens",
+        warnings=[f"{missing}{unread[0]}."] if unread else [],
         panels=[
-            *_phase_panel(anchor, of, {method: curves[chosen[method]] for method in examples}, records, chosen),
+            *_phase_panel(anchor, of, examples, curves),
             *_learning_panel(anchor, of, methods, curves),
             *_first_failure_panel(anchor, of, failures, steps),
         ],
-        tables=[*_target_tables(shown), *_stubborn_tables(shown)],
-        notes=missing,
+        tables=[*_target_tables(examples), *_stubborn_tables(examples)],
     )
 
 
-def _as_example(path: Path, record: Record) -> tuple[bool, int, int, int]:
-    """Of each method one run is shown as an example: of those with a history the longest text at the largest rank."""
-    return (path / HISTORY_NAME).is_file(), record.target_tokens, record.rank, -record.seed
+def _example(runs: Mapping[Path, Record]) -> Path | None:
+    """Of the runs with a history the one with the longest text and, of these, the largest rank."""
+
+    def key(path: Path) -> tuple[bool, int, int, int]:
+        record = runs[path]
+        return (path / HISTORY_NAME).is_file(), record.target_tokens, record.rank, -record.seed
+
+    return max(runs, key=key, default=None)
 
 
 def curves_of(history: History) -> Curves:
@@ -134,23 +126,19 @@ def _first_positions(history: History) -> tuple[int, FirstPositions] | None:
     return found
 
 
-def _phase_panel(
-    anchor: str, of: str, runs: Mapping[str, Curves], records: Mapping[Path, Record], chosen: Mapping[str, Path]
-) -> list[Panel]:
-    names = {
-        method: f"{method}, rank {records[chosen[method]].rank:,}, {records[chosen[method]].target_tokens:,} tokens"
-        for method in runs
+def _phase_panel(anchor: str, of: str, examples: Mapping[str, Example], curves: Mapping[Path, Curves]) -> list[Panel]:
+    runs = {
+        f"{method}, rank {run.record.rank:,}, {run.record.target_tokens:,} tokens": curves[run.folder]
+        for method, run in examples.items()
     }
-    ends = "; ".join(
-        f"{names[method]}: {100 * run.certain[-1]:.0f} % certain at the end" for method, run in runs.items()
-    )
+    ends = "; ".join(f"{name}: {100 * run.certain[-1]:.0f} % certain at the end" for name, run in runs.items())
     return draw(
         f"{anchor}-phases",
         "From wrong to certain",
         "Certain: p > 0.5, so that greedy decoding cannot miss the token. Right: the most probable token all the same. "
         "Between the first and the last look tokens are as training last scored them.",
         f"{of}: shares of target tokens that are wrong, right and certain over optimiser steps. {ends}.",
-        lambda: phases_figure({names[method]: run for method, run in runs.items()}),
+        lambda: phases_figure(runs),
     )
 
 
@@ -174,31 +162,24 @@ def _learning_panel(
 
 
 def _first_failure_panel(anchor: str, of: str, failures: list[FirstPositions], steps: list[int]) -> list[Panel]:
-    positions = FirstPositions.joined(failures) if failures else None
-    found = rank_correlation(positions) if positions is not None else None
-    if positions is None or found is None:
+    if not failures:
         return []
-    when = (
-        f" Each run at the last look at which half of its targets had a wrong token (step {spans(steps)})."
-        if steps
-        else ""
-    )
-    alone = (
-        ""
-        if found.rho_of_failing is None
-        else f"; without them \N{GREEK SMALL LETTER RHO} is {found.rho_of_failing:.3f}"
-    )
-    unfailing = (
-        f" {count(found.unfailing, 'target')} without a wrong token count as failing at the end{alone}."
-        if found.unfailing
-        else ""
-    )
+    positions = FirstPositions(*(np.concatenate(column) for column in zip(*failures, strict=True)))
+    found = rank_correlation(positions)
+    if found is None:
+        return []
+    rho, remarks = "\N{GREEK SMALL LETTER RHO}", ""
+    if steps:
+        remarks += f" Each run at the last look at which half of its targets had a wrong token (step {spans(steps)})."
+    if found.unfailing:
+        alone = "" if found.rho_of_failing is None else f"; without them {rho} is {found.rho_of_failing:.3f}"
+        remarks += f" {count(found.unfailing, 'target')} without a wrong token count as failing at the end{alone}."
     return draw(
         f"{anchor}-first-failure",
         "Where targets first fail",
         f"First wrong token against first token with p <= 0.5, {count(found.targets, 'target')}; "
-        f"\N{GREEK SMALL LETTER RHO}: Spearman's rank correlation. No point can lie below the line, so a part of it is "
-        f"there by construction; the paper reports 0.908.{when}{unfailing}",
+        f"{rho}: Spearman's rank correlation. No point can lie below the line, so a part of it is there by "
+        f"construction; the paper reports 0.908.{remarks}",
         f"{of}: first wrong token against first token with p <= 0.5: Spearman's rho {found.rho:.3f} over "
         f"{count(found.targets, 'target')}.",
         lambda: first_failure_figure(positions, found),
@@ -207,41 +188,33 @@ def _first_failure_panel(anchor: str, of: str, failures: list[FirstPositions], s
 
 # Tables --------------------------------------------------------------------------------------------------------------
 
-Shown = Mapping[str, tuple[Record, Path, History]]
-"""The example run of each method."""
 
-
-def _target_tables(shown: Shown) -> Iterator[TextTable]:
+def _target_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
     """Targets one by one, the weakest first; methods on one corpus side by side."""
-    by_corpus: dict[str, dict[str, tuple[Record, Path, History]]] = {}
-    for method, run in shown.items():
-        by_corpus.setdefault(run[0].corpus_hash, {})[method] = run
+    by_corpus: dict[str, dict[str, Example]] = {}
+    for method, run in examples.items():
+        by_corpus.setdefault(run.record.corpus_hash, {})[method] = run
     for runs in by_corpus.values():
         record, folder, history = next(iter(runs.values()))
         ids, starts, lengths = np.unique(history.example_id, return_index=True, return_counts=True)
         if len(ids) < 2:
             continue
-        weakest = {method: np.fmin.reduceat(run[2].probability[-1], starts) for method, run in runs.items()}
-        order = np.argsort(np.min(np.stack(list(weakest.values())), axis=0), kind="stable")[:MOST_TARGETS]
+        weakest = np.min([np.fmin.reduceat(run.history.probability[-1], starts) for run in runs.values()], axis=0)
+        order = np.argsort(weakest, kind="stable")[:MOST_TARGETS]
         try:
             texts = read_targets(folder / CORPUS_NAME, [int(i) for i in ids[order]])
         except InputError:
             texts = {}
+        rows = []
+        for i in order:
+            name = visible_text(texts.get(int(ids[i]), f"number {ids[i]}"))
+            states = [_target_state(run.history, slice(starts[i], starts[i] + lengths[i])) for run in runs.values()]
+            rows.append((shortened(name, MOST_LETTERS), *chain.from_iterable(states)))
         short = short_method_names(runs)
         yield TextTable(
             f"Targets, the {len(order)} weakest of {record.pairs:,}" if len(order) < record.pairs else "Targets",
-            ("target", *(name for method in runs for name in (short[method], "margin"))),
-            [
-                (
-                    _shortened(texts.get(int(ids[i]), f"number {int(ids[i])}")),
-                    *(
-                        value
-                        for run in runs.values()
-                        for value in _target_state(run[2], slice(starts[i], starts[i] + lengths[i]))
-                    ),
-                )
-                for i in order
-            ],
+            ("target", *chain.from_iterable((short[method], "margin") for method in runs)),
+            rows,
             words=(0, *range(1, 2 * len(runs) + 1, 2)),
             note="At the end of the run. Margin: by how much the logit of the weakest token exceeds that of the best "
             "other one.",
@@ -258,13 +231,11 @@ def _target_state(history: History, tokens: slice) -> tuple[str, str]:
     return "certain" if (probability > THRESHOLD).all() else "right", margin
 
 
-def _stubborn_tables(shown: Shown) -> Iterator[TextTable]:
-    rows, short = [], short_method_names(shown)
-    for method, (record, _, history) in shown.items():
-        _, starts, lengths = np.unique(history.example_id, return_index=True, return_counts=True)
-        targets = [
-            history.token_id[start : start + length].tolist() for start, length in zip(starts, lengths, strict=True)
-        ]
+def _stubborn_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
+    """The most stubborn tokens of all methods in one table."""
+    short, rows = short_method_names(examples), []
+    for method, (record, _, history) in examples.items():
+        _, starts = np.unique(history.example_id, return_index=True)
         last = Standing(
             probability=history.probability[-1],
             correct=history.correct[-1],
@@ -272,22 +243,16 @@ def _stubborn_tables(shown: Shown) -> Iterator[TextTable]:
             rival=np.full(len(history.token_id), -1, np.int32),
             first_right=_first_right(history, starts),
         )
-        for found in most_stubborn(last, targets, _text_of(record.backbone), MOST_TOKENS):
-            before, after = (visible_text(text).strip("\N{OPEN BOX}") for text in (found.before, found.after))
-            rows.append(
-                (
-                    short[method],
-                    f"{before} [{visible_text(found.token)}] {after}".strip(),
-                    f"{found.position + 1} of {lengths[found.example]}",
-                    f"{found.probability:.3g}",
-                    "-" if found.margin is None else f"{found.margin:+.2f}",
-                    "never" if found.first_right is None else f"{found.first_right:,}",
-                )
-            )
+        targets = [part.tolist() for part in np.split(history.token_id, starts[1:])]
+        table = stubborn_table(last, targets, _text_of(record.backbone), MOST_TOKENS)
+        # Without the number of the pair: of a long corpus a history keeps some pairs, and counts those.
+        rows += [(short[method], *row[1:]) for row in table.rows]
     if rows:
-        columns = ("method", "token in its target", "position", "p", "margin", "target right from step")
-        note = "The tokens with the smallest probability p at the end of the run."
-        yield TextTable("The most stubborn tokens", columns, rows, words=(0, 1), note=note, small=True)
+        columns, note = (
+            ("method", *table.columns[1:]),
+            "The tokens with the smallest probability p at the end of the run.",
+        )
+        yield replace(table, columns=columns, rows=rows, words=(0, 1), note=note).known()
 
 
 def _first_right(history: History, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -312,8 +277,3 @@ def _text_of(backbone: str) -> Callable[[Sequence[int]], str]:
     if tokenizer is None:
         return lambda ids: " ".join(map(str, ids))
     return lambda ids: str(tokenizer.decode(list(ids)))
-
-
-def _shortened(text: str) -> str:
-    line = visible_text(text)
-    return line if len(line) <= MOST_LETTERS else f"{line[: MOST_LETTERS - 1]}\N{HORIZONTAL ELLIPSIS}"
