@@ -19,6 +19,7 @@ from simulated_laws import fit_one
 
 from pml.commands import law as command
 from pml.errors import InputError
+from pml.groups import select_records
 from pml.law import (
     CRITICAL_LOSS,
     FORMS,
@@ -31,7 +32,6 @@ from pml.law import (
     observations_from_records,
     read_law,
     saturated,
-    select_records,
     shared_setting,
 )
 from pml.law.selection import rank_forms

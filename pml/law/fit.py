@@ -12,7 +12,6 @@ from pml.errors import InputError
 from pml.law.data import Data, data_of
 from pml.law.diagnostics import warnings_of
 from pml.law.forms import FORMS, POSITIVE, SHARPNESS_RANGE, AdapterSize, Array, FormName
-from pml.law.identifiability import missing_for
 from pml.law.intervals import (
     Noise,
     bootstrap,
@@ -26,7 +25,7 @@ from pml.law.law_fit import LawFit
 from pml.law.least_squares import Solution, solve, to_theta
 from pml.law.observations import Observation, saturated, usable
 from pml.law.schema import Estimate, FormFit, Interval, percentiles
-from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms
+from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms, shortfall
 from pml.law.texts import texts_of
 from pml.recall_model import RecallModel
 
@@ -71,7 +70,7 @@ def fit_law(
     counts = Counter[str](run.reason for run in left_out) + Counter({"saturated": sum(map(saturated, kept))})
     others = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none left out"
     context = f"of {len(kept) + len(left_out)} runs ({others})"
-    missing = {name: missing_for(kind, kept, adapter_size, context) for name, kind in FORMS.items()}
+    missing = {name: shortfall(kind, kept, adapter_size, context) for name, kind in FORMS.items()}
     possible = [name for name, reason in missing.items() if reason is None]
     if not possible or (form is not None and form not in possible):
         raise InputError(missing[form or PUBLISHED] or "")
@@ -203,4 +202,5 @@ def _is_logarithm(solution: Solution) -> bool:
     columns = np.stack([np.ones_like(data.measured), np.log(data.points.size), np.log(data.points.target_tokens)], 1)
     weighted, measured = columns * data.root_weights[:, None], data.measured * data.root_weights
     residual = measured - weighted @ np.linalg.lstsq(weighted, measured, rcond=None)[0]
-    return float(residual @ residual) <= solution.squares * (1.0 + 1e-6)
+    of_the_law = solution.residual * data.root_weights
+    return float(residual @ residual) <= float(of_the_law @ of_the_law) * (1.0 + 1e-6)

@@ -42,7 +42,6 @@ class Solution:
         data: What it was fitted to.
         values: The fitted parameters by name.
         free: Those that vary; the others are held at the end of their range.
-        squares: Weighted sum of squared residuals, chi-squared in lmfit's words; NaN where it was not kept.
         converged: Whether lmfit reached a minimum.
     """
 
@@ -50,7 +49,6 @@ class Solution:
     data: Data
     values: dict[str, float]
     free: tuple[str, ...]
-    squares: float = math.nan
     converged: bool = True
 
     @property
@@ -152,7 +150,7 @@ def solve(form: Form, data: Data) -> Solution | None:
     values = {name: float(best.params[name].value) for name in form.fitted}
     if not all(map(math.isfinite, values.values())) or values[form.fitted[0]] <= 0:
         return None
-    return Solution(form, data, values, free, float(best.chisqr), bool(best.success))
+    return Solution(form, data, values, free, bool(best.success))
 
 
 def _starts(form: Form, data: Data) -> list[dict[str, float]]:
