@@ -14,8 +14,7 @@ from typing import get_args
 import jsonargparse
 
 from pml.commands._runs import add_runs, add_where
-from pml.groups import AdapterSize
-from pml.names import FormName
+from pml.names import AdapterSize, FormName
 
 __all__ = ["configure", "run"]
 

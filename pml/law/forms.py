@@ -15,8 +15,7 @@ import lmfit
 import numpy as np
 import numpy.typing as npt
 
-from pml.groups import AdapterSize
-from pml.names import FormName
+from pml.names import AdapterSize, FormName
 
 __all__ = [
     "FORMS",
