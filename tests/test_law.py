@@ -572,7 +572,7 @@ class TestRecords:
             observations_from_records(records)
         assert shown in str(caught.value)
         assert f"--where.{field} VALUE" in str(caught.value)
-        assert len(observations_from_records(records, {field: other})) == 1
+        assert len(observations_from_records(select_records(records, {field: other}))) == 1
 
     def test_the_same_backbone_under_two_names_is_one_backbone(self) -> None:
         records = {Path("a"): make_record(), Path("b"): make_record(backbone="models/smollm2")}

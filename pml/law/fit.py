@@ -31,7 +31,8 @@ from pml.recall_model import RecallModel
 
 __all__ = ["fit_law"]
 
-# If both exponents are this small, x^alpha is 1 + alpha ln x to 0.1 %: a logarithm.
+# If both exponents are this small, x^alpha is 1 + alpha ln x to 0.1 %, and dL = a0 + a1 ln s - a2 ln l describes the
+# runs as well. On the way to this limit C grows and b falls without end: where the search stopped means nothing.
 SMALL_EXPONENT = 0.02
 # A run is at the ceiling if less than this share of its deviation from the power law reaches its loss.
 AT_CEILING = 0.05
@@ -108,7 +109,7 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
     predicted = form.evaluate(solution.values, everything.points)
     grouped_by = choose_groups(solution)
     noise = noise_of(residual, data, grouped_by, nvarys)
-    determined = not (form.offset == "varies" and _is_logarithm(solution))
+    is_power = form.offset != "varies" or any(abs(solution.values[x]) >= SMALL_EXPONENT for x in ("alpha", "beta"))
 
     texts, sensitivity = texts_of(everything.runs), form.sensitivity(solution.values, data.points)
     below, of_run = data.unsaturated, texts.of_run[everything.unsaturated | form.saturating]
@@ -116,14 +117,14 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
     beyond_text = residual - effect * sensitivity * texts.initial_loss_residuals[of_run]
     # Runs on the way to the ceiling scatter more; they count only if there are no others.
     at_ceiling = residual[there if (there := ~below & (sensitivity < AT_CEILING)).any() else ~below]
-    result = standard_errors(solution, noise) if determined else None
-    draws = bootstrap(solution, grouped_by) if determined else None
+    result = standard_errors(solution, noise) if is_power else None
+    draws = bootstrap(solution, grouped_by) if is_power else None
     return FormFit(
         form=form.name,
         parameters=_estimates(solution, noise, result, draws),
         at_bound=[name for name in form.fitted if name not in solution.free],
         correlation=None if result is None else _correlation(result),
-        determined=determined,
+        determined=is_power,
         converged=solution.converged,
         observations_used=len(data.runs),
         grouped_by=grouped_by,
@@ -189,18 +190,3 @@ def _correlation(result: lmfit.minimizer.MinimizerResult) -> list[list[float]]:
 
 def _r2(measured: Array, predicted: Array) -> float:
     return 1.0 - float(np.sum((measured - predicted) ** 2)) / float(np.sum((measured - measured.mean()) ** 2))
-
-
-def _is_logarithm(solution: Solution) -> bool:
-    """Whether dL = a0 + a1 ln s - a2 ln l, the limit of the law as alpha, beta -> 0, describes the runs as well.
-
-    Then C grows and b falls without limit, and the place where the search stopped means nothing.
-    """
-    if solution.form.saturating:
-        return all(abs(solution.values[name]) < SMALL_EXPONENT for name in ("alpha", "beta"))
-    data = solution.data
-    columns = np.stack([np.ones_like(data.measured), np.log(data.points.size), np.log(data.points.target_tokens)], 1)
-    weighted, measured = columns * data.root_weights[:, None], data.measured * data.root_weights
-    residual = measured - weighted @ np.linalg.lstsq(weighted, measured, rcond=None)[0]
-    of_the_law = solution.residual * data.root_weights
-    return float(residual @ residual) <= float(of_the_law @ of_the_law) * (1.0 + 1e-6)
