@@ -15,6 +15,7 @@ errors concentrate in few targets, and more whole targets are right at the same 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy.typing as npt
 import pydantic
 from scipy.optimize import minimize
 from scipy.special import betaln, digamma, expit
-from scipy.stats import binom
+from scipy.stats import binned_statistic, binom
 
 from pml.content import Content
 from pml.errors import InputError
@@ -300,15 +301,10 @@ class _Likelihood:
 
 def _reliability(predicted: Array, observed: npt.NDArray[np.bool_]) -> list[ReliabilityBin]:
     """Bins that hold at least one target."""
-    which = np.clip(np.digitize(predicted, BIN_EDGES[1:-1], right=True), 0, len(BIN_EDGES) - 2)
+    numbers = np.histogram(predicted, BIN_EDGES)[0].tolist()
+    means = binned_statistic(predicted, [predicted, observed], bins=BIN_EDGES).statistic.tolist()
     return [
-        ReliabilityBin(
-            low=BIN_EDGES[i],
-            high=BIN_EDGES[i + 1],
-            targets=int((which == i).sum()),
-            predicted=float(predicted[which == i].mean()),
-            observed=float(observed[which == i].mean()),
-        )
-        for i in range(len(BIN_EDGES) - 1)
-        if (which == i).any()
+        ReliabilityBin(low=low, high=high, targets=number, predicted=mean, observed=share)
+        for (low, high), number, mean, share in zip(pairwise(BIN_EDGES), numbers, *means, strict=True)
+        if number
     ]

@@ -43,11 +43,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Fit, print, and write where `--out` says.
-
-    Raises:
-        InputError: If the runs cannot determine a law, or `--out` holds another one.
-    """
+    """Fit, print, and write where `--out` says."""
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.commands._law_screen import fit_and_show
 

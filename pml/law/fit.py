@@ -24,7 +24,7 @@ from pml.law.intervals import (
 from pml.law.law_fit import LawFit
 from pml.law.least_squares import Solution, solve, to_theta
 from pml.law.observations import Observation, saturated, usable
-from pml.law.schema import Estimate, FormFit, Interval, percentiles
+from pml.law.schema import Estimate, FormFit, percentiles
 from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms, shortfall
 from pml.law.texts import texts_of
 from pml.recall_model import RecallModel
@@ -36,8 +36,8 @@ __all__ = ["fit_law"]
 SMALL_EXPONENT = 0.02
 # A run is at the ceiling if less than this share of its deviation from the power law reaches its loss.
 AT_CEILING = 0.05
-# An interval of a positive parameter that is wider than this factor is not worth quoting.
-WIDEST = 1e6
+# Logarithms of the ends of an interval: beyond, a float is 0 or infinite.
+LOG_ENDS = (-300.0, 300.0)
 
 
 def fit_law(
@@ -153,20 +153,15 @@ def _estimates(
             continue
         interval = None
         if draws is not None:
-            ends = np.array(percentiles(draws[:, i]))
-            ends = theta[i] + t_over_z(noise.degrees_of_freedom) * (ends - theta[i])
-            low, high = (np.exp(np.clip(ends, -300, 300)) if name in POSITIVE else ends).tolist()
-            interval = _quotable(name, low, high)
+            ends = theta[i] + t_over_z(noise.degrees_of_freedom) * (np.array(percentiles(draws[:, i])) - theta[i])
+            if name in POSITIVE:
+                ends = np.exp(np.clip(ends, *LOG_ENDS))
+            if name == "sharpness":
+                ends = np.clip(ends, *SHARPNESS_RANGE)
+            interval = (float(ends[0]), float(ends[1]))
         error = None if result is None else float(result.params[name].stderr)
         estimates[name] = Estimate(value=value, stderr=error, bootstrap=interval)
     return estimates
-
-
-def _quotable(name: str, low: float, high: float) -> Interval | None:
-    """An interval cut to the parameter's range; None for a positive parameter if it spans more than `WIDEST`."""
-    if name == "sharpness":
-        low, high = (min(max(end, SHARPNESS_RANGE[0]), SHARPNESS_RANGE[1]) for end in (low, high))
-    return None if name in POSITIVE and high > WIDEST * low else (low, high)
 
 
 def _with_profiles(fit: FormFit, solution: Solution) -> FormFit:
@@ -174,10 +169,7 @@ def _with_profiles(fit: FormFit, solution: Solution) -> FormFit:
     noise = noise_of(solution.residual, solution.data, fit.grouped_by, len(fit.free))
     profiles = profile_intervals(solution, noise) if fit.determined else {}
     parameters = {
-        name: estimate.model_copy(update={"profile": _quotable(name, *profiles[name])})
-        if name in profiles
-        else estimate
-        for name, estimate in fit.parameters.items()
+        name: estimate.model_copy(update={"profile": profiles.get(name)}) for name, estimate in fit.parameters.items()
     }
     return fit.model_copy(update={"parameters": parameters})
 
