@@ -124,14 +124,11 @@ class RecallModel(Content):
         return np.asarray(_accuracy(self._theta, np.asarray(loss, dtype=np.float64)))
 
     def exact_match(self, loss: npt.ArrayLike, tokens_per_target: npt.ArrayLike) -> Array:
-        """Probability that a whole target is right, also the expected share of targets that are.
+        """Probability that a target of so many tokens is right at a mean loss; also the expected share that is.
 
-        Args:
-            loss: Mean loss in nats per target token over the corpus.
-            tokens_per_target: Tokens of the target; broadcasts with `loss`.
+        The loss is in nats per target token over the corpus; the arguments broadcast.
         """
-        losses, tokens = np.broadcast_arrays(np.asarray(loss, dtype=np.float64), np.asarray(tokens_per_target))
-        return np.asarray(np.exp(_log_all_right(self._theta, losses, tokens)))
+        return np.exp(_log_all_right(self._theta, np.asarray(loss, dtype=np.float64), np.asarray(tokens_per_target)))
 
     def recall_probability(
         self, loss: npt.ArrayLike, tokens_per_target: npt.ArrayLike, pairs: int, share: float = 1.0
@@ -197,7 +194,7 @@ def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
         for held, run in zip(without, runs, strict=True)
     ]
     predicted = [
-        np.exp(_log_all_right(held, np.full(len(run.tokens), run.mean_loss), run.tokens))
+        np.exp(_log_all_right(held, np.array(run.mean_loss), run.tokens))
         for held, run in zip(without, runs, strict=True)
     ]
     observed = [run.right == run.tokens for run in runs]

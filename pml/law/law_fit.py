@@ -24,7 +24,6 @@ from pml.law.schema import (
     Factor,
     FormFit,
     RunDraws,
-    factors_of,
 )
 from pml.recall_model import RecallModel
 
@@ -101,7 +100,7 @@ class LawFit(Content):
     @property
     def factors(self) -> tuple[Factor, Factor]:
         """What the runs differ in: what the law counts as the adapter's size, and the length."""
-        return factors_of(self.adapter_size)
+        return self.adapter_size, "target_tokens"
 
     @property
     def predicts_ranks(self) -> bool:

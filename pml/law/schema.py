@@ -7,7 +7,7 @@ import numpy as np
 import pydantic
 
 from pml.content import Content
-from pml.law.forms import FORMS, AdapterSize, Array, FormName
+from pml.law.forms import FORMS, Array, FormName
 from pml.law.intervals import GroupedBy
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "HeldOut",
     "Interval",
     "RunDraws",
-    "factors_of",
     "percentiles",
 ]
 
@@ -163,11 +162,6 @@ class RunDraws:
     def final_loss(self) -> Array:
         """Initial loss minus loss reduction."""
         return self.initial_loss - self.loss_reduction
-
-
-def factors_of(adapter_size: AdapterSize) -> tuple[Factor, Factor]:
-    """What runs differ in, for a law that counts this as the adapter's size."""
-    return adapter_size, "target_tokens"
 
 
 def percentiles(draws: Array) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from pml.law.forms import FORMS, AdapterSize, Array, Form, FormName
 from pml.law.intervals import between_group_squares
 from pml.law.least_squares import solve
 from pml.law.observations import Observation, saturated
-from pml.law.schema import FACTORS, FormFit, HeldOut, factors_of
+from pml.law.schema import FACTORS, Factor, FormFit, HeldOut
 
 __all__ = ["PUBLISHED", "aicc", "held_out", "held_out_error", "rank_forms", "shortfall"]
 
@@ -64,7 +64,7 @@ def shortfall(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize
     if form.proportional:
         return None
     grid = {(run.size(adapter_size), run.target_tokens) for run in used}
-    size, length = (FACTORS[factor] for factor in factors_of(adapter_size))
+    size, length = FACTORS[adapter_size], FACTORS["target_tokens"]
     for noun, values in ((size, {point[0] for point in grid}), (length, {point[1] for point in grid})):
         if len(values) < 2:
             return (
@@ -98,7 +98,8 @@ def aicc(data: Data, predicted: Array, nvarys: int) -> float | None:
 def held_out(form: Form, data: Data, adapter_size: AdapterSize) -> list[HeldOut]:
     """Mean error in percent at the largest size and at the largest length, each predicted from the smaller ones."""
     found = []
-    for factor in factors_of(adapter_size):
+    factors: tuple[Factor, Factor] = (adapter_size, "target_tokens")
+    for factor in factors:
         levels = np.array([getattr(run, factor) for run in data.runs])
         known = np.unique(levels[data.unsaturated])
         if len(known) < 3:
