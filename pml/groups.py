@@ -4,14 +4,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pml.errors import InputError
+from pml.names import AdapterSize
 from pml.records import Record
+from pml.tables import short_names
 
 __all__ = [
     "SIZES",
-    "AdapterSize",
     "Group",
     "differing",
     "group_runs",
@@ -34,7 +35,6 @@ SIZES = tuple(
 OF_ONE_LAW = ("backbone_hash", "block", "placement", "init", "method")
 # What a law by effective parameters may mix: adapters of another shape, counted by their parameters.
 SHAPE = ("block", "placement")
-AdapterSize = Literal["rank", "effective_parameters"]
 NAMES = {"sft": "SFT", "memft": "MemFT"}
 # Not a field of a record: where the run lies, such as the sweep it is of.
 FOLDER = "folder"
@@ -84,10 +84,12 @@ def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_c
     Raises:
         InputError: If no record has one of the fields.
     """
-    folders = _folder_names(records)
+    around = {path: path.resolve().parent for path in records}
+    folders = list(dict.fromkeys(around.values()))
+    named = dict(zip(folders, short_names(folders), strict=True))
 
     def value(path: Path, record: Record, name: str) -> Any:
-        return folders[path] if name == FOLDER else setting_of(record, name)
+        return named[around[path]] if name == FOLDER else setting_of(record, name)
 
     for name in by:
         if all(value(path, record, name) is None for path, record in records.items()):
@@ -150,17 +152,6 @@ def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
     if any(len(of_size) > 1 for of_size in steps.values()):
         found["optimizer_steps"] = sorted(set().union(*steps.values()))
     return found
-
-
-def _folder_names(paths: Iterable[Path]) -> dict[Path, str]:
-    """For each run's folder what the one around it is called, with as many folders before it as tell them apart."""
-    around = {path: path.resolve().parent for path in paths}
-    deepest = max((len(folder.parts) for folder in around.values()), default=0)
-    for depth in range(1, deepest + 1):
-        names = {path: "/".join(folder.parts[-depth:]) for path, folder in around.items()}
-        if len(set(names.values())) == len(set(around.values())):
-            return names
-    return {}
 
 
 def _flattened(prefix: str, value: Any) -> dict[str, Any]:

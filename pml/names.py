@@ -1,8 +1,10 @@
-"""The names of the law's forms, for command lines that need nothing else of them."""
+"""Names that command lines need without the law itself: its forms, and what it may count as an adapter's size."""
 
 from typing import Literal
 
-__all__ = ["FormName"]
+__all__ = ["AdapterSize", "FormName"]
+
+AdapterSize = Literal["rank", "effective_parameters"]
 
 FormName = Literal["power", "power_offset", "ceiling", "ceiling_offset", "entropy_power", "stored_bits"]
 """See `pml.law.forms.FORMS`."""

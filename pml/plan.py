@@ -79,7 +79,7 @@ def outcome_of_rank(
     corpus = _Corpus.of(law, target_tokens, pairs, initial_loss)
     if rank < 1:
         raise InputError(f"rank is {rank}; expected at least 1")
-    return _plan(law, corpus, f"what rank {rank} does with {corpus}", rank, None)
+    return _plan(law, corpus, f"what rank {rank} does with {corpus}", rank)
 
 
 def rank_for_loss_reduction(
@@ -87,12 +87,7 @@ def rank_for_loss_reduction(
 ) -> Plan:
     """The smallest rank whose predicted loss reduction reaches a number of nats per target token.
 
-    Args:
-        law: The fitted law.
-        target_tokens: As in `outcome_of_rank`.
-        reduction: The loss reduction wanted.
-        pairs: As in `outcome_of_rank`.
-        initial_loss: As in `outcome_of_rank`.
+    Arguments as in `outcome_of_rank`, and the loss reduction wanted.
 
     Raises:
         InputError: If a number is not positive, or the loss cannot fall so far.
@@ -107,7 +102,7 @@ def rank_for_loss_reduction(
     question = f"the smallest rank that reduces the loss of {corpus} by {reduction:g} nats"
     enough = law.predict(RANKS, target_tokens, initial_loss=initial_loss)[None] >= reduction
     of_laws = law.predict_draws(RANKS, target_tokens, initial_loss=initial_loss) >= reduction
-    return _smallest(law, corpus, question, float(_first(enough, RANKS)[0]), _first(of_laws, RANKS))
+    return _plan(law, corpus, question, float(_first(enough, RANKS)[0]), _first(of_laws, RANKS))
 
 
 def rank_for_recall(
@@ -120,13 +115,8 @@ def rank_for_recall(
 ) -> Plan:
     """The smallest rank at which a new run recalls at least a share of the targets, with some probability.
 
-    Args:
-        law: The fitted law, with a recall model.
-        target_tokens: As in `outcome_of_rank`.
-        share: Share of the targets to be right at every token, 1 for all.
-        pairs: As in `outcome_of_rank`.
-        probability: How likely a run must be to reach it; 0.5 is the median run.
-        initial_loss: As in `outcome_of_rank`.
+    Arguments as in `outcome_of_rank`, and the share of the targets that are to be right at every token, 1 for all, and
+    how likely a run must be to reach it; 0.5 is the median run.
 
     Raises:
         InputError: If a number is out of its range, or the law has no recall model.
@@ -165,45 +155,40 @@ def rank_for_recall(
             f"no rank up to {LARGEST_RANK} does: from rank {enough:.0f} on the probability stays at "
             f"{likely.max():.3g}, as far as {len(law.observations)} runs and their recall model can say"
         )
-        return _smallest(law, corpus, question, rank, of_laws, none)
+        return _plan(law, corpus, question, rank, of_laws, none)
     # Between the ranks that were evaluated, the rank itself.
     between = np.arange(FEWER_RANKS.compress(rank > FEWER_RANKS).max(initial=0.0) + 1, rank + 1)
     rank = float(_first(by_law(between).mean(axis=0)[None] >= probability, between)[0])
-    return _smallest(law, corpus, question, rank, of_laws)
-
-
-def _smallest(
-    law: LawFit,
-    corpus: _Corpus,
-    question: str,
-    rank: float,
-    of_laws: Array,
-    none: str = f"no rank up to {LARGEST_RANK} does",
-) -> Plan:
-    """The plan for the smallest rank, infinite where none will do, with that of each bootstrapped law."""
-    # Ranks themselves, not numbers between two of them.
-    low, high = np.quantile(of_laws, (0.025, 0.975), method="inverted_cdf").tolist()
-    ends = (int(end) if math.isfinite(end) else None for end in (min(low, rank), max(high, rank)))
-    return _plan(law, corpus, question, int(rank) if math.isfinite(rank) else None, (next(ends), next(ends)), none)
+    return _plan(law, corpus, question, rank, of_laws)
 
 
 def _plan(
     law: LawFit,
     corpus: _Corpus,
     question: str,
-    rank: int | None,
-    confidence: tuple[int | None, int | None] | None,
-    none: str = "",
+    rank: float,
+    of_laws: Array | None = None,
+    none: str = f"no rank up to {LARGEST_RANK} does",
 ) -> Plan:
-    outcome = None if rank is None else _outcome(law, rank, corpus)
+    """The plan for a rank, infinite where none will do, with that of each bootstrapped law if it was looked for."""
+
+    def known(rank: float) -> int | None:
+        return int(rank) if math.isfinite(rank) else None
+
+    interval = None
+    if of_laws is not None:
+        # Ranks themselves, not numbers between two of them.
+        low, high = np.quantile(of_laws, (0.025, 0.975), method="inverted_cdf").tolist()
+        interval = known(min(low, rank)), known(max(high, rank))
+    outcome = _outcome(law, int(rank), corpus) if math.isfinite(rank) else None
     return Plan(
         question=question,
         target_tokens=corpus.target_tokens,
         pairs=corpus.pairs,
-        rank=rank,
-        rank_confidence_interval=confidence,
+        rank=known(rank),
+        rank_confidence_interval=interval,
         outcome=outcome,
-        beyond=([none] if rank is None else []) + _beyond(law, outcome, corpus),
+        beyond=([none] if outcome is None else []) + _beyond(law, outcome, corpus),
         warnings=law.warnings,
     )
 

@@ -15,6 +15,7 @@ errors concentrate in few targets, and more whole targets are right at the same 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import numpy.typing as npt
 import pydantic
 from scipy.optimize import minimize
 from scipy.special import betaln, digamma, expit
-from scipy.stats import binom
+from scipy.stats import binned_statistic, binom
 
 from pml.content import Content
 from pml.errors import InputError
@@ -34,8 +35,6 @@ __all__ = ["RecallModel", "ReliabilityBin", "RunTokens", "fit_recall", "recall_o
 Array = npt.NDArray[np.float64]
 
 FEWEST_RUNS = 4
-# Refits at most, each without some of the runs: one for each run would take minutes for a few thousand.
-MOST_FOLDS = 200
 # Bins of the reliability table, by predicted probability; nine in ten of the targets tend to lie in the outer two.
 BIN_EDGES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)
 # Losses of float32 logits are not known better than this; it keeps ln L finite.
@@ -125,14 +124,11 @@ class RecallModel(Content):
         return np.asarray(_accuracy(self._theta, np.asarray(loss, dtype=np.float64)))
 
     def exact_match(self, loss: npt.ArrayLike, tokens_per_target: npt.ArrayLike) -> Array:
-        """Probability that a whole target is right, also the expected share of targets that are.
+        """Probability that a target of so many tokens is right at a mean loss; also the expected share that is.
 
-        Args:
-            loss: Mean loss in nats per target token over the corpus.
-            tokens_per_target: Tokens of the target; broadcasts with `loss`.
+        The loss is in nats per target token over the corpus; the arguments broadcast.
         """
-        losses, tokens = np.broadcast_arrays(np.asarray(loss, dtype=np.float64), np.asarray(tokens_per_target))
-        return np.asarray(np.exp(_log_all_right(self._theta, losses, tokens)))
+        return np.exp(_log_all_right(self._theta, np.asarray(loss, dtype=np.float64), np.asarray(tokens_per_target)))
 
     def recall_probability(
         self, loss: npt.ArrayLike, tokens_per_target: npt.ArrayLike, pairs: int, share: float = 1.0
@@ -180,8 +176,7 @@ def recall_of(folders: Iterable[Path]) -> tuple[RecallModel | None, list[str]]:
 def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
     """The recall model of runs of one kind, by maximum likelihood with a weak prior, and its calibration.
 
-    Every error is out of sample: a run is predicted from the others, by 200-fold cross-validation where there are more
-    than 200 runs.
+    Every error is out of sample: each run is predicted from all the others.
 
     Args:
         runs: Runs of one backbone and one kind of text.
@@ -193,23 +188,20 @@ def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
         return None
     likelihood = _Likelihood.of(runs)
     theta = likelihood.most_likely(np.log([1.0, 2.0, 20.0]))
-    fold = np.arange(len(runs)) % MOST_FOLDS
-    of_others = [likelihood.most_likely(theta, kept=fold != i) for i in range(fold.max() + 1)]
-    without = [of_others[i] for i in fold]
+    without = [likelihood.most_likely(theta, left_out=i) for i in range(len(runs))]
     accuracy = [
         abs(float(_accuracy(held, np.array(run.mean_loss))) - run.right.sum() / run.tokens.sum())
         for held, run in zip(without, runs, strict=True)
     ]
     predicted = [
-        np.exp(_log_all_right(held, np.full(len(run.tokens), run.mean_loss), run.tokens))
+        np.exp(_log_all_right(held, np.array(run.mean_loss), run.tokens))
         for held, run in zip(without, runs, strict=True)
     ]
     observed = [run.right == run.tokens for run in runs]
     exact = [abs(float(p.mean() - o.mean())) for p, o in zip(predicted, observed, strict=True)]
     p, o = np.concatenate(predicted), np.concatenate(observed)
     targets = np.array([len(x) for x in observed])
-    exact_of_others = o.sum() - np.bincount(fold, [x.sum() for x in observed])
-    share_of_others = exact_of_others / (len(o) - np.bincount(fold, targets))
+    share_of_others = (o.sum() - [x.sum() for x in observed]) / (len(o) - targets)
     tokens = np.concatenate([run.tokens for run in runs])
     losses = [run.mean_loss for run in runs]
     half, steepness, concentration = np.exp(theta).tolist()
@@ -225,7 +217,7 @@ def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
         token_accuracy_error=float(np.mean(accuracy)),
         exact_match_error=float(np.mean(exact)),
         brier=float(np.mean((p - o) ** 2)),
-        brier_reference=float(np.mean((np.repeat(share_of_others[fold], targets) - o) ** 2)),
+        brier_reference=float(np.mean((np.repeat(share_of_others, targets) - o) ** 2)),
         reliability=_reliability(p, o),
     )
 
@@ -269,9 +261,11 @@ class _Likelihood:
         times = np.concatenate([times for _, times in found])
         return cls(np.array([run.mean_loss for run in runs]), run, kinds[0], kinds[1], times)
 
-    def most_likely(self, start: Array, kept: npt.NDArray[np.bool_] | None = None) -> Array:
-        """(ln L_half, ln k, ln c) at the maximum, over all runs or those that are kept, `(runs,)`."""
-        weights = np.ones_like(self.loss) if kept is None else kept.astype(np.float64)
+    def most_likely(self, start: Array, left_out: int | None = None) -> Array:
+        """(ln L_half, ln k, ln c) at the maximum, over all runs or all but one."""
+        weights = np.ones_like(self.loss)
+        if left_out is not None:
+            weights[left_out] = 0.0
         bounds = [(-7.0, 7.0), (-3.0, 4.0), (-3.0, 12.0)]
         # One run of many moves the maximum so little that the search would stop at its start with the usual 2e-9.
         options = {"ftol": 1e-13}
@@ -304,15 +298,10 @@ class _Likelihood:
 
 def _reliability(predicted: Array, observed: npt.NDArray[np.bool_]) -> list[ReliabilityBin]:
     """Bins that hold at least one target."""
-    which = np.clip(np.digitize(predicted, BIN_EDGES[1:-1], right=True), 0, len(BIN_EDGES) - 2)
+    numbers = np.histogram(predicted, BIN_EDGES)[0].tolist()
+    means = binned_statistic(predicted, [predicted, observed], bins=BIN_EDGES).statistic.tolist()
     return [
-        ReliabilityBin(
-            low=BIN_EDGES[i],
-            high=BIN_EDGES[i + 1],
-            targets=int((which == i).sum()),
-            predicted=float(predicted[which == i].mean()),
-            observed=float(observed[which == i].mean()),
-        )
-        for i in range(len(BIN_EDGES) - 1)
-        if (which == i).any()
+        ReliabilityBin(low=low, high=high, targets=number, predicted=mean, observed=share)
+        for (low, high), number, mean, share in zip(pairwise(BIN_EDGES), numbers, *means, strict=True)
+        if number
     ]

@@ -19,6 +19,7 @@ from simulated_laws import fit_one
 
 from pml.commands import law as command
 from pml.errors import InputError
+from pml.groups import select_records
 from pml.law import (
     CRITICAL_LOSS,
     FORMS,
@@ -31,7 +32,6 @@ from pml.law import (
     observations_from_records,
     read_law,
     saturated,
-    select_records,
     shared_setting,
 )
 from pml.law.selection import rank_forms
@@ -572,7 +572,7 @@ class TestRecords:
             observations_from_records(records)
         assert shown in str(caught.value)
         assert f"--where.{field} VALUE" in str(caught.value)
-        assert len(observations_from_records(records, {field: other})) == 1
+        assert len(observations_from_records(select_records(records, {field: other}))) == 1
 
     def test_the_same_backbone_under_two_names_is_one_backbone(self) -> None:
         records = {Path("a"): make_record(), Path("b"): make_record(backbone="models/smollm2")}

@@ -27,6 +27,7 @@ from pml.law.intervals import (
     noise_of,
     t_quantile,
 )
+from pml.law.selection import held_out_error
 from pml.law.texts import texts_of
 from pml.plan import outcome_of_rank
 
@@ -325,7 +326,7 @@ class TestHeldOut:
         assert by_rank.mape_percent is not None
         assert by_length.mape_percent is not None
         expected = (3 * by_rank.mape_percent + 4 * by_length.mape_percent) / 7
-        assert fit.held_out_percent == pytest.approx(expected)
+        assert held_out_error(fit) == pytest.approx(expected)
 
 
 @pytest.mark.usefixtures("no_profiles")

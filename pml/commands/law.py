@@ -14,8 +14,7 @@ from typing import get_args
 import jsonargparse
 
 from pml.commands._runs import add_runs, add_where
-from pml.groups import AdapterSize
-from pml.names import FormName
+from pml.names import AdapterSize, FormName
 
 __all__ = ["configure", "run"]
 
@@ -44,11 +43,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Fit, print, and write where `--out` says.
-
-    Raises:
-        InputError: If the runs cannot determine a law, or `--out` holds another one.
-    """
+    """Fit, print, and write where `--out` says."""
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.commands._law_screen import fit_and_show
 

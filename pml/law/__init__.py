@@ -5,54 +5,48 @@
 dL is the loss reduction in nats per target token, r the LoRA rank, and l the number of target tokens to memorise,
 summed over the corpus. Read in this order:
 
-    forms            the law as one function, and its forms as `lmfit.Parameters` on it
-    observations     what a run measured, and which runs belong to one law; `csv_file`: measurements from elsewhere
-    data             runs as arrays, and the weights of their residuals
-    least_squares    the lmfit fit of one form, and many at once for the bootstrap
-    intervals        noise, standard errors, profile likelihood, wild bootstrap; `texts`: how texts differ
-    identifiability  whether runs determine a form; `selection`: AICc and held-out prediction
-    fit              `fit_law`, which brings these together
-    prediction       predictions, by bootstrapped laws and for new runs
-    law_fit          `LawFit`, the content of `law.json` (`schema`, `equation`), and what one asks of it
-    diagnostics      warnings; `tables`: what commands and pages show
+    forms          the law as one function, and its forms as `lmfit.Parameters` on it
+    observations   what a run measured, and which runs belong to one law; `csv_file`: measurements from elsewhere
+    data           runs as arrays, and the weights of their residuals
+    least_squares  the lmfit fit of one form, and many at once for the bootstrap
+    intervals      noise, standard errors, profile likelihood, wild bootstrap; `texts`: how texts differ
+    selection      whether runs determine a form; the choice by AICc and held-out prediction
+    fit            `fit_law`, which brings these together
+    prediction     predictions, by bootstrapped laws and for new runs
+    law_fit        `LawFit`, the content of `law.json` (`schema`, `equation`), and what one asks of it
+    diagnostics    warnings; `tables`: what commands and pages show
 """
 
-from pml.groups import select_records, shared_setting
+from pml.groups import shared_setting
 from pml.law.csv_file import read_csv
 from pml.law.equation import Equation
 from pml.law.fit import fit_law
-from pml.law.forms import FORMS, AdapterSize, Form, FormName, loss_reduction
+from pml.law.forms import FORMS, FormName, loss_reduction
 from pml.law.law_fit import LAW_NAME, LawFit, read_law
 from pml.law.observations import (
     CRITICAL_LOSS,
     LeftOutRun,
     Observation,
-    Reason,
     observations_from_records,
     saturated,
     unconverged,
 )
-from pml.law.schema import FACTORS, Estimate, Factor, FormFit, HeldOut, RunDraws, percentiles
+from pml.law.schema import Estimate, FormFit, HeldOut, RunDraws, percentiles
 from pml.law.texts import OTHER_KIND
 
 __all__ = [
     "CRITICAL_LOSS",
-    "FACTORS",
     "FORMS",
     "LAW_NAME",
     "OTHER_KIND",
-    "AdapterSize",
     "Equation",
     "Estimate",
-    "Factor",
-    "Form",
     "FormFit",
     "FormName",
     "HeldOut",
     "LawFit",
     "LeftOutRun",
     "Observation",
-    "Reason",
     "RunDraws",
     "fit_law",
     "loss_reduction",
@@ -61,7 +55,6 @@ __all__ = [
     "read_csv",
     "read_law",
     "saturated",
-    "select_records",
     "shared_setting",
     "unconverged",
 ]

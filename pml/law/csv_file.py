@@ -92,14 +92,5 @@ def _observation(path: str | Path, line: int, header: list[str], values: list[st
             )
     if final is None:
         raise InputError(f"{where}, column final_loss: expected a number here or in loss_reduction, got nothing")
-    return Observation(
-        rank=row.rank,
-        target_tokens=row.target_tokens,
-        initial_loss=row.initial_loss,
-        final_loss=final,
-        seed=row.seed,
-        source=f"{path}:{line}",
-        effective_parameters=row.effective_parameters,
-        entropy_bits=row.entropy_bits,
-        text=row.text,
-    )
+    others = row.model_dump(exclude={"final_loss", "loss_reduction"})
+    return Observation(**others, final_loss=final, source=f"{path}:{line}")

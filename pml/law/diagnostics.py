@@ -4,7 +4,7 @@ from pml.law.forms import FORMS
 from pml.law.intervals import SPARE_TEXTS, texts_to_spare
 from pml.law.law_fit import LawFit
 from pml.law.observations import saturated, unconverged
-from pml.law.schema import FACTORS, FormFit
+from pml.law.schema import FACTORS
 from pml.law.texts import FEWEST_TEXTS
 
 __all__ = ["warnings_of"]
@@ -20,7 +20,7 @@ STEEP_EXPONENT = 5.0
 
 def warnings_of(law: LawFit) -> list[str]:
     """Reasons to trust the chosen form less than its R2 suggests, the most serious first."""
-    return [*_about_parameters(law), *_about_the_grid(law), *_about_the_fit(law.best), *_about_the_runs(law)]
+    return [*_about_parameters(law), *_about_the_grid(law), *_about_the_fit(law)]
 
 
 def _about_parameters(law: LawFit) -> list[str]:
@@ -106,8 +106,9 @@ def _about_the_grid(law: LawFit) -> list[str]:
     return found
 
 
-def _about_the_fit(fit: FormFit) -> list[str]:
-    found = []
+def _about_the_fit(law: LawFit) -> list[str]:
+    """How well it describes the runs, and whether these were still improving when they ended."""
+    fit, found = law.best, []
     if fit.r2 < SMALL_R2 and not FORMS[fit.form].proportional:
         found.append(
             f"the law explains only part of the variation of the loss reduction (R2 {fit.r2:.2f}): it may not hold "
@@ -118,17 +119,11 @@ def _about_the_fit(fit: FormFit) -> list[str]:
             f"the law misses the measured loss reduction by {fit.mape_percent:.1f} % on average: it may not hold here, "
             "or some runs had not converged"
         )
+    drops = [run.late_loss_drop or 0.0 for run in law.observations if unconverged(run)]
+    if drops:
+        found.append(
+            f"{len(drops)} of {sum(not saturated(run) for run in law.observations)} unsaturated runs had not "
+            f"converged: their training loss still fell by up to {max(drops):.2g} nats over the last tenth of the "
+            "steps; the law holds for this budget, so train longer before comparing it with another"
+        )
     return found
-
-
-def _about_the_runs(law: LawFit) -> list[str]:
-    """Runs that were still improving when they ended."""
-    moving = [run for run in law.observations if unconverged(run)]
-    if not moving:
-        return []
-    drops = [run.late_loss_drop for run in moving if run.late_loss_drop is not None]
-    return [
-        f"{len(moving)} of {sum(not saturated(run) for run in law.observations)} unsaturated runs had not converged: "
-        f"their training loss still fell by up to {max(drops):.2g} nats over the last tenth of the steps; the law "
-        "holds for this budget, so train longer before comparing it with another"
-    ]

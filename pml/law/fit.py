@@ -12,7 +12,6 @@ from pml.errors import InputError
 from pml.law.data import Data, data_of
 from pml.law.diagnostics import warnings_of
 from pml.law.forms import FORMS, POSITIVE, SHARPNESS_RANGE, AdapterSize, Array, FormName
-from pml.law.identifiability import missing_for
 from pml.law.intervals import (
     Noise,
     bootstrap,
@@ -25,19 +24,20 @@ from pml.law.intervals import (
 from pml.law.law_fit import LawFit
 from pml.law.least_squares import Solution, solve, to_theta
 from pml.law.observations import Observation, saturated, usable
-from pml.law.schema import Estimate, FormFit, Interval, percentiles
-from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms
+from pml.law.schema import Estimate, FormFit, percentiles
+from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms, shortfall
 from pml.law.texts import texts_of
 from pml.recall_model import RecallModel
 
 __all__ = ["fit_law"]
 
-# If both exponents are this small, x^alpha is 1 + alpha ln x to 0.1 %: a logarithm.
+# If both exponents are this small, x^alpha is 1 + alpha ln x to 0.1 %, and dL = a0 + a1 ln s - a2 ln l describes the
+# runs as well. On the way to this limit C grows and b falls without end: where the search stopped means nothing.
 SMALL_EXPONENT = 0.02
 # A run is at the ceiling if less than this share of its deviation from the power law reaches its loss.
 AT_CEILING = 0.05
-# An interval of a positive parameter that is wider than this factor is not worth quoting.
-WIDEST = 1e6
+# Logarithms of the ends of an interval: beyond, a float is 0 or infinite.
+LOG_ENDS = (-300.0, 300.0)
 
 
 def fit_law(
@@ -71,7 +71,7 @@ def fit_law(
     counts = Counter[str](run.reason for run in left_out) + Counter({"saturated": sum(map(saturated, kept))})
     others = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none left out"
     context = f"of {len(kept) + len(left_out)} runs ({others})"
-    missing = {name: missing_for(kind, kept, adapter_size, context) for name, kind in FORMS.items()}
+    missing = {name: shortfall(kind, kept, adapter_size, context) for name, kind in FORMS.items()}
     possible = [name for name, reason in missing.items() if reason is None]
     if not possible or (form is not None and form not in possible):
         raise InputError(missing[form or PUBLISHED] or "")
@@ -109,7 +109,7 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
     predicted = form.evaluate(solution.values, everything.points)
     grouped_by = choose_groups(solution)
     noise = noise_of(residual, data, grouped_by, nvarys)
-    determined = not (form.offset == "varies" and _is_logarithm(solution))
+    is_power = form.offset != "varies" or any(abs(solution.values[x]) >= SMALL_EXPONENT for x in ("alpha", "beta"))
 
     texts, sensitivity = texts_of(everything.runs), form.sensitivity(solution.values, data.points)
     below, of_run = data.unsaturated, texts.of_run[everything.unsaturated | form.saturating]
@@ -117,14 +117,14 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
     beyond_text = residual - effect * sensitivity * texts.initial_loss_residuals[of_run]
     # Runs on the way to the ceiling scatter more; they count only if there are no others.
     at_ceiling = residual[there if (there := ~below & (sensitivity < AT_CEILING)).any() else ~below]
-    result = standard_errors(solution, noise) if determined else None
-    draws = bootstrap(solution, grouped_by) if determined else None
+    result = standard_errors(solution, noise) if is_power else None
+    draws = bootstrap(solution, grouped_by) if is_power else None
     return FormFit(
         form=form.name,
         parameters=_estimates(solution, noise, result, draws),
         at_bound=[name for name in form.fitted if name not in solution.free],
         correlation=None if result is None else _correlation(result),
-        determined=determined,
+        determined=is_power,
         converged=solution.converged,
         observations_used=len(data.runs),
         grouped_by=grouped_by,
@@ -153,20 +153,15 @@ def _estimates(
             continue
         interval = None
         if draws is not None:
-            ends = np.array(percentiles(draws[:, i]))
-            ends = theta[i] + t_over_z(noise.degrees_of_freedom) * (ends - theta[i])
-            low, high = (np.exp(np.clip(ends, -300, 300)) if name in POSITIVE else ends).tolist()
-            interval = _quotable(name, low, high)
+            ends = theta[i] + t_over_z(noise.degrees_of_freedom) * (np.array(percentiles(draws[:, i])) - theta[i])
+            if name in POSITIVE:
+                ends = np.exp(np.clip(ends, *LOG_ENDS))
+            if name == "sharpness":
+                ends = np.clip(ends, *SHARPNESS_RANGE)
+            interval = (float(ends[0]), float(ends[1]))
         error = None if result is None else float(result.params[name].stderr)
         estimates[name] = Estimate(value=value, stderr=error, bootstrap=interval)
     return estimates
-
-
-def _quotable(name: str, low: float, high: float) -> Interval | None:
-    """An interval cut to the parameter's range; None for a positive parameter if it spans more than `WIDEST`."""
-    if name == "sharpness":
-        low, high = (min(max(end, SHARPNESS_RANGE[0]), SHARPNESS_RANGE[1]) for end in (low, high))
-    return None if name in POSITIVE and high > WIDEST * low else (low, high)
 
 
 def _with_profiles(fit: FormFit, solution: Solution) -> FormFit:
@@ -174,10 +169,7 @@ def _with_profiles(fit: FormFit, solution: Solution) -> FormFit:
     noise = noise_of(solution.residual, solution.data, fit.grouped_by, len(fit.free))
     profiles = profile_intervals(solution, noise) if fit.determined else {}
     parameters = {
-        name: estimate.model_copy(update={"profile": _quotable(name, *profiles[name])})
-        if name in profiles
-        else estimate
-        for name, estimate in fit.parameters.items()
+        name: estimate.model_copy(update={"profile": profiles.get(name)}) for name, estimate in fit.parameters.items()
     }
     return fit.model_copy(update={"parameters": parameters})
 
@@ -190,17 +182,3 @@ def _correlation(result: lmfit.minimizer.MinimizerResult) -> list[list[float]]:
 
 def _r2(measured: Array, predicted: Array) -> float:
     return 1.0 - float(np.sum((measured - predicted) ** 2)) / float(np.sum((measured - measured.mean()) ** 2))
-
-
-def _is_logarithm(solution: Solution) -> bool:
-    """Whether dL = a0 + a1 ln s - a2 ln l, the limit of the law as alpha, beta -> 0, describes the runs as well.
-
-    Then C grows and b falls without limit, and the place where the search stopped means nothing.
-    """
-    if solution.form.saturating:
-        return all(abs(solution.values[name]) < SMALL_EXPONENT for name in ("alpha", "beta"))
-    data = solution.data
-    columns = np.stack([np.ones_like(data.measured), np.log(data.points.size), np.log(data.points.target_tokens)], 1)
-    weighted, measured = columns * data.root_weights[:, None], data.measured * data.root_weights
-    residual = measured - weighted @ np.linalg.lstsq(weighted, measured, rcond=None)[0]
-    return float(residual @ residual) <= solution.squares * (1.0 + 1e-6)

@@ -15,8 +15,7 @@ import lmfit
 import numpy as np
 import numpy.typing as npt
 
-from pml.groups import AdapterSize
-from pml.names import FormName
+from pml.names import AdapterSize, FormName
 
 __all__ = [
     "FORMS",
@@ -41,6 +40,8 @@ POSITIVE: Final = ("C", "bits_per_parameter", "sharpness")
 # Stands for no ceiling, and keeps squared residuals finite while a fit tries extreme exponents.
 LARGEST_LOG: Final = 300.0
 SMALLEST_CEILING: Final = 1e-9
+# Stands for an infinite sharpness; by a power of 2 logarithms are scaled and back without rounding.
+PLAIN_MINIMUM: Final = 2.0**40
 
 
 def loss_reduction(
@@ -76,11 +77,8 @@ def loss_reduction(
         4.8
     """
     log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, C=C, alpha=alpha, beta=beta, b=b)
-    plain, soft = np.minimum(log_power, log_ceiling), np.isfinite(sharpness)
-    if not soft.any():
-        return np.asarray(b + np.exp(plain))
-    p = np.where(soft, sharpness, 1.0)
-    return np.asarray(b + np.exp(np.where(soft, -np.logaddexp(-p * log_power, -p * log_ceiling) / p, plain)))
+    p = np.minimum(sharpness, PLAIN_MINIMUM)
+    return np.asarray(b + np.exp(-np.logaddexp(-p * log_power, -p * log_ceiling) / p))
 
 
 def sensitivity(
@@ -97,7 +95,7 @@ def sensitivity(
     `loss_reduction`.
     """
     log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, **parameters)
-    return _by_power(log_power - log_ceiling, sharpness)
+    return _by_power(log_power - log_ceiling, np.minimum(sharpness, PLAIN_MINIMUM))
 
 
 def gradient(
@@ -110,22 +108,16 @@ def gradient(
 ) -> dict[str, Array]:
     """Derivatives of `loss_reduction` by ln C, alpha, beta, b and ln sharpness, under the parameters' names."""
     log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, **parameters)
-    gap, soft = log_power - log_ceiling, np.isfinite(sharpness)
-    reach = _by_power(gap, sharpness)
-    by_ceiling, by_log_sharpness = 1.0 - reach, np.zeros_like(reach)
-    if soft.any():
-        p = np.where(soft, sharpness, 1.0)
-        log_sum = np.logaddexp(-p * log_power, -p * log_ceiling)
-        share = np.exp(-p * log_power - log_sum)
-        by_ceiling = np.where(soft, _by_power(-gap, p), by_ceiling)
-        by_log_sharpness = np.where(soft, np.exp(-log_sum / p) * (log_sum / p + log_ceiling + share * gap), 0.0)
-    by_log_power = np.exp(log_power) * reach
+    gap, p = log_power - log_ceiling, np.minimum(sharpness, PLAIN_MINIMUM)
+    log_sum = np.logaddexp(-p * log_power, -p * log_ceiling)
+    share = np.exp(-p * log_power - log_sum)
+    by_log_power = np.exp(log_power) * _by_power(gap, p)
     return {
         "C": by_log_power,
         "alpha": by_log_power * np.log(rank),
         "beta": -by_log_power * np.log(target_tokens),
-        "b": 1.0 - by_ceiling,
-        "sharpness": by_log_sharpness,
+        "b": 1.0 - _by_power(-gap, p),
+        "sharpness": np.exp(-log_sum / p) * (log_sum / p + log_ceiling + share * gap),
     }
 
 
@@ -139,13 +131,9 @@ def _log_terms(
     return np.clip(log_power, -LARGEST_LOG, LARGEST_LOG), np.minimum(np.log(ceiling), LARGEST_LOG)
 
 
-def _by_power(gap: Array, sharpness: npt.ArrayLike) -> Array:
+def _by_power(gap: Array, p: Any) -> Array:
     """Derivative of min_p(x, c) with respect to x at ln(x / c)."""
-    below, soft = np.asarray(gap < 0, dtype=np.float64), np.isfinite(sharpness)
-    if not soft.any():
-        return below
-    p = np.where(soft, sharpness, 1.0)
-    return np.where(soft, np.exp(-(1.0 + 1.0 / p) * np.logaddexp(0.0, p * gap)), below)
+    return np.asarray(np.exp(-(1.0 + 1.0 / p) * np.logaddexp(0.0, p * gap)))
 
 
 @dataclass(frozen=True)
@@ -244,7 +232,7 @@ class Form:
 
     def sensitivity(self, values: Mapping[str, Any], points: Points) -> Array:
         """Derivative of the loss reduction by its power term, `(runs,)`; see `sensitivity`."""
-        return np.broadcast_to(sensitivity(**self.arguments(values, points)), np.shape(self.evaluate(values, points)))
+        return sensitivity(**self.arguments(values, points))
 
     def gradient(self, values: Mapping[str, Any], points: Points, names: tuple[str, ...]) -> Array:
         """Derivatives by these parameters, those in `POSITIVE` by their logarithm, stacked in the last axis."""

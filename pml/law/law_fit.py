@@ -14,7 +14,7 @@ import pydantic
 
 from pml.content import Content
 from pml.errors import InputError
-from pml.law.equation import Equation
+from pml.law.equation import Equation, equation_of
 from pml.law.forms import FORMS, AdapterSize, Array, FormName, Points
 from pml.law.observations import LeftOutRun, Observation, saturated
 from pml.law.prediction import Predictor
@@ -24,7 +24,6 @@ from pml.law.schema import (
     Factor,
     FormFit,
     RunDraws,
-    factors_of,
 )
 from pml.recall_model import RecallModel
 
@@ -101,7 +100,7 @@ class LawFit(Content):
     @property
     def factors(self) -> tuple[Factor, Factor]:
         """What the runs differ in: what the law counts as the adapter's size, and the length."""
-        return factors_of(self.adapter_size)
+        return self.adapter_size, "target_tokens"
 
     @property
     def predicts_ranks(self) -> bool:
@@ -144,13 +143,18 @@ class LawFit(Content):
         return self._predictor.texts.spread
 
     def equation(self, errors: bool = False, form: FormName | None = None) -> Equation:
-        """A form's equation, dL in nats per target token; None is the chosen form.
+        """A form's equation, dL in nats per target token.
+
+        Such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`, or `dL = min_2.1(135 r^0.75 l^-0.60, L0)` with the sharpness of the
+        soft minimum behind `min` (see `pml.law.forms`). The size is `r` or `P`, whichever the law counts.
 
         Args:
             errors: Show standard errors.
-            form: Which.
+            form: Which; None is the chosen form.
         """
-        return self.fit_of(form).equation(errors, self.adapter_size)
+        fit = self.fit_of(form)
+        values = {name: (estimate.value, estimate.stderr) for name, estimate in fit.parameters.items()}
+        return equation_of(fit.form, values, self.adapter_size, errors)
 
     def initial_loss(self, target_tokens: npt.ArrayLike, given: float | None = None) -> Array:
         """The frozen model's loss in nats per target token: the given one, or that expected at the length.

@@ -42,7 +42,6 @@ class Solution:
         data: What it was fitted to.
         values: The fitted parameters by name.
         free: Those that vary; the others are held at the end of their range.
-        squares: Weighted sum of squared residuals, chi-squared in lmfit's words; NaN where it was not kept.
         converged: Whether lmfit reached a minimum.
     """
 
@@ -50,7 +49,6 @@ class Solution:
     data: Data
     values: dict[str, float]
     free: tuple[str, ...]
-    squares: float = math.nan
     converged: bool = True
 
     @property
@@ -87,31 +85,27 @@ def _weighted_jacobian(form: Form, data: Data, values: Mapping[str, Any], names:
     return form.gradient(values, data.points, names) * data.root_weights[:, None]
 
 
-def _residuals_for_lmfit(parameters: lmfit.Parameters, form: Form, data: Data, noise: float) -> Array:
-    """What lmfit minimises: weighted residuals in units of the noise."""
-    return _weighted_residuals(form, data, parameters.valuesdict(), data.measured) / noise
-
-
-def _jacobian_for_lmfit(parameters: lmfit.Parameters, form: Form, data: Data, noise: float) -> Array:
-    """Their derivatives by the parameters that vary."""
-    values = parameters.valuesdict()
-    names = tuple(name for name, parameter in parameters.items() if parameter.vary)
-    scale = np.array([values[name] if name in POSITIVE else 1.0 for name in names])
-    return _weighted_jacobian(form, data, values, names) / scale / noise
-
-
 def minimizer(
     form: Form, data: Data, parameters: lmfit.Parameters, noise: float = 1.0, tolerance: float = 1e-13
 ) -> lmfit.Minimizer:
     """The problem for lmfit, unsolved. In units of the noise the covariance needs no scaling by the residuals."""
+
+    def residuals(parameters: lmfit.Parameters) -> Array:
+        return _weighted_residuals(form, data, parameters.valuesdict(), data.measured) / noise
+
+    def jacobian(parameters: lmfit.Parameters) -> Array:
+        values = parameters.valuesdict()
+        names = tuple(name for name, parameter in parameters.items() if parameter.vary)
+        scale = np.array([values[name] if name in POSITIVE else 1.0 for name in names])
+        return _weighted_jacobian(form, data, values, names) / scale / noise
+
     return lmfit.Minimizer(
-        _residuals_for_lmfit,
+        residuals,
         parameters,
-        fcn_args=(form, data, noise),
         scale_covar=False,
         nan_policy="propagate",
         max_nfev=2000,
-        Dfun=_jacobian_for_lmfit,
+        Dfun=jacobian,
         ftol=tolerance,
         xtol=tolerance,
         gtol=1e-15,
@@ -152,7 +146,7 @@ def solve(form: Form, data: Data) -> Solution | None:
     values = {name: float(best.params[name].value) for name in form.fitted}
     if not all(map(math.isfinite, values.values())) or values[form.fitted[0]] <= 0:
         return None
-    return Solution(form, data, values, free, float(best.chisqr), bool(best.success))
+    return Solution(form, data, values, free, bool(best.success))
 
 
 def _starts(form: Form, data: Data) -> list[dict[str, float]]:
@@ -230,9 +224,8 @@ def batched_least_squares(form: Form, data: Data, measured: Array, start: Array,
         squares = np.sum(residuals**2, axis=-1)
         for _ in range(MOST_STEPS):
             jacobian = jacobian_at(theta[moving]) @ basis
-            gram = jacobian.swapaxes(1, 2) @ jacobian + np.maximum(damping[moving, None, None], 1e-9) * np.eye(
-                len(index)
-            )
+            floor = np.maximum(damping[moving, None, None], 1e-9)
+            gram = jacobian.swapaxes(1, 2) @ jacobian + floor * np.eye(len(index))
             step = np.linalg.solve(gram, jacobian.swapaxes(1, 2) @ residuals[moving, :, None])[..., 0] @ basis.T
             tried = theta[moving]
             tried[:, index] -= step

@@ -4,14 +4,14 @@ import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pydantic
 
 from pml.content import Content
-from pml.groups import select_records, shared_setting
+from pml.groups import shared_setting
 from pml.law.forms import AdapterSize
 from pml.records import Record
 
@@ -166,21 +166,17 @@ def usable(runs: Iterable[Observation]) -> tuple[list[Observation], list[LeftOut
     return kept, left_out
 
 
-def observations_from_records(
-    records: Mapping[Path, Record], where: Mapping[str, Any] | None = None, adapter_size: AdapterSize = "rank"
-) -> list[Observation]:
+def observations_from_records(records: Mapping[Path, Record], adapter_size: AdapterSize = "rank") -> list[Observation]:
     """One observation for each run, sorted by length, rank and seed; losses in nats per target token.
 
     Args:
         records: Records by the folder of their run, as `read_records` gives them.
-        where: Which to keep, see `select_records`.
         adapter_size: What the law counts, see `shared_setting`.
 
     Raises:
-        InputError: If no record is left, or they do not belong to one law (see `shared_setting`).
+        InputError: If there is no record, or they do not belong to one law (see `shared_setting`).
     """
-    kept = select_records(records, where)
-    shared_setting(kept, adapter_size)
+    shared_setting(records, adapter_size)
     return _sorted(
         Observation(
             rank=record.rank,
@@ -196,7 +192,7 @@ def observations_from_records(
             late_loss_drop=record.late_loss_drop,
             text=record.corpus_hash,
         )
-        for path, record in kept.items()
+        for path, record in records.items()
     )
 
 

@@ -7,8 +7,7 @@ import numpy as np
 import pydantic
 
 from pml.content import Content
-from pml.law.equation import Equation, equation_of
-from pml.law.forms import FORMS, AdapterSize, Array, FormName
+from pml.law.forms import FORMS, Array, FormName
 from pml.law.intervals import GroupedBy
 
 __all__ = [
@@ -20,7 +19,6 @@ __all__ = [
     "HeldOut",
     "Interval",
     "RunDraws",
-    "factors_of",
     "percentiles",
 ]
 
@@ -147,24 +145,6 @@ class FormFit(Content):
         """The held-out prediction of the largest rank or length; None with fewer than three of them."""
         return next((held for held in self.held_out if held.factor == factor), None)
 
-    @property
-    def held_out_percent(self) -> float | None:
-        """Mean error in percent over all held-out runs; None if nothing could be predicted."""
-        known = [(held.runs, held.mape_percent) for held in self.held_out if held.mape_percent is not None]
-        return sum(runs * error for runs, error in known) / sum(runs for runs, _ in known) if known else None
-
-    def equation(self, errors: bool = False, adapter_size: AdapterSize = "rank") -> Equation:
-        """The form as text, such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`, or `dL = min_2.1(135 r^0.75 l^-0.60, L0)`.
-
-        The number behind `min` is the sharpness of the soft minimum (see `pml.law.forms`).
-
-        Args:
-            errors: Show standard errors.
-            adapter_size: What the law counts: the size is `r` or `P`.
-        """
-        values = {name: (estimate.value, estimate.stderr) for name, estimate in self.parameters.items()}
-        return equation_of(self.form, values, adapter_size, errors)
-
 
 @dataclass(frozen=True)
 class RunDraws:
@@ -182,11 +162,6 @@ class RunDraws:
     def final_loss(self) -> Array:
         """Initial loss minus loss reduction."""
         return self.initial_loss - self.loss_reduction
-
-
-def factors_of(adapter_size: AdapterSize) -> tuple[Factor, Factor]:
-    """What runs differ in, for a law that counts this as the adapter's size."""
-    return adapter_size, "target_tokens"
 
 
 def percentiles(draws: Array) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Which form: AICc over what all forms describe, and held-out prediction of the largest rank and length."""
+"""Which forms runs determine, and which of these to choose: by AICc and held-out prediction of the largest size."""
 
 import math
 from collections.abc import Sequence
@@ -7,20 +7,78 @@ import numpy as np
 
 from pml.law.data import Data, data_of
 from pml.law.forms import FORMS, AdapterSize, Array, Form, FormName
-from pml.law.identifiability import SMALLEST_SPREAD, shortfall
 from pml.law.intervals import between_group_squares
 from pml.law.least_squares import solve
 from pml.law.observations import Observation, saturated
-from pml.law.schema import FormFit, HeldOut, factors_of
+from pml.law.schema import FACTORS, Factor, FormFit, HeldOut
 
-__all__ = ["PUBLISHED", "aicc", "held_out", "rank_forms"]
+__all__ = ["PUBLISHED", "aicc", "held_out", "held_out_error", "rank_forms", "shortfall"]
 
 PUBLISHED: FormName = "power_offset"
+# Smallest spread of the loss reduction, in nats, that float32 losses can show.
+SMALLEST_SPREAD = 1e-6
+# One more than the four parameters of the published law, so that the residuals inform about the noise; in bits, two
+# more than the two.
+FEWEST_RUNS, FEWEST_RUNS_IN_BITS = 5, 4
 # Forms whose AICc differs by less are chosen by held-out error (Burnham and Anderson's rule of thumb).
 CLOSE_AICC = 2.0
 # Held-out errors within this factor, or of fewer runs, do not separate forms.
 CLOSE_FACTOR = 1.5
 FEWEST_HELD_OUT = 4
+
+
+def shortfall(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize, context: str = "") -> str | None:
+    """Why runs do not determine a form, and what to do: what they do not say, or are too few or too alike for.
+
+    Args:
+        form: The form.
+        runs: The runs.
+        adapter_size: What the law counts.
+        context: How many runs there are and why others are left out.
+
+    Returns:
+        None where they determine it.
+    """
+    unknown = []
+    if form.needs_entropy and any(run.entropy_bits is None for run in runs):
+        unknown.append("the information in their corpus")
+    if form.proportional and any(run.effective_parameters is None for run in runs):
+        unknown.append("the number of their effective parameters")
+    if unknown:
+        return (
+            f"form {form.name}: of some runs {' and '.join(unknown)} is unknown; leave them out, or choose another form"
+        )
+    used = [run for run in runs if not saturated(run)]
+    fewest = FEWEST_RUNS_IN_BITS if form.proportional else FEWEST_RUNS
+    if len(used) < fewest:
+        return (
+            f"{len(used)} {context} can be used; saturated means a final loss <= ln 2: expected at least {fewest}; "
+            "add runs with longer targets or lower ranks"
+        )
+    reductions = [run.loss_reduction for run in used]
+    if max(reductions) - min(reductions) < SMALLEST_SPREAD:
+        return (
+            f"the loss reduction is {reductions[0]:.6g} nats in all {len(used)} runs: expected it to vary with rank "
+            "and length; check that the runs really differ"
+        )
+    if form.proportional:
+        return None
+    grid = {(run.size(adapter_size), run.target_tokens) for run in used}
+    size, length = FACTORS[adapter_size], FACTORS["target_tokens"]
+    for noun, values in ((size, {point[0] for point in grid}), (length, {point[1] for point in grid})):
+        if len(values) < 2:
+            return (
+                f"only {noun} {min(values)} among the {len(used)} {context} that can be used: expected at least 2 "
+                f"{noun}s; add runs with other {noun}s"
+            )
+    logs = np.array([[1.0, math.log(s), math.log(tokens)] for s, tokens in grid])
+    if len(grid) < 4 or np.linalg.matrix_rank(logs, tol=1e-9 * len(grid)) < 3:
+        return (
+            f"the {len(grid)} ({size}, length) pairs of the {len(used)} {context} that can be used cannot separate the "
+            f"effect of {size} from that of length: expected at least 4 different pairs, not all on one line; add runs "
+            f"that change the {size} at the same length"
+        )
+    return None
 
 
 def aicc(data: Data, predicted: Array, nvarys: int) -> float | None:
@@ -40,7 +98,8 @@ def aicc(data: Data, predicted: Array, nvarys: int) -> float | None:
 def held_out(form: Form, data: Data, adapter_size: AdapterSize) -> list[HeldOut]:
     """Mean error in percent at the largest size and at the largest length, each predicted from the smaller ones."""
     found = []
-    for factor in factors_of(adapter_size):
+    factors: tuple[Factor, Factor] = (adapter_size, "target_tokens")
+    for factor in factors:
         levels = np.array([getattr(run, factor) for run in data.runs])
         known = np.unique(levels[data.unsaturated])
         if len(known) < 3:
@@ -75,11 +134,11 @@ def rank_forms(fits: list[FormFit], runs: Sequence[Observation]) -> tuple[list[F
         return sorted(fits, key=lambda fit: fit is not first), reason
     lowest = min(known.values(), default=math.inf)
     close = [fit for fit in candidates if known.get(fit.form, math.inf) - lowest < CLOSE_AICC] or candidates
-    best = min(map(_held_out_error, close))
-    accurate = [fit for fit in close if _held_out_error(fit) <= CLOSE_FACTOR * best]
+    best = min(map(held_out_error, close))
+    accurate = [fit for fit in close if held_out_error(fit) <= CLOSE_FACTOR * best]
     first = min(accurate, key=lambda fit: (len(fit.free), _or_infinity(fit.aicc)))
     ranked = sorted(fits, key=lambda fit: (fit is not first, _or_infinity(fit.aicc)))
-    error = _held_out_error(first)
+    error = held_out_error(first)
     simplest = "the simplest" + (
         f" of those with the smallest held-out error ({error:.1f} %)" if math.isfinite(error) else ""
     )
@@ -91,10 +150,11 @@ def rank_forms(fits: list[FormFit], runs: Sequence[Observation]) -> tuple[list[F
     return ranked, f"smallest AICc{among}" + (f"; the next is {min(others):.1f} larger" if others else "")
 
 
-def _held_out_error(fit: FormFit) -> float:
-    """Held-out error in percent, infinite where too few runs were held out to choose by it."""
-    runs = sum(held.runs for held in fit.held_out if held.mape_percent is not None)
-    return _or_infinity(fit.held_out_percent) if runs >= FEWEST_HELD_OUT else math.inf
+def held_out_error(fit: FormFit) -> float:
+    """Mean error in percent over all held-out runs; infinite where these are too few to choose by."""
+    known = [(held.runs, held.mape_percent) for held in fit.held_out if held.mape_percent is not None]
+    runs = sum(runs for runs, _ in known)
+    return sum(runs * error for runs, error in known) / runs if runs >= FEWEST_HELD_OUT else math.inf
 
 
 def _or_infinity(value: float | None) -> float:

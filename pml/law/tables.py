@@ -63,7 +63,7 @@ def forms_table(law: LawFit) -> TextTable:
     rows = [
         (
             fit.form,
-            fit.equation(adapter_size=law.adapter_size),
+            law.equation(form=fit.form),
             "-" if fit.aicc is None else f"{fit.aicc:.1f}",
             f"{fit.r2_all:.4f}",
             f"{fit.noise_nats:.3f}",
