@@ -35,6 +35,8 @@ __all__ = ["RecallModel", "ReliabilityBin", "RunTokens", "fit_recall", "recall_o
 Array = npt.NDArray[np.float64]
 
 FEWEST_RUNS = 4
+# Refits at most, each without some of the runs: one for each run would take minutes for a few thousand.
+MOST_FOLDS = 200
 # Bins of the reliability table, by predicted probability; nine in ten of the targets tend to lie in the outer two.
 BIN_EDGES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)
 # Losses of float32 logits are not known better than this; it keeps ln L finite.
@@ -176,7 +178,8 @@ def recall_of(folders: Iterable[Path]) -> tuple[RecallModel | None, list[str]]:
 def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
     """The recall model of runs of one kind, by maximum likelihood with a weak prior, and its calibration.
 
-    Every error is out of sample: each run is predicted from all the others.
+    Every error is out of sample: a run is predicted from the others, by 200-fold cross-validation where there are more
+    than 200 runs.
 
     Args:
         runs: Runs of one backbone and one kind of text.
@@ -188,7 +191,9 @@ def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
         return None
     likelihood = _Likelihood.of(runs)
     theta = likelihood.most_likely(np.log([1.0, 2.0, 20.0]))
-    without = [likelihood.most_likely(theta, left_out=i) for i in range(len(runs))]
+    fold = np.arange(len(runs)) % MOST_FOLDS
+    of_others = [likelihood.most_likely(theta, kept=fold != i) for i in range(fold.max() + 1)]
+    without = [of_others[i] for i in fold]
     accuracy = [
         abs(float(_accuracy(held, np.array(run.mean_loss))) - run.right.sum() / run.tokens.sum())
         for held, run in zip(without, runs, strict=True)
@@ -201,7 +206,8 @@ def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
     exact = [abs(float(p.mean() - o.mean())) for p, o in zip(predicted, observed, strict=True)]
     p, o = np.concatenate(predicted), np.concatenate(observed)
     targets = np.array([len(x) for x in observed])
-    share_of_others = (o.sum() - [x.sum() for x in observed]) / (len(o) - targets)
+    exact_of_others = o.sum() - np.bincount(fold, [x.sum() for x in observed])
+    share_of_others = exact_of_others / (len(o) - np.bincount(fold, targets))
     tokens = np.concatenate([run.tokens for run in runs])
     losses = [run.mean_loss for run in runs]
     half, steepness, concentration = np.exp(theta).tolist()
@@ -217,7 +223,7 @@ def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
         token_accuracy_error=float(np.mean(accuracy)),
         exact_match_error=float(np.mean(exact)),
         brier=float(np.mean((p - o) ** 2)),
-        brier_reference=float(np.mean((np.repeat(share_of_others, targets) - o) ** 2)),
+        brier_reference=float(np.mean((np.repeat(share_of_others[fold], targets) - o) ** 2)),
         reliability=_reliability(p, o),
     )
 
@@ -261,11 +267,9 @@ class _Likelihood:
         times = np.concatenate([times for _, times in found])
         return cls(np.array([run.mean_loss for run in runs]), run, kinds[0], kinds[1], times)
 
-    def most_likely(self, start: Array, left_out: int | None = None) -> Array:
-        """(ln L_half, ln k, ln c) at the maximum, over all runs or all but one."""
-        weights = np.ones_like(self.loss)
-        if left_out is not None:
-            weights[left_out] = 0.0
+    def most_likely(self, start: Array, kept: npt.NDArray[np.bool_] | None = None) -> Array:
+        """(ln L_half, ln k, ln c) at the maximum, over all runs or those that are kept, `(runs,)`."""
+        weights = np.ones_like(self.loss) if kept is None else kept.astype(np.float64)
         bounds = [(-7.0, 7.0), (-3.0, 4.0), (-3.0, 12.0)]
         # One run of many moves the maximum so little that the search would stop at its start with the usual 2e-9.
         options = {"ftol": 1e-13}

@@ -136,9 +136,25 @@ def test_the_maximum_without_one_run_is_found_among_many_targets() -> None:
     theta = likelihood.most_likely(np.log([1.0, 2.0, 20.0]))
     for i in range(len(runs)):
         kept = np.arange(len(runs)) != i
-        _, gradient = likelihood.penalised(likelihood.most_likely(theta, left_out=i), kept.astype(float))
+        _, gradient = likelihood.penalised(likelihood.most_likely(theta, kept), kept.astype(float))
         # It starts at up to a thousand; a search that stops at the usual tolerance leaves up to 30.
         assert np.abs(gradient).max() < 1
+
+
+def test_of_more_runs_than_folds_those_of_one_fold_are_left_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pml.recall_model.MOST_FOLDS", 4)
+    runs = runs_of_all_lengths()
+    fitted = fit_recall(runs)
+    assert fitted is not None
+    errors, reference = [], []
+    for i, run in enumerate(runs):
+        # Runs 0 and 4 go together, and 1 and 5.
+        others = [other for j, other in enumerate(runs) if j % 4 != i % 4]
+        errors.append(abs(float(plain_fit(others).token_accuracy(run.mean_loss)) - run.right.sum() / run.tokens.sum()))
+        exact = np.concatenate([other.right == other.tokens for other in others])
+        reference.extend((exact.mean() - (run.right == run.tokens)) ** 2)
+    assert fitted.token_accuracy_error == pytest.approx(np.mean(errors), rel=1e-4)
+    assert fitted.brier_reference == pytest.approx(np.mean(reference), rel=1e-9)
 
 
 def test_runs_that_cannot_tell_give_no_model() -> None:
