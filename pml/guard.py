@@ -27,7 +27,7 @@ from pml.atomic import whole_file
 from pml.backbone import Backbone
 from pml.default_backbone import cache_folder
 from pml.errors import InputError
-from pml.ordinary_text import guard_passages, text_examples
+from pml.ordinary_text import ordinary_passages, text_examples
 
 __all__ = ["GuardConfig", "GuardedA", "free_directions", "guard_layers", "input_moments"]
 
@@ -151,7 +151,7 @@ def input_moments(backbone: Backbone, names: Sequence[str], config: GuardConfig)
         names: Paths of layers in it.
         config: Which text.
     """
-    passages = guard_passages(config.text)
+    passages = ordinary_passages(config.text, "guard")
     examples = text_examples(passages, backbone.tokenizer, backbone.max_positions, backbone.vocab_size)
     rows = [example.prompt_ids + example.target_ids for example in examples]
     files = {name: _cache_file(backbone, name, rows) for name in names}

@@ -6,7 +6,7 @@ the frozen model's own, so no text has to be true or well written (knowledge dis
 model as its own teacher).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from pml.backbone import Backbone
 from pml.corpus import Example, collate
 from pml.errors import InputError
 from pml.frozen_layers import FrozenLayers, on_device
-from pml.ordinary_text import guard_passages, text_examples
+from pml.ordinary_text import ordinary_passages, text_examples
 from pml.scoring import target_hidden, target_logits
 
 __all__ = ["KlPenalty", "KlPenaltyConfig", "kl_divergence", "turn_of"]
@@ -33,7 +33,7 @@ class KlPenaltyConfig:
         weight: Factor of the divergence in the loss; both are nats per token.
         passages: Passages in each micro-batch, drawn in turn. Four of 64 tokens cost twice as much as two of 32, and
             did not spare more.
-        tokens: Most tokens of each.
+        tokens: Most tokens of each; longer text is cut into pieces.
         text: Files of ordinary text in UTF-8; null takes the prose, code and chats that ship.
     """
 
@@ -108,13 +108,14 @@ class KlPenalty:
     """
 
     def __init__(self, config: KlPenaltyConfig, backbone: Backbone, seed: int) -> None:
-        passages = guard_passages(config.text)
+        passages = ordinary_passages(config.text, "guard", "penalty")
         examples = text_examples(passages, backbone.tokenizer, backbone.max_positions, backbone.vocab_size)
-        if not examples:
+        pieces = [piece for example in examples for piece in _pieces(example, config.tokens)]
+        if not pieces:
             raise InputError("kl_penalty.text: no passage fits into the backbone's context; expected shorter ones")
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
-        self.passages = [replace(examples[i], target_ids=examples[i].target_ids[: config.tokens]) for i in order]
-        self._each = min(config.passages, len(examples))
+        order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
+        self.passages = [replace(pieces[i], example_id=number) for number, i in enumerate(order)]
+        self._each = min(config.passages, len(pieces))
         self._hidden: dict[int, Tensor] = {}
 
     def chosen(self, turn: int) -> list[Example]:
@@ -154,3 +155,11 @@ class KlPenalty:
                 hidden = target_hidden(frozen_layers, batch).split([len(p.target_ids) for p in passages])
             self._hidden.update(zip((p.example_id for p in passages), hidden, strict=True))
         return nn.functional.linear(torch.cat([self._hidden[p.example_id] for p in passages]), head.weight, head.bias)
+
+
+def _pieces(passage: Example, tokens: int) -> Iterator[Example]:
+    """Its target in pieces of so many tokens, each after the token before it: what is never seen is never unlearnt."""
+    prompt, target = passage.prompt_ids, passage.target_ids
+    for start in range(0, len(target), tokens):
+        yield replace(passage, prompt_ids=prompt, target_ids=target[start : start + tokens])
+        prompt = target[start + tokens - 1 : start + tokens]

@@ -1,9 +1,9 @@
-"""Ordinary text, which an adapter should leave alone: what the guard sees, and what harm is measured on.
+"""Ordinary text, which an adapter should leave alone: for the guard, for the KL penalty, and to measure harm on.
 
-Two files of prose, code and chats ship, with nothing in common. `texts/guard.jsonl` was sampled from
-SmolLM2-135M-Instruct (Apache-2.0) at temperature 0.8: what it says is of no account, often wrong and never used, only
-which inputs it gives to layers. `texts/harm.jsonl` was written for this project. A chat is put into the chat template
-of the backbone, the other kinds stand alone.
+Files of prose, code and chats ship, with nothing in common. `texts/guard.jsonl` and `texts/penalty.jsonl` were sampled
+from SmolLM2-135M-Instruct (Apache-2.0) at temperature 0.8: what they say is of no account, often wrong and never used,
+only what a model makes of it. `texts/harm.jsonl` was written for this project. A chat is put into the chat template of
+the backbone, the other kinds stand alone.
 """
 
 import json
@@ -22,7 +22,7 @@ __all__ = [
     "KINDS",
     "PASSAGE_TOKENS",
     "Passage",
-    "guard_passages",
+    "ordinary_passages",
     "passages_of_files",
     "shipped_passages",
     "text_examples",
@@ -55,20 +55,20 @@ class Passage:
     query: str = ""
 
 
-def shipped_passages(name: str) -> list[Passage]:
-    """The passages of a file that ships: `guard` or `harm`."""
-    text = (files("pml") / "texts" / f"{name}.jsonl").read_text(encoding="utf-8")
-    return [Passage(**json.loads(line)) for line in text.splitlines()]
+def shipped_passages(*names: str) -> list[Passage]:
+    """The passages of files that ship: `guard`, `penalty` or `harm`."""
+    texts = [(files("pml") / "texts" / f"{name}.jsonl").read_text(encoding="utf-8") for name in names]
+    return [Passage(**json.loads(line)) for text in texts for line in text.splitlines()]
 
 
-def guard_passages(text: str | Iterable[str] | None) -> list[Passage]:
-    """What an adapter should leave alone: the passages of somebody's own files, or where there are none `guard`.
+def ordinary_passages(text: str | Iterable[str] | None, *shipped: str) -> list[Passage]:
+    """What an adapter should leave alone: the passages of somebody's own files, where there are none those that ship.
 
     Raises:
         InputError: See `passages_of_files`.
     """
     if text is None:
-        return shipped_passages("guard")
+        return shipped_passages(*shipped)
     return passages_of_files([text] if isinstance(text, str) else text)
 
 

@@ -76,9 +76,18 @@ def test_passages_come_in_turn_and_from_the_start_again(sharp: Path) -> None:
     first_round = [e.example_id for turn in range(turns) for e in penalty.chosen(turn)]
     assert len(set(first_round)) == len(first_round) == 2 * turns
     assert penalty.chosen(turns + 1) == penalty.chosen(1)
-    assert all(len(e.target_ids) <= 5 for e in penalty.chosen(0))
     assert KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=3).chosen(1) == penalty.chosen(1)
     assert KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=4).chosen(1) != penalty.chosen(1)
+
+
+def test_longer_text_is_cut_into_pieces_that_follow_the_token_before_them(sharp: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("abcdefghijklm")
+    penalty = KlPenalty(replace(PASSAGES, text=str(tmp_path / "own.txt")), load_backbone(str(sharp)), seed=3)
+    # One token a byte; the first one is the prompt.
+    decode = load_backbone(str(sharp)).tokenizer.decode
+    pieces = {(decode(e.prompt_ids), decode(e.target_ids)) for e in penalty.passages}
+    assert pieces == {("a", "bcdef"), ("f", "ghijk"), ("k", "lm")}
+    assert sorted(e.example_id for e in penalty.passages) == [0, 1, 2]
 
 
 def test_what_the_frozen_model_says_is_computed_once(sharp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,11 +79,12 @@ def test_a_number_of_passages_that_does_not_ship_is_refused(passages: int) -> No
         Harm(passages=passages)
 
 
-def test_what_harm_is_measured_on_is_not_what_the_guard_sees() -> None:
+def test_what_harm_is_measured_on_is_seen_by_neither_guard_nor_penalty() -> None:
     def words(name: str) -> list[set[str]]:
         split = [passage.text.split() for passage in shipped_passages(name)]
         return [{" ".join(text[i : i + 8]) for i in range(len(text) - 7)} for text in split]
 
-    guarded = set().union(*words("guard"))
-    assert len(guarded) > 1000
-    assert not any(passage & guarded for passage in words("harm"))
+    for name in ("guard", "penalty"):
+        seen = set().union(*words(name))
+        assert len(seen) > 1000
+        assert not any(passage & seen for passage in words("harm"))
