@@ -237,7 +237,7 @@ def grid(tiny_backbone_folder: Path) -> Callable[..., list[Any]]:
     return write
 
 
-@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("read_only", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_sweep_stops_with_one_line_and_what_is_done_stays_done(
     read_only: bool,
     small_disk: Path,

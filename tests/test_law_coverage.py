@@ -64,6 +64,7 @@ class TestCoverage:
                     inside[name] += low <= SATURATING[name] <= high
         assert all(90 <= count <= 100 for count in inside.values()), inside
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("of_point", "of_text"), [(0.05, 0.0), (0.0, 0.1)])
     def test_the_grouping_of_runs_has_to_follow_what_they_share(self, of_point: float, of_text: float) -> None:
         # Seeds on texts of their own, with errors that a grid point shares, or the ranks on a text.
@@ -128,6 +129,7 @@ class TestCoverage:
         # Student's t of 8 on the run's own scatter and, inside the grid, little more for the law's.
         assert width == pytest.approx(2 * float(t.ppf(0.975, 8)) * size, rel=0.3)
 
+    @pytest.mark.slow
     def test_of_a_new_run_on_the_way_to_the_ceiling(self) -> None:
         noise, inside, width = np.random.default_rng(3), dict.fromkeys((3, 10, 40), 0), dict.fromkeys((3, 10, 40), 0.0)
         for _ in range(40):
@@ -141,7 +143,7 @@ class TestCoverage:
         assert all(count >= 36 for count in inside.values()), (inside, width)
         assert all(mean < 0.9 for mean in width.values()), width
 
-    @pytest.mark.parametrize("effect", [0.0, 0.7])
+    @pytest.mark.parametrize("effect", [pytest.param(0.0, marks=pytest.mark.slow), 0.7])
     def test_of_a_run_on_a_new_text_given_its_frozen_loss_or_not(self, effect: float) -> None:
         noise, draws = np.random.default_rng(3), 60
         inside, width = {"given": 0, "not given": 0}, {"given": 0.0, "not given": 0.0}

@@ -1,6 +1,7 @@
 """The record of a fit: every field against a computation of its own, whole on disk, and never written over."""
 
 import dataclasses
+import importlib.metadata
 import json
 import math
 import platform
@@ -110,7 +111,7 @@ def test_every_field_is_what_a_computation_of_its_own_gives(
     assert (record.status, record.steps_to_recall, record.schema_version) == ("finished", None, 4)
     assert 0 < record.wall_seconds < 60
     assert record.versions["python"] == platform.python_version()
-    assert record.versions["torch"] == torch.__version__
+    assert record.versions["torch"] == importlib.metadata.version("torch")
     assert record.hardware["device"] == "cpu"
     assert record.hardware["devices"] == 1
     assert record.hardware["threads"] == torch.get_num_threads()
