@@ -64,7 +64,7 @@ METHODS: dict[str, Callable[[Path], Memorization]] = {
     "sliding window": lambda folder: module_on(folder, MemFT, weighting=SlidingWindow(window=2, patience=2)),
     "whole targets": lambda folder: module_on(folder, MemFT, weighting=WholeTargets(reach_start=4.0)),
     "curriculum": lambda folder: module_on(folder, MemFT, curriculum=PrefixRatio([0.3, 0.6, 1.0], [1, 3, 9])),
-    # Of a single passage, so that all micro-batches draw the same.
+    # Of a single piece of five tokens and the one before, so that all micro-batches draw the same.
     "penalty": lambda folder: module_on(
         folder, kl_penalty=KlPenaltyConfig(weight=3.0, passages=1, tokens=5, text=str(folder / "ordinary.txt"))
     ),
