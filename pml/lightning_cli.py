@@ -6,6 +6,7 @@ import inspect
 import logging
 import operator
 import typing
+import weakref
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -114,6 +115,10 @@ class MemorizationCLI(LightningCLI):
             super().setup_parser(*args, **kwargs)
             self._parsers[key] = {name: getattr(self, name) for name in made if hasattr(self, name)}
         vars(self).update(self._parsers[key])
+
+    def _add_instantiators(self) -> None:
+        # They stay with the parser, which outlives this fit and must not keep its model.
+        LightningCLI._add_instantiators(weakref.proxy(self))
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The subcommand that is asked for, with the arguments that it does not take."""

@@ -1,6 +1,7 @@
 """The command line as people use it: what it leaves, what it prints, and what it says to wrong input."""
 
 import contextlib
+import gc
 import inspect
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from pml.adapter import AdapterConfig
 from pml.cli import COMMANDS, FIT_COMMANDS, main
 from pml.guard import GuardConfig
 from pml.kl_penalty import KlPenaltyConfig
-from pml.lightning_cli import parse_run
+from pml.lightning_cli import MemorizationCLI, parse_run, prepare
 from pml.modules import SFT, MemFT
 from pml.quiet import keep_quiet
 from pml.records import read_record
@@ -593,3 +595,12 @@ def test_one_batch_stays_one_batch_whatever_was_imported_before(monkeypatch: pyt
     batches = ["--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0.5"]
     trainer = parse_run(["--model=SFT", "--data=RandomTokens", *batches]).trainer
     assert [repr(trainer[name]) for name in names] == ["1", "0.5", "0.0"]
+
+
+def test_a_fit_that_is_over_leaves_no_model_behind() -> None:
+    prepare()
+    made = MemorizationCLI(["--model=SFT", "--data=RandomTokens", "--trainer.accelerator=cpu"], run=False)
+    model = weakref.ref(made.model)
+    del made
+    gc.collect()
+    assert model() is None
