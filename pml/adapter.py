@@ -33,6 +33,7 @@ __all__ = [
     "evaluating",
     "load_adapter",
     "lora_layers",
+    "lowest_adapted_block",
 ]
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
@@ -214,6 +215,14 @@ def lora_layers(model: nn.Module) -> Iterator[LoraLayer]:
     for module in model.modules():
         if isinstance(module, LoraLayer):
             yield module
+
+
+def lowest_adapted_block(backbone: Backbone) -> int:
+    """Number of the lowest decoder block that carries a LoRA layer."""
+    for number, block in enumerate(backbone.blocks):
+        if next(lora_layers(block), None) is not None:
+            return number
+    raise ValueError("the backbone carries no adapter")
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

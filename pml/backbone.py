@@ -30,6 +30,7 @@ from pml.default_backbone import (
     quiet_transformers,
 )
 from pml.errors import InputError
+from pml.streamed_blocks import StreamedBlocks, free
 
 __all__ = [
     "DTYPES",
@@ -70,6 +71,7 @@ class Backbone:
         content_hash: Hash of its configuration and weights.
         blocks_path: Dotted path of the list of decoder blocks, seen from `model`, such as `model.layers`.
         kept_states: What `pml.frozen_layers` has computed once and keeps, by where the model is cut.
+        streamed: The lower blocks, where their weights are on the host and visit the device one block at a time.
 
     Raises:
         InputError: If the model has no list of decoder blocks.
@@ -81,6 +83,7 @@ class Backbone:
     content_hash: str
     blocks_path: str = field(init=False)
     kept_states: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    streamed: StreamedBlocks | None = field(init=False, repr=False, compare=False, default=None)
     _released: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
@@ -96,10 +99,10 @@ class Backbone:
         """Free the weights of the lowest blocks, and the input embeddings where the head does not share them."""
         if blocks <= self._released:
             return
+        self._stop_streaming(None)
         self._released = blocks
         for parameter in self._lower_parameters().values():
-            # Empty rather than on the meta device, from which moving the model would fail.
-            parameter.data = parameter.data.new_empty(0)
+            free(parameter)
         # Weights of a CPU lie in one mapping of their file, which stays in memory as long as any of them is used.
         for parameter in self.model.parameters():
             if parameter.device.type == "cpu" and not parameter.requires_grad:
@@ -107,13 +110,35 @@ class Backbone:
         log.info("the weights of the lowest %d of %d blocks are freed", self._released, len(self.blocks))
 
     def restore(self) -> None:
-        """Load freed weights again from where they came from; does nothing where nothing was freed."""
+        """Bring all weights to the model's device, from the host or from where they came from; none may be missing."""
+        self._stop_streaming(self.model.device)
+        self._load_released(self.model.device)
+
+    def stream(self, blocks: int) -> None:
+        """Keep the weights of the lowest blocks on the host; each visits the device for as long as it runs.
+
+        They can be anywhere before: on a device, freed, or streamed already.
+        """
+        if self.streamed is not None and len(self.streamed) == blocks:
+            return
+        self._stop_streaming(torch.device("cpu"))
+        self._load_released(torch.device("cpu"))
+        self.streamed = StreamedBlocks(self.blocks[:blocks], lambda: self.model.device)  # type: ignore[arg-type]
+
+    def _stop_streaming(self, device: torch.device | None) -> None:
+        if self.streamed is not None:
+            self.streamed.end(device)
+            self.streamed = None
+
+    def _load_released(self, device: torch.device) -> None:
+        """Load freed blocks to a device, and freed embeddings to the model's; does nothing where nothing was freed."""
         if not self.released:
             return
         log.info("loading the lowest %d blocks of %s again", self._released, self.name)
         fresh = dict(_load_model(self.name, _resolve(self.name), self.model.dtype).named_parameters())
         for name, parameter in self._lower_parameters().items():
-            parameter.data = fresh[name.replace(".base_layer.", ".")].data.to(parameter.device)
+            in_block = name.startswith(f"{self.blocks_path}.")
+            parameter.data = fresh[name.replace(".base_layer.", ".")].data.to(device if in_block else self.model.device)
         self._released = 0
 
     def _lower_parameters(self) -> dict[str, nn.Parameter]:

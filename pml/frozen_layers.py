@@ -5,9 +5,9 @@ it runs a shallow copy of the decoder that shares all modules and starts from th
 whole: names, saving, loading and generation know nothing of the split.
 """
 
-import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pml.adapter import MlpBlockLora, lora_layers
+from pml.adapter import MlpBlockLora, lora_layers, lowest_adapted_block
 from pml.backbone import Backbone
 from pml.compiled import CompiledDecoder
 from pml.corpus import PADDING_EXAMPLE, Example, collate
@@ -27,9 +27,10 @@ from pml.devices import has_graphs
 from pml.errors import InputError
 from pml.products import float32_products
 from pml.state_store import CacheConfig, StateStore
+from pml.states_below import states_below, streamed_states, with_blocks
 from pml.whole_model import one_sequence_a_row, plain_head, run_decoder
 
-__all__ = ["ContentKeys", "FrozenLayers", "content_keys", "on_device", "split_for"]
+__all__ = ["ContentKeys", "FrozenLayers", "content_keys", "on_device", "split_for", "stream_frozen_layers"]
 
 log = logging.getLogger(__name__)
 
@@ -92,17 +93,20 @@ class FrozenLayers:
         folder: Path | None = None,
         processes: int = 1,
     ) -> None:
-        backbone.restore()
         self.backbone = backbone
         self.model = model
         self.config = config or CacheConfig()
         self._folder, self._processes = folder, processes
         self.filled = 0
         """Examples that this object ran the frozen layers for (0 where another adapter had already done so)."""
+        self._lowest = lowest_adapted_block(backbone)
+        streamed = backbone.streamed
+        if streamed is None or len(streamed) != self._lowest or not self.config.release:
+            backbone.restore()
         self.head = plain_head(backbone)
         """The LM head where the logits are no more than its product with the final hidden states, else None."""
-        self._lowest = self._lowest_block()
         self.cut: Cut = "whole"
+        self._mlp: MlpBlockLora | None = None
         self._suffix: nn.Module = backbone.decoder
         self._compiled: CompiledDecoder | None = None
         self._replayed: ReplayedDecoder | None = None
@@ -116,6 +120,7 @@ class FrozenLayers:
                 self._lowest,
                 problem,
             )
+            backbone.restore()
 
     def _first_sound_cut(self) -> str | None:
         """Take the highest cut that stands the trial; why there is none otherwise."""
@@ -124,7 +129,6 @@ class FrozenLayers:
         adapted = list(lora_layers(self.backbone.blocks[self._lowest]))
         cuts: list[Cut] = ["before_block"]
         if len(adapted) == 1 and isinstance(adapted[0], MlpBlockLora):
-            self._mlp_lora = adapted[0]
             cuts.insert(0, "after_block")
         problem = None
         for cut in cuts:
@@ -159,23 +163,40 @@ class FrozenLayers:
             )
         return self.backbone.kept_states[place]
 
-    def keep_and_release(self, examples: Iterable[Example]) -> None:
-        """Keep the states of all examples, then free the layers below the cut; unless there is no room for all.
+    def keep(self, examples: Iterable[Example]) -> None:
+        """Keep the states of all examples for which there is room.
+
+        Streamed blocks move to the device once for many examples, where a block by itself computes what it does in the
+        whole model; an example that is only met in training makes them all move.
 
         Args:
             examples: All that is trained on: every rank has a cache of its own, and may be handed any example.
         """
-        if self.cut == "whole":
+        if self.cut == "whole" or self.store.full:
             return
+        missing: dict[bytes, Tensor] = {}
         # A rank that is short of an example is handed the one that pads.
         for example in (PADDING_EXAMPLE, *examples):
-            # What finds no room is computed at every step, from blocks that have to stay.
-            if self.store.full:
-                return
-            batch = on_device(collate([example]), self.backbone.model.device)
-            (key,) = batch["keys"]
-            self._below(batch, 0, key)
-        if not self.store.full:
+            batch = collate([example])
+            (key,) = content_keys(batch["input_ids"], batch["lengths"])
+            if key not in self.store:
+                used = max(int(batch["lengths"][0]) - 1, 1)
+                missing[key] = batch["input_ids"][:, :used].to(self.backbone.model.device)
+        with self._frozen(), torch.no_grad():
+            states = streamed_states(self.backbone, self._lowest, self._mlp, list(missing.values()))
+            for key, kept in zip(missing, states, strict=True):
+                # What finds no room is computed at every step.
+                if self.store.full:
+                    return
+                self.store.put(key, kept)
+                self.filled += 1
+
+    def keep_and_release(self, examples: Iterable[Example]) -> None:
+        """Keep the states of all examples, then free the layers below the cut; unless there is no room for all."""
+        self.keep(examples)
+        if self.cut != "whole" and self.store.full:
+            self.backbone.restore()
+        else:
             self.release()
 
     def release(self) -> None:
@@ -222,13 +243,13 @@ class FrozenLayers:
 
     def below(self, input_ids: Tensor, adapted: bool = False) -> tuple[Tensor, ...]:
         """What is kept of one row, with the states at the cut (S, d) first; with the adapter on if `adapted`."""
-        return self._caught(input_ids) if adapted else self._capture(input_ids)
+        return states_below(self.backbone, self._lowest, self._mlp, input_ids) if adapted else self._capture(input_ids)
 
     def at_cut(self, kept: Sequence[tuple[Tensor, ...]], steps: int) -> Tensor:
         """States (B, steps, d) at the cut with the adapter's update, from what each example keeps."""
         device = self.backbone.model.device
         hidden, *mlp_input = (_padded(rows, steps, device) for rows in zip(*kept, strict=True))
-        if mlp_input and (delta := self._mlp_lora.delta(mlp_input[0])) is not None:
+        if self._mlp is not None and (delta := self._mlp.delta(mlp_input[0])) is not None:
             hidden = hidden + delta.to(hidden.dtype)
         return hidden
 
@@ -265,47 +286,25 @@ class FrozenLayers:
 
     def _capture(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         """States (S, d) of one example at the cut and, if that is after an `mlp_block`, the input of its MLP (S, d)."""
-        self.backbone.restore()
-        # What is kept serves evaluation too.
+        with self._frozen():
+            return states_below(self.backbone, self._lowest, self._mlp, input_ids)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """The frozen layers as what is kept is computed with; it serves evaluation too."""
+        if self.backbone.released:
+            self.backbone.restore()
         with self.model.disable_adapter(), float32_products("highest"):
-            return self._caught(input_ids)
-
-    def _caught(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        block = self.backbone.blocks[self._lowest]
-        caught: dict[str, Tensor] = {}
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            caught["in"] = args[0] if args else kwargs["hidden_states"]
-
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            caught["out"] = output if isinstance(output, Tensor) else output[0]
-
-        def mlp(_: nn.Module, args: tuple[Any, ...]) -> None:
-            caught["mlp"] = args[0]
-
-        hooks = [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
-        if self.cut == "after_block":
-            hooks.append(self._mlp_lora.register_forward_pre_hook(mlp))
-        try:
-            run_decoder(_with_blocks(self.backbone, slice(0, self._lowest + 1)), input_ids=input_ids)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        kept = (caught["out"], caught["mlp"]) if self.cut == "after_block" else (caught["in"],)
-        return tuple(states[0].clone() for states in kept)
-
-    def _lowest_block(self) -> int:
-        for index, block in enumerate(self.backbone.blocks):
-            if next(lora_layers(block), None) is not None:
-                return index
-        raise ValueError("the backbone carries no adapter")
+            yield
 
     def _use(self, cut: Cut) -> None:
         self.cut = cut
+        adapted = next(lora_layers(self.backbone.blocks[self._lowest]))
+        self._mlp = adapted if cut == "after_block" and isinstance(adapted, MlpBlockLora) else None
         if cut == "whole":
             self._suffix = self.backbone.decoder
         else:
-            self._suffix = _with_blocks(self.backbone, slice(self._first_above, None))
+            self._suffix = with_blocks(self.backbone, slice(self._first_above, None))
 
     def _try(self, cut: Cut) -> str | None:
         """Make a cut and compare it with the whole model; a phrase where it will not do."""
@@ -314,6 +313,11 @@ class FrozenLayers:
             problem = fault(self, self.model)
         self._use(cut)
         return problem
+
+
+def stream_frozen_layers(backbone: Backbone) -> None:
+    """Keep what lies below the adapter on the host: when the model moves to its device, these blocks stay behind."""
+    backbone.stream(lowest_adapted_block(backbone))
 
 
 def split_for(trainer: Any, backbone: Backbone, model: PeftModel, config: CacheConfig) -> FrozenLayers:
@@ -347,18 +351,3 @@ def _padded(rows: Sequence[Tensor], steps: int, device: torch.device) -> Tensor:
     for row, values in zip(batch, rows, strict=True):
         row[: len(values)] = values
     return batch
-
-
-def _with_blocks(backbone: Backbone, blocks: slice) -> nn.Module:
-    """A shallow copy of the decoder that shares all its modules but has only some of its blocks."""
-    decoder: Any = copy.copy(backbone.decoder)
-    kept = nn.ModuleList(backbone.blocks[blocks])
-    decoder._modules = {**decoder._modules, backbone.blocks_path.rsplit(".", 1)[-1]: kept}
-    config = copy.copy(decoder.config)
-    # Decoders look up what kind of block they have by its place in a list. Past the checks of the configuration: what
-    # it says may not be a model that could be made.
-    listed = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
-    vars(config).update({name: value[blocks] for name, value in listed.items() if len(value) == len(backbone.blocks)})
-    vars(config)["num_hidden_layers"] = len(kept)
-    decoder.config = config
-    return decoder

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import PeftModel
 from torch import Tensor
@@ -19,7 +20,7 @@ from pml.compiled import CompileMode, Compiling
 from pml.cpu import CpuChoice, CpuConfig, tune_cpu
 from pml.curriculum import PrefixRatio
 from pml.fit_config import check_precision
-from pml.frozen_layers import FrozenLayers, content_keys, split_for
+from pml.frozen_layers import FrozenLayers, content_keys, split_for, stream_frozen_layers
 from pml.global_batch import GlobalBatch
 from pml.kl_penalty import KlPenalty, KlPenaltyConfig, turn_of
 from pml.optimizer import make_adamw, skip_if_empty
@@ -208,6 +209,8 @@ class Memorization(LightningModule):
             with torch.device("cpu"):
                 self._peft_model = attach_adapter(self.backbone, self.adapter, self.seed)
             self.train(self.training)
+        if self.frozen_prefix.release and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
+            stream_frozen_layers(self.backbone)
 
     def load_adapter(self, folder: str | Path) -> None:
         """Put on an adapter that `save_pretrained` wrote, in place of a fresh one.
@@ -276,6 +279,8 @@ class Memorization(LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.weighting.prepare(len(datamodule.corpus), self.device)
+            if self.frozen_prefix.release:
+                self.frozen_layers.keep(datamodule.corpus.examples)
             self._compiling = Compiling(
                 self.compile_mode, self.trainer, self.frozen_layers.weights_above, self.curriculum
             )

@@ -43,8 +43,10 @@ class CacheConfig:
         budget_gib: Room in GiB; of host and disk, processes that train together on one machine get equal parts. `auto`
             by itself takes a quarter of the device's free memory and half of the host's; with a place of its own,
             examples beyond the budget are computed again each time.
-        release: Free the blocks below the adapter once every example is kept. Teacher-forced measures go on working;
-            generation loads them again from the backbone's files.
+        release: Keep the blocks below the adapter on the host, from which each visits the device once to compute what
+            is kept, and free them before the first step. So the device never holds more than the embeddings, the
+            blocks above and one block below. Teacher-forced measures go on working; generation loads all blocks from
+            the backbone's files.
     """
 
     enabled: bool = True

@@ -82,14 +82,14 @@ def test_a_mask_for_another_block_shows_although_the_window_is_longer_than_the_t
         **SIZES, sliding_window=4096, layer_types=kinds, final_logit_softcapping=None, query_pre_attn_scalar=8
     )
     assert prefix_on(backbone_of(config, dtype)).cut == "before_block"
-    with_blocks = pml.frozen_layers._with_blocks
+    with_blocks = pml.frozen_layers.with_blocks
 
     def forgetful(backbone: Backbone, blocks: slice) -> nn.Module:
         decoder: Any = with_blocks(backbone, blocks)
         decoder.config.layer_types = kinds[: len(decoder.layers)]
         return decoder
 
-    monkeypatch.setattr(pml.frozen_layers, "_with_blocks", forgetful)
+    monkeypatch.setattr(pml.frozen_layers, "with_blocks", forgetful)
     assert prefix_on(backbone_of(config, dtype)).cut == "whole"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from callbacks import StopWhenRecalled
 from pml.adapter import AdapterConfig, adapter_state, evaluating
@@ -15,6 +16,7 @@ from pml.cuda_graphs import CapturedPasses
 from pml.kl_penalty import KlPenaltyConfig
 from pml.modules import SFT, MemFT, Memorization
 from pml.records import read_record
+from pml.state_store import CacheConfig
 from pml.weighting import ExpectedRecall, OnlyThreshold, SlidingWindow
 from tests.fits import save_sharpened
 from tests.tiny_runs import Ids, make_trainer, uneven
@@ -153,3 +155,23 @@ def test_the_commands_of_a_run_use_the_gpu(
     assert (record.status, record.optimizer_steps) == ("finished", 4)
     for command in ("recall", "certify", "validate", "predict"):
         assert main([command, "runs/fit/version_0"]) in (0, 1)
+
+
+def test_a_fit_that_releases_has_one_frozen_block_at_a_time_on_the_device(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    config = LlamaConfig(vocab_size=len(tiny_tokenizer), hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
+    model = LlamaForCausalLM(config)
+    block = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    peaks = {}
+    for release in (False, True):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        adapter = AdapterConfig(rank=2, block=14)
+        fit(tmp_path / "model", tmp_path, "gpu", adapter=adapter, frozen_prefix=CacheConfig(release=release))
+        peaks[release] = torch.cuda.max_memory_allocated() - before
+    # 14 blocks lie below; one of them is there at a time.
+    assert peaks[True] < peaks[False] - 12 * block

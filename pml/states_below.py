@@ -1,0 +1,114 @@
+"""What leaves the frozen layers: the states of examples where a decoder is cut."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pml.backbone import Backbone
+from pml.whole_model import run_decoder
+
+__all__ = ["states_below", "streamed_states", "with_blocks"]
+
+PORTION_BYTES = 2**28
+"""States of examples that wait for the next block to move: the longer, the fewer moves, and the more memory."""
+
+
+def states_below(backbone: Backbone, block: int, mlp: nn.Module | None, input_ids: Tensor) -> tuple[Tensor, ...]:
+    """States (S, d) of one row that enter a block; or, given its MLP, those that leave it, and the MLP's input.
+
+    Args:
+        backbone: The model, with its adapter on or off.
+        block: Number of the block.
+        mlp: The adapted MLP of the block, where the model is cut behind it.
+        input_ids: Token ids (1, S).
+    """
+    return _kept(_run(backbone, slice(0, block + 1), mlp, input_ids=input_ids), mlp)
+
+
+def streamed_states(
+    backbone: Backbone, block: int, mlp: nn.Module | None, rows: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """`states_below` of many rows; streamed blocks move once for all of them instead of once a row.
+
+    A decoder may do more between its blocks than hand states on. So the first row goes through all blocks at once as
+    well, and the others do so too where its states differ.
+    """
+    if backbone.streamed is None or not rows or not _are_alike(backbone, block, mlp, rows[0]):
+        yield from (states_below(backbone, block, mlp, row) for row in rows)
+        return
+    portion: list[Tensor] = []
+    row_bytes = backbone.hidden_size * backbone.model.dtype.itemsize
+    for row in rows:
+        portion.append(row)
+        if sum(len(waiting[0]) for waiting in portion) * row_bytes >= PORTION_BYTES:
+            yield from _block_by_block(backbone, block, mlp, portion)
+            portion = []
+    if portion:
+        yield from _block_by_block(backbone, block, mlp, portion)
+
+
+def _are_alike(backbone: Backbone, block: int, mlp: nn.Module | None, row: Tensor) -> bool:
+    (alone,) = _block_by_block(backbone, block, mlp, [row])
+    return all(map(torch.equal, alone, states_below(backbone, block, mlp, row)))
+
+
+def _block_by_block(
+    backbone: Backbone, block: int, mlp: nn.Module | None, rows: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    assert backbone.streamed is not None
+    inputs = [{"input_ids": row} for row in rows]
+    for number in range(block):
+        with backbone.streamed.resident(number):
+            inputs = [
+                {"inputs_embeds": _run(backbone, slice(number, number + 1), None, **given)["out"]} for given in inputs
+            ]
+    for given in inputs:
+        yield _kept(_run(backbone, slice(block, block + 1), mlp, **given), mlp)
+
+
+def _kept(caught: dict[str, Tensor], mlp: nn.Module | None) -> tuple[Tensor, ...]:
+    kept = (caught["in"],) if mlp is None else (caught["out"], caught["mlp"])
+    return tuple(states[0].clone() for states in kept)
+
+
+def _run(backbone: Backbone, blocks: slice, mlp: nn.Module | None, **inputs: Tensor) -> dict[str, Tensor]:
+    """What enters and leaves the last of some blocks, (1, S, d), and what enters its MLP."""
+    last = backbone.blocks[blocks.stop - 1]
+    caught: dict[str, Tensor] = {}
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught["in"] = args[0] if args else kwargs["hidden_states"]
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        caught["out"] = output if isinstance(output, Tensor) else output[0]
+
+    def into_mlp(_: nn.Module, args: tuple[Any, ...]) -> None:
+        caught["mlp"] = args[0]
+
+    hooks = [last.register_forward_pre_hook(before, with_kwargs=True), last.register_forward_hook(after)]
+    if mlp is not None:
+        hooks.append(mlp.register_forward_pre_hook(into_mlp))
+    try:
+        run_decoder(with_blocks(backbone, blocks), **inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return caught
+
+
+def with_blocks(backbone: Backbone, blocks: slice) -> nn.Module:
+    """A shallow copy of the decoder that shares all its modules but has only some of its blocks."""
+    decoder: Any = copy.copy(backbone.decoder)
+    kept = nn.ModuleList(backbone.blocks[blocks])
+    decoder._modules = {**decoder._modules, backbone.blocks_path.rsplit(".", 1)[-1]: kept}
+    config = copy.copy(decoder.config)
+    # Decoders look up what kind of block they have by its place in a list. Past the checks of the configuration: what
+    # it says may not be a model that could be made.
+    listed = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
+    vars(config).update({name: value[blocks] for name, value in listed.items() if len(value) == len(backbone.blocks)})
+    vars(config)["num_hidden_layers"] = len(kept)
+    decoder.config = config
+    return decoder

@@ -1,0 +1,85 @@
+"""Blocks whose weights stay on the host: each is on the device for as long as it runs.
+
+So the frozen layers of a model that does not fit its device can be run once, to keep what comes out of them
+(`pml.frozen_layers`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["StreamedBlocks", "free"]
+
+
+class StreamedBlocks:
+    """Frozen decoder blocks that move to the device when they run, and leave it afterwards.
+
+    Args:
+        blocks: Whose weights do not change, since what leaves the device is dropped.
+        device: Where they run: asked at every move, since a model may itself be moved.
+
+    Attributes:
+        moves: How often a block came to the device.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], device: Callable[[], torch.device]) -> None:
+        self._device = device
+        self._weights = [[(weight, weight.data.cpu()) for weight in block.parameters()] for block in blocks]
+        self._resident: int | None = None
+        self.moves = 0
+        self._hooks: list[Any] = []
+        for number, block in enumerate(blocks):
+            self._leave(number)
+            self._hooks.append(block.register_forward_pre_hook(lambda *_, number=number: self._come(number)))
+            self._hooks.append(block.register_forward_hook(lambda *_, number=number: self._after(number)))
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    @contextmanager
+    def resident(self, number: int) -> Iterator[None]:
+        """Keep a block on the device for a while, so that much can run through it at the price of one move."""
+        self._come(number)
+        self._resident = number
+        try:
+            yield
+        finally:
+            self._resident = None
+            self._leave(number)
+
+    def end(self, device: torch.device | None) -> None:
+        """Stream no longer: move all weights to a device, or free them where it is None."""
+        for hook in self._hooks:
+            hook.remove()
+        if device is not None:
+            for weights in self._weights:
+                for weight, on_host in weights:
+                    weight.data = on_host.to(device)
+        self._weights = []
+
+    def _come(self, number: int) -> None:
+        if number == self._resident:
+            return
+        self.moves += 1
+        # What is made under inference_mode could not be used by training later.
+        with torch.inference_mode(False):
+            for weight, on_host in self._weights[number]:
+                weight.data = on_host.to(self._device())
+
+    def _after(self, number: int) -> None:
+        if number != self._resident:
+            self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        with torch.inference_mode(False):
+            for weight, _ in self._weights[number]:
+                free(weight)
+
+
+def free(weight: Tensor) -> None:
+    """Let go of a weight's memory; it stays on its device."""
+    # Empty rather than on the meta device, from which moving the model would fail.
+    weight.data = weight.data.new_empty(0)

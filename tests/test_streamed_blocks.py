@@ -1,0 +1,117 @@
+"""Frozen blocks that visit the device one at a time."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from pml.adapter import AdapterConfig
+from pml.backbone import Backbone, load_backbone
+from pml.modules import SFT
+from pml.state_store import CacheConfig
+from pml.states_below import states_below, streamed_states
+from tests.tiny_runs import Ids, make_trainer, uneven
+
+IDS = torch.arange(5)[None]
+
+
+def resident(backbone: Backbone) -> set[int]:
+    """Blocks whose weights are where the model runs."""
+    return {i for i, block in enumerate(backbone.blocks) if any(p.numel() for p in block.parameters())}
+
+
+class Visits(Callback):
+    """Notes which blocks are there whenever one runs, and how often streamed ones have moved, until the first step."""
+
+    def __init__(self) -> None:
+        self.seen: list[set[int]] = []
+        self.moves: list[int] = []
+        self._hooks: list[Any] = []
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        for block in pl_module.backbone.blocks:
+            self._hooks.append(
+                block.register_forward_hook(lambda *_: self.seen.append(resident(pl_module.backbone)), prepend=True)
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.streamed = pl_module.backbone.streamed
+        _ = pl_module.frozen_layers
+        self.moves.append(self.streamed.moves)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.moves.append(self.streamed.moves)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def test_the_model_computes_what_it_did(tiny_backbone: Backbone) -> None:
+    backbone = tiny_backbone
+    expected = backbone.model(input_ids=IDS).logits
+    weights = {name: p.clone() for name, p in backbone.model.named_parameters()}
+    backbone.stream(3)
+    assert resident(backbone) == {3}
+    assert torch.equal(backbone.model(input_ids=IDS).logits, expected)
+    assert resident(backbone) == {3}
+    backbone.restore()
+    assert resident(backbone) == {0, 1, 2, 3}
+    assert all(torch.equal(p, weights[name]) for name, p in backbone.model.named_parameters())
+    assert torch.equal(backbone.model(input_ids=IDS).logits, expected)
+
+
+def test_blocks_that_were_freed_and_another_number_of_them_can_be_streamed(tiny_backbone_folder: Path) -> None:
+    backbone = load_backbone(str(tiny_backbone_folder))
+    expected = backbone.model(input_ids=IDS).logits
+    for blocks, left in ((2, {2, 3}), (1, {1, 2, 3}), (3, {3})):
+        backbone.stream(blocks)
+        assert resident(backbone) == left
+        assert torch.equal(backbone.model(input_ids=IDS).logits, expected)
+    backbone.release(3)
+    backbone.stream(2)
+    assert (resident(backbone), backbone.released) == ({2, 3}, False)
+    assert torch.equal(backbone.model(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("placement", ["mlp_block", ["q_proj"]])
+def test_a_fit_that_releases_never_has_two_frozen_blocks_at_once_and_moves_each_once_for_all_examples(
+    placement: str | list[str], tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    module = SFT(
+        backbone=str(tiny_backbone_folder),
+        adapter=AdapterConfig(rank=2, block=2, placement=placement),
+        frozen_prefix=CacheConfig(release=True),
+    )
+    watch = Visits()
+    make_trainer(tmp_path, max_epochs=1, callbacks=[watch]).fit(module, datamodule=Ids(uneven(7), batch_size=2))
+    assert all(len(there & {0, 1}) <= 1 for there in watch.seen)
+    tried, kept = watch.moves
+    # Both blocks for the first example in one pass, to compare with, then for this one and for all block by block.
+    assert kept - tried == 2 * 3
+    assert module.backbone.released
+
+
+# GPT-2's decoder adds positions to whatever it is given, so a block of it by itself computes something else.
+@pytest.mark.parametrize(
+    ("architecture", "moves"), [("llama", 6), ("qwen3", 6), ("gpt_neox", 6), ("gemma3", 6), ("gpt2", 2 * 2 + 2 * 5)]
+)
+def test_states_of_many_examples_are_those_of_each_by_itself(
+    architecture: str, moves: int, make_tiny_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = make_tiny_backbone(architecture)
+    rows = [torch.arange(n)[None] + n for n in range(2, 22, 4)]
+    with torch.no_grad():
+        expected = [states_below(backbone, 2, None, row) for row in rows]
+        backbone.stream(2)
+        kept = list(streamed_states(backbone, 2, None, rows))
+        assert backbone.streamed is not None and backbone.streamed.moves == moves
+        assert all(torch.equal(one, other) for (one,), (other,) in zip(kept, expected, strict=True))
+        # Rows of 2, 6, 10, 14 and 18 tokens of 128 bytes: portions of three and two.
+        monkeypatch.setattr("pml.states_below.PORTION_BYTES", 18 * 128)
+        again = list(streamed_states(backbone, 2, None, rows))
+    assert all(torch.equal(one, other) for (one,), (other,) in zip(again, expected, strict=True))
+    assert backbone.streamed.moves == (2 * moves + 2 if architecture != "gpt2" else 2 * moves)
