@@ -117,6 +117,8 @@ class Memorization(LightningModule):
         self._backbone: Backbone | None = None
         self._peft_model: PeftModel | None = None
         self._frozen_layers: FrozenLayers | None = None
+        self._trained: list[torch.nn.Parameter] = []
+        """The adapter's parameters once a fit has its optimiser; looking for them at each step takes a while."""
         self.goes_on_from: dict[str, Any] = {}
         """State of a checkpoint that was loaded, until training goes on from it."""
         self.goes_on_in: Path | None = None
@@ -232,6 +234,7 @@ class Memorization(LightningModule):
         if self._peft_model is not None:
             detach_adapter(self._peft_model)
         self._peft_model = self._frozen_layers = self._backbone = None
+        self._trained = []
 
     def cpu(self) -> Self:
         """Move to the CPU, which Lightning asks for when a fit is over; a shared backbone stays for the next one."""
@@ -316,7 +319,7 @@ class Memorization(LightningModule):
             scores = self.score(batch, self.weighting.gradient_above)
         self.global_batch.uniform_when_memorized = self.weighting.when_memorized == "uniform"
         weights = self.weighting.weights(scores)
-        weights = self.global_batch.add(weights, scores.losses, scores.mask, adapter_parameters(self.model).values())
+        weights = self.global_batch.add(weights, scores.losses, scores.mask, self._trained)
         self.tokens_trained += batch["target_tokens"]
         # Lightning divides by the number of accumulated micro-batches; on_before_optimizer_step knows better.
         total = (weights * scores.losses).sum()
@@ -338,15 +341,15 @@ class Memorization(LightningModule):
             super().backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        budget, loss = self.global_batch.close(adapter_parameters(self.model).values())
+        budget, loss = self.global_batch.close(self._trained)
         # Only a hard threshold can leave nothing to train on.
         if self.weighting.gradient_above is not None:
             self._skipped = self._skipped + skip_if_empty(optimizer, budget)
         self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        parameters = adapter_parameters(self.model).values()
-        optimizer = make_adamw(parameters, self.learning_rate, self.betas, self.weight_decay)
+        self._trained = list(adapter_parameters(self.model).values())
+        optimizer = make_adamw(self._trained, self.learning_rate, self.betas, self.weight_decay)
         total = total_steps(self.trainer, self.curriculum) if self.schedule == "linear" else None
         factor = learning_rate_factor(self.warmup_steps, total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,5 +1,6 @@
 """What a run was made with: its settings as they took effect, package versions, hardware, and the commit."""
 
+import functools
 import platform
 import subprocess
 from dataclasses import asdict
@@ -67,7 +68,10 @@ def training_settings(trainer: Trainer) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+_version = functools.cache(version)  # which reads and parses the package's metadata
 
 
 def hardware(trainer: Trainer, module: Memorization) -> dict[str, Any]:
