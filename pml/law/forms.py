@@ -6,7 +6,7 @@ Every form is this equation with some parameters fixed or tied. Without the mini
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Final, Literal
@@ -104,21 +104,28 @@ def gradient(
     initial_loss: npt.ArrayLike = math.inf,
     *,
     sharpness: npt.ArrayLike = math.inf,
+    names: Collection[str] = ("b", "sharpness"),
     **parameters: npt.ArrayLike,
 ) -> dict[str, Array]:
-    """Derivatives of `loss_reduction` by ln C, alpha, beta, b and ln sharpness, under the parameters' names."""
+    """Derivatives of `loss_reduction` by ln C, alpha, beta, b and ln sharpness, under the parameters' names.
+
+    Those by b and ln sharpness take as long again, and are there only where `names` has them.
+    """
     log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, **parameters)
     gap, p = log_power - log_ceiling, np.minimum(sharpness, PLAIN_MINIMUM)
-    log_sum = np.logaddexp(-p * log_power, -p * log_ceiling)
-    share = np.exp(-p * log_power - log_sum)
     by_log_power = np.exp(log_power) * _by_power(gap, p)
-    return {
+    found = {
         "C": by_log_power,
         "alpha": by_log_power * np.log(rank),
         "beta": -by_log_power * np.log(target_tokens),
-        "b": 1.0 - _by_power(-gap, p),
-        "sharpness": np.exp(-log_sum / p) * (log_sum / p + log_ceiling + share * gap),
     }
+    if "b" in names:
+        found["b"] = 1.0 - _by_power(-gap, p)
+    if "sharpness" in names:
+        log_sum = np.logaddexp(-p * log_power, -p * log_ceiling)
+        share = np.exp(-p * log_power - log_sum)
+        found["sharpness"] = np.exp(-log_sum / p) * (log_sum / p + log_ceiling + share * gap)
+    return found
 
 
 def _log_terms(
@@ -236,7 +243,7 @@ class Form:
 
     def gradient(self, values: Mapping[str, Any], points: Points, names: tuple[str, ...]) -> Array:
         """Derivatives by these parameters, those in `POSITIVE` by their logarithm, stacked in the last axis."""
-        by_name = gradient(**self.arguments(values, points))
+        by_name = gradient(**self.arguments(values, points), names=names)
         by_name["bits_per_parameter"] = by_name["C"]
         return np.stack(np.broadcast_arrays(*(by_name[name] for name in names)), axis=-1)
 

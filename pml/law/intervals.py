@@ -1,5 +1,6 @@
 """How far a fitted form can be trusted: noise, standard errors, profile likelihood and the bootstrap."""
 
+import functools
 import math
 import warnings
 from collections.abc import Hashable, Sequence
@@ -169,6 +170,7 @@ def choose_groups(solution: Solution) -> GroupedBy:
     return "text" if mean_prediction_variance("text") > mean_prediction_variance("grid_point") else "grid_point"
 
 
+@functools.lru_cache(maxsize=2)  # choosing the groups takes both kinds, of which one is then used
 def bootstrap(solution: Solution, grouped_by: GroupedBy) -> Array:
     """Parameters refitted to resampled noise, `(draws, parameters)`, as `to_theta` orders them.
 

@@ -33,9 +33,9 @@ MOST_STEPS = 60
 SMALLEST_FALL = 1e-7
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
-    """A form fitted to data.
+    """A form fitted to data; equal to itself alone.
 
     Attributes:
         form: The form.
