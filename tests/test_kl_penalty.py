@@ -152,7 +152,10 @@ WHOLE = KlPenaltyConfig(tokens=64)
 
 
 def test_passages_are_kept_before_the_layers_below_are_freed(sharp: Path, tmp_path: Path) -> None:
-    module, watch = module_on(sharp, kl_penalty=PASSAGES, frozen_prefix=CacheConfig(release=True)), Released()
+    # Of a few pieces: all that the penalty may ever draw goes through the layers below.
+    (tmp_path / "own.txt").write_text("a bridge over a river")
+    penalty, watch = replace(PASSAGES, text=str(tmp_path / "own.txt")), Released()
+    module = module_on(sharp, kl_penalty=penalty, frozen_prefix=CacheConfig(release=True))
     make_trainer(tmp_path, max_epochs=3, callbacks=[watch]).fit(module, datamodule=Ids(uneven(4), batch_size=2))
     assert (watch.loads, watch.released) == (0, [True] * 3)
 
