@@ -85,6 +85,8 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 def arguments(tiny_backbone_folder: Path) -> list[str]:
     made = ["fit", "--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=1"]
     made += ["--data=RandomTokens", "--data.length=8", "--trainer.max_epochs=10", "--trainer.accelerator=cpu"]
+    # Those that write something.
+    made += ["--trainer.callbacks=[]", "--trainer.callbacks+=TokenThresholds", "--trainer.callbacks+=RunRecord"]
     return [*made, "--model.compile=never", "--model.schedule=constant"]
 
 
@@ -264,6 +266,7 @@ def test_a_sweep_stops_with_one_line_and_what_is_done_stays_done(
     assert all(cell.record is not None for cell in (first, second, third))
 
 
+@pytest.mark.usefixtures("no_figures", "no_profiles")
 @pytest.mark.parametrize("command", ["law grid --out out", "report grid --out out"])
 @pytest.mark.parametrize("read_only", [False, True])
 def test_a_command_that_cannot_write_what_it_made(
@@ -291,6 +294,7 @@ def test_a_cache_whose_disk_is_full_keeps_no_more(small_disk: Path, caplog: pyte
     assert caplog.text.count("the frozen-layer cache takes no more of the disk (No space left on device)") == 1
 
 
+@pytest.mark.usefixtures("no_profiles")
 def test_what_is_printed_onto_a_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
