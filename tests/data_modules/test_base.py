@@ -1,10 +1,10 @@
 """What every data module does: make the corpus once, check that it fits, share it out among ranks and epochs."""
 
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +15,10 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import data_modules
-from data_modules import MemorizationDataModule
+from data_modules import Biographies, LinearRule, MemorizationDataModule, NaturalText
 from pml.corpus import Corpus, Example
 from pml.curriculum import PrefixRatio
 from pml.errors import InputError
@@ -234,32 +234,21 @@ def test_each_constructor_argument_is_an_option_with_help(corpus_class: type[Mem
     assert without_help == []
 
 
-SEEDED = """
-from data_modules import Biographies, LinearRule, NaturalText
-
-KINDS = {Biographies: {}, LinearRule: {}, NaturalText: {"length": 40, "count": 3, "random_ratio": 0.5}}
-
-
-def hashes(tokenizer):
-    data = [kind(seed=seed, **settings) for kind, settings in KINDS.items() for seed in (1, 2)]
-    return [each.build(tokenizer, len(tokenizer)).content_hash for each in data]
-"""
+def hashes(folder: Path) -> tuple[list[str], int]:
+    """Of each corpus that is drawn, with two seeds; and the hash of a text, which no two processes share."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = {"length": 40, "count": 3, "random_ratio": 0.5}
+    kinds: list[tuple[Any, dict[str, Any]]] = [(Biographies, {}), (LinearRule, {}), (NaturalText, text)]
+    data = [kind(seed=seed, **settings) for kind, settings in kinds for seed in (1, 2)]
+    return [each.build(tokenizer, len(tokenizer)).content_hash for each in data], hash("text")
 
 
 def test_another_process_with_the_same_seed_makes_the_same_corpus_and_with_another_seed_another(
-    tiny_tokenizer: PreTrainedTokenizerBase, tiny_backbone_folder: Path
+    tiny_backbone_folder: Path,
 ) -> None:
-    program = "import sys\nfrom transformers import AutoTokenizer\n" + SEEDED
-    program += "print(*hashes(AutoTokenizer.from_pretrained(sys.argv[1])))"
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tiny_backbone_folder)],
-        env={**os.environ, "PYTHONHASHSEED": "77"},
-        cwd=Path(__file__).resolve().parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    here: dict[str, Any] = {}
-    exec(SEEDED, here)
-    assert done.stdout.split() == (made := here["hashes"](tiny_tokenizer))
-    assert len(set(made)) == 6
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as processes:
+        there, text_there = processes.submit(hashes, tiny_backbone_folder).result()
+    here, text_here = hashes(tiny_backbone_folder)
+    assert text_there != text_here or "PYTHONHASHSEED" in os.environ
+    assert there == here
+    assert len(set(here)) == 6
