@@ -167,11 +167,11 @@ class MemorizationCLI(LightningCLI):
         super()._parse_ckpt_path()
 
     def _dump_config(self) -> None:
-        # Lightning would validate what has just been parsed once more, which takes longer than the rest of this.
+        # Hyperparameters of the two; Lightning would dump the trainer too, and validate all once more.
         if not hasattr(self, "config_dump"):
-            text = self.parser.dump(self.config, skip_unset=False, skip_link_targets=False, skip_validation=True)
-            dumped = yaml.safe_load(text)
-            self.config_dump = dumped.get(self.config.get("subcommand"), dumped)
+            options = self.config.get(str(command := self.config.get("subcommand")), self.config)
+            made = jsonargparse.Namespace({name: options[name] for name in ("model", "data")})
+            self.config_dump = yaml.safe_load(self._parser(command).dump(made, skip_unset=False, skip_validation=True))
 
     def instantiate_classes(self) -> None:
         options = self.config.get(str(self.config.get("subcommand")), self.config)
