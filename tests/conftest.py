@@ -1,41 +1,33 @@
 """What the tests share: tiny backbones made from configurations, the default one, and a seed for every test.
 
 Tests run offline. Those marked `backbone` need the default backbone, which `pml fetch` puts into the cache folder.
+
+What takes seconds to import is imported where it is used: the process that hands out the tests to others uses none of
+it, and they start when it has read this.
 """
 
-import os
+from __future__ import annotations
 
-# Read when the hub's client is imported, hence before everything else.
+import multiprocessing
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+    from pml.backbone import Backbone
+
+# Read when the hub's client is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # As wide as the commands print into a pipe, whatever runs the tests.
 os.environ["COLUMNS"] = "120"
-
-import multiprocessing
-import random
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pytest
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-)
-
-from pml.backbone import Backbone, load_backbone
-from pml.default_backbone import fetch_default
-from pml.errors import InputError
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -51,6 +43,9 @@ INIT_STD = 0.2
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import numpy as np
+    import torch
+
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
@@ -59,6 +54,9 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token per byte, so any text comes back as it was, and three special tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -77,6 +75,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_config(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
     """Four blocks of width 32."""
+    from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
+
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     common: dict[str, Any] = {**ids, "pad_token_id": tokenizer.pad_token_id, "initializer_range": INIT_STD}
     common["vocab_size"] = len(tokenizer)
@@ -96,6 +96,10 @@ def tiny_config(architecture: str, tokenizer: PreTrainedTokenizerFast) -> Pretra
 @pytest.fixture(scope="session")
 def make_tiny_backbone(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Backbone]:
     """Makes a new backbone of the architecture `llama`, `qwen3`, `gpt_neox`, `gemma3` or `gpt2`; weights are seeded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pml.backbone import Backbone
 
     def make(architecture: str) -> Backbone:
         with torch.random.fork_rng():
@@ -139,6 +143,10 @@ def default_backbone() -> Backbone:
 
     On CI a backbone that cannot be fetched is a failure; elsewhere there may just be no network.
     """
+    from pml.backbone import load_backbone
+    from pml.default_backbone import fetch_default
+    from pml.errors import InputError
+
     try:
         fetch_default(progress=False)
     except InputError as error:
