@@ -117,7 +117,9 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
         folder, ranks=(1, 2, 4), lengths=(128, 256), seeds=(0,), method_settings={HOSTILE: HOSTILE}, **fields
     )
     write_history(write_simulated_run(folder / "<b>other", 1, 64, **fields, method_settings={"weighting": HOSTILE}))
-    return make_report(read_records([folder]), title=HOSTILE)
+    with pytest.MonkeyPatch.context() as patch:  # `no_profiles`, for a module
+        patch.setattr("pml.law.fit.profile_intervals", lambda *_: {})
+        return make_report(read_records([folder]), title=HOSTILE)
 
 
 class TestPage:
