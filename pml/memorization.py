@@ -118,7 +118,7 @@ class Memorization(LightningModule):
         self._peft_model: PeftModel | None = None
         self._frozen_layers: FrozenLayers | None = None
         self._trained: list[torch.nn.Parameter] = []
-        """The adapter's parameters once a fit has its optimiser; looking for them at each step takes a while."""
+        """The adapter's parameters during a fit; to look for them at each step takes a while."""
         self.goes_on_from: dict[str, Any] = {}
         """State of a checkpoint that was loaded, until training goes on from it."""
         self.goes_on_in: Path | None = None
@@ -278,6 +278,7 @@ class Memorization(LightningModule):
 
     def on_fit_start(self) -> None:
         self.train()
+        self._trained = list(adapter_parameters(self.model).values())
         self._steps = total_steps(self.trainer, self.curriculum) if self.weighting.scheduled else 0
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
@@ -348,8 +349,8 @@ class Memorization(LightningModule):
         self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        self._trained = list(adapter_parameters(self.model).values())
-        optimizer = make_adamw(self._trained, self.learning_rate, self.betas, self.weight_decay)
+        parameters = adapter_parameters(self.model).values()
+        optimizer = make_adamw(parameters, self.learning_rate, self.betas, self.weight_decay)
         total = total_steps(self.trainer, self.curriculum) if self.schedule == "linear" else None
         factor = learning_rate_factor(self.warmup_steps, total)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
