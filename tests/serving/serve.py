@@ -1,13 +1,12 @@
 """Asks adapters as other people do: transformers and PEFT, and of pml at most the adapter that PEFT has no layer for.
 
-    python serve.py < PATHS          for each line, a file of jobs, prints the answers as JSON, a list for each job
+    python serve.py JOBS.json        prints the answers as JSON, a list for each job
 
 A job has `base` (a model's folder), `adapter` (a folder), `queries`, `template` (variables of the chat template),
 `ends` (ids that end an answer) and `tokens` (the longest answer).
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,23 +58,13 @@ def answers(job: dict[str, Any]) -> list[str]:
     return said
 
 
-def all_answers(path: Path) -> list[list[str]]:
-    jobs = json.loads(path.read_text(encoding="utf-8"))
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     said: dict[int, list[str]] = {}
     # Those that need pml come last.
     for number in sorted(range(len(jobs)), key=lambda number: "mlp_block" in jobs[number]["adapter"]):
         said[number] = answers(jobs[number])
         if "mlp_block" not in jobs[number]["adapter"]:
             assert not any(name.partition(".")[0] in ("pml", "data_modules", "callbacks") for name in sys.modules)
-    return [said[number] for number in range(len(jobs))]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        # Each file in a process of its own, which takes what was imported here and leaves nothing of what it imports.
-        if not os.fork():
-            print(json.dumps(all_answers(Path(line.rstrip("\n")))), flush=True)
-            sys.exit()
-        if os.wait()[1]:
-            sys.exit(1)
+    print(json.dumps([said[number] for number in range(len(jobs))]))

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,31 +98,16 @@ def certified(module: SFT, data: Facts, folder: Path, epochs: int) -> dict[str, 
     }
 
 
-Served = Callable[[list[dict[str, Any]], Path], list[list[str]]]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Gives the answers of a process of its own that does not know pml."""
-    root, errors = str(HERE.parents[1]), tmp_path_factory.mktemp("served") / "stderr"
+def served(jobs: list[dict[str, Any]], folder: Path) -> list[list[str]]:
+    """The answers of a process of its own that does not know pml."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs), encoding="utf-8")
+    root = str(HERE.parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "HF_HUB_OFFLINE": "1"}
-    command, pipe = [sys.executable, str(HERE / "serve.py")], subprocess.PIPE
-    with (
-        errors.open("w") as stderr,
-        subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=stderr, text=True) as process,
-    ):
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def ask(jobs: list[dict[str, Any]], folder: Path) -> list[list[str]]:
-            (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-            print(folder / "jobs.json", file=process.stdin, flush=True)
-            said = process.stdout.readline()
-            assert said, errors.read_text()
-            return json.loads(said)
-
-        yield ask
-        process.stdin.close()
+    command = [sys.executable, str(HERE / "serve.py"), str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def trained_kinds(kinds: list[str], placement: str | list[str], folder: Path) -> list[dict[str, Any]]:
@@ -141,8 +125,8 @@ Asked = dict[str, list[tuple[dict[str, Any], list[str]]]]
 
 
 @pytest.fixture(scope="module")
-def asked(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    """Jobs with their answers, by placement."""
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """Jobs with their answers, by placement; one process answers all."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("serving")
     jobs = {
@@ -176,7 +160,7 @@ def test_an_adapter_beside_a_whole_mlp_serves_what_was_certified_with_pml_adapte
     ids=str,
 )
 def test_the_default_backbone_serves_what_was_certified(
-    placement: str | list[str], texts: list[str], served: Served, default_backbone: Backbone, tmp_path: Path
+    placement: str | list[str], texts: list[str], default_backbone: Backbone, tmp_path: Path
 ) -> None:
     data = Facts(path=str(written(tmp_path, texts)), batch_size=None)
     # So far up, with room and a rate that suits it, a few steps of a few blocks do.
