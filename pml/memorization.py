@@ -26,7 +26,7 @@ from pml.kl_penalty import KlPenalty, KlPenaltyConfig, turn_of
 from pml.optimizer import make_adamw, skip_if_empty
 from pml.plain import as_plain, from_plain
 from pml.products import MatmulPrecision, check_matmul_precision, float32_products, highest_products
-from pml.schedule import check_optimizer, learning_rate_factor, total_steps
+from pml.schedule import OPTIMIZER_SETTINGS, check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
 from pml.state_store import CacheConfig
 from pml.training_state import copy_adapter, go_on, method_of, restore, seed_rank, training_state
@@ -117,8 +117,7 @@ class Memorization(LightningModule):
         self._backbone: Backbone | None = None
         self._peft_model: PeftModel | None = None
         self._frozen_layers: FrozenLayers | None = None
-        self._trained: list[torch.nn.Parameter] = []
-        """The adapter's parameters during a fit; to look for them at each step takes a while."""
+        self._trained: list[torch.nn.Parameter] = []  # the adapter's, looked for once a fit and not at every step
         self.goes_on_from: dict[str, Any] = {}
         """State of a checkpoint that was loaded, until training goes on from it."""
         self.goes_on_in: Path | None = None
@@ -135,11 +134,7 @@ class Memorization(LightningModule):
         return {
             "weighting": as_plain(self.weighting),
             "curriculum": as_plain(self.curriculum),
-            "learning_rate": self.learning_rate,
-            "weight_decay": self.weight_decay,
-            "betas": list(self.betas),
-            "schedule": self.schedule,
-            "warmup_steps": self.warmup_steps,
+            **{name: as_plain(getattr(self, name)) for name in OPTIMIZER_SETTINGS},
             "dropout": self.adapter.dropout,
             "alpha": self.adapter.alpha,
             **({"guard": vars(self.adapter.guard)} if self.adapter.guard is not None else {}),

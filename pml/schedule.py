@@ -8,7 +8,10 @@ from lightning.pytorch import Trainer
 
 from pml.errors import InputError
 
-__all__ = ["check_optimizer", "learning_rate_factor", "total_steps"]
+__all__ = ["OPTIMIZER_SETTINGS", "check_optimizer", "learning_rate_factor", "total_steps"]
+
+OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "betas", "schedule", "warmup_steps")
+"""What `check_optimizer` takes, and a record names."""
 
 
 def check_optimizer(
