@@ -115,10 +115,7 @@ class Backbone:
         self._load_released(self.model.device)
 
     def stream(self, blocks: int) -> None:
-        """Keep the weights of the lowest blocks on the host; each visits the device for as long as it runs.
-
-        They can be anywhere before: on a device, freed, or streamed already.
-        """
+        """Keep the weights of the lowest blocks on the host, wherever they are; each is on the device while it runs."""
         if self.streamed is not None and len(self.streamed) == blocks:
             return
         self._stop_streaming(torch.device("cpu"))
@@ -135,10 +132,12 @@ class Backbone:
         if not self.released:
             return
         log.info("loading the lowest %d blocks of %s again", self._released, self.name)
-        fresh = dict(_load_model(self.name, _resolve(self.name), self.model.dtype).named_parameters())
-        for name, parameter in self._lower_parameters().items():
-            in_block = name.startswith(f"{self.blocks_path}.")
-            parameter.data = fresh[name.replace(".base_layer.", ".")].data.to(device if in_block else self.model.device)
+        # What is made under inference_mode, as in a validation, could not be used by training later.
+        with torch.inference_mode(False):
+            fresh = dict(_load_model(self.name, _resolve(self.name), self.model.dtype).named_parameters())
+            for name, parameter in self._lower_parameters().items():
+                to = device if name.startswith(f"{self.blocks_path}.") else self.model.device
+                parameter.data = fresh[name.replace(".base_layer.", ".")].data.to(to)
         self._released = 0
 
     def _lower_parameters(self) -> dict[str, nn.Parameter]:

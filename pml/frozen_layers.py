@@ -9,7 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel
@@ -30,7 +30,10 @@ from pml.state_store import CacheConfig, StateStore
 from pml.states_below import states_below, streamed_states, with_blocks
 from pml.whole_model import one_sequence_a_row, plain_head, run_decoder
 
-__all__ = ["ContentKeys", "FrozenLayers", "content_keys", "on_device", "split_for", "stream_frozen_layers"]
+if TYPE_CHECKING:
+    from pml.memorization import Memorization
+
+__all__ = ["ContentKeys", "FrozenLayers", "content_keys", "move_backbone", "on_device", "split_for", "stream_below"]
 
 log = logging.getLogger(__name__)
 
@@ -289,11 +292,17 @@ class FrozenLayers:
         with self._frozen():
             return states_below(self.backbone, self._lowest, self._mlp, input_ids)
 
+    def _bring_back(self) -> None:
+        if self.config.release:
+            self.backbone.stream(self._lowest)
+        else:
+            self.backbone.restore()
+
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         """The frozen layers as what is kept is computed with; it serves evaluation too."""
         if self.backbone.released:
-            self.backbone.restore()
+            self._bring_back()
         with self.model.disable_adapter(), float32_products("highest"):
             yield
 
@@ -315,9 +324,16 @@ class FrozenLayers:
         return problem
 
 
-def stream_frozen_layers(backbone: Backbone) -> None:
-    """Keep what lies below the adapter on the host: when the model moves to its device, these blocks stay behind."""
-    backbone.stream(lowest_adapted_block(backbone))
+def stream_below(module: "Memorization") -> None:
+    """With `frozen_prefix.release`, leave what is below the adapter on the host when the model moves to its device."""
+    if module.frozen_prefix.release:
+        module.backbone.stream(module.adapter.block_indices(len(module.backbone.blocks))[0])
+
+
+def move_backbone(module: "Memorization", device: torch.device) -> None:
+    """Move a module's backbone to where it is trained, but for what `stream_below` leaves."""
+    stream_below(module)
+    nn.Module.to(module.backbone.model, device)
 
 
 def split_for(trainer: Any, backbone: Backbone, model: PeftModel, config: CacheConfig) -> FrozenLayers:

@@ -169,7 +169,8 @@ class _AllSeen(Exception):
 
 
 def _computed(backbone: Backbone, names: Sequence[str], rows: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
-    backbone.restore()
+    if backbone.released:
+        backbone.restore()
     sums: dict[str, Tensor] = {}
     left: set[str] = set()
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import jsonargparse
-import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -25,6 +24,7 @@ from pml.checkpoints import FOLDER_NAME, Checkpoints, StopsAtSteps, newest_check
 from pml.disk import DiskError, disk_trouble
 from pml.errors import InputError, reason
 from pml.fit_config import check_configuration
+from pml.frozen_layers import move_backbone
 from pml.modules import Memorization
 from pml.own_classes import make_importable
 from pml.progress import FitProgress, SayWhyItEnded, is_interactive
@@ -221,7 +221,7 @@ class MemorizationCLI(LightningCLI):
         """
         # A guard runs text through the model, which takes long on a CPU; of several processes, some are yet to start.
         if self.trainer.world_size == 1:
-            torch.nn.Module.to(self.model.backbone.model, self.trainer.strategy.root_device)
+            move_backbone(self.model, self.trainer.strategy.root_device)
         self.model.configure_model()
         self._build()
 

@@ -8,7 +8,6 @@ from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import PeftModel
 from torch import Tensor
@@ -20,10 +19,10 @@ from pml.compiled import CompileMode, Compiling
 from pml.cpu import CpuChoice, CpuConfig, tune_cpu
 from pml.curriculum import PrefixRatio
 from pml.fit_config import check_precision
-from pml.frozen_layers import FrozenLayers, content_keys, split_for, stream_frozen_layers
+from pml.frozen_layers import FrozenLayers, content_keys, split_for, stream_below
 from pml.global_batch import GlobalBatch
 from pml.kl_penalty import KlPenalty, KlPenaltyConfig, turn_of
-from pml.optimizer import make_adamw, skip_if_empty
+from pml.optimizer import make_adamw, skip_if_empty, trained_by
 from pml.plain import as_plain, from_plain
 from pml.products import MatmulPrecision, check_matmul_precision, float32_products, highest_products
 from pml.schedule import OPTIMIZER_SETTINGS, check_optimizer, learning_rate_factor, total_steps
@@ -117,7 +116,6 @@ class Memorization(LightningModule):
         self._backbone: Backbone | None = None
         self._peft_model: PeftModel | None = None
         self._frozen_layers: FrozenLayers | None = None
-        self._trained: list[torch.nn.Parameter] = []  # the adapter's, looked for once a fit and not at every step
         self.goes_on_from: dict[str, Any] = {}
         """State of a checkpoint that was loaded, until training goes on from it."""
         self.goes_on_in: Path | None = None
@@ -206,8 +204,9 @@ class Memorization(LightningModule):
             with torch.device("cpu"):
                 self._peft_model = attach_adapter(self.backbone, self.adapter, self.seed)
             self.train(self.training)
-        if self.frozen_prefix.release and self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING:
-            stream_frozen_layers(self.backbone)
+        # Later in a fit, this is called to take back an adapter alone.
+        if self._frozen_layers is None and self._trainer is not None and self._trainer.training:
+            stream_below(self)
 
     def load_adapter(self, folder: str | Path) -> None:
         """Put on an adapter that `save_pretrained` wrote, in place of a fresh one.
@@ -229,7 +228,6 @@ class Memorization(LightningModule):
         if self._peft_model is not None:
             detach_adapter(self._peft_model)
         self._peft_model = self._frozen_layers = self._backbone = None
-        self._trained = []
 
     def cpu(self) -> Self:
         """Move to the CPU, which Lightning asks for when a fit is over; a shared backbone stays for the next one."""
@@ -273,7 +271,6 @@ class Memorization(LightningModule):
 
     def on_fit_start(self) -> None:
         self.train()
-        self._trained = list(adapter_parameters(self.model).values())
         self._steps = total_steps(self.trainer, self.curriculum) if self.weighting.scheduled else 0
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
@@ -315,7 +312,7 @@ class Memorization(LightningModule):
             scores = self.score(batch, self.weighting.gradient_above)
         self.global_batch.uniform_when_memorized = self.weighting.when_memorized == "uniform"
         weights = self.weighting.weights(scores)
-        weights = self.global_batch.add(weights, scores.losses, scores.mask, self._trained)
+        weights = self.global_batch.add(weights, scores.losses, scores.mask, trained_by(self.trainer.optimizers[0]))
         self.tokens_trained += batch["target_tokens"]
         # Lightning divides by the number of accumulated micro-batches; on_before_optimizer_step knows better.
         total = (weights * scores.losses).sum()
@@ -337,7 +334,7 @@ class Memorization(LightningModule):
             super().backward(loss, *args, **kwargs)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        budget, loss = self.global_batch.close(self._trained)
+        budget, loss = self.global_batch.close(trained_by(optimizer))
         # Only a hard threshold can leave nothing to train on.
         if self.weighting.gradient_above is not None:
             self._skipped = self._skipped + skip_if_empty(optimizer, budget)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["make_adamw", "skip_if_empty"]
+__all__ = ["make_adamw", "skip_if_empty", "trained_by"]
 
 FUSED = ("cuda", "mps", "xpu")
 """Devices where AdamW runs as one kernel. A CPU has one too, which rounds otherwise: runs there stay what they were."""
@@ -25,6 +25,11 @@ def make_adamw(
     trained = list(parameters)
     fused = trained[0].device.type in FUSED or None
     return torch.optim.AdamW(trained, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused)
+
+
+def trained_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """The parameters of an optimiser, which are found sooner than in the model."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def skip_if_empty(optimizer: torch.optim.Optimizer, budget: Tensor) -> Tensor | int:

@@ -104,6 +104,8 @@ def score_examples(
         keep: Let the frozen-layer cache keep them; by default the corpus has all of its room.
     """
     own = own_part(examples)
+    if keep and module.backbone.streamed is not None:
+        module.frozen_layers.keep(own)
     with nullcontext() if keep else module.frozen_layers.store.closed():
         return score_corpus(
             module, (collate(own[start : start + batch_size]) for start in range(0, len(own), batch_size))

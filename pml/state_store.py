@@ -43,10 +43,10 @@ class CacheConfig:
         budget_gib: Room in GiB; of host and disk, processes that train together on one machine get equal parts. `auto`
             by itself takes a quarter of the device's free memory and half of the host's; with a place of its own,
             examples beyond the budget are computed again each time.
-        release: Keep the blocks below the adapter on the host, from which each visits the device once to compute what
-            is kept, and free them before the first step. So the device never holds more than the embeddings, the
-            blocks above and one block below. Teacher-forced measures go on working; generation loads all blocks from
-            the backbone's files.
+        release: Keep the blocks below the adapter on the host, from where they visit the device one at a time to
+            compute what is kept, and free them before the first step. Training and teacher-forced measures then need
+            the embeddings, the blocks above and one block below on the device. Generation loads all blocks from the
+            backbone's files; where some example found no room, all of them stay.
     """
 
     enabled: bool = True

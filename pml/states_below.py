@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pml.backbone import Backbone
+from pml.cut_trial import FAILURES
 from pml.whole_model import run_decoder
 
 __all__ = ["states_below", "streamed_states", "with_blocks"]
@@ -33,25 +34,30 @@ def streamed_states(
 ) -> Iterator[tuple[Tensor, ...]]:
     """`states_below` of many rows; streamed blocks move once for all of them instead of once a row.
 
-    A decoder may do more between its blocks than hand states on. So the first row goes through all blocks at once as
-    well, and the others do so too where its states differ.
+    A decoder may do more between its blocks than hand states on. So the longest row, which shows most of it, goes
+    through all blocks at once as well; where its states differ, so do all the others.
     """
-    if backbone.streamed is None or not rows or not _are_alike(backbone, block, mlp, rows[0]):
+    longest = max(rows, key=lambda row: row.shape[1], default=None)
+    if backbone.streamed is None or longest is None or not _are_alike(backbone, block, mlp, longest):
         yield from (states_below(backbone, block, mlp, row) for row in rows)
         return
     portion: list[Tensor] = []
-    row_bytes = backbone.hidden_size * backbone.model.dtype.itemsize
+    tokens, most = 0, PORTION_BYTES / (backbone.hidden_size * backbone.model.dtype.itemsize)
     for row in rows:
         portion.append(row)
-        if sum(len(waiting[0]) for waiting in portion) * row_bytes >= PORTION_BYTES:
+        tokens += row.shape[1]
+        if tokens >= most:
             yield from _block_by_block(backbone, block, mlp, portion)
-            portion = []
+            portion, tokens = [], 0
     if portion:
         yield from _block_by_block(backbone, block, mlp, portion)
 
 
 def _are_alike(backbone: Backbone, block: int, mlp: nn.Module | None, row: Tensor) -> bool:
-    (alone,) = _block_by_block(backbone, block, mlp, [row])
+    try:
+        (alone,) = _block_by_block(backbone, block, mlp, [row])
+    except FAILURES:
+        return False
     return all(map(torch.equal, alone, states_below(backbone, block, mlp, row)))
 
 

@@ -27,7 +27,7 @@ FILL = 0.375
 """Fraction of capacity that a plan fills.
 
 Random tokens were all recalled up to .93 of capacity. Under the guard and the KL penalty, pairs of five kinds need more
-room: of twelve sets at .75, three were certain and five right as a whole; of ten at .375, four and six.
+room: of twelve sets at .75, two were certain and five right as a whole; of ten at .375, four and six.
 """
 
 
@@ -114,7 +114,7 @@ def size_of_rank(backbone: Backbone, config: AdapterConfig) -> SizeOfRank:
 def plan_rank(
     backbone: Backbone, examples: Sequence[Example], config: AdapterConfig, constants: Sequence[Constant] | None = None
 ) -> RankPlan:
-    """The smallest rank that is expected to recall all of some pairs.
+    """The smallest rank whose adapter holds the bits of some pairs at `FILL`.
 
     Args:
         backbone: The frozen model, without an adapter.

@@ -33,8 +33,11 @@ class StreamedBlocks:
         self._hooks: list[Any] = []
         for number, block in enumerate(blocks):
             self._leave(number)
-            self._hooks.append(block.register_forward_pre_hook(lambda *_, number=number: self._come(number)))
-            self._hooks.append(block.register_forward_hook(lambda *_, number=number: self._after(number)))
+            self._hooks += [
+                block.register_forward_pre_hook(lambda *_, number=number: self._come(number)),
+                # Also after a pass that fails.
+                block.register_forward_hook(lambda *_, number=number: self._after(number), always_call=True),
+            ]
 
     def __len__(self) -> int:
         return len(self._weights)
@@ -42,9 +45,9 @@ class StreamedBlocks:
     @contextmanager
     def resident(self, number: int) -> Iterator[None]:
         """Keep a block on the device for a while, so that much can run through it at the price of one move."""
-        self._come(number)
-        self._resident = number
         try:
+            self._come(number)
+            self._resident = number
             yield
         finally:
             self._resident = None
@@ -55,19 +58,21 @@ class StreamedBlocks:
         for hook in self._hooks:
             hook.remove()
         if device is not None:
-            for weights in self._weights:
-                for weight, on_host in weights:
-                    weight.data = on_host.to(device)
+            for number in range(len(self)):
+                self._move(number, device)
         self._weights = []
 
     def _come(self, number: int) -> None:
-        if number == self._resident:
-            return
-        self.moves += 1
+        if number != self._resident:
+            self.moves += 1
+            self._move(number, self._device())
+
+    def _move(self, number: int, device: torch.device) -> None:
         # What is made under inference_mode could not be used by training later.
         with torch.inference_mode(False):
             for weight, on_host in self._weights[number]:
-                weight.data = on_host.to(self._device())
+                # The model may have been given another dtype for a while.
+                weight.data = on_host.to(device, weight.dtype)
 
     def _after(self, number: int) -> None:
         if number != self._resident:

@@ -1,5 +1,6 @@
 """Frozen blocks that visit the device one at a time."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from pml.adapter import AdapterConfig
+from pml.adapter import AdapterConfig, attach_adapter
 from pml.backbone import Backbone, load_backbone
+from pml.cli import main
+from pml.frozen_layers import FrozenLayers, move_backbone
 from pml.modules import SFT
 from pml.state_store import CacheConfig
-from pml.states_below import states_below, streamed_states
+from pml.states_below import states_below, streamed_states, with_blocks
 from tests.tiny_runs import Ids, make_trainer, uneven
 
 IDS = torch.arange(5)[None]
@@ -78,7 +83,7 @@ def test_blocks_that_were_freed_and_another_number_of_them_can_be_streamed(tiny_
 
 
 @pytest.mark.parametrize("placement", ["mlp_block", ["q_proj"]])
-def test_a_fit_that_releases_never_has_two_frozen_blocks_at_once_and_moves_each_once_for_all_examples(
+def test_a_fit_that_releases_never_has_two_frozen_blocks_at_once_and_moves_each_for_all_examples_in_turn(
     placement: str | list[str], tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     module = SFT(
@@ -115,3 +120,68 @@ def test_states_of_many_examples_are_those_of_each_by_itself(
         again = list(streamed_states(backbone, 2, None, rows))
     assert all(torch.equal(one, other) for (one,), (other,) in zip(again, expected, strict=True))
     assert backbone.streamed.moves == (2 * moves + 2 if architecture != "gpt2" else 2 * moves)
+
+
+def test_rows_of_one_token_do_not_hide_that_a_block_alone_computes_something_else(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decoder_with(backbone: Backbone, blocks: slice) -> Any:
+        decoder: Any = with_blocks(backbone, blocks)
+        if blocks.start:
+            # Other positions than the first block's, which a token that sees only itself cannot tell.
+            rotary = LlamaRotaryEmbedding(LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=8))
+            rotary.inv_freq = rotary.inv_freq / 2
+            decoder._modules = {**decoder._modules, "rotary_emb": rotary}
+        return decoder
+
+    rows = [torch.arange(1)[None], torch.arange(8)[None], torch.arange(3)[None]]
+    with torch.no_grad():
+        expected = [states_below(tiny_backbone, 2, None, row) for row in rows]
+        monkeypatch.setattr("pml.states_below.with_blocks", decoder_with)
+        tiny_backbone.stream(2)
+        kept = list(streamed_states(tiny_backbone, 2, None, rows))
+    assert all(torch.equal(one, other) for (one,), (other,) in zip(kept, expected, strict=True))
+
+
+def test_a_block_leaves_after_a_pass_that_failed(tiny_backbone: Backbone) -> None:
+    tiny_backbone.stream(3)
+    hook = tiny_backbone.blocks[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tiny_backbone.model(input_ids=IDS)
+    assert resident(tiny_backbone) == {3}
+    hook.remove()
+    tiny_backbone.restore()
+    assert resident(tiny_backbone) == {0, 1, 2, 3}
+
+
+def test_a_16_bit_model_is_tried_in_float32_all_the_same(
+    tiny_backbone_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for release in (False, True):
+        backbone = load_backbone(str(tiny_backbone_folder), "bfloat16")
+        model = attach_adapter(backbone, AdapterConfig(rank=2, block=2))
+        if release:
+            backbone.stream(2)
+        with caplog.at_level(logging.DEBUG):
+            assert FrozenLayers(backbone, model, CacheConfig(release=release)).cut == "after_block"
+        assert "no trial in float32" not in caplog.text
+        assert backbone.model.dtype == torch.bfloat16
+        assert {p.dtype for p in backbone.blocks[0].parameters()} == {torch.bfloat16}
+
+
+def test_the_command_leaves_frozen_blocks_on_the_host(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[set[int]] = []
+
+    def moving(module: Any, device: torch.device) -> None:
+        move_backbone(module, device)
+        moved.append(resident(module.backbone))
+
+    monkeypatch.setattr("pml.lightning_cli.move_backbone", moving)
+    monkeypatch.chdir(tmp_path)
+    command = ["fit", "--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=2"]
+    command += ["--model.frozen_prefix.release=true", "--data=RandomTokens", "--data.length=8"]
+    command += ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.callbacks=[]"]
+    assert main(command) == 0
+    assert moved == [{2, 3}]
