@@ -78,7 +78,12 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, default=1024, help="target tokens to decode, those of the least certain pairs first"
     )
-    parser.add_argument("--dtypes", type=list[str], default=["float32", "bfloat16"], help="dtypes to decode in")
+    parser.add_argument(
+        "--dtypes",
+        type=list[str],
+        default=["float32", "bfloat16"],
+        help="dtypes to decode in; 16 bits take minutes on a CPU that has no instructions for them",
+    )
     parser.add_argument(
         "--json",
         action="store_true",
