@@ -183,9 +183,8 @@ class FrozenLayers:
             batch = collate([example])
             (key,) = content_keys(batch["input_ids"], batch["lengths"])
             if key not in self.store:
-                used = max(int(batch["lengths"][0]) - 1, 1)
-                missing[key] = batch["input_ids"][:, :used].to(self.backbone.model.device)
-        with self._frozen(), torch.no_grad():
+                missing[key] = _without_last(batch, 0).to(self.backbone.model.device)
+        with _for_training(), self._frozen():
             states = streamed_states(self.backbone, self._lowest, self._mlp, list(missing.values()))
             for key, kept in zip(missing, states, strict=True):
                 # What finds no room is computed at every step.
@@ -278,11 +277,9 @@ class FrozenLayers:
         if key in store:
             return store[key]
         # Computed alone: in a batch, rounding depends on what else is in it, and what is kept is shared by runs that
-        # batch otherwise. Tensors made under inference_mode (a validation pass may come first) could not take part in
-        # training later.
-        with torch.inference_mode(False), torch.no_grad():
-            used = max(int(batch["lengths"][row]) - 1, 1)
-            kept = self._capture(batch["input_ids"][row : row + 1, :used].clone())
+        # batch otherwise.
+        with _for_training():
+            kept = self._capture(_without_last(batch, row).clone())
             store.put(key, kept)
         self.filled += 1
         return kept
@@ -292,17 +289,13 @@ class FrozenLayers:
         with self._frozen():
             return states_below(self.backbone, self._lowest, self._mlp, input_ids)
 
-    def _bring_back(self) -> None:
-        if self.config.release:
-            self.backbone.stream(self._lowest)
-        else:
-            self.backbone.restore()
-
     @contextmanager
     def _frozen(self) -> Iterator[None]:
         """The frozen layers as what is kept is computed with; it serves evaluation too."""
-        if self.backbone.released:
-            self._bring_back()
+        if self.backbone.released and self.config.release:
+            self.backbone.stream(self._lowest)
+        elif self.backbone.released:
+            self.backbone.restore()
         with self.model.disable_adapter(), float32_products("highest"):
             yield
 
@@ -357,6 +350,22 @@ def split_for(trainer: Any, backbone: Backbone, model: PeftModel, config: CacheC
             f"backbone {backbone.name}: {type(backbone.model).__name__} is not made as a causal decoder is ({error}); "
             "take another backbone"
         ) from error
+
+
+@contextmanager
+def _for_training() -> Iterator[None]:
+    """What is computed here is constant, and can be trained on.
+
+    Tensors made under inference_mode, as in a validation that comes first, could not take part in training later.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _without_last(batch: dict[str, Tensor], row: int) -> Tensor:
+    """Token ids (1, S) of a row of a batch, without the last, after which nothing is predicted."""
+    used = max(int(batch["lengths"][row]) - 1, 1)
+    return batch["input_ids"][row : row + 1, :used]
 
 
 def _padded(rows: Sequence[Tensor], steps: int, device: torch.device) -> Tensor:

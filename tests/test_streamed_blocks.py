@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from pml.adapter import AdapterConfig, attach_adapter
 from pml.backbone import Backbone, load_backbone
 from pml.cli import main
+from pml.corpus import Example, collate
 from pml.frozen_layers import FrozenLayers, move_backbone
 from pml.modules import SFT
 from pml.state_store import CacheConfig
@@ -95,7 +96,7 @@ def test_a_fit_that_releases_never_has_two_frozen_blocks_at_once_and_moves_each_
     make_trainer(tmp_path, max_epochs=1, callbacks=[watch]).fit(module, datamodule=Ids(uneven(7), batch_size=2))
     assert all(len(there & {0, 1}) <= 1 for there in watch.seen)
     tried, kept = watch.moves
-    # Both blocks for the first example in one pass, to compare with, then for this one and for all block by block.
+    # Both blocks for the longest example in one pass, to compare with, then for this one and for all block by block.
     assert kept - tried == 2 * 3
     assert module.backbone.released
 
@@ -185,3 +186,21 @@ def test_the_command_leaves_frozen_blocks_on_the_host(
     command += ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.callbacks=[]"]
     assert main(command) == 0
     assert moved == [{2, 3}]
+
+
+def test_states_that_a_validation_keeps_can_be_trained_on(tiny_backbone_folder: Path) -> None:
+    module = SFT(
+        backbone=str(tiny_backbone_folder),
+        adapter=AdapterConfig(rank=2, block=2),
+        frozen_prefix=CacheConfig(release=True),
+    )
+    module.configure_model()
+    module.backbone.stream(2)
+    frozen_layers = module.frozen_layers
+    examples = [Example(number, tuple(prompt), tuple(target)) for number, (prompt, target) in enumerate(uneven(4))]
+    with torch.inference_mode():
+        frozen_layers.keep(examples)
+    # A lone example is trained on as it is kept, without a copy.
+    module.score(collate(examples[:1])).losses.sum().backward()
+    assert frozen_layers.filled == 5
+    assert any(p.grad is not None for p in module.model.parameters())

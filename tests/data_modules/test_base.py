@@ -246,9 +246,11 @@ def hashes(folder: Path) -> tuple[list[str], int]:
 def test_another_process_with_the_same_seed_makes_the_same_corpus_and_with_another_seed_another(
     tiny_backbone_folder: Path,
 ) -> None:
+    if "PYTHONHASHSEED" in os.environ:
+        pytest.skip("PYTHONHASHSEED gives all processes the same hashes, so that a corpus that hangs on them passes")
     with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as processes:
         there, text_there = processes.submit(hashes, tiny_backbone_folder).result()
     here, text_here = hashes(tiny_backbone_folder)
-    assert text_there != text_here or "PYTHONHASHSEED" in os.environ
+    assert text_there != text_here
     assert there == here
     assert len(set(here)) == 6
