@@ -257,21 +257,25 @@ class WholeTargets(FallingThreshold):
 
 @dataclass
 class ExpectedRecall(Weighting):
-    """Each token's `expected_recall_slope`, whose temperature falls over the run, with a floor above L_crit.
+    """Weight 1 for tokens that do not win by a margin, and each other token's `expected_recall_slope`.
 
-    Aim: most tokens certain. A token that the adapter has no room for gets less and less of the budget, down to the
-    floor.
+    Aim: most tokens certain, with as many right as the plain loss gets. A right token may stay uncertain, since that
+    costs the adapter less than being certain; which of them become certain is chosen by the slope, whose temperature
+    falls over the run. A right token that the adapter has no room to make certain gets less and less of the budget,
+    down to the floor, and gets all of it back when it is about to be wrong.
 
     Args:
         temperature_start: Temperature in nats at the first step: nearly all tokens alike.
         temperature_end: The same at the last step; by equal factors in between.
-        floor: Least weight of a token below threshold. A lower one makes more tokens certain and fewer of the others
-            right.
+        floor: Least weight of a token below threshold.
+        margin: Logits by which a token has to win for its slope to count. None has the slope weigh wrong tokens too:
+            more tokens are certain, and fewer right.
     """
 
     temperature_start: float = 8.0
     temperature_end: float = 1.0
     floor: float = 0.1
+    margin: float | None = 1.0
     scheduled = True
 
     def __post_init__(self) -> None:
@@ -282,7 +286,11 @@ class ExpectedRecall(Weighting):
         temperature = geometric(self.temperature_start, self.temperature_end, self.progress)
         losses = scores.losses.detach()
         floor = self.floor * (losses > critical_loss(0.5)).to(losses.dtype)
-        return torch.maximum(expected_recall_slope(losses, temperature), floor) * scores.mask
+        weights = torch.maximum(expected_recall_slope(losses, temperature), floor)
+        if self.margin is not None:
+            assert scores.margin is not None
+            weights = weights.where(scores.margin >= self.margin, torch.ones_like(weights))
+        return weights * scores.mask
 
 
 @dataclass

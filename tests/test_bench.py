@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
-from pml.bench.fits import FitCost
+from pml.bench.fits import FitCost, _fit
 from pml.bench.steps import Case, _Stepper, step_flops
 from pml.cli import main
 from pml.commands.bench import _fits_table
@@ -60,6 +60,13 @@ def test_bench_measures_every_way_on_every_case(
         assert min(fit["bare_seconds"], fit["trainer_seconds"], fit["watched_seconds"]) > 0
         assert 0 < fit["watching_share"] < 1
     assert content["matmul_gflop_per_second"]["float32"] > 0
+
+
+def test_an_epoch_of_a_timed_fit_is_one_step_on_the_whole_batch(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    case = Case("phonebook", 9, "float32", str(tiny_backbone_folder))  # more than a batch has unless told
+    _, module, batch = _fit(case, [], str(tmp_path), steps=2)
+    assert (module.trainer.global_step, len(batch["lengths"])) == (2, 9)
+    module.release()
 
 
 def test_ways_of_stepping_take_the_same_loss_and_gradient(tiny_backbone_folder: Path) -> None:

@@ -57,7 +57,7 @@ def test_facts_come_back_from_transformers_and_peft_alone(
     sharp, made, told = memorized
     assert made.failed == []
     assert list(made.served or ()) == list(FACTS.values())
-    assert (made.plan, made.rank) == (None, 16)
+    assert (made.plan is not None, made.rank) == (True, 16)
     assert min(float(known.probability) for known in made.certificates) > 0.6
     assert told[-1].certain == 1 and told[-1].step == made.steps <= told[-1].steps
     record = read_record(made.adapter.parent / "record.json")
@@ -123,6 +123,25 @@ def test_what_cannot_be_held_is_listed_and_the_exit_code_is_1(
     # Three doublings.
     assert (told["rank"], told["failed"]) == (8, ["a?", "b?"])
     assert told["pairs"][0]["verdict"] == "failing" and told["pairs"][0]["served"] is False
+
+
+@pytest.mark.usefixtures("_served_here")
+def test_a_falling_threshold_is_trained_on_below_twice_the_planned_rank_and_the_plain_loss_from_there(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pml.memorizing.EPOCHS", 1)
+    monkeypatch.setattr("pml.memorizing.FEWEST_STEPS", 1)
+    monkeypatch.setattr("pml.memorizing.DOUBLINGS", 0)
+    settings: dict[str, Any] = {"backbone": str(tiny_backbone_folder), "block": 1, "placement": ALL, "guard": None}
+    first = pml.memorize(FACTS, tmp_path / "first", rank=1, **settings)
+    assert first.plan is not None and first.plan.rank > 1
+    assert (first.record.method, first.record.method_settings["weighting"]["class_path"]) == (
+        "memft",
+        "pml.weighting.FallingThreshold",
+    )
+    for rank, method in ((2 * first.plan.rank - 1, "memft"), (2 * first.plan.rank, "sft")):
+        made = pml.memorize(FACTS, tmp_path / str(rank), rank=rank, **settings)
+        assert (made.rank, made.record.method) == (rank, method)
 
 
 @pytest.mark.usefixtures("_served_here")

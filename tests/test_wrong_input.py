@@ -165,7 +165,7 @@ OPTIONS: dict[str, str] = {
     "--model.rnak=3": "Option 'rnak' is not accepted",
     "--model=Nobody": "Nobody",
     "--model=pml.modules.Memorizer": "Memorizer",
-    "--model=os.path": "os.path",
+    "--model=json.decoder": "json.decoder",
     # The corpus.
     "--data.length=0": "length is 0; expected at least 1 token per target",
     "--data.length=-3": "length is -3; expected at least 1 token per target",

@@ -96,7 +96,7 @@ def _fit(case: Case, callbacks: Sequence[str], folder: str, steps: int) -> tuple
             *(
                 ["--data=data_modules.RandomTokens", f"--data.length={case.size}"]
                 if case.corpus == "random_tokens"
-                else ["--data=data_modules.PhoneBook", f"--data.pairs={case.size}"]
+                else ["--data=data_modules.PhoneBook", f"--data.pairs={case.size}", f"--data.batch_size={case.size}"]
             ),
             f"--trainer.max_epochs={steps}",
             "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
@@ -137,6 +137,7 @@ def _timed(callbacks: Sequence[Any]) -> Iterator[list[float]]:
 
 def _bare_steps(module: Memorization, batch: dict[str, Any], count: int) -> list[float]:
     batch = on_device(batch, module.backbone.model.device)
+    module.frozen_layers.replay()  # as in the fit, at whose end it stopped
     optimizer = make_adamw(adapter_parameters(module.model).values(), 1e-3, (0.9, 0.999), 0.0)
     return timed_steps(lambda: pml_loss(module, batch), optimizer, module.matmul_precision, count)
 

@@ -80,11 +80,14 @@ def run(args: jsonargparse.Namespace) -> int:
     progress = make_console(stderr=True)
     rates = {dtype: matmul_rate(dtype) for dtype in args.dtypes}
 
-    def report(m: "Measurement") -> None:
-        progress.print(f"{m.case.numbers}, {m.case.label}, {m.way}: {m.step_seconds:.3f} s a step")
+    def report(case: Case, way: str, seconds: float) -> None:
+        progress.print(f"{case.numbers}, {case.label}, {way}: {seconds:.4f} s a step")
 
-    measurements = measure_steps(cases, args.repeats, args.steps, report)
-    fits = [measure_fit(case, args.fit_steps) for case in cases] if args.fit_steps else []
+    measurements = measure_steps(cases, args.repeats, args.steps, lambda m: report(m.case, m.way, m.step_seconds))
+    fits = []
+    for case in cases if args.fit_steps else []:
+        fits.append(measure_fit(case, args.fit_steps))
+        report(case, "through the Trainer", fits[-1].trainer_seconds)
     recall = measure_recall(args.backbone, args.recall) if args.recall else []
     content = as_json(measurements, fits, rates, recall)
     if args.out is not None:
