@@ -23,11 +23,11 @@ from pml.surprisal import CONTEXT, SAMPLE, surprisal_bits
 
 __all__ = ["RankPlan", "SizeOfRank", "plan_rank", "size_of_rank"]
 
-FILL = 0.375
+FILL = 0.7
 """Fraction of capacity that a plan fills.
 
-Random tokens were all recalled up to .93 of capacity. Under the guard and the KL penalty, pairs of five kinds need more
-room: of twelve sets at .75, two were certain and five right as a whole; of ten at .375, four and six.
+With a falling threshold, under the guard and the KL penalty, pairs of five kinds are all recalled there but for code, and
+few at twice as much (`configs/experiments/README.md`, the planned rank and half of it).
 """
 
 

@@ -257,25 +257,24 @@ class WholeTargets(FallingThreshold):
 
 @dataclass
 class ExpectedRecall(Weighting):
-    """Weight 1 for tokens that do not win by a margin, and each other token's `expected_recall_slope`.
+    """Weight 1 for tokens that are not right by a margin, and each other token's `expected_recall_slope`.
 
-    Aim: most tokens certain, with as many right as the plain loss gets. A right token may stay uncertain, since that
-    costs the adapter less than being certain; which of them become certain is chosen by the slope, whose temperature
-    falls over the run. A right token that the adapter has no room to make certain gets less and less of the budget,
-    down to the floor, and gets all of it back when it is about to be wrong.
+    Aim: most tokens certain, and none of them bought with a wrong one. To be right costs an adapter less than to be
+    certain. So what is not right yet has the whole budget, and among right tokens the slope prefers those whose
+    probability is near 0.5. Its temperature falls over the run: a right token far from certain gets less and less of
+    the budget, down to the floor, and all of it again as soon as another token is about to win.
 
     Args:
-        temperature_start: Temperature in nats at the first step: nearly all tokens alike.
+        temperature_start: Temperature in nats at the first step.
         temperature_end: The same at the last step; by equal factors in between.
         floor: Least weight of a token below threshold.
-        margin: Logits by which a token has to win for its slope to count. None has the slope weigh wrong tokens too:
-            more tokens are certain, and fewer right.
+        margin: Logits by which a token has to win to count as right.
     """
 
-    temperature_start: float = 8.0
-    temperature_end: float = 1.0
+    temperature_start: float = 2.0
+    temperature_end: float = 0.5
     floor: float = 0.1
-    margin: float | None = 1.0
+    margin: float = 0.5
     scheduled = True
 
     def __post_init__(self) -> None:
@@ -283,14 +282,12 @@ class ExpectedRecall(Weighting):
         _share(self, "floor")
 
     def weights(self, scores: TokenScores) -> Tensor:
+        assert scores.margin is not None
         temperature = geometric(self.temperature_start, self.temperature_end, self.progress)
         losses = scores.losses.detach()
         floor = self.floor * (losses > critical_loss(0.5)).to(losses.dtype)
-        weights = torch.maximum(expected_recall_slope(losses, temperature), floor)
-        if self.margin is not None:
-            assert scores.margin is not None
-            weights = weights.where(scores.margin >= self.margin, torch.ones_like(weights))
-        return weights * scores.mask
+        slope = torch.maximum(expected_recall_slope(losses, temperature), floor)
+        return slope.where(scores.margin >= self.margin, torch.ones_like(slope)) * scores.mask
 
 
 @dataclass

@@ -187,34 +187,32 @@ def test_a_target_out_of_reach_keeps_its_floor() -> None:
     assert weighting.weights(far)[0].tolist() == pytest.approx([0.25, 0.25])
 
 
-def test_expected_recall_weighs_by_the_slope_at_the_temperature_of_the_moment() -> None:
-    weighting = ExpectedRecall(temperature_start=4.0, temperature_end=1.0, margin=None)
+def test_expected_recall_weighs_what_is_right_by_the_slope_at_the_temperature_of_the_moment() -> None:
+    weighting = ExpectedRecall(temperature_start=4.0, temperature_end=1.0)
     weighting.progress = 0.5
 
     def by_hand(loss: float) -> float:
         s = 1 / (1 + math.exp((loss - math.log(2)) / 2.0))
         return 4 * s * (1 - s)
 
-    assert weighting.weights(ONE)[0].tolist() == pytest.approx([*map(by_hand, (0.1, 2, 0.7, 3)), 0], rel=1e-6)
+    right = ONE._replace(margin=torch.full((1, 5), 3.0))
+    assert weighting.weights(right)[0].tolist() == pytest.approx([*map(by_hand, (0.1, 2, 0.7, 3)), 0], rel=1e-6)
 
 
-def test_a_token_below_threshold_keeps_the_floor_of_expected_recall_and_a_safe_one_does_not() -> None:
-    weighting = ExpectedRecall(temperature_end=0.1, floor=0.25, margin=None)
+def test_a_right_token_below_threshold_keeps_the_floor_of_expected_recall_and_a_safe_one_does_not() -> None:
+    weighting = ExpectedRecall(temperature_end=0.1, floor=0.25)
     weighting.progress = 1.0
+    right = ONE._replace(margin=torch.full((1, 5), 3.0))
     # s = sigmoid(5.93) for the loss of 0.1.
-    assert weighting.weights(ONE)[0].tolist() == pytest.approx([4 * 0.99735 * 0.00265, 0.25, 1, 0.25, 0], abs=2e-3)
+    assert weighting.weights(right)[0].tolist() == pytest.approx([4 * 0.99735 * 0.00265, 0.25, 1, 0.25, 0], abs=2e-3)
 
 
 def test_expected_recall_gives_full_weight_to_tokens_that_do_not_win_by_the_margin() -> None:
     weighting = ExpectedRecall(temperature_end=0.1, floor=0.25, margin=1.5)
     weighting.progress = 1.0
     # Tokens 2 and 4 lose, token 3 wins by too little; padding never has weight.
-    won_by = torch.tensor([[1.5, -2.0, 1.4, -0.1, -9.0]])
-    assert weighting.weights(ONE._replace(margin=won_by))[0].tolist() == pytest.approx(
-        [4 * 0.99735 * 0.00265, 1, 1, 1, 0], abs=2e-3
-    )
-    # A token of p = 0.14 that wins by enough keeps the floor.
-    assert weighting.weights(ONE._replace(margin=torch.full((1, 5), 2.0)))[0, 1].item() == pytest.approx(0.25)
+    won_by = ONE._replace(margin=torch.tensor([[1.5, -2.0, 1.4, -0.1, -9.0]]))
+    assert weighting.weights(won_by)[0].tolist() == pytest.approx([4 * 0.99735 * 0.00265, 1, 1, 1, 0], abs=2e-3)
 
 
 @pytest.mark.parametrize(

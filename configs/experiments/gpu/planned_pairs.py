@@ -3,14 +3,14 @@
     python configs/experiments/gpu/planned_pairs.py planned     # planned/*.jsonl, planned/plans.json, planned/grid.yaml
     pml sweep planned/grid.yaml
 
-With a second argument, a file of `pml calibrate --out`, ranks are planned with its constants.
+`--draw 1` makes twelve others, on which no setting was chosen; `--constants` takes a file of `pml calibrate --out`.
 """
 
+import argparse
 import ast
 import json
 import random
 import string
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +26,11 @@ from pml.memorizing import most_epochs
 from pml.storage import plan_rank
 from pml.storage_constants import read_constants
 
-MODULES = ("argparse", "calendar", "configparser", "difflib", "ftplib", "shutil", "statistics", "textwrap", "zipapp")
+MODULES = (
+    ("argparse", "calendar", "configparser", "difflib", "ftplib", "shutil", "statistics", "textwrap", "zipapp"),
+    ("fractions", "gettext", "inspect", "mailbox", "optparse", "pathlib", "tarfile", "uuid", "zipfile"),
+)
+"""Of the standard library, whose functions are the code of a draw."""
 
 Rows = list[tuple[str, str]]
 
@@ -48,9 +52,9 @@ def _keys(count: int, seed: int) -> Rows:
     ]
 
 
-def _functions() -> Iterator[tuple[str, str]]:
+def _functions(modules: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     """Short functions of the standard library: their names, and their source."""
-    for name in MODULES:
+    for name in modules:
         source = (Path(sysconfig.get_path("stdlib")) / f"{name}.py").read_text()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and not ast.get_docstring(node):
@@ -59,30 +63,32 @@ def _functions() -> Iterator[tuple[str, str]]:
                     yield f"What is the source of {name}.{node.name}, line {node.lineno}?", text
 
 
-def sets(backbone) -> Iterator[tuple[str, Rows]]:
+def sets(backbone, draw: int) -> Iterator[tuple[str, Rows]]:
     """Names and pairs."""
-    for count, seed in ((72, 101), (112, 102), (160, 103)):
-        yield f"phone_numbers_{count}", _of(PhoneBook(pairs=count, seed=seed), backbone)
-    for count, seed in ((24, 104), (40, 105)):
-        yield f"keys_{count}", _keys(count, seed)
-    for people, seed in ((48, 106), (80, 107)):
-        facts = Biographies(people=people, seed=seed, attributes=["birth_date", "employer"])
+    first = 101 + 20 * draw
+    for number, count in enumerate((72, 112, 160)):
+        yield f"phone_numbers_{count}", _of(PhoneBook(pairs=count, seed=first + number), backbone)
+    for number, count in enumerate((24, 40), start=3):
+        yield f"keys_{count}", _keys(count, first + number)
+    for number, people in enumerate((48, 80), start=5):
+        facts = Biographies(people=people, seed=first + number, attributes=["birth_date", "employer"])
         yield f"facts_{2 * people}", _of(facts, backbone)
-    for count, skipped in ((12, 20_000), (20, 30_000), (32, 40_000)):
+    for number, count in enumerate((12, 20, 32)):
+        skipped = 10_000 * (2 + number + 3 * draw)
         prose = NaturalText(length=48, count=count, skip_tokens=skipped, query="opening", opening_tokens=12)
         yield f"prose_{count}", _of(prose, backbone)
-    functions = list(_functions())
+    functions = list(_functions(MODULES[draw]))
     yield "code_32", functions[:32]
     yield "code_48", functions[32:80]
 
 
-def main(folder: Path, constants: Path | None) -> None:
+def main(folder: Path, constants: Path | None, draw: int) -> None:
     """Write the pairs, what is planned for them, and the grid."""
     backbone = load_backbone()
     backbone.model.to(best_device())
     folder.mkdir(parents=True, exist_ok=True)
     plans, cells = {}, []
-    for name, rows in sets(backbone):
+    for name, rows in sets(backbone, draw):
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"query": q, "target": t}) + "\n" for q, t in rows))
         corpus = Facts(str(path)).build(backbone.tokenizer, backbone.vocab_size)
@@ -105,4 +111,8 @@ def main(folder: Path, constants: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--constants", type=Path)
+    parser.add_argument("--draw", type=int, choices=range(len(MODULES)), default=0)
+    main(**vars(parser.parse_args()))
