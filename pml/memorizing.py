@@ -57,8 +57,8 @@ LEARNING_RATE = 0.03
 """Peak learning rate of AdamW: at half of it, facts took a third more steps and harmed the model about as much."""
 
 EPOCHS, FEWEST_STEPS = 60, 960
-"""Of one attempt, over which the learning rate falls; most end long before. In fewer steps a few tokens of keys and code
-stay below the threshold."""
+"""Of one attempt, over which the learning rate falls; most end long before. In fewer steps a few tokens of keys and
+code stay below the threshold."""
 
 DOUBLINGS = 3
 
@@ -67,8 +67,8 @@ LEAST_RANK = 8
 
 ROOM = 4
 """Times the planned rank from which the plain loss is trained on. 32 facts at rank 8, with 2 planned, took it 312 steps
-and cost .015 nats; the falling threshold took 424, and they cost .024. With half of that room, the plain loss left tokens
-of six sets in ten below the threshold."""
+and cost .015 nats; the falling threshold took 424, and they cost .024. With about half of that room, the plain loss
+left tokens of six sets in ten below the threshold."""
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ __all__ = ["RankPlan", "SizeOfRank", "plan_rank", "size_of_rank"]
 FILL = 0.7
 """Fraction of capacity that a plan fills.
 
-With a falling threshold, under the guard and the KL penalty, pairs of five kinds are all recalled there but for code, and
-few at twice as much (`configs/experiments/README.md`, the planned rank and half of it).
+With a falling threshold, under the guard and the KL penalty, eight sets of pairs in nine are certain there, and two in
+nine at twice as much (`configs/experiments/README.md`, the planned rank and half of it).
 """
 
 

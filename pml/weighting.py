@@ -256,16 +256,16 @@ class WholeTargets(FallingThreshold):
 
 
 @dataclass
-class ExpectedRecall(Weighting):
-    """Weight 1 for tokens that are not right by a margin, and each other token's `expected_recall_slope`.
+class ExpectedRecall(FallingThreshold):
+    """`FallingThreshold`, with each right token's `expected_recall_slope` as its weight.
 
     Aim: most tokens certain, and none of them bought with a wrong one. To be right costs an adapter less than to be
-    certain. So what is not right yet has the whole budget, and among right tokens the slope prefers those whose
+    certain. So what is not right by a margin has the whole budget, and among right tokens the slope prefers those whose
     probability is near 0.5. Its temperature falls over the run: a right token far from certain gets less and less of
     the budget, down to the floor, and all of it again as soon as another token is about to win.
 
     Args:
-        temperature_start: Temperature in nats at the first step.
+        temperature_start: Temperature of the slope in nats at the first step.
         temperature_end: The same at the last step; by equal factors in between.
         floor: Least weight of a token below threshold.
         margin: Logits by which a token has to win to count as right.
@@ -275,19 +275,17 @@ class ExpectedRecall(Weighting):
     temperature_end: float = 0.5
     floor: float = 0.1
     margin: float = 0.5
-    scheduled = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _positive(self, "temperature_start", "temperature_end")
         _share(self, "floor")
 
     def weights(self, scores: TokenScores) -> Tensor:
         assert scores.margin is not None
         temperature = geometric(self.temperature_start, self.temperature_end, self.progress)
-        losses = scores.losses.detach()
-        floor = self.floor * (losses > critical_loss(0.5)).to(losses.dtype)
-        slope = torch.maximum(expected_recall_slope(losses, temperature), floor)
-        return slope.where(scores.margin >= self.margin, torch.ones_like(slope)) * scores.mask
+        slope = expected_recall_slope(scores.losses.detach(), temperature).clamp(min=self.floor)
+        return super().weights(scores) * slope.where(scores.margin >= self.margin, torch.ones_like(slope))
 
 
 @dataclass

@@ -101,6 +101,7 @@ def test_the_command_exits_with_0_and_what_it_left_is_a_run(
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert said.startswith("4 pairs, ")
+    assert "rank 16 is taken, as given\n" in said
     assert "4 of 4 pairs are certain at rank 16 after" in said
     assert "4 of 4 came back byte for byte from transformers and PEFT alone" in said
     assert main(["certify", "out", "--dtypes=[float32]"]) == 0

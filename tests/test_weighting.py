@@ -199,20 +199,20 @@ def test_expected_recall_weighs_what_is_right_by_the_slope_at_the_temperature_of
     assert weighting.weights(right)[0].tolist() == pytest.approx([*map(by_hand, (0.1, 2, 0.7, 3)), 0], rel=1e-6)
 
 
-def test_a_right_token_below_threshold_keeps_the_floor_of_expected_recall_and_a_safe_one_does_not() -> None:
-    weighting = ExpectedRecall(temperature_end=0.1, floor=0.25)
+def test_expected_recall_keeps_a_floor_for_what_is_far_from_certain_and_nothing_for_what_is_safe() -> None:
+    weighting = ExpectedRecall(end=0.6, temperature_end=0.1, floor=0.25)
     weighting.progress = 1.0
     right = ONE._replace(margin=torch.full((1, 5), 3.0))
-    # s = sigmoid(5.93) for the loss of 0.1.
-    assert weighting.weights(right)[0].tolist() == pytest.approx([4 * 0.99735 * 0.00265, 0.25, 1, 0.25, 0], abs=2e-3)
+    # 0.1 lies below -ln 0.6; s = sigmoid(-0.0685) for 0.7.
+    assert weighting.weights(right)[0].tolist() == pytest.approx([0, 0.25, 0.99883, 0.25, 0], abs=1e-5)
 
 
 def test_expected_recall_gives_full_weight_to_tokens_that_do_not_win_by_the_margin() -> None:
     weighting = ExpectedRecall(temperature_end=0.1, floor=0.25, margin=1.5)
     weighting.progress = 1.0
-    # Tokens 2 and 4 lose, token 3 wins by too little; padding never has weight.
-    won_by = ONE._replace(margin=torch.tensor([[1.5, -2.0, 1.4, -0.1, -9.0]]))
-    assert weighting.weights(won_by)[0].tolist() == pytest.approx([4 * 0.99735 * 0.00265, 1, 1, 1, 0], abs=2e-3)
+    # Token 2 wins by just enough, token 3 by too little, token 4 loses; padding never has weight.
+    won_by = ONE._replace(margin=torch.tensor([[-1.0, 1.5, 1.4, -0.1, -9.0]]))
+    assert weighting.weights(won_by)[0].tolist() == pytest.approx([0, 0.25, 1, 1, 0])
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def run(args: jsonargparse.Namespace) -> int:
         "target_column",
         "seed",
     )
-    with _Shown(quiet=args.json) as shown:
+    with _Shown(quiet=args.json, rank=args.rank) as shown:
         made = memorize(
             args.pairs,
             args.out,
@@ -102,10 +102,11 @@ def run(args: jsonargparse.Namespace) -> int:
 class _Shown:
     """What is seen of a training: a bar in a terminal, else a line now and then."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, rank: int | None) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._quiet = quiet
+        self._rank = rank
         self._console = make_console(stderr=True)
         self._bar = None
         self._task: Any = None
@@ -127,6 +128,8 @@ class _Shown:
         lines = plan.lines() if plan else [f"{len(corpus):,} pairs, {corpus.target_tokens:,} target tokens"]
         for line in lines:
             say(line)
+        if self._rank is not None:
+            say(f"rank {self._rank} is taken, as given")
 
     def progress(self, now: "Progress") -> None:
         text = (
