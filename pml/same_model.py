@@ -38,6 +38,8 @@ def asked_model(arguments: Sequence[str], configs: Sequence[Path]) -> dict[str, 
     Example:
         >>> asked_model(["--model=SFT", "--model.adapter.rank=4", "--model.init_args.seed", "3"], [])
         {'class': 'SFT', 'adapter': {'rank': 4}, 'seed': 3}
+        >>> asked_model(['--model={"class_path": "pml.MemFT", "init_args": {"weighting": "OnlyThreshold"}}'], [])
+        {'class': 'MemFT', 'weighting': 'OnlyThreshold'}
     """
     asked: dict[str, Any] = {}
     for config in configs:
@@ -51,7 +53,8 @@ def asked_model(arguments: Sequence[str], configs: Sequence[Path]) -> dict[str, 
         if not equals:
             text = given[number + 1] if number + 1 < len(given) else ""
         keys = [key for key in name.removeprefix("--model").split(".") if key not in ("", "init_args")]
-        value: Any = _settings(yaml.safe_load(text) if keys else text)
+        # A class by its name alone is no YAML; as cells of a grid are given, it comes with its arguments.
+        value: Any = _settings(yaml.safe_load(text) if keys or text.lstrip().startswith("{") else text)
         for key in reversed(keys):
             value = {"class" if key == "class_path" else key: value}
         _lay_over(asked, value if isinstance(value, dict) else {"class": _class(str(value))})

@@ -244,7 +244,8 @@ def test_a_stopped_sweep_goes_on_with_the_cell_that_was_running(
         },
     }
     Path("base.yaml").write_text(yaml.safe_dump(base))
-    grid = {"base": "base.yaml", "out": "out", "grid": {"model.init_args.adapter.rank": [2, 3]}}
+    method = {"class_path": "MemFT", "init_args": {"weighting": {"class_path": "pml.weighting.OnlyThreshold"}}}
+    grid = {"base": "base.yaml", "out": "out", "grid": {"model": [method], "model.init_args.adapter.rank": [2, 3]}}
     Path("grid.yaml").write_text(yaml.safe_dump(grid))
     assert main(["sweep", "grid.yaml"]) == 143
     assert capsys.readouterr().err.splitlines()[-1] == (
