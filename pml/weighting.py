@@ -228,34 +228,6 @@ class FallingThreshold(Weighting):
 
 
 @dataclass
-class WholeTargets(FallingThreshold):
-    """`FallingThreshold`, with more weight for targets that are nearly certain as a whole: `within_reach`.
-
-    Aim: most targets certain from the first token to the last, where not all can be had. The temperature of
-    `within_reach` falls over the run. With a single target in a batch it is `FallingThreshold`.
-
-    Args:
-        reach_start: Shortfall in nats that cuts a target's weight to 1/e at the first step, less the floor.
-        reach_end: The same at the last step; by equal factors in between.
-        floor: Share of its weight that a target out of reach keeps.
-    """
-
-    reach_start: float = 32.0
-    reach_end: float = 4.0
-    floor: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _positive(self, "reach_start", "reach_end")
-        _share(self, "floor")
-
-    def weights(self, scores: TokenScores) -> Tensor:
-        temperature = geometric(self.reach_start, self.reach_end, self.progress)
-        reach = within_reach(scores.losses.detach(), scores.mask, temperature, self.floor)
-        return super().weights(scores) * reach
-
-
-@dataclass
 class ExpectedRecall(FallingThreshold):
     """`FallingThreshold`, with each right token's `expected_recall_slope` as its weight.
 
@@ -286,6 +258,34 @@ class ExpectedRecall(FallingThreshold):
         temperature = geometric(self.temperature_start, self.temperature_end, self.progress)
         slope = expected_recall_slope(scores.losses.detach(), temperature).clamp(min=self.floor)
         return super().weights(scores) * slope.where(scores.margin >= self.margin, torch.ones_like(slope))
+
+
+@dataclass
+class WholeTargets(ExpectedRecall):
+    """`ExpectedRecall`, with more weight for targets that are nearly certain as a whole: `within_reach`.
+
+    Aim: most targets certain from the first token to the last, where not all can be had. The temperature of
+    `within_reach` falls over the run. With a single target in a batch it is `ExpectedRecall`.
+
+    Args:
+        reach_start: Shortfall in nats that cuts a target's weight to 1/e at the first step, less the floor.
+        reach_end: The same at the last step; by equal factors in between.
+        reach_floor: Share of its weight that a target out of reach keeps.
+    """
+
+    reach_start: float = 32.0
+    reach_end: float = 4.0
+    reach_floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "reach_start", "reach_end")
+        _share(self, "reach_floor")
+
+    def weights(self, scores: TokenScores) -> Tensor:
+        temperature = geometric(self.reach_start, self.reach_end, self.progress)
+        reach = within_reach(scores.losses.detach(), scores.mask, temperature, self.reach_floor)
+        return super().weights(scores) * reach
 
 
 @dataclass

@@ -40,6 +40,13 @@ def _served_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pml.memorizing.serve", lambda *asked: served._answers(served._job(*asked)))
 
 
+@pytest.fixture
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts of one epoch."""
+    monkeypatch.setattr("pml.memorizing.EPOCHS", 1)
+    monkeypatch.setattr("pml.memorizing.FEWEST_STEPS", 1)
+
+
 @pytest.fixture(scope="module")
 def memorized(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Memorized, list[Any]]:
     """The backbone, what came of writing the facts into it, and what was told of it meanwhile."""
@@ -111,12 +118,10 @@ def test_the_command_exits_with_0_and_what_it_left_is_a_run(
     assert "out has something in it; choose another folder, or say overwrite" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("_served_here")
+@pytest.mark.usefixtures("_served_here", "_brief")
 def test_what_cannot_be_held_is_listed_and_the_exit_code_is_1(
-    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pml.memorizing.EPOCHS", 1)
-    monkeypatch.setattr("pml.memorizing.FEWEST_STEPS", 1)
     (tmp_path / "facts.csv").write_text("query,target\na?,1\nb?,2\n")
     arguments = ["memorize", "facts.csv", "--out=out", f"--backbone={tiny_backbone_folder}", "--guard=false"]
     assert main([*arguments, "--rank=1", "--block=1", "--json"]) == 1
@@ -126,12 +131,10 @@ def test_what_cannot_be_held_is_listed_and_the_exit_code_is_1(
     assert told["pairs"][0]["verdict"] == "failing" and told["pairs"][0]["served"] is False
 
 
-@pytest.mark.usefixtures("_served_here")
+@pytest.mark.usefixtures("_served_here", "_brief")
 def test_a_falling_threshold_is_trained_on_below_four_times_the_planned_rank_and_the_plain_loss_from_there(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pml.memorizing.EPOCHS", 1)
-    monkeypatch.setattr("pml.memorizing.FEWEST_STEPS", 1)
     monkeypatch.setattr("pml.memorizing.DOUBLINGS", 0)
     settings: dict[str, Any] = {"backbone": str(tiny_backbone_folder), "block": 1, "placement": ALL, "guard": None}
     first = pml.memorize(FACTS, tmp_path / "first", rank=1, **settings)
@@ -145,12 +148,8 @@ def test_a_falling_threshold_is_trained_on_below_four_times_the_planned_rank_and
         assert (made.rank, made.record.method) == (rank, method)
 
 
-@pytest.mark.usefixtures("_served_here")
-def test_the_rank_does_not_grow_beyond_what_the_guard_leaves_free(
-    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pml.memorizing.EPOCHS", 1)
-    monkeypatch.setattr("pml.memorizing.FEWEST_STEPS", 1)
+@pytest.mark.usefixtures("_served_here", "_brief")
+def test_the_rank_does_not_grow_beyond_what_the_guard_leaves_free(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     guard = GuardConfig(directions=27)  # of 32: five are free
     made = pml.memorize(
         FACTS, tmp_path / "out", backbone=str(tiny_backbone_folder), rank=2, block=1, placement=["q_proj"], guard=guard

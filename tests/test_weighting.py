@@ -172,17 +172,23 @@ def test_a_target_is_within_reach_by_what_its_tokens_lack() -> None:
     assert reach.flatten().tolist() == pytest.approx([1, 0.2 + 0.8 * math.exp(-2)])
 
 
-def test_whole_targets_multiplies_threshold_and_reach() -> None:
-    weighting = WholeTargets(start=0.9, end=0.6, reach_start=8, reach_end=2, floor=0.25)
+def test_whole_targets_multiplies_expected_recall_and_reach() -> None:
+    weighting = WholeTargets(start=0.9, end=0.6, reach_start=8, reach_end=2, reach_floor=0.25)
     weighting.progress = 0.5
     reach = 0.25 + 0.75 * math.exp(-((2 - math.log(2)) + (0.7 - math.log(2)) + (3 - math.log(2))) / 4)
-    # 0.1 lies below the critical loss of sqrt(ln 0.9 ln 0.6) = 0.232.
-    assert weighting.weights(ONE)[0].tolist() == pytest.approx([0, reach, reach, reach, 0], rel=1e-5)
+    # 0.1 lies below the critical loss of sqrt(ln 0.9 ln 0.6) = 0.232; what is wrong has full weight but for the reach.
+    wrong = ONE._replace(margin=torch.full((1, 5), -1.0))
+    assert weighting.weights(wrong)[0].tolist() == pytest.approx([0, reach, reach, reach, 0], rel=1e-5)
+    right = ONE._replace(margin=torch.full((1, 5), 1.0))
+    tokens = ExpectedRecall(start=0.9, end=0.6)
+    tokens.progress = 0.5
+    torch.testing.assert_close(weighting.weights(right), tokens.weights(right) * reach)
 
 
 def test_a_target_out_of_reach_keeps_its_floor() -> None:
     far = scores([[50.0, 60.0], [2.0, 0.1]], [[0, 0], [0, 1]], [2, 2], [0, 1])
-    weighting = WholeTargets(floor=0.25)
+    far = far._replace(margin=torch.full((2, 2), -1.0))
+    weighting = WholeTargets(reach_floor=0.25)
     weighting.progress = 1.0
     assert weighting.weights(far)[0].tolist() == pytest.approx([0.25, 0.25])
 
@@ -221,7 +227,7 @@ def test_expected_recall_gives_full_weight_to_tokens_that_do_not_win_by_the_marg
         (lambda: FallingThreshold(start=0.5, end=0.9), "the threshold rises from 0.5 to 0.9"),
         (lambda: ExpectedRecall(temperature_end=0.0), "temperature_end is 0.0; expected a number above 0"),
         (lambda: WholeTargets(reach_end=float("nan")), "reach_end is nan; expected a number above 0"),
-        (lambda: WholeTargets(floor=0.0), "floor is 0.0; expected a share above 0"),
+        (lambda: WholeTargets(reach_floor=0.0), "reach_floor is 0.0; expected a share above 0"),
         (lambda: ExpectedRecall(floor=1.5), "ExpectedRecall: floor is 1.5; expected a share above 0"),
     ],
 )
