@@ -53,7 +53,7 @@ def asked_model(arguments: Sequence[str], configs: Sequence[Path]) -> dict[str, 
         if not equals:
             text = given[number + 1] if number + 1 < len(given) else ""
         keys = [key for key in name.removeprefix("--model").split(".") if key not in ("", "init_args")]
-        # A class by its name alone is no YAML; as cells of a grid are given, it comes with its arguments.
+        # The bare name of a class is taken as it stands; a sweep gives a class with its arguments, as JSON.
         value: Any = _settings(yaml.safe_load(text) if keys or text.lstrip().startswith("{") else text)
         for key in reversed(keys):
             value = {"class" if key == "class_path" else key: value}

@@ -231,15 +231,15 @@ class FallingThreshold(Weighting):
 class ExpectedRecall(FallingThreshold):
     """`FallingThreshold`, with each right token's `expected_recall_slope` as its weight.
 
-    Aim: most tokens certain, and none of them bought with a wrong one. To be right costs an adapter less than to be
-    certain. So what is not right by a margin has the whole budget, and among right tokens the slope prefers those whose
-    probability is near 0.5. Its temperature falls over the run: a right token far from certain gets less and less of
-    the budget, down to the floor, and all of it again as soon as another token is about to win.
+    Aim: most tokens certain, without making others wrong. To be right costs an adapter less than to be certain. So what
+    is not right by a margin has full weight, and among right tokens the slope prefers those whose probability is near
+    0.5. Its temperature falls over the run: a right token far from certain gets less and less weight, down to the
+    floor, and full weight again as soon as another token is about to win.
 
     Args:
         temperature_start: Temperature of the slope in nats at the first step.
         temperature_end: The same at the last step; by equal factors in between.
-        floor: Least weight of a token below threshold.
+        floor: Least weight of a right token that is not safe yet.
         margin: Logits by which a token has to win to count as right.
     """
 

@@ -108,7 +108,7 @@ def test_the_command_exits_with_0_and_what_it_left_is_a_run(
     assert main(arguments) == 0
     said = capsys.readouterr().out
     assert said.startswith("4 pairs, ")
-    assert "rank 16 is taken, as given\n" in said
+    assert "training begins at rank 16\n" in said
     assert "4 of 4 pairs are certain at rank 16 after" in said
     assert "4 of 4 came back byte for byte from transformers and PEFT alone" in said
     assert main(["certify", "out", "--dtypes=[float32]"]) == 0
@@ -137,12 +137,12 @@ def test_a_falling_threshold_is_trained_on_below_four_times_the_planned_rank_and
 ) -> None:
     monkeypatch.setattr("pml.memorizing.DOUBLINGS", 0)
     settings: dict[str, Any] = {"backbone": str(tiny_backbone_folder), "block": 1, "placement": ALL, "guard": None}
-    first = pml.memorize(FACTS, tmp_path / "first", rank=1, **settings)
+    first = pml.memorize(FACTS, tmp_path / "first", rank=1, margin=0.9, **settings)
     assert first.plan is not None
-    assert (first.record.method, first.record.method_settings["weighting"]["class_path"]) == (
-        "memft",
-        "pml.weighting.FallingThreshold",
-    )
+    # It does not fall below where training stops.
+    threshold = {"start": 0.999, "end": 0.9, "when_memorized": "skip"}
+    weighting = {"class_path": "pml.weighting.FallingThreshold", "init_args": threshold}
+    assert (first.record.method, first.record.method_settings["weighting"]) == ("memft", weighting)
     for rank, method in ((4 * first.plan.rank - 1, "memft"), (4 * first.plan.rank, "sft")):
         made = pml.memorize(FACTS, tmp_path / str(rank), rank=rank, **settings)
         assert (made.rank, made.record.method) == (rank, method)

@@ -137,7 +137,7 @@ def _timed(callbacks: Sequence[Any]) -> Iterator[list[float]]:
 
 def _bare_steps(module: Memorization, batch: dict[str, Any], count: int) -> list[float]:
     batch = on_device(batch, module.backbone.model.device)
-    module.frozen_layers.replay()  # as in the fit, at whose end it stopped
+    module.frozen_layers.replay(module.cuda_graphs)  # as in the fit, at whose end it stopped
     optimizer = make_adamw(adapter_parameters(module.model).values(), 1e-3, (0.9, 0.999), 0.0)
     return timed_steps(lambda: pml_loss(module, batch), optimizer, module.matmul_precision, count)
 

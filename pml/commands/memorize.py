@@ -81,7 +81,7 @@ def run(args: jsonargparse.Namespace) -> int:
         "target_column",
         "seed",
     )
-    with _Shown(quiet=args.json, rank=args.rank) as shown:
+    with _Shown(quiet=args.json) as shown:
         made = memorize(
             args.pairs,
             args.out,
@@ -102,11 +102,10 @@ def run(args: jsonargparse.Namespace) -> int:
 class _Shown:
     """What is seen of a training: a bar in a terminal, else a line now and then."""
 
-    def __init__(self, quiet: bool, rank: int | None) -> None:
+    def __init__(self, quiet: bool) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self._quiet = quiet
-        self._rank = rank
         self._console = make_console(stderr=True)
         self._bar = None
         self._task: Any = None
@@ -122,14 +121,14 @@ class _Shown:
     def __exit__(self, *exception: Any) -> None:
         (self._bar or nullcontext()).__exit__(*exception)
 
-    def plan(self, corpus: "Corpus", plan: "RankPlan | None") -> None:
+    def plan(self, corpus: "Corpus", plan: "RankPlan | None", rank: int) -> None:
         if self._quiet:
             return
         lines = plan.lines() if plan else [f"{len(corpus):,} pairs, {corpus.target_tokens:,} target tokens"]
         for line in lines:
             say(line)
-        if self._rank is not None:
-            say(f"rank {self._rank} is taken, as given")
+        if plan is None or plan.rank != rank:
+            say(f"training begins at rank {rank}")
 
     def progress(self, now: "Progress") -> None:
         text = (

@@ -3,7 +3,8 @@
     python configs/experiments/gpu/planned_pairs.py planned     # planned/*.jsonl, planned/plans.json, planned/grid.yaml
     pml sweep planned/grid.yaml
 
-`--draw 1` makes twelve others, on which no setting was chosen; `--constants` takes a file of `pml calibrate --out`.
+`planned_1 --draw 1` makes twelve others, on which no setting was chosen; `--constants` takes a file of `pml calibrate
+--out`.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from pml.storage_constants import read_constants
 
 MODULES = (
     ("argparse", "calendar", "configparser", "difflib", "ftplib", "shutil", "statistics", "textwrap", "zipapp"),
-    ("fractions", "gettext", "inspect", "mailbox", "optparse", "pathlib", "tarfile", "uuid", "zipfile"),
+    ("fractions", "gettext", "imaplib", "inspect", "mailbox", "optparse", "smtplib", "tarfile", "uuid"),
 )
 """Of the standard library, whose functions are the code of a draw."""
 
