@@ -1,7 +1,8 @@
 """How many bits a parameter stores on your backbone: rank 1 is given more random tokens than it holds.
 
-Adapters are trained with the rate, guard and penalty of `pml memorize`, on the plain loss, a few short pairs at a time. How an adapter is trained decides what
-it stores as much as where it sits: with one long text at a high rate and no penalty it stores twice as much.
+Adapters are trained with the rate, guard and penalty of `pml memorize`, on the plain loss, a few short pairs at a
+time. How an adapter is trained decides what it stores as much as where it sits: with one long text at a high rate and
+no penalty it stores twice as much.
 """
 
 import math

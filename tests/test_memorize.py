@@ -44,7 +44,7 @@ def _served_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts of one epoch."""
     monkeypatch.setattr("pml.memorizing.EPOCHS", 1)
-    monkeypatch.setattr("pml.memorizing.FEWEST_STEPS", 1)
+    monkeypatch.setattr("pml.memorizing.FEWEST_STEPS", {"plain": 1, "falling": 1})
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def main(folder: Path, constants: Path | None, draw: int) -> None:
             {
                 "data.init_args.path": [str(path)],
                 "model.init_args.adapter.rank": ranks,
-                "trainer.max_epochs": [most_epochs(plan.pairs)],
+                "trainer.max_epochs": [most_epochs(plan.pairs, "falling")],
             }
         )
     (folder / "plans.json").write_text(json.dumps(plans, indent=1))
