@@ -26,8 +26,8 @@ __all__ = ["RankPlan", "SizeOfRank", "plan_rank", "size_of_rank"]
 FILL = 0.7
 """Fraction of capacity that a plan fills.
 
-Chosen on twelve sets of pairs under the guard and the KL penalty: with a falling threshold, nine of the ten that were
-run are certain there, and two of nine at twice as much; the plain loss needs about four times the rank
+Chosen on twelve sets of pairs under the guard and the KL penalty: with a falling threshold, ten of the eleven that
+were run are certain there, and two of nine at twice as much; the plain loss needs about four times the rank
 (`configs/experiments/README.md`, the planned rank and half of it).
 """
 
