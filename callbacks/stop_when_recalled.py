@@ -13,6 +13,7 @@ from pml.certificate import Rounding
 from pml.corpus import Example
 from pml.errors import InputError
 from pml.modules import Memorization
+from pml.output_rows import tokens_with_equal_rows
 from pml.ranks import is_first_rank, summed_over_ranks
 from pml.recall import certified, rounding_of_corpus
 from pml.weighting import TokenScores
@@ -33,6 +34,8 @@ class StopWhenRecalled(Callback):
     with teacher forcing, on the corpus itself, and every token's logit also has to lie above all others by more than
     the largest difference seen.
 
+    Target tokens that no training can make certain are named before the first step; see `pml.output_rows`.
+
     Args:
         margin: Probability that every target token has to exceed, in [0, 1).
     """
@@ -48,6 +51,20 @@ class StopWhenRecalled(Callback):
         self._unsure: Tensor | None = None
         self._seen = 0
         self._restored = (0, 0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Memorization)
+        corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
+        targets = {token for example in corpus.examples for token in example.target_ids}
+        head = pl_module.frozen_layers.head
+        equal = {} if head is None else tokens_with_equal_rows(head, targets)
+        if equal and trainer.is_global_zero:
+            names = pl_module.tokenizer.convert_ids_to_tokens
+            log.warning(
+                "the targets cannot all become certain: some of their tokens always have the same logit as another, so "
+                "that their probability is 0.5 at most (%s)",
+                ", ".join(f"{names(token)!r} and {names(other)!r}" for token, other in sorted(equal.items())),
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unsure, self._seen = None, 0

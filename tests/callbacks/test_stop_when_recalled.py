@@ -71,6 +71,24 @@ def test_dropout_has_no_say_in_the_certificate(sharp: Path, tmp_path: Path) -> N
     assert certified(score_corpus(module, data.val_dataloader()))
 
 
+def test_target_tokens_that_cannot_become_certain_are_named_before_the_first_step(
+    sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, module = Ids(uneven(3)), module_on(sharp)
+    module.configure_model()
+    target = data.examples[0].target_ids[0]
+    other = next(token for token in range(module.vocab_size) if all(token not in e.target_ids for e in data.examples))
+    with caplog.at_level(logging.WARNING):
+        fit(module, data, tmp_path / "before", StopWhenRecalled(), epochs=1)
+        assert "cannot all become certain" not in caplog.text
+        head = module.backbone.model.get_output_embeddings()
+        with torch.no_grad():
+            head.weight[other] = head.weight[target]
+        fit(module, data, tmp_path / "after", StopWhenRecalled(), epochs=1)
+    names = module.tokenizer.convert_ids_to_tokens([target, other])
+    assert f"so that their probability is 0.5 at most ({names[0]!r} and {names[1]!r})" in caplog.text
+
+
 def test_a_higher_margin_takes_longer_and_is_reached(sharp: Path, tmp_path: Path) -> None:
     steps = []
     for margin in (0.0, 0.5, 0.8):
