@@ -237,12 +237,15 @@ class ExpectedRecall(FallingThreshold):
     floor, and full weight again as soon as another token is about to win.
 
     Args:
+        start: Probability above which a token gets no weight at the first step; lower than in `FallingThreshold`, since
+            what a certain token does not take, others can have.
         temperature_start: Temperature of the slope in nats at the first step.
         temperature_end: The same at the last step; by equal factors in between.
         floor: Least weight of a right token that is not safe yet.
         margin: Logits by which a token has to win to count as right.
     """
 
+    start: float = 0.8
     temperature_start: float = 2.0
     temperature_end: float = 0.5
     floor: float = 0.1

@@ -194,7 +194,7 @@ def test_a_target_out_of_reach_keeps_its_floor() -> None:
 
 
 def test_expected_recall_weighs_what_is_right_by_the_slope_at_the_temperature_of_the_moment() -> None:
-    weighting = ExpectedRecall(temperature_start=4.0, temperature_end=1.0)
+    weighting = ExpectedRecall(start=0.999, temperature_start=4.0, temperature_end=1.0)
     weighting.progress = 0.5
 
     def by_hand(loss: float) -> float:
