@@ -87,7 +87,7 @@ def test_the_rank_is_the_smallest_that_holds_the_bits(tiny_backbone: Backbone) -
     first, second, third = plan.lines()
     assert first.startswith("2 pairs, 5 target tokens: ")
     assert second.startswith(f"rank {plan.rank} ({plan.rank_interval[0]} to {plan.rank_interval[1]}) in mlp_block: ")
-    assert third == "rests on 0.5 bits a parameter (0.25 to 1, range; a test), filled to 70%"
+    assert third == "rests on 0.5 bits a parameter (0.25 to 1, range; a test), filled to 50%"
 
 
 def test_more_than_fits_is_refused(tiny_backbone: Backbone) -> None:
