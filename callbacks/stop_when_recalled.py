@@ -62,7 +62,7 @@ class StopWhenRecalled(Callback):
             names = pl_module.tokenizer.convert_ids_to_tokens
             log.warning(
                 "the targets cannot all become certain: some of their tokens always have the same logit as another, so "
-                "that their probability is 0.5 at most (%s)",
+                "that their probability is 0.5 at most (%s); put others in their place",
                 ", ".join(f"{names(token)!r} and {names(other)!r}" for token, other in sorted(equal.items())),
             )
 
