@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from callbacks._logging import exact_scores
 from pml.certificate import Rounding
@@ -52,12 +52,13 @@ class StopWhenRecalled(Callback):
         self._seen = 0
         self._restored = (0, 0)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         assert isinstance(pl_module, Memorization)
+        head = pl_module.backbone.model.get_output_embeddings()
+        if stage != "fit" or not isinstance(head, nn.Linear):
+            return
         corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
-        targets = {token for example in corpus.examples for token in example.target_ids}
-        head = pl_module.frozen_layers.head
-        equal = {} if head is None else tokens_with_equal_rows(head, targets)
+        equal = tokens_with_equal_rows(head, {token for example in corpus.examples for token in example.target_ids})
         if equal and trainer.is_global_zero:
             names = pl_module.tokenizer.convert_ids_to_tokens
             log.warning(
