@@ -53,9 +53,11 @@ class StopWhenRecalled(Callback):
         self._restored = (0, 0)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
         assert isinstance(pl_module, Memorization)
         head = pl_module.backbone.model.get_output_embeddings()
-        if stage != "fit" or not isinstance(head, nn.Linear):
+        if not isinstance(head, nn.Linear):
             return
         corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
         equal = tokens_with_equal_rows(head, {token for example in corpus.examples for token in example.target_ids})

@@ -26,9 +26,10 @@ def tokens_with_equal_rows(head: nn.Linear, tokens: Iterable[int]) -> dict[int, 
     suspects = set((size[group] > 1).nonzero().flatten().tolist())
     found = {}
     for token in suspects.intersection(tokens):
-        for other in (group == group[token]).nonzero().flatten().tolist():
-            same = torch.equal(weight[other], weight[token]) and (bias is None or bool(bias[other] == bias[token]))
-            if same and other != token:
-                found[token] = other
-                break
+        rows = (group == group[token]).nonzero().flatten()
+        alike = (weight[rows] == weight[token]).all(dim=1) & (rows != token)
+        if bias is not None:
+            alike &= bias[rows] == bias[token]
+        if alike.any():
+            found[token] = int(rows[alike][0])
     return found
