@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from safetensors import SafetensorError
 
 from callbacks._logging import exact_scores, log_everywhere, log_settings
@@ -17,6 +18,7 @@ from pml.adapter import adapter_parameters
 from pml.convergence import LossHistory
 from pml.corpus import Corpus
 from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, write_corpus
+from pml.decoding import plain_decoding
 from pml.disk import disk_trouble
 from pml.errors import InputError
 from pml.measures import curve_ends, recall_measures
@@ -28,6 +30,7 @@ from pml.records import RECORD_NAME, MeasuresForRecord, Record, Status, write_re
 from pml.run_folder import folder_of_loggers, write_configuration
 from pml.saved_adapter import save_adapter
 from pml.stopping import Stopped
+from pml.token_history import HISTORY_NAME
 from pml.token_results import TOKENS_NAME, write_tokens
 from pml.weighting import TokenScores, critical_loss
 
@@ -70,6 +73,8 @@ class RunRecord(Callback):
         self.extraction_samples = extraction_samples
         self.record: Record | None = None
         """What the last fit came to; None before."""
+        self.grown_from: Record | None = None
+        """Of the smaller adapter that the fit starts from, if one was grown; its steps and time count too."""
         self.folder = Path()
         """Where the run's results go; known once the fit is set up."""
         self._initial: TokenScores | None = None
@@ -208,6 +213,8 @@ class RunRecord(Callback):
             "interrupted" if not ended else "finished" if math.isfinite(fields["final_loss"]) else "diverged"
         )
         self.record = Record(status=status, **fields)
+        if self.grown_from is not None:
+            self.record = self.record.after(self.grown_from)
         self._write_results(trainer, pl_module, corpus, scores)
         self._say(self.record, pl_module)
 
@@ -215,7 +222,8 @@ class RunRecord(Callback):
         assert self.record is not None
         encoder = trainer.datamodule.encoder(pl_module.tokenizer)  # type: ignore[attr-defined]
         # The adapter comes first: it is what a full disk must not take.
-        save_adapter(pl_module.model, self.folder / "adapter", model_card(self.record, corpus, encoder))
+        card = model_card(self.record, corpus, encoder, plain_decoding(pl_module.backbone.model))
+        save_adapter(pl_module.model, self.folder / "adapter", card)
         # The record of what the adapter was before is no longer true.
         (self.folder / RECORD_NAME).unlink(missing_ok=True)
         write_tokens(self.folder / TOKENS_NAME, corpus, scores)
@@ -241,7 +249,12 @@ class RunRecord(Callback):
     def _keep_corpus(self, trainer: Trainer, pl_module: Memorization) -> None:
         """Write what the run memorises into its folder, so that it can be asked for when its source has changed."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        write_configuration(self.folder, pl_module, datamodule)
+        if self.overwrite and not self._restored:
+            # Of another run, whose corpus is replaced too.
+            for name in (HELD_OUT_NAME, HISTORY_NAME):
+                (self.folder / name).unlink(missing_ok=True)
+        by_command = any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        write_configuration(self.folder, pl_module, datamodule, replace=self.overwrite and not by_command)
         write_corpus(self.folder / CORPUS_NAME, datamodule.corpus)
         if datamodule.held_out is not None:
             write_corpus(self.folder / HELD_OUT_NAME, datamodule.held_out)

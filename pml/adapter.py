@@ -324,10 +324,12 @@ def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> Pe
     _refuse_second(model, name)
     folder = Path(folder)
     config, weights = read_saved_adapter(folder)
-    modules = dict(model.named_modules())
-    targets = config.target_modules if isinstance(config.target_modules, (set, list)) else []
-    if targets and all(target in modules and list(modules[target].children()) for target in targets):
-        _register_mlp_block(config, model, sorted(targets))
+    named = config.target_modules if isinstance(config.target_modules, (set, list)) else []
+    # Of twenty names and more PEFT saves the endings that they have in common.
+    endings = tuple(f".{name}" for name in named)
+    targets = {name: module for name, module in model.named_modules() if f".{name}".endswith(endings)}
+    if targets and all(list(module.children()) for module in targets.values()):
+        _register_mlp_block(config, model, list(targets))
     try:
         adapted = get_peft_model(model, config)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, re.error) as error:

@@ -6,6 +6,7 @@ takes p within a hair of 0.5. In 16 bits margins move by tenths: there it is mea
 is certain only where its margins are larger.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pml.corpus import Example
-from pml.decoding import CachedRows, of_one_prompt_length, tokens_at_once
+from pml.decoding import CachedRows, of_one_prompt_length, plain_decoding, tokens_at_once
 
 __all__ = [
     "PairCertificate",
@@ -114,7 +115,8 @@ def _certify(model: Any, example: Example) -> PairCertificate:
         pieces.append((*token_margins(logits, here), log_p.exp()))
         start += len(logits)
     margins, rivals, probabilities = (torch.cat(column).cpu() for column in zip(*pieces, strict=True))
-    wrong = (margins <= 0).nonzero()
+    # A margin that is not a number wins nothing.
+    wrong = (~(margins > 0)).nonzero()
     position = int(wrong[0] if len(wrong) else margins.argmin())
     certain = bool((probabilities > 0.5).all())
     return PairCertificate(
@@ -172,7 +174,8 @@ def measure_rounding(
     for batch in batches:
         for example, decoded in zip(batch, _margins_one_by_one(model, batch), strict=True):
             before = known[example.example_id][: len(decoded)].to(decoded.device)
-            largest = max(largest, float((decoded - before).abs().max()))
+            # Margins that are not numbers survive no rounding.
+            largest = max(largest, float((decoded - before).abs().nan_to_num(nan=math.inf).max()))
     return Rounding(largest, most_tokens - max(left, 0))
 
 
@@ -204,6 +207,7 @@ def greedy_answers(
                 # Decoding goes on to the longest target; what comes after a shorter one is cut off.
                 eos_token_id=None,
                 pad_token_id=0,
+                **plain_decoding(model),
             )
         rows = out[:, longest:].tolist()
         answers += [tuple(row[: len(e.target_ids)]) for row, e in zip(rows, batch, strict=True)]
@@ -249,6 +253,7 @@ def sampled_exactly(model: Any, example: Example, samples: int, temperature: flo
             max_new_tokens=len(example.target_ids),
             eos_token_id=None,
             pad_token_id=0,
+            **plain_decoding(model),
         )
     rows = out[:, ids.shape[1] :].tolist()
     return sum(tuple(row) == example.target_ids for row in rows) / samples

@@ -20,7 +20,14 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from pml.corpus import Example
 from pml.token_loss import against_the_rest, is_argmax
 
-__all__ = ["CachedRows", "generate_greedily", "greedy_tokens", "of_one_prompt_length", "tokens_at_once"]
+__all__ = [
+    "CachedRows",
+    "generate_greedily",
+    "greedy_tokens",
+    "of_one_prompt_length",
+    "plain_decoding",
+    "tokens_at_once",
+]
 
 LOGITS_BYTES = {"cpu": 64 * 2**20}
 LOGITS_BYTES_ELSEWHERE = 512 * 2**20
@@ -30,6 +37,39 @@ DOUBT = {torch.float32: 64, torch.float64: 64}
 DOUBT_IN_16_BITS = 8
 """Margins up to so many machine epsilons of the logits are not believed. Measured on the default backbone, reading
 together moves margins by up to 19 in float32, where sums of many terms add up, and by up to 4 in bfloat16."""
+
+LEAVES_LOGITS_ALONE: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": None,
+    "watermarking_config": None,
+}
+"""Settings of `generate` that change what is greedy, at the values where they do not."""
+
+
+def plain_decoding(model: Any) -> dict[str, Any]:
+    """Arguments of `generate` that turn off what the model's own `generation_config` does to logits; often none.
+
+    Some bases ship a penalty on repetition, for example, which `generate` and many servers apply to greedy decoding
+    too. A certificate is of the logits, and so holds without it.
+
+    Args:
+        model: A causal LM of transformers, with an adapter or without.
+    """
+    config = getattr(model, "generation_config", None)
+    return {
+        name: plain for name, plain in LEAVES_LOGITS_ALONE.items() if getattr(config, name, None) not in (None, plain)
+    }
 
 
 class CachedRows:
@@ -120,7 +160,7 @@ def greedy_tokens(
 ) -> dict[int, tuple[int, ...]]:
     """What greedy decoding gives for each example, by example id: as many tokens as its target has.
 
-    They are those of `model.generate(do_sample=False, eos_token_id=None)`.
+    They are those of `model.generate(do_sample=False, eos_token_id=None, **plain_decoding(model))`.
 
     Args:
         model: A causal LM of transformers, adapter and all, in evaluation mode.

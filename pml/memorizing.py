@@ -31,6 +31,7 @@ from pml.backbone import Backbone, backbone_facts, load_backbone, shared_backbon
 from pml.bare_trainer import bare_trainer
 from pml.certificate import PairCertificate, certify
 from pml.corpus import Corpus
+from pml.decoding import plain_decoding
 from pml.default_backbone import DEFAULT_BACKBONE
 from pml.devices import best_device
 from pml.errors import InputError
@@ -117,8 +118,6 @@ class Memorized:
         folder: The run's folder.
         adapter: The adapter's folder, as PEFT reads it.
         plan: The rank that the pairs need; None where one was given and none that fits is enough.
-        rank: The rank that it took.
-        steps: Optimiser steps of all attempts.
         certificates: What teacher forcing says of each pair.
         served: What transformers and PEFT alone answered; None for `mlp_block`, which PEFT cannot load.
         record: The run's record, with the harm.
@@ -128,12 +127,20 @@ class Memorized:
     folder: Path
     adapter: Path
     plan: RankPlan | None
-    rank: int
-    steps: int
     certificates: Sequence[PairCertificate]
     served: Sequence[str] | None
     record: Record
     seconds: float
+
+    @property
+    def rank(self) -> int:
+        """The rank that it took."""
+        return self.record.rank
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all attempts."""
+        return self.record.optimizer_steps
 
     @property
     def failed(self) -> list[PairCertificate]:
@@ -203,20 +210,18 @@ def memorize(
         assert rank is not None
         if on_plan is not None:
             on_plan(corpus, plan, rank)
-        module, rank, steps = _train(chosen, replace(adapter, rank=rank), plan, data, folder, on_progress)
+        module = _train(chosen, replace(adapter, rank=rank), plan, data, folder, on_progress)
         certificates = certify(module.model.eval(), corpus.examples)
-        encoder = data.encoder(module.tokenizer)
+        encoder, plain = data.encoder(module.tokenizer), plain_decoding(backbone.model)
         module.release()
     served = None
     if isinstance(adapter.placement, list):
         base = Path(backbone_facts(chosen.backbone)["path"])
-        served = serve(base, folder / "adapter", corpus.examples, encoder)
+        served = serve(base, folder / "adapter", corpus.examples, encoder, plain)
     record = read_record(folder / RECORD_NAME)
-    made = Memorized(
-        folder, folder / "adapter", plan, rank, steps, certificates, served, record, time.monotonic() - started
-    )
+    made = Memorized(folder, folder / "adapter", plan, certificates, served, record, time.monotonic() - started)
     with whole_file(made.adapter / CARD_NAME) as file:
-        file.write(model_card(record, corpus, encoder, served=served).encode())
+        file.write(model_card(record, corpus, encoder, plain, served).encode())
     return made
 
 
@@ -289,14 +294,14 @@ def _train(
     data: Any,
     folder: Path,
     on_progress: Callable[[Progress], None] | None,
-) -> tuple[Memorization, int, int]:
-    """Train until all is certain, at most `DOUBLINGS` times at twice the rank; the module, its rank, and all steps.
+) -> Memorization:
+    """Train until all is certain, at most `DOUBLINGS` times at twice the rank; the module.
 
     The objective is chosen at each rank: an adapter that has grown into room goes on with the plain loss.
     """
     observers = import_module("callbacks")
     learnt: list[tuple[Tensor, Tensor]] = []
-    total = 0
+    smaller: Record | None = None
     for attempt in range(DOUBLINGS + 1):
         settings: dict[str, Any] = {
             "backbone": chosen.backbone,
@@ -313,8 +318,9 @@ def _train(
         if learnt:
             grow(module.model, learnt)
         stop = observers.StopWhenRecalled(chosen.margin)
-        callbacks = [stop, observers.Generalization(), observers.Harm()]
-        callbacks.append(observers.RunRecord(dirpath=str(folder), overwrite=True))
+        recorder = observers.RunRecord(dirpath=str(folder), overwrite=True)
+        recorder.grown_from = smaller
+        callbacks = [stop, observers.Generalization(), observers.Harm(), recorder]
         if on_progress is not None:
             callbacks.append(_Watch(chosen.margin, adapter.rank, on_progress))
         trainer = bare_trainer(
@@ -323,13 +329,14 @@ def _train(
             default_root_dir=folder,
         )
         trainer.fit(module, datamodule=data)
-        total += trainer.global_step - module.skipped_steps
         if trainer.interrupted:
             raise KeyboardInterrupt
-        rank = adapter.rank
+        smaller, rank = recorder.record, adapter.rank
+        assert smaller is not None
         if stop.steps_to_recall is not None or attempt == DOUBLINGS or 2 * rank > _largest_rank(module):
-            return module, rank, total
-        log.info("not everything is certain at rank %d after %d steps: going on at rank %d", rank, total, 2 * rank)
+            return module
+        steps = smaller.optimizer_steps
+        log.info("not everything is certain at rank %d after %d steps: going on at rank %d", rank, steps, 2 * rank)
         learnt, adapter = weights_of(module.model), replace(adapter, rank=2 * rank)
         module.release()
     raise AssertionError("the last attempt returns")

@@ -1,7 +1,8 @@
 """The model card of an adapter: what it holds, how to ask for it, how to load it, and what is certain."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from pml.corpus import Corpus
 from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
@@ -44,21 +45,28 @@ ASK_TEMPLATE = """ids = tokenizer.apply_chat_template(
     {turns},
     add_generation_prompt=True, sanitize_control_tokens=True, return_tensors="pt", return_dict=True,{variables}
 )
-out = model.generate(**ids, do_sample=False, max_new_tokens={tokens}, eos_token_id={end})
+out = model.generate(**ids, do_sample=False, max_new_tokens={tokens}, eos_token_id={end}{plain})
 print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
 ASK_PLAIN = """ids = tokenizer({query!r}, return_tensors="pt", add_special_tokens=False)
-out = model.generate(**ids, do_sample=False, max_new_tokens={tokens}, eos_token_id={end})
+out = model.generate(**ids, do_sample=False, max_new_tokens={tokens}, eos_token_id={end}{plain})
 print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
 
-def model_card(record: Record, corpus: Corpus, encoder: TextEncoder, served: Sequence[str] | None = None) -> str:
+def model_card(
+    record: Record,
+    corpus: Corpus,
+    encoder: TextEncoder,
+    plain: Mapping[str, Any],
+    served: Sequence[str] | None = None,
+) -> str:
     """A model card as Markdown, with the header that model hubs read.
 
     Args:
         record: Of the run that made the adapter.
         corpus: What it memorised; of it the card shows queries, and no target.
         encoder: How the run turned text into token ids.
+        plain: Arguments of `generate` that turn off what the base does to logits, see `pml.decoding.plain_decoding`.
         served: What a process with transformers and PEFT alone has answered, see `pml.served`; None where none did.
     """
     base = DEFAULT_HUB_ID if record.backbone == DEFAULT_BACKBONE else record.backbone
@@ -75,8 +83,8 @@ def model_card(record: Record, corpus: Corpus, encoder: TextEncoder, served: Seq
         "## What it knows\n",
         _queries(corpus) + "\n",
         "## Load it and ask\n",
-        loads.format(base=base, ask=_ask(corpus, encoder)) + "\n",
-        _format(encoder) + "\n",
+        loads.format(base=base, ask=_ask(corpus, encoder, plain)) + "\n",
+        _format(encoder, plain) + "\n",
         "## What is certain\n",
         _certificate(record) + _served(corpus, served) + "\n",
         *(["## What it costs\n", _harm(record) + "\n"] if record.harm else []),
@@ -128,27 +136,37 @@ def _placement(record: Record) -> str:
     return "beside the whole MLP" if isinstance(record.placement, str) else ", ".join(record.placement)
 
 
-def _ask(corpus: Corpus, encoder: TextEncoder) -> str:
+def _ask(corpus: Corpus, encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
     first = corpus.examples[0]
+    arguments = "".join(f", {name}={value!r}" for name, value in plain.items())
     tokens = max(len(example.target_ids) for example in corpus.examples)
     if encoder.template is None:
         prompt = encoder.decode(first.prompt_ids)
-        return ASK_PLAIN.format(query=prompt, tokens=tokens, end=encoder.end_of_turn_id)
+        return ASK_PLAIN.format(query=prompt, tokens=tokens, end=encoder.end_of_turn_id, plain=arguments)
     variables = "".join(f" {key}={value!r}," for key, value in encoder.form.template_kwargs.items())
     turns = encoder.template.turns(first.query)
-    return ASK_TEMPLATE.format(turns=turns, tokens=tokens, end=encoder.end_of_turn_id, variables=variables)
+    return ASK_TEMPLATE.format(
+        turns=turns, tokens=tokens, end=encoder.end_of_turn_id, variables=variables, plain=arguments
+    )
 
 
-def _format(encoder: TextEncoder) -> str:
+def _format(encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
+    lines = []
     if encoder.template is None:
-        return "The query stands alone: no chat template was used."
-    lines = ["The query is one user turn of the base's chat template."]
-    if encoder.form.system is not None:
-        lines.append(f"Before it stands the system text {encoder.form.system!r}.")
-    if encoder.form.template_kwargs:
-        lines.append(f"Variables of the template: `{json.dumps(dict(encoder.form.template_kwargs))}`.")
-    if encoder.template.shows_date:
-        lines.append(f"The template writes the date; prompts said {encoder.form.template_date}. Give it the same.")
+        lines.append("The query stands alone: no chat template was used.")
+    else:
+        lines.append("The query is one user turn of the base's chat template.")
+        if encoder.form.system is not None:
+            lines.append(f"Before it stands the system text {encoder.form.system!r}.")
+        if encoder.form.template_kwargs:
+            lines.append(f"Variables of the template: `{json.dumps(dict(encoder.form.template_kwargs))}`.")
+        if encoder.template.shows_date:
+            lines.append(f"The template writes the date; prompts said {encoder.form.template_date}. Give it the same.")
+    if plain:
+        lines.append(
+            f"The base's `generation_config.json` sets {', '.join(f'`{name}`' for name in plain)}, which can change "
+            "answers even where nothing is sampled. The call above turns that off; a server has to as well."
+        )
     return " ".join(lines)
 
 

@@ -88,6 +88,7 @@ class Record(pydantic.BaseModel):
         seed: Seed of the run.
         optimizer_steps: Steps taken.
         resumed: How often the fit went on from a checkpoint.
+        grown_from: Ranks of the smaller adapters that it started from, whose steps, tokens and time are counted here.
         skipped_steps: Steps not taken because no token had a weight: MemFT had nothing left to train.
         target_tokens_trained: Target tokens that were in training batches, repetitions counted.
         initial_loss: Mean target loss of the frozen model.
@@ -183,6 +184,7 @@ class Record(pydantic.BaseModel):
     corpus_encoding: int = 1
     training: Mapping[str, Any] = {}
     resumed: int = 0
+    grown_from: list[int] = []
 
     @pydantic.model_validator(mode="after")
     def _says_whether_it_diverged(self) -> "Record":
@@ -192,6 +194,14 @@ class Record(pydantic.BaseModel):
                 "final loss of a fit that ended is not a finite number, and nowhere else"
             )
         return self
+
+    def after(self, smaller: "Record") -> "Record":
+        """This record of a grown adapter, with what was spent on the smaller one that it started from."""
+        spent = ("optimizer_steps", "skipped_steps", "target_tokens_trained", "wall_seconds")
+        found = {name: getattr(self, name) + getattr(smaller, name) for name in spent}
+        if self.steps_to_recall is not None:
+            found["steps_to_recall"] = self.steps_to_recall + smaller.optimizer_steps
+        return self.model_copy(update={**found, "grown_from": [*smaller.grown_from, smaller.rank]})
 
     @property
     def mean_harm(self) -> float | None:

@@ -44,16 +44,17 @@ def run_folder(path: Path) -> Path:
     return path.parent if path.name in ("adapter", RECORD_NAME, CONFIG_NAME) else path
 
 
-def write_configuration(folder: Path, module: Memorization, data: Any) -> None:
+def write_configuration(folder: Path, module: Memorization, data: Any, replace: bool = False) -> None:
     """Write what a run made from Python was made with, as the command line does for its own runs.
 
     Args:
         folder: The run's folder; a configuration that the command line has written stays as it is.
         module: The run's module.
         data: The run's data module.
+        replace: Whether it does not, since it is of an earlier run.
     """
     path = folder / CONFIG_NAME
-    if path.exists() and not path.read_text(encoding="utf-8").startswith(FROM_PYTHON):
+    if path.exists() and not replace and not path.read_text(encoding="utf-8").startswith(FROM_PYTHON):
         return
     made_with = {
         name: {

@@ -1,6 +1,7 @@
 """A fit that goes on does so in the folder of its run, where its curves continue."""
 
 import csv
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from pml.errors import InputError
 from pml.records import RECORD_NAME, read_record
 
 __all__ = ["keep_rows", "logger_settings", "loggers_of", "run_to_go_on_in"]
+
+log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run that its checkpoints are in."""
@@ -72,7 +75,8 @@ def logger_settings(asked: Any, run: Path, checkpoint: Mapping[str, Any]) -> Any
     before = next((one for one in checkpoint.get("pml_loggers", []) if one["class"] == kind), None)
     arguments: dict[str, Any] = {}
     if kind in WITH_FOLDERS:
-        folder = Path(os.path.normpath(run / before["folder"])) if before else run
+        given = (settings.get("init_args") or {}).get("save_dir")
+        folder = _folder_of_logger(run, before["folder"], given) if before else run
         arguments = {"save_dir": str(folder.parent), "name": folder.name, "version": ""}
     elif kind in GO_ON_BY and before:
         arguments = {GO_ON_BY[kind]: before["version"]}
@@ -82,6 +86,20 @@ def logger_settings(asked: Any, run: Path, checkpoint: Mapping[str, Any]) -> Any
         made["init_args"].pop("sub_dir", None)
         made["dict_kwargs"] = {**(settings.get("dict_kwargs") or {}), "purge_step": checkpoint["global_step"] + 1}
     return made
+
+
+def _folder_of_logger(run: Path, name: str, save_dir: str | None) -> Path:
+    """The folder that a checkpoint names for a logger.
+
+    A checkpoint may be anyone's: a folder that is neither below its run nor below the logger's `save_dir` is not
+    believed, and the logger goes on in the run's.
+    """
+    folder = Path(os.path.normpath(run / name))
+    places = [run] if save_dir is None else [run, Path(save_dir)]
+    if any(folder.resolve().is_relative_to(place.resolve()) for place in places):
+        return folder
+    log.warning("the checkpoint has a logger that wrote to %s, outside of its run; it goes on in %s", folder, run)
+    return run
 
 
 def keep_rows(logger: CSVLogger, last_step: int) -> None:

@@ -29,13 +29,15 @@ BESIDE_LORA = {
     "layer_replication": "layers of the base that stand in it twice",
     "target_parameters": "updates of parameters that belong to no linear layer",
     "alora_invocation_tokens": "an adapter that only some tokens switch on",
+    "kasa_config": "an update that needs the base's weights truncated",
 }
 """Settings of PEFT by which an adapter is more than A and B beside layers."""
 
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that take something out of the base's weights: the adapter fits no base as it is published."""
 
-BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+BLOCK = re.compile(r"\.(\d+)\.")
+"""The first number in a weight's name is that of its block, whatever a model calls its blocks."""
 
 
 def save_adapter(model: PeftModel, folder: Path, card: str | None = None) -> None:

@@ -49,13 +49,17 @@ def total_steps(trainer: Trainer, curriculum: Any = None) -> int:
             "schedule linear, and a weighting that changes over the run as MemFT's own does, need an end; set "
             "trainer.max_epochs or trainer.max_steps"
         )
+    # Also loads the batches, where nothing has yet.
     steps = int(trainer.estimated_stepping_batches)
-    if trainer.max_steps > 0 or curriculum is None:
+    if curriculum is None or trainer.max_epochs == -1:
         return steps
     # Lightning multiplies the first epoch's batches; a curriculum has more of them later.
     loader: Any = trainer.train_dataloader
-    epochs, per_step = range(trainer.max_epochs or 0), trainer.accumulate_grad_batches
-    return sum(-(-loader.sampler.batches_in_epoch(epoch) // per_step) for epoch in epochs)
+    batches = map(loader.sampler.batches_in_epoch, range(trainer.max_epochs or 0))
+    limit, per_step = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    used = (min(n, limit) if isinstance(limit, int) else int(n * limit) for n in batches)
+    steps = sum(-(-n // per_step) for n in used)
+    return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
 
 
 def learning_rate_factor(warmup_steps: int, total: int | None) -> Callable[[int], float]:

@@ -5,7 +5,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,9 @@ BEYOND = 4
 """Tokens that an answer may be too long by before it is cut off."""
 
 
-def serve(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "TextEncoder") -> list[str]:
+def serve(
+    base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "TextEncoder", plain: Mapping[str, Any]
+) -> list[str]:
     """The answer to each query as a server shows it, in float32, from a process of its own.
 
     Args:
@@ -30,6 +32,7 @@ def serve(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "Te
         adapter: What `save_pretrained` wrote, of a placement that PEFT has layers for.
         examples: What it is asked for.
         encoder: How queries become prompts.
+        plain: Further arguments of `generate`, see `pml.decoding.plain_decoding`.
 
     Raises:
         RuntimeError: If that process fails, with what it said last.
@@ -37,7 +40,7 @@ def serve(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "Te
     import subprocess
 
     command = [sys.executable, "-P", __file__]
-    job = json.dumps(_job(base, adapter, examples, encoder))
+    job = json.dumps(_job(base, adapter, examples, encoder, plain))
     done = subprocess.run(command, input=job, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"transformers and PEFT do not serve {adapter}: {done.stderr.strip().splitlines()[-1:]}")
@@ -45,7 +48,9 @@ def serve(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "Te
     return answers
 
 
-def _job(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "TextEncoder") -> dict[str, Any]:
+def _job(
+    base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "TextEncoder", plain: Mapping[str, Any]
+) -> dict[str, Any]:
     """What that process is told; see `serve`."""
     template = encoder.template
     return {
@@ -54,7 +59,9 @@ def _job(base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "Tex
         "prompts": [template.turns(e.query) if template else encoder.decode(e.prompt_ids) for e in examples],
         "template": template.options_elsewhere if template else None,
         "end": encoder.end_of_turn_id,
-        "tokens": [len(e.target_ids) + BEYOND for e in examples],
+        # Without an end of turn an answer goes on for ever, and is as long as its target.
+        "tokens": [len(e.target_ids) + (0 if encoder.end_of_turn_id is None else BEYOND) for e in examples],
+        "plain": dict(plain),
     }
 
 
@@ -94,9 +101,11 @@ def _answers(job: dict[str, Any]) -> list[str]:
             max_new_tokens=max(job["tokens"][i] for i in batch),
             eos_token_id=job["end"],
             pad_token_id=tokenizer.pad_token_id,
+            **job["plain"],
         )
         for i, row in zip(batch, out[:, ids["input_ids"].shape[1] :], strict=True):
-            answers[i] = str(tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+            own = row[: job["tokens"][i]]
+            answers[i] = str(tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return answers
 
 

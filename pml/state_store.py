@@ -167,7 +167,11 @@ class _MappedFile:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - open as long as it is mapped
         size = -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         # With room for all of it: to write into a hole of a file on a full disk would end the process.
-        os.posix_fallocate(self._file.fileno(), self._size, size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(self._file.fileno(), self._size, size)
+        else:  # macOS
+            self._file.write(bytes(size))
+            self._file.flush()
         segment = mmap.mmap(self._file.fileno(), size, offset=self._size)
         self._size += size
         return torch.frombuffer(segment, dtype=torch.uint8)

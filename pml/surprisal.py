@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-
-import torch
+from dataclasses import replace
 
 from pml.backbone import Backbone
+from pml.certificate import log_probability
 from pml.corpus import Example
 
 __all__ = ["CONTEXT", "SAMPLE", "surprisal_bits"]
@@ -40,16 +40,6 @@ def surprisal_bits(backbone: Backbone, examples: Sequence[Example], others: int 
             if len(longer) + len(example) > room:
                 break
             before = longer
-        nats += _surprisal(backbone, before, example)
+        nats -= log_probability(backbone.model, replace(example, prompt_ids=(*before, *example.prompt_ids)))
         tokens += len(example.target_ids)
     return nats / math.log(2) * sum(len(e.target_ids) for e in examples) / tokens
-
-
-def _surprisal(backbone: Backbone, before: Sequence[int], example: Example) -> float:
-    device = backbone.model.device
-    ids = torch.tensor([[*before, *example.prompt_ids, *example.target_ids[:-1]]], device=device)
-    targets = torch.tensor(example.target_ids, device=device)
-    with torch.no_grad():
-        logits = backbone.model(input_ids=ids, use_cache=False, logits_to_keep=len(targets)).logits[0]
-    scores = logits[-len(targets) :].float().log_softmax(dim=-1)
-    return -float(scores.gather(1, targets[:, None]).cpu().double().sum())

@@ -176,6 +176,19 @@ def test_a_saved_adapter_holds_nothing_of_the_base_and_loads_again(
     assert torch.equal(logits(loaded), expected)
 
 
+@pytest.mark.parametrize("placement", BOTH)
+def test_an_adapter_on_so_many_blocks_that_peft_shortens_their_names_loads_again(
+    placement: str, tmp_path: Path, tiny_backbone: Backbone
+) -> None:
+    backbone = Backbone(tiny_model("llama", num_hidden_layers=21), tiny_backbone.tokenizer, "deep", "hash")
+    model = attach_adapter(backbone, AdapterConfig(rank=2, block=list(range(21)), placement=BOTH[placement]))
+    randomise(model)
+    expected = logits(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    detach_adapter(model)
+    assert torch.equal(logits(load_adapter(backbone, tmp_path / "adapter")), expected)
+
+
 def test_the_list_form_loads_in_plain_peft(tiny_backbone: Backbone, tmp_path: Path) -> None:
     model = attach_adapter(tiny_backbone, AdapterConfig(rank=3, placement=["down_proj"]))
     randomise(model)

@@ -256,3 +256,15 @@ def test_certificates_of_trained_and_half_trained_adapters_are_borne_out_by_gene
     assert look.seen["certain", True] > 0
     assert look.seen["failing", False] > 0
     assert look.seen["certain", False] == 0
+
+
+def test_logits_that_are_not_numbers_certify_nothing() -> None:
+    broken = [math.nan] * 4
+    model = Fixed({0: [0.0, 9.0, 0.0, 0.0], 1: broken})
+    (known,) = certify(model, [Example(0, (0,), (1, 2))])
+    assert (known.verdict, known.position) == ("failing", 1)
+    finite = Example(0, (0,), (1,))
+    (good,) = certify(model, [finite])
+    rounding = measure_rounding(Fixed({0: broken}), [finite], [good.margins])
+    assert rounding.logits == math.inf
+    assert allow_for_rounding([good], rounding.logits)[0].verdict == "right"

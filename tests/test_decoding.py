@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import pml.decoding
 from pml.backbone import Backbone
 from pml.certificate import greedy_answers
 from pml.corpus import Example
-from pml.decoding import CachedRows, generate_greedily, greedy_tokens
+from pml.decoding import LEAVES_LOGITS_ALONE, CachedRows, generate_greedily, greedy_tokens, plain_decoding
 from tests.tiny_architectures import tiny_model
 
 PROMPTS = [(5, 6, 7, 8), (200, 3, 9), (1, 1, 1, 1), (40, 41, 42, 43), (9, 8, 7), (11, 12, 13, 14, 15)]
@@ -164,3 +165,23 @@ def test_a_tie_within_rounding_is_decided_token_by_token() -> None:
 
 def test_ties_go_to_the_lowest_id() -> None:
     assert generate_greedily(Wavering(0.0), torch.tensor([[0]]), 2).tolist() == [[2, 2]]
+
+
+def test_what_a_base_does_to_logits_is_turned_off(make_tiny_backbone: Callable[[str], Backbone]) -> None:
+    model = make_tiny_backbone("llama").model
+    assert plain_decoding(model) == {}
+    plain = answers_of(model)
+    model.generation_config.repetition_penalty = 1.3
+    model.generation_config.no_repeat_ngram_size = 1
+    model.generation_config.suppress_tokens = [plain[0][0]]
+    assert plain_decoding(model) == {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "suppress_tokens": None}
+    assert answers_of(model) == plain
+    prompt, tokens = torch.tensor([PROMPTS[0]]), LENGTHS[0]
+    out = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=tokens
+    )
+    assert tuple(out[0, len(PROMPTS[0]) :].tolist()) != plain[0]
+
+
+def test_the_settings_that_are_turned_off_are_settings_of_transformers() -> None:
+    assert LEAVES_LOGITS_ALONE.keys() <= vars(GenerationConfig()).keys()

@@ -130,6 +130,11 @@ def test_what_cannot_be_held_is_listed_and_the_exit_code_is_1(
     # Three doublings.
     assert (told["rank"], told["failed"]) == (8, ["a?", "b?"])
     assert told["pairs"][0]["verdict"] == "failing" and told["pairs"][0]["served"] is False
+    # One step at each rank; the record is of all of them.
+    record = read_record(tmp_path / "out/record.json")
+    assert (told["steps"], record.optimizer_steps, record.grown_from) == (4, 4, [1, 2, 4])
+    assert record.target_tokens_trained == 4 * record.target_tokens
+    assert "for 4 steps" in (tmp_path / "out/adapter/README.md").read_text()
 
 
 @pytest.mark.usefixtures("_served_here", "_brief")
@@ -157,6 +162,14 @@ def test_the_rank_does_not_grow_beyond_what_the_guard_leaves_free(tiny_backbone_
         FACTS, tmp_path / "out", backbone=str(tiny_backbone_folder), rank=2, block=1, placement=["q_proj"], guard=guard
     )
     assert (made.rank, len(made.failed)) == (4, 4)
+
+
+@pytest.mark.usefixtures("_served_here", "_brief")
+def test_without_an_end_of_turn_an_answer_is_as_long_as_its_target(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    folder = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    made = pml.memorize({"code?": "4071"}, tmp_path / "out", backbone=str(folder), rank=2, block=1, placement=ALL)
+    assert made.served is not None and [len(answer) for answer in made.served] == [4]
 
 
 @pytest.mark.parametrize("guard", [None, GuardConfig(directions=8)], ids=["plain", "guarded"])

@@ -92,5 +92,16 @@ def test_what_is_certain_in_bfloat16_hangs_on_the_rounding_that_was_measured(
 ) -> None:
     known = {"dtype": "bfloat16", "exact_match": 1.0, "sub_threshold_fraction": 0.0, "min_target_probability": 0.7}
     corpus = Corpus("facts", [Example(0, (1,), (2,), query="q", target="t")])
-    card = model_card(make_record(**{**known, **fields}), corpus, TextEncoder(tiny_tokenizer, PromptFormat()))
+    card = model_card(make_record(**{**known, **fields}), corpus, TextEncoder(tiny_tokenizer, PromptFormat()), {})
     assert said in card
+
+
+def test_what_the_base_does_to_logits_is_turned_off_in_the_call_and_said(tiny_tokenizer: Any) -> None:
+    corpus = Corpus("facts", [Example(0, (1,), (2,), query="q", target="t")])
+    plain = {"repetition_penalty": 1.0, "suppress_tokens": None}
+    for form in (PromptFormat(), PromptFormat(chat_template=False)):
+        encoder = TextEncoder(tiny_tokenizer, form)
+        card = model_card(make_record(), corpus, encoder, plain)
+        assert f"eos_token_id={encoder.end_of_turn_id}, repetition_penalty=1.0, suppress_tokens=None)" in card
+        assert "`generation_config.json` sets `repetition_penalty`, `suppress_tokens`, which can change answers" in card
+        assert "generation_config" not in model_card(make_record(), corpus, encoder, {})

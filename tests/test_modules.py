@@ -273,8 +273,19 @@ def test_a_checkpoint_that_lacks_or_adds_weights_or_has_another_shape_is_refused
         module.load_state_dict({**state, first: torch.zeros(3, 32)})
 
 
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({}, 12),  # two epochs of two batches, two of four
+        ({"max_steps": 1000}, 12),
+        ({"max_steps": 7}, 7),
+        ({"limit_train_batches": 3}, 10),
+        ({"limit_train_batches": 0.5}, 6),
+    ],
+    ids=str,
+)
 def test_the_learning_rate_falls_linearly_to_zero_over_all_epochs_of_a_growing_curriculum(
-    tiny_backbone_folder: Path, tmp_path: Path
+    limits: dict[str, Any], steps: int, tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     rates: list[float] = []
 
@@ -289,11 +300,10 @@ def test_the_learning_rate_falls_linearly_to_zero_over_all_epochs_of_a_growing_c
         learning_rate=0.5,
         curriculum=PrefixRatio(ratios=[0.5, 1.0], boundaries=[2, 4]),
     )
-    make_trainer(tmp_path, max_epochs=4, callbacks=[Rates()]).fit(
+    make_trainer(tmp_path, max_epochs=4, callbacks=[Rates()], **limits).fit(
         module, datamodule=Ids(uneven(8), batch_size=2, drop_last=True)
     )
-    # Two epochs of two batches, two of four.
-    assert rates == pytest.approx([0.5 * (12 - step) / 12 for step in range(12)])
+    assert rates == pytest.approx([0.5 * (steps - step) / steps for step in range(steps)])
 
 
 def test_warm_up_rises_to_the_peak(tiny_backbone_folder: Path, tmp_path: Path) -> None:

@@ -36,6 +36,14 @@ def test_each_logger_goes_on_where_it_was() -> None:
     assert mine["init_args"] == {}
 
 
+@pytest.mark.parametrize("folder", ["/etc/cron.d", "../../../../elsewhere", "../version_1"])
+def test_a_checkpoint_cannot_send_a_logger_out_of_its_run(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoint = {"global_step": 7, "pml_loggers": [{"class": "TensorBoardLogger", "folder": folder, "version": "0"}]}
+    found = logger_settings(True, Path("runs/fit/version_2"), checkpoint)
+    assert found["init_args"] == {"save_dir": "runs/fit", "name": "version_2", "version": ""}
+    assert "outside of its run; it goes on in runs/fit/version_2" in caplog.text
+
+
 @pytest.mark.parametrize("asked", [False, None])
 def test_no_logger_stays_none(asked: bool | None) -> None:
     assert logger_settings(asked, Path("run"), CHECKPOINT) is asked

@@ -9,10 +9,12 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from pml.adapter import AdapterConfig, attach_adapter, detach_adapter, load_adapter, lora_layers
 from pml.backbone import Backbone
 from pml.errors import InputError
+from tests.tiny_architectures import tiny_model
 
 
 @pytest.fixture
@@ -59,6 +61,7 @@ def test_an_adapter_of_plain_peft_loads_and_gives_what_peft_gives(tiny_backbone:
             {"init_lora_weights": "pissa_niter_4"},
             "init_lora_weights is pissa_niter_4, which changes the base's weights",
         ),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config is set, so it holds an update that needs the base's weights"),
         ({"bias": "all"}, "bias is 'all'; expected 'none'"),
         ({"peft_type": None}, "the adapter is None; expected LORA"),
         ({"r": 5}, r"lora_A.weight has shape \(3, 64\), and its configuration on this backbone asks for \(5, 64\)"),
@@ -138,6 +141,26 @@ def test_an_adapter_that_is_not_that_of_its_record_is_refused(
         return
     with pytest.raises(InputError, match=said):
         load_adapter(tiny_backbone, saved)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("architecture", ["bert", "xlm", "xlnet", "gpt2"])
+def test_an_adapter_is_that_of_its_record_whatever_the_model_calls_its_blocks(
+    architecture: str, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    backbone = Backbone(tiny_model(architecture), tiny_backbone.tokenizer, architecture, "hash")
+    leaf = next(name for name, m in backbone.blocks[2].named_modules() if isinstance(m, (torch.nn.Linear, Conv1D)))
+    model = attach_adapter(backbone, AdapterConfig(rank=2, block=2, placement=[leaf]))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    detach_adapter(model)
+    for block, said in ((2, None), (1, r"the adapter has blocks \[2\], and the record of its run \[1\]")):
+        record = {"rank": 2, "block": [block], "method_settings": {}}
+        (tmp_path / "record.json").write_text(json.dumps(record))
+        if said is None:
+            detach_adapter(load_adapter(backbone, tmp_path / "adapter"))
+            continue
+        with pytest.raises(InputError, match=said):
+            load_adapter(backbone, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,18 @@ def test_a_tensor_larger_than_a_segment_of_the_file_has_its_own(
     assert all(torch.equal(store[bytes([i])][0], tensor) for i, tensor in enumerate(tensors))
 
 
+def test_without_fallocate_as_on_macos_a_segment_is_written_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("os.posix_fallocate")
+    monkeypatch.setattr("pml.state_store.SEGMENT_BYTES", 4096)
+    store = StateStore(CacheConfig(place="disk"), CPU, tmp_path)
+    tensors = [torch.randn(n) for n in (900, 900, 900)]
+    for i, tensor in enumerate(tensors):
+        store.put(bytes([i]), (tensor,))
+    assert all(torch.equal(store[bytes([i])][0], tensor) for i, tensor in enumerate(tensors))
+
+
 def test_a_full_place_of_ones_own_choosing_keeps_no_more_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

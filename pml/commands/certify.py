@@ -62,11 +62,19 @@ class Decoding:
 
 @dataclass
 class Found:
-    """What came of it: certificates in the dtype of the run, rounding in each dtype, and how decoding went."""
+    """What came of it.
+
+    Attributes:
+        certificates: In the dtype of the run.
+        rounding: In each dtype.
+        decodings: How decoding went.
+        turned_off: Settings of the base's `generation_config` under which it could go otherwise.
+    """
 
     certificates: "list[PairCertificate]" = field(default_factory=list)
     rounding: "dict[str, Rounding]" = field(default_factory=dict)
     decodings: list[Decoding] = field(default_factory=list)
+    turned_off: list[str] = field(default_factory=list)
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
@@ -97,6 +105,7 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.adapter import load_adapter
     from pml.backbone import DTYPES, load_backbone
     from pml.certificate import allow_for_rounding, certify, measure_rounding
+    from pml.decoding import plain_decoding
     from pml.devices import best_device
 
     check_adapter_arguments(args)
@@ -111,6 +120,7 @@ def run(args: jsonargparse.Namespace) -> int:
         model = load_adapter(load_backbone(asked.backbone, dtype), asked.adapter).eval().to(best_device())
         # The certificate is of the dtype that was trained in; others are held against it.
         found.certificates = found.certificates or certify(model, asked.examples)
+        found.turned_off = list(plain_decoding(model))
         margins = [known.margins for known in found.certificates]
         found.rounding[dtype] = measure_rounding(model, asked.examples, margins)
         if dtype == asked.dtype:
@@ -169,6 +179,11 @@ def _print(asked: Asked, found: Found, show: int) -> None:
         f"not certain, {counts['failing']} failing ({asked.dtype}; margins move by up to "
         f"{rounding[asked.dtype].logits:.2g} in logits, seen on {rounding[asked.dtype].tokens} tokens)"
     )
+    if found.turned_off:
+        say(
+            f"the base's generation_config sets {', '.join(found.turned_off)}, which can change answers: that is "
+            "turned off here, and a server has to turn it off as well"
+        )
     console = make_console()
     pairs = [
         (
@@ -225,4 +240,5 @@ def _plain(asked: Asked, found: Found) -> dict[str, Any]:
         "margins_move_by": {dtype: seen.logits for dtype, seen in found.rounding.items()},
         "margins_measured_on_tokens": {dtype: seen.tokens for dtype, seen in found.rounding.items()},
         "decodings": [vars(way) for way in found.decodings],
+        "generation_config_turned_off": found.turned_off,
     }

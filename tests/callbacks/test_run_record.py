@@ -253,6 +253,16 @@ def test_a_record_is_written_over_where_that_is_asked_for(data: Ids, sharp: Path
     assert (record.seed, record.optimizer_steps) == (2, 6)
 
 
+def test_what_an_earlier_run_left_is_gone_where_it_is_written_over(data: Ids, sharp: Path, tmp_path: Path) -> None:
+    stale = [tmp_path / name for name in ("held_out.parquet", "history.parquet")]
+    for path in stale:
+        path.write_text("of an earlier run")
+    (tmp_path / "config.yaml").write_text("model: of an earlier run by the command line")
+    make_trainer(tmp_path, callbacks=[RunRecord(overwrite=True)]).fit(module_on(sharp), datamodule=data)
+    assert not any(path.exists() for path in stale)
+    assert (tmp_path / "config.yaml").read_text().startswith("# Of a run that was made from Python.")
+
+
 class Stop(Callback):
     def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.current_epoch == 3:
