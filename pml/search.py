@@ -8,20 +8,19 @@ sweep.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Literal
 
 import pydantic
 
+from pml.content import Content
 from pml.grid import Cell, Grid, expand, read_grid, resolve
-from pml.records import Record, write_json
+from pml.records import write_json
 from pml.sweep import Outcome, run_cells
 
 __all__ = ["SEARCH_NAME", "Candidate", "Choice", "SearchGrid", "budgets", "read_search", "run_search"]
 
 SEARCH_NAME = "search.json"
-SEARCH_SCHEMA_VERSION: Final = 1
 EPOCHS = "trainer.max_epochs"
 
 Setting = dict[str, Any]
@@ -49,38 +48,48 @@ class SearchGrid(Grid):
         return self
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One candidate of one cell: its settings, and its final loss in nats on each budget in epochs that it had."""
+class Candidate(Content):
+    """One candidate of one cell: its settings, and its final loss in nats on each budget in epochs that it had.
+
+    A loss is None where the run failed or diverged.
+    """
 
     settings: Setting
-    losses: dict[int, float]
+    final_loss: dict[int, float | None]
+
+    def order(self, epochs: int) -> float:
+        """What to sort by: what failed or diverged comes last."""
+        loss = self.final_loss.get(epochs)
+        return math.inf if loss is None else loss
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Content):
     """What was found for a cell.
 
     Attributes:
         cell: Its settings.
-        candidates: All that were tried, the best first.
-        record: Of the first one's run with the last budget; None where that failed.
-        folder: Where that run is.
+        chosen: The best settings; None where their run with the last budget failed or diverged.
+        failed: Whether it failed.
         at_the_edge: Keys whose chosen value is the smallest or largest number tried: a better one may lie beyond.
+        folder: Where that run is.
+        candidates: All that were tried, the best first.
     """
 
     cell: Setting
-    candidates: list[Candidate]
-    record: Record | None
-    folder: Path
+    chosen: Setting | None
+    failed: bool
     at_the_edge: list[str]
+    folder: Path
+    candidates: list[Candidate]
 
-    @property
-    def chosen(self) -> Setting | None:
-        """The best settings; None where their run with the last budget failed or diverged."""
-        if self.record is None or self.record.status == "diverged":
-            return None
-        return self.candidates[0].settings
+
+class Found(Content):
+    """The content of `search.json`."""
+
+    schema_version: Literal[1] = 1
+    epochs: list[int]
+    search: dict[str, list[Any]]
+    cells: list[Choice]
 
 
 def read_search(path: Path) -> SearchGrid:
@@ -120,7 +129,7 @@ def run_search(
         InputError: Before anything runs, if a cell or a candidate does not fit `pml fit`.
     """
     cells, tried = expand(grid.grid), expand([grid.search])
-    standing = [[Candidate(settings, {}) for settings in tried] for _ in cells]
+    standing = [[Candidate(settings=settings, final_loss={}) for settings in tried] for _ in cells]
     last = grid.epochs[-1]
 
     def run(chosen: list[tuple[int, Candidate]], epochs: int) -> list[Outcome]:
@@ -129,7 +138,7 @@ def run_search(
         runs = resolve(_rung(grid, [cells[i] | candidate.settings for i, candidate in chosen], epochs, folder))
         outcomes = run_cells(runs, start(str(folder), runs))
         for (_, candidate), outcome in zip(chosen, outcomes, strict=True):
-            candidate.losses[epochs] = _loss(outcome)
+            candidate.final_loss[epochs] = outcome.record.final_loss if outcome.record is not None else None
         return outcomes
 
     outcomes: list[Outcome] = []
@@ -137,7 +146,7 @@ def run_search(
         outcomes = run([(i, candidate) for i, found in enumerate(standing) for candidate in found[:count]], epochs)
         for found in standing:
             # Only those that had this budget are compared; the others keep their order behind them.
-            found[:count] = sorted(found[:count], key=lambda candidate: candidate.losses[epochs])
+            found[:count] = sorted(found[:count], key=lambda candidate: candidate.order(epochs))
     # What went well with less may diverge with the last budget, where the next best may not.
     while behind := [
         (i, other)
@@ -149,17 +158,21 @@ def run_search(
                 outcomes[i] = outcome
                 standing[i].remove(other)
                 standing[i].insert(0, other)
-    choices = [
-        Choice(
-            cell,
-            found,
-            outcome.record,
-            outcome.cell.folder,
-            _at_the_edge(grid.search, found[0].settings) if math.isfinite(_loss(outcome)) else [],
+    choices = []
+    for cell, candidates, outcome in zip(cells, standing, outcomes, strict=True):
+        chosen = candidates[0].settings if outcome.record is not None and not outcome.diverged else None
+        choices.append(
+            Choice(
+                cell=cell,
+                chosen=chosen,
+                failed=outcome.record is None,
+                at_the_edge=_at_the_edge(grid.search, chosen) if chosen is not None else [],
+                folder=outcome.cell.folder,
+                candidates=candidates,
+            )
         )
-        for cell, found, outcome in zip(cells, standing, outcomes, strict=True)
-    ]
-    write_json(grid.out / SEARCH_NAME, _as_json(grid, choices))
+    content = Found(epochs=grid.epochs, search=grid.search, cells=choices)
+    write_json(grid.out / SEARCH_NAME, content.model_dump(mode="json"))
     return choices
 
 
@@ -168,15 +181,9 @@ def _rung(grid: SearchGrid, settings: list[Setting], epochs: int, out: Path) -> 
     return Grid(base=grid.base, out=out, grid=one_value)
 
 
-def _loss(outcome: Outcome) -> float:
-    """Final loss in nats; infinite where there is none, so that what failed or diverged comes last."""
-    loss = outcome.record.final_loss if outcome.record is not None else None
-    return math.inf if loss is None else loss
-
-
 def _next_best(found: Sequence[Candidate], last: int) -> Candidate | None:
     """The first that has not had the last budget and ended well with what it had; None where there is none."""
-    return next((c for c in found if last not in c.losses and all(map(math.isfinite, c.losses.values()))), None)
+    return next((c for c in found if last not in c.final_loss and None not in c.final_loss.values()), None)
 
 
 def _at_the_edge(search: dict[str, list[Any]], chosen: Setting) -> list[str]:
@@ -187,30 +194,3 @@ def _at_the_edge(search: dict[str, list[Any]], chosen: Setting) -> list[str]:
         and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
         and chosen[key] in (min(values), max(values))
     ]
-
-
-def _as_json(grid: SearchGrid, choices: list[Choice]) -> dict[str, Any]:
-    return {
-        "schema_version": SEARCH_SCHEMA_VERSION,
-        "epochs": grid.epochs,
-        "search": grid.search,
-        "cells": [
-            {
-                "cell": choice.cell,
-                "chosen": choice.chosen,
-                "at_the_edge": choice.at_the_edge,
-                "folder": choice.folder.as_posix(),
-                "candidates": [
-                    {
-                        "settings": candidate.settings,
-                        "final_loss": {
-                            str(epochs): loss if math.isfinite(loss) else None
-                            for epochs, loss in candidate.losses.items()
-                        },
-                    }
-                    for candidate in choice.candidates
-                ],
-            }
-            for choice in choices
-        ],
-    }

@@ -44,6 +44,13 @@ class Outcome:
         """Whether it ended with a loss that is not a finite number."""
         return self.record is not None and self.record.status == "diverged"
 
+    @property
+    def status(self) -> str:
+        """`failed`, `to run`, `diverged`, `recorded` if that was known before, or `finished`."""
+        if self.error is not None or self.record is None:
+            return "to run" if self.error is None else "failed"
+        return "diverged" if self.diverged else "recorded" if self.skipped else "finished"
+
 
 def claims_of(cells: Sequence[Cell]) -> Claims:
     """The claims on the cells of a grid, beside their folders."""

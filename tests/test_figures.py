@@ -16,9 +16,9 @@ from pml.figures import (
     Curves,
     agreement_figure,
     first_failure_figure,
-    heat_map_figure,
     law_figure,
     learning_figure,
+    map_figures,
     phases_figure,
     png_bytes,
     recall_figure,
@@ -27,7 +27,7 @@ from pml.figures import (
     save_figure,
     svg_data_uri,
 )
-from pml.figures.heat_map import over_grid
+from pml.figures.heat_map import draw_heat_map, is_grid, over_grid
 from pml.figures.style import FEW_COLOURS, literal, looks_of
 from pml.law import FormName, LawFit, Observation, fit_law, saturated
 from pml.records import Record
@@ -62,7 +62,7 @@ def fit() -> LawFit:
 
 @pytest.fixture(scope="module")
 def figure(fit: LawFit) -> Figure:
-    return law_figure(fit, law_runs())
+    return law_figure(fit)
 
 
 def panels(figure: Figure) -> list[Axes]:
@@ -79,9 +79,9 @@ def positions(lines: list[Line2D]) -> list[tuple[float, float]]:
 
 
 class TestLawFigure:
-    def test_panels_say_what_they_show_and_in_which_unit(self, fit: LawFit) -> None:
-        runs = law_runs()
-        drawn = law_figure(fit, runs, {run.source: 0.25 for run in runs})
+    def test_panels_say_what_they_show_and_in_which_unit(self) -> None:
+        runs = [replace(run, generated_token_accuracy=0.25) for run in law_runs()]
+        drawn = law_figure(fit_law(runs, form="power_offset"))
         by_rank, by_length, agreement, loss, accuracy = [axes for axes in drawn.axes if axes.get_xlabel()]
         assert (by_rank.get_xlabel(), by_length.get_xlabel()) == ("LoRA rank", "target tokens")
         assert by_rank.get_ylabel() == by_length.get_ylabel() == "loss reduction (nats per target token)"
@@ -96,10 +96,6 @@ class TestLawFigure:
         assert [axes.get_title() for axes in figure.axes if "token" in axes.get_title()] == [
             "final loss (nats per target token)"
         ]
-
-    def test_runs_of_one_rank_have_no_map(self, fit: LawFit) -> None:
-        drawn = law_figure(fit, [run for run in law_runs() if run.rank == 2])
-        assert len(drawn.axes) == 3
 
     def test_the_title_has_the_equation_and_r2(self, figure: Figure, fit: LawFit) -> None:
         assert r"\Delta L = 60.0\,r^{0.500}\,\ell^{-0.500} + 0.500" in figure.get_suptitle()
@@ -139,11 +135,11 @@ class TestLawFigure:
             assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "used")]))
             assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "saturated")]))
 
-    def test_predictions_beyond_the_upper_edge_are_said_to_be_there(self, fit: LawFit, figure: Figure) -> None:
+    def test_predictions_beyond_the_upper_edge_are_said_to_be_there(self, figure: Figure) -> None:
         far = Observation(500, 64, 13.6, 0.05, 0, "far")
         # 60 (6 / 64)^0.5 + 0.5 = 18.9 nats are beyond it already; rank 500 adds one with 168 nats.
         assert [text.get_text() for text in panels(figure)[2].texts] == ["at the upper edge: 1 predicted beyond it"]
-        squeezed = law_figure(fit, [*law_runs(), far])
+        squeezed = law_figure(fit_law([*law_runs(), far], form="power_offset"))
         assert [text.get_text() for text in panels(squeezed)[2].texts] == ["at the upper edge: 2 predicted beyond it"]
         assert panels(squeezed)[2].get_ylim() == panels(figure)[2].get_ylim()
 
@@ -160,7 +156,7 @@ class TestLawFigure:
             for r in (1, 2, 15, 16, 128)
             for n in LENGTHS
         ]
-        right = law_figure(fit_law(runs), runs).axes[0]
+        right = law_figure(fit_law(runs)).axes[0]
         assert list(right.get_xticks()) == [1, 2, 15, 16, 128]
         assert [tick.get_text() for tick in right.get_xticklabels()] == ["1", "2", "15", "", "128"]
 
@@ -186,7 +182,7 @@ class TestLawFigure:
     def test_lengths_differ_in_colour_and_neighbours_in_marker(self, count: int) -> None:
         lengths = [100 * (n + 1) for n in range(count)]
         runs = [Observation(r, n, 99.0, 99 - (9 * (r / n) ** 0.5 + 0.5), 0, "") for r in (1, 2, 4) for n in lengths]
-        legend = law_figure(fit_law(runs), runs).axes[0].get_legend()
+        legend = law_figure(fit_law(runs)).axes[0].get_legend()
         assert legend is not None
         handles = [handle for handle in legend.get_lines() if handle.get_linestyle() != "None"]
         assert len({str(handle.get_color()) for handle in handles}) == count
@@ -197,7 +193,7 @@ class TestLawFigure:
         setting = {"backbone": "m", "block": [20], "placement": ["a", "b"], "method": "sft", "corpus": ["x", "y"]}
         law = fit_law(law_runs(), setting, form="power_offset")
         assert len(law.warnings) == 3
-        title = law_figure(law, law_runs()).get_suptitle()
+        title = law_figure(law).get_suptitle()
         assert title.endswith("\nx, y in m, block 20, a b, sft, 3 warnings with the fit")
 
     def test_large_numbers_are_written_as_powers_of_ten(self) -> None:
@@ -206,7 +202,7 @@ class TestLawFigure:
             for r in RANKS
             for n in (4000, 8000, 16000)
         ]
-        title = law_figure(fit_law(runs), runs).get_suptitle()
+        title = law_figure(fit_law(runs)).get_suptitle()
         assert title.startswith(r"$\Delta L = 2.00 \times 10^{6}\,r^{0.500}\,\ell^{-1.60} + 1.00$")
 
 
@@ -236,19 +232,19 @@ class TestSaveFigure:
 class TestReductionFigure:
     @pytest.mark.parametrize(("by", "label"), [("rank", "LoRA rank"), ("length", "target tokens")])
     def test_both_axes_are_logarithmic_and_ticked_at_what_was_run(self, fit: LawFit, by: str, label: str) -> None:
-        (axes,) = reduction_figure(fit, law_runs(), by).axes  # type: ignore[arg-type]
+        (axes,) = reduction_figure(fit, by).axes  # type: ignore[arg-type]
         assert (axes.get_xscale(), axes.get_yscale(), axes.get_xlabel()) == ("log", "log", label)
         assert list(axes.get_xticks()) == list(RANKS if by == "rank" else LENGTHS)
         assert axes.get_ylabel() == "loss reduction (nats per target token)"
 
     def test_runs_are_where_they_were_measured_and_saturated_ones_hollow(self, fit: LawFit) -> None:
-        (axes,) = reduction_figure(fit, law_runs(), "length").axes
+        (axes,) = reduction_figure(fit, "length").axes
         used = sorted((run.target_tokens, run.loss_reduction) for run, _ in fit.used)
         np.testing.assert_allclose(positions(points(axes, "used")), used)
         assert len(points(axes, "saturated")) == 3
 
     def test_lines_are_the_law_for_each_of_the_other(self, fit: LawFit) -> None:
-        (axes,) = reduction_figure(fit, law_runs(), "length").axes
+        (axes,) = reduction_figure(fit, "length").axes
         lines = [line for line in axes.lines if line.get_linestyle() == "-"]
         for line, rank in zip(lines, (rank for rank in RANKS), strict=True):
             x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
@@ -257,7 +253,7 @@ class TestReductionFigure:
     def test_a_noisy_law_has_a_band_around_each_line(self) -> None:
         runs = noisy_runs(20)
         law = fit_law(runs)
-        (axes,) = reduction_figure(law, runs, "rank").axes
+        (axes,) = reduction_figure(law, "rank").axes
         assert len(axes.collections) == len(LENGTHS)
         for band, length in zip(axes.collections, LENGTHS, strict=True):
             (path,) = band.get_paths()
@@ -267,7 +263,7 @@ class TestReductionFigure:
     @pytest.mark.parametrize("form", ["power_offset", "ceiling"])
     def test_by_rank_it_shows_what_the_law_figure_shows(self, form: FormName) -> None:
         law, runs = fit_law(noisy_runs(), form=form), noisy_runs()
-        (alone,), beside = reduction_figure(law, runs, "rank").axes, law_figure(law, runs).axes[0]
+        (alone,), beside = reduction_figure(law, "rank").axes, law_figure(law).axes[0]
         assert any(map(saturated, runs))
         styles = [[line.get_linestyle() for line in axes.lines] for axes in (alone, beside)]
         assert styles[0] == styles[1]
@@ -280,12 +276,10 @@ class TestReductionFigure:
             np.testing.assert_array_equal(band.get_paths()[0].vertices, same.get_paths()[0].vertices)
         assert (alone.get_ylim(), alone.get_yscale()) == (beside.get_ylim(), beside.get_yscale())
 
-    def test_a_line_past_what_a_run_can_reach_does_not_squeeze_the_runs(self, fit: LawFit) -> None:
+    def test_a_line_past_what_a_run_can_reach_does_not_squeeze_the_runs(self) -> None:
         far = Observation(500, 64, 13.6, 0.05, 0, "far")
-        for axes in (
-            reduction_figure(fit, [*law_runs(), far], "rank").axes[0],
-            law_figure(fit, [far, *law_runs()]).axes[0],
-        ):
+        law = fit_law([*law_runs(), far], form="power_offset")
+        for axes in (reduction_figure(law, "rank").axes[0], law_figure(law).axes[0]):
             assert max(np.asarray(line.get_ydata()).max() for line in axes.lines) > 160
             assert axes.get_ylim()[1] < 20
 
@@ -295,18 +289,16 @@ class TestReductionFigure:
         ]
         law = fit_law(runs, adapter_size="effective_parameters")
         assert not law.predicts_ranks
-        by_rank, by_length = (reduction_figure(law, runs, by).axes[0] for by in ("rank", "length"))
-        for axes in (by_rank, by_length, law_figure(law, runs).axes[0]):
+        by_rank, by_length = (reduction_figure(law, by).axes[0] for by in ("rank", "length"))
+        for axes in (by_rank, by_length, law_figure(law).axes[0]):
             assert axes.get_title() == "no lines: parameters per rank differ"
             assert len(axes.lines) == len(RANKS) * len(LENGTHS)
             assert not axes.collections
 
-    def test_a_saturated_run_whose_loss_did_not_fall_is_not_drawn(self, fit: LawFit) -> None:
+    def test_a_saturated_run_whose_loss_did_not_fall_is_not_drawn(self) -> None:
         knew_it = Observation(4, 64, 0.2, 0.3, 0, "knew-it")
-        for figure in (
-            reduction_figure(fit, [*law_runs(), knew_it], "rank"),
-            law_figure(fit, [*law_runs(), knew_it]),
-        ):
+        law = fit_law([*law_runs(), knew_it], form="power_offset")
+        for figure in (reduction_figure(law, "rank"), law_figure(law)):
             for axes in panels(figure):
                 assert len(points(axes, "saturated")) == 3
 
@@ -317,7 +309,8 @@ class TestHeatMap:
         runs += [Observation(2, 64, 13.6, 1.0, 0, "c"), Observation(2, 128, 13.6, 5.0, 0, "d")]
         values = over_grid(runs, lambda run: run.final_loss)
         assert values == {(1, 64): 3.0, (2, 64): 1.0, (2, 128): 5.0}
-        axes = heat_map_figure(values, "final loss", "loss").axes[0]
+        axes = Figure().subplots()
+        draw_heat_map(axes, values, "final loss", "loss")
         (mesh,) = axes.collections
         # Lengths from bottom to top, ranks from left to right.
         assert np.ma.asarray(mesh.get_array()).tolist() == [[3.0, 1.0], [None, 5.0]]
@@ -326,12 +319,18 @@ class TestHeatMap:
 
     @pytest.mark.parametrize("values", [{}, {(1, 64): 1.0, (2, 64): 2.0}, {(1, 64): 1.0, (1, 128): 2.0}])
     def test_one_rank_or_one_length_is_no_map(self, values: dict[tuple[int, int], float]) -> None:
-        assert heat_map_figure(values, "final loss", "loss") is None
+        assert not is_grid(values)
 
 
 class TestOtherLawFigures:
+    def test_the_maps_alone_are_those_of_the_law_figure(self, figure: Figure, fit: LawFit) -> None:
+        ((title, alone),) = map_figures(fit).items()
+        beside = next(axes for axes in figure.axes if axes.get_title() == title)
+        assert title == "final loss (nats per target token)"
+        np.testing.assert_array_equal(alone.axes[0].collections[0].get_array(), beside.collections[0].get_array())
+
     def test_agreement_has_the_line_on_which_both_are_equal(self, fit: LawFit) -> None:
-        (axes,) = agreement_figure(fit, law_runs()).axes
+        (axes,) = agreement_figure(fit).axes
         (line,) = points(axes, "identity")
         np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
         np.testing.assert_allclose(positions(points(axes, "used")), sorted((c.loss_reduction, p) for c, p in fit.used))
@@ -462,7 +461,7 @@ class TestLooks:
     def test_text_from_elsewhere_is_no_mathematics(self) -> None:
         assert literal("a$x^2$\nb") == r"a\$x^2\$ b"
         setting = {"backbone": r"$\frac{$", "block": [20], "placement": "$", "method": "sft", "corpus": ["$x$"]}
-        assert png_bytes(law_figure(fit_law(law_runs(), setting), law_runs())).startswith(b"\x89PNG")
+        assert png_bytes(law_figure(fit_law(law_runs(), setting))).startswith(b"\x89PNG")
 
     def test_the_same_figure_gives_the_same_bytes(self, fit: LawFit) -> None:
         first, second = (residual_figure(fit) for _ in range(2))

@@ -12,7 +12,7 @@ from simulated_laws import fit_one
 
 from pml.law import FORMS, Equation, FormName, LawFit, Observation, fit_law, loss_reduction, saturated
 from pml.law.data import data_of
-from pml.law.forms import POSITIVE, Form, Points, gradient, sensitivity
+from pml.law.forms import POSITIVE, Form, Points, gradient
 from pml.law.least_squares import batched_least_squares, solve, to_natural, to_theta
 
 SATURATING = [form for form in FORMS.values() if form.saturating]
@@ -47,19 +47,23 @@ class TestValues:
 
     def test_an_infinite_sharpness_is_the_plain_minimum(self) -> None:
         assert loss_reduction([4, 400], 100, 12, C=40, alpha=0.5, beta=0.5) == pytest.approx([8.0, 12.0])
-        assert sensitivity([4, 400], 100, 12, C=40, alpha=0.5, beta=0.5).tolist() == [1.0, 0.0]
+        assert gradient([4, 400], 100, 12, C=40, alpha=0.5, beta=0.5)["power"].tolist() == [1.0, 0.0]
 
     def test_a_plain_and_a_soft_minimum_broadcast_together(self) -> None:
         where = ([4, 400], 100, 12)
-        for function in (loss_reduction, sensitivity, lambda *a, **k: gradient(*a, **k)["sharpness"]):
+        for function in (
+            loss_reduction,
+            lambda *a, **k: gradient(*a, **k)["power"],
+            lambda *a, **k: gradient(*a, **k)["sharpness"],
+        ):
             both = function(*where, C=40, alpha=0.5, beta=0.5, sharpness=[[1.0], [math.inf]])
             apart = [function(*where, C=40, alpha=0.5, beta=0.5, sharpness=p) for p in (1.0, math.inf)]
             np.testing.assert_array_equal(both, apart)
 
     def test_noise_in_the_power_term_is_attenuated_near_the_ceiling(self) -> None:
         # A power term of 8 under ceilings far above, at, and far below it: 2^-(1 + 1/p) at it.
-        found = sensitivity(4, 100, [8e6, 8.0, 8e-6], C=40, alpha=0.5, beta=0.5, sharpness=2.0)
-        assert found == pytest.approx([1.0, 2**-1.5, 0.0], abs=1e-6)
+        found = gradient(4, 100, [8e6, 8.0, 8e-6], C=40, alpha=0.5, beta=0.5, sharpness=2.0)
+        assert found["power"] == pytest.approx([1.0, 2**-1.5, 0.0], abs=1e-6)
 
     def test_stored_bits_are_bits(self) -> None:
         # 1000 parameters store 800 of 3000 bits; 2200 bits over 200 tokens are 11 bits, or 7.6246 nats, a token.
@@ -93,10 +97,10 @@ class TestDerivatives:
         np.testing.assert_allclose([found[name] for name in names], expected, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("rank", [1.0, 4.0, 40.0])
-    def test_the_sensitivity_is_the_derivative_by_the_power(self, rank: float) -> None:
-        # d dL / d ln C = power * d dL / d power
+    def test_the_one_by_the_power_is_that_by_its_logarithm_over_the_power(self, rank: float) -> None:
         power = loss_reduction(rank, 150, C=40, alpha=0.6, beta=0.5)
-        assert sensitivity(rank, 150, 12, **LAW) * power == pytest.approx(gradient(rank, 150, 12, **LAW)["C"], rel=1e-9)
+        found = gradient(rank, 150, 12, **LAW)
+        assert found["power"] * power == pytest.approx(found["C"], rel=1e-9)
 
 
 class TestParameters:

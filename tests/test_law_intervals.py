@@ -384,7 +384,7 @@ class TestByParameters:
         assert (by_rank.predicts_ranks, in_bits.predicts_ranks) == (True, False)
         with pytest.raises(InputError, match="differ in parameters per rank, so a rank has no one size"):
             in_bits.predict(2, 100)
-        titles = {axes.get_title() for axes in law_figure(in_bits, runs).axes}
+        titles = {axes.get_title() for axes in law_figure(in_bits).axes}
         assert "no lines: parameters per rank differ" in titles
 
     def test_a_rank_may_have_a_fractional_number_of_parameters(self) -> None:

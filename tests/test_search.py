@@ -12,7 +12,7 @@ from record_factory import make_record
 from pml.cli import main
 from pml.errors import InputError
 from pml.grid import Cell
-from pml.records import read_records
+from pml.records import read_record, read_records
 from pml.search import budgets, read_search, run_search
 from pml.sweep import Outcome
 from tests import fits  # one thread, which makes runs comparable bit for bit
@@ -74,12 +74,12 @@ def test_the_candidate_with_the_lowest_loss_is_run_to_the_end_and_once(write: An
     for choice in choices:
         best, *others = choice.candidates
         assert best.settings == {RATE: 0.05}
-        assert set(best.losses) == {2, 4}
-        assert all(set(other.losses) == {2} for other in others)
-        assert best.losses[2] < min(other.losses[2] for other in others)
-        assert choice.record is not None
-        assert choice.record.optimizer_steps == 4
-        assert choice.record.final_loss == best.losses[4]
+        assert set(best.final_loss) == {2, 4}
+        assert all(set(other.final_loss) == {2} for other in others)
+        assert best.final_loss[2] < min(other.final_loss[2] for other in others)
+        record = read_record(choice.folder / "record.json")
+        assert record.optimizer_steps == 4
+        assert record.final_loss == best.final_loss[4]
         assert not choice.at_the_edge or best.settings[RATE] == 0.05
     assert len(read_records([tmp_path / "out" / "2-epochs"])) == 6
     assert {r.rank: r.method_settings["learning_rate"] for r in read_records([tmp_path / "out" / "best"]).values()} == {
@@ -122,7 +122,7 @@ def test_where_the_best_diverges_with_the_last_budget_the_next_best_has_it(
     assert with_last == ran
     assert choice.chosen == (None if chosen is None else {RATE: chosen})
     assert choice.candidates[0].settings == {RATE: chosen or 0.4}
-    assert [candidate.losses.keys() for candidate in choice.candidates if candidate.settings == {RATE: 0.8}] == [{2}]
+    assert [tried.final_loss.keys() for tried in choice.candidates if tried.settings == {RATE: 0.8}] == [{2}]
 
 
 def test_the_command_says_what_it_chose_and_where_a_better_value_may_lie(

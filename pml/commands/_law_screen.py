@@ -11,15 +11,7 @@ from pml.commands._runs import chosen_records
 from pml.errors import InputError
 from pml.escape import say_json
 from pml.figures import law_figure, save_figure
-from pml.law import (
-    LAW_NAME,
-    LawFit,
-    Observation,
-    fit_law,
-    observations_from_records,
-    read_csv,
-    shared_setting,
-)
+from pml.law import LAW_NAME, LawFit, fit_law, law_of_records, read_csv
 from pml.law.tables import (
     forms_table,
     observations_table,
@@ -28,7 +20,6 @@ from pml.law.tables import (
     sentences,
     symbols_sentence,
 )
-from pml.recall_model import recall_of
 from pml.records import write_json
 from pml.tables import rich_table
 
@@ -43,16 +34,13 @@ def fit_and_show(args: jsonargparse.Namespace) -> int:
     Raises:
         InputError: If the runs cannot determine a law, or `--out` holds another one.
     """
-    runs, setting, token_accuracy = _measurements(args)
-    recall, damaged = recall_of(Path(run.source) for run in runs if run.finished)
-    law = fit_law(runs, setting, form=args.form, adapter_size=args.by, recall=recall)
-    law = law.model_copy(update={"warnings": [*law.warnings, *damaged]})
+    law = _law(args)
     content = law.to_json()
     if args.out is not None:
         _check_free(args.out / LAW_NAME, content, args.overwrite)
         try:
             # The figure first: where there is a law.json, everything is there.
-            save_figure(law_figure(law, runs, token_accuracy), args.out / FIGURE_NAME)
+            save_figure(law_figure(law), args.out / FIGURE_NAME)
             write_json(args.out / LAW_NAME, content)
         except OSError as error:
             raise InputError(
@@ -65,18 +53,14 @@ def fit_and_show(args: jsonargparse.Namespace) -> int:
     return 0
 
 
-def _measurements(args: jsonargparse.Namespace) -> tuple[list[Observation], dict[str, Any], dict[str, float]]:
-    """What to fit the law to, what the runs have in common, and their token accuracy in free decoding, by source."""
+def _law(args: jsonargparse.Namespace) -> LawFit:
     files = [Path(place) for place in args.runs if place.lower().endswith(".csv")]
     if not files:
-        records = chosen_records(args)
-        accuracy = {path.as_posix(): record.generated_token_accuracy for path, record in records.items()}
-        decoded = {source: share for source, share in accuracy.items() if share is not None}
-        return observations_from_records(records, adapter_size=args.by), shared_setting(records, args.by), decoded
+        return law_of_records(chosen_records(args), form=args.form, adapter_size=args.by)
     if len(files) < len(args.runs) or args.where:
         raise InputError(f"{files[0]}: expected CSV files alone, without run folders and --where; fit them separately")
-    setting = {"files": [path.as_posix() for path in files]}
-    return [run for path in files for run in read_csv(path)], setting, {}
+    runs = [run for path in files for run in read_csv(path)]
+    return fit_law(runs, {"files": [path.as_posix() for path in files]}, form=args.form, adapter_size=args.by)
 
 
 def _check_free(path: Path, content: dict[str, Any], overwrite: bool) -> None:

@@ -63,8 +63,8 @@ def run(args: jsonargparse.Namespace) -> int:
                     "try values beyond it",
                     to=sys.stderr,
                 )
-    failed = [choice for choice in choices if choice.record is None]
-    diverged = [choice for choice in choices if choice.record is not None and choice.chosen is None]
+    failed = [choice for choice in choices if choice.failed]
+    diverged = [choice for choice in choices if not choice.failed and choice.chosen is None]
     for choice in diverged:
         say(
             f"diverged: {json.dumps(choice.cell)}: every candidate ended with a loss that is not a finite number, with "
@@ -85,7 +85,7 @@ def _table(grid: "SearchGrid", choices: "list[Choice]") -> "TextTable":
         (
             *(str(choice.cell.get(key, "-")) for key in keys),
             *(str(choice.candidates[0].settings[key]) for key in grid.search),
-            *(show_loss(choice.candidates[0].losses[epochs]) for epochs in grid.epochs),
+            *(show_loss(choice.candidates[0].final_loss[epochs]) for epochs in grid.epochs),
         )
         for choice in choices
     ]

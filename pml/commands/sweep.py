@@ -10,7 +10,9 @@ end. Ctrl-C or SIGTERM saves what is running; the same command goes on with it.
 
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import jsonargparse
@@ -188,6 +190,7 @@ def _running_table(cells: "Sequence[Cell]", claims: "Claims") -> Any:
 
 def _status(cells: "Sequence[Cell]", claims: "Claims", as_json: bool) -> int:
     """Say how far a sweep is; 0."""
+    from pml.progress import show_seconds
     from pml.sweep import Outcome
 
     running = {name: (holder, words) for name, holder, words in _running(cells, claims)}
@@ -195,25 +198,18 @@ def _status(cells: "Sequence[Cell]", claims: "Claims", as_json: bool) -> int:
     if as_json:
         say_json([{**_plain(o), "running": running.get(o.cell.name, (None,))[0]} for o in outcomes])
         return 0
-    seconds, left, counts = [], 0, dict.fromkeys(("done", "failed", "running", "to run"), 0)
+    counts = Counter({"recorded": 0, "failed": 0, "running": 0, "to run": 0})
     for outcome in outcomes:
-        name, words = outcome.cell.name, ""
-        if outcome.record is not None:
-            kind = "done"
-            seconds.append(outcome.record.wall_seconds)
-        elif outcome.error is not None:
-            kind, words = "failed", f": {outcome.error}"
-        else:
-            kind = "running" if name in running else "to run"
-            words = ": on {}; {}".format(*running[name]) if name in running else ""
-            left += 1
+        name, kind, words = outcome.cell.name, outcome.status, f": {outcome.error}" if outcome.error else ""
+        if kind == "to run" and name in running:
+            kind, words = "running", ": on {}; {}".format(*running[name])
         counts[kind] += 1
-        say(f"{kind:<8}{outcome.cell.folder}{words}")
+        say(f"{kind:<9}{outcome.cell.folder}{words}")
     summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-    if seconds and left:
+    seconds = [outcome.record.wall_seconds for outcome in outcomes if outcome.record is not None]
+    if seconds and (left := counts["running"] + counts["to run"]):
         hands = max(1, len(running))
-        summary += f"; about {_duration(left * sum(seconds) / len(seconds) / hands)} left"
-        summary += f" with {hands} worker{'s' * (hands > 1)}"
+        summary += f"; about {show_seconds(left * fmean(seconds) / hands)} left with {hands} worker{'s' * (hands > 1)}"
     say(summary)
     return 0
 
@@ -237,6 +233,7 @@ class Progress:
 
     def __call__(self, outcome: "Outcome") -> None:
         """Say what became of a cell."""
+        from pml.progress import show_seconds
         from pml.tables import show_loss
 
         self.done += 1
@@ -254,28 +251,10 @@ class Progress:
                 f"loss {show_loss(record.initial_loss)} -> {record.final_loss:.3f} nats, "
                 f"exact match {record.exact_match:.2f}, {record.optimizer_steps} steps, {record.wall_seconds:.0f} s"
             )
-        rest = f"; about {_duration(left)} left" if self.ran < self.todo else ""
+        rest = f"; about {show_seconds(left)} left" if self.ran < self.todo else ""
         say(f"[{self.ran}/{self.todo}] {outcome.cell.name}: {result}{rest}", to=sys.stderr)
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 def _plain(outcome: "Outcome") -> dict[str, str | None]:
-    if outcome.error is not None:
-        status = "failed"
-    elif outcome.record is None:
-        status = "to run"
-    elif outcome.diverged:
-        status = "diverged"
-    else:
-        status = "recorded" if outcome.skipped else "finished"
-    return {
-        "name": outcome.cell.name,
-        "folder": str(outcome.cell.folder),
-        "status": status,
-        "error": outcome.error,
-    }
+    cell = outcome.cell
+    return {"name": cell.name, "folder": str(cell.folder), "status": outcome.status, "error": outcome.error}

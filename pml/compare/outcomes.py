@@ -1,6 +1,7 @@
 """What runs are compared in: certain recall, recall as it is, and what either cost."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ class Outcome:
         title: Its name in words.
         unit: `%`, `nats` (per target token), `tokens` or `steps`.
         better: Whether higher or lower is better.
+        of: It, from a run's folder, whose per-token results say how many targets are certain, and its record.
         any_budget: Whether runs of different budgets may be compared in it: how long they trained is the outcome.
     """
 
@@ -32,6 +34,7 @@ class Outcome:
     title: str
     unit: Literal["%", "nats", "tokens", "steps"]
     better: Literal["higher", "lower"]
+    of: Callable[[Path, Record], float | None]
     any_budget: bool = False
 
     @property
@@ -42,39 +45,6 @@ class Outcome:
     def show(self, value: float | None, sign: str = "") -> str:
         """A value, with its sign where it is a difference; a dash where there is none."""
         return "-" if value is None else f"{value:{sign}.{3 if self.unit == 'nats' else 1}f}"
-
-
-OUTCOMES = (
-    Outcome("targets_certain", "targets certain", "%", "higher"),
-    Outcome("tokens_certain", "tokens certain", "%", "higher"),
-    Outcome("exact_match", "exact match", "%", "higher"),
-    Outcome("token_accuracy", "token accuracy", "%", "higher"),
-    Outcome("final_loss", "final loss", "nats", "lower"),
-    Outcome("first_failure", "tokens before first failure", "tokens", "higher"),
-    Outcome("steps_to_certain", "steps to all certain", "steps", "lower", any_budget=True),
-    Outcome("harm", "harm to other text", "nats", "lower"),
-)
-"""Certain: p > 0.5 at every token, which greedy decoding cannot miss. Right: argmax under teacher forcing."""
-
-
-def outcomes_of(folder: Path, record: Record) -> dict[str, float | None]:
-    """What a run came to, by the names of `OUTCOMES`; None where it was not measured.
-
-    Args:
-        folder: The run's folder, whose per-token results say how many targets are certain.
-        record: Its record.
-    """
-    steps = record.steps_to_recall
-    return {
-        "targets_certain": _targets_certain(folder, record),
-        "tokens_certain": 100 * (1 - record.sub_threshold_fraction),
-        "exact_match": 100 * record.exact_match,
-        "token_accuracy": 100 * record.token_accuracy,
-        "final_loss": record.final_loss,
-        "first_failure": record.first_failure,
-        "steps_to_certain": None if steps is None else float(steps),
-        "harm": record.mean_harm,
-    }
 
 
 def _targets_certain(folder: Path, record: Record) -> float | None:
@@ -89,3 +59,21 @@ def _targets_certain(folder: Path, record: Record) -> float | None:
         log.warning("%s; how many targets are certain is not known", error)
         return None
     return 100 * float(np.mean(positions.sub_threshold == positions.length))
+
+
+OUTCOMES = (
+    Outcome("targets_certain", "targets certain", "%", "higher", _targets_certain),
+    Outcome("tokens_certain", "tokens certain", "%", "higher", lambda _, run: 100 * (1 - run.sub_threshold_fraction)),
+    Outcome("exact_match", "exact match", "%", "higher", lambda _, run: 100 * run.exact_match),
+    Outcome("token_accuracy", "token accuracy", "%", "higher", lambda _, run: 100 * run.token_accuracy),
+    Outcome("final_loss", "final loss", "nats", "lower", lambda _, run: run.final_loss),
+    Outcome("first_failure", "tokens before first failure", "tokens", "higher", lambda _, run: run.first_failure),
+    Outcome("steps_to_certain", "steps to all certain", "steps", "lower", lambda _, run: run.steps_to_recall, True),
+    Outcome("harm", "harm to other text", "nats", "lower", lambda _, run: run.mean_harm),
+)
+"""Certain: p > 0.5 at every token, which greedy decoding cannot miss. Right: argmax under teacher forcing."""
+
+
+def outcomes_of(folder: Path, record: Record) -> dict[str, float | None]:
+    """What a run came to, by the names of `OUTCOMES`; None where it was not measured."""
+    return {outcome.name: outcome.of(folder, record) for outcome in OUTCOMES}

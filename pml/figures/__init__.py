@@ -1,7 +1,6 @@
 """Figures of laws, recall and training, one a function, in colours that all eyes can tell apart."""
 
-from pml.figures.heat_map import heat_map_figure, over_grid
-from pml.figures.law import agreement_figure, law_figure, reduction_figure, residual_figure
+from pml.figures.law import agreement_figure, law_figure, map_figures, reduction_figure, residual_figure
 from pml.figures.recall import first_failure_figure, recall_figure
 from pml.figures.style import png_bytes, save_figure, settle, svg_data_uri
 from pml.figures.training import Curves, learning_figure, phases_figure
@@ -10,10 +9,9 @@ __all__ = [
     "Curves",
     "agreement_figure",
     "first_failure_figure",
-    "heat_map_figure",
     "law_figure",
     "learning_figure",
-    "over_grid",
+    "map_figures",
     "phases_figure",
     "png_bytes",
     "recall_figure",

@@ -6,13 +6,12 @@ from typing import Literal
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from pml.figures.style import INK, PAPER, new_figure, thinned_labels
+from pml.figures.style import INK, PAPER, thinned_labels
 from pml.law import Observation
 
-__all__ = ["Shade", "Values", "draw_heat_map", "heat_map_figure", "is_grid", "over_grid"]
+__all__ = ["Shade", "Values", "draw_heat_map", "is_grid", "over_grid"]
 
 Shade = Literal["loss", "share"]
 """Whether a number is a loss, dark where it is high, or a share from 0 to 1, dark where it is low."""
@@ -36,21 +35,6 @@ def over_grid(runs: Iterable[Observation], value: Callable[[Observation], float]
 def is_grid(points: Iterable[tuple[int, int]]) -> bool:
     """Whether these points, rank and length of each, have several ranks and several lengths."""
     return sum(len(set(found)) > 1 for found in zip(*points, strict=True)) == 2
-
-
-def heat_map_figure(values: Values, title: str, shade: Shade) -> Figure | None:
-    """A map of one number, as wide as a page's column; None where there is none, or not over a grid.
-
-    Args:
-        values: What to show.
-        title: What it is, with its unit.
-        shade: Which end is dark.
-    """
-    if not is_grid(values):
-        return None
-    with new_figure(4.4) as (figure, axes):
-        draw_heat_map(axes, values, title, shade)
-    return figure
 
 
 def draw_heat_map(axes: Axes, values: Values, title: str, shade: Shade) -> None:

@@ -1,7 +1,5 @@
 """The law against what was measured: loss reduction by rank and by length, agreement, residuals, and all in one."""
 
-import math
-from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -23,9 +21,9 @@ from pml.figures.style import (
     new_figure,
     point,
 )
-from pml.law import FORMS, LawFit, Observation, saturated
+from pml.law import LawFit, saturated
 
-__all__ = ["agreement_figure", "law_figure", "reduction_figure", "residual_figure"]
+__all__ = ["agreement_figure", "law_figure", "map_figures", "reduction_figure", "residual_figure"]
 
 By = Literal["rank", "length"]
 AXES: dict[By, tuple[str, str]] = {"rank": ("rank", "target_tokens"), "length": ("target_tokens", "rank")}
@@ -33,20 +31,14 @@ AXES: dict[By, tuple[str, str]] = {"rank": ("rank", "target_tokens"), "length": 
 NAMES = {"rank": "LoRA rank", "target_tokens": "target tokens"}
 
 
-def law_figure(fit: LawFit, runs: Iterable[Observation], token_accuracy: Mapping[str, float] | None = None) -> Figure:
-    """What Figure 2 of the paper shows, of these runs: the law above, what it comes to over ranks and lengths below.
+def law_figure(fit: LawFit) -> Figure:
+    """What Figure 2 of the paper shows, of a law's runs: the law above, what it comes to over ranks and lengths below.
 
     Above, loss reduction in nats per target token against rank and against length, and predicted against measured.
     Below, heat maps of the final loss and of the token accuracy of free decoding, where runs are a grid. Saturated runs
-    are hollow; diverged and interrupted ones are not drawn.
-
-    Args:
-        fit: The law.
-        runs: All runs, those that the fit left out too.
-        token_accuracy: Share of target tokens that greedy decoding puts in their place, by the source of a run.
+    are hollow.
     """
-    every = list(runs)
-    maps = [(title, shade, found) for title, shade, found in _maps(every, token_accuracy or {}) if is_grid(found)]
+    maps = _maps(fit)
     with canvas():
         figure = Figure(figsize=(14, 9.6) if maps else (15, 5.2), dpi=120, layout="constrained", facecolor=PAPER)
         if maps:
@@ -57,7 +49,7 @@ def law_figure(fit: LawFit, runs: Iterable[Observation], token_accuracy: Mapping
             (by_rank, by_length, agreement), cells = figure.subplots(1, 3), []
         panels: tuple[tuple[Axes, By], ...] = ((by_rank, "rank"), (by_length, "length"))
         for axes, by in panels:
-            handles = _draw_reduction(axes, fit, every, by)
+            handles = _draw_reduction(axes, fit, by)
             axes.legend(
                 handles=handles,
                 title=NAMES[AXES[by][1]],
@@ -68,7 +60,7 @@ def law_figure(fit: LawFit, runs: Iterable[Observation], token_accuracy: Mapping
                 fontsize=9.5,
                 handlelength=1.5,
             )
-        _draw_agreement(agreement, fit, every)
+        _draw_agreement(agreement, fit)
         agreement.set_title(f"$R^2$ = {fit.best.r2:.4f}, MAPE = {fit.best.mape_percent:.1f} %", fontsize=12)
         if fit.predicts_ranks:
             by_rank.set_title("law and 95 % band; dotted where no run was used", fontsize=12)
@@ -78,36 +70,48 @@ def law_figure(fit: LawFit, runs: Iterable[Observation], token_accuracy: Mapping
     return figure
 
 
-def _maps(runs: list[Observation], token_accuracy: Mapping[str, float]) -> list[tuple[str, Shade, Values]]:
-    finished = [run for run in runs if run.finished and math.isfinite(run.final_loss)]
-    decoded = [run for run in finished if run.source in token_accuracy]
-    return [
-        ("final loss (nats per target token)", "loss", over_grid(finished, lambda run: run.final_loss)),
-        ("token accuracy, free decoding", "share", over_grid(decoded, lambda run: token_accuracy[run.source])),
+def _maps(fit: LawFit) -> list[tuple[str, Shade, Values]]:
+    """Titles, shades and values of the maps for which runs are a grid."""
+    decoded = {
+        run.source: run.generated_token_accuracy for run in fit.observations if run.generated_token_accuracy is not None
+    }
+    maps: list[tuple[str, Shade, Values]] = [
+        ("final loss (nats per target token)", "loss", over_grid(fit.observations, lambda run: run.final_loss)),
+        (
+            "token accuracy, free decoding",
+            "share",
+            over_grid([run for run in fit.observations if run.source in decoded], lambda run: decoded[run.source]),
+        ),
     ]
+    return [found for found in maps if is_grid(found[2])]
 
 
-def agreement_figure(fit: LawFit, runs: Iterable[Observation]) -> Figure:
+def map_figures(fit: LawFit) -> dict[str, Figure]:
+    """The maps of `law_figure` by their titles, each as wide as a page's column."""
+    figures = {}
+    for title, shade, values in _maps(fit):
+        with new_figure(4.4) as (figure, axes):
+            draw_heat_map(axes, values, title, shade)
+        figures[title] = figure
+    return figures
+
+
+def agreement_figure(fit: LawFit) -> Figure:
     """Predicted against measured loss reduction in nats per target token; saturated runs hollow."""
     with new_figure(4.9) as (figure, axes):
-        legend_below(figure, _draw_agreement(axes, fit, runs), title=NAMES["target_tokens"])
+        legend_below(figure, _draw_agreement(axes, fit), title=NAMES["target_tokens"])
     return figure
 
 
-def reduction_figure(fit: LawFit, runs: Iterable[Observation], by: By) -> Figure:
+def reduction_figure(fit: LawFit, by: By) -> Figure:
     """Loss reduction in nats per target token against rank or length, both logarithmic, with the fit and its band.
 
     There is a line for each value of the other one, solid over the runs that the fit used (the saturated ones too
     where the form knows the ceiling) and dotted beyond them. A law that does not know ranks has no lines, and the title
     says so.
-
-    Args:
-        fit: The law.
-        runs: All runs, those that the fit left out too.
-        by: What the horizontal axis is.
     """
     with new_figure(4.4) as (figure, axes):
-        legend_below(figure, _draw_reduction(axes, fit, runs, by), title=NAMES[AXES[by][1]])
+        legend_below(figure, _draw_reduction(axes, fit, by), title=NAMES[AXES[by][1]])
     return figure
 
 
@@ -129,61 +133,44 @@ def residual_figure(fit: LawFit) -> Figure:
     return figure
 
 
-def _shown(fit: LawFit, runs: Iterable[Observation]) -> tuple[list[Observation], list[Observation]]:
-    """The runs that the fit used, and the saturated ones."""
-    used = {_key(run) for run, _ in fit.used}
-    filled, hollow = [], []
-    for run in runs:
-        if run.finished and 0 < run.loss_reduction < math.inf and saturated(run):
-            hollow.append(run)
-        elif _key(run) in used:
-            filled.append(run)
-    return filled, hollow
-
-
-def _key(run: Observation) -> tuple[str, int, int, int]:
-    return run.source, run.rank, run.target_tokens, run.seed
-
-
-def _handles(looks: Looks, hollow: list[Observation]) -> list[Line2D]:
-    """Lines with their markers, and what hollow means where something is."""
-    lines = [Line2D([], [], color=c, marker=m, markersize=6, label=f"{value:,}") for value, (c, m) in looks.items()]
-    return [*lines, Line2D([], [], **point((INK, "o"), is_hollow=True, size=7))] if hollow else lines
-
-
-def _draw_reduction(axes: Axes, fit: LawFit, runs: Iterable[Observation], by: By) -> list[Line2D]:
-    """Loss reduction against rank or length, with a line of the fit and its band for each value of the other one.
+def _draw_reduction(axes: Axes, fit: LawFit, by: By) -> list[Line2D]:
+    """See `reduction_figure`.
 
     Returns:
         What the legend says.
     """
-    filled, hollow = _shown(fit, runs)
-    in_fit = filled + hollow if FORMS[fit.form].saturating else filled
     along, other = AXES[by]
-    looks = looks_of(sorted({getattr(run, other) for run in filled + hollow}))
-    at = sorted({getattr(run, along) for run in filled + hollow})
+    runs = fit.observations
+    looks = looks_of(sorted({getattr(run, other) for run in runs}))
+    at = sorted({getattr(run, along) for run in runs})
     everywhere = np.geomspace(at[0], at[-1], 200)
     for value, (colour, _) in looks.items() if fit.predicts_ranks else ():
         predicted = fit.predict(**{along: everywhere, other: value})
         axes.plot(everywhere, predicted, color=colour, linewidth=1.2, ls=":", zorder=1)
-        used = [getattr(run, along) for run in in_fit if getattr(run, other) == value]
+        used = [getattr(run, along) for run, _ in fit.used if getattr(run, other) == value]
         if used:
             inside = np.geomspace(min(used), max(used), 100)
             points = {along: inside, other: value}
             axes.plot(inside, fit.predict(**points), color=colour, linewidth=1.8, zorder=2)
             band = np.percentile(fit.predict_draws(**points), (2.5, 97.5), axis=0)
             axes.fill_between(inside, *band, color=colour, alpha=0.15, linewidth=0, zorder=1)
-    for group in (hollow, filled):
-        for run in group:
-            style = point(looks[getattr(run, other)], is_hollow=group is hollow, size=7)
-            axes.plot(getattr(run, along), run.loss_reduction, **style)
+    for run in runs:
+        style = point(looks[getattr(run, other)], is_hollow=saturated(run), size=7)
+        axes.plot(getattr(run, along), run.loss_reduction, **style)
     logarithmic(axes, at)
     # A line may climb past what any run can reach, the frozen model's loss; the measured runs set the scale.
-    _logarithmic_losses(axes, [run.loss_reduction for run in filled + hollow])
+    _logarithmic_losses(axes, [run.loss_reduction for run in runs])
     axes.set(xlabel=NAMES[along], ylabel="loss reduction (nats per target token)")
     if not fit.predicts_ranks:
         axes.set_title("no lines: parameters per rank differ", fontsize=12)
-    return _handles(looks, hollow)
+    return _handles(fit, looks)
+
+
+def _handles(fit: LawFit, looks: Looks) -> list[Line2D]:
+    """Lines with their markers, and what hollow means where something is."""
+    lines = [Line2D([], [], color=c, marker=m, markersize=6, label=f"{value:,}") for value, (c, m) in looks.items()]
+    hollow = Line2D([], [], **point((INK, "o"), is_hollow=True, size=7))
+    return [*lines, hollow] if any(map(saturated, fit.observations)) else lines
 
 
 def _logarithmic_losses(axes: Axes, measured: list[float]) -> None:
@@ -198,39 +185,27 @@ def _logarithmic_losses(axes: Axes, measured: list[float]) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _draw_agreement(axes: Axes, fit: LawFit, runs: Iterable[Observation]) -> list[Line2D]:
-    """Predicted against measured.
-
-    Returns:
-        What the legend says.
-    """
-    filled, hollow = _shown(fit, runs)
-    looks = looks_of(sorted({run.target_tokens for run in filled + hollow}))
-    values = [run.loss_reduction for run in (*hollow, *filled)] + [predicted for _, predicted in fit.used]
+def _draw_agreement(axes: Axes, fit: LawFit) -> list[Line2D]:
+    """Predicted against measured, given each run's own initial loss, as for every other error; returns the legend."""
+    looks = looks_of(sorted({run.target_tokens for run in fit.observations}))
+    values = [run.loss_reduction for run in fit.observations] + [predicted for _, predicted in fit.used]
     span = max(values) - min(values)
     # Without a ceiling, what the law says of saturated runs may be so large that the others would be squeezed.
-    beyond_them = hollow and not FORMS[fit.form].saturating
+    beyond_them = len(fit.used) < len(fit.observations)
     limits = (min(values) - 0.06 * span, max(values) + (0.3 if beyond_them else 0.06) * span)
-    edge, beyond = limits[1] - 0.03 * span, 0
-    # Given each run's own initial loss, as for every other error.
-    by_run = dict(zip(map(_key, fit.observations), fit.best.predicted, strict=True))
-    for group in (hollow, filled):
-        for run in group:
-            predicted = by_run.get(_key(run))
-            if predicted is None:
-                predicted = float(fit.predict(run.rank, run.target_tokens))
-            beyond += predicted > edge
-            style = point(looks[run.target_tokens], is_hollow=group is hollow)
-            axes.plot(run.loss_reduction, min(predicted, edge), **style)
+    edge = limits[1] - 0.03 * span
+    for run, predicted in zip(fit.observations, fit.best.predicted, strict=True):
+        style = point(looks[run.target_tokens], is_hollow=saturated(run))
+        axes.plot(run.loss_reduction, min(predicted, edge), **style)
     axes.plot(limits, limits, color=INK, linewidth=1.2, linestyle="--", zorder=1, label="identity")
     axes.set(xlim=limits, ylim=limits, aspect="equal")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(7))
-    if beyond:
+    if beyond := sum(predicted > edge for predicted in fit.best.predicted):
         note = f"at the upper edge: {beyond} predicted beyond it"
         axes.text(0.02, 0.96, note, transform=axes.transAxes, fontsize=9.5, verticalalignment="top")
     axes.set(xlabel="measured loss reduction (nats)", ylabel="predicted loss reduction (nats)")
-    return _handles(looks, hollow)
+    return _handles(fit, looks)
 
 
 def _setting(fit: LawFit) -> str:

@@ -20,7 +20,7 @@ summed over the corpus. Read in this order:
 from pml.groups import shared_setting
 from pml.law.csv_file import read_csv
 from pml.law.equation import Equation
-from pml.law.fit import fit_law
+from pml.law.fit import fit_law, law_of_records
 from pml.law.forms import FORMS, FormName, loss_reduction
 from pml.law.law_fit import LAW_NAME, LawFit, read_law
 from pml.law.observations import (
@@ -49,6 +49,7 @@ __all__ = [
     "Observation",
     "RunDraws",
     "fit_law",
+    "law_of_records",
     "loss_reduction",
     "observations_from_records",
     "percentiles",

@@ -3,12 +3,14 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lmfit
 import numpy as np
 
 from pml.errors import InputError
+from pml.groups import shared_setting
 from pml.law.data import Data, data_of
 from pml.law.diagnostics import warnings_of
 from pml.law.forms import FORMS, POSITIVE, SHARPNESS_RANGE, AdapterSize, Array, FormName
@@ -23,13 +25,14 @@ from pml.law.intervals import (
 )
 from pml.law.law_fit import LawFit
 from pml.law.least_squares import Solution, solve, to_theta
-from pml.law.observations import Observation, saturated, usable
+from pml.law.observations import Observation, observations_from_records, saturated, usable
 from pml.law.schema import Estimate, FormFit, percentiles
 from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms, shortfall
 from pml.law.texts import texts_of
-from pml.recall_model import RecallModel
+from pml.recall_model import RecallModel, recall_of
+from pml.records import Record
 
-__all__ = ["fit_law"]
+__all__ = ["fit_law", "law_of_records"]
 
 # If both exponents are this small, x^alpha is 1 + alpha ln x to 0.1 %, and dL = a0 + a1 ln s - a2 ln l describes the
 # runs as well. On the way to this limit C grows and b falls without end: where the search stopped means nothing.
@@ -101,6 +104,19 @@ def fit_law(
         warnings=[],
     )
     return law.model_copy(update={"warnings": warnings_of(law)})
+
+
+def law_of_records(
+    records: Mapping[Path, Record], *, form: FormName | None = None, adapter_size: AdapterSize = "rank"
+) -> LawFit:
+    """The law of finished runs, with the recall model of their tokens; whose tokens are damaged is a warning.
+
+    Arguments as in `fit_law` and `observations_from_records`.
+    """
+    recall, damaged = recall_of(path for path, record in records.items() if record.status == "finished")
+    runs, setting = observations_from_records(records, adapter_size), shared_setting(records, adapter_size)
+    law = fit_law(runs, setting, form=form, adapter_size=adapter_size, recall=recall)
+    return law.model_copy(update={"warnings": [*law.warnings, *damaged]})
 
 
 def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -> FormFit:

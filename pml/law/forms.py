@@ -28,7 +28,6 @@ __all__ = [
     "Points",
     "gradient",
     "loss_reduction",
-    "sensitivity",
 ]
 
 Array = npt.NDArray[np.float64]
@@ -81,23 +80,6 @@ def loss_reduction(
     return np.asarray(b + np.exp(-np.logaddexp(-p * log_power, -p * log_ceiling) / p))
 
 
-def sensitivity(
-    rank: npt.ArrayLike,
-    target_tokens: npt.ArrayLike,
-    initial_loss: npt.ArrayLike = math.inf,
-    *,
-    sharpness: npt.ArrayLike = math.inf,
-    **parameters: npt.ArrayLike,
-) -> Array:
-    """Derivative of the loss reduction with respect to its power term, x, under a ceiling c: from 1 to 0 as x rises.
-
-    It is 2^-(1 + 1/p) where x = c. Noise in the power term is attenuated by this factor. Arguments as in
-    `loss_reduction`.
-    """
-    log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, **parameters)
-    return _by_power(log_power - log_ceiling, np.minimum(sharpness, PLAIN_MINIMUM))
-
-
 def gradient(
     rank: npt.ArrayLike,
     target_tokens: npt.ArrayLike,
@@ -109,12 +91,17 @@ def gradient(
 ) -> dict[str, Array]:
     """Derivatives of `loss_reduction` by ln C, alpha, beta, b and ln sharpness, under the parameters' names.
 
+    And by the power term itself, as `power`: from 1 to 0 as it rises past the ceiling, 2^-(1 + 1/p) where it is as
+    large. Noise in the power term is attenuated by this factor.
+
     Those by b and ln sharpness take as long again, and are there only where `names` has them.
     """
     log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, **parameters)
     gap, p = log_power - log_ceiling, np.minimum(sharpness, PLAIN_MINIMUM)
-    by_log_power = np.exp(log_power) * _by_power(gap, p)
+    by_power = _by_power(gap, p)
+    by_log_power = np.exp(log_power) * by_power
     found = {
+        "power": by_power,
         "C": by_log_power,
         "alpha": by_log_power * np.log(rank),
         "beta": -by_log_power * np.log(target_tokens),
@@ -238,8 +225,8 @@ class Form:
         return loss_reduction(**self.arguments(values, points))
 
     def sensitivity(self, values: Mapping[str, Any], points: Points) -> Array:
-        """Derivative of the loss reduction by its power term, `(runs,)`; see `sensitivity`."""
-        return sensitivity(**self.arguments(values, points))
+        """Derivative of the loss reduction by its power term, `(runs,)`; see `gradient`."""
+        return gradient(**self.arguments(values, points), names=())["power"]
 
     def gradient(self, values: Mapping[str, Any], points: Points, names: tuple[str, ...]) -> Array:
         """Derivatives by these parameters, those in `POSITIVE` by their logarithm, stacked in the last axis."""

@@ -54,6 +54,7 @@ class Observation:
         pairs: Number of targets.
         late_loss_drop: By how much the training loss still fell at the end (see `pml.records.Record`).
         text: Identifies the text, such as the hash of its token ids; None where unknown.
+        generated_token_accuracy: Share of target tokens that greedy decoding puts in their place; None where unknown.
     """
 
     # Files of earlier versions say more of a run.
@@ -71,6 +72,7 @@ class Observation:
     pairs: int = 1
     late_loss_drop: float | None = None
     text: str | None = None
+    generated_token_accuracy: float | None = None
 
     @property
     def loss_reduction(self) -> float:
@@ -104,14 +106,9 @@ class Observation:
 
 
 class LeftOutRun(Content):
-    """A run that no form can use, and why; a loss that is not finite is None."""
+    """A run that no form can use, and why."""
 
     source: str
-    rank: int
-    target_tokens: int
-    seed: int
-    initial_loss: float | None
-    final_loss: float | None
     reason: Reason
 
 
@@ -140,9 +137,8 @@ def usable(runs: Iterable[Observation]) -> tuple[list[Observation], list[LeftOut
     """
     kept, left_out = [], []
     for run in _sorted(runs):
-        losses = run.initial_loss, run.final_loss
         reason: Reason | None = None
-        if not all(map(math.isfinite, losses)):
+        if not all(map(math.isfinite, (run.initial_loss, run.final_loss))):
             reason = "diverged"
         elif not run.finished:
             reason = "interrupted"
@@ -150,19 +146,8 @@ def usable(runs: Iterable[Observation]) -> tuple[list[Observation], list[LeftOut
             reason = "not reduced"
         if reason is None:
             kept.append(run)
-            continue
-        initial, final = (loss if math.isfinite(loss) else None for loss in losses)
-        left_out.append(
-            LeftOutRun(
-                source=run.source,
-                rank=run.rank,
-                target_tokens=run.target_tokens,
-                seed=run.seed,
-                initial_loss=initial,
-                final_loss=final,
-                reason=reason,
-            )
-        )
+        else:
+            left_out.append(LeftOutRun(source=run.source, reason=reason))
     return kept, left_out
 
 
@@ -191,6 +176,7 @@ def observations_from_records(records: Mapping[Path, Record], adapter_size: Adap
             pairs=record.pairs,
             late_loss_drop=record.late_loss_drop,
             text=record.corpus_hash,
+            generated_token_accuracy=record.generated_token_accuracy,
         )
         for path, record in records.items()
     )

@@ -1,6 +1,6 @@
 """What a page is put together from: sections, figures with their words, and words for numbers."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,9 +59,8 @@ class Section:
         return bool(self.equation or self.sentences or self.warnings or self.panels or self.tables)
 
 
-def draw(name: str, title: str, caption: str, alt: str, make: Callable[[], Figure | None]) -> list[Panel]:
-    """Make a figure; an empty list where the runs have nothing for it to show."""
-    figure = make()
+def draw(name: str, title: str, caption: str, alt: str, figure: Figure | None) -> list[Panel]:
+    """A panel with this figure; an empty list where there is none, since the runs have nothing for it to show."""
     if figure is None:
         return []
     settle(figure)

@@ -95,7 +95,7 @@ def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
         method, heading = group.method, "The law" if len(grids) == 1 else f"The law: {group.method}"
         of = f"{title}, {method}"
         try:
-            laws[method], section = law_part(group.records, observations[method], heading, f"{anchor}-{i + 1}", of)
+            laws[method], section = law_part(group.records, heading, f"{anchor}-{i + 1}", of)
         except InputError as error:
             section = Section(heading, warnings=[f"{method}: no law ({error})."])
         sections.append(section)
@@ -157,7 +157,7 @@ def _recall_panels(anchor: str, methods: Mapping[str, list[Record]]) -> list[Pan
             title,
             f"Under teacher forcing, that is given the true tokens before. {spread}",
             f"{title} for {', '.join(methods)}, a panel for each length.",
-            lambda measure=measure: recall_figure(methods, measure),  # type: ignore[misc]
+            recall_figure(methods, measure),
         )
     ]
 

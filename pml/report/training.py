@@ -138,7 +138,7 @@ def _phase_panel(anchor: str, of: str, examples: Mapping[str, Example], curves: 
         "Certain: p > 0.5, so that greedy decoding cannot miss the token. Right: the most probable token all the same. "
         "Between the first and the last look tokens are as training last scored them.",
         f"{of}: shares of target tokens that are wrong, right and certain over optimiser steps. {ends}.",
-        lambda: phases_figure(runs),
+        phases_figure(runs),
     )
 
 
@@ -157,7 +157,7 @@ def _learning_panel(
         "Learning curves",
         f"Mean loss, in nats per target token, and the share of certain tokens; {count(len(curves), 'run')}.",
         f"{of}: loss and share of certain tokens over optimiser steps of {count(len(curves), 'run')}.",
-        lambda: learning_figure(groups, "LoRA rank" if by_rank else "method"),
+        learning_figure(groups, "LoRA rank" if by_rank else "method"),
     )
 
 
@@ -182,7 +182,7 @@ def _first_failure_panel(anchor: str, of: str, failures: list[FirstPositions], s
         f"construction; the paper reports 0.908.{remarks}",
         f"{of}: first wrong token against first token with p <= 0.5: Spearman's rho {found.rho:.3f} over "
         f"{count(found.targets, 'target')}.",
-        lambda: first_failure_figure(positions, found),
+        first_failure_figure(positions, found),
     )
 
 
