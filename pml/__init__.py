@@ -11,6 +11,9 @@ What a notebook needs is here, and loaded when it is first asked for:
     module, data = pml.open_run("runs/facts/version_0")            # a finished run: model, adapter and corpus
     certificates = pml.certify(module.model, data.corpus.examples) # pair by pair: certain, right or failing
     model = pml.load_adapter(model, "runs/facts/version_0/adapter")# any adapter, on a model that transformers loaded
+
+These certificates hold in float32. For weights in 16 bits `pml certify` measures rounding and allows for it, as
+`allow_for_rounding` of `pml.certificate` does.
 """
 
 from importlib import import_module

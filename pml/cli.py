@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from pml.disk import disk_trouble, quiet_threads
@@ -88,7 +89,8 @@ def _message(error: Exception) -> str:
         return f"{trouble}; expected room to write; files that were whole still are"
     if isinstance(error, OSError):
         return f"{str(error.filename)[:LONGEST_PATH]}: {error.strerror}; expected a file or folder that can be used so"
-    return str(error) if isinstance(error, InputError) else reason(error)
+    text = str(error) if isinstance(error, InputError) else reason(error)
+    return f"{text}; see --help" if "arguments are required" in text else text
 
 
 def _is_wrong_input(error: Exception) -> bool:
@@ -103,6 +105,9 @@ def _is_wrong_input(error: Exception) -> bool:
 def _dispatch(command: str, arguments: Sequence[str]) -> int:
     if command in ("-h", "--help"):
         print(_overview())
+        return 0
+    if command == "--version":
+        print(f"pml {version('pml')}")
         return 0
     if command in FIT_COMMANDS:
         if {"-h", "--help"} & set(arguments[1:]):

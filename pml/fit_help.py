@@ -35,11 +35,11 @@ SETTINGS = {
 """Settings objects, whose fields are options."""
 
 GENERAL = (
-    ("config FILE", "YAML with keys as below; several are laid over each other, options over them"),
-    ("seed_everything SEED", "seed of everything that is drawn while training (default: 42)"),
-    ("ckpt_path FILE", "checkpoint to go on from; last is the newest whole one of the run whose --config is given"),
-    ("print_config", "print the configuration that all this comes to, and stop"),
-    ("model.help CLASS, --data.help CLASS", "all arguments of a class, your own ones too"),
+    ("config FILE", "YAML with keys as below; later files override earlier ones, and options override both"),
+    ("seed_everything SEED", "seed of all random numbers (default: 42)"),
+    ("ckpt_path FILE", "checkpoint to resume from; last is the newest of the run whose --config is given"),
+    ("print_config", "print the resolved configuration and exit"),
+    ("model.help CLASS, --data.help CLASS", "print all arguments of a class, your own included, and exit"),
 )
 
 LEFT = 34
@@ -102,11 +102,12 @@ def fit_help(command: str, width: int | None = None) -> str:
     page.heading("every corpus")
     for argument in _arguments(_room("data_modules") / "base.py", "MemorizationDataModule"):
         page.argument("data", argument)
-    page.heading("callbacks: --trainer.callbacks+=CLASS")
-    for _, name, node in _exported("callbacks"):
-        page.item(name, _summary(node))
-    page.heading("trainer: Lightning's")
     own = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))["trainer"]
+    default = {callback["class_path"].rpartition(".")[2] for callback in own["callbacks"]}
+    page.heading("callbacks: --trainer.callbacks+=CLASS adds one; --trainer.callbacks replaces the defaults, marked *")
+    for _, name, node in _exported("callbacks"):
+        page.item(f"{name} *" if name in default else name, _summary(node))
+    page.heading("trainer: Lightning's")
     for argument in _trainer_arguments(own):
         page.argument("trainer", argument)
     return page.text
@@ -193,9 +194,9 @@ def _arguments(path: Path, name: str) -> list[Argument]:
 def _argument(name: str, kind: ast.expr | None, default: ast.expr | None, helps: Mapping[str, str]) -> Argument:
     shown = "" if default is None else ast.unparse(default)
     shown = {"None": "null", "True": "true", "False": "false"}.get(shown, shown.strip("'"))
-    return Argument(
-        name, "" if kind is None else ast.unparse(kind), shown if _is_plain(shown) else "", helps.get(name, "")
-    )
+    # What is None in Python is null in a configuration.
+    help_text = re.sub(r"\bNone\b", "null", helps.get(name, ""))
+    return Argument(name, "" if kind is None else ast.unparse(kind), shown if _is_plain(shown) else "", help_text)
 
 
 def _is_plain(default: str) -> bool:
@@ -223,6 +224,7 @@ def _trainer_arguments(own: Mapping[str, Any]) -> list[Argument]:
         name: re.split(r"(?<=[.!])\s", " ".join(text.split()))[0].replace("``", "")
         for name, text in re.findall(r"^    (\w+): (.*?)(?=^    \w+: |^\S|\Z)", doc + "\n", re.MULTILINE | re.DOTALL)
     }
+    sentences["precision"] = "32-true; others are refused, and the type of the frozen weights is --model.dtype."
     arguments = []
     for argument, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True):
         found = _argument(argument.arg, None, default, sentences)

@@ -29,7 +29,7 @@ from pml.adapter import AdapterConfig, adapter_for, lora_layers
 from pml.atomic import whole_file
 from pml.backbone import Backbone, backbone_facts, load_backbone, shared_backbones
 from pml.bare_trainer import bare_trainer
-from pml.certificate import PairCertificate, certify
+from pml.certificate import PairCertificate, allow_for_rounding, certify, measure_rounding
 from pml.corpus import Corpus
 from pml.decoding import plain_decoding
 from pml.default_backbone import DEFAULT_BACKBONE
@@ -81,6 +81,7 @@ class Settings:
 
     Args:
         backbone: `smollm2-135m`, a folder, or a hub id.
+        dtype: Floating-point type of the frozen weights, in training and in what the certificate is of.
         rank: LoRA rank to begin with; None plans it.
         placement: Linear layers, which plain PEFT loads; all unless given. `mlp_block` loads with `pml` alone.
         block: See `pml.adapter.AdapterConfig`.
@@ -94,6 +95,7 @@ class Settings:
     """
 
     backbone: str = DEFAULT_BACKBONE
+    dtype: str = "float32"
     rank: int | None = None
     placement: str | list[str] | None = None
     block: int | float | list[int] = 2 / 3
@@ -194,7 +196,7 @@ def memorize(
         raise InputError(f"{folder} has something in it; choose another folder, or say overwrite")
     path = _file_of(pairs, folder)
     with shared_backbones():
-        backbone = load_backbone(chosen.backbone)
+        backbone = load_backbone(chosen.backbone, chosen.dtype)
         backbone.model.to(best_device())  # type: ignore[arg-type]  # the wrapper has lost its signature
         data = import_module("data_modules").Facts(
             str(path),
@@ -211,18 +213,28 @@ def memorize(
         if on_plan is not None:
             on_plan(corpus, plan, rank)
         module = _train(chosen, replace(adapter, rank=rank), plan, data, folder, on_progress)
-        certificates = certify(module.model.eval(), corpus.examples)
+        certificates = _certified(module, corpus)
         encoder, plain = data.encoder(module.tokenizer), plain_decoding(backbone.model)
         module.release()
     served = None
     if isinstance(adapter.placement, list):
         base = Path(backbone_facts(chosen.backbone)["path"])
-        served = serve(base, folder / "adapter", corpus.examples, encoder, plain)
+        served = serve(base, folder / "adapter", corpus.examples, encoder, plain, chosen.dtype)
     record = read_record(folder / RECORD_NAME)
     made = Memorized(folder, folder / "adapter", plan, certificates, served, record, time.monotonic() - started)
     with whole_file(made.adapter / CARD_NAME) as file:
         file.write(model_card(record, corpus, encoder, plain, served).encode())
     return made
+
+
+def _certified(module: Memorization, corpus: Corpus) -> list[PairCertificate]:
+    """The certificates of all pairs; in 16 bits with what rounding was measured to do to them."""
+    model = module.model.eval()
+    certificates = certify(model, corpus.examples)
+    if module.dtype_name == "float32":
+        return certificates
+    rounding = measure_rounding(model, corpus.examples, [known.margins for known in certificates])
+    return allow_for_rounding(certificates, rounding.logits)
 
 
 def _planned(chosen: Settings, backbone: Backbone, corpus: Corpus, adapter: AdapterConfig) -> RankPlan | None:
@@ -305,6 +317,7 @@ def _train(
     for attempt in range(DOUBLINGS + 1):
         settings: dict[str, Any] = {
             "backbone": chosen.backbone,
+            "dtype": chosen.dtype,
             "adapter": adapter,
             "learning_rate": chosen.learning_rate,
             "kl_penalty": chosen.kl_penalty,

@@ -297,18 +297,18 @@ def _contradiction(record: Record) -> str | None:
     return None
 
 
-def read_records(paths: Iterable[str | Path]) -> dict[Path, Record]:
+def read_records(paths: str | Path | Iterable[str | Path]) -> dict[Path, Record]:
     """Read the records of many runs, by the folder they are in, sorted by path.
 
     Args:
-        paths: Record files, run folders, or folders with run folders anywhere below them.
+        paths: A record file, a run folder, or a folder with run folders anywhere below it; or several of these.
 
     Raises:
         InputError: If a path does not exist or holds no record, or a record is not valid.
     """
     found: dict[Path, Record] = {}
     seen: set[Path] = set()
-    for given in map(Path, paths):
+    for given in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         if not given.exists():
             raise InputError(f"{given}: no such file or folder; expected a run's folder, or one with runs below it")
         files = [given] if given.is_file() else sorted(given.rglob(RECORD_NAME))

@@ -36,7 +36,7 @@ class Run(NamedTuple):
         return self.data.corpus
 
 
-def open_run(folder: Path) -> Run:
+def open_run(folder: str | Path) -> Run:
     """Open a run: its module, with its adapter as it was saved, and its corpus.
 
     Args:
@@ -46,6 +46,7 @@ def open_run(folder: Path) -> Run:
         InputError: If the folder lacks either, its configuration no longer parses or names classes that are not pml's
             (see `pml.own_classes`), or its corpus cannot be had.
     """
+    folder = Path(folder)
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected the folder of a run that `pml fit` or `pml sweep` made")

@@ -23,9 +23,14 @@ BEYOND = 4
 
 
 def serve(
-    base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "TextEncoder", plain: Mapping[str, Any]
+    base: Path,
+    adapter: Path,
+    examples: "Sequence[Example]",
+    encoder: "TextEncoder",
+    plain: Mapping[str, Any],
+    dtype: str = "float32",
 ) -> list[str]:
-    """The answer to each query as a server shows it, in float32, from a process of its own.
+    """The answer to each query as a server shows it, from a process of its own.
 
     Args:
         base: The backbone's folder.
@@ -33,6 +38,7 @@ def serve(
         examples: What it is asked for.
         encoder: How queries become prompts.
         plain: Further arguments of `generate`, see `pml.decoding.plain_decoding`.
+        dtype: Floating-point type of the base's weights.
 
     Raises:
         RuntimeError: If that process fails, with what it said last.
@@ -40,7 +46,7 @@ def serve(
     import subprocess
 
     command = [sys.executable, "-P", __file__]
-    job = json.dumps(_job(base, adapter, examples, encoder, plain))
+    job = json.dumps(_job(base, adapter, examples, encoder, plain, dtype))
     done = subprocess.run(command, input=job, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"transformers and PEFT do not serve {adapter}: {done.stderr.strip().splitlines()[-1:]}")
@@ -49,13 +55,19 @@ def serve(
 
 
 def _job(
-    base: Path, adapter: Path, examples: "Sequence[Example]", encoder: "TextEncoder", plain: Mapping[str, Any]
+    base: Path,
+    adapter: Path,
+    examples: "Sequence[Example]",
+    encoder: "TextEncoder",
+    plain: Mapping[str, Any],
+    dtype: str,
 ) -> dict[str, Any]:
     """What that process is told; see `serve`."""
     template = encoder.template
     return {
         "base": str(base),
         "adapter": str(adapter),
+        "dtype": dtype,
         "prompts": [template.turns(e.query) if template else encoder.decode(e.prompt_ids) for e in examples],
         "template": template.options_elsewhere if template else None,
         "end": encoder.end_of_turn_id,
@@ -73,7 +85,7 @@ def _answers(job: dict[str, Any]) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(job["base"], padding_side="left")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(job["base"], dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(job["base"], dtype=getattr(torch, job["dtype"]))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = PeftModel.from_pretrained(model, job["adapter"]).eval().to(device)
     answers = [""] * len(job["prompts"])

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,11 @@ def finished(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactor
 # Help --------------------------------------------------------------------------------------------------------------
 
 
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pml {version('pml')}\n"
+
+
 def test_the_overview_names_every_command_with_what_it_does(tmp_path: Path) -> None:
     for arguments in ([], ["--help"]):
         done = pml(*arguments, cwd=tmp_path)
@@ -124,6 +130,8 @@ def test_the_help_of_fit_names_what_the_parser_takes_with_its_own_words(capsys: 
     (rank,) = [line for line in lines if "--model.adapter.rank" in line]
     assert rank.split(maxsplit=1)[1] == "LoRA rank r. (default: 4)"
     assert any("--trainer.max_epochs" in line and "(default: 200)" in line for line in lines)
+    assert "  RunRecord *" in "\n".join(lines) and "  Retention *" not in "\n".join(lines), "on by default or not"
+    assert not any("None" in line.split() for line in lines if "--model" in line), "null in a configuration"
 
 
 @pytest.mark.parametrize("option", ["--retry-failed", "--retry_failed", "--cluster-options={}"])

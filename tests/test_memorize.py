@@ -164,6 +164,14 @@ def test_the_rank_does_not_grow_beyond_what_the_guard_leaves_free(tiny_backbone_
     assert (made.rank, len(made.failed)) == (4, 4)
 
 
+def test_in_16_bits_what_is_certain_survives_the_rounding_that_was_measured(sharp: str, tmp_path: Path) -> None:
+    made = pml.memorize(FACTS, tmp_path / "out", backbone=sharp, rank=16, dtype="bfloat16", **EASY)
+    assert made.failed == []
+    assert (made.record.dtype, list(made.served or ())) == ("bfloat16", list(FACTS.values()))
+    assert made.record.rounding_logits is not None
+    assert min(float(known.margins.min()) for known in made.certificates) > made.record.rounding_logits > 0
+
+
 @pytest.mark.usefixtures("_served_here", "_brief")
 def test_without_an_end_of_turn_an_answer_is_as_long_as_its_target(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     folder = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")

@@ -31,7 +31,7 @@ def test_a_run_from_python_is_recalled_and_certified_by_the_commands(
     callbacks = [StopWhenRecalled(), RunRecord(dirpath="run")]
     make_trainer(tmp_path, max_epochs=200, callbacks=callbacks).fit(module, datamodule=Facts("f.jsonl", seed=3))
     module.release()
-    opened = open_run(Path("run"))
+    opened = open_run("run")
     assert type(opened.module) is MemFT
     assert opened.module.weighting.threshold == 0.7
     assert (opened.module.adapter, opened.data.seed, opened.data.path) == (ADAPTER, 3, "f.jsonl")

@@ -183,6 +183,7 @@ class TestFinding:
     def test_a_file_a_folder_and_text_lead_to_the_same_run_once(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run")
         assert list(read_records([run, run / "record.json", str(run), tmp_path])) == [run]
+        assert list(read_records(run)) == list(read_records(str(run))) == [run]
 
     def test_a_path_that_does_not_exist_is_named(self, tmp_path: Path) -> None:
         write_run(tmp_path / "run")

@@ -222,7 +222,7 @@ CHECKPOINTS: dict[str, str] = {
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "fti": ("pml", "unknown command 'fti'; expected one of fit, validate"),
-    "fit": ("pml fit", "required: fit.data, fit.model"),
+    "fit": ("pml fit", "required: fit.data, fit.model; see --help"),
     "fit --model": ("pml fit", "model"),
     "validate none": ("pml validate", "none/config.yaml: no such file; expected the folder of a run"),
     "validate": ("pml validate", "required: validate.data, validate.model"),

@@ -1,4 +1,4 @@
-"""Measure how many bits a trainable parameter stores on your backbone, for pml plan: minutes, once per placement.
+"""Measure how many bits a trainable parameter stores on your backbone, for `pml plan PAIRS`.
 
 Adapters of rank 1 are trained on pairs of random tokens, more than they hold, with the rate, guard and penalty of `pml
 memorize`. What comes out is a mean with its 95 % interval, and with --out a file that `pml plan PAIRS --constants

@@ -1,4 +1,4 @@
-"""Certify pair by pair what an adapter is certain to recall, recalls, or fails at, with margins in logits.
+"""Certify each pair as certain, right or failing, with margins in logits.
 
 RUN is a run's folder: backbone, corpus and adapter are taken from there. For an adapter that somebody else trained,
 give --adapter and --data (a file of pairs) instead, and --backbone unless the adapter names its base. A pair is

@@ -21,7 +21,9 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist yet")
-    parser.add_argument("--merge", action="store_true", help="merge the adapter into the weights")
+    parser.add_argument(
+        "--merge", action="store_true", help="required: by itself, the adapter is in the run's folder already"
+    )
 
 
 def run(args: jsonargparse.Namespace) -> int:

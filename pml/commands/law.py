@@ -2,10 +2,11 @@
 
 Every form that the runs determine is fitted with lmfit: the paper's, those with the ceiling (no run can reduce the loss
 by more than the frozen model's), and a constant number of bits for every effective parameter. AICc and the held-out
-prediction of the largest rank and length choose one.
+prediction of the largest rank and length choose one; where a run is saturated, among the forms with the ceiling.
 
 Measurements from elsewhere come as a CSV file with one run a row: rank, target_tokens, initial_loss, and final_loss or
-loss_reduction (nats per target token); optional are effective_parameters, entropy_bits, seed and text.
+loss_reduction (nats per target token); optional are effective_parameters, entropy_bits, seed and text, by which runs on
+one text are known. Where no text is named, runs of one length and one initial loss are taken to be on one text.
 """
 
 from pathlib import Path
@@ -38,7 +39,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument("--details", action="store_true", help="print all forms, the recall model and every run too")
     parser.add_argument("--json", action="store_true", help="print the content of law.json, and nothing else")
-    parser.add_argument("--overwrite", action="store_true", help="replace a law.json that says something else")
+    parser.add_argument("--overwrite", action="store_true", help="replace a law.json of other runs")
     add_where(parser)
 
 

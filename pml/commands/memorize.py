@@ -1,4 +1,4 @@
-"""Write pairs into an adapter that gives every target back word for word, and measure what that costs other text.
+"""Write pairs into an adapter that gives every target back word for word, and measure the harm to other text.
 
 PAIRS is a file of queries and targets (.jsonl, .csv, .parquet, .yaml) as data_modules.Facts reads it. The rank is
 planned from what the model does not know yet, and doubled where it is not enough. The adapter is trained until every
@@ -39,7 +39,12 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="folder for the adapter, its record and its pairs"
     )
     parser.add_argument("--backbone", type=str, default="smollm2-135m", help="smollm2-135m, a folder or a hub id")
-    parser.add_argument("--rank", type=int | None, help="LoRA rank to begin with; planned unless given")
+    parser.add_argument("--dtype", type=str, default="float32", help="type of the frozen weights: float32, bfloat16")
+    parser.add_argument(
+        "--rank",
+        type=int | None,
+        help="LoRA rank to begin with; default: the planned one, at least 8; doubled if need be",
+    )
     parser.add_argument(
         "--placement",
         type=str | list[str] | None,
@@ -72,6 +77,7 @@ def run(args: jsonargparse.Namespace) -> int:
     prepare()
     names = (
         "backbone",
+        "dtype",
         "rank",
         "placement",
         "block",

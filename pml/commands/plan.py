@@ -1,4 +1,4 @@
-"""What rank does a text need? From its surprisal and measured constants, or from a law fitted to your runs.
+"""Find the rank that a text needs, from its surprisal and measured constants or from a law of your runs.
 
     pml plan PAIRS.jsonl                                    the rank for these pairs; loads the backbone, runs nothing
     pml plan PAIRS.jsonl --placement mlp_block --guard false

@@ -1,4 +1,4 @@
-"""Search the best settings for every cell of a grid, such as the learning rate for each rank and length.
+"""Find the best settings for each cell of a grid, such as its learning rate, by successive halving.
 
 The search file is a grid file (see `pml sweep`) with the values to try (`search`) and budgets in epochs, ascending
 (`epochs`). All candidates run with the first budget, the better ones with the next, and the best one with the last;

@@ -65,7 +65,7 @@ def data_of(runs: Sequence[Observation], adapter_size: AdapterSize) -> Data:
 
 
 def weights(runs: Sequence[Observation]) -> Array:
-    """Weights of the squared residuals from the spread of replicates; 1 for a run without replicates.
+    """Weights of the squared residuals: the inverse variance of replicates over the pooled one; 1 without replicates.
 
     The variance of each grid point over its seeds is shrunk towards the pooled variance, an empirical Bayes estimate.
     Saturated runs have weight 1, since their agreement says nothing about the noise.

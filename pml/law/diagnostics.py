@@ -14,7 +14,7 @@ FEW_RUNS = 8
 STRONG_CORRELATION = 0.98
 LARGE_MAPE_PERCENT = 10.0
 SMALL_R2 = 0.9
-# Measured exponents lie between 0.4 and 1.1; at 5, doubling the rank would multiply the reduction by 32.
+# Exponents of converged runs lie between 0.4 and 1.1; at 5, doubling the rank would multiply the reduction by 32.
 STEEP_EXPONENT = 5.0
 
 

@@ -34,8 +34,9 @@ from pml.records import Record
 
 __all__ = ["fit_law", "law_of_records"]
 
-# If both exponents are this small, x^alpha is 1 + alpha ln x to 0.1 %, and dL = a0 + a1 ln s - a2 ln l describes the
-# runs as well. On the way to this limit C grows and b falls without end: where the search stopped means nothing.
+# If both exponents are this small, x^alpha is 1 + alpha ln x over a factor of 10 to 0.1 %, and dL = a0 + a1 ln s -
+# a2 ln l describes the runs as well. On the way to this limit C grows and b falls without end: where the search stopped
+# means nothing.
 SMALL_EXPONENT = 0.02
 # A run is at the ceiling if less than this share of its deviation from the power law reaches its loss.
 AT_CEILING = 0.05
@@ -54,8 +55,8 @@ def fit_law(
     """Fit the law in every form that the runs determine, by weighted least squares, and choose one.
 
     Runs that diverged, were interrupted or learned nothing are left out. Saturated ones (final loss <= ln 2) are left
-    out of the forms without a ceiling, as published. Replicated seeds are weighted by their spread. See `rank_forms`
-    for the choice.
+    out of the forms without a ceiling, as published. Replicates are weighted by the inverse of their variance. See
+    `rank_forms` for the choice.
 
     Args:
         runs: What the runs measured.
@@ -109,7 +110,7 @@ def fit_law(
 def law_of_records(
     records: Mapping[Path, Record], *, form: FormName | None = None, adapter_size: AdapterSize = "rank"
 ) -> LawFit:
-    """The law of finished runs, with the recall model of their tokens; whose tokens are damaged is a warning.
+    """The law of finished runs with their recall model; runs whose token files are damaged give a warning.
 
     Arguments as in `fit_law` and `observations_from_records`.
     """

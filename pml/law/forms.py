@@ -2,7 +2,9 @@
 
     dL(r, l) = b + min_p(C r^alpha l^(-beta), L0 - b)            min_p(x, c) = (x^-p + c^-p)^(-1/p)
 
-Every form is this equation with some parameters fixed or tied. Without the minimum it is the paper's law (Eq. 6).
+Every form is this equation with some parameters fixed (`Form.parameters`) or set by what a run is (`Form.arguments`).
+Without the minimum it is the paper's law (Eq. 6). `stored_bits` is `entropy_power` with C = kappa ln 2 and both
+exponents 1, counted in effective parameters: dL = L0 - H/l + min_p(kappa ln 2 P / l, H/l).
 """
 
 import math
@@ -265,4 +267,4 @@ FORMS: Final[dict[FormName, Form]] = {
         ),
     )
 }
-"""By name, the simplest first."""
+"""By name."""

@@ -100,8 +100,9 @@ def noise_of(residual: Array, data: Data, grouped_by: GroupedBy, nvarys: int) ->
         return Noise(math.sqrt(squares / degrees), math.sqrt(squares / degrees), degrees)
     between = of_means / (number - nvarys)
     within = max(squares - of_means, 0.0) / max(runs - number, 1)
-    of_groups = max(between - within, 0.0) * number / runs if runs > number else between
-    return Noise(math.sqrt(within + of_groups), math.sqrt(between), number - nvarys)
+    # A mean square between groups of n runs has n times the variance of what they share.
+    shared = max(between - within, 0.0) * number / runs if runs > number else between
+    return Noise(math.sqrt(within + shared), math.sqrt(between), number - nvarys)
 
 
 def t_quantile(degrees_of_freedom: int) -> float:
@@ -195,5 +196,6 @@ def bootstrap(solution: Solution, grouped_by: GroupedBy) -> Array:
     resampled = solution.predicted + factors * corrected / data.root_weights
     draws = batched_least_squares(form, data, resampled, to_theta(form, solution.values)[None], solution.free)
     if form.saturating:
-        draws[:, -1] = np.clip(draws[:, -1], *np.log(SHARPNESS_RANGE))
+        sharpness = form.fitted.index("sharpness")
+        draws[:, sharpness] = np.clip(draws[:, sharpness], *np.log(SHARPNESS_RANGE))
     return draws[np.isfinite(draws).all(axis=1)]

@@ -195,7 +195,7 @@ def to_natural(form: Form, theta: Array) -> dict[str, Array]:
 def batched_least_squares(form: Form, data: Data, measured: Array, start: Array, free: tuple[str, ...]) -> Array:
     """Least-squares solutions for many sets of measurements, or from many initial values, at once.
 
-    Damped Gauss-Newton steps in coordinates in which the Jacobian at the first start is orthonormal.
+    Levenberg-Marquardt steps in coordinates in which the Jacobian at the first start is orthonormal.
 
     Args:
         form: The form.
@@ -208,7 +208,8 @@ def batched_least_squares(form: Form, data: Data, measured: Array, start: Array,
         `(draws, parameters)`.
     """
     index, draws = [form.fitted.index(name) for name in free], max(len(measured), len(start))
-    measured, theta = np.broadcast_to(measured, (draws, measured.shape[1])), np.resize(start, (draws, start.shape[1]))
+    measured = np.broadcast_to(measured, (draws, measured.shape[1]))
+    theta = np.broadcast_to(start, (draws, start.shape[1])).copy()
 
     def jacobian_at(theta: Array) -> Array:
         return _weighted_jacobian(form, data, to_natural(form, theta), free)

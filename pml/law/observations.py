@@ -119,12 +119,15 @@ def numbered(labels: Iterable[Hashable]) -> npt.NDArray[np.intp]:
 
 
 def saturated(run: Observation) -> bool:
-    """Whether the final loss is at most ln 2: p >= 0.5 on average, so the text limits the run, not the adapter."""
+    """Whether the final loss is at most ln 2: the geometric mean of p is 0.5 or more, so the text limits the run."""
     return run.final_loss <= CRITICAL_LOSS
 
 
 def unconverged(run: Observation) -> bool:
-    """Whether an unsaturated run still gained a hundredth of its loss reduction in the last tenth of its steps."""
+    """Whether an unsaturated run still gained a hundredth of its loss reduction in the last tenth of its steps.
+
+    One that gained less may have stopped since its learning rate had fallen to 0.
+    """
     drop = run.late_loss_drop
     return not saturated(run) and drop is not None and drop > LATE_DROP_SHARE * run.loss_reduction
 

@@ -77,7 +77,8 @@ class Predictor:
             of_text = self.texts.spread * self.texts.t_over_z * text
             points = replace(points, initial_loss=np.maximum(self._initial_loss_draws(points, number) + of_text, 0.0))
         sensitivity = FORMS[fit.form].sensitivity(fit.values, points)
-        # Saturated runs are many, so the noise at the ceiling needs no widening.
+        # Noise in the power term reaches the loss by its sensitivity, noise at the ceiling by what is left of it.
+        # Saturated runs are many, so the latter needs no widening.
         at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
         below = t_over_z(fit.degrees_of_freedom) * fit.noise_nats
         scale = np.hypot(sensitivity * below, (1.0 - sensitivity) * at_ceiling)

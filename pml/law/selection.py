@@ -84,7 +84,8 @@ def shortfall(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize
 def aicc(data: Data, predicted: Array, nvarys: int) -> float | None:
     """AICc of normal noise of unknown variance over the means of the unsaturated grid points.
 
-    These are the same for every form. Saturated runs lie at the ceiling whatever the parameters, so their small
+    These are the same for every form; forms with a ceiling are fitted to the saturated runs too, so theirs is, if
+    anything, too high. Saturated runs lie at the ceiling whatever the parameters, so their small
     residuals are no evidence of small noise. Seeds of one grid point share the form's error there and count once.
     """
     squares, number = between_group_squares(data.measured - predicted, data, "grid_point")

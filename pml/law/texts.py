@@ -1,7 +1,7 @@
 """Texts of one length differ in the frozen model's loss, and with it in how much a run can learn.
 
 The frozen model's loss on a text is compared with a straight line in ln l through all texts of a law. The line is the
-expected initial loss; what a text's loss lies above it is its initial-loss residual.
+expected initial loss; a text's distance from it is its initial-loss residual.
 """
 
 import math
