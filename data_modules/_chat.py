@@ -61,7 +61,7 @@ def read_chat(row: Row, columns: Columns) -> tuple[str, str]:
 
     Args:
         row: The row.
-        columns: Its format, one of `CHAT_COLUMNS`.
+        columns: Its format: the required ones of one of `CHAT_COLUMNS`.
 
     Raises:
         InputError: With file and line: a system turn, more or fewer turns than two, anything but text.
@@ -71,9 +71,9 @@ def read_chat(row: Row, columns: Columns) -> tuple[str, str]:
     for name in NOT_READ:
         if _says_something(row.values.get(name)):
             raise InputError(f"{row.where}: {name!r} is {shown(row.values[name])}; {EXPECTED}")
-    if columns is ALPACA:
+    if columns.required == ALPACA.required:
         return _instruction(row), text_in(row, "output", "target")
-    if columns is COMPLETION:
+    if columns.required == COMPLETION.required:
         return _plain(row, "prompt", "query"), _plain(row, "completion", "target")
     (column,) = columns.required
     return _turns(row, column)

@@ -33,7 +33,8 @@ def read_pairs(
             one, and everything `read_rows` and `read_chat` raise.
     """
     asked = Columns((query, target), (paraphrases,), advice=ADVICE)
-    alternatives = (asked, *CHAT_COLUMNS) if (query, target) == DEFAULT_COLUMNS else (asked,)
+    chats = [columns._replace(optional=(*columns.optional, paraphrases)) for columns in CHAT_COLUMNS]
+    alternatives = (asked, *chats) if (query, target) == DEFAULT_COLUMNS else (asked,)
     first: tuple[Columns, str] | None = None
     for row in read_rows(path, *alternatives):
         columns = _columns_of(row, alternatives)
@@ -46,13 +47,13 @@ def read_pairs(
             asks, answer = text_in(row, query, "query"), text_in(row, target, "target")
             yield Pair(asks, answer, row.where, _wordings(row, paraphrases))
         else:
-            yield Pair(*read_chat(row, columns), source=row.where)
+            yield Pair(*read_chat(row, columns), row.where, _wordings(row, paraphrases))
 
 
 def _wordings(row: Row, column: str) -> tuple[str, ...]:
     """Other wordings in a row; a cell that is empty has none."""
     value = row.values.get(column)
-    if not value:
+    if value is None or value in ("", []):
         return ()
     listed = value.splitlines() if isinstance(value, str) else value
     if not isinstance(listed, list):

@@ -2,10 +2,11 @@
 
 import os
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from reprlib import repr as short_repr
 
-from data_modules._rows import first_row, text_in
+from data_modules._rows import read_rows, text_in
 from pml.errors import InputError
 
 __all__ = ["LongContextFile", "read_long_context"]
@@ -44,13 +45,18 @@ def read_long_context(path: Path, column: str) -> LongContextFile | None:
         column: Column that is asked for; a row that has it is taken as an ordinary row.
 
     Raises:
-        InputError: If a .jsonl file is malformed, or the positions are not whole numbers.
+        InputError: If a .jsonl file is malformed or has a second such row, or the positions are not whole numbers.
     """
     if path.suffix.lower() != ".jsonl" or not os.path.isfile(path):
         return None
-    row = first_row(path)
+    row, *more = islice(read_rows(path), 2)
     if column in row.values or not {"question", "matching"} <= row.values.keys():
         return None
+    if more:
+        raise InputError(
+            f"{more[0].where}: a second row in a file of one long target; give each a file of its own, or read them "
+            "with Facts (--data.query_column question --data.target_column matching)"
+        )
     positions = row.values.get("noise_positions", [])
     if not isinstance(positions, list) or not all(type(position) is int for position in positions):
         raise InputError(f"{row.where}: 'noise_positions' is {short_repr(positions)}; expected a list of whole numbers")

@@ -16,7 +16,7 @@ from data_modules._wording import listed, one_line, quoted, shown
 from data_modules._yaml import yaml_entries
 from pml.errors import InputError
 
-__all__ = ["Columns", "Row", "checked_text", "first_row", "fitting", "read_rows", "text_in"]
+__all__ = ["Columns", "Row", "checked_text", "fitting", "read_rows", "text_in"]
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -76,11 +76,6 @@ def read_rows(path: str | Path, *alternatives: Columns) -> Iterator[Row]:
         empty = False
     if empty:
         raise InputError(f"{path}: the file is empty; expected rows with {_required(alternatives)}")
-
-
-def first_row(path: str | Path) -> Row:
-    """The first row of a file; see `read_rows`."""
-    return next(read_rows(path))
 
 
 def fitting(where: str, names: Collection[str], alternatives: Sequence[Columns]) -> Sequence[Columns]:
@@ -215,7 +210,9 @@ def _csv_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
             raise InputError(f"{where}: {_csv_fault(error)}") from error
         if header is None:
             header = fields
-            if (name := _repeated(header)) is not None:
+            if len(header) == 1 and (separator := next((mark for mark in ";\t" if mark in header[0]), None)):
+                raise InputError(f"{where}: the columns are separated by {separator!r}; save the file with commas")
+            if (name := _repeated(filter(None, header))) is not None:
                 raise InputError(f"{where}: two columns have the name {quoted(name)}; give each a name of its own")
             fitting(where, header, alternatives)
         elif fields:

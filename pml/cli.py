@@ -5,7 +5,8 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,7 +46,17 @@ BROKEN_PIPE = 128 + 13
 """What shells say of a program that SIGPIPE ended."""
 
 
-PATH_ERRORS = (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+PATH_ERRORS = (
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ELOOP,
+)
 
 LONGEST_PATH = 200
 """Characters of a path that a message shows."""
@@ -131,18 +142,21 @@ def _run_lightning(arguments: Sequence[str]) -> int:
 
     prepare()
     try:
-        MemorizationCLI(_with_run(arguments))
+        with _of_run(arguments) as asked:
+            MemorizationCLI(asked)
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
     return 0
 
 
-def _with_run(arguments: Sequence[str]) -> Sequence[str]:
+@contextmanager
+def _of_run(arguments: Sequence[str]) -> Iterator[Sequence[str]]:
     """Arguments in which the run of `pml test RUN` is its configuration; nothing is logged into a folder of its own."""
     command, *rest = arguments
     if command == "fit" or not rest or rest[0].startswith("-"):
-        return arguments
-    from pml.own_classes import refuse_own_classes
+        yield arguments
+        return
+    from pml.own_classes import own_classes_refused
     from pml.run_folder import CONFIG_NAME, run_folder
     from pml.yaml_file import read_yaml
 
@@ -152,8 +166,8 @@ def _with_run(arguments: Sequence[str]) -> Sequence[str]:
             f"{str(config)[:LONGEST_PATH]}: no such file; expected the folder of a run that `pml fit` or `pml sweep` "
             "made"
         )
-    refuse_own_classes(read_yaml(config), config)
-    return [command, f"--config={config}", "--ckpt_path=null", "--trainer.logger=false", *rest[1:]]
+    with own_classes_refused(read_yaml(config), config):
+        yield [command, f"--config={config}", "--ckpt_path=null", "--trainer.logger=false", *rest[1:]]
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:

@@ -63,7 +63,7 @@ MANIFEST_NAME = "manifest.json"
 def cache_folder() -> Path:
     """Where the default backbone is kept: the folder in PML_CACHE, else the user's cache folder."""
     given = os.environ.get("PML_CACHE")
-    return Path(given).expanduser() if given else platformdirs.user_cache_path("pml")
+    return Path(os.path.expanduser(given)) if given else platformdirs.user_cache_path("pml")
 
 
 def fetch_default(progress: bool = True) -> Path:

@@ -8,7 +8,6 @@ import operator
 import typing
 import weakref
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
+from pml.arguments import CONFIG_OPTIONS, check_files, check_texts, files_given
 from pml.atomic import whole_file
 from pml.checkpoints import FOLDER_NAME, Checkpoints, StopsAtSteps, newest_checkpoint, read_checkpoint
 from pml.disk import DiskError, disk_trouble
@@ -26,7 +26,7 @@ from pml.errors import InputError, reason
 from pml.fit_config import check_configuration
 from pml.frozen_layers import move_backbone
 from pml.modules import Memorization
-from pml.own_classes import make_importable
+from pml.own_classes import check_class_of_checkpoint, make_importable
 from pml.progress import FitProgress, SayWhyItEnded, is_interactive
 from pml.quiet import keep_quiet
 from pml.recall import gather_scores
@@ -35,13 +35,10 @@ from pml.same_folder import keep_rows, logger_settings, run_to_go_on_in
 from pml.same_model import refuse_other_model
 from pml.stopping import Stopped, at_step_ends
 from pml.token_results import PREDICTIONS_NAME, write_predictions
-from pml.yaml_file import read_yaml
 
 log = logging.getLogger(__name__)
 
 __all__ = ["MemorizationCLI", "make_run", "parse_run", "prepare"]
-
-CONFIG_OPTIONS = ("--config", "-c")
 
 SUFFIXES = (".yaml", ".yml", ".json")
 """Of files that stand for a part of the configuration."""
@@ -71,6 +68,10 @@ class _SaveConfig(SaveConfigCallback):
         self.already_saved = True
 
 
+HOW_MUCH_AT_ONCE = ("batch_size", "shuffle", "drop_last")
+"""Arguments of a corpus that do not change what is in it."""
+
+
 class MemorizationCLI(LightningCLI):
     """LightningCLI for memorising: any `Memorization`, any corpus, and defaults that leave a complete run folder.
 
@@ -89,7 +90,7 @@ class MemorizationCLI(LightningCLI):
         asked = str(args[0]) if args else ""
         # A parser takes a while to make, so only that of the subcommand that is asked for is made.
         self._commands = {n: skip for n, skip in LightningCLI.subcommands().items() if asked in (n, "")}
-        _check_files(args or ())
+        check_files(args or ())
         # A key that is nearly right is a mistake, not an abbreviation.
         strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         subcommands = {name: dict(strict) for name in self._commands}
@@ -133,8 +134,10 @@ class MemorizationCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self._arguments = list(args or ())
-        self._names_data = any(str(argument).startswith("--data") for argument in args or ())
-        make_importable([Path.cwd(), *(path.resolve().parent for path in _given(args or (), CONFIG_OPTIONS))])
+        data = [str(a).partition("=")[0] for a in args or () if str(a).startswith("--data")]
+        self._names_data = any(name.rpartition(".")[2] not in HOW_MUCH_AT_ONCE for name in data)
+        make_importable([Path.cwd(), *(path.resolve().parent for path in files_given(args or (), CONFIG_OPTIONS))])
+        check_texts(args or ())
         try:
             super().parse_arguments(parser, args)
         except (jsonargparse.ArgumentError, ValueError, TypeError, RecursionError) as error:
@@ -161,7 +164,8 @@ class MemorizationCLI(LightningCLI):
             options["ckpt_path"] = str(newest_checkpoint(folder))
         checkpoint = read_checkpoint(Path(options["ckpt_path"]))
         made_with = checkpoint.get("hyper_parameters", {})
-        refuse_other_model(self._arguments, _given(self._arguments, CONFIG_OPTIONS), made_with)
+        check_class_of_checkpoint(Path(options["ckpt_path"]), made_with, options.get("model.class_path"))
+        refuse_other_model(self._arguments, files_given(self._arguments, CONFIG_OPTIONS), made_with)
         if command in ("fit", None) and (run := run_to_go_on_in(Path(options["ckpt_path"]))):
             self._goes_on = run, checkpoint
         super()._parse_ckpt_path()
@@ -312,20 +316,6 @@ class MemorizationCLI(LightningCLI):
 
     before_fit = make_ready
     before_validate = before_test = before_predict = make_ready_to_evaluate
-
-
-def _check_files(arguments: Sequence[str]) -> None:
-    """Read the files that a configuration comes from strictly, before parsers, which let some things pass."""
-    parts = [path for path in _given(arguments, ("--model", "--data", "--trainer")) if path.suffix in SUFFIXES]
-    for path in (*_given(arguments, CONFIG_OPTIONS), *parts):
-        if not read_yaml(path):
-            raise InputError(f"{path}: empty; expected keys with values, such as `trainer: {{max_epochs: 5}}`")
-
-
-def _given(arguments: Sequence[str], names: Sequence[str]) -> list[Path]:
-    """Files that options of these names were given."""
-    pairs = [a.split("=", 1) if "=" in a else [a, b] for a, b in pairwise([*map(str, arguments), ""])]
-    return [Path(value) for name, value in pairs if name in names]
 
 
 def _plain(value: Any) -> Any:

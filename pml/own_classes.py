@@ -1,19 +1,21 @@
 """Classes of people's own: found beside a configuration; not imported from a run that is only opened."""
 
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pml.errors import InputError
 
-__all__ = ["OPTION", "allowed", "make_importable", "refuse_own_classes"]
+__all__ = ["OPTION", "allowed", "check_class_of_checkpoint", "make_importable", "own_classes_refused"]
 
 OPTION = "--own_classes"
 """Lets a command import the classes that a run's configuration names."""
 
-ROOMS = ("pml", "data_modules", "callbacks")
+TRUSTED = ("pml", "data_modules", "callbacks", "lightning", "torch")
+"""Packages whose classes any configuration may name."""
 
 
 class _State:
@@ -37,28 +39,76 @@ def make_importable(folders: Sequence[Path]) -> None:
             sys.path.append(str(folder))
 
 
-def refuse_own_classes(config: Any, path: Path) -> None:
-    """Refuse a configuration that names classes whose modules would have to be imported, other than pml's.
+@contextmanager
+def own_classes_refused(config: Any, path: Path) -> Iterator[None]:
+    """Within it, nothing that is parsed imports a class of another package, unless `--own_classes` was given.
 
-    A run may come from anyone, and importing a module runs it. What has been imported already runs nothing.
+    A run may come from anyone, and importing a module runs it. Classes that are there already, in a notebook for
+    example, run nothing.
 
     Args:
         config: What the file says.
         path: The file.
 
     Raises:
-        InputError: If it names one, unless `--own_classes` was given.
+        InputError: If it names one.
     """
     if _State.allowed:
         make_importable([Path.cwd(), path.resolve().parent])
+        yield
         return
-    for class_path in _class_paths(config):
+    import jsonargparse
+    from jsonargparse._common import parsing_settings
+
+    named = set(_class_paths(config))
+    for class_path in named:
         module = class_path.rpartition(".")[0]
-        if module and module.partition(".")[0] not in ROOMS and module not in sys.modules:
-            raise InputError(
-                f"{path} names the class {class_path}, which is not pml's; to import it would run its code: if you "
-                f"trust it, add {OPTION}"
-            )
+        if module and module.partition(".")[0] not in TRUSTED and not _is_here(class_path):
+            raise _refusal(path, class_path)
+    before = dict(parsing_settings)
+    try:
+        # The parser has the last word: there are more ways to name a class than by its own key.
+        here = [class_path for class_path in named if _is_here(class_path)]
+        jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*TRUSTED, *here])
+        yield
+    except (InputError, jsonargparse.ArgumentError, ValueError) as error:
+        if (denied := re.search(r"Importing '(.+?)' is not allowed", str(error))) is not None:
+            raise _refusal(path, denied[1]) from error
+        raise
+    finally:
+        parsing_settings.update(before)
+
+
+def check_class_of_checkpoint(path: Path, made_with: Mapping[str, Any], asked: str | None) -> None:
+    """Refuse a checkpoint that names a class of another package which its user has not asked for.
+
+    Args:
+        path: The checkpoint.
+        made_with: Hyperparameters in it.
+        asked: The model's class in the configuration.
+
+    Raises:
+        InputError: If it does, unless `--own_classes` was given.
+    """
+    named = str(made_with.get("_class_path", "pml"))
+    if not _State.allowed and named != asked and named.partition(".")[0] not in TRUSTED and not _is_here(named):
+        raise _refusal(path, named)
+
+
+def _refusal(path: Path, class_path: str) -> InputError:
+    return InputError(
+        f"{path} names the class {class_path}, which is not pml's; to import it would run its code: if you trust it, "
+        f"add {OPTION}"
+    )
+
+
+def _is_here(class_path: str) -> bool:
+    """Whether it is a class of a kind that configurations name, and has been imported."""
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule
+
+    module, _, name = class_path.rpartition(".")
+    made = getattr(sys.modules.get(module), name, None)
+    return isinstance(made, type) and issubclass(made, (LightningModule, LightningDataModule, Callback))
 
 
 def _class_paths(value: Any) -> Iterator[str]:

@@ -26,7 +26,7 @@ NOISE = (
 CHATTER = ("lightning.pytorch", "lightning.fabric")
 """Loggers that greet, advise and tell what every run does."""
 
-OWN = ("callbacks", "pml")
+OWN = ("callbacks", "data_modules", "pml")
 
 
 def keep_quiet() -> None:

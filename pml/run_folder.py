@@ -206,8 +206,10 @@ def check_records(records: Mapping[Path, Record]) -> list[str]:
 
 
 def _source_changed(data: Any, made: tuple[Any, ...]) -> bool:
-    """Whether a corpus from files would now be another; one that cannot be made any more has not changed."""
-    if getattr(data, "path", None) is None:
+    """Whether a corpus from files would now be another; one whose files are elsewhere has not changed."""
+    if (paths := getattr(data, "path", None)) is None:
+        return False
+    if not all(Path(path).exists() for path in ([paths] if isinstance(paths, str | Path) else paths)):
         return False
     again = copy.copy(data)
     try:

@@ -11,7 +11,7 @@ from pml.devices import best_device
 from pml.errors import InputError, reason
 from pml.lightning_cli import prepare
 from pml.modules import Memorization
-from pml.own_classes import refuse_own_classes
+from pml.own_classes import own_classes_refused
 from pml.plain import renamed
 from pml.run_folder import CONFIG_NAME, use_corpus_of_run
 from pml.yaml_file import read_yaml
@@ -52,12 +52,15 @@ def open_run(folder: str | Path) -> Run:
         raise InputError(f"{path}: no such file; expected the folder of a run that `pml fit` or `pml sweep` made")
     prepare()
     content = renamed(read_yaml(path))
-    refuse_own_classes({key: content.get(key) for key in ("model", "data")}, path)
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Memorization, "model", required=True)
     parser.add_subclass_arguments(LightningDataModule, "data", required=True)
     try:
-        made = parser.instantiate(parser.parse_object({key: content[key] for key in ("model", "data")}))
+        asked = {key: content[key] for key in ("model", "data")}
+        with own_classes_refused(asked, path):
+            made = parser.instantiate(parser.parse_object(asked))
+    except InputError:
+        raise
     except KeyError as error:
         raise InputError(f"{path}: not the configuration of a run: it has no {error}") from error
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:

@@ -70,11 +70,19 @@ def test_recall_asks_for_what_was_trained_on_and_says_that_the_source_is_another
     assert result["exact_match"] == read_record(run / "record.json").generated_exact_match
 
 
-def test_a_source_that_was_moved_changes_nothing(run: Path) -> None:
+def test_a_source_that_was_moved_changes_nothing(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run.parents[2] / "facts.jsonl").unlink()
     module, data = open_run(run)
+    assert "changed" not in caplog.text
     assert data.corpus.content_hash == read_record(run / "record.json").corpus_hash
     module.release()
+
+
+def test_a_batch_size_of_one_s_own_does_not_change_what_is_asked_for(run: Path, capsys: Any) -> None:
+    (run.parents[2] / "facts.jsonl").unlink()
+    assert main(["predict", str(run), "--data.batch_size=1"]) == 0
+    assert (run / "predictions.parquet").exists()
+    assert main(["predict", str(run), "--data.query_column=target"]) == 2, "another corpus, whose file is not there"
 
 
 def test_a_run_from_before_runs_kept_their_data_is_refused_when_the_data_is_another(

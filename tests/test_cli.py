@@ -86,6 +86,17 @@ def finished(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactor
 # Help --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_path_that_cannot_be_had_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("pml.cli._dispatch", lambda *_: (tmp_path / "file").mkdir())
+    assert main(["fetch"]) == 2
+    assert capsys.readouterr().err == (
+        f"pml fetch: error: {tmp_path}/file: File exists; expected a file or folder that can be used so\n"
+    )
+
+
 def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pml {version('pml')}\n"

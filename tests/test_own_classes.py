@@ -1,14 +1,20 @@
 """Classes of people's own: found beside their configuration, recorded with their arguments, loaded again."""
 
+import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from jsonargparse._common import parsing_settings
 
 from pml.cli import main
+from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
 from pml.records import read_record
+from pml.runs import open_run
 from tests import fits  # one thread
 
 assert fits.torch.get_num_threads() == 1
@@ -106,6 +112,60 @@ def test_a_run_with_own_classes_is_opened_only_when_that_is_allowed(
     (Path("runs/fit/version_0") / "own_classes.py").write_text(MINE)
     assert main(["recall", "runs/fit/version_0", "--own_classes"]) == 0
     assert "true     007" in capsys.readouterr().out
+
+
+EVIL = """
+from pathlib import Path
+Path(__file__).with_name("ran").touch()
+class Sly: pass
+"""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"class_path": "pml.MemFT", "init_args": {"weighting": "evil.Sly"}}},
+        {"model": {"class_path": "pml.MemFT", "init_args": {"curriculum": "evil.Sly"}}},
+        {"model": "pml.yaml"},
+        {"model.class_path": "evil.Sly"},
+        {"trainer.callbacks": "evil.Sly"},
+        {"trainer": {"callbacks": ["evil.Sly"]}},
+    ],
+    ids=str,
+)
+def test_however_a_run_names_a_class_of_its_own_nothing_of_it_runs(
+    change: dict[str, Any], config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path("run")
+    run.mkdir()
+    sane = {"model": {"class_path": "pml.SFT"}, "data": {"class_path": "data_modules.PhoneBook"}}
+    (run / "config.yaml").write_text(yaml.safe_dump({**sane, **change}))
+    for folder in (run, Path()):
+        (folder / "evil.py").write_text(EVIL)
+        (folder / "pml.yaml").write_text("class_path: evil.Sly")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    assert main(["validate", "run"]) == 2
+    with contextlib.suppress(InputError):
+        open_run(run)
+    assert not [*Path().rglob("ran")] and "evil" not in sys.modules
+    # Afterwards anything may be named again.
+    assert "*" not in parsing_settings["import_path_verdicts"]
+    main(["validate", "run", "--own_classes"])
+    sys.modules.pop("evil", None)
+    assert [*Path().rglob("ran")], "it runs where that is allowed"
+
+
+def test_a_checkpoint_cannot_name_a_class_that_was_not_asked_for(
+    config: Path, tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("evil.py").write_text(EVIL)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    made_with = {"_class_path": "evil.MemFT", "backbone": str(tiny_backbone_folder)}
+    torch.save({"state_dict": {}, "pml": {}, "hyper_parameters": made_with}, "x.ckpt")
+    for command in ("fit", "validate"):
+        assert main([command, "--model=MemFT", "--data=PhoneBook", "--ckpt_path=x.ckpt"]) == 2
+        assert "x.ckpt names the class evil.MemFT, which is not pml's" in capsys.readouterr().err
+    assert not [*Path().rglob("ran")]
 
 
 def test_what_a_terminal_would_obey_is_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:

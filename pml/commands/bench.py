@@ -90,18 +90,15 @@ def run(args: jsonargparse.Namespace) -> int:
         report(case, "through the Trainer", fits[-1].trainer_seconds)
     recall = measure_recall(args.backbone, args.recall) if args.recall else []
     content = as_json(measurements, fits, rates, recall)
-    if args.out is not None:
-        write_json(args.out, content)
     if args.json:
         say_json(content)
-        return 0
-    console = make_console()
-    for table in _steps_tables(measurements, rates):
-        console.print(table)
-    if fits:
-        console.print(_fits_table(fits))
-    if recall:
-        console.print(_recall_table(recall, args.recall))
+    else:
+        tables = [*_steps_tables(measurements, rates), *([_fits_table(fits)] if fits else [])]
+        for table in [*tables, *([_recall_table(recall, args.recall)] if recall else [])]:
+            make_console().print(table)
+    # Last, so that what took long to measure is seen even where the file cannot be written.
+    if args.out is not None:
+        write_json(args.out, content)
     return 0
 
 

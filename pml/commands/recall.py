@@ -40,7 +40,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     add_adapter_arguments(parser)
     parser.add_argument("--show", type=int, default=5, help="examples to print; all are asked and counted")
     parser.add_argument("--limit", type=int | None, help="ask only for the first so many examples of the corpus")
-    parser.add_argument("--prompt", type=str | None, help="answer this text instead of asking for the corpus")
+    parser.add_argument("--prompt", type=str, help="answer this text instead of asking for the corpus")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer to --prompt, in tokens")
     parser.add_argument("--sample", type=int, default=0, help="also draw so many samples for each example")
     parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the samples")

@@ -46,6 +46,19 @@ def test_one_question_and_one_answer_are_a_pair(tmp_path: Path, suffix: str, row
     assert pairs[1].source == {".jsonl": "f.jsonl:2", ".parquet": "f.parquet row 2"}.get(suffix, pairs[1].source)
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".yaml"])
+def test_a_chat_may_have_other_wordings_of_its_question(tmp_path: Path, suffix: str) -> None:
+    row = {**messages(("user", "Who?"), ("assistant", "me")), "paraphrases": ["Which one?"]}
+    WRITERS[suffix](tmp_path / f"f{suffix}", [row])
+    (pair,) = read_pairs(tmp_path / f"f{suffix}")
+    assert (pair.query, pair.paraphrases) == ("Who?", ("Which one?",))
+
+
+def test_columns_without_a_name_as_spreadsheets_leave_them_are_passed_over(tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f.csv", "query,target,,\na,1,,\n")
+    assert [(pair.query, pair.target) for pair in read_pairs(path)] == [("a", "1")]
+
+
 def test_instruction_and_input_are_joined_by_a_line_feed(tmp_path: Path) -> None:
     path = file_of(tmp_path / "f.csv", 'instruction,input,output\nAdd.,"1, 2",3\nName one.,,Ada\n')
     assert list(read_pairs(path)) == [Pair("Add.\n1, 2", "3", "f.csv:2"), Pair("Name one.", "Ada", "f.csv:3")]

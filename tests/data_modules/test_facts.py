@@ -234,6 +234,7 @@ class TestParaphrases:
         ("value", "said"),
         [
             (3, "facts.jsonl:1: 'paraphrases' is 3; expected a list of queries, or one a line"),
+            (False, "facts.jsonl:1: 'paraphrases' is false; expected a list of queries, or one a line"),
             ([3], "facts.jsonl:1: 'paraphrases' is 3; expected a string"),
         ],
     )

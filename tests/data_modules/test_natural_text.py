@@ -366,6 +366,13 @@ def test_random_tokens_are_not_put_into_a_file_that_has_some(
         build(tiny_tokenizer, path=path, length=4, random_ratio=0.5)
 
 
+def test_a_published_file_has_one_text(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    row = json.dumps({"question": "Which text?", "matching": "abcd"})
+    path = text_file(tmp_path, f"{row}\n{row}\n", "two.jsonl")
+    with pytest.raises(InputError, match=r"^two\.jsonl:2: a second row in a file of one long target; give each a file"):
+        build(tiny_tokenizer, path=path, length=2)
+
+
 def test_published_positions_that_are_no_numbers_are_refused(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -140,10 +140,11 @@ def test_json_lines_that_do_not_say_one_thing_are_refused(tmp_path: Path, conten
         ("query,target\na,\n", "f.csv:2: the target is empty"),
         (b"query,target\na,1\n\xe4,2\n", "f.csv:3: not UTF-8 (byte 1 is 0xe4); save the file with"),
         ("query,target,target\na,1,2\n", "f.csv:1: two columns have the name 'target'; give each a name of its own"),
-        ("query,target,,\na,1,,\n", "f.csv:1: two columns have the name ''; give each a name of its own"),
+        ("query;target\na;1\n", "f.csv:1: the columns are separated by ';'; save the file with commas"),
+        ("query\ttarget\na\t1\n", "f.csv:1: the columns are separated by '\\t'; save the file with commas"),
         ("query,target\ra,1\r", "f.csv:1: a carriage return outside of quotes; save the file with line feeds"),
         ("query,target\n".encode("utf-16"), "f.csv:1: not UTF-8 (it looks like UTF-16)"),
-        (";".join(f"c{i}" for i in range(9999)), "f.csv:1: no column 'query'; found 'c0;c1;c2"),
+        (",".join(f"c{i}" for i in range(9999)), "f.csv:1: no column 'query'; found 'c0', 'c1', 'c2'"),
     ],
 )
 def test_csv_that_does_not_say_one_thing_is_refused(tmp_path: Path, content: bytes | str, message: str) -> None:

@@ -1,0 +1,50 @@
+"""What a command line says of a fit, looked at before a parser reads it."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from pml.errors import InputError
+from pml.yaml_file import read_yaml
+
+__all__ = ["CONFIG_OPTIONS", "check_files", "check_texts", "files_given"]
+
+CONFIG_OPTIONS = ("--config", "-c")
+
+SUFFIXES = (".yaml", ".yml", ".json")
+
+
+def check_files(arguments: Sequence[str]) -> None:
+    """Read the files that a configuration comes from strictly, before parsers, which let some things pass.
+
+    Raises:
+        InputError: Naming the file.
+    """
+    parts = [path for path in files_given(arguments, ("--model", "--data", "--trainer")) if path.suffix in SUFFIXES]
+    for path in (*files_given(arguments, CONFIG_OPTIONS), *parts):
+        if not read_yaml(path):
+            raise InputError(f"{path}: empty; expected keys with values, such as `trainer: {{max_epochs: 5}}`")
+
+
+def check_texts(arguments: Sequence[str]) -> None:
+    """Refuse text that YAML, as which values of options are read, takes for a comment, and so for nothing.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    for option, text in _options(arguments):
+        if option.startswith(("--data.", "--model.")) and text.lstrip().startswith("#"):
+            raise InputError(
+                f"{option} is {text!r}, which YAML takes for a comment; put the text into a configuration file, in "
+                "quotes"
+            )
+
+
+def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Options with what stands behind them."""
+    return [tuple(a.split("=", 1)) if "=" in a else (a, b) for a, b in pairwise([*map(str, arguments), ""])]  # type: ignore[misc]
+
+
+def files_given(arguments: Sequence[str], names: Sequence[str]) -> list[Path]:
+    """Files that options of these names were given."""
+    return [Path(value) for name, value in _options(arguments) if name in names]
