@@ -3,8 +3,8 @@
     python configs/experiments/gpu/planned_pairs.py planned     # planned/*.jsonl, planned/plans.json, planned/grid.yaml
     pml sweep planned/grid.yaml
 
-`planned_1 --draw 1` makes twelve others, on which no setting was chosen; `--constants` takes a file of `pml calibrate
---out`.
+`planned_1 --draw 1` makes twelve others, on which no setting was chosen; `--own_names` takes only functions that their
+names tell apart; `--constants` takes a file of `pml calibrate --out`.
 """
 
 import argparse
@@ -53,18 +53,26 @@ def _keys(count: int, seed: int) -> Rows:
     ]
 
 
-def _functions(modules: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Short functions of the standard library: their names, and their source."""
+def _functions(modules: tuple[str, ...], own_names: bool) -> Iterator[tuple[str, str]]:
+    """Short functions of the standard library: their names, and their source.
+
+    Args:
+        modules: Where they are.
+        own_names: Ask by name alone, the first function of each; otherwise by name and line.
+    """
+    asked: set[str] = set()
     for name in modules:
         source = (Path(sysconfig.get_path("stdlib")) / f"{name}.py").read_text()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and not ast.get_docstring(node):
                 text = ast.get_source_segment(source, node)
-                if text is not None and 60 <= len(text) <= 240:
-                    yield f"What is the source of {name}.{node.name}, line {node.lineno}?", text
+                question = f"What is the source of {name}.{node.name}" + f", line {node.lineno}" * (not own_names)
+                if text is not None and 60 <= len(text) <= 240 and question not in asked:
+                    asked.add(question)
+                    yield f"{question}?", text
 
 
-def sets(backbone, draw: int) -> Iterator[tuple[str, Rows]]:
+def sets(backbone, draw: int, own_names: bool = False) -> Iterator[tuple[str, Rows]]:
     """Names and pairs."""
     first = 101 + 20 * draw
     for number, count in enumerate((72, 112, 160)):
@@ -78,18 +86,18 @@ def sets(backbone, draw: int) -> Iterator[tuple[str, Rows]]:
         skipped = 10_000 * (2 + number + 3 * draw)
         prose = NaturalText(length=48, count=count, skip_tokens=skipped, query="opening", opening_tokens=12)
         yield f"prose_{count}", _of(prose, backbone)
-    functions = list(_functions(MODULES[draw]))
+    functions = list(_functions(MODULES[draw], own_names))
     yield "code_32", functions[:32]
     yield "code_48", functions[32:80]
 
 
-def main(folder: Path, constants: Path | None, draw: int) -> None:
+def main(folder: Path, constants: Path | None, draw: int, own_names: bool) -> None:
     """Write the pairs, what is planned for them, and the grid."""
     backbone = load_backbone()
     backbone.model.to(best_device())
     folder.mkdir(parents=True, exist_ok=True)
     plans, cells = {}, []
-    for name, rows in sets(backbone, draw):
+    for name, rows in sets(backbone, draw, own_names):
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"query": q, "target": t}) + "\n" for q, t in rows))
         corpus = Facts(str(path)).build(backbone.tokenizer, backbone.vocab_size)
@@ -115,5 +123,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--constants", type=Path)
+    parser.add_argument("--own_names", action="store_true", help="functions are asked for by name alone")
     parser.add_argument("--draw", type=int, choices=range(len(MODULES)), default=0)
     main(**vars(parser.parse_args()))
