@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -51,16 +52,31 @@ class Claims:
         self._leases.pop(name).release()
 
     def holder(self, name: str) -> str | None:
-        """Who has a claim, as `host, process 123`; None where nobody has."""
+        """Who has a claim, as `host, process 123`; None where nobody has, or whoever had is known to be gone."""
         try:
             lines = self._path(name).read_text(encoding="utf-8").splitlines()
         except (FileNotFoundError, UnicodeDecodeError):
             return None
         fields = dict(line.split("=", 1) for line in lines if "=" in line)
-        return f"{fields['host']}, process {fields['pid']}" if {"host", "pid"} <= fields.keys() else None
+        host, process = fields.get("host"), fields.get("pid")
+        return None if host is None or process is None or _gone(host, process) else f"{host}, process {process}"
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.lock"
+
+
+def _gone(host: str, process: str) -> bool:
+    """Whether a process has ended; False for one of another host, of which nobody here can know."""
+    if host != socket.gethostname():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError, OverflowError):
+        # Somebody else's process, or a claim that is just being written.
+        return False
+    return False
 
 
 def _end(name: str, loss: LeaseCompromise) -> None:

@@ -55,7 +55,8 @@ class Cell:
 
     Attributes:
         name: Name of its folder: what sets it apart from the other cells, and a hash of its whole configuration, so
-            that a cell whose configuration has changed is another cell.
+            that a cell whose configuration has changed is another cell. It keeps the name that it had in an earlier
+            version of the grid, in which other keys may have varied.
         folder: Its run folder.
         arguments: What `pml fit` would be given to run it.
         data: Backbone and settings of the data, as JSON: cells with the same have the same corpus.
@@ -133,6 +134,7 @@ def resolve(grid: Grid) -> list[Cell]:
     """
     settings = expand(grid.grid)
     varying = [key for key in dict.fromkeys(k for s in settings for k in s) if _varies(key, settings)]
+    folders = _folders(grid.out)
     base = tuple(itertools.chain.from_iterable(("--config", str(path)) for path in grid.base))
     cells = []
     for setting in settings:
@@ -146,11 +148,23 @@ def resolve(grid: Grid) -> list[Cell]:
         digest = hashlib.sha256(json.dumps(_without_places(config), sort_keys=True, default=str).encode()).hexdigest()
         label = _label(setting, varying)
         name = f"{label}-{digest[:8]}" if label else digest[:8]
+        if name not in folders.get(digest[:8], [name]):
+            name = folders[digest[:8]][0]
         cells.append(Cell(name, grid.out / name, (*base, *own, *_place(grid.out, name)), _data_of(config)))
-    if len({cell.name for cell in cells}) < len(cells):
-        twice = next(cell.name for cell in cells if sum(cell.name == other.name for other in cells) > 1)
+    digests = [cell.name[-8:] for cell in cells]
+    if len(set(digests)) < len(cells):
+        twice = next(cell.name for cell in cells if digests.count(cell.name[-8:]) > 1)
         raise InputError(f"the grid has the same cell twice: {twice}; write each combination once")
     return cells
+
+
+def _folders(out: Path) -> dict[str, list[str]]:
+    """Names of the folders in a grid's own, in order, by the hash that they end with."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(out.iterdir()) if out.is_dir() else []:
+        if path.is_dir():
+            found.setdefault(path.name.rpartition("-")[2], []).append(path.name)
+    return found
 
 
 def _data_of(config: Any) -> str:

@@ -13,6 +13,7 @@ from pml.tables import short_names
 
 __all__ = [
     "SIZES",
+    "TRAINING",
     "Group",
     "differing",
     "group_runs",
@@ -31,6 +32,8 @@ SIZES = tuple(
     f"corpus_settings.{name}"
     for name in ("length", "count", "pairs", "people", "size", "target_tokens", "path", "seed")
 )
+# Of `Record.training`, what changes the result, whoever set it.
+TRAINING = ("global_batch_size", "gradient_clip_val", "gradient_clip_algorithm", "precision")
 # What all runs of one law must share, and what the message about it shows.
 OF_ONE_LAW = ("backbone_hash", "block", "placement", "init", "method")
 # What a law by effective parameters may mix: adapters of another shape, counted by their parameters.
@@ -124,11 +127,17 @@ def setting_of(record: Record, name: str) -> Any:
 
 
 def settings_of(record: Record) -> dict[str, Any]:
-    """What a run was made with, by dotted names: its setting, dtype, method and corpus settings."""
+    """What a run was made with, by dotted names: its setting, dtype, method and corpus settings, and its training.
+
+    A batch that is the whole corpus is left out: it follows from the corpus.
+    """
     flat = {name: getattr(record, name) for name in (*SETTING, "dtype", "method")}
     for name in ("method_settings", "corpus_settings"):
         flat |= _flattened(name, getattr(record, name))
-    return flat
+    training = {name: record.training[name] for name in TRAINING if name in record.training}
+    if (training.get("global_batch_size") or 0) >= record.pairs:
+        del training["global_batch_size"]
+    return flat | {f"training.{name}": value for name, value in training.items()}
 
 
 def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
@@ -141,7 +150,9 @@ def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for settings in all_settings for name in settings if name not in SIZES)
     found: dict[str, list[Any]] = {}
     for name in names:
-        values = {repr(settings.get(name)): settings.get(name) for settings in all_settings}
+        # Earlier records do not say how they were trained.
+        having = [one for one in all_settings if name in one or not name.startswith("training.")]
+        values = {repr(settings.get(name)): settings.get(name) for settings in having}
         if len(values) > 1:
             found[name] = [values[key] for key in sorted(values)]
     steps: dict[tuple[int, int], set[int]] = {}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Protocol, runtime_checkable
@@ -42,6 +43,9 @@ SHARES = (
 )
 
 ROUNDING = 1e-6
+
+# Ends the name of a folder to which a sweep has moved what an attempt has left, and which is no run.
+SET_ASIDE = r"\.unfinished-\d+$"
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -301,21 +305,36 @@ def read_records(paths: str | Path | Iterable[str | Path]) -> dict[Path, Record]
     """Read the records of many runs, by the folder they are in, sorted by path.
 
     Args:
-        paths: A record file, a run folder, or a folder with run folders anywhere below it; or several of these.
+        paths: A record file, a run folder, or a folder with run folders anywhere below it; or several of these. What a
+            sweep has set aside (`NAME.unfinished-1`) is read only where it is given itself.
 
     Raises:
-        InputError: If a path does not exist or holds no record, or a record is not valid.
+        InputError: If a path does not exist or holds no record, a record is not valid, or two are in one folder.
     """
     found: dict[Path, Record] = {}
     seen: set[Path] = set()
+    folders: set[Path] = set()
     for given in map(Path, [paths] if isinstance(paths, str | Path) else paths):
         if not given.exists():
             raise InputError(f"{given}: no such file or folder; expected a run's folder, or one with runs below it")
-        files = [given] if given.is_file() else sorted(given.rglob(RECORD_NAME))
+        files = [given] if given.is_file() else _records_below(given)
         if not files:
             raise InputError(f"{given}: no {RECORD_NAME} in it or below it; a run writes one when it ends")
-        # A run named twice, by a relative and an absolute path say, is one run.
-        new = [file for file in files if file.resolve() not in seen]
-        seen.update(file.resolve() for file in new)
-        found.update({file.parent: read_record(file) for file in new})
+        for file in files:
+            # A run named twice, by a relative and an absolute path say, is one run.
+            if file.resolve() in seen:
+                continue
+            if file.parent.resolve() in folders:
+                raise InputError(
+                    f"{file}: a second record in one folder, where one was expected; give each run a folder of its own"
+                )
+            seen.add(file.resolve())
+            folders.add(file.parent.resolve())
+            found[file.parent] = read_record(file)
     return dict(sorted(found.items()))
+
+
+def _records_below(folder: Path) -> list[Path]:
+    """Record files in a folder and below it, but for what a sweep has set aside there."""
+    files = ((file, file.relative_to(folder).parent.parts) for file in sorted(folder.rglob(RECORD_NAME)))
+    return [file for file, folders in files if not any(re.search(SET_ASIDE, name) for name in folders)]

@@ -4,7 +4,7 @@ import gc
 import itertools
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from pml.run_folder import check_corpus
 from pml.same_folder import run_to_go_on_in
 from pml.stopping import Stopped, requested
 
-__all__ = ["Outcome", "claims_of", "run_cells", "set_failures_aside"]
+__all__ = ["Outcome", "claims_of", "known_cells", "outcomes_of", "run_cells", "set_failures_aside"]
 
 SECONDS_BETWEEN_LOOKS = 1.0
 """How often a worker looks whether cells that others run are done."""
@@ -79,7 +79,7 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
     """
     outcomes: dict[str, Outcome] = {}
     claims, corpora = claims_of(cells), dict[str, Corpus]()
-    before = {cell.name for cell in cells if cell.record is not None or cell.error is not None}
+    before = known_cells(cells)
     waiting, data = list(cells), ""
     with shared_backbones():
         while waiting:
@@ -98,6 +98,22 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
                 # The cell has just come to its end by itself.
                 raise Stopped(signum, at_once=False)
     return [outcomes[cell.name] for cell in cells]
+
+
+def known_cells(cells: Iterable[Cell]) -> set[str]:
+    """Names of the cells of which it is known now what has become."""
+    return {cell.name for cell in cells if cell.record is not None or cell.error is not None}
+
+
+def outcomes_of(cells: Iterable[Cell], known: Collection[str]) -> list[Outcome]:
+    """What has become of cells that others have run, checked against the data that their configurations give now.
+
+    Args:
+        cells: Which.
+        known: Names of those of which it was known when the sweep began.
+    """
+    corpora: dict[str, Corpus] = {}
+    return [_outcome_of(cell, corpora, cell.name in known) or Outcome(cell) for cell in cells]
 
 
 def set_failures_aside(cells: Iterable[Cell], claims: Claims) -> None:

@@ -51,6 +51,11 @@ def worker_environments(count: int, cores: int, devices: int, visible: str | Non
     return [{"OMP_NUM_THREADS": str(max(1, cores // count))} for _ in range(count)]
 
 
+def _cores() -> int:
+    """Cores that this process may use; those of the machine where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class LocalWorkers:
     """Processes of this machine, one per device, or with a share of the CPU's cores each.
 
@@ -65,7 +70,7 @@ class LocalWorkers:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = [logs / f"{os.getpid()}-{worker}.log" for worker in range(count)]
         environments = worker_environments(
-            count, len(os.sched_getaffinity(0)), torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+            count, _cores(), torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
         )
         self._processes = []
         for log, environment in zip(self._logs, environments, strict=True):
@@ -134,8 +139,17 @@ class ClusterWorkers:
             job.cancel()
 
     def failures(self) -> list[str]:
-        ended = [job for job in self._jobs if job.done() and job.state not in ("COMPLETED", "FINISHED", "CANCELLED")]
-        return [f"job {job.job_id} ended as {job.state} (see {job.paths.stderr})" for job in ended]
+        ended = [(job, _trouble(job)) for job in self._jobs if job.done() and job.state != "CANCELLED"]
+        return [f"job {job.job_id} {trouble} (see {job.paths.stderr})" for job, trouble in ended if trouble]
+
+
+def _trouble(job: Any) -> str:
+    """How a job that is done has ended, where it should not have ended so; empty otherwise."""
+    if job.exception() is not None:
+        return f"ended as {job.state}"
+    # A job that ran to its end may have run a sweep that did not; 1 says that a cell failed, which is seen at the cell.
+    codes = [code for code in job.results() if code not in (0, 1)]
+    return f"ended with exit code {codes[0]}" if codes else ""
 
 
 class _Sweep:

@@ -12,7 +12,7 @@ __all__ = ["make_record", "write_run"]
 def make_record(**fields: Any) -> Record:
     """A run of 64 random tokens at rank 4, finished unless its final loss is not a finite number.
 
-    `status` and `loss_reduction` follow from the losses unless they are given.
+    `status`, `loss_reduction` and stored bits follow from the other fields unless they are given.
     """
     base: dict[str, Any] = {
         "backbone": "smollm2-135m",
@@ -43,8 +43,6 @@ def make_record(**fields: Any) -> Record:
         "sub_threshold_fraction": 0.3,
         "min_target_probability": 1e-4,
         "first_failure": 12.0,
-        "memorized_bits": 700.0,
-        "bits_per_parameter": 0.15,
         "steps_to_recall": None,
         "wall_seconds": 12.3,
         "versions": {"torch": "2.13.0"},
@@ -55,6 +53,12 @@ def make_record(**fields: Any) -> Record:
     initial, final = (math.nan if content[name] is None else content[name] for name in ("initial_loss", "final_loss"))
     content.setdefault("status", "finished" if math.isfinite(final) else "diverged")
     content.setdefault("loss_reduction", initial - final)
+    stored = None
+    if content["corpus_entropy_bits"] is not None:
+        stored = max(0.0, content["corpus_entropy_bits"] - final * content["target_tokens"] / math.log(2))
+    content.setdefault("memorized_bits", stored)
+    stored = content["memorized_bits"]
+    content.setdefault("bits_per_parameter", None if stored is None else stored / content["effective_parameters"])
     return Record(**content)
 
 

@@ -12,7 +12,7 @@ from pml.cli import main
 from pml.errors import InputError
 from pml.kl_penalty import KlPenaltyConfig
 from pml.modules import SFT
-from pml.storage_constants import read_constants
+from pml.storage_constants import CONSTANTS_VERSION, Constant, ConstantsFile, read_constants, read_constants_file
 
 
 def test_the_constant_is_the_mean_over_texts_with_students_interval(
@@ -72,6 +72,23 @@ def test_the_command_measures_and_leaves_what_plan_takes(
     # Measured once more, it takes the place of what it was.
     assert main([*asked, "--steps=100", "--json"]) == 0
     assert len(json.loads(out.read_text())["constants"]) == 2
+
+
+def test_what_another_calibration_wrote_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "own.json"
+    fields = {"bits_per_parameter": 1.0, "low": 0.9, "high": 1.1, "interval": "95 %", "source": "here"}
+    first, second, third = (
+        Constant.model_validate({"placement": [name], **fields}) for name in ("q_proj", "down_proj", "up_proj")
+    )
+    out.write_text(ConstantsFile(version=CONSTANTS_VERSION, constants=[first]).model_dump_json())
+
+    def calibrate(*args: Any, **options: Any) -> Constant:
+        out.write_text(ConstantsFile(version=CONSTANTS_VERSION, constants=[first, second]).model_dump_json())
+        return third
+
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    assert main(["calibrate", f"--out={out}"]) == 0
+    assert read_constants_file(out).constants == [third, first, second]
 
 
 @pytest.mark.parametrize("numbers", [{"texts": 1}, {"steps": 0}])

@@ -5,6 +5,7 @@ import logging
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -149,6 +150,11 @@ def test_a_sweep_does_not_take_a_cell_for_done_that_was_run_on_other_data(
     assert err.count("failed: ") == 2
     assert "the data has changed since this run was trained" in err
     assert {path: path.read_bytes() for path in records} == records
+    # What the workers would say goes to their logs: the command checks the data itself.
+    ended = mock.Mock(running=lambda: 0, failures=list)
+    monkeypatch.setattr("pml.workers.LocalWorkers", lambda *_: ended)
+    assert main(["sweep", "grid.yaml", "--workers", "2"]) == 1
+    assert capsys.readouterr().err.count("the data has changed since this run was trained") == 2
     written(path, BEFORE)
     assert main(["sweep", "grid.yaml"]) == 0
 

@@ -1,5 +1,6 @@
 """Claims: one worker at a time has a cell, and a dead one's claim is free again."""
 
+import re
 import subprocess
 import sys
 import time
@@ -48,6 +49,12 @@ def test_a_claim_says_who_has_it(tmp_path: Path) -> None:
     with other_worker(tmp_path) as process:
         assert (own.holder("cell") or "").endswith(f", process {process.pid}")
         process.kill()
+        process.wait()
+    assert own.holder("cell") is None
+    # A process of another host may live, whatever its number is here.
+    lock = tmp_path / "cell.lock"
+    lock.write_text(re.sub(r"(?m)^host=.*$", "host=elsewhere", lock.read_text()))
+    assert own.holder("cell") == f"elsewhere, process {process.pid}"
 
 
 def test_the_claim_of_a_killed_process_is_free_at_once_on_the_same_host(tmp_path: Path) -> None:

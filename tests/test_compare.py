@@ -228,6 +228,23 @@ class TestPairs:
         (found,) = compare({Path("a"): sft(), Path("b"): memft(method_settings=settings)})
         assert found.settings == {"learning_rate": ["0.05", "0.1"]}
 
+    @pytest.mark.parametrize(
+        ("guard", "training", "expected"),
+        [
+            ({"rank": 8}, {}, {"guard": ["None", "{'rank': 8}"]}),
+            (None, {"global_batch_size": 4, "precision": "32-true"}, {"global_batch_size": ["4", "8"]}),
+            (None, {"gradient_clip_val": 1.0}, {"gradient_clip_val": ["1.0", "None"]}),
+        ],
+    )
+    def test_a_guard_and_another_way_of_training_are_named(
+        self, guard: Any, training: dict[str, Any], expected: dict[str, list[str]]
+    ) -> None:
+        settings = {"weighting": "x", "learning_rate": 0.05} | ({"guard": guard} if guard else {})
+        plain = {"global_batch_size": 8, "precision": "32-true", "gradient_clip_val": None, "strategy": "ddp"}
+        runs = {Path("a"): sft(training=plain), Path("b"): memft(method_settings=settings, training=training)}
+        (found,) = compare(runs)
+        assert found.settings == expected
+
 
 class TestBudgets:
     @pytest.mark.parametrize(("steps", "kept"), [(200, True), (190, True), (189, False), (211, False)])

@@ -118,6 +118,24 @@ def test_what_runs_differ_in_leaves_out_rank_length_and_seed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ({"precision": "32-true"}, {"precision": "bf16-mixed"}, {"training.precision": ["32-true", "bf16-mixed"]}),
+        ({"global_batch_size": 2}, {"global_batch_size": 4}, {"training.global_batch_size": [2, 4]}),
+        # The whole corpus, as large as it may be.
+        ({"global_batch_size": 10}, {"global_batch_size": 12}, {}),
+        # A record of an earlier version.
+        ({"precision": "32-true", "gradient_clip_val": 1.0}, {}, {}),
+        ({"max_epochs": 3}, {"max_epochs": 4}, {}),
+    ],
+)
+def test_runs_may_differ_in_how_they_were_trained(
+    first: dict[str, Any], second: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    assert varying([make_record(pairs=10, training=first), make_record(pairs=12, training=second)]) == expected
+
+
+@pytest.mark.parametrize(
     ("fields", "steps"),
     [
         ({}, {"optimizer_steps": [50, 200]}),

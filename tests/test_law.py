@@ -590,6 +590,26 @@ class TestRecords:
             "corpus": ["a", "z"],
         }
 
+    @pytest.mark.parametrize(
+        ("fields", "known"),
+        [
+            ({}, True),
+            ({"corpus_settings": {"templates": 1}}, True),
+            ({"corpus_settings": {"templates": 2}}, False),
+            # 1000 bits less 100 tokens of 1 bit.
+            ({"memorized_bits": 900.5}, True),
+            ({"memorized_bits": 940.0}, False),
+            ({"memorized_bits": 0.0}, True),
+            ({"memorized_bits": None}, True),
+        ],
+    )
+    def test_information_that_counts_a_fact_once_is_not_set_against_the_loss_of_all_phrasings(
+        self, fields: dict[str, Any], known: bool
+    ) -> None:
+        record = make_record(corpus_entropy_bits=1000.0, target_tokens=100, final_loss=math.log(2), **fields)
+        (run,) = observations_from_records({Path("a"): record})
+        assert run.stored_bits == (pytest.approx(900.0) if known else None)
+
     def test_no_record_is_an_error(self) -> None:
         with pytest.raises(InputError, match="no record: expected the records of at least 5 runs"):
             observations_from_records({})

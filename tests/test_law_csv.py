@@ -37,6 +37,11 @@ class TestReading:
         assert (second.loss_reduction, second.final_loss, second.seed) == (10.5, 2.5, 0)
         assert (second.text, second.effective_parameters, second.source) == (None, None, f"{path}:5")
 
+    def test_of_two_losses_that_agree_the_final_one_is_taken_and_none_is_below_0(self, tmp_path: Path) -> None:
+        header = "rank,target_tokens,initial_loss,final_loss,loss_reduction\n"
+        path = write(tmp_path, f"{header}1,64,13.0,0.01,12.9\n1,64,13.0,,13.000001\n")
+        assert [run.final_loss for run in read_csv(path)] == [0.01, 0.0]
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [
@@ -50,6 +55,10 @@ class TestReading:
             ("rank,target_tokens,initial_loss,final_loss\n1,2,3,nan\n", "line 2, column final_loss: .*got 'nan'"),
             ("rank,target_tokens,initial_loss,final_loss\n1,,3,1\n", "line 2, column target_tokens: .*got nothing"),
             ("rank,target_tokens,initial_loss,final_loss\n1,2,3,\n", "line 2, column final_loss: expected a number h"),
+            (
+                "rank,target_tokens,initial_loss,loss_reduction\n1,2,3,3.01\n",
+                "line 2, column loss_reduction: expected at most initial_loss = 3, got 3.01; correct one of the two",
+            ),
             (
                 "rank,target_tokens,initial_loss,final_loss,loss_reduction\n1,2,3,1,1\n",
                 "line 2, column loss_reduction: expected initial_loss - final_loss = 2, got 1; leave one",

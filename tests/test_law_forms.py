@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from scipy.optimize import approx_fprime
 from simulated_laws import fit_one
 
+from pml.errors import InputError
 from pml.law import FORMS, Equation, FormName, LawFit, Observation, fit_law, loss_reduction, saturated
 from pml.law.data import data_of
 from pml.law.forms import POSITIVE, Form, Points, gradient
+from pml.law.intervals import Noise, standard_errors
 from pml.law.least_squares import batched_least_squares, solve, to_natural, to_theta
 
 SATURATING = [form for form in FORMS.values() if form.saturating]
@@ -207,3 +210,48 @@ class TestWords:
             "Δ<i>L</i> = min<sub>2.1</sub>(135 <i>r</i><sup>0.75</sup> <i>l</i><sup>\N{MINUS SIGN}0.60</sup>, "
             "<i>L</i><sub>0</sub>)"
         )
+
+
+def runs_with_losses(losses: Iterable[tuple[int, int, float, float]]) -> list[Observation]:
+    """Runs by rank, length, first and last loss, with 1152 parameters a rank on texts of 15.6 bits a token."""
+    return [
+        Observation(
+            rank, length, initial, final, 0, f"run {i}", effective_parameters=1152 * rank, entropy_bits=15.6 * length
+        )
+        for i, (rank, length, initial, final) in enumerate(losses)
+    ]
+
+
+class TestRunsThatHardlyDetermineAForm:
+    def test_draws_without_limit_leave_the_others_as_they_are(self) -> None:
+        form = FORMS["power_offset"]
+        data = data_of(runs_of(FORMS["power"], C=40.0, alpha=0.5, beta=0.6), "rank")
+        start = to_theta(form, {"C": 30.0, "alpha": 0.4, "beta": 0.5, "b": 0.0})
+        alone = batched_least_squares(form, data, data.measured[None], start[None], form.fitted)
+        # C to e^300: squares of derivatives to 1e260, beside which 1e-9 is lost.
+        others = [[log_c, 0.0, 0.0, 0.0] for log_c in np.linspace(20.0, 300.0, 100)]
+        found = batched_least_squares(form, data, data.measured[None], np.array([start, *others]), form.fitted)
+        np.testing.assert_allclose(found[0], alone[0], rtol=1e-9)
+
+    def test_a_rough_solution_out_of_range_of_floats_is_no_solution(self) -> None:
+        losses = [(8, 64, 6.3, 6.27), (256, 1, 6.1, 2.3), (1, 1000, 6.3, 4.6), (8, 1000, 6.1, 5.8), (2, 256, 6.2, 4.5)]
+        with pytest.raises(InputError, match="no C above 0 fits power_offset"):
+            fit_one(runs_with_losses(losses), "power_offset")
+
+    def test_a_standard_error_that_is_infinite_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        form = FORMS["power"]
+        data = data_of(runs_of(form, C=40.0, alpha=0.5, beta=0.6), "rank")
+        solution = solve(form, data)
+        assert solution is not None
+        noise = Noise(0.1, 0.1, 17)
+        result = standard_errors(solution, noise)
+        assert result is not None
+        result.params["beta"].stderr = math.inf
+        monkeypatch.setattr("pml.law.intervals.minimize", lambda *_: result)
+        assert standard_errors(solution, noise) is None
+
+    def test_a_bootstrap_with_a_draw_without_limit_ends(self) -> None:
+        losses = [(1, 2000, 1.699, 0.971), (8, 4000, 1.678, 0.888), (8, 2000, 1.7, 0.786)]
+        losses += [(4, 4000, 1.711, 0.929), (4, 2000, 1.696, 0.869), (3, 2000, 1.711, 0.0)]
+        law = fit_one(runs_with_losses(losses), "ceiling_offset")
+        assert all(math.isfinite(estimate.value) for estimate in law.parameters.values())

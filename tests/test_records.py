@@ -196,6 +196,22 @@ class TestFinding:
         with pytest.raises(InputError, match=r"empty: no record\.json in it or below it"):
             read_records([tmp_path / "run", tmp_path / "empty"])
 
+    def test_two_records_in_one_folder_are_refused_by_name(self, tmp_path: Path) -> None:
+        first = write_run(tmp_path) / "record.json"
+        second = first.rename(tmp_path / "second.json")
+        write_run(tmp_path)
+        with pytest.raises(InputError, match=r"second\.json: a second record in one folder.*; give each run a folder"):
+            read_records([first, second])
+
+    def test_what_a_sweep_has_set_aside_is_read_only_where_it_is_given(self, tmp_path: Path) -> None:
+        run, aside = write_run(tmp_path / "run"), write_run(tmp_path / "run.unfinished-12" / "deep")
+        damaged = write_run(tmp_path / "run.unfinished-1") / "record.json"
+        damaged.write_text("{}")
+        assert list(read_records(tmp_path)) == [run]
+        assert list(read_records([tmp_path, aside.parent])) == [run, aside]
+        with pytest.raises(InputError, match=r"unfinished-1/record\.json: not a record"):
+            read_records(damaged.parent)
+
     def test_one_bad_record_among_good_ones_is_named(self, tmp_path: Path) -> None:
         write_run(tmp_path / "good")
         (write_run(tmp_path / "bad") / "record.json").write_text("{}")

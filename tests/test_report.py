@@ -208,6 +208,12 @@ class TestPage:
     def test_every_run_is_a_row(self, page: Page, runs: Path) -> None:
         assert all(path.name in page.text for path in runs.iterdir())
 
+    def test_bits_per_parameter_are_those_that_the_run_has_counted(self, tmp_path: Path) -> None:
+        for rank in (1, 2):
+            stored = {"memorized_bits": 709.632 * rank, "bits_per_parameter": 0.616}
+            write_simulated_run(tmp_path / str(rank), rank, 64, corpus_settings={"templates": 3}, **stored)
+        assert Page(make_report(read_records([tmp_path])).html).text.count("0.616") == 2
+
     def test_settings_that_differ_are_apart_from_those_that_all_share(self, page: Page) -> None:
         text = page.text
         shared, differing = text.index("Settings of all runs"), text.index("Settings in which runs differ")

@@ -10,10 +10,11 @@ import yaml
 from record_factory import make_record
 
 from pml.cli import main
+from pml.commands.search import _table
 from pml.errors import InputError
 from pml.grid import Cell
 from pml.records import read_record, read_records
-from pml.search import budgets, read_search, run_search
+from pml.search import Candidate, Choice, SearchGrid, budgets, read_search, run_search
 from pml.sweep import Outcome
 from tests import fits  # one thread, which makes runs comparable bit for bit
 
@@ -123,6 +124,17 @@ def test_where_the_best_diverges_with_the_last_budget_the_next_best_has_it(
     assert choice.chosen == (None if chosen is None else {RATE: chosen})
     assert choice.candidates[0].settings == {RATE: chosen or 0.4}
     assert [tried.final_loss.keys() for tried in choice.candidates if tried.settings == {RATE: 0.8}] == [{2}]
+
+
+def test_the_table_has_a_gap_for_a_budget_that_the_next_best_did_not_have() -> None:
+    grid = SearchGrid.model_validate(
+        {"base": "base.yaml", "out": "out", "grid": {RANK: [1]}, "search": {RATE: [0.1, 0.2]}, "epochs": [2, 4, 8]}
+    )
+    best = Candidate(settings={RATE: 0.1}, final_loss={2: 3.0, 8: 1.0})
+    choice = Choice(
+        cell={RANK: 1}, chosen={RATE: 0.1}, failed=False, at_the_edge=[], folder=Path("out"), candidates=[best]
+    )
+    assert list(_table(grid, [choice]).rows[0]) == ["1", "0.1", "3.000", "-", "1.000"]
 
 
 def test_the_command_says_what_it_chose_and_where_a_better_value_may_lie(

@@ -100,6 +100,21 @@ def test_a_cell_keeps_its_name_in_a_larger_grid_but_for_the_label(base: Callable
     assert small < large
 
 
+def test_a_cell_that_has_a_folder_keeps_it_when_the_grid_grows(base: Callable[..., Path], tmp_path: Path) -> None:
+    one = {"model.init_args.adapter.rank": [1], "seed_everything": [7]}
+    (alone,) = cells_of(tmp_path, one)
+    assert "=" not in alone.name
+    alone.folder.mkdir(parents=True)
+    # What was set aside is no cell's folder.
+    Path(f"{alone.folder}.unfinished-1").mkdir()
+    first, second = cells_of(tmp_path, {**RANKS, "seed_everything": [7]})
+    assert (first, second.name[:7]) == (alone, "rank=3-")
+    second.folder.mkdir()
+    grown = cells_of(tmp_path, {**RANKS, "seed_everything": [7, 8]})
+    assert grown[::2] == [first, second]
+    assert [cell.name[:24] for cell in grown[1::2]] == ["rank=1,seed_everything=8", "rank=3,seed_everything=8"]
+
+
 def test_values_of_any_kind_reach_the_configuration(base: Callable[..., Path], tmp_path: Path) -> None:
     grid = {
         "model.init_args.weighting": [

@@ -7,6 +7,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -15,7 +18,7 @@ from pml.claims import FOLDER_NAME
 from pml.cli import main
 from pml.grid import Cell, read_grid, resolve
 from pml.records import read_record
-from pml.workers import worker_environments
+from pml.workers import ClusterWorkers, _cores, worker_environments
 
 
 @pytest.fixture
@@ -148,3 +151,23 @@ def test_workers_run_as_jobs(grid: Path) -> None:
     assert main(["sweep", str(grid), "--cluster", "local", "--workers", "1"]) == 0
     assert_each_cell_was_run_once(cells_of(grid))
     assert list(Path("out/.workers").glob("*"))
+
+
+def test_a_job_whose_sweep_failed_as_a_whole_is_named(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(number: int, state: str, code: int | None) -> Any:
+        error = None if code is not None else RuntimeError("no output")
+        paths = SimpleNamespace(stderr=f"{number}.err")
+        found = {"done": lambda: True, "exception": lambda: error, "results": lambda: [code]}
+        return SimpleNamespace(job_id=number, state=state, paths=paths, **found)
+
+    jobs = [job(1, "COMPLETED", 0), job(2, "COMPLETED", 1), job(3, "COMPLETED", 2), job(4, "TIMEOUT", None)]
+    jobs.append(job(5, "CANCELLED", None))
+    monkeypatch.setattr("submitit.AutoExecutor", lambda **_: mock.Mock(**{"map_array.return_value": jobs}))
+    workers = ClusterWorkers(grid, 5, Path("out"), "slurm", {})
+    assert workers.failures() == ["job 3 ended with exit code 2 (see 3.err)", "job 4 ended as TIMEOUT (see 4.err)"]
+
+
+def test_cores_are_those_of_the_machine_where_the_system_does_not_say_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert _cores() == 6

@@ -41,7 +41,9 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.storage_constants import CONSTANTS_VERSION, ConstantsFile, read_constants_file
 
     prepare()
-    known = read_constants_file(args.out).constants if args.out is not None and args.out.exists() else []
+    if args.out is not None and args.out.exists():
+        # Before it is measured for long, that there is a place for what comes out.
+        read_constants_file(args.out)
     constant = calibrate(
         args.backbone,
         args.placement,
@@ -58,6 +60,8 @@ def run(args: jsonargparse.Namespace) -> int:
     else:
         say(f"{constant.bits_per_parameter:.3f} bits a parameter ({constant.low:.3f} to {constant.high:.3f})")
     if args.out is not None:
+        # Another calibration may have written meanwhile.
+        known = read_constants_file(args.out).constants if args.out.exists() else []
         same = ("placement", "guarded", "source")
         others = [other for other in known if any(getattr(other, name) != getattr(constant, name) for name in same)]
         content = ConstantsFile(version=CONSTANTS_VERSION, constants=[constant, *others])

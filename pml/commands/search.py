@@ -85,7 +85,8 @@ def _table(grid: "SearchGrid", choices: "list[Choice]") -> "TextTable":
         (
             *(str(choice.cell.get(key, "-")) for key in keys),
             *(str(choice.candidates[0].settings[key]) for key in grid.search),
-            *(show_loss(choice.candidates[0].final_loss[epochs]) for epochs in grid.epochs),
+            # The next best of a cell whose best diverged has not had the budgets between.
+            *(show_loss(choice.candidates[0].final_loss.get(epochs)) for epochs in grid.epochs),
         )
         for choice in choices
     ]

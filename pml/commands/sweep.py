@@ -64,7 +64,7 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.commands._console import make_console
     from pml.grid import Grid, read_grid, resolve
     from pml.stopping import Stopped
-    from pml.sweep import Outcome, claims_of, run_cells, set_failures_aside
+    from pml.sweep import claims_of, known_cells, outcomes_of, run_cells, set_failures_aside
     from pml.tables import records_table, rich_table
 
     grid: Grid = read_grid(args.grid)
@@ -82,14 +82,14 @@ def run(args: jsonargparse.Namespace) -> int:
         else:
             from pml.workers import ClusterWorkers, LocalWorkers
 
-            count = args.workers or 1
+            count, known = args.workers or 1, known_cells(cells)
             workers: Workers = (
                 LocalWorkers(args.grid, count, grid.out)
                 if args.cluster is None
                 else ClusterWorkers(args.grid, count, grid.out, args.cluster, args.cluster_options)
             )
             watch(cells, workers, claims, progress)
-            outcomes = [Outcome(cell, cell.record, cell.error) for cell in cells]
+            outcomes = outcomes_of(cells, known)
             troubles = workers.failures()
     except Stopped as stop:
         stop.advice = f"{progress.done} of {len(cells)} cells are done; go on with: pml sweep {args.grid}"

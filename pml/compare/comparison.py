@@ -11,12 +11,14 @@ from pml.compare.difference import Difference, paired_difference
 from pml.compare.outcomes import OUTCOMES, Outcome, outcomes_of
 from pml.compare.pairs import TOLERANCE, LeftOut, Pair, find_pairs
 from pml.errors import InputError
-from pml.groups import method_name, setting_of
+from pml.groups import TRAINING, method_name, setting_of
 from pml.records import Record
 from pml.tables import numbers_first
 
 __all__ = ["Comparison", "MethodMeans", "compare"]
 
+# Settings that a record has only where they were used.
+WHERE_USED: Final = {"guard", "kl_penalty"}
 VERDICTS: Final = ("better", "worse", "undecided")
 Values = Mapping[Path, Mapping[str, float | None]]
 """Outcomes by name, by the folder of the run."""
@@ -222,9 +224,13 @@ def _baseline(asked: str | None, methods: list[str]) -> str:
 def _other_settings(runs: list[tuple[Record, Record]]) -> dict[str, list[str]]:
     """Settings that both runs of a pair have, with different values; weighting and curriculum are the method."""
     found: dict[str, Iterable[str]] = {}
-    for a, b in runs:
-        for name in a.method_settings.keys() & b.method_settings.keys() - {"weighting", "curriculum"}:
-            values = a.method_settings[name], b.method_settings[name]
+    for pair in runs:
+        first, second = (
+            record.method_settings | {name: record.training[name] for name in TRAINING if name in record.training}
+            for record in pair
+        )
+        for name in (first.keys() & second.keys()) - {"weighting", "curriculum"} | WHERE_USED:
+            values = first.get(name), second.get(name)
             if values[0] != values[1] and not name.startswith("_"):
                 found[name] = {*found.get(name, ()), *map(str, values)}
     return {name: sorted(found[name]) for name in sorted(found)}

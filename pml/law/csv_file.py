@@ -30,6 +30,8 @@ class _Row(pydantic.BaseModel):
     text: str | None = None
 
 
+# A loss reduction may exceed the initial loss by this share of it.
+ROUNDING = 1e-6
 REQUIRED = ("rank", "target_tokens", "initial_loss")
 
 
@@ -38,7 +40,8 @@ def read_csv(path: str | Path) -> list[Observation]:
 
     Lines that begin with # are comments. Columns: rank, target_tokens, initial_loss, and final_loss or loss_reduction;
     optional are effective_parameters, entropy_bits, seed and text, which identifies the text. Losses are in nats per
-    target token. Optional values may be empty, and so may final_loss where loss_reduction has a value.
+    target token. Optional values may be empty, and so may final_loss where loss_reduction has a value; where both have
+    one, the final loss is taken.
 
     Raises:
         InputError: If the file cannot be read, or a row is wrong; it names file, line and column.
@@ -84,12 +87,18 @@ def _observation(path: str | Path, line: int, header: list[str], values: list[st
         raise InputError(f"{where}, column {column}: {first['msg'].lower()}, {got}; correct the value") from error
     final = row.final_loss
     if row.loss_reduction is not None:
-        final = row.initial_loss - row.loss_reduction
-        if row.final_loss is not None and abs(final - row.final_loss) > 0.01 * row.initial_loss:
+        follows = row.initial_loss - row.loss_reduction
+        if follows < -ROUNDING * row.initial_loss:
             raise InputError(
-                f"{where}, column loss_reduction: expected initial_loss - final_loss = "
-                f"{row.initial_loss - row.final_loss:.4g}, got {row.loss_reduction:g}; leave one of the two empty"
+                f"{where}, column loss_reduction: expected at most initial_loss = {row.initial_loss:g}, got "
+                f"{row.loss_reduction:g}; correct one of the two"
             )
+        if final is not None and abs(follows - final) > 0.01 * row.initial_loss:
+            raise InputError(
+                f"{where}, column loss_reduction: expected initial_loss - final_loss = {row.initial_loss - final:.4g}, "
+                f"got {row.loss_reduction:g}; leave one of the two empty"
+            )
+        final = max(follows, 0.0) if final is None else final
     if final is None:
         raise InputError(f"{where}, column final_loss: expected a number here or in loss_reduction, got nothing")
     others = row.model_dump(exclude={"final_loss", "loss_reduction"})

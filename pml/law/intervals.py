@@ -116,7 +116,7 @@ def t_over_z(degrees_of_freedom: int) -> float:
 
 
 def standard_errors(solution: Solution, noise: Noise) -> lmfit.minimizer.MinimizerResult | None:
-    """lmfit's result with standard errors and correlations for this noise; None where it has no covariance."""
+    """lmfit's result with standard errors and correlations for this noise; None where it has no finite ones."""
     data, jacobian = solution.data, solution.weighted_jacobian
     scale = np.linalg.norm(jacobian, axis=0)
     if len(jacobian) < len(solution.free) or not (np.isfinite(scale).all() and (scale > 0).all()):
@@ -125,7 +125,8 @@ def standard_errors(solution: Solution, noise: Noise) -> lmfit.minimizer.Minimiz
         return None
     least = 1e-12 * float(np.abs(data.measured).max())
     result = minimize(solution.form, data, solution.parameters, max(noise.of_the_fit, least))
-    return result if result.errorbars else None
+    known = result.errorbars and all(np.isfinite(result.params[name].stderr) for name in solution.free)
+    return result if known else None
 
 
 def profile_intervals(solution: Solution, noise: Noise) -> dict[str, tuple[float, float]]:

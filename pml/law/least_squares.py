@@ -31,6 +31,10 @@ STARTS = 3
 # For batched fits, far below the spread of a bootstrap's draws.
 MOST_STEPS = 60
 SMALLEST_FALL = 1e-7
+# What is at least added to the diagonal, alone and as a share of the trace, so that no matrix is singular in float64.
+SMALLEST_DAMPING, SMALLEST_SHARE = 1e-9, 1e-13
+# lmfit squares a value with a bound: this is still far from overflow, and far beyond any law.
+LARGEST_START = 1e100
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +139,7 @@ def solve(form: Form, data: Data) -> Solution | None:
         squares = np.sum(_weighted_residuals(form, data, to_natural(form, rough), data.measured) ** 2, axis=-1)
         best_of = int(np.argmin(np.nan_to_num(squares, nan=math.inf)))
     start = {name: float(value[0]) for name, value in to_natural(form, rough[best_of]).items()}
-    if not all(map(math.isfinite, start.values())):
+    if not all(abs(value) < LARGEST_START for value in start.values()):
         return None
     free = form.fitted
     low, high = SHARPNESS_RANGE
@@ -219,14 +223,19 @@ def batched_least_squares(form: Form, data: Data, measured: Array, start: Array,
 
     with np.errstate(all="ignore"):
         basis = np.linalg.pinv(np.linalg.qr(jacobian_at(theta[:1])[0])[1])
+        unit = np.eye(len(index))
         # Draws that have converged are left alone.
         moving, damping = np.arange(len(measured)), np.full(len(measured), 1e-3)
         residuals = residuals_at(theta, measured)
         squares = np.sum(residuals**2, axis=-1)
         for _ in range(MOST_STEPS):
             jacobian = jacobian_at(theta[moving]) @ basis
-            floor = np.maximum(damping[moving, None, None], 1e-9)
-            gram = jacobian.swapaxes(1, 2) @ jacobian + floor * np.eye(len(index))
+            gram = jacobian.swapaxes(1, 2) @ jacobian
+            # A draw whose Jacobian has grown without end must not stop the others: it is given up.
+            lost = ~np.isfinite(gram).all(axis=(1, 2))
+            gram[lost], damping[moving[lost]] = unit, math.inf
+            floor = np.maximum(SMALLEST_SHARE * np.trace(gram, axis1=1, axis2=2), SMALLEST_DAMPING)
+            gram += np.where(lost, 0.0, np.maximum(damping[moving], floor))[:, None, None] * unit
             step = np.linalg.solve(gram, jacobian.swapaxes(1, 2) @ residuals[moving, :, None])[..., 0] @ basis.T
             tried = theta[moving]
             tried[:, index] -= step

@@ -35,6 +35,8 @@ CRITICAL_LOSS = math.log(2)
 # A run had not converged if the last tenth of its steps still gave this share of its loss reduction: at that pace, ten
 # more tenths would change dL by a tenth.
 LATE_DROP_SHARE = 0.01
+# Stored bits of a record may differ from entropy minus loss by this share of the entropy: rounding.
+ENTROPY_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def observations_from_records(records: Mapping[Path, Record], adapter_size: Adap
             source=path.as_posix(),
             finished=record.status == "finished",
             effective_parameters=record.effective_parameters,
-            entropy_bits=record.corpus_entropy_bits,
+            entropy_bits=_entropy_bits(record),
             pairs=record.pairs,
             late_loss_drop=record.late_loss_drop,
             text=record.corpus_hash,
@@ -183,6 +185,21 @@ def observations_from_records(records: Mapping[Path, Record], adapter_size: Adap
         )
         for path, record in records.items()
     )
+
+
+def _entropy_bits(record: Record) -> float | None:
+    """Information in the targets; None too where facts are asked for in several ways, of which it counts one.
+
+    The loss counts them all, so that what is stored does not follow from the two.
+    """
+    entropy, stored, loss = record.corpus_entropy_bits, record.memorized_bits, record.final_loss
+    if entropy is None or record.corpus_settings.get("templates", 1) > 1:
+        return None
+    # Facts of a corpus of one's own are told by what the run itself has counted, unless that is nothing.
+    if stored and loss is not None:
+        missing = loss * record.target_tokens / math.log(2)
+        return entropy if abs(entropy - missing - stored) <= ENTROPY_TOLERANCE * entropy else None
+    return entropy
 
 
 def _number(loss: float | None) -> float:

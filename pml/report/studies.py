@@ -176,7 +176,7 @@ def _runs(groups: list[Group], observations: Mapping[str, list[Observation]], la
         reasons |= {left.source: left.reason for left in law.left_out} if law else {}
         for path, record in group.records.items():
             source = path.as_posix()
-            bits = runs[source].stored_bits if len(runs) > 1 else None
+            bits = record.bits_per_parameter if len(runs) > 1 else None
             row = {
                 "target tokens": f"{record.target_tokens:,}",
                 "rank": f"{record.rank:,}",
@@ -191,7 +191,7 @@ def _runs(groups: list[Group], observations: Mapping[str, list[Observation]], la
                 "exact match": show_percent(record.exact_match),
                 "generated": show_percent(record.generated_exact_match),
                 "certain after": shown(record.steps_to_recall),
-                "bits per parameter": "-" if bits is None else f"{bits / record.effective_parameters:.3f}",
+                "bits per parameter": "-" if bits is None else f"{bits:.3f}",
                 "note": reasons.get(source) or ("-" if record.status == "finished" else record.status),
             }
             rows.append(((record.target_tokens, record.rank, group.method, record.seed, source), row))
