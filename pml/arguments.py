@@ -7,7 +7,7 @@ from pathlib import Path
 from pml.errors import InputError
 from pml.yaml_file import read_yaml
 
-__all__ = ["CONFIG_OPTIONS", "check_files", "check_texts", "files_given"]
+__all__ = ["CONFIG_OPTIONS", "check_files", "check_texts", "files_given", "options_in"]
 
 CONFIG_OPTIONS = ("--config", "-c")
 
@@ -32,7 +32,7 @@ def check_texts(arguments: Sequence[str]) -> None:
     Raises:
         InputError: Naming the option.
     """
-    for option, text in _options(arguments):
+    for option, text in options_in(arguments):
         if option.startswith(("--data.", "--model.")) and text.lstrip().startswith("#"):
             raise InputError(
                 f"{option} is {text!r}, which YAML takes for a comment; put the text into a configuration file, in "
@@ -40,11 +40,20 @@ def check_texts(arguments: Sequence[str]) -> None:
             )
 
 
-def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Options with what stands behind them."""
-    return [tuple(a.split("=", 1)) if "=" in a else (a, b) for a, b in pairwise([*map(str, arguments), ""])]  # type: ignore[misc]
+def options_in(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Options with their values, `--name=value` or `--name value`; values of the latter kind stand for themselves too.
+
+    Example:
+        >>> options_in(["--a=1", "--b", "2"])
+        [('--a', '1'), ('--b', '2'), ('2', '')]
+    """
+    found = []
+    for argument, following in pairwise([*map(str, arguments), ""]):
+        name, equals, value = argument.partition("=")
+        found.append((name, value if equals else following))
+    return found
 
 
 def files_given(arguments: Sequence[str], names: Sequence[str]) -> list[Path]:
     """Files that options of these names were given."""
-    return [Path(value) for name, value in _options(arguments) if name in names]
+    return [Path(value) for name, value in options_in(arguments) if name in names]

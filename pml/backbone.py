@@ -323,6 +323,7 @@ def _resolve(name: str, weights: bool = True) -> Path:
     """The folder that holds what `name` stands for, downloaded first where it has to be."""
     if name == DEFAULT_BACKBONE:
         return fetch_default()
+    # Of a user that is not there, `Path.expanduser` would raise.
     folder = Path(os.path.expanduser(name))
     if name and folder.is_dir():
         return folder

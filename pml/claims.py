@@ -6,6 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
+import psutil
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 __all__ = ["FOLDER_NAME", "Claims"]
@@ -67,16 +68,8 @@ class Claims:
 
 def _gone(host: str, process: str) -> bool:
     """Whether a process has ended; False for one of another host, of which nobody here can know."""
-    if host != socket.gethostname():
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError, OverflowError):
-        # Somebody else's process, or a claim that is just being written.
-        return False
-    return False
+    # A number that is not whole yet belongs to a claim that is just being written.
+    return host == socket.gethostname() and process.isdecimal() and not psutil.pid_exists(int(process))
 
 
 def _end(name: str, loss: LeaseCompromise) -> None:

@@ -13,7 +13,6 @@ from pml.tables import short_names
 
 __all__ = [
     "SIZES",
-    "TRAINING",
     "Group",
     "differing",
     "group_runs",
@@ -23,6 +22,7 @@ __all__ = [
     "settings_of",
     "shared_setting",
     "short_method_names",
+    "training_of",
     "varying",
 ]
 
@@ -134,10 +134,15 @@ def settings_of(record: Record) -> dict[str, Any]:
     flat = {name: getattr(record, name) for name in (*SETTING, "dtype", "method")}
     for name in ("method_settings", "corpus_settings"):
         flat |= _flattened(name, getattr(record, name))
-    training = {name: record.training[name] for name in TRAINING if name in record.training}
+    training = training_of(record)
     if (training.get("global_batch_size") or 0) >= record.pairs:
         del training["global_batch_size"]
     return flat | {f"training.{name}": value for name, value in training.items()}
+
+
+def training_of(record: Record) -> dict[str, Any]:
+    """What its batches and trainer had to do with a result; earlier records do not say it."""
+    return {name: record.training[name] for name in TRAINING if name in record.training}
 
 
 def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
@@ -150,7 +155,7 @@ def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
     names = dict.fromkeys(name for settings in all_settings for name in settings if name not in SIZES)
     found: dict[str, list[Any]] = {}
     for name in names:
-        # Earlier records do not say how they were trained.
+        # A record that does not say how it was trained differs in nothing there.
         having = [one for one in all_settings if name in one or not name.startswith("training.")]
         values = {repr(settings.get(name)): settings.get(name) for settings in having}
         if len(values) > 1:

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from pml.arguments import CONFIG_OPTIONS, check_files, check_texts, files_given
+from pml.arguments import CONFIG_OPTIONS, check_files, check_texts, files_given, options_in
 from pml.atomic import whole_file
 from pml.checkpoints import FOLDER_NAME, Checkpoints, StopsAtSteps, newest_checkpoint, read_checkpoint
 from pml.disk import DiskError, disk_trouble
@@ -134,7 +134,7 @@ class MemorizationCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self._arguments = list(args or ())
-        data = [str(a).partition("=")[0] for a in args or () if str(a).startswith("--data")]
+        data = [name for name, _ in options_in(args or ()) if name.startswith("--data")]
         self._names_data = any(name.rpartition(".")[2] not in HOW_MUCH_AT_ONCE for name in data)
         make_importable([Path.cwd(), *(path.resolve().parent for path in files_given(args or (), CONFIG_OPTIONS))])
         check_texts(args or ())

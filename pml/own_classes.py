@@ -61,17 +61,15 @@ def own_classes_refused(config: Any, path: Path) -> Iterator[None]:
     from jsonargparse._common import parsing_settings
 
     named = set(_class_paths(config))
-    for class_path in named:
-        module = class_path.rpartition(".")[0]
-        if module and module.partition(".")[0] not in TRUSTED and not _is_here(class_path):
-            raise _refusal(path, class_path)
+    if (foreign := next(filter(_is_foreign, named), None)) is not None:
+        raise _refusal(path, foreign)
     before = dict(parsing_settings)
     try:
         # The parser has the last word: there are more ways to name a class than by its own key.
         here = [class_path for class_path in named if _is_here(class_path)]
         jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*TRUSTED, *here])
         yield
-    except (InputError, jsonargparse.ArgumentError, ValueError) as error:
+    except (jsonargparse.ArgumentError, ValueError) as error:
         if (denied := re.search(r"Importing '(.+?)' is not allowed", str(error))) is not None:
             raise _refusal(path, denied[1]) from error
         raise
@@ -90,9 +88,12 @@ def check_class_of_checkpoint(path: Path, made_with: Mapping[str, Any], asked: s
     Raises:
         InputError: If it does, unless `--own_classes` was given.
     """
-    named = str(made_with.get("_class_path", "pml"))
-    if not _State.allowed and named != asked and named.partition(".")[0] not in TRUSTED and not _is_here(named):
-        raise _refusal(path, named)
+    named = made_with.get("_class_path")
+    if named is None or named == asked or _State.allowed:
+        return
+    # Lightning writes whole paths; a bare name is not its own.
+    if "." not in str(named) or _is_foreign(str(named)):
+        raise _refusal(path, str(named))
 
 
 def _refusal(path: Path, class_path: str) -> InputError:
@@ -100,6 +101,12 @@ def _refusal(path: Path, class_path: str) -> InputError:
         f"{path} names the class {class_path}, which is not pml's; to import it would run its code: if you trust it, "
         f"add {OPTION}"
     )
+
+
+def _is_foreign(class_path: str) -> bool:
+    """Whether a module of another package would have to be imported for a class; a bare name imports nothing."""
+    package, dot, _ = class_path.partition(".")
+    return bool(dot) and package not in TRUSTED and not _is_here(class_path)
 
 
 def _is_here(class_path: str) -> bool:

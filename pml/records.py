@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RECORD_NAME",
     "SCHEMA_VERSION",
+    "SET_ASIDE",
     "Measured",
     "MeasuresForRecord",
     "Record",
@@ -44,8 +45,8 @@ SHARES = (
 
 ROUNDING = 1e-6
 
-# Ends the name of a folder to which a sweep has moved what an attempt has left, and which is no run.
-SET_ASIDE = r"\.unfinished-\d+$"
+SET_ASIDE = ".unfinished-"
+"""With a number, it ends the name of a folder to which a sweep has moved what an attempt left, and which is no run."""
 
 Status = Literal["finished", "diverged", "interrupted"]
 
@@ -337,4 +338,5 @@ def read_records(paths: str | Path | Iterable[str | Path]) -> dict[Path, Record]
 def _records_below(folder: Path) -> list[Path]:
     """Record files in a folder and below it, but for what a sweep has set aside there."""
     files = ((file, file.relative_to(folder).parent.parts) for file in sorted(folder.rglob(RECORD_NAME)))
-    return [file for file, folders in files if not any(re.search(SET_ASIDE, name) for name in folders)]
+    aside = re.compile(rf"{re.escape(SET_ASIDE)}\d+$")
+    return [file for file, folders in files if not any(map(aside.search, folders))]

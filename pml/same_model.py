@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from pml.arguments import options_in
 from pml.errors import InputError
 from pml.yaml_file import read_yaml
 
@@ -45,13 +46,9 @@ def asked_model(arguments: Sequence[str], configs: Sequence[Path]) -> dict[str, 
     for config in configs:
         content = read_yaml(config)
         _lay_over(asked, _settings((content.get("fit") or content).get("model")))
-    given = [str(argument) for argument in arguments]
-    for number, argument in enumerate(given):
-        name, equals, text = argument.partition("=")
+    for name, text in options_in(arguments):
         if name != "--model" and not name.startswith("--model."):
             continue
-        if not equals:
-            text = given[number + 1] if number + 1 < len(given) else ""
         keys = [key for key in name.removeprefix("--model").split(".") if key not in ("", "init_args")]
         # The bare name of a class is taken as it stands; a sweep gives a class with its arguments, as JSON.
         value: Any = _settings(yaml.safe_load(text) if keys or text.lstrip().startswith("{") else text)

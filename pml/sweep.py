@@ -19,7 +19,7 @@ from pml.grid import ERROR_NAME, Cell
 from pml.lightning_cli import MemorizationCLI, make_run
 from pml.modules import Memorization
 from pml.progress import ProgressFile
-from pml.records import RECORD_NAME, Record, read_record
+from pml.records import RECORD_NAME, SET_ASIDE, Record, read_record
 from pml.run_folder import check_corpus
 from pml.same_folder import run_to_go_on_in
 from pml.stopping import Stopped, requested
@@ -221,5 +221,5 @@ def _checkpoint(folder: Path) -> Path | None:
 def _set_aside(folder: Path) -> None:
     """Move what an attempt has left aside, if there is anything."""
     if folder.exists():
-        names = (folder.with_name(f"{folder.name}.unfinished-{n}") for n in itertools.count(1))
+        names = (folder.with_name(f"{folder.name}{SET_ASIDE}{n}") for n in itertools.count(1))
         folder.rename(next(name for name in names if not name.exists()))

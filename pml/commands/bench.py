@@ -93,9 +93,12 @@ def run(args: jsonargparse.Namespace) -> int:
     if args.json:
         say_json(content)
     else:
-        tables = [*_steps_tables(measurements, rates), *([_fits_table(fits)] if fits else [])]
-        for table in [*tables, *([_recall_table(recall, args.recall)] if recall else [])]:
-            make_console().print(table)
+        tables = _steps_tables(measurements, rates)
+        tables += [_fits_table(fits)] if fits else []
+        tables += [_recall_table(recall, args.recall)] if recall else []
+        console = make_console()
+        for table in tables:
+            console.print(table)
     # Last, so that what took long to measure is seen even where the file cannot be written.
     if args.out is not None:
         write_json(args.out, content)

@@ -11,7 +11,7 @@ from pml.compare.difference import Difference, paired_difference
 from pml.compare.outcomes import OUTCOMES, Outcome, outcomes_of
 from pml.compare.pairs import TOLERANCE, LeftOut, Pair, find_pairs
 from pml.errors import InputError
-from pml.groups import TRAINING, method_name, setting_of
+from pml.groups import method_name, setting_of, training_of
 from pml.records import Record
 from pml.tables import numbers_first
 
@@ -225,10 +225,7 @@ def _other_settings(runs: list[tuple[Record, Record]]) -> dict[str, list[str]]:
     """Settings that both runs of a pair have, with different values; weighting and curriculum are the method."""
     found: dict[str, Iterable[str]] = {}
     for pair in runs:
-        first, second = (
-            record.method_settings | {name: record.training[name] for name in TRAINING if name in record.training}
-            for record in pair
-        )
+        first, second = (record.method_settings | training_of(record) for record in pair)
         for name in (first.keys() & second.keys()) - {"weighting", "curriculum"} | WHERE_USED:
             values = first.get(name), second.get(name)
             if values[0] != values[1] and not name.startswith("_"):

@@ -24,11 +24,12 @@ MOST_NUMBERS = 64
 NOTHING = "#DDDDDD"
 
 
-def over_grid(runs: Iterable[Observation], value: Callable[[Observation], float]) -> Values:
-    """Means over the runs at each rank and length."""
+def over_grid(runs: Iterable[Observation], value: Callable[[Observation], float | None]) -> Values:
+    """Means over the runs at each rank and length; runs without a value are passed over."""
     found: dict[tuple[int, int], list[float]] = {}
     for run in runs:
-        found.setdefault((run.rank, run.target_tokens), []).append(value(run))
+        if (number := value(run)) is not None:
+            found.setdefault((run.rank, run.target_tokens), []).append(number)
     return {point: float(np.mean(values)) for point, values in found.items()}
 
 

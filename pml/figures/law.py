@@ -72,16 +72,10 @@ def law_figure(fit: LawFit) -> Figure:
 
 def _maps(fit: LawFit) -> list[tuple[str, Shade, Values]]:
     """Titles, shades and values of the maps for which runs are a grid."""
-    decoded = {
-        run.source: run.generated_token_accuracy for run in fit.observations if run.generated_token_accuracy is not None
-    }
+    runs = fit.observations
     maps: list[tuple[str, Shade, Values]] = [
-        ("final loss (nats per target token)", "loss", over_grid(fit.observations, lambda run: run.final_loss)),
-        (
-            "token accuracy, free decoding",
-            "share",
-            over_grid([run for run in fit.observations if run.source in decoded], lambda run: decoded[run.source]),
-        ),
+        ("final loss (nats per target token)", "loss", over_grid(runs, lambda run: run.final_loss)),
+        ("token accuracy, free decoding", "share", over_grid(runs, lambda run: run.generated_token_accuracy)),
     ]
     return [found for found in maps if is_grid(found[2])]
 

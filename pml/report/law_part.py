@@ -56,15 +56,15 @@ def _panels(fit: LawFit, name: str, of: str) -> list[Panel]:
     band = "95 % interval of the law's mean"
     ranks, lengths = spans(fit.rank_range), spans(fit.target_tokens_range)
     worst = max(abs(run.loss_reduction - predicted) for run, predicted in fit.used)
-    panels = [
-        draw(
+    return [
+        *draw(
             f"{name}-by-rank",
             "Loss reduction by rank",
             f"Lines are the law, dotted where no run was used; shade: {band}.{hollow}",
             f"{of}: loss reduction against rank {ranks} on logarithmic axes, a line of the law for each length.",
             reduction_figure(fit, "rank"),
         ),
-        draw(
+        *draw(
             f"{name}-by-length",
             "Loss reduction by length",
             f"The same against length, a line for each rank; shade: {band}.{hollow}",
@@ -72,7 +72,7 @@ def _panels(fit: LawFit, name: str, of: str) -> list[Panel]:
             "rank.",
             reduction_figure(fit, "length"),
         ),
-        draw(
+        *draw(
             f"{name}-agreement",
             "Predicted against measured",
             f"On the dashed line both are equal.{hollow}",
@@ -80,17 +80,22 @@ def _panels(fit: LawFit, name: str, of: str) -> list[Panel]:
             f"{fit.best.r2:.4f}, mean error {fit.best.mape_percent:.1f} %.",
             agreement_figure(fit),
         ),
-        draw(
+        *draw(
             f"{name}-residuals",
             "Residuals",
             "Shade: one root mean squared error on either side. A trend would mean that the law does not hold.",
             f"{of}: measured minus predicted loss reduction by rank and by length; at most {worst:.3g} nats per token.",
             residual_figure(fit),
         ),
+        *(
+            panel
+            for number, (title, figure) in enumerate(map_figures(fit).items(), start=1)
+            for panel in draw(
+                f"{name}-map-{number}",
+                f"{title[0].upper()}{title[1:]}",
+                "Mean over seeds; grey: no run.",
+                f"{of}: map of the {title} over ranks {ranks} and {lengths} target tokens.",
+                figure,
+            )
+        ),
     ]
-    for number, (title, figure) in enumerate(map_figures(fit).items(), start=1):
-        heading = f"{title[0].upper()}{title[1:]}"
-        caption = "Mean over seeds; grey: no run."
-        alt = f"{of}: map of the {title} over ranks {ranks} and {lengths} target tokens."
-        panels.append(draw(f"{name}-map-{number}", heading, caption, alt, figure))
-    return [panel for found in panels for panel in found]
