@@ -18,7 +18,11 @@ from pml.encoding import PromptFormat, TextEncoder
 from pml.errors import InputError
 from pml.weighting import TokenScores
 
-__all__ = ["MemorizationDataModule"]
+__all__ = ["MemorizationDataModule", "TemplateValue"]
+
+Scalar = str | bool | int | float | None
+TemplateValue = Scalar | list[Scalar | list[Any] | dict[str, Any]] | dict[str, Scalar | list[Any] | dict[str, Any]]
+"""Value of a template's variable. Not `Any`, of which jsonargparse would read quoted text, `"off"`, as YAML."""
 
 
 class MemorizationDataModule(LightningDataModule, ABC):
@@ -50,7 +54,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
         seed: int = 42,
         chat_template: bool = True,
         system: str | None = None,
-        template_kwargs: dict[str, Any] | None = None,
+        template_kwargs: dict[str, TemplateValue] | None = None,
         template_date: str = PromptFormat.template_date,
     ) -> None:
         super().__init__()

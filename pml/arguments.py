@@ -1,5 +1,6 @@
 """What a command line says of a fit, looked at before a parser reads it."""
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from pml.errors import InputError
 from pml.yaml_file import read_yaml
 
-__all__ = ["CONFIG_OPTIONS", "check_files", "check_texts", "files_given", "options_in"]
+__all__ = ["CONFIG_OPTIONS", "check_files", "check_template_kwargs", "files_given", "options_in"]
 
 CONFIG_OPTIONS = ("--config", "-c")
 
@@ -26,17 +27,17 @@ def check_files(arguments: Sequence[str]) -> None:
             raise InputError(f"{path}: empty; expected keys with values, such as `trainer: {{max_epochs: 5}}`")
 
 
-def check_texts(arguments: Sequence[str]) -> None:
-    """Refuse text that YAML, as which values of options are read, takes for a comment, and so for nothing.
+def check_template_kwargs(arguments: Sequence[str]) -> None:
+    """Refuse single variables of a chat template as options, of which text and other values look alike.
 
     Raises:
-        InputError: Naming the option.
+        InputError: Saying how to give it.
     """
-    for option, text in options_in(arguments):
-        if option.startswith(("--data.", "--model.")) and text.lstrip().startswith("#"):
+    for option, value in options_in(arguments):
+        if (found := re.fullmatch(r"(--data\.(?:init_args\.)?template_kwargs)\.([^.=]+)", option)) is not None:
             raise InputError(
-                f"{option} is {text!r}, which YAML takes for a comment; put the text into a configuration file, in "
-                "quotes"
+                f"{option}: whether {value!r} is text cannot be told; expected the mapping: "
+                f"{found[1]} '{{{found[2]}: {value}}}', text in quotes"
             )
 
 

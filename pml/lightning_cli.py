@@ -1,11 +1,7 @@
 """LightningCLI for memorising: what `pml fit|validate|test|predict` parse and run, and every cell of a sweep."""
 
-import functools
 import importlib
-import inspect
 import logging
-import operator
-import typing
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from pml.arguments import CONFIG_OPTIONS, check_files, check_texts, files_given, options_in
+from pml.arguments import CONFIG_OPTIONS, check_files, check_template_kwargs, files_given, options_in
 from pml.atomic import whole_file
 from pml.checkpoints import FOLDER_NAME, Checkpoints, StopsAtSteps, newest_checkpoint, read_checkpoint
 from pml.disk import DiskError, disk_trouble
@@ -27,6 +23,7 @@ from pml.fit_config import check_configuration
 from pml.frozen_layers import move_backbone
 from pml.modules import Memorization
 from pml.own_classes import check_class_of_checkpoint, make_importable
+from pml.parsing import keep_text, keep_whole_numbers_whole
 from pml.progress import FitProgress, SayWhyItEnded, is_interactive
 from pml.quiet import keep_quiet
 from pml.recall import gather_scores
@@ -91,6 +88,7 @@ class MemorizationCLI(LightningCLI):
         # A parser takes a while to make, so only that of the subcommand that is asked for is made.
         self._commands = {n: skip for n, skip in LightningCLI.subcommands().items() if asked in (n, "")}
         check_files(args or ())
+        check_template_kwargs(args or ())
         # A key that is nearly right is a mistake, not an abbreviation.
         strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         subcommands = {name: dict(strict) for name in self._commands}
@@ -137,7 +135,6 @@ class MemorizationCLI(LightningCLI):
         data = [name for name, _ in options_in(args or ()) if name.startswith("--data")]
         self._names_data = any(name.rpartition(".")[2] not in HOW_MUCH_AT_ONCE for name in data)
         make_importable([Path.cwd(), *(path.resolve().parent for path in files_given(args or (), CONFIG_OPTIONS))])
-        check_texts(args or ())
         try:
             super().parse_arguments(parser, args)
         except (jsonargparse.ArgumentError, ValueError, TypeError, RecursionError) as error:
@@ -368,23 +365,10 @@ def make_run(args: Sequence[str]) -> tuple[Memorization, Any]:
     return made.model, made.datamodule
 
 
-def _keep_whole_numbers_whole() -> None:
-    """Have the Trainer's options that are `int | float` try int first, whatever was imported before.
-
-    `limit_train_batches: 1` is one batch and `1.0` all of them. `typing` takes `Union[int, float]` and `Union[float,
-    int]` for the same and hands out whichever any library made first, so that the number's type, and with it a cell's
-    name, would depend on the order of imports. `int | float` is not shared.
-    """
-    annotations = inspect.unwrap(Trainer.__init__).__annotations__
-    for name, kind in annotations.items():
-        if {int, float} <= set(others := typing.get_args(kind)) and others.index(int) > others.index(float):
-            rest = [other for other in others if other not in (int, float)]
-            annotations[name] = functools.reduce(operator.or_, rest, int | float)
-
-
 def prepare() -> None:
     """What every command needs before a library speaks up: importable rooms, and a quiet stderr with our own lines."""
     keep_quiet()
     for room in ROOMS:
         importlib.import_module(room)
-    _keep_whole_numbers_whole()
+    keep_text()
+    keep_whole_numbers_whole()
