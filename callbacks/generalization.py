@@ -38,7 +38,7 @@ class Generalization(Callback):
         self._end: dict[str, float] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end = None
+        self._initial, self._end = {}, None
         if (held_out := _held_out(trainer)) is not None:
             assert isinstance(pl_module, Memorization)
             with pl_module.frozen():

@@ -86,7 +86,11 @@ class RunRecord(Callback):
         self._versions = versions()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or _is_trial(trainer):
+        if stage != "fit":
+            return
+        # An earlier fit's are not this one's.
+        self._initial, self.folder = None, Path()
+        if _is_trial(trainer):
             return
         if not isinstance(pl_module, Memorization):
             raise InputError(f"RunRecord records SFT and MemFT; the model is a {type(pl_module).__name__}")

@@ -22,6 +22,8 @@ __all__ = ["StopWhenRecalled"]
 
 log = logging.getLogger(__name__)
 
+CHECKPOINT_KEY = "pml_stop_when_recalled"
+
 
 class StopWhenRecalled(Callback):
     """Stops the fit when every target token has its argmax right and a probability above `margin`.
@@ -56,6 +58,8 @@ class StopWhenRecalled(Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, Memorization)
+        # What an earlier fit has left says nothing about this one.
+        self.steps_to_recall = self.rounding = None
         head = pl_module.backbone.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return
@@ -83,7 +87,7 @@ class StopWhenRecalled(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
-        if self._unsure is None:
+        if self._unsure is None or not self._is_last(trainer):
             return
         unsure, seen = self._watched().tolist()
         corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
@@ -118,22 +122,31 @@ class StopWhenRecalled(Callback):
 
     def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
         """`steps_to_recall` and `rounding_logits`; see `pml.records.MeasuresForRecord`."""
+        if not self._is_last(trainer):
+            return {}
         known = {} if self.rounding is None else {"rounding_logits": self.rounding.logits}
         return {"steps_to_recall": self.steps_to_recall, **known}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Steps to recall, and what this epoch's batches have shown so far. Takes all ranks."""
+    # Not `state_dict`: Lightning would refuse a second callback of this kind beside the default one.
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         watched = (0, 0) if self._unsure is None else self._watched().tolist()
-        return {"steps_to_recall": self.steps_to_recall, "unsure_and_seen": watched}
+        if self._is_last(trainer):
+            checkpoint[CHECKPOINT_KEY] = {"steps_to_recall": self.steps_to_recall, "unsure_and_seen": watched}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.steps_to_recall = state_dict["steps_to_recall"]
-        self._restored = state_dict.get("unsure_and_seen", (0, 0))
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get(CHECKPOINT_KEY, {})
+        self.steps_to_recall = state.get("steps_to_recall")
+        self._restored = state.get("unsure_and_seen", (0, 0))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         unsure, seen = self._restored if is_first_rank() else (0, 0)
         self._unsure, self._seen = torch.tensor(unsure, device=pl_module.device), seen
         self._restored = (0, 0)
+
+    def _is_last(self, trainer: Trainer) -> bool:
+        """Of several, the one listed last decides: it is the user's, behind the default one."""
+        alike = [c for c in trainer.callbacks if isinstance(c, StopWhenRecalled)]  # type: ignore[attr-defined]
+        return alike[-1] is self
 
     def _watched(self) -> Tensor:
         """Target tokens of this epoch's batches, of all ranks: those that are not sure, and all."""

@@ -55,7 +55,9 @@ def yaml_entries(text: str, name: str) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{_place(root.start_mark)}: a YAML {root.tag.removeprefix(TAGS)}; expected a list of entries")
     known: dict[int, Any] = {}
     for node in root.value:
-        yield _place(node.start_mark), _value(node, known)
+        place = _place(node.start_mark)
+        # In brackets, several may stand on one line.
+        yield f"{place}:{node.start_mark.column + 1}" if root.flow_style else place, _value(node, known)
 
 
 def _root(text: str, name: str) -> yaml.Node | None:

@@ -20,7 +20,7 @@ class RandomTokens(MemorizationDataModule):
     """Targets drawn uniformly from the vocabulary without its special tokens.
 
     The ids are the truth: no text is decoded or encoded, and no end-of-turn token is added. With the same seed a longer
-    target starts with the tokens of a shorter one, and more targets start with the same targets.
+    single target starts with the tokens of a shorter one, and more targets start with the same targets.
 
     Args:
         length: Tokens in each target.

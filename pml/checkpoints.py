@@ -7,12 +7,14 @@ import shlex
 import time
 import zipfile
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from pml.atomic import whole_file
 from pml.errors import InputError
@@ -23,7 +25,7 @@ from pml.same_folder import CHECKPOINTS as FOLDER_NAME
 from pml.same_folder import loggers_of
 from pml.stopping import Stopped, requested
 
-__all__ = ["FOLDER_NAME", "Checkpoints", "StopsAtSteps", "newest_checkpoint", "read_checkpoint"]
+__all__ = ["FOLDER_NAME", "Checkpoints", "SignalsLeftToSteps", "StopsAtSteps", "newest_checkpoint", "read_checkpoint"]
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,26 @@ class StopsAtSteps(Callback):
 
     def save(self, trainer: Trainer) -> None:
         """Save what is needed to go on; this class saves nothing. Takes all ranks."""
+
+
+class SignalsLeftToSteps(_SignalConnector):
+    """Passes SIGTERM on to processes that the launcher has started, and leaves the rest to `StopsAtSteps`.
+
+    Lightning itself would end a fit in the middle of a validation or of a global batch, with nothing saved and exit
+    code 0, and broadcast between ranks from within the handler.
+    """
+
+    @property
+    def received_sigterm(self) -> bool:
+        return False
+
+    @received_sigterm.setter
+    def received_sigterm(self, value: bool) -> None:
+        pass
+
+    def _sigterm_notifier_fn(self, signum: Any, _: FrameType) -> None:
+        if (launcher := self.trainer.strategy.launcher) is not None:
+            launcher.kill(signum)
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -132,16 +154,21 @@ class Checkpoints(StopsAtSteps, Checkpoint):
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint in a run's folder; newer ones that are damaged are named in a warning.
+    """The newest whole checkpoint in a run's folder; newer ones that are not are named in a warning.
+
+    Someone's own ModelCheckpoint may have left weights alone there.
 
     Raises:
         InputError: If there is none.
     """
     files = sorted((run / FOLDER_NAME).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in files:
-        if _is_whole(path):
+        if not _is_whole(path):
+            log.warning("%s: damaged, so the checkpoint before it is taken", path)
+        elif "optimizer_states" not in read_checkpoint(path):
+            log.warning("%s: holds weights alone, so the checkpoint before it is taken", path)
+        else:
             return path
-        log.warning("%s: damaged, so the checkpoint before it is taken", path)
     found = f"none of its {len(files)} checkpoints is whole" if files else "no checkpoint in it"
     raise InputError(f"{run}: {found}, so there is nothing to go on from; leave ckpt_path out")
 

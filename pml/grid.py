@@ -4,9 +4,11 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +46,15 @@ class Grid(pydantic.BaseModel):
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return value if isinstance(value, list) else [value]
+
+    @pydantic.field_validator("grid")
+    @classmethod
+    def _days_are_text(cls, grid: list[dict[str, list[Any]]]) -> list[dict[str, list[Any]]]:
+        # YAML reads 2026-01-31 as a date; a command line says it in the same way.
+        return [
+            {key: [v.isoformat() if isinstance(v, date) else v for v in values] for key, values in part.items()}
+            for part in grid
+        ]
 
 
 AnyGrid = TypeVar("AnyGrid", bound=Grid)
@@ -113,7 +124,9 @@ def read_grid(path: Path, kind: type[AnyGrid] = Grid) -> AnyGrid:  # type: ignor
     for base in bases:
         if not base.is_file():
             raise InputError(f"{path}: base {base}: no such file; paths are relative to the grid file")
-    return grid.model_copy(update={"base": bases})
+    # As loggers would expand it: both have to name the same folder.
+    out = Path(os.path.expandvars(grid.out.expanduser()))
+    return grid.model_copy(update={"base": bases, "out": out})
 
 
 def expand(grid: Sequence[dict[str, list[Any]]]) -> list[dict[str, Any]]:
@@ -207,4 +220,5 @@ def _label(setting: dict[str, Any], keys: Sequence[str]) -> str:
                 value = value.get("class_path", json.dumps(value))
             text = value.rsplit(".", 1)[-1] if isinstance(value, str) and "/" not in value else str(value)
             parts.append(f"{key.rsplit('.', 1)[-1]}={text}")
-    return re.sub(r"[^\w=.,+-]+", "_", ",".join(parts))[:120]
+    # In bytes, which file systems count.
+    return re.sub(r"[^\w=.,+-]+", "_", ",".join(parts)).encode()[:120].decode(errors="ignore")

@@ -16,7 +16,14 @@ from lightning.pytorch.loggers import CSVLogger
 
 from pml.arguments import CONFIG_OPTIONS, check_files, check_template_kwargs, files_given, options_in
 from pml.atomic import whole_file
-from pml.checkpoints import FOLDER_NAME, Checkpoints, StopsAtSteps, newest_checkpoint, read_checkpoint
+from pml.checkpoints import (
+    FOLDER_NAME,
+    Checkpoints,
+    SignalsLeftToSteps,
+    StopsAtSteps,
+    newest_checkpoint,
+    read_checkpoint,
+)
 from pml.disk import DiskError, disk_trouble
 from pml.errors import InputError, reason
 from pml.fit_config import check_configuration
@@ -150,7 +157,9 @@ class MemorizationCLI(LightningCLI):
             raise InputError("weights_only is false; checkpoints are read as data alone, since others could run code")
         if (given := options.get("ckpt_path")) is None:
             return
-        if given in ("last", "best"):
+        if given == "best":
+            raise InputError("ckpt_path is best; expected `last`, the newest checkpoint, or the file of one")
+        if given == "last":
             folders = self._config_folders()
             folder = next((f for f in folders if (f / FOLDER_NAME).is_dir()), next(iter(folders[-1:]), None))
             if folder is None:
@@ -208,6 +217,7 @@ class MemorizationCLI(LightningCLI):
             elif not any(isinstance(callback, Checkpoints) for callback in callbacks):
                 callbacks.append(Checkpoints())
         trainer = super().instantiate_trainer(**{**config, "callbacks": callbacks})
+        trainer._signal_connector = SignalsLeftToSteps(trainer)
         if self._goes_on is not None and trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger):
@@ -303,6 +313,8 @@ class MemorizationCLI(LightningCLI):
             stop.advice = self._how_to_go_on()
             raise
         except Exception as error:
+            if str(error).startswith("Early stopping conditioned on metric"):
+                raise InputError(reason(error)) from error
             if (trouble := disk_trouble(error)) is None:
                 raise
             raise DiskError(f"{trouble}; mend that; {self._how_to_go_on()}") from error

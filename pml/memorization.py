@@ -192,6 +192,9 @@ class Memorization(LightningModule):
         return self._frozen_layers
 
     def setup(self, stage: str) -> None:
+        if stage == "fit":
+            # A checkpoint is loaded after this.
+            self.tokens_trained = self._skipped = self.resumed = 0
         check_precision(self.trainer.precision)
         highest_products()
         if self.trainer.strategy.root_device.type == "cpu":

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -275,3 +275,45 @@ def test_a_signal_while_libraries_are_loading_is_one_line(signum: int, code: int
         _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert err == f"pml fit: stopped by {'Ctrl-C' if code == 130 else 'SIGTERM'}\n"
+
+
+class SignalMidway(Callback):
+    """Sends SIGTERM while a validation has batches left, or between two micro-batches of one step."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        if self.where == "validation" and (trainer.global_step, batch_idx) == (4, 0):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.where == "micro-batch" and trainer.global_step == 2 and batch_idx % 2 == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("where", ["validation", "micro-batch"])
+def test_a_signal_in_a_validation_or_between_micro_batches_waits_for_the_step_and_leaves_all_that_goes_on(
+    where: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    midway = ["--trainer.callbacks+=tests.test_going_on.SignalMidway", f"--trainer.callbacks.where={where}"]
+    batches = ["--data.count=4", "--data.batch_size=1", "--trainer.accumulate_grad_batches=2", "--trainer.check_val_every_n_epoch=1"]
+    assert main([*arguments, *batches, *midway]) == 143
+    assert "stopped by SIGTERM; go on with: pml fit" in capsys.readouterr().err
+    assert read_record(Path(RUN, "record.json")).status == "interrupted"
+    assert Path(RUN, "checkpoints", "last.ckpt").is_file()
+
+
+def test_a_monitor_that_is_never_logged_is_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/lss"]
+    assert main([*arguments, *stop, "--trainer.callbacks.check_on_train_epoch_end=true"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("pml fit: error: Early stopping conditioned on metric `val/lss` which is not available.")
+    assert len(err.splitlines()) == 1
+
+
+def test_the_best_checkpoint_is_not_guessed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, "--ckpt_path=best"]) == 2
+    assert "ckpt_path is best; expected `last`, the newest checkpoint, or the file of one" in capsys.readouterr().err

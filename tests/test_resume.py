@@ -159,6 +159,9 @@ def test_a_place_in_an_epoch_of_other_batches_is_refused(sharp: Path, tmp_path: 
         )
 
 
+EMPTY: dict[str, Any] = {"state_dict": {}, "pml": {}, "optimizer_states": []}
+
+
 def save(folder: Path, content: Any, name: str = "last.ckpt") -> Path:
     path = folder / "checkpoints" / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,8 +172,8 @@ def save(folder: Path, content: Any, name: str = "last.ckpt") -> Path:
 def test_the_newest_whole_checkpoint_is_found_and_a_damaged_one_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    previous = save(tmp_path, {"state_dict": {}, "pml": {}, "noise": torch.ones(100)}, "previous.ckpt")
-    last = save(tmp_path, {"state_dict": {}, "pml": {}, "noise": torch.ones(100)})
+    previous = save(tmp_path, {**EMPTY, "noise": torch.ones(100)}, "previous.ckpt")
+    last = save(tmp_path, {**EMPTY, "noise": torch.ones(100)})
     os.utime(previous, (1, 1))
     assert newest_checkpoint(tmp_path) == last
     content = bytearray(last.read_bytes())
@@ -186,6 +189,14 @@ def test_the_newest_whole_checkpoint_is_found_and_a_damaged_one_named(
     last.unlink()
     with pytest.raises(InputError, match="no checkpoint in it, so there is nothing to go on from"):
         newest_checkpoint(tmp_path)
+
+
+def test_a_newer_checkpoint_of_weights_alone_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    last = save(tmp_path, EMPTY)
+    os.utime(last, (1, 1))
+    weights = save(tmp_path, {"state_dict": {}, "pml": {}}, "epoch=3.ckpt")
+    assert newest_checkpoint(tmp_path) == last
+    assert caplog.messages == [f"{weights}: holds weights alone, so the checkpoint before it is taken"]
 
 
 def test_a_checkpoint_that_could_run_code_is_not_read(tmp_path: Path) -> None:

@@ -161,6 +161,33 @@ def test_a_grid_file_that_is_wrong_is_refused_by_file_and_key(
         read_grid(tmp_path / "grid.yaml")
 
 
+def test_the_folder_of_a_grid_is_expanded_as_loggers_expand_it(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    grid = {"model.init_args.adapter.rank": [1]}
+    for out, expected in (("$SCRATCH/runs", "scratch/runs"), ("~/runs", "home/runs")):
+        assert read_grid(write_grid(tmp_path, grid, out=out)).out == tmp_path / expected
+
+
+def test_days_of_a_grid_are_text(base: Callable[..., Path], tmp_path: Path) -> None:
+    Path("grid.yaml").write_text("base: base.yaml\nout: out\ngrid: {data.template_date: [2024-01-05, 2025-06-07]}\n")
+    assert [cell.name.rpartition("-")[0] for cell in resolve(read_grid(Path("grid.yaml")))] == [
+        "template_date=2024-01-05",
+        "template_date=2025-06-07",
+    ]
+
+
+def test_a_cell_over_long_texts_of_any_script_has_a_name_that_file_systems_take(
+    base: Callable[..., Path], tmp_path: Path
+) -> None:
+    grid = {"data.init_args.prompt": ["\u8bf7" * 200, "# \u8bf7: \u4e00"]}
+    cells = resolve(read_grid(write_grid(tmp_path, grid)))
+    assert all(len(cell.name.encode()) < 140 for cell in cells)
+    assert cells[1].name.startswith("prompt=_\u8bf7_\u4e00-")
+
+
 def test_a_grid_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.yaml: cannot be read \(No such file or directory\)"):
         read_grid(tmp_path / "none.yaml")

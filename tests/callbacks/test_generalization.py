@@ -123,6 +123,17 @@ def test_a_corpus_without_a_held_out_part_has_no_figures(sharp: Path, tmp_path: 
     assert read_record(tmp_path / "record.json").corpus_figures == {}
 
 
+def test_a_second_fit_without_a_held_out_part_logs_nothing_of_the_first(
+    data: LinearRule, sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
+) -> None:
+    generalization = Generalization()
+    make_trainer(tmp_path, max_epochs=1, callbacks=[generalization]).fit(module_on(sharp), datamodule=data)
+    trainer = logged_trainer(max_epochs=1, callbacks=[generalization])
+    trainer.fit(module_on(sharp), datamodule=Ids(uneven(2)))
+    assert trainer.log_dir is not None
+    assert not [tag for tag in EventAccumulator(trainer.log_dir).Reload().Tags()["scalars"] if "held_out" in tag]
+
+
 def test_what_was_held_out_is_said_once(
     data: LinearRule, sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -272,6 +272,27 @@ class Stop(Callback):
         self.error = error
 
 
+def test_a_trial_after_a_fit_leaves_the_record_of_the_fit_as_it_was(data: Ids, sharp: Path, tmp_path: Path) -> None:
+    recorder = RunRecord()
+    make_trainer(tmp_path, max_epochs=3, callbacks=[recorder]).fit(module_on(sharp), datamodule=data)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    make_trainer(tmp_path, fast_dev_run=True, callbacks=[recorder]).fit(module_on(sharp), datamodule=Ids(uneven(2)))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_a_module_that_is_fitted_again_counts_anew(sharp: Path, tmp_path: Path) -> None:
+    module = module_on(sharp, MemFT, weighting=OnlyThreshold())
+    records = []
+    for name, corpus in (("first", Ids(uneven(3))), ("second", Ids(uneven(5)))):
+        recorder = RunRecord(dirpath=str(tmp_path / name))
+        make_trainer(tmp_path, max_epochs=60, callbacks=[recorder]).fit(module, datamodule=corpus)
+        records.append(read_record(tmp_path / name / "record.json"))
+        tokens = sum(len(example.target_ids) for example in corpus.examples)
+        assert records[-1].target_tokens_trained == 60 * tokens
+        assert records[-1].optimizer_steps + records[-1].skipped_steps == 60
+    assert records[0].skipped_steps > 0
+
+
 def test_an_interrupted_fit_leaves_a_record_that_says_so_and_the_adapter_as_it_was(
     data: Ids, sharp: Path, tmp_path: Path
 ) -> None:

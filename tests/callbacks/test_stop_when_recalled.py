@@ -188,11 +188,33 @@ def test_a_fit_goes_on_while_rounding_could_overcome_a_margin_and_measures_it_no
     assert first < 3.0 < last
 
 
-def test_steps_to_recall_survive_a_checkpoint() -> None:
+def test_a_second_fit_knows_nothing_of_what_the_first_recalled(sharp: Path, tmp_path: Path) -> None:
+    stop = StopWhenRecalled()
+    fit(module_on(sharp), Ids(uneven(3)), tmp_path / "first", stop)
+    assert stop.steps_to_recall is not None
+    fit(module_on(sharp), Ids(uneven(8, seed=6)), tmp_path / "second", stop, epochs=1)
+    assert stop.steps_to_recall is None
+
+
+@pytest.mark.parametrize("margins", [(0.5, 0.9), (0.9, 0.5)])
+def test_of_several_the_one_listed_last_decides(margins: tuple[float, float], sharp: Path, tmp_path: Path) -> None:
+    stops = [StopWhenRecalled(margin) for margin in margins]
+    module, data = module_on(sharp), Ids(uneven(5), batch_size=2)
+    trainer = fit(module, data, tmp_path, *stops)
+    assert stops[0].steps_to_recall is None
+    assert stops[1].steps_to_recall == trainer.global_step
+    scores = score_corpus(module, data.val_dataloader())
+    assert certified(scores, margins[1])
+    if margins[1] == 0.5:
+        assert not certified(scores, 0.9)
+
+
+def test_steps_to_recall_survive_a_checkpoint(sharp: Path, tmp_path: Path) -> None:
     first, second = StopWhenRecalled(), StopWhenRecalled()
-    first.steps_to_recall = 17
-    second.load_state_dict(first.state_dict())
-    assert second.steps_to_recall == 17
+    trainer = fit(module_on(sharp), Ids(uneven(3)), tmp_path, first)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    second.on_load_checkpoint(trainer, trainer.model, torch.load(tmp_path / "end.ckpt", weights_only=True))
+    assert second.steps_to_recall == first.steps_to_recall is not None
 
 
 @pytest.mark.parametrize("margin", [-0.1, 1.0])
