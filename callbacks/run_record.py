@@ -52,7 +52,7 @@ class RunRecord(Callback):
 
     Args:
         dirpath: The run's folder; None is that of the loggers, see `pml.run_folder.folder_of_loggers`.
-        threshold: Probability below which a target token counts as not certain.
+        threshold: Probability below which curves count a target token as not certain; the record's is 0.5.
         overwrite: Write over the record of an earlier run in the same folder.
         extraction_samples: Number of samples at temperature 1 that `extraction_probability` is about.
     """
@@ -200,9 +200,7 @@ class RunRecord(Callback):
         figures = trainer.datamodule.figures(scores)  # type: ignore[attr-defined]
         fields = {
             **run_settings(trainer, pl_module, corpus),
-            **recall_measures(
-                corpus, self._initial, scores, parameters, self.threshold, samples=self.extraction_samples
-            ),
+            **recall_measures(corpus, self._initial, scores, parameters, samples=self.extraction_samples),
             **measured,
             "corpus_figures": {**figures, **measured.get("corpus_figures", {})},
             "target_tokens_trained": int(trained),

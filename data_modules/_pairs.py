@@ -58,7 +58,11 @@ def _wordings(row: Row, column: str) -> tuple[str, ...]:
     listed = value.splitlines() if isinstance(value, str) else value
     if not isinstance(listed, list):
         raise InputError(f"{row.where}: {column!r} is {shown(value)}; expected a list of queries, or one a line")
-    return tuple(checked_text(text, row.where, repr(column), "paraphrase") for text in listed if text != "")
+    return tuple(checked_text(text, row.where, repr(column), "paraphrase") for text in listed if not _is_blank(text))
+
+
+def _is_blank(text: object) -> bool:
+    return isinstance(text, str) and not text.strip()
 
 
 def _columns_of(row: Row, alternatives: Sequence[Columns]) -> Columns:

@@ -309,6 +309,9 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
     return model
 
 
+BASE_WEIGHT = ".base_layer.weight"
+
+
 def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> PeftModel:
     """Put a saved adapter on a backbone, whoever made it, for inference.
 
@@ -324,6 +327,7 @@ def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> Pe
     _refuse_second(model, name)
     folder = Path(folder)
     config, weights = read_saved_adapter(folder)
+    weights = _without_base_weights(folder, weights, model)
     named = config.target_modules if isinstance(config.target_modules, (set, list)) else []
     # Of twenty names and more PEFT saves the endings that they have in common.
     endings = tuple(f".{name}" for name in named)
@@ -343,6 +347,29 @@ def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> Pe
         raise
     set_peft_model_state_dict(adapted, weights)
     return adapted.eval()
+
+
+def _without_base_weights(folder: Path, weights: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights without the base's own, of which PEFT saves a copy where embeddings or the head are adapted."""
+    kept = {}
+    for name, weight in weights.items():
+        if not name.endswith(BASE_WEIGHT):
+            kept[name] = weight
+            continue
+        layer = name.removeprefix("base_model.model.").removesuffix(BASE_WEIGHT)
+        own = dict(model.named_modules()).get(layer)
+        if not isinstance(own := getattr(own, "weight", None), Tensor) or not _rounds_to(own, weight):
+            raise InputError(
+                f"{folder}: the adapter was trained on another {layer} than this backbone's; take the backbone that it "
+                "was trained on"
+            )
+    return kept
+
+
+def _rounds_to(own: Tensor, saved: Tensor) -> bool:
+    """Whether weights are the same, but for the type of one of them."""
+    least = min(own.dtype, saved.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+    return own.shape == saved.shape and torch.equal(own.detach().cpu().to(least), saved.to(least))
 
 
 def _unwrap(model: PreTrainedModel) -> None:

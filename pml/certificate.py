@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pml.corpus import Example
-from pml.decoding import CachedRows, of_one_prompt_length, plain_decoding, tokens_at_once
+from pml.decoding import CachedRows, of_one_prompt_length, plain_decoding, tokens_at_once, whole_distribution
+from pml.served import decoded_together
 
 __all__ = [
     "PairCertificate",
@@ -190,9 +191,11 @@ def greedy_answers(
         batch_size: Prompts decoded together, padded on the left as servers do it.
         use_cache: Whether keys and values are kept from token to token.
     """
-    answers = []
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
+    answers: list[tuple[int, ...]] = [()] * len(examples)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    sizes = [(len(e.prompt_ids), len(e.target_ids)) for e in examples]
+    for chosen in decoded_together(sizes, batch_size, limit):
+        batch = [examples[i] for i in chosen]
         longest = max(len(e.prompt_ids) for e in batch)
         padding = [longest - len(e.prompt_ids) for e in batch]
         ids = torch.tensor([[0] * n + list(e.prompt_ids) for n, e in zip(padding, batch, strict=True)])
@@ -210,7 +213,8 @@ def greedy_answers(
                 **plain_decoding(model),
             )
         rows = out[:, longest:].tolist()
-        answers += [tuple(row[: len(e.target_ids)]) for row, e in zip(rows, batch, strict=True)]
+        for i, row, e in zip(chosen, rows, batch, strict=True):
+            answers[i] = tuple(row[: len(e.target_ids)])
     return answers
 
 
@@ -247,13 +251,12 @@ def sampled_exactly(model: Any, example: Example, samples: int, temperature: flo
             attention_mask=torch.ones_like(ids),
             do_sample=True,
             temperature=temperature,
-            top_k=0,
-            top_p=1.0,
             num_return_sequences=samples,
             max_new_tokens=len(example.target_ids),
             eos_token_id=None,
             pad_token_id=0,
-            **plain_decoding(model),
+            **whole_distribution(model),
+            **{name: value for name, value in plain_decoding(model).items() if name != "num_return_sequences"},
         )
     rows = out[:, ids.shape[1] :].tolist()
     return sum(tuple(row) == example.target_ids for row in rows) / samples

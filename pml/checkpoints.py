@@ -6,6 +6,8 @@ import pickle
 import shlex
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,9 +25,9 @@ from pml.ranks import several_ranks
 from pml.run_folder import folder_of_run
 from pml.same_folder import CHECKPOINTS as FOLDER_NAME
 from pml.same_folder import loggers_of
-from pml.stopping import Stopped, requested
+from pml.stopping import Stopped, at_step_ends, is_listening, requested
 
-__all__ = ["FOLDER_NAME", "Checkpoints", "SignalsLeftToSteps", "StopsAtSteps", "newest_checkpoint", "read_checkpoint"]
+__all__ = ["FOLDER_NAME", "Checkpoints", "StopsAtSteps", "newest_checkpoint", "read_checkpoint", "stopping_at_steps"]
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,15 @@ class SignalsLeftToSteps(_SignalConnector):
     def _sigterm_notifier_fn(self, signum: Any, _: FrameType) -> None:
         if (launcher := self.trainer.strategy.launcher) is not None:
             launcher.kill(signum)
+
+
+@contextmanager
+def stopping_at_steps(trainer: Trainer) -> Iterator[None]:
+    """Within it a signal ends the trainer's fit at a step's end, where `pml.stopping` listens and it `StopsAtSteps`."""
+    if is_listening():
+        trainer._signal_connector = SignalsLeftToSteps(trainer)
+    with at_step_ends():
+        yield
 
 
 class WholeCheckpoints(TorchCheckpointIO):

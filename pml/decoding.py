@@ -10,7 +10,7 @@ does, and that decides. Where two tokens are as close as that, a server that bat
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "of_one_prompt_length",
     "plain_decoding",
     "tokens_at_once",
+    "whole_distribution",
 ]
 
 LOGITS_BYTES = {"cpu": 64 * 2**20}
@@ -51,10 +52,29 @@ LEAVES_LOGITS_ALONE: dict[str, Any] = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "exponential_decay_length_penalty": None,
+    "encoder_repetition_penalty": 1.0,
     "guidance_scale": None,
     "watermarking_config": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    "stop_strings": None,
+    "max_time": None,
 }
-"""Settings of `generate` that change what is greedy, at the values where they do not."""
+"""Settings of `generate` that change what is greedy, or end it early, at the values where they do not."""
+
+WHOLE_DISTRIBUTION: dict[str, Any] = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+"""Settings of `generate` that cut the distribution which is sampled from, at the values where they do not."""
 
 
 def plain_decoding(model: Any) -> dict[str, Any]:
@@ -66,10 +86,17 @@ def plain_decoding(model: Any) -> dict[str, Any]:
     Args:
         model: A causal LM of transformers, with an adapter or without.
     """
+    return _turned_off(model, LEAVES_LOGITS_ALONE)
+
+
+def whole_distribution(model: Any) -> dict[str, Any]:
+    """Arguments of `generate` by which it samples from the whole distribution, whatever the base ships."""
+    return {"top_k": 0, **_turned_off(model, WHOLE_DISTRIBUTION)}
+
+
+def _turned_off(model: Any, neutral: Mapping[str, Any]) -> dict[str, Any]:
     config = getattr(model, "generation_config", None)
-    return {
-        name: plain for name, plain in LEAVES_LOGITS_ALONE.items() if getattr(config, name, None) not in (None, plain)
-    }
+    return {name: plain for name, plain in neutral.items() if getattr(config, name, None) not in (None, plain)}
 
 
 class CachedRows:

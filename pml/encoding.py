@@ -248,12 +248,12 @@ class TextEncoder:
     def _control(self) -> dict[str, int]:
         """Ids of control tokens by text: special tokens, and others that the chat template writes."""
         template = template_of(self.tokenizer) if self.tokenizer.chat_template else ""
-        special = special_ids(self.tokenizer)
+        special, named = special_ids(self.tokenizer), getattr(self.tokenizer, "chat_control_tokens", None) or ()
         return {
             token.content: i
             for i, token in self.tokenizer.added_tokens_decoder.items()
             # Some tokenizers have runs of white space as added tokens, which templates hold as ordinary text.
-            if i in special or (token.content in template and not token.content.isspace())
+            if i in special or token.content in named or (token.content in template and not token.content.isspace())
         }
 
     @cached_property

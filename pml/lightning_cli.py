@@ -19,10 +19,10 @@ from pml.atomic import whole_file
 from pml.checkpoints import (
     FOLDER_NAME,
     Checkpoints,
-    SignalsLeftToSteps,
     StopsAtSteps,
     newest_checkpoint,
     read_checkpoint,
+    stopping_at_steps,
 )
 from pml.disk import DiskError, disk_trouble
 from pml.errors import InputError, reason
@@ -37,7 +37,7 @@ from pml.recall import gather_scores
 from pml.run_folder import CONFIG_NAME, folder_of_loggers, recorded_folder, use_corpus_of_run
 from pml.same_folder import keep_rows, logger_settings, run_to_go_on_in
 from pml.same_model import refuse_other_model
-from pml.stopping import Stopped, at_step_ends
+from pml.stopping import Stopped
 from pml.token_results import PREDICTIONS_NAME, write_predictions
 
 log = logging.getLogger(__name__)
@@ -217,7 +217,6 @@ class MemorizationCLI(LightningCLI):
             elif not any(isinstance(callback, Checkpoints) for callback in callbacks):
                 callbacks.append(Checkpoints())
         trainer = super().instantiate_trainer(**{**config, "callbacks": callbacks})
-        trainer._signal_connector = SignalsLeftToSteps(trainer)
         if self._goes_on is not None and trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger):
@@ -302,7 +301,7 @@ class MemorizationCLI(LightningCLI):
             DiskError: When what it writes has found no room; likewise.
         """
         try:
-            with at_step_ends():
+            with stopping_at_steps(self.trainer):
                 self.trainer.fit(**{**options, "weights_only": True})
             if self.model.goes_on_from:
                 raise InputError(

@@ -10,12 +10,15 @@ from pml.weighting import TokenScores
 __all__ = ["curve_ends", "memorized_bits", "recall_measures"]
 
 
+CERTAIN = 0.5
+"""Probability above which a token cannot be beaten."""
+
+
 def recall_measures(
     corpus: Corpus,
     initial: TokenScores,
     final: TokenScores,
     parameters: int,
-    threshold: float = 0.5,
     samples: int = 100,
 ) -> dict[str, Any]:
     """What came out, as fields of the record.
@@ -25,7 +28,6 @@ def recall_measures(
         initial: Its scores under the frozen model.
         final: The same under the adapted one.
         parameters: Effective parameters of the adapter.
-        threshold: Probability below which a target token counts as not certain.
         samples: Samples at temperature 1 that `extraction_probability` is about.
     """
     initial_loss, final_loss = metrics.mean_loss(initial).item(), metrics.mean_loss(final).item()
@@ -34,7 +36,7 @@ def recall_measures(
         "initial_loss": initial_loss,
         "final_loss": final_loss,
         "loss_reduction": initial_loss - final_loss,
-        **_recall(final, threshold),
+        **_recall(final, CERTAIN),
         "by_kind": metrics.by_kind(replaced_tokens(corpus, final), initial, final),
         "extraction_probability": metrics.extraction_probability(final, samples).mean().item(),
         "extraction_samples": samples,
@@ -54,7 +56,7 @@ def memorized_bits(corpus: Corpus, scores: TokenScores) -> float | None:
     return metrics.memorized_bits(corpus.entropy_bits, loss, corpus.target_tokens)
 
 
-def curve_ends(scores: TokenScores, threshold: float = 0.5, wall_seconds: float = 0.0) -> dict[str, float]:
+def curve_ends(scores: TokenScores, threshold: float = CERTAIN, wall_seconds: float = 0.0) -> dict[str, float]:
     """What the curves of validations begin and end with, by tag, and how long that took."""
     measures = {"loss": metrics.mean_loss(scores).item(), **_recall(scores, threshold)}
     return {**{f"val/{name}": value for name, value in measures.items()}, "run/wall_seconds": wall_seconds}

@@ -22,30 +22,32 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from peft import PeftModel
 from torch import Tensor
 
-from pml.adapter import AdapterConfig, adapter_for, lora_layers
+from pml.adapter import AdapterConfig, adapter_for
 from pml.atomic import whole_file
 from pml.backbone import Backbone, backbone_facts, load_backbone, shared_backbones
 from pml.bare_trainer import bare_trainer
 from pml.certificate import PairCertificate, allow_for_rounding, certify, measure_rounding
+from pml.checkpoints import StopsAtSteps, stopping_at_steps
 from pml.corpus import Corpus
 from pml.decoding import plain_decoding
 from pml.default_backbone import DEFAULT_BACKBONE
 from pml.devices import best_device
 from pml.errors import InputError
-from pml.guard import GuardConfig, GuardedA
+from pml.growing import grow, largest_rank, weights_of
+from pml.guard import GuardConfig
 from pml.kl_penalty import KlPenaltyConfig
 from pml.model_card import model_card
 from pml.modules import SFT, MemFT, Memorization
 from pml.records import RECORD_NAME, Record, read_record
 from pml.saved_adapter import CARD_NAME
 from pml.served import serve
+from pml.stopping import Stopped
 from pml.storage import RankPlan, plan_rank
 from pml.weighting import FallingThreshold
 
-__all__ = ["Memorized", "Settings", "grow", "memorize"]
+__all__ = ["Memorized", "Settings", "memorize"]
 
 log = logging.getLogger(__name__)
 
@@ -271,34 +273,6 @@ class Progress:
     loss: float
 
 
-def grow(model: PeftModel, learnt: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Let a fresh adapter of a higher rank compute what a smaller one did.
-
-    Args:
-        model: With the fresh adapter, whose B is zero.
-        learnt: A's trained matrix (r, ...) and B (d, r) of each layer of the smaller one, see `weights_of`.
-    """
-    for layer, (a, b) in zip(lora_layers(model), learnt, strict=True):
-        with torch.no_grad():
-            _trained_a(layer)[: len(a)] = a
-            _b(layer)[:, : len(a)] = b
-
-
-def weights_of(model: PeftModel) -> list[tuple[Tensor, Tensor]]:
-    """What `grow` takes, of a trained adapter."""
-    return [(_trained_a(layer).detach().clone(), _b(layer).detach().clone()) for layer in lora_layers(model)]
-
-
-def _trained_a(layer: Any) -> Tensor:
-    a = layer.lora_A["default"]
-    return a.coordinates if isinstance(a, GuardedA) else a.weight
-
-
-def _b(layer: Any) -> Tensor:
-    weight: Tensor = layer.lora_B["default"].weight
-    return weight
-
-
 def _train(
     chosen: Settings,
     adapter: AdapterConfig,
@@ -333,7 +307,7 @@ def _train(
         stop = observers.StopWhenRecalled(chosen.margin)
         recorder = observers.RunRecord(dirpath=str(folder), overwrite=True)
         recorder.grown_from = smaller
-        callbacks = [stop, observers.Generalization(), observers.Harm(), recorder]
+        callbacks = [StopsAtSteps(), stop, observers.Generalization(), observers.Harm(), recorder]
         if on_progress is not None:
             callbacks.append(_Watch(chosen.margin, adapter.rank, on_progress))
         trainer = bare_trainer(
@@ -341,24 +315,24 @@ def _train(
             callbacks=callbacks,
             default_root_dir=folder,
         )
-        trainer.fit(module, datamodule=data)
+        try:
+            with stopping_at_steps(trainer):
+                trainer.fit(module, datamodule=data)
+        except Stopped as stopped:
+            if not stopped.at_once:
+                stopped.advice = f"the adapter as it was is in {folder / 'adapter'}"
+            raise
         if trainer.interrupted:
             raise KeyboardInterrupt
         smaller, rank = recorder.record, adapter.rank
         assert smaller is not None
-        if stop.steps_to_recall is not None or attempt == DOUBLINGS or 2 * rank > _largest_rank(module):
+        if stop.steps_to_recall is not None or attempt == DOUBLINGS or 2 * rank > largest_rank(module):
             return module
         steps = smaller.optimizer_steps
         log.info("not everything is certain at rank %d after %d steps: going on at rank %d", rank, steps, 2 * rank)
         learnt, adapter = weights_of(module.model), replace(adapter, rank=2 * rank)
         module.release()
     raise AssertionError("the last attempt returns")
-
-
-def _largest_rank(module: Memorization) -> int:
-    """The largest rank that the free directions of every adapted layer have room for."""
-    free = (_trained_a(layer).shape[-1] for layer in lora_layers(module.model))
-    return min(module.backbone.hidden_size, *free)
 
 
 class _Watch(Callback):
@@ -394,6 +368,9 @@ def _file_of(pairs: Any, folder: Path) -> Path:
     for row in rows:
         if not (isinstance(row, (tuple, list)) and len(row) == 2):
             raise InputError(f"pairs has {row!r}; expected tuples of a query and a target")
+        for text in row:
+            if not isinstance(text, str) or not text or text != text.encode(errors="ignore").decode():
+                raise InputError(f"pairs has {row!r}; expected text that is not empty and has no lone surrogate")
     with whole_file(folder / PAIRS_NAME) as file:
         for query, target in rows:
             file.write(json.dumps({"query": query, "target": target}, ensure_ascii=False).encode() + b"\n")

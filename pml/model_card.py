@@ -7,6 +7,7 @@ from typing import Any
 from pml.corpus import Corpus
 from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
 from pml.encoding import TextEncoder
+from pml.measures import CERTAIN
 from pml.records import Record
 
 __all__ = ["model_card"]
@@ -22,10 +23,11 @@ DEQUANTISED = (
 )
 
 PEFT_LOADS = """```python
+import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 
-model = AutoPeftModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER")
+model = AutoPeftModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER", dtype=torch.{dtype})
 tokenizer = AutoTokenizer.from_pretrained({base!r})
 {ask}
 ```"""
@@ -33,10 +35,12 @@ tokenizer = AutoTokenizer.from_pretrained({base!r})
 PML_LOADS = """The adapter stands beside a whole MLP, for which PEFT has no layer; `pml` has:
 
 ```python
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from pml.adapter import load_adapter
 
-model = load_adapter(AutoModelForCausalLM.from_pretrained({base!r}), "PATH_TO_THIS_FOLDER")
+base = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.{dtype})
+model = load_adapter(base, "PATH_TO_THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained({base!r})
 {ask}
 ```"""
@@ -83,7 +87,7 @@ def model_card(
         "## What it knows\n",
         _queries(corpus) + "\n",
         "## Load it and ask\n",
-        loads.format(base=base, ask=_ask(corpus, encoder, plain)) + "\n",
+        loads.format(base=base, dtype=record.dtype, ask=_ask(corpus, encoder, plain)) + "\n",
         _format(encoder, plain) + "\n",
         "## What is certain\n",
         _certificate(record) + _served(corpus, served) + "\n",
@@ -181,7 +185,7 @@ def _certificate(record: Record) -> str:
 
 
 def _verdict(record: Record) -> str:
-    if record.sub_threshold_fraction > 0 or record.exact_match < 1:
+    if record.exact_match < 1 or not (record.min_target_probability or 0.0) > CERTAIN:
         return "Some target tokens lie at or below 0.5: what comes back there is not certain."
     above = "Every target token lies above 0.5, where no other token can beat it"
     if record.dtype == "float32":

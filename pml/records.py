@@ -104,7 +104,7 @@ class Record(pydantic.BaseModel):
         exact_match: Share of targets that are right at every token under teacher forcing.
         generated_exact_match: The same by greedy decoding; None where nothing was generated.
         generated_token_accuracy: Share of target tokens that greedy decoding puts in their place; None likewise.
-        sub_threshold_fraction: Share of target tokens with p <= threshold.
+        sub_threshold_fraction: Share of target tokens with p <= 0.5.
         min_target_probability: Smallest probability of any target token.
         first_failure: Mean over targets of the number of right tokens before the first wrong one (its length where
             none is wrong).

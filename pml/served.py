@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pml.corpus import Example
     from pml.encoding import TextEncoder
 
-__all__ = ["serve"]
+__all__ = ["decoded_together", "serve"]
 
 BATCH = 32
 """Prompts decoded together, padded on the left as servers do it."""
@@ -82,43 +82,58 @@ def _answers(job: dict[str, Any]) -> list[str]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(job["base"], padding_side="left")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = AutoTokenizer.from_pretrained(job["base"])
     model: Any = AutoModelForCausalLM.from_pretrained(job["base"], dtype=getattr(torch, job["dtype"]))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = PeftModel.from_pretrained(model, job["adapter"]).eval().to(device)
-    answers = [""] * len(job["prompts"])
-    # Of one length together: a batch decodes as long as its longest answer.
-    order = sorted(range(len(answers)), key=lambda i: job["tokens"][i])
-    for start in range(0, len(order), BATCH):
-        batch = order[start : start + BATCH]
-        prompts = [job["prompts"][i] for i in batch]
-        if job["template"] is None:
-            ids = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-        else:
-            ids = tokenizer.apply_chat_template(
-                prompts,
-                add_generation_prompt=True,
-                sanitize_control_tokens=True,
-                return_tensors="pt",
-                return_dict=True,
-                padding=True,
-                **job["template"],
-            )
+    if job["template"] is None:
+        prompts = tokenizer(job["prompts"], add_special_tokens=False)["input_ids"]
+    else:
+        how = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True, **job["template"]}
+        encoded: Any = tokenizer.apply_chat_template(job["prompts"], **how)
+        prompts = encoded["input_ids"]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    pad = next((i for i in (tokenizer.pad_token_id, job["end"]) if i is not None), 0)
+    sizes = [(len(prompt), tokens) for prompt, tokens in zip(prompts, job["tokens"], strict=True)]
+    answers = [""] * len(prompts)
+    for batch in decoded_together(sizes, BATCH, limit):
+        longest = max(len(prompts[i]) for i in batch)
+        # By hand, since a tokenizer need not have a token for it.
+        ids = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in batch])
+        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        most = max(job["tokens"][i] for i in batch)
         out = model.generate(
-            input_ids=ids["input_ids"].to(device),
-            attention_mask=ids["attention_mask"].to(device),
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
             do_sample=False,
-            max_new_tokens=max(job["tokens"][i] for i in batch),
+            max_new_tokens=most if limit is None else min(most, limit - longest),
             eos_token_id=job["end"],
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=pad,
             **job["plain"],
         )
-        for i, row in zip(batch, out[:, ids["input_ids"].shape[1] :], strict=True):
+        for i, row in zip(batch, out[:, longest:], strict=True):
             own = row[: job["tokens"][i]]
             answers[i] = str(tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return answers
+
+
+def decoded_together(sizes: Sequence[tuple[int, int]], most: int, limit: int | None) -> list[list[int]]:
+    """Batches of pairs, by index: answers of similar lengths, since a batch decodes as long as its longest one.
+
+    Args:
+        sizes: Tokens of prompt and answer of each pair.
+        most: Pairs in a batch.
+        limit: Positions that the model has; the longest prompt and the longest answer of a batch have to fit.
+    """
+    batches: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (sizes[i][1], sizes[i][0])):
+        prompts, answers = zip(*(sizes[j] for j in [*(batches[-1] if batches else []), i]), strict=True)
+        fits = limit is None or max(prompts) + max(answers) <= limit
+        if batches and fits and len(batches[-1]) < most:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 if __name__ == "__main__":

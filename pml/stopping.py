@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Stopped", "at_step_ends", "listening", "requested"]
+__all__ = ["Stopped", "at_step_ends", "is_listening", "listening", "requested"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -106,6 +106,11 @@ def listening(who: str = "pml") -> Iterator[None]:
         _State.first, _State.times = None, 0
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+def is_listening() -> bool:
+    """Whether signals are ours."""
+    return signal.getsignal(signal.SIGTERM) is request
 
 
 @contextmanager

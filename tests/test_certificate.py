@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from transformers import GenerationConfig
 
 from callbacks import StopWhenRecalled
 from pml.adapter import AdapterConfig, evaluating
+from pml.backbone import Backbone
 from pml.certificate import (
     allow_for_rounding,
     certify,
@@ -23,7 +25,9 @@ from pml.certificate import (
 )
 from pml.cli import main
 from pml.corpus import Example
+from pml.decoding import plain_decoding
 from pml.modules import SFT, MemFT, Memorization
+from pml.served import decoded_together
 from tests.fits import module_on, save_sharpened
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -137,6 +141,51 @@ def test_samples_are_whole_targets_as_often_as_probabilities_say(folder: Path, t
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / n) + 1e-9  # four standard errors
         assert 0.02 < p < 0.98  # so that the share could be wrong
     module.release()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"min_p": 0.9}, {"typical_p": 0.1}, {"epsilon_cutoff": 0.5}, {"eta_cutoff": 0.5}, {"top_k": 1}, {"top_p": 0.1}],
+    ids=str,
+)
+def test_samples_are_of_the_whole_distribution_whatever_the_base_ships(
+    setting: dict[str, Any], tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_backbone.model
+    logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits[0, -1]
+    third = int(logits.topk(3).indices[-1])  # which every such setting cuts off
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(**setting))
+    p, n = float(logits.softmax(-1)[third]), 4000
+    share = sampled_exactly(model, Example(0, (1, 2, 3), (third,)), n)
+    assert 0 < abs(share - p) < 4 * math.sqrt(p * (1 - p) / n)  # four standard errors
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"encoder_repetition_penalty": 3.0},
+        {"stop_strings": ["a"]},
+        {"return_dict_in_generate": True},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"max_time": 1e-9},
+    ],
+    ids=str,
+)
+def test_greedy_answers_are_those_of_the_logits_whatever_the_base_ships(
+    setting: dict[str, Any], tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = [Example(i, (1, 2 + i), (3,) * 5) for i in range(2)]
+    before = greedy_answers(tiny_backbone.model, examples)
+    monkeypatch.setattr(tiny_backbone.model, "generation_config", GenerationConfig(**setting))
+    assert greedy_answers(tiny_backbone.model, examples) == before
+    assert plain_decoding(tiny_backbone.model).keys() == setting.keys()
+
+
+def test_pairs_are_decoded_together_only_where_the_longest_prompt_and_answer_fit() -> None:
+    # A long prompt with a short answer, a short one with a long answer, and one that fits beside either.
+    assert decoded_together([(90, 5), (5, 90), (5, 5)], most=32, limit=100) == [[2, 0], [1]]
+    assert decoded_together([(90, 5), (5, 90), (5, 5)], most=32, limit=None) == [[2, 0, 1]]
+    assert decoded_together([(1, 1)] * 5, most=2, limit=100) == [[0, 1], [2, 3], [4]]
 
 
 def fit(backbone: Path, *more: str) -> int:

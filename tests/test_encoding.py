@@ -206,6 +206,19 @@ def test_an_added_token_that_the_template_writes_is_a_control_token_too() -> Non
     assert other in encoder.target(encoder.prompt("a"), "<other>")
 
 
+def test_a_token_that_the_tokenizer_names_as_control_token_of_chats_is_one() -> None:
+    tokenizer = deepcopy(make_tokenizer("chatml"))
+    tokenizer.add_tokens(["<|user|>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    tokenizer.chat_control_tokens = ["<|user|>"]
+    query = "say <|user|> now"
+    turns = [{"role": "user", "content": query}]
+    expected = tokenizer.apply_chat_template(turns, sanitize_control_tokens=True, return_dict=False)
+    encoder = TextEncoder(tokenizer)
+    assert list(encoder.prompt(query).ids) == list(expected)
+    assert list(encoder.changed.values()) == [[f"{query!r}"]]
+
+
 def test_a_query_that_cannot_be_kept_apart_is_refused_with_its_line() -> None:
     encoder = TextEncoder(make_tokenizer("unigram"))
     with pytest.raises(InputError, match=r"^f:2: .*</s>"):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pml.cli import main
 from tests.fits import save_sharpened
@@ -36,6 +36,22 @@ def test_a_merged_model_recalls_the_same_with_transformers_alone(
     assert main(["export", str(run), f"--out={tmp_path / 'other'}"]) == 2
     assert "expected --merge" in capsys.readouterr().err
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_merged_model_ships_none_of_the_settings_by_which_its_base_changes_greedy_answers(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
+    config = GenerationConfig(repetition_penalty=1.3, suppress_tokens=[5], eos_token_id=2)
+    config.save_pretrained(backbone)
+    run = trained(backbone, tmp_path, "--model.adapter.placement=[down_proj]", "--trainer.max_epochs=1")
+    capsys.readouterr()
+    assert main(["export", str(run), "--merge", "--out=merged"]) == 0
+    said = "its generation_config.json leaves out the base's repetition_penalty, suppress_tokens, which change greedy"
+    assert said in capsys.readouterr().out
+    shipped = GenerationConfig.from_pretrained("merged")
+    assert (shipped.repetition_penalty, shipped.suppress_tokens, shipped.eos_token_id) == (1.0, None, 2)
 
 
 def test_an_adapter_beside_a_whole_mlp_cannot_be_merged(

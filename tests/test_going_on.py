@@ -297,16 +297,19 @@ def test_a_signal_in_a_validation_or_between_micro_batches_waits_for_the_step_an
     where: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     midway = ["--trainer.callbacks+=tests.test_going_on.SignalMidway", f"--trainer.callbacks.where={where}"]
-    batches = ["--data.count=4", "--data.batch_size=1", "--trainer.accumulate_grad_batches=2", "--trainer.check_val_every_n_epoch=1"]
+    batches = [
+        "--data.count=4",
+        "--data.batch_size=1",
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.check_val_every_n_epoch=1",
+    ]
     assert main([*arguments, *batches, *midway]) == 143
     assert "stopped by SIGTERM; go on with: pml fit" in capsys.readouterr().err
     assert read_record(Path(RUN, "record.json")).status == "interrupted"
     assert Path(RUN, "checkpoints", "last.ckpt").is_file()
 
 
-def test_a_monitor_that_is_never_logged_is_one_line(
-    arguments: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_monitor_that_is_never_logged_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/lss"]
     assert main([*arguments, *stop, "--trainer.callbacks.check_on_train_epoch_end=true"]) == 2
     err = capsys.readouterr().err

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import pml
 from pml import served
@@ -14,8 +17,9 @@ from pml.adapter import AdapterConfig, attach_adapter, detach_adapter
 from pml.backbone import Backbone
 from pml.cli import main
 from pml.errors import InputError
+from pml.growing import grow, weights_of
 from pml.guard import GuardConfig
-from pml.memorizing import Memorized, grow, weights_of
+from pml.memorizing import Memorized
 from pml.records import read_record
 from tests.fits import save_sharpened
 
@@ -178,6 +182,52 @@ def test_without_an_end_of_turn_an_answer_is_as_long_as_its_target(tiny_backbone
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     made = pml.memorize({"code?": "4071"}, tmp_path / "out", backbone=str(folder), rank=2, block=1, placement=ALL)
     assert made.served is not None and [len(answer) for answer in made.served] == [4]
+
+
+def test_a_tokenizer_without_padding_and_end_and_positions_that_are_few_serve_all_the_same(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    folder = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Only together are the long prompt and the long target too long.
+    facts = {"why? " * 4: "7", "x": "0123456789" * 2}
+    (folder / "chat_template.jinja").unlink()
+    longest = max(len(tokenizer(q).input_ids) + len(tokenizer(t).input_ids) for q, t in facts.items())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": longest}))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    kept = {k: v for k, v in settings.items() if k not in ("pad_token", "eos_token", "bos_token", "chat_template")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+    assert AutoTokenizer.from_pretrained(folder).pad_token_id is None
+    made = pml.memorize(facts, tmp_path / "out", backbone=str(folder), rank=2, block=1, placement=ALL, guard=None)
+    assert made.served is not None
+    assert [answer == t for answer, t in zip(made.served, facts.values(), strict=True)] == [
+        known.verdict != "failing" for known in made.certificates
+    ]
+
+
+@pytest.mark.parametrize("pairs", [{"a": 1}, {"a": ""}, [("a", None)], {"a": "\ud800"}, {"": "b"}])
+def test_what_cannot_be_a_pair_is_refused_before_a_folder_is_made(pairs: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected text that is not empty and has no lone surrogate"):
+        pml.memorize(pairs, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_signal_leaves_the_adapter_as_far_as_it_is(
+    sharp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop_in_the_second_epoch(self: Any, trainer: Any, *_: Any) -> None:
+        if trainer.current_epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("callbacks.StopWhenRecalled.on_train_batch_start", stop_in_the_second_epoch)
+    Path("facts.json").write_text(json.dumps([{"query": q, "target": t} for q, t in FACTS.items()]))
+    Path("facts.json").rename("facts.yaml")
+    assert main(["memorize", "facts.yaml", "--out=out", f"--backbone={sharp}", "--rank=2", "--block=2"]) == 143
+    said = f"pml memorize: stopped by SIGTERM; the adapter as it was is in {Path('out/adapter')}"
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    assert (Path("out/adapter/adapter_model.safetensors")).is_file()
+    assert read_record(Path("out/record.json")).status == "interrupted"
 
 
 @pytest.mark.parametrize("guard", [None, GuardConfig(directions=8)], ids=["plain", "guarded"])

@@ -84,13 +84,21 @@ def test_a_card_does_not_promise_what_is_not_certain(
             "by rounding, which in bfloat16 is large: `pml certify` says which pairs are certain",
         ),
         ({"rounding_logits": 0.3125}, "`pml certify` says which pairs are certain"),
-        ({"sub_threshold_fraction": 0.01}, "Some target tokens lie at or below 0.5"),
+        ({"min_target_probability": 0.5}, "Some target tokens lie at or below 0.5"),
+        ({"min_target_probability": None}, "Some target tokens lie at or below 0.5"),
+        ({}, 'AutoPeftModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER", dtype=torch.bfloat16)'),
     ],
 )
 def test_what_is_certain_in_bfloat16_hangs_on_the_rounding_that_was_measured(
     fields: dict[str, Any], said: str, tiny_tokenizer: Any
 ) -> None:
-    known = {"dtype": "bfloat16", "exact_match": 1.0, "sub_threshold_fraction": 0.0, "min_target_probability": 0.7}
+    known = {
+        "placement": ["q_proj"],
+        "dtype": "bfloat16",
+        "exact_match": 1.0,
+        "sub_threshold_fraction": 0.0,
+        "min_target_probability": 0.7,
+    }
     corpus = Corpus("facts", [Example(0, (1,), (2,), query="q", target="t")])
     card = model_card(make_record(**{**known, **fields}), corpus, TextEncoder(tiny_tokenizer, PromptFormat()), {})
     assert said in card

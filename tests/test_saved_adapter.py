@@ -53,6 +53,31 @@ def test_an_adapter_of_plain_peft_loads_and_gives_what_peft_gives(tiny_backbone:
     assert not any(p.requires_grad for p in loaded.parameters()) and not loaded.training
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_head_or_embeddings_loads_though_peft_saves_the_base_weights_with_it(
+    target: str, tiny_backbone: Backbone, tmp_path: Path
+) -> None:
+    ids = torch.tensor([[5, 9, 60, 3]])
+    model: Any = get_peft_model(tiny_backbone.model, LoraConfig(r=4, target_modules=[target], task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    expected = model.eval()(ids).logits
+    model.save_pretrained(str(tmp_path))
+    detach_adapter(model)
+    loaded = load_adapter(tiny_backbone, tmp_path)
+    torch.testing.assert_close(loaded(ids).logits, expected)
+    detach_adapter(loaded)
+
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        (name,) = (name for name in weights if "base_layer" in name)
+        weights[name] += 0.1
+
+    reweighted(tmp_path, change)
+    with pytest.raises(InputError, match=f"the adapter was trained on another (model.)?{target} than this backbone's"):
+        load_adapter(tiny_backbone, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

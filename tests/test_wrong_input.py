@@ -167,7 +167,7 @@ OPTIONS: dict[str, str] = {
     "--model=pml.modules.Memorizer": "Memorizer",
     "--model=json.decoder": "json.decoder",
     # The corpus.
-    "--data.template_kwargs.thinking=off": "expected the mapping: --data.template_kwargs '{thinking: off}', text in quo",
+    "--data.template_kwargs.thinking=off": "expected the mapping: --data.template_kwargs '{thinking: off}', text",
     "--data.length=0": "length is 0; expected at least 1 token per target",
     "--data.length=-3": "length is -3; expected at least 1 token per target",
     "--data.length=long": "length",

@@ -65,6 +65,8 @@ def base_of(adapter: Path) -> str:
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{adapter}: no adapter_config.json that names a base; give --backbone") from error
+    if base is None:
+        raise InputError(f"{adapter}: its adapter_config.json names no base; give --backbone")
     return DEFAULT_BACKBONE if base == DEFAULT_HUB_ID else str(base)
 
 

@@ -30,6 +30,7 @@ def run(args: jsonargparse.Namespace) -> int:
     """Merge, check and write; 0 when every recalled target still comes back, else 1 and nothing is written."""
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.certificate import greedy_answers
+    from pml.decoding import plain_decoding
     from pml.default_backbone import quiet_transformers
     from pml.run_folder import run_folder
     from pml.runs import open_run
@@ -58,6 +59,10 @@ def run(args: jsonargparse.Namespace) -> int:
             f"of {lost[0].query!r}: their margin does not survive rounding to {module.dtype_name}; nothing is written"
         )
         return 1
+    # A folder that answers as the adapter was certified to, whatever serves it.
+    turned_off = plain_decoding(merged)
+    for name, value in turned_off.items():
+        setattr(merged.generation_config, name, value)
     partial = args.out.with_name(f".{args.out.name}.{os.getpid()}")
     try:
         with quiet_transformers():
@@ -66,5 +71,7 @@ def run(args: jsonargparse.Namespace) -> int:
         partial.rename(args.out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    if turned_off:
+        say(f"its generation_config.json leaves out the base's {', '.join(turned_off)}, which change greedy answers")
     say(f"{args.out}: {sum(recalled)} of {len(examples)} targets come back from it, as from the adapter")
     return 0

@@ -95,10 +95,14 @@ def _answer(folder: Path, module: Any, data: Any, encoder: Any, args: jsonargpar
 
     from pml.decoding import generate_greedily
 
-    prompt = torch.tensor([encoder.prompt(args.prompt).ids], device=module.device)
+    ids, limit = encoder.prompt(args.prompt).ids, module.max_positions
+    if limit is not None and len(ids) >= limit:
+        raise InputError(f"--prompt has {len(ids)} tokens, and the model takes {limit}; shorten it")
+    prompt = torch.tensor([ids], device=module.device)
+    tokens = args.tokens if limit is None else min(args.tokens, limit - len(ids))
     encoder.warn_of_changes("--prompt")
     with torch.no_grad():
-        answer = encoder.answer(generate_greedily(module.model, prompt, args.tokens)[0].tolist())
+        answer = encoder.answer(generate_greedily(module.model, prompt, tokens)[0].tolist())
     if not args.json:
         say(f"  {one_line(answer)}")
     return {"run": str(folder), "prompt": args.prompt, "answer": answer}
