@@ -96,7 +96,9 @@ class StopWhenRecalled(Callback):
             return
         scores = exact_scores(trainer, pl_module)
         if certified(scores, self.margin) and self._survives_rounding(pl_module, corpus.examples, scores):
-            self.steps_to_recall = trainer.global_step - pl_module.skipped_steps
+            # A fit may have to go on all the same, for its least number of epochs or steps.
+            if self.steps_to_recall is None:
+                self.steps_to_recall = trainer.global_step - pl_module.skipped_steps
             trainer.should_stop = True
             if trainer.is_global_zero:
                 log.info(

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,6 @@ __all__ = [
     "adapter_state",
     "attach_adapter",
     "detach_adapter",
-    "evaluating",
     "load_adapter",
     "lora_layers",
     "lowest_adapted_block",
@@ -236,18 +234,6 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint has to hold of the adapter: its parameters, and what a guard has fixed for them."""
     return dict(adapter_parameters(model)) | {name: b for name, b in model.named_buffers() if "lora_" in name}
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off for a while; every submodule gets back the mode that it had."""
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for submodule, training in modes:
-            submodule.training = training
 
 
 def _initialise(model: PeftModel, config: AdapterConfig, seed: int) -> None:

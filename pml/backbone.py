@@ -30,6 +30,7 @@ from pml.default_backbone import (
     quiet_transformers,
 )
 from pml.errors import InputError
+from pml.positions import max_positions
 from pml.streamed_blocks import StreamedBlocks, free
 
 __all__ = [
@@ -183,8 +184,8 @@ class Backbone:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence in tokens that the model was made for; None where the configuration names none."""
-        return getattr(self.config, "max_position_embeddings", None)
+        """Longest sequence in tokens that the model is certain of; see `pml.positions`."""
+        return max_positions(self.config)
 
 
 def _find_blocks(model: PreTrainedModel) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pml.corpus import Example
 from pml.decoding import CachedRows, of_one_prompt_length, plain_decoding, tokens_at_once, whole_distribution
+from pml.positions import max_positions
 from pml.served import decoded_together
 
 __all__ = [
@@ -192,7 +193,7 @@ def greedy_answers(
         use_cache: Whether keys and values are kept from token to token.
     """
     answers: list[tuple[int, ...]] = [()] * len(examples)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(model.config.get_text_config())
     sizes = [(len(e.prompt_ids), len(e.target_ids)) for e in examples]
     for chosen in decoded_together(sizes, batch_size, limit):
         batch = [examples[i] for i in chosen]

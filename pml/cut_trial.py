@@ -23,8 +23,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from pml.adapter import evaluating, lora_layers
+from pml.adapter import lora_layers
 from pml.cpu import give_back_memory
+from pml.evaluating import evaluating
 
 __all__ = ["FAILURES", "CutModel", "fault", "in_float32", "narrow_windows", "plainly"]
 

@@ -27,6 +27,7 @@ from pml.atomic import whole_file
 from pml.backbone import Backbone
 from pml.default_backbone import cache_folder
 from pml.errors import InputError
+from pml.evaluating import evaluating
 from pml.ordinary_text import ordinary_passages, text_examples
 
 __all__ = ["GuardConfig", "GuardedA", "free_directions", "guard_layers", "input_moments"]
@@ -185,7 +186,8 @@ def _computed(backbone: Backbone, names: Sequence[str], rows: Sequence[tuple[int
 
         return add
 
-    with _hooks(backbone.model, {name: adding(name) for name in names}), torch.no_grad():
+    # An adapter that is on it already draws its dropout, which would leave other draws for the training.
+    with _hooks(backbone.model, {n: adding(n) for n in names}), torch.no_grad(), evaluating(backbone.model):
         for row in rows:
             left.update(names)
             # What lies above the highest of the layers is not run.

@@ -195,6 +195,7 @@ class Memorization(LightningModule):
         if stage == "fit":
             # A checkpoint is loaded after this.
             self.tokens_trained = self._skipped = self.resumed = 0
+            self.global_batch = GlobalBatch()
         check_precision(self.trainer.precision)
         highest_products()
         if self.trainer.strategy.root_device.type == "cpu":

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pml.adapter import evaluating
 from pml.certificate import Rounding, measure_rounding
 from pml.corpus import Example, collate
 from pml.decoding import greedy_tokens
+from pml.evaluating import evaluating
 from pml.frozen_layers import on_device
 from pml.ranks import from_all_ranks, own_part
 from pml.weighting import TokenScores

@@ -158,7 +158,8 @@ class _MappedFile:
         mapped.copy_(raw)
         # The next tensor starts at a multiple of every element size.
         self._used += -(-len(raw) // 64) * 64
-        return mapped.view(tensor.dtype).view(tensor.shape)
+        # Not a view: views share the version by which autograd sees that what it kept for backward has been written to.
+        return mapped.view(tensor.dtype).view(tensor.shape).data
 
     def _grow(self, size: int) -> Tensor:
         if self._file is None:

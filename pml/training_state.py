@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from pml.adapter import adapter_parameters
 from pml.cpu import tune_cpu
@@ -84,6 +85,9 @@ def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
         module: On its device.
         state: What `training_state` gave, maybe of an older version.
     """
+    if state.get("batches"):
+        _enter_epoch(module.trainer, state["batches"])
+    _follow_schedules(module.trainer)
     if "global_batch" in state:
         module.global_batch.load_state_dict(state["global_batch"], module.device)
     for name, gradient in state.get("gradients", {}).items():
@@ -96,6 +100,37 @@ def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
     # Of more ranks than there were, the others start with a seed of their own.
     if module.global_rank < len(generators):
         _restore_generators(generators[module.global_rank], module.device)
+
+
+def _enter_epoch(trainer: Any, position: Mapping[str, Any]) -> None:
+    """Have Lightning enter the epoch in which a checkpoint stands, or the next one if that had ended.
+
+    With `max_steps` it enters an epoch that has ended once more, for the first batch of the next one; and it takes an
+    epoch for ended in which a fit has taken its last step.
+    """
+    loop = trainer.fit_loop
+    progress, total = loop.epoch_progress.current, loop.epoch_progress.total
+    if not loop.restarting or not progress.processed == progress.started == progress.ready:
+        return
+    sampler: Any = trainer.train_dataloader.sampler
+    if position["batches"] < sampler.batches_in_epoch(position["epoch"]):
+        progress.processed, total.processed = progress.processed - 1, total.processed - 1
+        progress.completed, total.completed = progress.processed, total.processed
+        loop.update_restart_stage()
+        return
+    loop._restarting = loop.epoch_loop.restarting = False
+    loop.reset_restart_stage()
+    progress.completed, total.completed = progress.processed, total.processed
+
+
+def _follow_schedules(trainer: Any) -> None:
+    """Set the learning rate of the coming step by schedules as they are now: a fit may go on for longer than before."""
+    for config in trainer.lr_scheduler_configs:
+        scheduler = config.scheduler
+        if isinstance(scheduler, LambdaLR):
+            rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            for group, base, factor in rates:
+                group["lr"] = base * factor(scheduler.last_epoch)
 
 
 def _position(module: "Memorization") -> dict[str, Any]:

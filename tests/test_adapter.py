@@ -15,12 +15,12 @@ from pml.adapter import (
     adapter_parameters,
     attach_adapter,
     detach_adapter,
-    evaluating,
     load_adapter,
     lora_layers,
 )
 from pml.backbone import Backbone
 from pml.errors import InputError
+from pml.evaluating import evaluating
 from tests.tiny_architectures import tiny_model
 
 IDS = torch.arange(3, 15)[None]

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from transformers import GenerationConfig
 
 from callbacks import StopWhenRecalled
-from pml.adapter import AdapterConfig, evaluating
+from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
 from pml.certificate import (
     allow_for_rounding,
@@ -26,6 +26,7 @@ from pml.certificate import (
 from pml.cli import main
 from pml.corpus import Example
 from pml.decoding import plain_decoding
+from pml.evaluating import evaluating
 from pml.modules import SFT, MemFT, Memorization
 from pml.served import decoded_together
 from tests.fits import module_on, save_sharpened

@@ -133,6 +133,22 @@ def test_compiled_states_that_differ_by_rounding_are_used_in_16_bits(monkeypatch
         assert (decoder(inputs_embeds=torch.ones(1, 2, 3, dtype=torch.bfloat16)) > 2.0).all()
 
 
+def test_the_trial_is_without_dropout_and_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: lambda **inputs: function(**inputs))
+    decoder = CompiledDecoder(torch.nn.ModuleList([Doubling(), torch.nn.Dropout(0.5)]), tolerance=1e-4)
+    double, dropout = decoder.decoder
+    monkeypatch.setattr(
+        decoder, "_plain", lambda **inputs: dropout(double(**inputs, use_cache=False).last_hidden_state)
+    )
+    ones = torch.ones(1, 2, 300)
+    torch.manual_seed(0)
+    states = decoder(inputs_embeds=ones)
+    assert decoder._call not in (decoder._plain, decoder._first_call)
+    assert dropout.training
+    torch.manual_seed(0)
+    assert torch.equal(states, torch.nn.functional.dropout(2 * ones, 0.5))
+
+
 @pytest.mark.usefixtures("with_compiler")
 def test_a_compiled_fit_ends_where_a_plain_one_does(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

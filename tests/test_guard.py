@@ -109,6 +109,20 @@ def test_moments_are_of_the_inputs_of_the_adapted_layer(tiny_backbone: Backbone,
     assert shares.min() > -1e-3 * shares.max()
 
 
+def test_dropout_of_a_fit_is_the_same_whether_the_moments_were_known_or_not(
+    text: str, tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    ends = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        adapter = guarded(text, placement=["q_proj", "up_proj"], dropout=0.3)
+        module = SFT(backbone=str(tiny_backbone_folder), adapter=adapter, seed=1)
+        make_trainer(tmp_path, max_epochs=2).fit(module, datamodule=Ids(uneven(3)))
+        ends.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+        module.release()
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
+
+
 def test_moments_are_computed_once_and_kept_on_disk(
     tiny_backbone: Backbone, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

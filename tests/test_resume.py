@@ -123,6 +123,52 @@ def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(case: str, sharp: Pa
         assert got == expected, where
 
 
+@pytest.mark.parametrize("stop_at", range(8))
+def test_with_a_number_of_steps_a_fit_may_stop_at_the_end_of_an_epoch_too(
+    stop_at: int, sharp: Path, tmp_path: Path
+) -> None:
+    # Four batches an epoch: it ends with batch 3, and with batch 7.
+    whole, record, _ = fit("a number of steps", sharp, tmp_path / "whole")
+    fit("a number of steps", sharp, tmp_path / "part", stop_at)
+    adapter, again, _ = fit("a number of steps", sharp, tmp_path / "rest", None, newest_checkpoint(tmp_path / "part"))
+    assert {n for n, p in whole.items() if not torch.equal(p, adapter[n])} == set()
+    assert record is not None and again is not None
+    assert again.target_tokens_trained == record.target_tokens_trained
+
+
+class Rates(Callback):
+    """Notes the learning rate and the examples of each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, list[int]]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen[-1] = (self.seen[-1][0], batch["example_id"].tolist())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.seen.append((optimizer.param_groups[0]["lr"], []))
+
+
+@pytest.mark.parametrize("first", [3, 4, 5, 8])
+def test_a_fit_that_has_ended_goes_on_for_longer_with_the_batches_and_the_rates_of_the_longer_one(
+    first: int, sharp: Path, tmp_path: Path
+) -> None:
+    def steps(folder: Path, number: int, checkpoint: Path | None = None) -> list[tuple[float, list[int]]]:
+        torch.manual_seed(4)
+        rates = Rates()
+        trainer = make_trainer(
+            folder, enable_checkpointing=True, callbacks=[rates, Checkpoints()], max_epochs=-1, max_steps=number
+        )
+        module, data = module_on(sharp, SFT, schedule="linear"), Ids(uneven(7), batch_size=2)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        return rates.seen
+
+    longer = steps(tmp_path / "longer", 12)
+    steps(tmp_path / "first", first)
+    rest = steps(tmp_path / "rest", 12, newest_checkpoint(tmp_path / "first"))
+    assert rest == longer[first:]
+
+
 class SaveBetween(Callback):
     """Saves a checkpoint after the first of two accumulated micro-batches, as a callback of one's own may."""
 

@@ -38,6 +38,16 @@ def test_what_is_kept_comes_back_bit_for_bit(place: str, dtype: torch.dtype, tmp
             assert torch.equal(ours, theirs)
 
 
+def test_what_autograd_has_kept_of_a_file_may_be_followed_by_more(tmp_path: Path) -> None:
+    store = StateStore(CacheConfig(place="disk"), CPU, tmp_path)
+    store.put(b"a", (torch.ones(3),))
+    weight = torch.ones(3, requires_grad=True)
+    product = (store[b"a"][0] * weight).sum()
+    store.put(b"b", (torch.ones(3),))
+    product.backward()
+    assert weight.grad is not None and weight.grad.tolist() == [1, 1, 1]
+
+
 def test_a_copy_is_kept(tmp_path: Path) -> None:
     store, tensor = StateStore(CacheConfig(), CPU, tmp_path), torch.ones(3)
     store.put(b"a", (tensor,))

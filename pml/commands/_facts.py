@@ -46,10 +46,11 @@ def read_facts(path: Path, backbone: str) -> Facts:
     """
     from pml.backbone import load_config, load_tokenizer
     from pml.lightning_cli import make_run
+    from pml.positions import max_positions
 
     _, data = make_run([f"--model.backbone={backbone}", "--model=SFT", "--data=Facts", f"--data.path={path}"])
     tokenizer, config = load_tokenizer(backbone), load_config(backbone)
-    corpus = data.build(tokenizer, int(config.vocab_size), getattr(config, "max_position_embeddings", None))
+    corpus = data.build(tokenizer, int(config.vocab_size), max_positions(config))
     return Facts(data, corpus, data.encoder(tokenizer))
 
 

@@ -78,13 +78,14 @@ def run(args: jsonargparse.Namespace, keys: Sequence[str] = ()) -> int:
     # Imported here because it takes seconds, which --help need not wait for.
     from pml.backbone import load_config, load_tokenizer
     from pml.lightning_cli import make_run
+    from pml.positions import max_positions
 
     files = [argument for path in args.configs for argument in ("--config", str(path))]
     module, data = make_run([*files, *keys])
     if not hasattr(data, "build"):
         raise InputError(f"data is a {type(data).__name__}; expected a corpus, such as data_modules.PhoneBook")
     tokenizer, config = load_tokenizer(module.backbone_name), load_config(module.backbone_name)
-    corpus = data.build(tokenizer, int(config.vocab_size), getattr(config, "max_position_embeddings", None))
+    corpus = data.build(tokenizer, int(config.vocab_size), max_positions(config))
     facts = _facts(corpus, getattr(data, "held_out", None), module.backbone_name)
     if args.loss:
         facts["initial_loss"] = _frozen_loss(module, corpus)

@@ -9,10 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from callbacks import StopWhenRecalled
-from pml.adapter import AdapterConfig, adapter_state, evaluating
+from pml.adapter import AdapterConfig, adapter_state
 from pml.certificate import allow_for_rounding, certify, greedy_answers, measure_rounding
 from pml.cli import main
 from pml.cuda_graphs import CapturedPasses
+from pml.evaluating import evaluating
 from pml.kl_penalty import KlPenaltyConfig
 from pml.modules import SFT, MemFT, Memorization
 from pml.records import read_record
