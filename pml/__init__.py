@@ -7,7 +7,7 @@ What a notebook needs is here, and loaded when it is first asked for:
     9.0
 
     runs = pml.read_runs(["runs/demo/law"])                        # records of runs, by folder
-    law = pml.fit_law(pml.observations_from_records(runs))         # the law, with intervals
+    law = pml.law_of_records(runs)                                 # the law, with intervals, and recall from loss
     module, data = pml.open_run("runs/facts/version_0")            # a finished run: model, adapter and corpus
     certificates = pml.certify(module.model, data.corpus.examples) # pair by pair: certain, right or failing
     model = pml.load_adapter(model, "runs/facts/version_0/adapter")# any adapter, on a model that transformers loaded
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pml.backbone import load_backbone
     from pml.certificate import certify
     from pml.encoding import PromptFormat, TextEncoder
-    from pml.law import fit_law, loss_reduction, observations_from_records, read_csv, read_law
+    from pml.law import fit_law, law_of_records, loss_reduction, observations_from_records, read_csv, read_law
     from pml.memorizing import memorize
     from pml.modules import SFT, MemFT
     from pml.records import read_records as read_runs
@@ -38,6 +38,7 @@ __all__ = [
     "TextEncoder",
     "certify",
     "fit_law",
+    "law_of_records",
     "load_adapter",
     "load_backbone",
     "loss_reduction",
@@ -54,7 +55,7 @@ _WHERE = {
     "backbone": ("load_backbone",),
     "certificate": ("certify",),
     "encoding": ("PromptFormat", "TextEncoder"),
-    "law": ("fit_law", "loss_reduction", "observations_from_records", "read_csv", "read_law"),
+    "law": ("fit_law", "law_of_records", "loss_reduction", "observations_from_records", "read_csv", "read_law"),
     "memorizing": ("memorize",),
     "modules": ("SFT", "MemFT"),
     "records": ("read_records",),

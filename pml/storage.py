@@ -19,7 +19,7 @@ from pml.content import Content
 from pml.corpus import Example
 from pml.errors import InputError
 from pml.storage_constants import Constant, constant_for, read_constants
-from pml.surprisal import CONTEXT, SAMPLE, surprisal_bits
+from pml.surprisal import CONTEXT, SAMPLE, sampled, surprisal_bits
 
 __all__ = ["RankPlan", "SizeOfRank", "plan_rank", "size_of_rank"]
 
@@ -130,7 +130,8 @@ def plan_rank(
     size = size_of_rank(backbone, config)
     alone = surprisal_bits(backbone, examples)
     if len(examples) > SAMPLE:
-        warnings = [*warnings, f"surprisal was measured on about {SAMPLE} pairs, evenly spaced"]
+        number = len(sampled(len(examples)))
+        warnings = [*warnings, f"surprisal was measured on {number} of the pairs, evenly spaced"]
     # The first pair has no context, and some contexts mislead.
     bits = min(alone, surprisal_bits(backbone, examples, CONTEXT)) if len(examples) > 1 else alone
 

@@ -8,7 +8,7 @@ from pml.backbone import Backbone
 from pml.certificate import log_probability
 from pml.corpus import Example
 
-__all__ = ["CONTEXT", "SAMPLE", "surprisal_bits"]
+__all__ = ["CONTEXT", "SAMPLE", "sampled", "surprisal_bits"]
 
 CONTEXT = 6
 """Other pairs that stand before a target when its surprisal is measured."""
@@ -18,6 +18,11 @@ CONTEXT_TOKENS = 384
 
 SAMPLE = 32
 """Pairs whose surprisal is measured, evenly spaced; that of the others is taken to be the same per target token."""
+
+
+def sampled(pairs: int, sample: int = SAMPLE) -> range:
+    """Which of so many pairs are measured."""
+    return range(0, pairs, -(-pairs // sample))
 
 
 def surprisal_bits(backbone: Backbone, examples: Sequence[Example], others: int = 0, sample: int = SAMPLE) -> float:
@@ -32,7 +37,7 @@ def surprisal_bits(backbone: Backbone, examples: Sequence[Example], others: int 
     backbone.restore()
     room = min(CONTEXT_TOKENS, backbone.max_positions or CONTEXT_TOKENS)
     nats, tokens = 0.0, 0
-    for index in range(0, len(examples), -(-len(examples) // sample)):
+    for index in sampled(len(examples), sample):
         example, before = examples[index], list[int]()
         for step in range(1, min(others, len(examples) - 1) + 1):
             other = examples[index - step]

@@ -119,7 +119,8 @@ class TestOutcomes:
 
     def test_without_per_token_results_nobody_knows_how_many_targets_are_certain(self) -> None:
         assert outcomes_of(Path("gone"), sft())["targets_certain"] is None
-        assert outcomes_of(Path("gone"), sft(sub_threshold_fraction=0.0))["targets_certain"] == 100.0
+        # Where only some runs have them, those in which all are certain are no fair sample.
+        assert outcomes_of(Path("gone"), sft(sub_threshold_fraction=0.0))["targets_certain"] is None
 
     def test_damaged_per_token_results_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         folder = write_simulated_run(tmp_path, 6, 64, pairs=4, sub_threshold_fraction=0.25)
@@ -165,6 +166,20 @@ class TestPairs:
         assert verdict.startswith("MemFT OnlyThreshold against SFT: undecided in ")
         assert "final loss" in verdict
         assert ";" not in verdict
+
+    def test_a_text_none_of_whose_pairs_can_be_compared_takes_nothing_from_the_seeds_of_another(self) -> None:
+        records = pairs([5.0, 4.0, 3.0], [4.0, 2.5, 0.5], corpus_hash="a")
+        (alone,) = compare(records)
+        # On another text one method took twice the steps.
+        other = pairs([5.0, 4.0], [4.0, 2.0], corpus_hash="b")
+        records |= {
+            Path(f"b{p}"): r.model_copy(update={"optimizer_steps": 400}) if r.method == "memft" else r
+            for p, r in other.items()
+        }
+        (found,) = compare(records)
+        loss = in_outcome(found, "final_loss")
+        assert (loss.samples, loss.by_text) == (3, False)
+        assert loss.interval == in_outcome(alone, "final_loss").interval is not None
 
     def test_texts_are_the_samples_where_there_are_several_and_seeds_where_there_is_one(self) -> None:
         (of_seeds,) = compare(pairs([5.0, 4.0, 3.0], [4.0, 2.0, 0.0]))

@@ -29,6 +29,7 @@ from pml.law import (
     HeldOut,
     LawFit,
     Observation,
+    fit_law,
     observations_from_records,
     read_law,
     saturated,
@@ -537,6 +538,38 @@ class TestJson:
             read_law(tmp_path / "none.json")
 
 
+class TestNotebooks:
+    def test_numbers_of_arrays_and_data_frames_are_kept_as_plain_ones(self) -> None:
+        grid = [(r, tokens) for r in (1, 2, 4, 8) for tokens in (100, 200, 400)]
+        runs = [
+            Observation(
+                np.int64(r),  # type: ignore[arg-type]
+                np.int32(tokens),  # type: ignore[arg-type]
+                np.float64(13.0),
+                np.float32(13.0 - 20 * r**0.5 / tokens**0.5),  # type: ignore[arg-type]
+                0,
+                f"r{r}l{tokens}",
+                entropy_bits=math.nan,
+                text=tokens,  # type: ignore[arg-type]
+            )
+            for r, tokens in grid
+        ]
+        assert (runs[0].entropy_bits, runs[0].text) == (None, "100")
+        law = fit_law(runs)
+        assert LawFit.from_json(json.dumps(law.to_json())).observations == law.observations
+
+    @pytest.mark.parametrize("fields", [{"rank": 0}, {"target_tokens": 2.5}, {"effective_parameters": -1}], ids=str)
+    def test_sizes_that_no_run_has_are_refused(self, fields: dict[str, Any]) -> None:
+        known = {"rank": 1, "target_tokens": 64, "initial_loss": 13.0, "final_loss": 1.0, "seed": 0, "source": "here"}
+        (name,) = fields
+        with pytest.raises(InputError, match=f"here: {name} is .*; expected a whole number of at least 1"):
+            Observation(**{**known, **fields})  # type: ignore[arg-type]
+
+    def test_a_form_that_does_not_exist_is_refused(self) -> None:
+        with pytest.raises(InputError, match="form is 'cubic'; expected one of power, power_offset"):
+            fit_law([], form="cubic")  # type: ignore[arg-type]
+
+
 class TestRecords:
     def test_runs_carry_what_the_records_say(self) -> None:
         record = make_record(rank=2, target_tokens=96, initial_loss=13.0, final_loss=4.0, seed=7, status="interrupted")
@@ -553,6 +586,7 @@ class TestRecords:
             entropy_bits=997.4,
             text="0f1e2d3c",
             generated_token_accuracy=record.generated_token_accuracy,
+            drawn_as='["random_tokens", {"seed": 0}]',
         )
         assert runs[0].finished
 

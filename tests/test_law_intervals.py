@@ -71,7 +71,17 @@ class TestNoise:
         ]
         assert len(below) < len(fit.observations)
         assert fit.best.degrees_of_freedom == len(below) - 4
-        assert fit.best.noise_nats == pytest.approx(math.sqrt(sum(x * x for x in below) / (len(below) - 4)))
+        # Of the power term, of which a loss shows less the nearer it is to the ceiling.
+        form, points = FORMS["ceiling"], data_of(fit.observations, "rank").points
+        shown = form.sensitivity(fit.best.values, points)[[not saturated(run) for run in fit.observations]]
+        of_losses = math.sqrt(sum(x * x for x in below) / (len(below) - 4))
+        assert fit.best.noise_nats == pytest.approx(of_losses / math.sqrt(np.mean(shown**2)))
+
+    def test_the_noise_of_the_power_term_is_found_whatever_the_ceiling_hides_of_it(self) -> None:
+        random = np.random.default_rng(0)
+        found = [fit_one(saturating_runs(random, spread=0.1), "ceiling").best.noise_nats for _ in range(20)]
+        # A standard deviation from some ten runs is known to a fifth, the mean of twenty to a twentieth.
+        assert np.mean(found) == pytest.approx(0.1, rel=0.1)
 
     def test_the_noise_at_the_ceiling_is_not_that_of_runs_on_the_way_to_it(self) -> None:
         fit = fit_one(saturating_runs(np.random.default_rng(0)), "ceiling")
@@ -180,6 +190,23 @@ class TestTexts:
         assert texts_of(same_loss).of_run.tolist() == [0, 0, 0, 0]
         named = [replace(run, text=f"text {run.seed}") for run in same_loss]
         assert texts_of(named).of_run.tolist() == [0, 1, 0, 1]
+
+    def test_longer_texts_scatter_less_as_means_over_more_tokens_do(self) -> None:
+        # At 64 tokens 0.2 from a line that is flat, at 256 half of that: 5.12 nats squared a token, of two degrees.
+        scatter = ((64, 0.2), (64, -0.2), (256, 0.1), (256, -0.1))
+        texts = texts_of([run(1, length, 5.0, i, initial=13.0 + by) for i, (length, by) in enumerate(scatter)])
+        # Beyond the longest nothing is known.
+        assert texts.spread_at([16, 64, 256, 1024]) == pytest.approx(np.sqrt(5.12 / np.array([16, 64, 256, 256])))
+
+    def test_texts_that_begin_alike_are_named_where_they_matter(self) -> None:
+        runs = runs_with_texts(np.random.default_rng(0), effect=1.0)
+        independent = [replace(run, drawn_as=f"{run.seed} {run.target_tokens}") for run in runs]
+        nested = [replace(run, drawn_as=f"{run.seed}") for run in runs]
+        said = "the 8 texts were drawn from 2 seeds, so longer ones begin with shorter ones"
+        for these, named in ((runs, False), (independent, False), (nested, True)):
+            law = published(these)
+            assert law.best.text_effect > 0
+            assert any(warning.startswith(said) for warning in law.warnings) is named
 
     def test_three_texts_do_not_show_how_texts_differ(self) -> None:
         law = published([run(r, 64 * 2**i, 5.0 + r - i, initial=13.0 + i % 2) for r in (1, 2, 4) for i in range(3)])

@@ -1,7 +1,7 @@
 """Any number of methods against one of them, over pairs of runs."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -150,12 +150,11 @@ def _comparison(
     others = sorted(names - {baseline})
     found = {other: find_pairs(records, baseline, other, tolerance) for other in others}
     every = [pair for pairs, _ in found.values() for pair in pairs]
-    by_text = len({pair.text for pair in every}) > 1
     differences = [
         difference
         for other in others
         for outcome in OUTCOMES
-        if (difference := _difference(outcome, other, found[other][0], values, by_text, confidence)) is not None
+        if (difference := _difference(outcome, other, found[other][0], values, confidence)) is not None
     ]
     left_out = [left for _, several in found.values() for left in several]
     left_out += [
@@ -166,7 +165,7 @@ def _comparison(
         where={by: setting_of(next(iter(records.values())), by)} if by else {},
         confidence=confidence,
         tolerance=tolerance,
-        by_text=by_text,
+        by_text=any(difference.by_text for difference in differences),
         methods=[_means(method, records, values) for method in (baseline, *others) if method in names],
         differences=differences,
         settings=_other_settings([(records[pair.first], records[pair.second]) for pair in every]),
@@ -176,7 +175,7 @@ def _comparison(
 
 
 def _difference(
-    outcome: Outcome, method: str, pairs: list[Pair], values: Values, by_text: bool, confidence: float
+    outcome: Outcome, method: str, pairs: list[Pair], values: Values, confidence: float
 ) -> Difference | None:
     """Over the pairs of which both runs have the outcome; None where there is none."""
     chosen = [
@@ -188,9 +187,12 @@ def _difference(
     ]
     if not chosen:
         return None
+    # Of one text, its seeds are all the evidence there is.
+    by_text = len({pair.text for pair, _, _ in chosen}) > 1
     samples = [pair.text if by_text else pair.seed for pair, _, _ in chosen]
     first, second = [one for _, one, _ in chosen], [other for _, _, other in chosen]
-    return paired_difference(outcome, first, second, samples, name=method, confidence=confidence)
+    found = paired_difference(outcome, first, second, samples, name=method, confidence=confidence)
+    return replace(found, by_text=by_text)
 
 
 def _means(method: str, records: Mapping[Path, Record], values: Values) -> MethodMeans:

@@ -30,6 +30,7 @@ class Difference:
         mean: Mean difference.
         interval: Student's t interval of the mean difference; None with one sample, or where all differ by the same.
         confidence: Its level.
+        by_text: Whether a sample is a text; else it is a seed of the one text that there is.
     """
 
     method: str
@@ -41,6 +42,7 @@ class Difference:
     mean: float
     interval: tuple[float, float] | None
     confidence: float
+    by_text: bool = True
 
     @property
     def verdict(self) -> Verdict:

@@ -47,10 +47,9 @@ class Outcome:
         return "-" if value is None else f"{value:{sign}.{3 if self.unit == 'nats' else 1}f}"
 
 
-def _targets_certain(folder: Path, record: Record) -> float | None:
+def _targets_certain(folder: Path, _: Record) -> float | None:
     """Percentage of targets in which every token is certain."""
-    if record.sub_threshold_fraction == 0:
-        return 100.0
+    # From the file alone: where only some runs have it, those in which everything is certain are no fair sample.
     if not (folder / TOKENS_NAME).is_file():
         return None
     try:

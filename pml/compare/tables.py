@@ -61,7 +61,7 @@ def differences_tables(comparison: Comparison) -> list[TextTable]:
                     found.outcome.show(found.mean, "+"),
                     found.interval_shown,
                     f"{found.pairs:,}",
-                    f"{found.samples:,}",
+                    f"{found.samples:,}" + ("" if found.by_text == comparison.by_text else " seeds"),
                     found.verdict,
                 )
                 for found in comparison.differences

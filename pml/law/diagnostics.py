@@ -90,6 +90,14 @@ def _about_the_grid(law: LawFit) -> list[str]:
             f"only {number} text{'s' if number > 1 else ''} for {nvarys} parameters: the effect of a text cannot be "
             f"separated from that of its length, and the intervals do not allow for it{unknown}"
         )
+    texts = {run.text_label for run in law.observations}
+    drawn = {run.drawn_as for run in law.observations}
+    if law.best.text_effect != 0 and None not in drawn and len(drawn) < len(texts):
+        found.append(
+            f"the {len(texts)} texts were drawn from {len(drawn)} seed{'s' if len(drawn) > 1 else ''}, so longer ones "
+            "begin with shorter ones, and intervals that allow for another text are too narrow; give pml plan the "
+            "frozen model's loss (--initial_loss)"
+        )
     corpora = law.setting.get("corpus", [])
     if len(corpora) > 1:
         found.append(

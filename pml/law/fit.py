@@ -69,6 +69,8 @@ def fit_law(
         InputError: If the runs cannot determine a law: too few that are not saturated, fewer than two ranks or
             lengths, ranks and lengths that rise together, or a loss reduction that does not vary.
     """
+    if form is not None and form not in FORMS:
+        raise InputError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
     kept, left_out = usable(runs)
     if adapter_size == "effective_parameters" and any(run.effective_parameters is None for run in kept):
         raise InputError("by effective_parameters: some runs do not say how many they have; count by rank")
@@ -132,6 +134,8 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
     below, of_run = data.unsaturated, texts.of_run[everything.unsaturated | form.saturating]
     effect = texts.effect(residual[below], sensitivity[below], of_run[below])
     beyond_text = residual - effect * sensitivity * texts.initial_loss_residuals[of_run]
+    # Residuals are of losses, which noise in the power term reaches by the sensitivity.
+    reach = max(math.sqrt(np.mean(sensitivity[below] ** 2)), AT_CEILING)
     # Runs on the way to the ceiling scatter more; they count only if there are no others.
     at_ceiling = residual[there if (there := ~below & (sensitivity < AT_CEILING)).any() else ~below]
     result = standard_errors(solution, noise) if is_power else None
@@ -146,7 +150,7 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
         observations_used=len(data.runs),
         grouped_by=grouped_by,
         degrees_of_freedom=noise.degrees_of_freedom,
-        noise_nats=noise_of(beyond_text, data, grouped_by, nvarys).of_a_run,
+        noise_nats=noise_of(beyond_text, data, grouped_by, nvarys).of_a_run / reach,
         noise_at_ceiling_nats=math.sqrt(np.mean(at_ceiling**2)) if len(at_ceiling) else None,
         text_effect=effect,
         r2=_r2(data.measured, solution.predicted),

@@ -1,8 +1,9 @@
 """What a law is fitted to: one observation for each run, which runs belong together, and which cannot be used."""
 
+import json
 import math
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pydantic
 
 from pml.content import Content
+from pml.errors import InputError
 from pml.groups import shared_setting
 from pml.law.forms import AdapterSize
 from pml.records import Record
@@ -32,9 +34,12 @@ Reason = Literal["diverged", "interrupted", "not reduced"]
 CRITICAL_LOSS = math.log(2)
 """Loss in nats below which a token has p > 0.5, so that greedy decoding must produce it."""
 
+OPTIONAL = ("effective_parameters", "entropy_bits", "late_loss_drop", "text", "generated_token_accuracy", "drawn_as")
 # A run had not converged if the last tenth of its steps still gave this share of its loss reduction: at that pace, ten
 # more tenths would change dL by a tenth.
 LATE_DROP_SHARE = 0.01
+# Settings by which corpora of one seed differ in size alone.
+SIZES = ("length", "count", "pairs", "people", "size", "target_tokens")
 # Stored bits of a record may differ from entropy minus loss by this share of the entropy: rounding.
 ENTROPY_TOLERANCE = 1e-3
 
@@ -57,6 +62,11 @@ class Observation:
         late_loss_drop: By how much the training loss still fell at the end (see `pml.records.Record`).
         text: Identifies the text, such as the hash of its token ids; None where unknown.
         generated_token_accuracy: Share of target tokens that greedy decoding puts in their place; None where unknown.
+        drawn_as: Equal for texts of which the longer may begin with the shorter, drawn from one seed; None where
+            unknown.
+
+    Raises:
+        InputError: If a number is none that a run can have measured.
     """
 
     # Files of earlier versions say more of a run.
@@ -75,6 +85,23 @@ class Observation:
     late_loss_drop: float | None = None
     text: str | None = None
     generated_token_accuracy: float | None = None
+    drawn_as: str | None = None
+
+    def __post_init__(self) -> None:
+        # As plain Python, which arrays and data frames are not; a missing value of theirs is not a number.
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in OPTIONAL and isinstance(value, (float, np.floating)) and math.isnan(value):
+                value = None
+            elif isinstance(value, np.generic):
+                value = value.item()
+            elif field.name == "text" and value is not None:
+                value = str(value)
+            object.__setattr__(self, field.name, value)
+        for name in ("rank", "target_tokens", "effective_parameters", "pairs"):
+            number = getattr(self, name)
+            if number is not None and (number < 1 or number != int(number)):
+                raise InputError(f"{self.source}: {name} is {number!r}; expected a whole number of at least 1")
 
     @property
     def loss_reduction(self) -> float:
@@ -182,9 +209,16 @@ def observations_from_records(records: Mapping[Path, Record], adapter_size: Adap
             late_loss_drop=record.late_loss_drop,
             text=record.corpus_hash,
             generated_token_accuracy=record.generated_token_accuracy,
+            drawn_as=_drawn_as(record),
         )
         for path, record in records.items()
     )
+
+
+def _drawn_as(record: Record) -> str | None:
+    """What the corpus was drawn as, whatever its size; None where it was not drawn from a seed."""
+    settings = {name: value for name, value in record.corpus_settings.items() if name not in SIZES}
+    return json.dumps([record.corpus, settings], sort_keys=True, default=str) if "seed" in settings else None
 
 
 def _entropy_bits(record: Record) -> float | None:

@@ -74,7 +74,7 @@ class Predictor:
             quantiles = norm.ppf((np.arange(runs) + 0.5) / runs)
             noise, text = quantiles[:, None], random.permutation(quantiles)[:, None]
         if not known_text:
-            of_text = self.texts.spread * self.texts.t_over_z * text
+            of_text = self.texts.spread_at(points.target_tokens) * self.texts.t_over_z * text
             points = replace(points, initial_loss=np.maximum(self._initial_loss_draws(points, number) + of_text, 0.0))
         sensitivity = FORMS[fit.form].sensitivity(fit.values, points)
         # Noise in the power term reaches the loss by its sensitivity, noise at the ceiling by what is left of it.

@@ -3,6 +3,7 @@
 from typing import Final
 
 from pml.law.forms import FORMS
+from pml.law.intervals import GroupedBy
 from pml.law.law_fit import LawFit
 from pml.law.observations import saturated
 from pml.law.schema import FACTORS, Factor, FormFit
@@ -31,9 +32,15 @@ SYMBOLS: Final = {
 """Symbols of the parameters, with their units."""
 
 
+TOGETHER: dict[GroupedBy, str] = {"text": "the ranks on one text", "grid_point": "the seeds of one rank and length"}
+
+
 def parameters_table(law: LawFit, details: bool = True) -> TextTable:
     """The chosen form's parameters with 95 % intervals; with details those of the paper's form too."""
     fits = [law.best, *(fit for fit in law.fits if details and fit.form == PUBLISHED != law.form)]
+    groupings: dict[GroupedBy, list[str]] = {}
+    for fit in fits:
+        groupings.setdefault(fit.grouped_by, []).append(fit.form)
     rows = [
         (
             fit.form,
@@ -52,7 +59,10 @@ def parameters_table(law: LawFit, details: bool = True) -> TextTable:
         rows,
         words=(0, 1),
         note="p: sharpness of the soft minimum. Profile: from the likelihood. Bootstrap: over groups of runs, "
-        + ("the ranks on one text" if law.best.grouped_by == "text" else "the seeds of one rank and length")
+        + " and ".join(
+            TOGETHER[grouped_by] + (f" ({', '.join(forms)})" if len(groupings) > 1 else "")
+            for grouped_by, forms in groupings.items()
+        )
         + " together.",
     )
 

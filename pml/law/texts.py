@@ -55,6 +55,18 @@ class Texts:
         residuals = self.initial_loss_residuals
         return math.sqrt(float(residuals @ residuals) / self.degrees_of_freedom)
 
+    def spread_at(self, lengths: npt.ArrayLike) -> Array:
+        """The same at these lengths, in nats: a mean over l tokens scatters as 1 / sqrt(l).
+
+        As far as the texts reach: longer ones, which may be of several kinds, are taken to scatter as the longest do.
+        """
+        if len(self.losses) < FEWEST_TEXTS:
+            return np.zeros(np.shape(lengths))
+        of_texts = np.exp(self.log_lengths)
+        squares = float(of_texts @ self.initial_loss_residuals**2)
+        shortened = np.minimum(np.asarray(lengths, dtype=np.float64), of_texts.max())
+        return np.asarray(np.sqrt(squares / self.degrees_of_freedom / shortened))
+
     @property
     def initial_loss_residuals(self) -> Array:
         """The frozen model's loss on each text minus the line, in nats per target token, `(texts,)`."""

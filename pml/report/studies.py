@@ -105,7 +105,7 @@ def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
     sections += [
         Section("Recall by rank", panels=_recall_panels(anchor, by_method)),
         training_part(anchor, title, finished),
-        Section("Runs", tables=[*_side_effects(records), _runs(groups, observations, laws)]),
+        Section("Runs", tables=[*_side_effects(groups), _runs(groups, observations, laws)]),
     ]
     return Study(
         anchor=anchor,
@@ -208,11 +208,13 @@ def _runs(groups: list[Group], observations: Mapping[str, list[Observation]], la
     ).known()
 
 
-def _side_effects(records: Mapping[Path, Record]) -> list[TextTable]:
+def _side_effects(groups: list[Group]) -> list[TextTable]:
     """What memorising did to other text, and tokens put in at random apart from the others, where runs measured it."""
-    retention, kinds = [], []
-    for run in records.values():
-        of_run = (f"{run.target_tokens:,}", f"{run.rank:,}", str(run.seed))
+    retention, kinds, short = [], [], short_method_names(group.method for group in groups)
+    for method, run in ((group.method, run) for group in groups for run in group.records.values()):
+        if run.status == "interrupted":
+            continue
+        of_run = (f"{run.target_tokens:,}", f"{run.rank:,}", short[method], str(run.seed))
         for text, found in run.retention.items():
             retention.append((*of_run, text, show_loss(found.get("loss_before")), show_loss(found.get("loss_after"))))
         for kind, found in sorted(run.by_kind.items()):
@@ -220,20 +222,20 @@ def _side_effects(records: Mapping[Path, Record]) -> list[TextTable]:
             number = "-" if tokens is None else f"{tokens:,.0f}"
             right = show_percent(found.get("token_accuracy"))
             kinds.append((*of_run, kind, number, *map(show_loss, losses), right))
-    of_run = ("target tokens", "rank", "seed")
+    of_run = ("target tokens", "rank", "method", "seed")
     tables = [
         TextTable(
             "What memorising did to other text",
             (*of_run, "text", "loss before", "loss after"),
             retention,
-            words=(3,),
+            words=(2, 4),
             note="Loss in nats per token of text outside the corpus.",
         ),
         TextTable(
             "Tokens put in at random, and the others",
             (*of_run, "kind", "tokens", "start loss", "final loss", "tokens right %"),
             kinds,
-            words=(3,),
+            words=(2, 4),
         ),
     ]
     return [table for table in tables if table.rows]
