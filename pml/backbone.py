@@ -295,8 +295,7 @@ def backbone_facts(name: str = DEFAULT_BACKBONE) -> dict[str, Any]:
     """What a backbone is, without loading its weights; downloads it where that has not been done.
 
     Returns:
-        `name`, `path` of its folder, `content_hash`, number of `parameters`, number of `blocks`, `hidden_size`, and
-        size of the `vocabulary`.
+        `name`, `path` of its folder, `content_hash`, `hidden_size`, and numbers of `parameters`, `blocks`, `vocabulary`.
 
     Raises:
         InputError: See `load_backbone`.

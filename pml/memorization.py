@@ -192,8 +192,7 @@ class Memorization(LightningModule):
         return self._frozen_layers
 
     def setup(self, stage: str) -> None:
-        if stage == "fit":
-            # A checkpoint is loaded after this.
+        if stage == "fit":  # A checkpoint is loaded after this.
             self.tokens_trained = self._skipped = self.resumed = 0
             self.global_batch = GlobalBatch()
         check_precision(self.trainer.precision)
