@@ -295,7 +295,7 @@ def backbone_facts(name: str = DEFAULT_BACKBONE) -> dict[str, Any]:
     """What a backbone is, without loading its weights; downloads it where that has not been done.
 
     Returns:
-        `name`, `path` of its folder, `content_hash`, `hidden_size`, and numbers of `parameters`, `blocks`, `vocabulary`.
+        `name`, `path` of its folder, `content_hash`, `hidden_size`, and the sizes `parameters`, `blocks`, `vocabulary`.
 
     Raises:
         InputError: See `load_backbone`.
