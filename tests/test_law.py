@@ -544,7 +544,7 @@ class TestNotebooks:
         runs = [
             Observation(
                 np.int64(r),  # type: ignore[arg-type]
-                np.int32(tokens),  # type: ignore[arg-type]
+                float(tokens),  # type: ignore[arg-type]
                 np.float64(13.0),
                 np.float32(13.0 - 20 * r**0.5 / tokens**0.5),  # type: ignore[arg-type]
                 0,
@@ -558,7 +558,9 @@ class TestNotebooks:
         law = fit_law(runs)
         assert LawFit.from_json(json.dumps(law.to_json())).observations == law.observations
 
-    @pytest.mark.parametrize("fields", [{"rank": 0}, {"target_tokens": 2.5}, {"effective_parameters": -1}], ids=str)
+    @pytest.mark.parametrize(
+        "fields", [{"rank": 0}, {"rank": math.nan}, {"target_tokens": 2.5}, {"effective_parameters": -1}], ids=str
+    )
     def test_sizes_that_no_run_has_are_refused(self, fields: dict[str, Any]) -> None:
         known = {"rank": 1, "target_tokens": 64, "initial_loss": 13.0, "final_loss": 1.0, "seed": 0, "source": "here"}
         (name,) = fields

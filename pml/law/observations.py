@@ -100,8 +100,11 @@ class Observation:
             object.__setattr__(self, field.name, value)
         for name in ("rank", "target_tokens", "effective_parameters", "pairs"):
             number = getattr(self, name)
-            if number is not None and (number < 1 or number != int(number)):
+            if number is None:
+                continue
+            if not (number >= 1 and float(number).is_integer()):
                 raise InputError(f"{self.source}: {name} is {number!r}; expected a whole number of at least 1")
+            object.__setattr__(self, name, int(number))
 
     @property
     def loss_reduction(self) -> float:
