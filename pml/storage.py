@@ -129,9 +129,9 @@ def plan_rank(
     constant, warnings = constant_for(config.placement, config.guard is not None, constants or read_constants())
     size = size_of_rank(backbone, config)
     alone = surprisal_bits(backbone, examples)
-    if len(examples) > SAMPLE:
-        number = len(sampled(len(examples)))
-        warnings = [*warnings, f"surprisal was measured on {number} of the pairs, evenly spaced"]
+    measured = len(sampled(len(examples), SAMPLE))
+    if measured < len(examples):
+        warnings = [*warnings, f"surprisal was measured on {measured} of the pairs, evenly spaced"]
     # The first pair has no context, and some contexts mislead.
     bits = min(alone, surprisal_bits(backbone, examples, CONTEXT)) if len(examples) > 1 else alone
 

@@ -20,7 +20,7 @@ SAMPLE = 32
 """Pairs whose surprisal is measured, evenly spaced; that of the others is taken to be the same per target token."""
 
 
-def sampled(pairs: int, sample: int = SAMPLE) -> range:
+def sampled(pairs: int, sample: int) -> range:
     """Which of so many pairs are measured."""
     return range(0, pairs, -(-pairs // sample))
 

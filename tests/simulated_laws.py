@@ -52,13 +52,15 @@ def grid(
     return runs
 
 
-def saturating_runs(noise: np.random.Generator, spread: float = 0.1, relative: float = 0.0) -> list[Observation]:
+def saturating_runs(
+    noise: np.random.Generator, spread: float = 0.1, relative: float = 0.0, sharpness: float = 4.0
+) -> list[Observation]:
     """Runs of a law that ends at 13 nats; below the ceiling they scatter, at it they hardly do."""
     runs = []
     for rank, length in itertools.product((1, 2, 3, 4, 6), (64, 96, 144, 216)):
         power = 110.0 * rank**0.7 / length**0.6 * (1 + relative * noise.normal())
-        reduction = (power**-4 + 13.0**-4) ** -0.25
-        reach = (1 + (power / 13.0) ** 4) ** -1.25
+        reduction = (power**-sharpness + 13.0**-sharpness) ** (-1 / sharpness)
+        reach = (1 + (power / 13.0) ** sharpness) ** -(1 + 1 / sharpness)
         runs.append(run(rank, length, min(reduction + spread * reach * noise.normal(), 12.99), initial=13.0))
     return runs
 

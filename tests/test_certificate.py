@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from transformers import GenerationConfig
 
+import pml.decoding
 from callbacks import StopWhenRecalled
 from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
@@ -30,6 +32,7 @@ from pml.evaluating import evaluating
 from pml.modules import SFT, MemFT, Memorization
 from pml.served import decoded_together
 from tests.fits import module_on, save_sharpened
+from tests.tiny_architectures import tiny_model
 from tests.tiny_runs import Ids, make_trainer, uneven
 
 
@@ -75,6 +78,14 @@ def test_a_pair_is_certain_right_or_failing_where_its_weakest_token_says_so() ->
     assert failing.margins.tolist() == [7.0, -1.0, 7.0]
 
 
+def test_a_token_of_exactly_one_half_is_right_and_not_certain() -> None:
+    # One token has half of the probability, two others a quarter each.
+    model = Fixed({0: [0.0, math.log(2), 0.0, -math.inf]})
+    (known,) = certify(model, [Example(0, (0,), (1,))])
+    assert (known.verdict, known.probability) == ("right", 0.5)
+    assert known.margin == pytest.approx(math.log(2))
+
+
 def test_a_pair_is_certain_only_beyond_rounding() -> None:
     model = Fixed({0: [0.0, 9.0, 0.0, 0.0], 1: [0.0, 0.0, 2.5, 0.0], 2: [0.0, 0.0, 0.0, 0.0]})
     examples = [Example(0, (0,), (1,)), Example(1, (0,), (1, 2)), Example(2, (0,), (2,))]
@@ -93,6 +104,41 @@ def test_rounding_is_the_largest_move_of_a_margin_with_the_smallest_margins_meas
     assert measure_rounding(model, examples, forced) == (0.5, 4)
     assert measure_rounding(model, examples, forced, most_tokens=3) == (0.25, 3)
     assert measure_rounding(model, examples, [*forced[:1], torch.tensor([9.0, 2.0, 4.0])], most_tokens=1) == (0.0, 1)
+
+
+class Alone(Fixed):
+    """Gives token 1 half a logit less in a row that is read by itself."""
+
+    def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:
+        out = super().forward(input_ids, **more)
+        out.logits[..., 1] -= 0.5 * (len(input_ids) == 1)
+        return out
+
+
+def test_rounding_is_that_of_a_row_by_itself_too() -> None:
+    examples, margins = [Example(i, (0,), (1,)) for i in range(2)], [torch.tensor([9.0])] * 2
+    assert measure_rounding(Alone({0: [0.0, 9.0, 0.0, 0.0]}), examples, margins) == (0.5, 2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "jamba"])
+def test_long_targets_are_read_piece_by_piece(
+    architecture: str, make_tiny_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Three tokens at a time; a model that keeps a state goes on from it by one token only.
+    model: Any = make_tiny_backbone("llama").model if architecture == "llama" else tiny_model(architecture).eval()
+    monkeypatch.setitem(pml.decoding.LOGITS_BYTES, "cpu", 4 * 3 * model.config.vocab_size)
+    example = Example(0, (5, 6, 7), (9, 8, 7, 16, 15, 14, 3, 2))
+    targets = torch.tensor(example.target_ids)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([example.prompt_ids + example.target_ids])).logits[0, 2:-1].float()
+    (known,) = certify(model, [example])
+    torch.testing.assert_close(known.margins, token_margins(logits, targets)[0], rtol=1e-4, atol=1e-4)
+    log_p = (logits / 0.7).log_softmax(-1)[range(8), targets]
+    assert log_probability(model, example, 0.7) == pytest.approx(float(log_p.sum()), rel=1e-4)
+    # The first wrong token is a token of the whole target, not of a piece.
+    wrong = int((known.margins <= 0).nonzero()[0])
+    assert (known.position, known.rival) == (wrong, int(token_margins(logits, targets)[1][wrong]))
+    assert known.probability == pytest.approx(float(logits.softmax(-1)[wrong, targets[wrong]]), rel=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Claims: one worker at a time has a cell, and a dead one's claim is free again."""
 
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -55,6 +56,12 @@ def test_a_claim_says_who_has_it(tmp_path: Path) -> None:
     lock = tmp_path / "cell.lock"
     lock.write_text(re.sub(r"(?m)^host=.*$", "host=elsewhere", lock.read_text()))
     assert own.holder("cell") == f"elsewhere, process {process.pid}"
+
+
+def test_a_claim_that_is_just_being_written_is_somebody_s(tmp_path: Path) -> None:
+    # Its process is not there yet.
+    (tmp_path / "cell.lock").write_text(f"host={socket.gethostname()}\npid=\n")
+    assert Claims(tmp_path).holder("cell") == f"{socket.gethostname()}, process "
 
 
 def test_the_claim_of_a_killed_process_is_free_at_once_on_the_same_host(tmp_path: Path) -> None:

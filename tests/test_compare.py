@@ -2,10 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from record_factory import make_record, write_run
 from scipy import stats
@@ -107,6 +110,11 @@ class TestDifference:
     def test_an_interval_around_zero_decides_nothing(self) -> None:
         assert paired_difference(LOSS, [1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 4.0, 3.0]).verdict == "undecided"
 
+    @pytest.mark.parametrize("interval", [(0.0, 2.0), (-2.0, 0.0)])
+    def test_an_interval_that_ends_at_zero_decides_nothing(self, interval: tuple[float, float]) -> None:
+        found = paired_difference(LOSS, [1.0, 2.0, 3.0, 4.0], [2.0, 3.1, 4.0, 5.1])
+        assert replace(found, interval=interval).verdict == "undecided"
+
 
 class TestOutcomes:
     def test_a_run_is_measured_in_both_aims(self, tmp_path: Path) -> None:
@@ -116,6 +124,14 @@ class TestOutcomes:
         assert (found["tokens_certain"], found["steps_to_certain"], found["first_failure"]) == (75.0, 9.0, 12.0)
         assert found["targets_certain"] in (0.0, 25.0, 50.0, 75.0, 100.0)
         assert found["harm"] is None
+
+    def test_a_target_is_certain_where_all_of_its_tokens_are(self, tmp_path: Path) -> None:
+        # Four targets: certain; doubtful at the end; doubtful at the beginning; certain.
+        tokens = [(0, 0, 0.9), (0, 1, 0.8), (1, 0, 0.9), (1, 1, 0.4), (2, 0, 0.3), (2, 1, 0.9), (3, 0, 0.6)]
+        examples, positions, probabilities = zip(*tokens, strict=True)
+        columns = {"example_id": examples, "position": positions, "loss": [-math.log(p) for p in probabilities]}
+        pq.write_table(pa.table({**columns, "correct": [p > 0.5 for p in probabilities]}), tmp_path / "tokens.parquet")
+        assert outcomes_of(tmp_path, sft(pairs=4, target_tokens=7))["targets_certain"] == 50.0
 
     def test_without_per_token_results_nobody_knows_how_many_targets_are_certain(self) -> None:
         assert outcomes_of(Path("gone"), sft())["targets_certain"] is None
@@ -204,6 +220,7 @@ class TestPairs:
             {"block": [3]},
             {"placement": ["down_proj"]},
             {"init": "peft"},
+            {"method_settings": {"weighting": "OnlyThreshold", "matmul_precision": "medium"}},
         ],
     )
     def test_what_differs_in_more_than_the_method_is_no_pair(self, fields: dict[str, Any]) -> None:
@@ -219,6 +236,12 @@ class TestPairs:
         (found,) = compare(records)
         assert [left.runs for left in found.left_out] == [("s", "t", "m")]
         assert "several runs of one method" in found.left_out[0].reason
+
+    def test_a_run_of_the_baseline_that_no_method_has_a_pair_for_is_left_out_once(self) -> None:
+        records = pairs([5.0], [4.0]) | {Path("slide"): memft("SlidingWindow", final_loss=6.0), Path("s"): sft(seed=9)}
+        (found,) = compare(records)
+        assert len({difference.method for difference in found.differences}) == 2
+        assert [left.runs for left in found.left_out] == [("s",)]
 
     def test_interrupted_and_diverged_runs_are_left_out(self) -> None:
         records = pairs([5.0, 5.0, 5.0], [4.0, 4.0, 4.0])
@@ -242,6 +265,11 @@ class TestPairs:
         settings = {"weighting": "x", "learning_rate": 0.1, "_class_path": "pml.modules.MemFT", "alpha": 2}
         (found,) = compare({Path("a"): sft(), Path("b"): memft(method_settings=settings)})
         assert found.settings == {"learning_rate": ["0.05", "0.1"]}
+        # Which class a method is of is no setting of it.
+        of_one_s_own = settings | {"weighting": "y", "_class_path": "mine.MySFT"}
+        first = make_record(method="sft", method_settings=of_one_s_own)
+        (found,) = compare({Path("a"): first, Path("b"): memft(method_settings=settings)})
+        assert found.settings == {}
 
     @pytest.mark.parametrize(
         ("guard", "training", "expected"),

@@ -97,6 +97,20 @@ def test_an_answer_may_end_with_its_first_wrong_token(tiny_backbone: Backbone, f
     assert greedy_tokens(tiny_backbone.model, asked, to_the_end=False) == dict(enumerate(cut))
 
 
+def test_a_short_target_that_is_wrong_late_and_a_long_one_that_is_wrong_early_are_decoded_together(
+    tiny_backbone: Backbone,
+) -> None:
+    prompts = [(5, 6, 7, 8), (40, 41, 42, 43)]
+    asked = [Example(i, prompt, (0,) * n) for i, (prompt, n) in enumerate(zip(prompts, (6, 12), strict=True))]
+    answers = greedy_answers(tiny_backbone.model, asked)
+    targets = [
+        tuple((token + 1) % 259 if t == wrong else token for t, token in enumerate(answer))
+        for answer, wrong in zip(answers, (5, 1), strict=True)
+    ]
+    examples = [Example(i, prompt, target) for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True))]
+    assert greedy_tokens(tiny_backbone.model, examples) == dict(enumerate(answers))
+
+
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     """Shapes of what is read."""
@@ -141,16 +155,16 @@ def test_rows_that_are_decided_are_read_no_further(
 class Wavering(torch.nn.Module):
     """Prefers token 2 by a hair when it reads several tokens, and token 3 by a hair when it reads one."""
 
-    def __init__(self, hair: float) -> None:
+    def __init__(self, hair: float, logit: float = 10.0, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.hair = hair
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.hair, self.logit = hair, logit
+        self.device, self.dtype = torch.device("cpu"), dtype
         text = type("Text", (), {"vocab_size": 6})
         self.config = type("Config", (), {"get_text_config": lambda _: text})()
 
     def forward(self, input_ids: torch.Tensor, past_key_values: Any, **_: Any) -> Any:
-        logits = torch.zeros(*input_ids.shape, 6)
-        logits[..., 2:4] = 10
+        logits = torch.full((*input_ids.shape, 6), self.logit - 10)
+        logits[..., 2:4] = self.logit
         logits[..., 2 if input_ids.shape[1] > 1 else 3] += self.hair
         layers = [pml.decoding.DynamicLayer()]
         return type("Out", (), {"past_key_values": type("Cache", (), {"layers": layers}), "logits": logits})
@@ -161,6 +175,18 @@ def test_a_tie_within_rounding_is_decided_token_by_token() -> None:
     # 1e-5 of 10 is within what float32 may round away; 1e-2 is not.
     assert greedy_tokens(Wavering(1e-5), asked) == {0: (3, 3, 3)}
     assert greedy_tokens(Wavering(1e-2), asked) == {0: (2, 2, 2)}
+    # Rounding goes by the size of the logits, whatever their sign.
+    assert greedy_tokens(Wavering(1e-5, logit=-10.0), asked) == {0: (3, 3, 3)}
+    # In bfloat16 0.25 of 10 may be rounding, and 1 may not.
+    assert greedy_tokens(Wavering(0.25, dtype=torch.bfloat16), asked) == {0: (3, 3, 3)}
+    assert greedy_tokens(Wavering(1.0, dtype=torch.bfloat16), asked) == {0: (2, 2, 2)}
+
+
+def test_an_answer_does_not_end_with_a_token_that_is_wrong_by_no_more_than_rounding() -> None:
+    # Read together, token 2 wins by a hair; one by one the target comes back.
+    asked = [Example(0, (1,), (3, 3, 3))]
+    assert greedy_tokens(Wavering(1e-5), asked, to_the_end=False) == {0: (3, 3, 3)}
+    assert greedy_tokens(Wavering(1e-2), asked, to_the_end=False) == {0: (2,)}
 
 
 def test_ties_go_to_the_lowest_id() -> None:

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pml.adapter import AdapterConfig, adapter_parameters, adapter_state, attach_adapter, load_adapter, lora_layers
-from pml.backbone import Backbone
+from pml.backbone import Backbone, load_backbone
 from pml.certificate import certify
 from pml.corpus import collate
 from pml.errors import InputError
@@ -46,6 +47,9 @@ def test_free_directions_are_orthogonal_to_the_largest_principal_ones() -> None:
     torch.testing.assert_close(line.abs(), torch.tensor([[0.8], [0.6], [0.0]]))
     torch.testing.assert_close(free_directions(moment, 0.5, directions=2).abs(), line.abs())
     torch.testing.assert_close(plane.T @ plane, torch.eye(2))
+    # No direction is left by as many guarded ones as there are, or more.
+    for directions in (3, 4):
+        assert free_directions(moment, 0.5, directions=directions).shape == (3, 0)
 
 
 def test_the_mean_is_guarded_too() -> None:
@@ -140,6 +144,38 @@ def test_moments_are_computed_once_and_kept_on_disk(
     assert len(list((tmp_path / "cache" / "guard").iterdir())) == 2
 
 
+def test_moments_are_kept_by_the_weights_and_the_dtype_that_they_are_of(
+    tiny_backbone: Backbone, text: str, tmp_path: Path
+) -> None:
+    for change in (
+        lambda: None,
+        lambda: setattr(tiny_backbone, "content_hash", "of other weights"),
+        lambda: tiny_backbone.model.bfloat16(),
+    ):
+        change()
+        input_moments(tiny_backbone, ["model.layers.1.mlp"], GuardConfig(text=text))
+    assert len(list((tmp_path / "cache" / "guard").iterdir())) == 3
+
+
+def test_moments_of_a_backbone_whose_lower_blocks_are_freed_are_those_of_the_whole_one(
+    tiny_backbone_folder: Path, text: str, tmp_path: Path
+) -> None:
+    names, config = ["model.layers.1.mlp"], GuardConfig(text=text)
+    whole = input_moments(load_backbone(str(tiny_backbone_folder)), names, config)
+    shutil.rmtree(tmp_path / "cache")
+    freed = load_backbone(str(tiny_backbone_folder))
+    freed.release(2)
+    torch.testing.assert_close(input_moments(freed, names, config), whole)
+
+
+def test_blocks_above_the_highest_guarded_layer_are_not_run(tiny_backbone: Backbone, text: str) -> None:
+    ran: list[int] = []
+    for i, block in enumerate(tiny_backbone.blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: ran.append(i))
+    input_moments(tiny_backbone, ["model.layers.0.mlp", "model.layers.1.mlp"], GuardConfig(text=text))
+    assert set(ran) == {0, 1}
+
+
 def test_the_text_that_ships_has_prose_code_and_chats(tiny_backbone: Backbone) -> None:
     moment = input_moments(tiny_backbone, ["model.layers.0.mlp"], GuardConfig())
     assert torch.linalg.matrix_rank(moment["model.layers.0.mlp"]) == 32
@@ -204,13 +240,15 @@ def test_a_guard_that_leaves_too_little_is_refused_and_the_backbone_stays_free(
 ) -> None:
     with pytest.raises(InputError, match=r"leaves 1 of 32 directions of model\.layers\.2\.mlp free, and adapter\.rank"):
         attach_adapter(tiny_backbone, guarded(text, guard=GuardConfig(directions=31, text=text)))
-    attach_adapter(tiny_backbone, guarded(text))
+    # Two are enough for rank 2.
+    attach_adapter(tiny_backbone, guarded(text, guard=GuardConfig(directions=30, text=text)))
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"variance": 1.0}, "variance is 1.0; expected a share between 0 and 1"),
+        ({"variance": 0.0}, "variance is 0.0; expected a share between 0 and 1"),
         ({"directions": 0}, "directions is 0; expected at least 1"),
     ],
 )

@@ -1,6 +1,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from pml.adapter import adapter_parameters
 from pml.backbone import load_backbone
 from pml.corpus import Example, collate
 from pml.errors import InputError
-from pml.kl_penalty import KlPenalty, KlPenaltyConfig, kl_divergence
+from pml.kl_penalty import KlPenalty, KlPenaltyConfig, kl_divergence, turn_of
 from pml.modules import Memorization
 from pml.state_store import CacheConfig
 from pml.weighting import weighted_mean
@@ -88,6 +89,42 @@ def test_longer_text_is_cut_into_pieces_that_follow_the_token_before_them(sharp:
     pieces = {(decode(e.prompt_ids), decode(e.target_ids)) for e in penalty.passages}
     assert pieces == {("a", "bcdef"), ("f", "ghijk"), ("k", "lm")}
     assert sorted(e.example_id for e in penalty.passages) == [0, 1, 2]
+
+
+def test_of_fewer_pieces_than_asked_for_all_are_drawn_every_time(sharp: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("abcdefghijklm")
+    config = replace(PASSAGES, passages=5, text=str(tmp_path / "own.txt"))
+    penalty = KlPenalty(config, load_backbone(str(sharp)), seed=3)
+    assert len(penalty.passages) == 3
+    assert penalty.chosen(0) == penalty.chosen(1) == penalty.passages
+
+
+def test_turns_count_the_micro_batches_of_all_steps_and_ranks() -> None:
+    # The second of four ranks, in the second micro-batch of the fourth step; the epoch began with an odd one.
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=2, global_step=3, world_size=4, global_rank=1)
+    assert turn_of(trainer, 5) == (3 * 2 + 1) * 4 + 1
+
+
+def test_a_bias_of_the_head_is_in_the_logits_of_both_models(sharp: Path) -> None:
+    module = module_on(sharp)
+    bias = torch.randn(module.vocab_size, generator=torch.Generator().manual_seed(4))
+    module.backbone.model.get_output_embeddings().bias = torch.nn.Parameter(bias, requires_grad=False)
+    kicked(module)
+    penalty = KlPenalty(PASSAGES, module.backbone, seed=1)
+    assert module.frozen_layers.head is not None
+    ours = penalty.loss(module.frozen_layers, module.model, 1)
+    torch.testing.assert_close(ours.double(), divergence_by_hand(module, penalty.chosen(1)), rtol=1e-4, atol=1e-6)
+
+
+def test_where_more_than_a_head_follows_the_whole_model_is_asked_frozen_and_adapted(
+    sharp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = kicked(module_on(sharp))
+    penalty = KlPenalty(PASSAGES, module.backbone, seed=1)
+    monkeypatch.setattr(module.frozen_layers, "head", None)
+    ours = penalty.loss(module.frozen_layers, module.model, 1)
+    assert ours > 0.01
+    torch.testing.assert_close(ours.double(), divergence_by_hand(module, penalty.chosen(1)), rtol=1e-4, atol=1e-6)
 
 
 def test_what_the_frozen_model_says_is_computed_once(sharp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

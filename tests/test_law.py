@@ -35,6 +35,7 @@ from pml.law import (
     saturated,
     shared_setting,
 )
+from pml.law.observations import unconverged
 from pml.law.selection import rank_forms
 
 PARAMETERS = FORMS["power_offset"].fitted
@@ -99,6 +100,24 @@ class TestSaturation:
 
     def test_the_loss_reduction_is_initial_minus_final_loss(self) -> None:
         assert Observation(1, 64, 13.5, 3.25, 0, "x").loss_reduction == 10.25
+
+
+class TestConvergence:
+    @pytest.mark.parametrize(
+        ("final", "drop", "expected"),
+        [
+            # A hundredth of the 12 nats that it reduced the loss by is 0.12.
+            (1.0, 0.13, True),
+            (1.0, 0.11, False),
+            (1.0, None, False),
+            # The text limits it.
+            (0.5, 1.0, False),
+        ],
+    )
+    def test_a_run_that_still_gained_a_hundredth_of_its_reduction_had_not_converged(
+        self, final: float, drop: float | None, expected: bool
+    ) -> None:
+        assert unconverged(Observation(1, 64, 13.0, final, 0, "x", late_loss_drop=drop)) is expected
 
 
 class TestRecovery:
@@ -634,7 +653,7 @@ class TestRecords:
             ({"corpus_settings": {"templates": 2}}, False),
             # 1000 bits less 100 tokens of 1 bit.
             ({"memorized_bits": 900.5}, True),
-            ({"memorized_bits": 940.0}, False),
+            ({"memorized_bits": 901.5}, False),
             ({"memorized_bits": 0.0}, True),
             ({"memorized_bits": None}, True),
         ],

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.optimize import approx_fprime
 from scipy.stats import t
 from simulated_laws import (
     HIGH_LOSS,
@@ -23,11 +24,9 @@ from pml.errors import InputError
 from pml.figures import law_figure
 from pml.law import FORMS, FormName, LawFit, Observation, fit_law, saturated
 from pml.law.data import data_of, weights
-from pml.law.intervals import (
-    noise_of,
-    t_quantile,
-)
-from pml.law.selection import held_out_error
+from pml.law.intervals import Noise, bootstrap, choose_groups, noise_of, standard_errors, t_quantile
+from pml.law.least_squares import solve, to_theta
+from pml.law.selection import aicc, held_out_error
 from pml.law.texts import texts_of
 from pml.plan import outcome_of_rank
 
@@ -128,6 +127,48 @@ class TestIntervals:
             # Refits stop far below the spread of their draws.
             assert replicated.bootstrap == pytest.approx(alone.bootstrap, rel=1e-3)
             assert replicated.profile == pytest.approx(alone.profile, rel=1e-3)
+
+    def test_profile_intervals_are_those_of_student_s_t_where_the_law_is_nearly_straight(self) -> None:
+        # Noise of a few 1e-4 of the reductions; nine runs and three parameters.
+        fit = fit_one(grid(np.random.default_rng(1), of_point=0.001), "power")
+        for name, estimate in fit.parameters.items():
+            assert estimate.stderr is not None
+            assert estimate.profile is not None, name
+            assert np.ptp(estimate.profile) == pytest.approx(2 * t_quantile(9 - 3) * estimate.stderr, rel=0.02)
+
+    def test_weights_are_relative_so_twice_as_large_they_change_no_draw(self) -> None:
+        form, data = FORMS["power"], data_of(grid(np.random.default_rng(1), of_point=0.05), "rank")
+        solution = solve(form, data)
+        assert solution is not None
+        heavier = replace(solution, data=replace(data, root_weights=2 * data.root_weights))
+        draws, same = (bootstrap(one, "grid_point") for one in (solution, heavier))
+        assert draws.std(axis=0).min() > 0
+        np.testing.assert_allclose(same, draws, rtol=1e-5, atol=1e-7)
+
+    def test_no_draw_has_a_sharpness_beyond_its_range(self) -> None:
+        # A bend so narrow that runs with so much noise hardly show how narrow it is.
+        form, data = FORMS["ceiling"], data_of(saturating_runs(np.random.default_rng(1), 0.3, sharpness=24.0), "rank")
+        solution = solve(form, data)
+        assert solution is not None
+        sharpness = np.exp(bootstrap(solution, "grid_point")[:, form.fitted.index("sharpness")])
+        assert sharpness.min() >= 0.5 * (1 - 1e-9)
+        assert sharpness.max() == pytest.approx(32)
+
+    def test_standard_errors_are_those_of_a_jacobian_by_finite_differences(self) -> None:
+        # Of parameters that have to be above 0, and are fitted as they are.
+        runs = [
+            replace(r, effective_parameters=1000 * r.rank, entropy_bits=13.0 / math.log(2) * r.target_tokens)
+            for r in saturating_runs(np.random.default_rng(0))
+        ]
+        form, data = FORMS["stored_bits"], data_of(runs, "rank")
+        solution = solve(form, data)
+        assert solution is not None
+        result = standard_errors(solution, Noise(0.1, 0.1, 18))
+        assert result is not None
+        at = np.array([solution.values[name] for name in form.fitted])
+        jacobian = approx_fprime(at, lambda v: form.evaluate(dict(zip(form.fitted, v, strict=True)), data.points), 1e-7)
+        expected = 0.1 * np.sqrt(np.diag(np.linalg.inv(jacobian.T @ jacobian)))
+        assert [result.params[name].stderr for name in form.fitted] == pytest.approx(expected, rel=1e-3)
 
     def test_a_run_below_the_ceiling_has_its_own_noise_and_at_it_hardly_any(self) -> None:
         fit = fit_one(saturating_runs(np.random.default_rng(0)), "ceiling")
@@ -242,6 +283,22 @@ class TestTexts:
         best = published(alike).best
         assert (best.grouped_by, best.degrees_of_freedom) == ("grid_point", 16 - 4)
 
+    @pytest.mark.parametrize(("of_text", "chosen"), [(2.0, "grid_point"), (2.5, "text")])
+    def test_the_grouping_is_the_one_whose_widened_standard_deviation_is_larger(
+        self, of_text: float, chosen: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Draws of a variance of 2 or 2.5 by texts and 1 by grid points, whose few degrees widen deviations by 1.5.
+        solution = solve(FORMS["power"], data_of(runs_with_texts(np.random.default_rng(0), effect=1.0), "rank"))
+        assert solution is not None
+        at, step = to_theta(solution.form, solution.values), np.array([1e-6, 0.0, 0.0])
+        draws = {"text": math.sqrt(of_text), "grid_point": 1.0}
+        monkeypatch.setattr(
+            "pml.law.intervals.bootstrap", lambda _, by: np.array([at - draws[by] * step, at + draws[by] * step])
+        )
+        by_text = noise_of(solution.residual, solution.data, "text", 3).degrees_of_freedom
+        monkeypatch.setattr("pml.law.intervals.t_over_z", lambda degrees: 1.0 if degrees == by_text else 1.5)
+        assert choose_groups(solution) == chosen
+
     def test_the_effect_of_a_text_of_another_kind_is_limited(self) -> None:
         fit = published(runs_with_texts(np.random.default_rng(0), effect=1.0))
         law = fit.model_copy(update={"fits": [fit.best.model_copy(update={"text_effect": 0.5})]})
@@ -266,6 +323,12 @@ class TestCriteria:
         assert n < len(law.observations)
         expected = n * math.log(sum(squares) / n) + 2 * p + 2 * p * (p + 1) / (n - p - 1)
         assert fit.aicc == pytest.approx(expected, rel=1e-9)
+
+    def test_a_form_that_goes_through_all_runs_has_an_aicc_as_if_it_missed_them_by_what_float32_shows(self) -> None:
+        data = data_of(grid(np.random.default_rng(0)), "rank")
+        # Nine grid points, three parameters and the variance.
+        expected = 9 * math.log(1e-12) + 2 * 4 + 2 * 4 * 5 / (9 - 4 - 1)
+        assert aicc(data, data.measured, 3) == pytest.approx(expected)
 
     def test_seeds_of_one_grid_point_are_no_further_evidence_for_a_form(self) -> None:
         # All seeds lie where the only one of the first grid does.
@@ -318,6 +381,11 @@ class TestHeldOut:
         assert (held.value, held.runs) == (256, 4)
         assert held.mape_percent == pytest.approx(100 * float(np.mean(missed)), rel=1e-5)
         assert held.mape_percent > 0.5
+
+    def test_of_two_lengths_none_is_held_out(self) -> None:
+        fit = published(grid(np.random.default_rng(4), lengths=(64, 256), of_point=0.2)).best
+        assert fit.largest("rank") is not None
+        assert fit.largest("target_tokens") is None
 
     def test_replicates_that_are_held_out_do_not_weight_the_others(self) -> None:
         # The seeds of the largest length are far apart, which would make the others' spreads look alike.

@@ -182,6 +182,10 @@ def test_extraction_keeps_its_digits_where_the_formula_has_none() -> None:
     assert 1 - nearly == pytest.approx(1e-12, rel=1e-3)
 
 
+def test_a_loss_that_rounding_puts_below_zero_is_that_of_a_certain_target() -> None:
+    assert metrics.extraction_probability(scores([[-1e-7, 0.0]], [[1, 1]]), 3).item() == 1
+
+
 def test_extraction_is_what_sampling_finds() -> None:
     table = scores([[0.5, 0.9], [1.2, 1.4, 0.6]], [[1, 1], [0, 0, 1]])
     generator = torch.Generator().manual_seed(2)

@@ -1,7 +1,9 @@
 """Plans: ranks and outcomes by hand-worked numbers, their intervals, and what is said beyond what was measured."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from simulated_laws import fit_one
 from pml.cli import main
 from pml.errors import InputError
 from pml.law import LAW_NAME, LawFit, Observation
-from pml.plan import outcome_of_rank, rank_for_loss_reduction, rank_for_recall
+from pml.plan import _Corpus, _plan, outcome_of_rank, rank_for_loss_reduction, rank_for_recall
 from pml.plan_answer import LARGEST_RANK, Plan
 from pml.recall_model import RecallModel
 from pml.records import write_json
@@ -55,6 +57,10 @@ def law() -> LawFit:
 def test_a_text_with_a_frozen_loss_far_from_those_of_the_law_is_pointed_out(law: LawFit) -> None:
     within, beyond = (outcome_of_rank(law, 400, 4, initial_loss=loss).beyond for loss in (12.0, 2.3))
     assert not any("kind of text" in sentence for sentence in within)
+    # As many nats as 1.1 times this are what the law's texts have.
+    for loss, said in ((13 / 1.1 + 0.01, False), (13 / 1.1 - 0.01, True), (14.29, False), (14.31, True)):
+        sentences = outcome_of_rank(law, 400, 4, initial_loss=loss).beyond
+        assert any("kind of text" in sentence for sentence in sentences) is said, loss
     assert beyond[-1] == (
         "the frozen model's loss is 2.3 nats per target token, that of the law's texts 13 to 13: the law does not "
         "cover this kind of text"
@@ -71,6 +77,26 @@ def test_the_smallest_rank_for_a_loss_reduction_by_hand(law: LawFit) -> None:
     assert (plan.outcome.effective_parameters, plan.outcome.megabytes) == (700, 0.0028)
     # The recall model has seen targets of one token only.
     assert plan.beyond == ["tokens per target 400 is 400 times the largest measured (1)"]
+
+
+def test_a_corpus_has_targets_as_long_as_those_of_the_law_unless_told_otherwise(law: LawFit) -> None:
+    assert outcome_of_rank(law, 1, 10**6).pairs == 1
+    # Targets of 64, 100, 256 and 512 tokens: 178 in the middle.
+    four = law.model_copy(update={"observations": [replace(run, pairs=4) for run in law.observations]})
+    assert [outcome_of_rank(four, 1, tokens).pairs for tokens in (10, 356, 1780)] == [1, 2, 10]
+
+
+def test_the_interval_of_a_rank_has_the_rank_and_only_ranks_of_laws(law: LawFit) -> None:
+    corpus = _Corpus.of(law, 400, None, None)
+
+    def interval(rank: float, *of_laws: float) -> tuple[int | None, int | None] | None:
+        return _plan(law, corpus, "", rank, np.array(of_laws)).rank_confidence_interval
+
+    # Of 40 laws one asks for 3, one for more than any.
+    assert interval(7.0, 3.0, *[8.0] * 38, math.inf) == (3, 8)
+    assert interval(7.0, *[8.0] * 40) == (7, 8)
+    assert interval(9.0, *[8.0] * 40) == (8, 9)
+    assert interval(math.inf, *[8.0] * 40) == (8, None)
 
 
 def test_the_smallest_rank_for_recall_by_hand(law: LawFit) -> None:
@@ -122,6 +148,9 @@ def test_where_the_recall_model_does_not_apply_or_predict_it_says_so(law: LawFit
     assert "a final loss of 2.2 nats is below all that the recall model was fitted to (5 to 9)" in found
     assert any("the recall model predicts no better than the mean (Brier score 0.200, 0.100)" in s for s in found)
     assert not any("recall model" in sentence for sentence in usual)
+    # No better is no better.
+    equal = law.model_copy(update={"recall": RECALL.model_copy(update={"brier": 0.1, "brier_reference": 0.1})})
+    assert any("no better than the mean" in sentence for sentence in outcome_of_rank(equal, 24, 400).beyond)
     # Half of the smallest loss is still near what was seen.
     near = law.model_copy(update={"recall": RECALL.model_copy(update={"loss_range": (4.0, 9.0)})})
     assert not any("recall" in sentence for sentence in outcome_of_rank(near, 24, 400, pairs=400).beyond)
@@ -154,6 +183,7 @@ def test_a_text_that_the_model_knows_better_needs_no_more_than_its_own_loss(law:
     # 2 sqrt(8) + 1 = 6.66 is more than there is to lower.
     assert (outcome.initial_loss, outcome.loss_reduction, outcome.final_loss) == (4.0, 4.0, 0.0)
     assert outcome.final_loss_prediction_interval == (0.0, 0.0)
+    assert outcome.loss_reduction_confidence_interval == (4.0, 4.0)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from scipy.optimize import approx_fprime, minimize
-from scipy.stats import betabinom
+from scipy.stats import betabinom, binom
 
 from pml.recall_model import RecallModel, RunTokens, _Likelihood, fit_recall, run_tokens
 from pml.token_results import TokenResults
@@ -75,6 +75,9 @@ def test_the_probability_that_a_share_of_targets_is_right_by_hand() -> None:
     # One token a target, half of them right: of two, both with 1/4, at least one with 3/4.
     np.testing.assert_allclose(model().recall_probability(1.0, 1, pairs=2), 0.25, rtol=1e-6)
     np.testing.assert_allclose(model().recall_probability(1.0, 1, pairs=2, share=0.5), 0.75, rtol=1e-6)
+    # 0.07 * 100 is a bit more than 7 in floats, and needs 7 targets.
+    probability = model().recall_probability(1.0, 5, pairs=100, share=0.07)
+    np.testing.assert_allclose(probability, binom.sf(6, 100, model().exact_match(1.0, 5)), rtol=1e-9)
 
 
 def test_a_fit_gets_back_the_model_that_runs_were_drawn_from() -> None:
@@ -107,6 +110,13 @@ def test_the_likelihood_and_its_gradient_are_those_of_every_target_by_itself(
     assert value - likelihood.penalised(start, weights)[0] == pytest.approx(change, rel=1e-9)
     # Forward differences are known to about the square root of the precision of a likelihood of hundreds.
     np.testing.assert_allclose(gradient, approx_fprime(at, plain_likelihood, 1e-6, others), rtol=1e-3, atol=1e-3)
+
+
+def test_the_gradient_is_that_of_the_likelihood_where_shares_are_all_but_0_or_1_too() -> None:
+    # A steepness of e^4 puts the share of a loss of 0.05 or 6 within 1e-12 of an end.
+    likelihood, weights, at = _Likelihood.of(runs_of_all_lengths()), np.ones(6), np.array([0.1, 4.0, 3.0])
+    expected = approx_fprime(at, lambda theta: likelihood.penalised(theta, weights)[0], 1e-6)
+    np.testing.assert_allclose(likelihood.penalised(at, weights)[1], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_run_is_predicted_by_a_plain_fit_to_the_others() -> None:

@@ -1,5 +1,6 @@
 """Records: whole or absent on disk, the same when read back, and refused by name when they are not valid."""
 
+import contextlib
 import json
 import math
 import os
@@ -145,6 +146,13 @@ class TestSchema:
         with pytest.raises(InputError) as caught:
             read_record(path)
         assert str(caught.value).startswith(f"{path}: damaged, and so no evidence: {named}")
+
+    def test_a_difference_of_losses_may_be_off_by_the_rounding_of_the_larger(self, tmp_path: Path) -> None:
+        # A millionth of 4000 nats is 0.004.
+        for off, known in ((0.003, True), (0.005, False)):
+            write_record(tmp_path, make_record(initial_loss=10.0, final_loss=4000.0, loss_reduction=-3990.0 + off))
+            with contextlib.nullcontext() if known else pytest.raises(InputError, match="loss_reduction is"):
+                read_record(tmp_path / "record.json")
 
     def test_a_record_of_an_older_version_lacks_what_came_later(self, tmp_path: Path) -> None:
         content = make_record().model_dump(mode="json") | {"schema_version": 3}

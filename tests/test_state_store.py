@@ -58,9 +58,12 @@ def test_a_copy_is_kept(tmp_path: Path) -> None:
 def test_a_closed_store_gives_what_it_has_and_takes_nothing(tmp_path: Path) -> None:
     store = StateStore(CacheConfig(), CPU, tmp_path)
     store.put(b"a", (torch.ones(3),))
-    with store.closed(), store.closed():
+    with store.closed():
+        with store.closed():
+            store.put(b"b", (torch.ones(3),))
+            assert store[b"a"][0].tolist() == [1, 1, 1]
+        # It is still closed for whoever closed it first.
         store.put(b"b", (torch.ones(3),))
-        assert store[b"a"][0].tolist() == [1, 1, 1]
     assert b"b" not in store
     assert sum(store.bytes.values()) == 12
     store.put(b"b", (torch.ones(3),))
@@ -109,6 +112,14 @@ def test_a_full_place_of_ones_own_choosing_keeps_no_more_and_says_so_once(
     assert len(store) == 1
     assert b"\x01" not in store
     assert caplog.text.count("no room for more than 1 examples") == 1
+
+
+def test_a_place_takes_what_just_fits(tmp_path: Path) -> None:
+    store = StateStore(CacheConfig(place="host", budget_gib=KIB), CPU, tmp_path)
+    for i in range(2):
+        store.put(bytes([i]), (torch.zeros(128),))
+    assert store.bytes == {"host": 1024}
+    assert not store.full
 
 
 def test_by_itself_the_host_gives_half_of_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

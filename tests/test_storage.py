@@ -67,7 +67,8 @@ def test_the_size_of_a_rank_is_counted_on_the_adapter_itself(tiny_backbone: Back
     size = size_of_rank(tiny_backbone, AdapterConfig(block=1))
     assert (size.trainable, size.saved, size.largest_rank) == (64, 64, 32)
     size = size_of_rank(tiny_backbone, AdapterConfig(block=[1, 2], placement=["down_proj"]))
-    assert (size.trainable, size.saved) == (2 * (64 + 32), 2 * (64 + 32))
+    # A product of the MLP's 64 by 32 has no rank above 32.
+    assert (size.trainable, size.saved, size.largest_rank) == (2 * (64 + 32), 2 * (64 + 32), 32)
     guard = GuardConfig(directions=50)
     size = size_of_rank(tiny_backbone, AdapterConfig(block=1, placement=["down_proj"], guard=guard))
     assert (size.trainable, size.saved, size.largest_rank) == (14 + 32, 64 + 32, 14)
@@ -88,6 +89,29 @@ def test_the_rank_is_the_smallest_that_holds_the_bits(tiny_backbone: Backbone) -
     assert first.startswith("2 pairs, 5 target tokens: ")
     assert second.startswith(f"rank {plan.rank} ({plan.rank_interval[0]} to {plan.rank_interval[1]}) in mlp_block: ")
     assert third == "rests on 0.5 bits a parameter (0.25 to 1, range; a test), filled to 50%"
+
+
+def test_what_is_saved_of_a_guarded_adapter_is_more_than_what_is_trained(tiny_backbone: Backbone) -> None:
+    adapter = AdapterConfig(block=1, guard=GuardConfig(directions=12))
+    plan = plan_rank(tiny_backbone, TWO, adapter, [constant(guarded=True)])
+    # Twenty of 32 directions are free; A and B are saved whole, in four bytes a number.
+    assert plan.parameters == (20 + 32) * plan.rank
+    assert plan.megabytes == pytest.approx((32 + 32) * plan.rank * 4 / 1e6)
+
+
+def test_the_largest_rank_fits_and_as_many_pairs_as_are_measured_are_all_measured(
+    tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bits = min(surprisal_bits(tiny_backbone, TWO), surprisal_bits(tiny_backbone, TWO, others=6))
+    # Between 31 and 32 ranks of 64 parameters.
+    needed = [constant(bits=bits / (FILL * 64 * 31.5))]
+    monkeypatch.setattr("pml.storage.SAMPLE", 2)
+    plan = plan_rank(tiny_backbone, TWO, AdapterConfig(block=1), needed)
+    assert (plan.rank, plan.warnings) == (32, [])
+    monkeypatch.setattr("pml.storage.SAMPLE", 1)
+    assert plan_rank(tiny_backbone, TWO, AdapterConfig(block=1), needed).warnings == [
+        "surprisal was measured on 1 of the pairs, evenly spaced"
+    ]
 
 
 def test_more_than_fits_is_refused(tiny_backbone: Backbone) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pml.weighting import (
     SlidingWindow,
     TokenScores,
     Uniform,
+    Weighting,
     WholeTargets,
     critical_loss,
     expected_recall_slope,
@@ -39,10 +41,26 @@ def test_only_threshold_weighs_tokens_below_the_threshold_and_never_padding() ->
     assert OnlyThreshold(threshold=0.2).weights(ONE).tolist() == [[0, 1, 0, 1, 0]]
 
 
-def test_a_token_exactly_at_the_threshold_has_no_weight() -> None:
+@pytest.mark.parametrize("weighting", [OnlyThreshold(), FallingThreshold(start=0.5, end=0.4)], ids=repr)
+def test_a_token_exactly_at_the_threshold_has_no_weight(weighting: Weighting) -> None:
     at = scores([[critical_loss(0.5)]], [[0]], [1], [0])
     at = at._replace(losses=at.losses.double().fill_(critical_loss(0.5)))
-    assert OnlyThreshold().weights(at).tolist() == [[0]]
+    assert weighting.weights(at).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("kind", [OnlyThreshold, SlidingWindow, FallingThreshold, ExpectedRecall, WholeTargets])
+def test_weights_are_cut_from_the_graph(kind: type[Weighting]) -> None:
+    weighting = kind()
+    weighting.prepare(1, torch.device("cpu"))
+    right = ONE._replace(losses=ONE.losses.clone().requires_grad_(), margin=torch.full((1, 5), 3.0))
+    assert not weighting.weights(right).requires_grad
+    assert not right.detach().losses.requires_grad
+
+
+@pytest.mark.parametrize("kind", [OnlyThreshold, FallingThreshold])
+def test_where_memorised_tokens_are_trained_on_after_all_every_token_needs_a_gradient(kind: Any) -> None:
+    assert kind().gradient_above == critical_loss(0.5 if kind is OnlyThreshold else 0.999)
+    assert kind(when_memorized="uniform").gradient_above is None
 
 
 def test_the_position_weight_falls_from_one_to_exp_minus_lambda_over_the_active_tokens() -> None:
@@ -61,6 +79,12 @@ def test_sliding_window_by_hand() -> None:
     # The anchor is 1; the window holds 1 and 2, so 3 is on the floor.
     soft = [1 / (1 + math.exp(-(loss - math.log(2)))) for loss in (0.1, 2.0, 0.7, 3.0)]
     assert weights == pytest.approx([soft[0], soft[1], soft[2] * math.exp(-0.5), soft[3] * 0.01, 0], rel=1e-6)
+
+
+def test_padding_is_not_the_first_wrong_token() -> None:
+    # Right to its end and shorter than the batch; right to its last token.
+    two = scores([[0.1, 0.2, 0.0], [0.1, 0.2, 3.0]], [[1, 1, 0], [1, 1, 0]], [2, 3], [0, 1])
+    assert SlidingWindow.anchors(two).tolist() == [-1, 2]
 
 
 def test_without_an_error_the_window_is_open() -> None:
@@ -95,7 +119,8 @@ def test_the_window_grows_to_its_limit_and_falls_back_when_the_anchor_moves() ->
 
 
 def test_the_window_state_survives_a_checkpoint() -> None:
-    first, second = SlidingWindow(), SlidingWindow()
+    # The window has grown: one that starts anew has another weight at the second token behind the anchor.
+    first, second = (SlidingWindow(window=1, patience=2) for _ in range(2))
     first.prepare(1, torch.device("cpu"))
     for _ in range(4):
         first.weights(ONE)
@@ -138,6 +163,12 @@ def test_a_falling_threshold_starts_as_the_plain_loss_and_ends_as_a_hard_thresho
     assert weighting.weights(ONE).tolist() == [[1, 1, 1, 1, 0]]
     weighting.progress = 1.0
     assert weighting.weights(ONE).tolist() == OnlyThreshold(0.5).weights(ONE).tolist()
+
+
+def test_a_threshold_may_stay_where_it_is() -> None:
+    weighting = FallingThreshold(start=0.6, end=0.6)
+    weighting.progress = 0.3
+    assert weighting.critical == pytest.approx(-math.log(0.6))
 
 
 def test_the_critical_loss_rises_by_equal_factors() -> None:
@@ -225,7 +256,9 @@ def test_expected_recall_gives_full_weight_to_tokens_that_do_not_win_by_the_marg
     ("make", "says"),
     [
         (lambda: FallingThreshold(start=0.5, end=0.9), "the threshold rises from 0.5 to 0.9"),
+        (lambda: ExpectedRecall(temperature_start=0.0), "temperature_start is 0.0; expected a number above 0"),
         (lambda: ExpectedRecall(temperature_end=0.0), "temperature_end is 0.0; expected a number above 0"),
+        (lambda: WholeTargets(reach_start=-1.0), "reach_start is -1.0; expected a number above 0"),
         (lambda: WholeTargets(reach_end=float("nan")), "reach_end is nan; expected a number above 0"),
         (lambda: WholeTargets(reach_floor=0.0), "reach_floor is 0.0; expected a share above 0"),
         (lambda: ExpectedRecall(floor=1.5), "ExpectedRecall: floor is 1.5; expected a share above 0"),
