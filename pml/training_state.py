@@ -85,8 +85,6 @@ def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
         module: On its device.
         state: What `training_state` gave, maybe of an older version.
     """
-    if state.get("batches"):
-        _enter_epoch(module.trainer, state["batches"])
     _follow_schedules(module.trainer)
     if "global_batch" in state:
         module.global_batch.load_state_dict(state["global_batch"], module.device)
@@ -96,6 +94,7 @@ def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
     if state.get("batches") and hasattr(loader, "load_state_dict"):
         # Lightning loses it where something has asked how long the fit is before it restores its loops.
         loader.load_state_dict(state["batches"])
+        _enter_epoch(module.trainer, state["batches"])
     generators = state.get("generators", [])
     # Of more ranks than there were, the others start with a seed of their own.
     if module.global_rank < len(generators):

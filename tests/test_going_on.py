@@ -315,8 +315,3 @@ def test_a_monitor_that_is_never_logged_is_one_line(arguments: list[str], capsys
     err = capsys.readouterr().err
     assert err.startswith("pml fit: error: Early stopping conditioned on metric `val/lss` which is not available.")
     assert len(err.splitlines()) == 1
-
-
-def test_the_best_checkpoint_is_not_guessed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*arguments, "--ckpt_path=best"]) == 2
-    assert "ckpt_path is best; expected `last`, the newest checkpoint, or the file of one" in capsys.readouterr().err

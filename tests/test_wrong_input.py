@@ -192,7 +192,7 @@ OPTIONS: dict[str, str] = {
     "--ckpt_path=none.ckpt": "ckpt_path is none.ckpt; expected the file of a checkpoint",
     "--ckpt_path=.": "ckpt_path is .; expected the file of a checkpoint",
     "--ckpt_path=last": "ckpt_path is last, of no run",
-    "--ckpt_path=best": "ckpt_path is best, of no run",
+    "--ckpt_path=best": "ckpt_path is best; expected `last`, the newest checkpoint, or the file of one",
     f"--ckpt_path={'x' * 5000}": "File name too long",
     "--surprise": "unrecognized arguments: --surprise",
     "surprise": "surprise",
