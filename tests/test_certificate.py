@@ -30,7 +30,6 @@ from pml.corpus import Example
 from pml.decoding import plain_decoding
 from pml.evaluating import evaluating
 from pml.modules import SFT, MemFT, Memorization
-from pml.served import decoded_together
 from tests.fits import module_on, save_sharpened
 from tests.tiny_architectures import tiny_model
 from tests.tiny_runs import Ids, make_trainer, uneven
@@ -226,13 +225,6 @@ def test_greedy_answers_are_those_of_the_logits_whatever_the_base_ships(
     monkeypatch.setattr(tiny_backbone.model, "generation_config", GenerationConfig(**setting))
     assert greedy_answers(tiny_backbone.model, examples) == before
     assert plain_decoding(tiny_backbone.model).keys() == setting.keys()
-
-
-def test_pairs_are_decoded_together_only_where_the_longest_prompt_and_answer_fit() -> None:
-    # A long prompt with a short answer, a short one with a long answer, and one that fits beside either.
-    assert decoded_together([(90, 5), (5, 90), (5, 5)], most=32, limit=100) == [[2, 0], [1]]
-    assert decoded_together([(90, 5), (5, 90), (5, 5)], most=32, limit=None) == [[2, 0, 1]]
-    assert decoded_together([(1, 1)] * 5, most=2, limit=100) == [[0, 1], [2, 3], [4]]
 
 
 def fit(backbone: Path, *more: str) -> int:

@@ -1,6 +1,7 @@
 """A cut that misses something is given up in every dtype, however little it changes; a sound one is kept."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import pml.frozen_layers
 from pml.adapter import AdapterConfig, attach_adapter
 from pml.backbone import Backbone
 from pml.corpus import Example, collate
-from pml.cut_trial import in_float32, narrow_windows
+from pml.cut_trial import _float32_fits, fault, in_float32, narrow_windows
 from pml.frozen_layers import FrozenLayers
 from pml.modules import SFT
 
@@ -135,6 +136,56 @@ def in_float32_only(states: torch.Tensor) -> torch.Tensor:
     if states.dtype != torch.float32:
         raise RuntimeError("not implemented for 'BFloat16'")
     return states
+
+
+class Wrong:
+    """A sound cut, one answer of which comes out otherwise."""
+
+    def __init__(self, cut: FrozenLayers, **answers: Callable[..., torch.Tensor]) -> None:
+        self.whole, self.below, self.at_cut, self.above = cut.whole, cut.below, cut.at_cut, cut.above
+        vars(self).update(answers)
+
+
+def test_a_padded_batch_that_comes_out_otherwise_than_its_rows_shows(dtype: torch.dtype) -> None:
+    cut = prefix_on(backbone_of(LlamaConfig(**SIZES), dtype))
+    assert fault(cut, cut.model) is None
+    # Each row by itself is right.
+    wrong = Wrong(cut, above=lambda kept, steps: cut.above(kept, steps) * (1.0 if len(kept) == 1 else 1.25))
+    assert "hidden states of a padded batch differ by " in (fault(wrong, cut.model) or "")
+
+
+def test_states_that_are_no_numbers_agree_with_nothing(dtype: torch.dtype) -> None:
+    cut = prefix_on(backbone_of(LlamaConfig(**SIZES), dtype))
+
+    def below(input_ids: torch.Tensor, adapted: bool = False) -> tuple[torch.Tensor, ...]:
+        return tuple(states * (math.nan if adapted else 1.0) for states in cut.below(input_ids, adapted))
+
+    assert "the adapter's update reaches the cut changed" in (fault(Wrong(cut, below=below), cut.model) or "")
+    # Of float32 weights alone is a padded batch compared with the whole model, and not with its rows.
+    lone = Wrong(cut, above=lambda kept, steps: cut.above(kept, steps) * (math.nan if len(kept) == 1 else 1.0))
+    found = fault(lone, cut.model) or ""
+    assert "differ by nan" in found if dtype == torch.float32 else "nan" in found or "not finite" in found
+
+
+def test_states_that_the_dtype_of_the_weights_has_no_room_for_show_although_float32_has() -> None:
+    cut = prefix_on(backbone_of(LlamaConfig(**SIZES), torch.bfloat16))
+
+    def above(kept: Any, steps: int) -> torch.Tensor:
+        states = cut.above(kept, steps)
+        return states if states.dtype == torch.float32 else states * math.inf
+
+    assert fault(Wrong(cut, above=above), cut.model) == "hidden states are not finite in torch.bfloat16"
+
+
+@pytest.mark.parametrize(("room", "fits"), [(1.01, True), (0.99, False)])
+def test_float32_weights_fit_where_they_take_four_fifths_of_the_free_memory(
+    room: float, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = backbone_of(LlamaConfig(**SIZES), torch.bfloat16).model
+    # Four bytes a number; the buffers of the rotary embedding are float32 already.
+    needed = 4 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(pml.cut_trial, "_free_memory", lambda device: room * needed / 0.8)
+    assert _float32_fits(model) is fits
 
 
 def test_weights_made_float32_for_a_while_come_back_as_the_very_same_memory() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModelForCausalLM
 from transformers import AutoTokenizer
 
 import pml
@@ -19,7 +20,7 @@ from pml.cli import main
 from pml.errors import InputError
 from pml.growing import grow, weights_of
 from pml.guard import GuardConfig
-from pml.memorizing import Memorized
+from pml.memorizing import Memorized, most_epochs
 from pml.records import read_record
 from tests.fits import save_sharpened
 
@@ -160,8 +161,11 @@ def test_a_falling_threshold_is_trained_on_below_two_and_a_half_times_the_planne
 
 
 @pytest.mark.usefixtures("_served_here", "_brief")
-def test_the_rank_does_not_grow_beyond_what_the_guard_leaves_free(tiny_backbone_folder: Path, tmp_path: Path) -> None:
-    guard = GuardConfig(directions=27)  # of 32: five are free
+@pytest.mark.parametrize("guarded", [27, 28])
+def test_the_rank_does_not_grow_beyond_what_the_guard_leaves_free(
+    guarded: int, tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    guard = GuardConfig(directions=guarded)  # of 32: five or four are free
     made = pml.memorize(
         FACTS, tmp_path / "out", backbone=str(tiny_backbone_folder), rank=2, block=1, placement=["q_proj"], guard=guard
     )
@@ -180,8 +184,9 @@ def test_in_16_bits_what_is_certain_survives_the_rounding_that_was_measured(shar
 def test_without_an_end_of_turn_an_answer_is_as_long_as_its_target(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     folder = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
-    made = pml.memorize({"code?": "4071"}, tmp_path / "out", backbone=str(folder), rank=2, block=1, placement=ALL)
-    assert made.served is not None and [len(answer) for answer in made.served] == [4]
+    facts = {"code?": "4071", "side?": "L"}
+    made = pml.memorize(facts, tmp_path / "out", backbone=str(folder), rank=2, block=1, placement=ALL)
+    assert made.served is not None and [len(answer) for answer in made.served] == [4, 1]
 
 
 def test_a_tokenizer_without_padding_and_end_and_positions_that_are_few_serve_all_the_same(
@@ -204,6 +209,28 @@ def test_a_tokenizer_without_padding_and_end_and_positions_that_are_few_serve_al
     assert [answer == t for answer, t in zip(made.served, facts.values(), strict=True)] == [
         known.verdict != "failing" for known in made.certificates
     ]
+
+
+@pytest.mark.usefixtures("_served_here", "_brief")
+def test_an_answer_may_be_too_long_by_a_few_tokens_where_the_model_has_positions_for_them(
+    sharp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    generate = PeftModelForCausalLM.generate
+
+    def noting(self: Any, **given: Any) -> Any:
+        asked.append(given["input_ids"].shape[1] + given["max_new_tokens"])
+        return generate(self, **given)
+
+    monkeypatch.setattr(PeftModelForCausalLM, "generate", noting)
+    monkeypatch.setattr("pml.memorizing.DOUBLINGS", 0)
+    settings: dict[str, Any] = {"backbone": sharp, "rank": 2, "block": 1, "placement": ALL, "guard": None}
+    made = pml.memorize({"code?": "4071"}, tmp_path / "wide", **settings)
+    needed = len(made.certificates[0].example)
+    path = Path(sharp) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": needed}))
+    pml.memorize({"code?": "4071"}, tmp_path / "narrow", **settings)
+    assert asked == [needed + served.BEYOND, needed]
 
 
 @pytest.mark.parametrize("pairs", [{"a": 1}, {"a": ""}, [("a", None)], {"a": "\ud800"}, {"": "b"}])
@@ -250,6 +277,48 @@ def test_a_grown_adapter_computes_what_the_smaller_one_did(
     for layer in (m for m in large.modules() if hasattr(m, "lora_B")):
         assert layer.lora_A["default"].weight[2:].abs().min(dim=1).values.max() > 0  # fresh rows
         assert not layer.lora_B["default"].weight[:, 2:].any()
+
+
+def test_training_begins_at_the_planned_rank_and_not_below_eight(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Enough(Exception):
+        """Training is not wanted."""
+
+    begun: list[tuple[int, int]] = []
+    backbone = str(tiny_backbone_folder)
+
+    def begin(corpus: Any, plan: Any, rank: int) -> None:
+        begun.append((plan.rank, rank))
+        raise Enough
+
+    for least in (8, 1):
+        monkeypatch.setattr("pml.memorizing.LEAST_RANK", least)
+        with pytest.raises(Enough):
+            pml.memorize({"a?": "7"}, tmp_path / f"{least}", backbone=backbone, guard=None, on_plan=begin)
+    planned = begun[0][0]
+    assert planned < 8
+    assert begun == [(planned, 8), (planned, planned)]
+
+
+def test_answers_of_similar_lengths_are_decoded_together_as_far_as_they_fit() -> None:
+    # Tokens of prompt and answer.
+    sizes = [(3, 5), (2, 2), (4, 2), (1, 2), (9, 2)]
+    assert served.decoded_together(sizes, 2, None) == [[3, 1], [2, 4], [0]]
+    # A prompt of 9 has room for an answer of 2 among 11 positions, and not for one of 5.
+    assert served.decoded_together(sizes, 9, 11) == [[3, 1, 2, 4], [0]]
+    assert served.decoded_together(sizes, 9, 10) == [[3, 1, 2], [4], [0]]
+
+
+def test_small_sets_of_pairs_are_gone_through_more_often() -> None:
+    # Five pairs are two steps an epoch, 400 pairs a hundred.
+    assert (most_epochs(5, "falling"), most_epochs(5, "plain"), most_epochs(400, "falling")) == (480, 200, 60)
+
+
+def test_a_file_is_no_folder_to_write_to(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("")
+    with pytest.raises(InputError, match="out has something in it; choose another folder, or say overwrite"):
+        pml.memorize(FACTS, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -99,5 +99,16 @@ def test_steps_alone_are_taken_in_less_precision_and_the_record_says_so(
     assert record.record.method_settings["matmul_precision"] == "medium"
 
 
+def test_what_a_step_is_the_first_to_compute_below_the_adapter_is_kept_in_the_highest(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    # Nothing measures before the first step: its own pass fills the cache.
+    module, blocks = module_on(tiny_backbone_folder, matmul_precision="medium"), Blocks()
+    module.configure_model()
+    _ = module.frozen_layers
+    make_trainer(tmp_path, callbacks=[blocks]).fit(module, datamodule=Ids(uneven(3), batch_size=3))
+    assert blocks.seen == {"kept": {"highest"}, "forward in a step": {"lower"}, "backward": {"lower"}}
+
+
 def test_the_default_is_the_highest_and_leaves_records_as_they_were(tiny_backbone_folder: Path) -> None:
     assert "matmul_precision" not in module_on(tiny_backbone_folder).settings()

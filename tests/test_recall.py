@@ -10,16 +10,29 @@ from torch import nn
 
 from callbacks import StopWhenRecalled
 from pml import metrics
+from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
+from pml.certificate import Rounding
 from pml.cli import main
 from pml.corpus import Example, collate
 from pml.decoding import generate_greedily
 from pml.errors import InputError
+from pml.frozen_layers import move_backbone
 from pml.modules import Memorization
-from pml.recall import Generated, certified, gather_scores, greedy_recall, score_corpus
+from pml.recall import (
+    Generated,
+    certified,
+    gather_scores,
+    greedy_recall,
+    rounding_of_corpus,
+    score_corpus,
+    score_examples,
+)
 from pml.records import read_record
 from pml.runs import open_run
+from pml.state_store import CacheConfig
 from pml.weighting import TokenScores
+from tests.ddp_cases import kicked
 from tests.fits import module_on, save_sharpened
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -210,6 +223,47 @@ def test_decoding_leaves_dropout_as_it_was(tiny_backbone_folder: Path, tmp_path:
     greedy_recall(module, data.examples)
     modes = {m.training for name, m in module.model.named_modules() if "lora_dropout" in name}
     assert modes == {True}
+
+
+def test_what_is_measured_in_the_middle_of_training_knows_no_dropout(sharp: Path) -> None:
+    examples = Ids(uneven(5)).examples
+    module = kicked(module_on(sharp, adapter=AdapterConfig(rank=16, block=2, dropout=0.5)))
+    module.eval()
+    batches = [collate(examples[:3]), collate(examples[3:])]
+    scores = gather_scores([module.score(batch) for batch in batches])
+    answers = greedy_recall(module, examples)
+    module.train()
+    assert not torch.equal(module.score(batches[0]).losses, module.score(batches[0]).losses)
+    torch.testing.assert_close(score_corpus(module, batches).losses, scores.losses)
+    assert greedy_recall(module, examples) == answers
+    assert rounding_of_corpus(module, examples, scores).logits < 1e-3
+
+
+def test_the_rounding_of_a_corpus_is_the_largest_that_any_rank_has_seen(
+    sharp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, examples = module_on(sharp), Ids(uneven(3)).examples
+    module.configure_model()
+    scores = gather_scores([module.eval().score(collate(examples))])
+    # This rank has moved margins by next to nothing.
+    monkeypatch.setattr("pml.recall.from_all_ranks", lambda own: [own, Rounding(0.75, 4), Rounding(0.5, 2)])
+    tokens = sum(len(example.target_ids) for example in examples)
+    assert rounding_of_corpus(module, examples, scores) == (0.75, tokens + 4 + 2)
+
+
+def test_examples_that_are_kept_pass_streamed_blocks_together(tiny_backbone_folder: Path) -> None:
+    moves = []
+    for count in (1, 6):
+        module = module_on(tiny_backbone_folder, frozen_prefix=CacheConfig(release=True))
+        module.configure_model()
+        move_backbone(module, torch.device("cpu"))
+        _ = module.frozen_layers  # its trial moves blocks too
+        streamed = module.backbone.streamed
+        assert streamed is not None
+        before = streamed.moves
+        score_examples(module, Ids(uneven(count)).examples, batch_size=2, keep=True)
+        moves.append(streamed.moves - before)
+    assert moves[0] == moves[1] > 0
 
 
 def fit(folder: Path, *more: str) -> int:

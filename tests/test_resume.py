@@ -101,6 +101,17 @@ def fit(
 NOT_OF_THE_RESULT = {"wall_seconds", "resumed"}
 
 
+def test_what_an_epoch_has_shown_before_a_stop_counts_at_its_end(sharp: Path, tmp_path: Path) -> None:
+    # Stopped in the second of three batches of the epoch whose end the corpus is certified at.
+    case = "recalled before its end"
+    _, whole, batches = fit(case, sharp, tmp_path / "whole")
+    fit(case, sharp, tmp_path / "first", stop_at=batches - 2)
+    _, record, _ = fit(case, sharp, tmp_path / "second", checkpoint=newest_checkpoint(tmp_path / "first"))
+    assert whole is not None and record is not None
+    assert record.resumed == 1
+    assert record.steps_to_recall == whole.steps_to_recall == record.optimizer_steps
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(case: str, sharp: Path, tmp_path: Path) -> None:
     whole, record, batches = fit(case, sharp, tmp_path / "whole")

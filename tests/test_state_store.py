@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks import VerbatimRecall
-from pml.adapter import AdapterConfig
+from pml.adapter import AdapterConfig, attach_adapter
+from pml.backbone import Backbone
 from pml.corpus import Example, collate
 from pml.errors import InputError
+from pml.frozen_layers import FrozenLayers
 from pml.modules import SFT
 from pml.recall import greedy_recall
 from pml.state_store import CacheConfig, StateStore
@@ -155,6 +157,16 @@ def make_module(folder: Path, config: CacheConfig, placement: str | list[str] = 
     )
     module.configure_model()
     return module
+
+
+def test_states_are_shared_by_those_who_keep_them_in_the_same_way_alone(tiny_backbone: Backbone) -> None:
+    model = attach_adapter(tiny_backbone, AdapterConfig(rank=2, block=2))
+    stores = [
+        FrozenLayers(tiny_backbone, model, config).store
+        for config in (CacheConfig(), CacheConfig(), CacheConfig(budget_gib=1.0), CacheConfig(place="host"))
+    ]
+    assert stores[0] is stores[1]
+    assert len(set(map(id, stores))) == 3
 
 
 def test_examples_beyond_the_budget_are_scored_all_the_same(tiny_backbone_folder: Path) -> None:

@@ -15,7 +15,7 @@ from pml.backbone import Backbone
 from pml.cli import main
 from pml.errors import InputError
 from pml.frozen_layers import FrozenLayers
-from pml.grid import Cell, expand, read_grid, resolve
+from pml.grid import Cell, _label, expand, read_grid, resolve
 from pml.records import read_record
 from pml.sweep import run_cells
 from tests import fits  # one thread, which makes runs comparable bit for bit
@@ -82,6 +82,11 @@ def test_cells_are_named_by_what_varies_and_lie_below_out(base: Callable[..., Pa
     assert labels == ["rank=1,length=4", "rank=1,length=8", "rank=3,length=4", "rank=3,length=8"]
     assert [cell.folder for cell in cells] == [Path("out") / cell.name for cell in cells]
     assert not Path("out").exists()
+
+
+def test_a_path_is_named_as_it_is_and_a_class_by_its_last_part() -> None:
+    keys = {"data.path": "texts/of.facts.jsonl", "model": "pml.modules.MemFT", "data.ratio": 0.5}
+    assert _label(keys, list(keys)) == "path=texts_of.facts.jsonl,model=MemFT,ratio=0.5"
 
 
 def test_names_are_stable_and_change_with_the_base_configuration(base: Callable[..., Path], tmp_path: Path) -> None:

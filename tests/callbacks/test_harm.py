@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from pml.adapter import adapter_parameters
 from pml.errors import InputError
 from pml.modules import SFT
 from pml.ordinary_text import shipped_passages, text_examples
+from pml.recall import score_examples
 from pml.records import read_record
+from tests.ddp_cases import kicked
 from tests.fits import module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -71,6 +74,57 @@ def test_measuring_changes_no_weight_and_the_frozen_layers_are_passed_once(
     assert harm._at_end(trainer, module).keys() == {"prose", "code", "chat", "mean"}
     assert module.frozen_layers.filled == filled
     assert all(torch.equal(weights[name], p) for name, p in adapter_parameters(module.model).items())
+
+
+def test_before_is_the_frozen_model_whatever_adapter_a_fit_starts_with_and_each_fit_has_its_own_end(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    harm, found = Harm(passages=1), []
+    for rate in (1e-9, 0.05):
+        module = kicked(module_on(tiny_backbone_folder, SFT, learning_rate=rate))
+        trainer = make_trainer(tmp_path, callbacks=[harm], max_epochs=2)
+        trainer.fit(module, datamodule=Ids(uneven(3), batch_size=3))
+        found.append(harm.record_fields(trainer, module, ended=True)["harm"])
+    (first, second), plain = found, module_on(tiny_backbone_folder, SFT)
+    plain.configure_model()
+    one = [next(p for p in shipped_passages("harm") if p.kind == kind) for kind in ("prose", "code", "chat")]
+    with plain.frozen():
+        scores = score_examples(plain, text_examples(one, plain.tokenizer, plain.max_positions))
+    assert first["mean"]["loss_before"] == pytest.approx(scores.losses[scores.mask].mean().item(), rel=1e-4)
+    assert first["mean"]["loss_after"] != pytest.approx(first["mean"]["loss_before"], rel=1e-3)
+    assert second["mean"]["loss_before"] == pytest.approx(first["mean"]["loss_before"], rel=1e-6)
+    assert second["mean"]["loss_after"] != pytest.approx(first["mean"]["loss_after"], rel=1e-4)
+
+
+def test_kinds_count_alike_in_the_mean_however_long_their_text_is(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = [replace(p, text=p.text[:9]) if p.kind == "code" else p for p in shipped_passages("harm")]
+    monkeypatch.setattr("callbacks.harm.shipped_passages", lambda _: long)
+    harm, module = Harm(passages=1), module_on(tiny_backbone_folder, SFT)
+    trainer = make_trainer(tmp_path, callbacks=[harm])
+    trainer.fit(module, datamodule=Ids(uneven(3), batch_size=3))
+    found = harm.record_fields(trainer, module, ended=True)["harm"]
+    kinds = [found[kind] for kind in ("prose", "code", "chat")]
+    # The first of nine bytes is the prompt.
+    assert [kind["target_tokens"] for kind in kinds] == [128, 8, 128]
+    assert found["mean"]["target_tokens"] == 264
+    for name in ("loss_before", "loss_after"):
+        assert found["mean"][name] == pytest.approx(sum(kind[name] for kind in kinds) / 3)
+        assert found["mean"][name] != pytest.approx(sum(k[name] * k["target_tokens"] for k in kinds) / 264, rel=1e-3)
+
+
+def test_a_fit_that_goes_on_does_not_log_the_frozen_model_again(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[int] = []
+    monkeypatch.setattr("callbacks.harm.log_everywhere", lambda trainer, _: logged.append(trainer.global_step))
+    harm, module = Harm(passages=1), module_on(tiny_backbone_folder, SFT)
+    trainer = make_trainer(tmp_path, callbacks=[harm], max_epochs=2)
+    trainer.fit(module, datamodule=Ids(uneven(3), batch_size=3))
+    assert logged == [0, 2]
+    harm.on_train_start(trainer, module)
+    assert logged == [0, 2]
 
 
 @pytest.mark.parametrize("passages", [0, 5])

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,7 +127,11 @@ def test_a_curriculum_that_has_not_shown_everything_does_not_stop(sharp: Path, t
     assert stop.steps_to_recall is not None
 
 
-def test_batches_that_drop_a_part_of_the_corpus_say_nothing_about_it(sharp: Path, tmp_path: Path) -> None:
+def test_batches_that_drop_a_part_of_the_corpus_say_nothing_about_it(
+    sharp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Not even that it is worth a look.
+    monkeypatch.setattr("callbacks.stop_when_recalled.exact_scores", lambda *_: pytest.fail("scored"))
     stop = StopWhenRecalled()
     data = Ids(uneven(3), batch_size=2, drop_last=True, shuffle=False)
     trainer = fit(module_on(sharp), data, tmp_path, stop, epochs=120)
@@ -186,6 +191,41 @@ def test_a_fit_goes_on_while_rounding_could_overcome_a_margin_and_measures_it_no
     assert stop.steps_to_recall is not None
     first, last = measured
     assert first < 3.0 < last
+
+
+def test_a_fit_that_has_to_go_on_all_the_same_has_the_steps_of_its_first_certificate(
+    sharp: Path, tmp_path: Path
+) -> None:
+    first, again, data = StopWhenRecalled(), StopWhenRecalled(), Ids(uneven(3))
+    epochs = fit(module_on(sharp), data, tmp_path / "first", first).current_epoch
+    trainer = fit(module_on(sharp), data, tmp_path / "again", again, min_epochs=epochs + 4)
+    assert trainer.current_epoch >= epochs + 3
+    assert again.steps_to_recall == first.steps_to_recall is not None
+
+
+def test_a_margin_as_large_as_rounding_does_not_survive_it() -> None:
+    scores = TokenScores(*torch.ones(3, 1, 2), torch.tensor([0]), margin=torch.tensor([[3.0, 9.0]]))
+    scores = scores._replace(mask=scores.mask.bool())
+    stop, module = StopWhenRecalled(), SimpleNamespace(dtype_name="bfloat16")
+    for rounding, survives in ((2.9, True), (3.0, False), (3.1, False)):
+        stop.rounding = Rounding(rounding, 2)
+        # Measured anew only while what was last known lets the margins be.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("callbacks.stop_when_recalled.rounding_of_corpus", lambda *_: Rounding(2.9, 2))
+            assert stop._survives_rounding(module, [], scores) is survives  # type: ignore[arg-type]
+
+
+def test_of_several_ranks_the_first_goes_on_with_what_all_have_seen(
+    sharp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = fit(module_on(sharp), Ids(uneven(3)), tmp_path, StopWhenRecalled(), epochs=1)
+    (stop,) = trainer.callbacks[:1]
+    for first, watched in ((True, [2, 7]), (False, [0, 0])):
+        monkeypatch.setattr("callbacks.stop_when_recalled.is_first_rank", lambda first=first: first)
+        checkpoint = {"pml_stop_when_recalled": {"steps_to_recall": None, "unsure_and_seen": (2, 7)}}
+        stop.on_load_checkpoint(trainer, trainer.model, checkpoint)
+        stop.on_train_start(trainer, trainer.model)
+        assert stop._watched().tolist() == watched
 
 
 def test_a_second_fit_knows_nothing_of_what_the_first_recalled(sharp: Path, tmp_path: Path) -> None:

@@ -136,6 +136,23 @@ def test_a_longer_target_starts_with_a_shorter_one(merging_tokenizer: PreTrained
     assert len({len(ids) for ids in by_length}) > 150
 
 
+def test_tokens_are_those_that_they_are_with_what_follows_however_long_they_are(tmp_path: Path) -> None:
+    # Tokens of 16 letters: text read by eights of characters ends within one.
+    word = "abcdefghijklmnop"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([word] * 9, BpeTrainer(show_progress=False, initial_alphabet=alphabet))
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=None)
+    text = "z" + word * 100
+    whole = made(text, add_special_tokens=False)["input_ids"]
+    assert len(whole) == 101
+    path = text_file(tmp_path, text)
+    for length in range(1, 60):
+        assert build(made, 400, path=path, length=length).examples[0].target_ids == tuple(whole[:length])
+
+
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(min_size=1, max_size=60), ratio=st.sampled_from([0.0, 0.4]))
 @example("👩‍👩‍👧‍👦 🇯🇵", 0.0)
@@ -336,6 +353,8 @@ def test_a_published_file_is_recognised_and_cut_at_exactly_the_length(
     assert queries(tiny_tokenizer, path=path, length=5, prompt="What?") == ["What?"]
     assert targets(tiny_tokenizer, path=path, length=2, count=2, skip_tokens=2) == ["cd", "é"]
     assert targets(tiny_tokenizer, path=path, length=None) == ["abcdéfgh"]
+    with pytest.raises(InputError, match="of which 0 are left after 9; expected at least 1 more"):
+        build(tiny_tokenizer, path=path, length=None, skip_tokens=9)
 
 
 def test_a_published_file_with_the_column_asked_for_is_rows(

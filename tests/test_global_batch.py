@@ -1,0 +1,76 @@
+"""What a global batch weighs and loses, by hand, and what a checkpoint between two of its micro-batches keeps."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pml.global_batch import GlobalBatch
+
+CPU = torch.device("cpu")
+
+
+def parameter(gradient: float) -> nn.Parameter:
+    made = nn.Parameter(torch.zeros(1))
+    made.grad = torch.tensor([gradient])
+    return made
+
+
+def add(batch: GlobalBatch, weight: float, loss: float, trained: list[nn.Parameter]) -> Tensor:
+    """A micro-batch of one token."""
+    return batch.add(torch.tensor([[weight]]), torch.tensor([[loss]]), torch.tensor([[True]]), trained)
+
+
+def restored(batch: GlobalBatch) -> GlobalBatch:
+    """As after a checkpoint."""
+    state: dict[str, Any] = batch.state_dict()
+    other = GlobalBatch(batch.uniform_when_memorized)
+    other.load_state_dict(state, CPU)
+    return other
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_gradients_are_divided_by_the_weights_of_all_micro_batches(checkpoint: bool) -> None:
+    batch, trained = GlobalBatch(), [parameter(14.0), nn.Parameter(torch.zeros(1))]
+    assert not batch.is_open
+    add(batch, 3.0, 2.0, trained)
+    batch = restored(batch) if checkpoint else batch
+    assert batch.is_open
+    add(batch, 4.0, 5.0, trained)
+    budget, loss = batch.close(trained)
+    # 3 * 2 + 4 * 5 over a weight of 7.
+    assert (float(budget), float(loss)) == (7.0, pytest.approx(26 / 7))
+    assert trained[0].grad is not None and trained[0].grad.tolist() == [2.0]
+    assert trained[1].grad is None
+    assert not batch.is_open
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_the_first_token_with_weight_drops_what_memorised_micro_batches_have_left(checkpoint: bool) -> None:
+    batch, trained = GlobalBatch(uniform_when_memorized=True), [parameter(7.0)]
+    assert add(batch, 0.0, 9.0, trained).tolist() == [[1.0]]
+    batch = restored(batch) if checkpoint else batch
+    assert add(batch, 2.0, 3.0, trained).tolist() == [[2.0]]
+    assert trained[0].grad is not None and trained[0].grad.tolist() == [0.0]
+    # A later one that is memorised adds nothing.
+    assert add(batch, 0.0, 8.0, trained).tolist() == [[0.0]]
+    budget, loss = batch.close(trained)
+    assert (float(budget), float(loss)) == (2.0, 3.0)
+
+
+def test_the_next_global_batch_knows_nothing_of_the_last() -> None:
+    batch, trained = GlobalBatch(uniform_when_memorized=True), [parameter(0.0)]
+    add(batch, 2.0, 3.0, trained)
+    batch.close(trained)
+    # All memorised: the plain mean.
+    assert add(batch, 0.0, 9.0, trained).tolist() == [[1.0]]
+    assert float(batch.close(trained)[1]) == 9.0
+
+
+def test_without_any_weight_gradients_and_loss_are_zero() -> None:
+    batch, trained = GlobalBatch(), [parameter(0.0)]
+    add(batch, 0.0, 9.0, trained)
+    budget, loss = batch.close(trained)
+    assert (float(budget), float(loss)) == (0.0, 0.0)
+    assert trained[0].grad is not None and trained[0].grad.tolist() == [0.0]
