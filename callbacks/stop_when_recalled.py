@@ -92,15 +92,17 @@ class StopWhenRecalled(Callback):
         unsure, seen = self._watched().tolist()
         corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
         # A curriculum's early epochs, or a dropped last batch, say nothing about what they left out.
-        if unsure or seen < corpus.target_tokens:
+        if seen < corpus.target_tokens:
+            return
+        before, self.steps_to_recall = self.steps_to_recall, None
+        if unsure:
             return
         scores = exact_scores(trainer, pl_module)
         if certified(scores, self.margin) and self._survives_rounding(pl_module, corpus.examples, scores):
             # A fit may have to go on all the same, for its least number of epochs or steps.
-            if self.steps_to_recall is None:
-                self.steps_to_recall = trainer.global_step - pl_module.skipped_steps
+            self.steps_to_recall = before or trainer.global_step - pl_module.skipped_steps
             trainer.should_stop = True
-            if trainer.is_global_zero:
+            if before is None and trainer.is_global_zero:
                 log.info(
                     "recalled: all %d target tokens above p = %s after %d steps%s",
                     corpus.target_tokens,
@@ -136,7 +138,9 @@ class StopWhenRecalled(Callback):
             checkpoint[CHECKPOINT_KEY] = {"steps_to_recall": self.steps_to_recall, "unsure_and_seen": watched}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get(CHECKPOINT_KEY, {})
+        # Earlier versions left it where Lightning keeps what callbacks give.
+        older = (s for name, s in checkpoint.get("callbacks", {}).items() if name.startswith("StopWhenRecalled"))
+        state: dict[str, Any] = checkpoint.get(CHECKPOINT_KEY) or next(older, {})
         self.steps_to_recall = state.get("steps_to_recall")
         self._restored = state.get("unsure_and_seen", (0, 0))
 

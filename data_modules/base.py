@@ -20,9 +20,8 @@ from pml.weighting import TokenScores
 
 __all__ = ["MemorizationDataModule", "TemplateValue"]
 
-Scalar = str | bool | int | float | None
-TemplateValue = Scalar | list[Scalar | list[Any] | dict[str, Any]] | dict[str, Scalar | list[Any] | dict[str, Any]]
-"""Value of a template's variable. Not `Any`, of which jsonargparse would read quoted text, `"off"`, as YAML."""
+TemplateValue = str | bool | int | float | list | dict | None  # type: ignore[type-arg]
+"""Value of a template's variable. Nothing in it is `Any`, of which jsonargparse would read quoted text as YAML."""
 
 
 class MemorizationDataModule(LightningDataModule, ABC):

@@ -295,7 +295,7 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
     return model
 
 
-BASE_WEIGHT = ".base_layer.weight"
+OF_BASE = re.compile(r"base_model\.model\.(.+)\.base_layer\.(weight|bias)")
 
 
 def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> PeftModel:
@@ -339,15 +339,14 @@ def _without_base_weights(folder: Path, weights: dict[str, Tensor], model: PreTr
     """The weights without the base's own, of which PEFT saves a copy where embeddings or the head are adapted."""
     kept = {}
     for name, weight in weights.items():
-        if not name.endswith(BASE_WEIGHT):
+        if (found := OF_BASE.fullmatch(name)) is None:
             kept[name] = weight
             continue
-        layer = name.removeprefix("base_model.model.").removesuffix(BASE_WEIGHT)
-        own = dict(model.named_modules()).get(layer)
-        if not isinstance(own := getattr(own, "weight", None), Tensor) or not _rounds_to(own, weight):
+        own = getattr(dict(model.named_modules()).get(found[1]), found[2], None)
+        if not isinstance(own, Tensor) or not _rounds_to(own, weight):
             raise InputError(
-                f"{folder}: the adapter was trained on another {layer} than this backbone's; take the backbone that it "
-                "was trained on"
+                f"{folder}: the adapter was trained on another {found[1]} than this backbone's; take the backbone that "
+                "it was trained on"
             )
     return kept
 

@@ -177,10 +177,10 @@ def newest_checkpoint(run: Path) -> Path:
         if not _is_whole(path):
             log.warning("%s: damaged, so the checkpoint before it is taken", path)
         elif "optimizer_states" not in read_checkpoint(path):
-            log.warning("%s: holds weights alone, so the checkpoint before it is taken", path)
+            log.warning("%s: holds weights alone, so it is passed over", path)
         else:
             return path
-    found = f"none of its {len(files)} checkpoints is whole" if files else "no checkpoint in it"
+    found = f"none of its {len(files)} checkpoints can be gone on from" if files else "no checkpoint in it"
     raise InputError(f"{run}: {found}, so there is nothing to go on from; leave ckpt_path out")
 
 
@@ -220,9 +220,11 @@ def _is_whole(path: Path) -> bool:
 
 def _is_last_step(trainer: Trainer) -> bool:
     """Whether nothing is left to train; at an epoch's end, or within one."""
+    # Not where its least number of epochs or steps lets it go on all the same.
+    ends_early = trainer.should_stop and trainer.fit_loop._can_stop_early
     by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     by_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
-    return by_steps or trainer.should_stop or (trainer.is_last_batch and by_epochs)
+    return by_steps or ends_early or (trainer.is_last_batch and by_epochs)
 
 
 def _agreed(signum: int | None, device: torch.device) -> int | None:

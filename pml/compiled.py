@@ -190,17 +190,17 @@ class CompiledDecoder:
                 expected, states = self._plain(**inputs), compiled(**inputs)
                 worst = _difference(states, expected)
                 agrees = worst <= self.tolerance or worst <= ROUNDINGS * self._rounding(expected, **inputs)
+            if agrees:
+                states = compiled(**inputs)  # with dropout, by a graph of its own
+                self._call = compiled
+                return states
+            log.warning("the compiled blocks differ by %.1e of their states' size; they run as they are", worst)
         # Compilers fail in many ways, none of which is a reason not to train.
         except Exception as error:
             log.warning(
                 "the blocks above the adapter cannot be compiled (%s); they run as they are", _first_line(error)
             )
-        else:
-            if agrees:
-                self._call = compiled
-            else:
-                log.warning("the compiled blocks differ by %.1e of their states' size; they run as they are", worst)
-        return self._call(**inputs)
+        return self._plain(**inputs)
 
     def _rounding(self, expected: Tensor, **inputs: Tensor) -> float:
         """How far the states move when the last digit of each input does."""

@@ -63,7 +63,7 @@ LEAVES_LOGITS_ALONE: dict[str, Any] = {
     "stop_strings": None,
     "max_time": None,
 }
-"""Settings of `generate` that change what is greedy, or end it early, at the values where they do not."""
+"""Settings of `generate` by which greedy decoding is not the plain one to its end, at the values where it is."""
 
 WHOLE_DISTRIBUTION: dict[str, Any] = {
     "top_k": 0,

@@ -19,7 +19,7 @@ __all__ = ["ENCODING_VERSION", "Prompt", "PromptFormat", "TextEncoder", "special
 
 log = logging.getLogger(__name__)
 
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 """Version of the rules by which text becomes ids; version 1 encoded each target alone and read control tokens in it."""
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -51,10 +51,15 @@ class Grid(pydantic.BaseModel):
     @classmethod
     def _days_are_text(cls, grid: list[dict[str, list[Any]]]) -> list[dict[str, list[Any]]]:
         # YAML reads 2026-01-31 as a date; a command line says it in the same way.
-        return [
-            {key: [v.isoformat() if isinstance(v, date) else v for v in values] for key, values in part.items()}
-            for part in grid
-        ]
+        return [{key: _without_dates(values) for key, values in part.items()} for part in grid]
+
+
+def _without_dates(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_dates(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_dates(item) for item in value]
+    return value.isoformat() if isinstance(value, date) else value
 
 
 AnyGrid = TypeVar("AnyGrid", bound=Grid)
@@ -151,10 +156,9 @@ def resolve(grid: Grid) -> list[Cell]:
     base = tuple(itertools.chain.from_iterable(("--config", str(path)) for path in grid.base))
     cells = []
     for setting in settings:
-        own = tuple(
-            f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in setting.items()
-        )
         try:
+            given = _with_whole_variables(setting, base)
+            own = tuple(f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in given.items())
             config = parse_run([*base, *own])
         except InputError as error:
             raise InputError(f"cell {_label(setting, list(setting))}: {error}") from error
@@ -169,6 +173,20 @@ def resolve(grid: Grid) -> list[Cell]:
         twice = next(cell.name for cell in cells if digests.count(cell.name[-8:]) > 1)
         raise InputError(f"the grid has the same cell twice: {twice}; write each combination once")
     return cells
+
+
+def _with_whole_variables(setting: Mapping[str, Any], base: Sequence[str]) -> dict[str, Any]:
+    """A cell's values, in which single variables of a chat template are put into the mapping that the base has."""
+    found: dict[str, Any] = {}
+    for key, value in setting.items():
+        mapping, _, name = key.rpartition(".")
+        if mapping.endswith(".template_kwargs"):
+            if mapping not in found:
+                found[mapping] = dict(parse_run(base).data.init_args.get("template_kwargs") or {})
+            found[mapping][name] = value
+        else:
+            found[key] = value
+    return found
 
 
 def _folders(out: Path) -> dict[str, list[str]]:

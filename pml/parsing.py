@@ -3,9 +3,11 @@
 import functools
 import inspect
 import operator
+import re
 import typing
 from typing import Any
 
+import yaml
 from jsonargparse import _typehints
 from lightning.pytorch import Trainer
 
@@ -38,6 +40,9 @@ def keep_text() -> None:
         return (value if lost or (is_block and not names_class) else found), path
 
     typehints.parse_value_or_config = read_but_text
+    # Written without quotes, `1e-3` would come back as a number; YAML 1.1, by which it is written, asks for a dot.
+    number = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
+    yaml.SafeDumper.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
 
 
 def keep_whole_numbers_whole() -> None:

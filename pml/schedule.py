@@ -56,10 +56,14 @@ def total_steps(trainer: Trainer, curriculum: Any = None) -> int:
     # Lightning multiplies the first epoch's batches; a curriculum has more of them later.
     loader: Any = trainer.train_dataloader
     batches = map(loader.sampler.batches_in_epoch, range(trainer.max_epochs or 0))
-    limit, per_step = trainer.limit_train_batches, trainer.accumulate_grad_batches
-    used = (min(n, limit) if isinstance(limit, int) else int(n * limit) for n in batches)
-    steps = sum(-(-n // per_step) for n in used)
+    steps = sum(-(-used_batches(trainer, n) // trainer.accumulate_grad_batches) for n in batches)
     return min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+
+
+def used_batches(trainer: Trainer, batches: int) -> int:
+    """How many of an epoch's batches a fit takes."""
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def learning_rate_factor(warmup_steps: int, total: int | None) -> Callable[[int], float]:

@@ -7,6 +7,7 @@ leaves it whole or not there (`pml.atomic`).
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,9 @@ from types import FrameType
 __all__ = ["Stopped", "at_step_ends", "is_listening", "listening", "requested"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+ONE_SIGNAL_SECONDS = 1.0
+"""Within this time SIGTERM that comes twice is one."""
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -47,6 +51,7 @@ class _State:
     waits_for_step = False
     first: int | None = None
     times = 0
+    at = 0.0
     who = "pml"
 
 
@@ -61,6 +66,11 @@ def request(signum: int, frame: FrameType | None = None) -> None:
     Raises:
         Stopped: Unless a fit will see to it at its next step's end, and this is the first time.
     """
+    now = time.monotonic()
+    if signum == signal.SIGTERM == _State.first and now - _State.at < ONE_SIGNAL_SECONDS:
+        # A launcher passes on what the whole process group has got already.
+        return
+    _State.at = now
     _State.times += 1
     if _State.times > 2:
         # Whatever was to clean up hangs.

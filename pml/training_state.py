@@ -13,6 +13,7 @@ from pml.adapter import adapter_parameters
 from pml.cpu import tune_cpu
 from pml.errors import InputError
 from pml.ranks import from_all_ranks, is_first_rank, summed_over_ranks
+from pml.schedule import used_batches
 
 if TYPE_CHECKING:
     from pml.modules import Memorization
@@ -109,10 +110,11 @@ def _enter_epoch(trainer: Any, position: Mapping[str, Any]) -> None:
     """
     loop = trainer.fit_loop
     progress, total = loop.epoch_progress.current, loop.epoch_progress.total
-    if not loop.restarting or not progress.processed == progress.started == progress.ready:
+    if not progress.processed == progress.started == progress.ready:
         return
     sampler: Any = trainer.train_dataloader.sampler
-    if position["batches"] < sampler.batches_in_epoch(position["epoch"]):
+    if position["batches"] < used_batches(trainer, sampler.batches_in_epoch(position["epoch"])):
+        loop._restarting = loop.epoch_loop._restarting = True
         progress.processed, total.processed = progress.processed - 1, total.processed - 1
         progress.completed, total.completed = progress.processed, total.processed
         loop.update_restart_stage()

@@ -43,12 +43,21 @@ def test_a_merged_model_ships_none_of_the_settings_by_which_its_base_changes_gre
 ) -> None:
     monkeypatch.chdir(tmp_path)
     backbone = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
-    config = GenerationConfig(repetition_penalty=1.3, suppress_tokens=[5], eos_token_id=2)
+    config = GenerationConfig(
+        repetition_penalty=1.3,
+        num_beams=4,
+        early_stopping=True,
+        length_penalty=2.0,
+        suppress_tokens=[5],
+        eos_token_id=2,
+    )
     config.save_pretrained(backbone)
     run = trained(backbone, tmp_path, "--model.adapter.placement=[down_proj]", "--trainer.max_epochs=1")
     capsys.readouterr()
     assert main(["export", str(run), "--merge", "--out=merged"]) == 0
-    said = "its generation_config.json leaves out the base's repetition_penalty, suppress_tokens, which change greedy"
+    said = (
+        "its generation_config.json leaves out the base's repetition_penalty, num_beams, suppress_tokens, which change"
+    )
     assert said in capsys.readouterr().out
     shipped = GenerationConfig.from_pretrained("merged")
     assert (shipped.repetition_penalty, shipped.suppress_tokens, shipped.eos_token_id) == (1.0, None, 2)

@@ -111,9 +111,9 @@ def test_a_signal_in_the_last_step_lets_the_fit_end_and_there_is_nothing_to_go_o
 def test_a_second_signal_ends_at_once_and_leaves_no_record(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*arguments, *stop_at(times=2)]) == 143
+    assert main([*arguments, *stop_at(times=2, signum=2)]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "pml fit: stopped by SIGTERM; there is no checkpoint to go on from yet"
+        "pml fit: stopped by Ctrl-C; there is no checkpoint to go on from yet"
     )
     assert not Path(RUN, "record.json").exists()
     assert [path for path in Path(RUN).rglob("*") if "partial" in path.name] == []
@@ -307,6 +307,26 @@ def test_a_signal_in_a_validation_or_between_micro_batches_waits_for_the_step_an
     assert "stopped by SIGTERM; go on with: pml fit" in capsys.readouterr().err
     assert read_record(Path(RUN, "record.json")).status == "interrupted"
     assert Path(RUN, "checkpoints", "last.ckpt").is_file()
+
+
+class Enough(Callback):
+    """Asks for an end after two steps, as a callback does that sees no more to gain."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 2
+
+
+def test_a_signal_is_heard_where_a_fit_that_might_end_has_to_go_on(arguments: list[str]) -> None:
+    enough = ["--trainer.callbacks+=tests.test_going_on.Enough", "--trainer.min_epochs=9"]
+    assert main([*arguments, *enough, *stop_at(step=7)]) == 143
+    assert read_record(Path(RUN, "record.json")).optimizer_steps == 8
+
+
+def test_sigterm_that_a_launcher_passes_on_as_well_is_one_signal() -> None:
+    with stopping.listening(), stopping.at_step_ends():
+        for _ in range(2):
+            stopping.request(signal.SIGTERM)
+        assert stopping.requested() == signal.SIGTERM
 
 
 def test_a_monitor_that_is_never_logged_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

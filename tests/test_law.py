@@ -506,7 +506,7 @@ class TestJson:
 
     def test_the_content_names_what_a_reader_needs(self) -> None:
         content = published([*grid(), Observation(8, 32, 13.6, 20.0, 3, "runs/s")]).to_json()
-        assert content["schema_version"] == 5
+        assert content["schema_version"] == 6
         (form,) = content["fits"]
         assert form["form"] == content["form"] == "power_offset"
         assert form["parameters"]["alpha"]["value"] == pytest.approx(0.5)
@@ -518,14 +518,14 @@ class TestJson:
         ("change", "named"),
         [
             ({"schema_version": 1}, "schema_version"),
-            ({"schema_version": 4, "cells": [], "capacity": "rank"}, "schema_version: Input should be 5; fit it again"),
+            ({"schema_version": 4, "cells": [], "capacity": "rank"}, "schema_version: Input should be 6; fit it again"),
             ({"surprise": 1}, "surprise"),
             ({"form": "stored_bits"}, "form is stored_bits, but fits has power_offset"),
             ({"observations": []}, "power_offset: 16 predictions for 0 runs"),
         ],
     )
     def test_what_is_not_a_law_is_named(self, change: dict[str, Any], named: str) -> None:
-        with pytest.raises(InputError, match="not a law of schema version 5") as caught:
+        with pytest.raises(InputError, match="not a law of schema version 6") as caught:
             LawFit.from_json(published(grid()).to_json() | change)
         assert named in str(caught.value)
 
@@ -545,13 +545,13 @@ class TestJson:
     def test_what_is_not_a_form_is_named(self, change: dict[str, Any], named: str) -> None:
         content = published(grid()).to_json()
         content["fits"][0] |= change
-        with pytest.raises(InputError, match="not a law of schema version 5") as caught:
+        with pytest.raises(InputError, match="not a law of schema version 6") as caught:
             LawFit.from_json(content)
         assert named in str(caught.value)
 
     def test_a_file_that_is_no_law_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "law.json").write_text("{")
-        with pytest.raises(InputError, match=r"law\.json: not a law of schema version 5"):
+        with pytest.raises(InputError, match=r"law\.json: not a law of schema version 6"):
             read_law(tmp_path / "law.json")
         with pytest.raises(InputError, match=r"none\.json: cannot be read \(No such file"):
             read_law(tmp_path / "none.json")
@@ -569,11 +569,11 @@ class TestNotebooks:
                 0,
                 f"r{r}l{tokens}",
                 entropy_bits=math.nan,
-                text=tokens,  # type: ignore[arg-type]
+                text=np.float64(tokens),  # type: ignore[arg-type]
             )
             for r, tokens in grid
         ]
-        assert (runs[0].entropy_bits, runs[0].text) == (None, "100")
+        assert (runs[0].entropy_bits, runs[0].text) == (None, "100.0")
         law = fit_law(runs)
         assert LawFit.from_json(json.dumps(law.to_json())).observations == law.observations
 

@@ -22,9 +22,19 @@ def test_text_on_the_command_line_stays_text(text: str, corpus: str, key: str) -
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_text_in_quotes_in_a_file_stays_text(text: str, tmp_path: Path) -> None:
-    init_args = {"system": text, "template_kwargs": {"role": text, "roles": [text], "of": {"role": text}}}
+    init_args = {"system": text, "template_kwargs": {"role": text, "roles": [text], "of": {"a": [{"b": text}]}}}
 
     assert of_file(tmp_path, init_args) == init_args
+
+
+@pytest.mark.parametrize("text", ["1e-3", "12e5"])
+def test_text_that_looks_like_a_number_survives_being_saved(text: str, tmp_path: Path) -> None:
+    parse_run(["--model=SFT", "--data=RandomTokens"])  # which puts the writing right
+
+    assert of_file(tmp_path, {"system": text, "template_kwargs": {"v": [text]}}) == {
+        "system": text,
+        "template_kwargs": {"v": [text]},
+    }
 
 
 def test_variables_of_a_template_keep_their_types(tmp_path: Path) -> None:

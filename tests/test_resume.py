@@ -57,6 +57,11 @@ CASES: dict[str, tuple[Callable[[Path], Memorization], int, dict[str, Any]]] = {
         7,
         {"max_epochs": 12},
     ),
+    "a number of steps, limited": (
+        lambda folder: module_on(folder, SFT, adapter=DROPOUT, schedule="linear"),
+        2,
+        {"max_epochs": -1, "max_steps": 7, "limit_train_batches": 2},
+    ),
     "recalled before its end": (lambda folder: module_on(folder, MemFT), 3, {"max_epochs": 200}),
     "validation within epochs": (
         lambda folder: module_on(folder, SFT, adapter=DROPOUT),
@@ -134,14 +139,17 @@ def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(case: str, sharp: Pa
         assert got == expected, where
 
 
-@pytest.mark.parametrize("stop_at", range(8))
+@pytest.mark.parametrize(
+    ("case", "stop_at"),
+    [("a number of steps", n) for n in range(8)] + [("a number of steps, limited", n) for n in range(6)],
+)
 def test_with_a_number_of_steps_a_fit_may_stop_at_the_end_of_an_epoch_too(
-    stop_at: int, sharp: Path, tmp_path: Path
+    case: str, stop_at: int, sharp: Path, tmp_path: Path
 ) -> None:
-    # Four batches an epoch: it ends with batch 3, and with batch 7.
-    whole, record, _ = fit("a number of steps", sharp, tmp_path / "whole")
-    fit("a number of steps", sharp, tmp_path / "part", stop_at)
-    adapter, again, _ = fit("a number of steps", sharp, tmp_path / "rest", None, newest_checkpoint(tmp_path / "part"))
+    # Of four batches an epoch ends with batch 3, limited to two with batch 1.
+    whole, record, _ = fit(case, sharp, tmp_path / "whole")
+    fit(case, sharp, tmp_path / "part", stop_at)
+    adapter, again, _ = fit(case, sharp, tmp_path / "rest", None, newest_checkpoint(tmp_path / "part"))
     assert {n for n, p in whole.items() if not torch.equal(p, adapter[n])} == set()
     assert record is not None and again is not None
     assert again.target_tokens_trained == record.target_tokens_trained
@@ -160,24 +168,38 @@ class Rates(Callback):
         self.seen.append((optimizer.param_groups[0]["lr"], []))
 
 
-@pytest.mark.parametrize("first", [3, 4, 5, 8])
+STEPS = [{"max_epochs": -1, "max_steps": n} for n in range(13)]
+LIMITED = [{**steps, "limit_train_batches": 2} for steps in STEPS]
+
+
+@pytest.mark.parametrize(
+    ("first", "longer"),
+    [
+        *((STEPS[n], STEPS[12]) for n in (3, 4, 5, 8)),
+        *((LIMITED[n], LIMITED[9]) for n in (3, 4)),
+        (STEPS[3], {"max_epochs": 4}),
+        ({"max_epochs": 4, "max_steps": 5}, {"max_epochs": 4}),
+        ({"max_epochs": 2}, {"max_epochs": 4}),
+        ({"max_epochs": 2}, STEPS[12]),
+    ],
+    ids=str,
+)
 def test_a_fit_that_has_ended_goes_on_for_longer_with_the_batches_and_the_rates_of_the_longer_one(
-    first: int, sharp: Path, tmp_path: Path
+    first: dict[str, int], longer: dict[str, int], sharp: Path, tmp_path: Path
 ) -> None:
-    def steps(folder: Path, number: int, checkpoint: Path | None = None) -> list[tuple[float, list[int]]]:
+    def steps(folder: Path, length: dict[str, int], checkpoint: Path | None = None) -> list[tuple[float, list[int]]]:
         torch.manual_seed(4)
         rates = Rates()
-        trainer = make_trainer(
-            folder, enable_checkpointing=True, callbacks=[rates, Checkpoints()], max_epochs=-1, max_steps=number
-        )
+        trainer = make_trainer(folder, enable_checkpointing=True, callbacks=[rates, Checkpoints()], **length)
         module, data = module_on(sharp, SFT, schedule="linear"), Ids(uneven(7), batch_size=2)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         return rates.seen
 
-    longer = steps(tmp_path / "longer", 12)
-    steps(tmp_path / "first", first)
-    rest = steps(tmp_path / "rest", 12, newest_checkpoint(tmp_path / "first"))
-    assert rest == longer[first:]
+    whole = steps(tmp_path / "longer", longer)
+    done = len(steps(tmp_path / "first", first))
+    rest = steps(tmp_path / "rest", longer, newest_checkpoint(tmp_path / "first"))
+    assert 0 < done < len(whole)
+    assert rest == whole[done:]
 
 
 class SaveBetween(Callback):
@@ -241,7 +263,7 @@ def test_the_newest_whole_checkpoint_is_found_and_a_damaged_one_named(
         assert newest_checkpoint(tmp_path) == previous
         assert caplog.messages == [f"{last}: damaged, so the checkpoint before it is taken"]
     previous.unlink()
-    with pytest.raises(InputError, match="none of its 1 checkpoints is whole, so there is nothing to go on from"):
+    with pytest.raises(InputError, match="none of its 1 checkpoints can be gone on from, so there is nothing"):
         newest_checkpoint(tmp_path)
     last.unlink()
     with pytest.raises(InputError, match="no checkpoint in it, so there is nothing to go on from"):
@@ -253,7 +275,7 @@ def test_a_newer_checkpoint_of_weights_alone_is_passed_over(tmp_path: Path, capl
     os.utime(last, (1, 1))
     weights = save(tmp_path, {"state_dict": {}, "pml": {}}, "epoch=3.ckpt")
     assert newest_checkpoint(tmp_path) == last
-    assert caplog.messages == [f"{weights}: holds weights alone, so the checkpoint before it is taken"]
+    assert caplog.messages == [f"{weights}: holds weights alone, so it is passed over"]
 
 
 def test_a_checkpoint_that_could_run_code_is_not_read(tmp_path: Path) -> None:

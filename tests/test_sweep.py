@@ -184,6 +184,22 @@ def test_days_of_a_grid_are_text(base: Callable[..., Path], tmp_path: Path) -> N
     ]
 
 
+def test_single_variables_of_a_template_join_those_of_the_base(base: Callable[..., Path], tmp_path: Path) -> None:
+    content = yaml.safe_load(Path("base.yaml").read_text())
+    content["data"]["init_args"]["template_kwargs"] = {"day": "off"}
+    Path("base.yaml").write_text(yaml.safe_dump(content))
+    key = "data.init_args.template_kwargs"
+    cells = resolve(read_grid(write_grid(tmp_path, {f"{key}.thinking": [True, False], f"{key}.level": ["007"]})))
+    given = [json.loads(next(a for a in cell.arguments if key in a).partition("=")[2]) for cell in cells]
+    assert given == [{"day": "off", "thinking": on, "level": "007"} for on in (True, False)]
+
+
+def test_days_within_variables_are_text_too(base: Callable[..., Path], tmp_path: Path) -> None:
+    grid = "base: base.yaml\nout: out\ngrid: {data.init_args.template_kwargs: [{days: [2024-01-05]}]}\n"
+    Path("grid.yaml").write_text(grid)
+    assert read_grid(Path("grid.yaml")).grid[0]["data.init_args.template_kwargs"] == [{"days": ["2024-01-05"]}]
+
+
 def test_a_cell_over_long_texts_of_any_script_has_a_name_that_file_systems_take(
     base: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -16,6 +16,16 @@ from pml.escape import say
 
 __all__ = ["configure", "run"]
 
+BELONG_TO_IT = (
+    "early_stopping",
+    "length_penalty",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+)
+"""Settings that transformers refuses to save without those that they refine."""
+
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -61,7 +71,7 @@ def run(args: jsonargparse.Namespace) -> int:
         return 1
     # A folder that answers as the adapter was certified to, whatever serves it.
     turned_off = plain_decoding(merged)
-    for name, value in turned_off.items():
+    for name, value in {**turned_off, **(dict.fromkeys(BELONG_TO_IT) if turned_off else {})}.items():
         setattr(merged.generation_config, name, value)
     partial = args.out.with_name(f".{args.out.name}.{os.getpid()}")
     try:

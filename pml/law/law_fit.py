@@ -52,7 +52,7 @@ class LawFit(Content):
         warnings: In words, why to trust the chosen form less than its numbers suggest.
     """
 
-    schema_version: Literal[5] = LAW_SCHEMA_VERSION
+    schema_version: Literal[6] = LAW_SCHEMA_VERSION
     form: FormName
     chosen_because: str
     adapter_size: AdapterSize

@@ -91,18 +91,17 @@ class Observation:
         # As plain Python, which arrays and data frames are not; a missing value of theirs is not a number.
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in OPTIONAL and isinstance(value, (float, np.floating)) and math.isnan(value):
+            value = value.item() if isinstance(value, np.generic) else value
+            if field.name in OPTIONAL and (type(value).__name__ == "NAType" or value != value):
                 value = None
-            elif isinstance(value, np.generic):
-                value = value.item()
-            elif field.name == "text" and value is not None:
+            if field.name == "text" and value is not None:
                 value = str(value)
             object.__setattr__(self, field.name, value)
         for name in ("rank", "target_tokens", "effective_parameters", "pairs"):
             number = getattr(self, name)
             if number is None:
                 continue
-            if not (number >= 1 and float(number).is_integer()):
+            if not (isinstance(number, (int, float)) and number >= 1 and float(number).is_integer()):
                 raise InputError(f"{self.source}: {name} is {number!r}; expected a whole number of at least 1")
             object.__setattr__(self, name, int(number))
 
@@ -220,7 +219,9 @@ def observations_from_records(records: Mapping[Path, Record], adapter_size: Adap
 
 def _drawn_as(record: Record) -> str | None:
     """What the corpus was drawn as, whatever its size; None where it was not drawn from a seed."""
-    settings = {name: value for name, value in record.corpus_settings.items() if name not in SIZES}
+    several = record.corpus_settings.get("count", 1) > 1  # of which only the first begins alike at all lengths
+    sizes = [name for name in SIZES if not (several and name == "length")]
+    settings = {name: value for name, value in record.corpus_settings.items() if name not in sizes}
     return json.dumps([record.corpus, settings], sort_keys=True, default=str) if "seed" in settings else None
 
 

@@ -22,7 +22,7 @@ __all__ = [
     "percentiles",
 ]
 
-LAW_SCHEMA_VERSION: Final = 5
+LAW_SCHEMA_VERSION: Final = 6
 Factor = Literal["rank", "effective_parameters", "target_tokens"]
 FACTORS: Final[dict[Factor, str]] = {
     "rank": "rank",

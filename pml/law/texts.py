@@ -58,7 +58,8 @@ class Texts:
     def spread_at(self, lengths: npt.ArrayLike) -> Array:
         """The same at these lengths, in nats: a mean over l tokens scatters as 1 / sqrt(l).
 
-        As far as the texts reach: longer ones, which may be of several kinds, are taken to scatter as the longest do.
+        The line's standard error is of the texts as they are, this is of another one. As far as the texts reach: longer
+        ones, which may be of several kinds, are taken to scatter as the longest do.
         """
         if len(self.losses) < FEWEST_TEXTS:
             return np.zeros(np.shape(lengths))
