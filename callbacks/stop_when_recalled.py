@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from callbacks._logging import exact_scores
+from callbacks._several import last_of
 from pml.certificate import Rounding
 from pml.corpus import Example
 from pml.errors import InputError
@@ -150,9 +151,8 @@ class StopWhenRecalled(Callback):
         self._restored = (0, 0)
 
     def _is_last(self, trainer: Trainer) -> bool:
-        """Of several, the one listed last decides: it is the user's, behind the default one."""
-        alike = [c for c in trainer.callbacks if isinstance(c, StopWhenRecalled)]  # type: ignore[attr-defined]
-        return alike[-1] is self
+        """Of several, the one listed last decides."""
+        return last_of(trainer, StopWhenRecalled) is self
 
     def _watched(self) -> Tensor:
         """Target tokens of this epoch's batches, of all ranks: those that are not sure, and all."""

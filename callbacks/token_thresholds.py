@@ -9,6 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks._corpus_metric import CorpusMetricCallback
 from callbacks._logging import exact_scores, log_everywhere
+from callbacks._several import last_of
 from callbacks._token_board import show_history, show_look
 from pml import metrics
 from pml.disk import disk_trouble
@@ -109,9 +110,8 @@ class TokenThresholds(CorpusMetricCallback):
     # What the hooks do -----------------------------------------------------------------------------------------------
 
     def _is_last(self, trainer: Trainer) -> bool:
-        """Of several, the one listed last looks: it is the user's, behind the default one."""
-        alike = [c for c in trainer.callbacks if isinstance(c, TokenThresholds) and c.looks]  # type: ignore[attr-defined]
-        return alike[-1] is self
+        """Of several, the one listed last looks."""
+        return last_of(trainer, TokenThresholds, lambda one: bool(one.looks)) is self
 
     def _prepare(self, trainer: Trainer, module: Memorization) -> None:
         examples = trainer.datamodule.corpus.examples  # type: ignore[attr-defined]

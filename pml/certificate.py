@@ -17,7 +17,7 @@ from torch import Tensor
 from pml.corpus import Example
 from pml.decoding import CachedRows, of_one_prompt_length, plain_decoding, tokens_at_once, whole_distribution
 from pml.positions import max_positions
-from pml.served import decoded_together
+from pml.served import decoded_together, padded
 
 __all__ = [
     "PairCertificate",
@@ -197,10 +197,7 @@ def greedy_answers(
     sizes = [(len(e.prompt_ids), len(e.target_ids)) for e in examples]
     for chosen in decoded_together(sizes, batch_size, limit):
         batch = [examples[i] for i in chosen]
-        longest = max(len(e.prompt_ids) for e in batch)
-        padding = [longest - len(e.prompt_ids) for e in batch]
-        ids = torch.tensor([[0] * n + list(e.prompt_ids) for n, e in zip(padding, batch, strict=True)])
-        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
+        ids, mask = map(torch.tensor, padded([e.prompt_ids for e in batch]))
         with torch.no_grad():
             out = model.generate(
                 input_ids=ids.to(model.device),
@@ -213,7 +210,7 @@ def greedy_answers(
                 pad_token_id=0,
                 **plain_decoding(model),
             )
-        rows = out[:, longest:].tolist()
+        rows = out[:, ids.shape[1] :].tolist()
         for i, row, e in zip(chosen, rows, batch, strict=True):
             answers[i] = tuple(row[: len(e.target_ids)])
     return answers
@@ -252,12 +249,10 @@ def sampled_exactly(model: Any, example: Example, samples: int, temperature: flo
             attention_mask=torch.ones_like(ids),
             do_sample=True,
             temperature=temperature,
-            num_return_sequences=samples,
             max_new_tokens=len(example.target_ids),
             eos_token_id=None,
             pad_token_id=0,
-            **whole_distribution(model),
-            **{name: value for name, value in plain_decoding(model).items() if name != "num_return_sequences"},
+            **plain_decoding(model) | whole_distribution(model) | {"num_return_sequences": samples},
         )
     rows = out[:, ids.shape[1] :].tolist()
     return sum(tuple(row) == example.target_ids for row in rows) / samples

@@ -91,6 +91,7 @@ def plain_decoding(model: Any) -> dict[str, Any]:
 
 def whole_distribution(model: Any) -> dict[str, Any]:
     """Arguments of `generate` by which it samples from the whole distribution, whatever the base ships."""
+    # Where nothing is said, `generate` takes 50.
     return {"top_k": 0, **_turned_off(model, WHOLE_DISTRIBUTION)}
 
 

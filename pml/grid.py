@@ -157,8 +157,7 @@ def resolve(grid: Grid) -> list[Cell]:
     cells = []
     for setting in settings:
         try:
-            given = _with_whole_variables(setting, base)
-            own = tuple(f"--{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in given.items())
+            own = tuple(_options(_with_whole_variables(setting, base)))
             config = parse_run([*base, *own])
         except InputError as error:
             raise InputError(f"cell {_label(setting, list(setting))}: {error}") from error
@@ -175,18 +174,19 @@ def resolve(grid: Grid) -> list[Cell]:
     return cells
 
 
-def _with_whole_variables(setting: Mapping[str, Any], base: Sequence[str]) -> dict[str, Any]:
-    """A cell's values, in which single variables of a chat template are put into the mapping that the base has."""
-    found: dict[str, Any] = {}
-    for key, value in setting.items():
-        mapping, _, name = key.rpartition(".")
-        if mapping.endswith(".template_kwargs"):
-            if mapping not in found:
-                found[mapping] = dict(parse_run(base).data.init_args.get("template_kwargs") or {})
-            found[mapping][name] = value
-        else:
-            found[key] = value
-    return found
+def _options(setting: Mapping[str, Any]) -> list[str]:
+    return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in setting.items()]
+
+
+def _with_whole_variables(setting: Mapping[str, Any], base: Sequence[str]) -> Mapping[str, Any]:
+    """A cell's values, in which single variables of a chat template join those that it has anyway, in one mapping."""
+    single = {key: value for key, value in setting.items() if ".template_kwargs." in key}
+    if not single:
+        return setting
+    others = {key: value for key, value in setting.items() if key not in single}
+    known = parse_run([*base, *_options(others)]).data.init_args.get("template_kwargs") or {}
+    mapping = next(iter(single)).rpartition(".")[0]
+    return {**others, mapping: {**known, **{key.rpartition(".")[2]: value for key, value in single.items()}}}
 
 
 def _folders(out: Path) -> dict[str, list[str]]:

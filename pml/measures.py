@@ -7,8 +7,7 @@ from pml.corpus import Corpus
 from pml.token_results import replaced_tokens
 from pml.weighting import TokenScores
 
-__all__ = ["curve_ends", "memorized_bits", "recall_measures"]
-
+__all__ = ["CERTAIN", "curve_ends", "memorized_bits", "recall_measures"]
 
 CERTAIN = 0.5
 """Probability above which a token cannot be beaten."""

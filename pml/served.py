@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pml.corpus import Example
     from pml.encoding import TextEncoder
 
-__all__ = ["decoded_together", "serve"]
+__all__ = ["decoded_together", "padded", "serve"]
 
 BATCH = 32
 """Prompts decoded together, padded on the left as servers do it."""
@@ -97,11 +97,8 @@ def _answers(job: dict[str, Any]) -> list[str]:
     sizes = [(len(prompt), tokens) for prompt, tokens in zip(prompts, job["tokens"], strict=True)]
     answers = [""] * len(prompts)
     for batch in decoded_together(sizes, BATCH, limit):
-        longest = max(len(prompts[i]) for i in batch)
-        # By hand, since a tokenizer need not have a token for it.
-        ids = torch.tensor([[0] * (longest - len(prompts[i])) + prompts[i] for i in batch])
-        mask = torch.tensor([[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-        most = max(job["tokens"][i] for i in batch)
+        ids, mask = map(torch.tensor, padded([prompts[i] for i in batch]))
+        longest, most = ids.shape[1], max(job["tokens"][i] for i in batch)
         out = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -115,6 +112,17 @@ def _answers(job: dict[str, Any]) -> list[str]:
             own = row[: job["tokens"][i]]
             answers[i] = str(tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return answers
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts padded on the left, as servers do it, and their attention mask.
+
+    By hand, since a tokenizer need not have a token for it.
+    """
+    longest = max(map(len, prompts))
+    ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return ids, mask
 
 
 def decoded_together(sizes: Sequence[tuple[int, int]], most: int, limit: int | None) -> list[list[int]]:

@@ -194,6 +194,18 @@ def test_single_variables_of_a_template_join_those_of_the_base(base: Callable[..
     assert given == [{"day": "off", "thinking": on, "level": "007"} for on in (True, False)]
 
 
+def test_single_variables_of_a_template_do_with_a_base_that_the_cell_completes(
+    base: Callable[..., Path], tmp_path: Path
+) -> None:
+    content = yaml.safe_load(Path("base.yaml").read_text())
+    model, content["data"]["init_args"]["template_kwargs"] = content.pop("model"), {"day": "off"}
+    Path("base.yaml").write_text(yaml.safe_dump(content))
+    grid = {"model": [model], "data.init_args.template_kwargs.thinking": [True]}
+    (cell,) = resolve(read_grid(write_grid(tmp_path, grid)))
+    (given,) = (a.partition("=")[2] for a in cell.arguments if a.startswith("--data.init_args.template_kwargs="))
+    assert json.loads(given) == {"day": "off", "thinking": True}
+
+
 def test_days_within_variables_are_text_too(base: Callable[..., Path], tmp_path: Path) -> None:
     grid = "base: base.yaml\nout: out\ngrid: {data.init_args.template_kwargs: [{days: [2024-01-05]}]}\n"
     Path("grid.yaml").write_text(grid)

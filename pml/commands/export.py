@@ -16,7 +16,7 @@ from pml.escape import say
 
 __all__ = ["configure", "run"]
 
-BELONG_TO_IT = (
+REFINEMENTS = (
     "early_stopping",
     "length_penalty",
     "output_scores",
@@ -71,8 +71,9 @@ def run(args: jsonargparse.Namespace) -> int:
         return 1
     # A folder that answers as the adapter was certified to, whatever serves it.
     turned_off = plain_decoding(merged)
-    for name, value in {**turned_off, **(dict.fromkeys(BELONG_TO_IT) if turned_off else {})}.items():
-        setattr(merged.generation_config, name, value)
+    if turned_off:
+        for name, value in (dict.fromkeys(REFINEMENTS) | turned_off).items():
+            setattr(merged.generation_config, name, value)
     partial = args.out.with_name(f".{args.out.name}.{os.getpid()}")
     try:
         with quiet_transformers():

@@ -1,7 +1,7 @@
 """Any number of methods against one of them, over pairs of runs."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -191,8 +191,7 @@ def _difference(
     by_text = len({pair.text for pair, _, _ in chosen}) > 1
     samples = [pair.text if by_text else pair.seed for pair, _, _ in chosen]
     first, second = [one for _, one, _ in chosen], [other for _, _, other in chosen]
-    found = paired_difference(outcome, first, second, samples, name=method, confidence=confidence)
-    return replace(found, by_text=by_text)
+    return paired_difference(outcome, first, second, samples, name=method, confidence=confidence, by_text=by_text)
 
 
 def _means(method: str, records: Mapping[Path, Record], values: Values) -> MethodMeans:

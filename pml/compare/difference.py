@@ -42,7 +42,7 @@ class Difference:
     mean: float
     interval: tuple[float, float] | None
     confidence: float
-    by_text: bool = True
+    by_text: bool
 
     @property
     def verdict(self) -> Verdict:
@@ -72,6 +72,7 @@ def paired_difference(
     *,
     name: str = "",
     confidence: float = 0.95,
+    by_text: bool = True,
 ) -> Difference:
     """The mean difference over pairs of values; pairs of one sample are averaged first and count once.
 
@@ -82,6 +83,7 @@ def paired_difference(
         samples: What each pair is a sample of, such as its text; None is one of its own for every pair.
         name: What the method is called.
         confidence: Level of the interval.
+        by_text: Whether a sample is a text.
     """
     of = range(len(baseline)) if samples is None else samples
     a, b = _by_sample(baseline, of), _by_sample(method, of)
@@ -103,6 +105,7 @@ def paired_difference(
         mean=mean if abs(mean) > rounding else 0.0,
         interval=interval,
         confidence=confidence,
+        by_text=by_text,
     )
 
 

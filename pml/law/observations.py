@@ -34,7 +34,6 @@ Reason = Literal["diverged", "interrupted", "not reduced"]
 CRITICAL_LOSS = math.log(2)
 """Loss in nats below which a token has p > 0.5, so that greedy decoding must produce it."""
 
-OPTIONAL = ("effective_parameters", "entropy_bits", "late_loss_drop", "text", "generated_token_accuracy", "drawn_as")
 # A run had not converged if the last tenth of its steps still gave this share of its loss reduction: at that pace, ten
 # more tenths would change dL by a tenth.
 LATE_DROP_SHARE = 0.01
@@ -92,7 +91,7 @@ class Observation:
         for field in fields(self):
             value = getattr(self, field.name)
             value = value.item() if isinstance(value, np.generic) else value
-            if field.name in OPTIONAL and (type(value).__name__ == "NAType" or value != value):
+            if field.default is None and (type(value).__name__ == "NAType" or value != value):
                 value = None
             if field.name == "text" and value is not None:
                 value = str(value)

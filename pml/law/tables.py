@@ -31,7 +31,6 @@ SYMBOLS: Final = {
 }
 """Symbols of the parameters, with their units."""
 
-
 TOGETHER: dict[GroupedBy, str] = {"text": "the ranks on one text", "grid_point": "the seeds of one rank and length"}
 
 
