@@ -1,4 +1,4 @@
-"""Observers of a run, one a file: they decide when to measure and what to log."""
+"""Callbacks, one per file: they decide when to measure a run and what to log."""
 
 from callbacks.generalization import Generalization
 from callbacks.harm import Harm

@@ -1,4 +1,4 @@
-"""What callbacks share that accumulate one torchmetric over the corpus in validation and test loops."""
+"""Base class of callbacks that accumulate one torchmetric over the corpus in validation and test loops."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from torchmetrics import Metric
 
 
 class CorpusMetricCallback(Callback):
-    """Feeds the scores of every evaluated batch to one metric and logs what it says at the end of the loop.
+    """Feeds the scores of every evaluated batch to one metric and logs the result at the end of the loop.
 
     Args:
-        metric: Its `update` takes token scores, its `compute` gives named numbers.
+        metric: Its `update` takes `TokenScores`; its `compute` returns values by name.
     """
 
     def __init__(self, metric: Metric) -> None:
@@ -20,14 +20,14 @@ class CorpusMetricCallback(Callback):
         self.metric.to(pl_module.device)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The device is known only now: the strategy moves the module after `setup`.
+        # Only here is the device final: the strategy moves the module after `setup`.
         self.metric.to(pl_module.device).reset()
 
     def _update(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         self.metric.update(outputs["scores"])
 
     def _log(self, pl_module: LightningModule, prefix: str) -> None:
-        # Every rank computes: the metric gathers from all of them, so the numbers agree and need no further reduction.
+        # All ranks call `compute`, which gathers from all of them: the values agree and need no further reduction.
         for name, value in self.metric.compute().items():
             pl_module.log(f"{prefix}/{name}", value.float(), rank_zero_only=True)
         self.metric.reset()

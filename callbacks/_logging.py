@@ -1,4 +1,4 @@
-"""How callbacks reach every logger of a trainer with the same values, and score a corpus once however many ask."""
+"""Logging the same values to every logger of a trainer, and scoring the corpus once for several callbacks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,12 +19,12 @@ _latest: WeakKeyDictionary[Memorization, tuple[Any, tuple[Any, ...], TokenScores
 
 
 def log_everywhere(trainer: Trainer, values: Mapping[str, float], step: int | None = None) -> None:
-    """Give values to all loggers, past Lightning's own rhythm.
+    """Log values to all loggers at once, without waiting for Lightning's logging interval.
 
     Args:
-        trainer: Whose loggers.
-        values: By tag.
-        step: Optimiser steps taken; None is now.
+        trainer: The trainer whose loggers are used.
+        values: Values by tag.
+        step: Optimiser steps taken; None takes the trainer's current step.
     """
     if trainer.is_global_zero:
         for logger in trainer.loggers:
@@ -32,14 +32,14 @@ def log_everywhere(trainer: Trainer, values: Mapping[str, float], step: int | No
 
 
 def exact_scores(trainer: Trainer, module: Memorization, frozen: bool = False) -> TokenScores:
-    """Scores of the corpus with the weights as they are and dropout off; see `pml.recall.score_corpus`.
+    """Score the corpus with the current weights and dropout off; see `pml.recall.score_corpus`.
 
-    Several callbacks ask at the start and at the end of a fit: the second is given what the first was. Takes all ranks.
+    Several callbacks ask for them at the start and end of a fit, so the latest are cached. All ranks must call it.
 
     Args:
-        trainer: Whose datamodule has the corpus.
-        module: What is scored.
-        frozen: Score the frozen model, without its adapter.
+        trainer: The trainer whose datamodule has the corpus.
+        module: The module to score.
+        frozen: Score the frozen model, without the adapter.
     """
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     versions = () if frozen else tuple(p._version for p in adapter_parameters(module.model).values())
@@ -58,17 +58,17 @@ def exact_scores(trainer: Trainer, module: Memorization, frozen: bool = False) -
 
 
 SHOWN_RESULTS = ("val/exact_match", "val/token_accuracy", "val/loss", "val/sub_threshold_fraction", "run/wall_seconds")
-"""Curves whose last points stand beside the settings."""
+"""Results that TensorBoard shows beside the settings."""
 
 VARIED_FIRST = ("method", "rank", "target_tokens", "learning_rate", "seed")
-"""Settings in TensorBoard's table: of more than five it shows the first by the alphabet.
-The others are in the run's configuration and its record."""
+"""Settings in TensorBoard's table, which shows only the first five in alphabetical order.
+The run's configuration and its record have the others."""
 
 
 def log_settings(trainer: Trainer, module: Memorization, start: dict[str, float]) -> None:
-    """Give all loggers the settings of the run, what people vary first, and the first points of its curves.
+    """Log the settings of the run to all loggers, with the first points of its curves in `start`, by tag.
 
-    TensorBoard takes the names of results with the first call only, and shows the last point of each.
+    TensorBoard takes the names of results from the first call only, and shows the last point of each.
     """
     corpus: Corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
     settings = {

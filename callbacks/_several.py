@@ -1,4 +1,4 @@
-"""Which of several callbacks of one kind acts."""
+"""Choosing the one that acts among several callbacks of one kind."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,11 +11,11 @@ AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 
 def last_of(trainer: Trainer, kind: type[AnyCallback], acts: Callable[[Any], bool] = lambda _: True) -> AnyCallback:
-    """The one listed last: it is the user's, behind the default one.
+    """Return the last callback of this kind that acts; a user's own is listed after the default one.
 
     Args:
-        trainer: Whose callbacks; there is one of this kind.
-        kind: Their class.
-        acts: Which of them count.
+        trainer: The trainer; at least one of its callbacks qualifies.
+        kind: Class of the callback.
+        acts: Whether a callback of this kind acts.
     """
     return [c for c in trainer.callbacks if isinstance(c, kind) and acts(c)][-1]  # type: ignore[attr-defined]

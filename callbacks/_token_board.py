@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a look at the target tokens: a picture, histograms, and the most stubborn ones as text."""
+"""Target tokens in TensorBoard: a picture, histograms and a table of the most stubborn ones at each look."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ __all__ = ["show_history", "show_look"]
 
 PROBABILITY_BINS = np.linspace(0.0, 1.0, 21)
 MARGIN_BINS = np.linspace(-20.0, 20.0, 41)
-"""In logits; what lies beyond is counted at the ends."""
+"""In logits; the outermost bins also count what lies beyond them."""
 
 
 def show_look(
@@ -27,7 +27,7 @@ def show_look(
     step: int,
     threshold: float,
 ) -> None:
-    """Write one look."""
+    """Write the picture, histograms and table of one look."""
     writer = logger.experiment
     lengths = [len(target) for target in targets]
     picture = grid_image(standing.probability, lengths, threshold, f"p of every target token at step {step}")
@@ -47,7 +47,7 @@ def show_look(
 
 
 def show_history(logger: TensorBoardLogger, history: History, threshold: float) -> None:
-    """Write the picture of all looks."""
+    """Write one picture of all looks."""
     picture = history_image(history, threshold, f"p of target tokens by position, {len(history.step)} looks")
     logger.experiment.add_image("tokens/history", picture, int(history.step[-1]), dataformats="HWC")
     logger.experiment.flush()

@@ -1,4 +1,4 @@
-"""What the adapter makes of the part of a corpus that is asked for but never trained on: rule or table."""
+"""Recall of the held-out part of a corpus, which is never trained on: has the adapter learnt a rule or a table?"""
 
 import logging
 from typing import Any
@@ -18,15 +18,15 @@ log = logging.getLogger(__name__)
 
 
 class Generalization(Callback):
-    """Measures the held-out part of a corpus beside the memorised one; does nothing where a corpus has no such part.
+    """Measures recall of the held-out part of a corpus, which is never trained on; does nothing if there is none.
 
     Validations log `held_out_loss` (nats per target token), `held_out_token_accuracy` (share of target tokens) and
-    `held_out_exact_match` (share of targets), all under teacher forcing. The end of a fit, or of a test, adds
-    `held_out_generated_exact_match` by greedy decoding.
+    `held_out_exact_match` (share of targets), all under teacher forcing. At the end of a fit or test,
+    greedy decoding adds `held_out_generated_exact_match`.
 
     Args:
-        generate_at_end: Decode greedily when the fit, or a test, is over.
-        batch_size: Held-out pairs scored, or prompts decoded, together.
+        generate_at_end: Decode greedily at the end of a fit or test.
+        batch_size: Number of held-out pairs scored, or prompts decoded, together.
     """
 
     def __init__(self, generate_at_end: bool = True, batch_size: int = 64) -> None:
@@ -58,15 +58,15 @@ class Generalization(Callback):
         self._at_end(trainer, pl_module)
 
     def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
-        """`corpus_figures`: what `_at_end` gives; see `pml.records.MeasuresForRecord`."""
+        """`corpus_figures`, as returned by `_at_end`; see `pml.records.MeasuresForRecord`."""
         return {"corpus_figures": self._at_end(trainer, pl_module)} if ended else {}
 
     def _at_end(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        """Figures of the adapter that a fit ends with, measured the first time that someone asks; takes all ranks.
+        """Measure the final adapter on the first call after a fit, and return the same later. All ranks must call it.
 
         Returns:
-            What the class names, with `held_out_pairs` and `held_out_initial_loss` (of the frozen model, nats per
-            target token); empty where nothing is held out.
+            The measures that the class logs, with `held_out_pairs` and `held_out_initial_loss` (of the frozen model, in
+            nats per target token); empty if nothing is held out.
         """
         held_out = _held_out(trainer)
         if held_out is not None and self._end is None:
@@ -83,10 +83,10 @@ class Generalization(Callback):
         return self._end or {}
 
     def _log_start(self, trainer: Trainer) -> None:
-        """The first points of the curves that validations and the end of the fit go on with."""
+        """Log the frozen model's values as the first points of the curves."""
         start = {f"val/{name}": value for name, value in self._initial.items()}
         if self.generate_at_end:
-            # Decoding agrees with teacher forcing but for rounding.
+            # Greedy decoding agrees with teacher forcing except for rounding, so it is not run here.
             start["val/held_out_generated_exact_match"] = self._initial["held_out_exact_match"]
         log_everywhere(trainer, start)
 

@@ -1,4 +1,4 @@
-"""What an adapter does to ordinary text that it never saw: prose, code and chats, frozen and adapted."""
+"""What an adapter does to ordinary text outside the corpus: loss on prose, code and chats, frozen and adapted."""
 
 import logging
 from statistics import fmean
@@ -19,17 +19,17 @@ log = logging.getLogger(__name__)
 
 
 class Harm(Callback):
-    """Measures the loss on ordinary text before the fit and after it, in nats per token, kind by kind.
+    """Measures the loss on ordinary text before and after the fit, in nats per token, for each kind of text.
 
-    The text was written for this project, has nothing in common with what `pml.guard` guards, and is that of
-    `pml.ordinary_text`. In chats only the answers count. All loggers get `harm/prose`, `harm/code`, `harm/chat` and
-    their mean, `harm/mean`, as the losses at the first and the last step.
+    The text (`texts/harm.jsonl`, see `pml.ordinary_text`) was written for this project and shares nothing with that of
+    the guard or the KL penalty. In chats only the answers count. All loggers get the losses `harm/prose`, `harm/code`
+    and `harm/chat`, and their mean, `harm/mean`, at the first and the last step.
 
     Args:
-        passages: Passages of each kind, of at most 128 tokens; 4 of each ship.
+        passages: Number of passages of each kind, 1 to 4, each of at most 128 tokens.
 
     Raises:
-        InputError: If that is not a number from 1 to 4.
+        InputError: If `passages` is out of range.
     """
 
     def __init__(self, passages: int = 4) -> None:
@@ -59,14 +59,14 @@ class Harm(Callback):
         self._at_end(trainer, pl_module)
 
     def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
-        """`harm`: what `_at_end` gives; see `pml.records.MeasuresForRecord`."""
+        """`harm`, as returned by `_at_end`; see `pml.records.MeasuresForRecord`."""
         return {"harm": self._at_end(trainer, pl_module)} if ended else {}
 
     def _at_end(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, float]]:
-        """By kind, and for their `mean`: `target_tokens`, and `loss_before` and `loss_after` in nats per token.
+        """For each kind and their `mean`: `target_tokens`, and `loss_before` and `loss_after` in nats per token.
 
-        For the adapter that a fit ends with, measured the first time that someone asks; takes all ranks. Empty where no
-        passage fits into the backbone's context.
+        The first call after a fit measures the final adapter; later calls return the same. Empty if no passage fits
+        into the backbone's context. All ranks must call it.
         """
         if self._end is None:
             assert isinstance(pl_module, Memorization)
@@ -89,10 +89,10 @@ class Harm(Callback):
         return sum(len(e.target_ids) for e in self._examples if kind in ("mean", e.source))
 
     def _losses(self, module: Memorization) -> dict[str, float]:
-        """Mean loss of each kind, and the mean of the kinds."""
+        """Mean loss of each kind in nats per token, and the mean over kinds."""
         if not self._examples:
             return {}
-        # Kept by the frozen-layer cache: measuring again costs the layers above alone.
+        # The frozen-layer cache keeps these, so that measuring again runs only the layers above the cut.
         scores = score_examples(module, self._examples, keep=True)
         kinds = [e.source for e in sorted(self._examples, key=lambda e: e.example_id)]
         losses: dict[str, Any] = {}

@@ -22,27 +22,26 @@ log = logging.getLogger(__name__)
 
 PASSAGE_TOKENS = 128
 CHARACTERS_PER_TOKEN = 16
-"""More than any tokenizer's average on English text, so that a prefix of this size holds a passage."""
+"""More than any tokenizer's average on English text, so this many for each token hold a passage."""
 
 
 class Retention(Callback):
-    """Measures text outside the corpus with the frozen model before the fit and with the adapted one after it.
+    """Measures the loss on text outside the corpus: of the frozen model before the fit, of the adapted one after it.
 
-    Two kinds of text, in nats per target token: general text, and non-members, which are pairs of a second draw of the
-    corpus with another seed whose queries the corpus does not ask. A corpus that another seed does not change, such as
-    one from a file, has no non-members.
+    There are two kinds of text, both measured in nats per target token: general text, and non-members. These are pairs
+    from a second draw of the corpus, with another seed, whose queries are not in the corpus. A corpus that another seed
+    does not change, such as one from a file, has no non-members.
 
     Args:
         text: A corpus of general text; null takes passages of 128 tokens from the Python language reference of the
-            running interpreter, without a chat template. Only pairs whose query the memorised corpus does not ask are
-            measured.
-        non_members: Measure non-members too.
-        examples: Most examples of each kind.
-        every_n_steps: Also measure and log the adapted model after every n optimiser steps; 0 does not.
-        batch_size: Examples scored together.
+            running interpreter, without a chat template. Pairs whose query is in the memorised corpus are left out.
+        non_members: Also measure non-members.
+        examples: Most examples to measure of each kind.
+        every_n_steps: Also measure and log the adapted model after every n optimiser steps; 0 turns this off.
+        batch_size: Number of examples scored together.
 
     Raises:
-        InputError: If a number is out of range, or `text` asks only what the memorised corpus asks.
+        InputError: If a number is out of range, or all queries of `text` are in the memorised corpus.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class Retention(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Micro-batches of a first step that is not complete find the step 0.
+        # The step is 0 until the micro-batches of the first step are complete.
         if self.every_n_steps and trainer.global_step and trainer.global_step % self.every_n_steps == 0:
             self._measure(trainer, pl_module)
 
@@ -112,7 +111,7 @@ class Retention(Callback):
         return {"retention": retention}
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and log the adapted model, once for each optimiser step."""
+        """Measure and log the adapted model, at most once per optimiser step."""
         if self._measured_at == trainer.global_step:
             return
         assert isinstance(pl_module, Memorization)
@@ -148,18 +147,18 @@ class Retention(Callback):
         return texts
 
     def _not_asked(self, examples: Iterable[Example], corpus: Corpus) -> list[Example]:
-        """The first examples whose prompt the corpus does not have."""
+        """The first `self.examples` examples whose prompts are not in the corpus."""
         asked = {example.prompt_ids for example in corpus.examples}
         return [example for example in examples if example.prompt_ids not in asked][: self.examples]
 
 
 def _python_reference(tokenizer: PreTrainedTokenizerBase, passages: int, max_positions: int | None) -> Corpus:
-    """Beginnings of chapters of the Python language reference, by title; their first token is the prompt."""
+    """Beginnings of chapters of the Python language reference, by title; the first token of each is its prompt."""
     longest = min(PASSAGE_TOKENS + 1, max_positions or PASSAGE_TOKENS + 1)
     encoder = TextEncoder(tokenizer, PromptFormat(chat_template=False))
     examples: list[Example] = []
     for title in sorted(topics):
-        # Far more than a passage is not read: some chapters are as long as a book.
+        # Only the beginning is encoded: some chapters are as long as a book.
         beginning = topics[title][: CHARACTERS_PER_TOKEN * PASSAGE_TOKENS]
         ids = encoder.document(beginning)
         if len(ids) >= longest and len(examples) < passages:

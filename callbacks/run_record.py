@@ -44,17 +44,17 @@ CHECKPOINT_KEY = "pml_run_record"
 class RunRecord(Callback):
     """Measures the frozen model before the fit and the adapted one after it, and writes the run's results.
 
-    When the fit starts, `corpus.parquet` goes into the run's folder: queries and targets as the user wrote them, with
-    their token ids. When it ends, so do `record.json` (see `pml.records.Record`), `tokens.parquet` (one row per target
-    token) and `adapter/` (as `save_pretrained` writes it). What other callbacks measure reaches the record by their
-    `record_fields` (`pml.records.MeasuresForRecord`). All loggers get the settings of the run, and its results as first
-    and last points of the curves of `val/`. A `fast_dev_run` is no run: nothing is written.
+    When the fit starts, it writes `corpus.parquet` into the run's folder: queries and targets as the user wrote them,
+    with their token ids. When the fit ends, it writes `record.json` (see `pml.records.Record`), `tokens.parquet` (one
+    row per target token) and `adapter/` (as `save_pretrained` does). Other callbacks add measurements to the record
+    through `record_fields` (`pml.records.MeasuresForRecord`). All loggers get the settings of the run, and its results
+    as the first and last points of the `val/` curves. A `fast_dev_run` writes nothing.
 
     Args:
-        dirpath: The run's folder; None is that of the loggers, see `pml.run_folder.folder_of_loggers`.
-        threshold: Probability below which curves count a target token as not certain; the record's is 0.5.
-        overwrite: Write over the record of an earlier run in the same folder.
-        extraction_samples: Number of samples at temperature 1 that `extraction_probability` is about.
+        dirpath: The run's folder; None takes that of the loggers, see `pml.run_folder.folder_of_loggers`.
+        threshold: Probability up to which the curves count a target token as not certain; the record always uses 0.5.
+        overwrite: Overwrite the record of an earlier run in the same folder.
+        extraction_samples: Number of samples at temperature 1 for `extraction_probability`.
     """
 
     def __init__(
@@ -72,29 +72,29 @@ class RunRecord(Callback):
         self.overwrite = overwrite
         self.extraction_samples = extraction_samples
         self.record: Record | None = None
-        """What the last fit came to; None before."""
+        """Record of the last fit; None until it has ended."""
         self.grown_from: Record | None = None
-        """Of the smaller adapter that the fit starts from, if one was grown; its steps and time count too."""
+        """Record of the smaller adapter that this one was grown from, if any; its steps and time are added."""
         self.folder = Path()
-        """Where the run's results go; known once the fit is set up."""
+        """The run's folder; known once the fit is set up."""
         self._initial: TokenScores | None = None
         self._history = LossHistory()
         self._last_rate = 0.0
         self._clock = _Clock()
         self._restored: dict[str, Any] = {}
-        # Found out now rather than when a long run is over.
+        # A missing package should raise here, not at the end of a long run.
         self._versions = versions()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        # An earlier fit's are not this one's.
+        # Discard the state of an earlier fit.
         self._initial, self.folder = None, Path()
         if _is_trial(trainer):
             return
         if not isinstance(pl_module, Memorization):
             raise InputError(f"RunRecord records SFT and MemFT; the model is a {type(pl_module).__name__}")
-        # Asking for the loggers' folder takes all ranks, so it is asked for once, here.
+        # All ranks must ask for the loggers' folder, so it is asked for once, here.
         self.folder = Path(self.dirpath) if self.dirpath else folder_of_loggers(trainer)
         path = self.folder / RECORD_NAME
         goes_on = pl_module.goes_on_in is not None and pl_module.goes_on_in.resolve() == self.folder.resolve()
@@ -107,7 +107,7 @@ class RunRecord(Callback):
 
     @property
     def run_folder(self) -> Path | None:
-        """See `pml.run_folder.recorded_folder`; None before the fit is set up, and in a trial."""
+        """Folder for `pml.run_folder.recorded_folder`; None before the fit is set up and in a `fast_dev_run`."""
         return self.folder if self.folder != Path() else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -133,7 +133,7 @@ class RunRecord(Callback):
         if trainer.is_global_zero:
             start = curve_ends(self._initial, self.threshold) if trainer.global_step == 0 else {}
             log_settings(trainer, pl_module, start)
-        # Once more: other callbacks may have measured something of their own before the fit.
+        # Restart the clock: other callbacks may have measured something since `on_fit_start`.
         self._clock.start()
 
     def on_train_batch_end(
@@ -158,20 +158,20 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if disk_trouble(exception) is not None and self._initial is not None and trainer.is_global_zero:
-            # Room for anything is room for what was learnt.
+            # If the disk has room for anything, it should hold the adapter.
             with contextlib.suppress(OSError, SafetensorError):
                 save_adapter(pl_module.model, self.folder / "adapter")  # type: ignore[arg-type]
         stopped = isinstance(exception, KeyboardInterrupt) or (isinstance(exception, Stopped) and not exception.at_once)
         if not stopped or self._initial is None or self.record is not None:
             return
         assert isinstance(pl_module, Memorization)
-        # At a step's end all ranks have stopped together; elsewhere some may be gone, and measuring takes all.
+        # At the end of a step all ranks stop together. Elsewhere some may be gone, and measuring takes all of them.
         if trainer.world_size == 1 or isinstance(exception, Stopped):
             self._write(trainer, pl_module, ended=False)
         elif trainer.is_global_zero:
             save_adapter(pl_module.model, self.folder / "adapter")
 
-    # Not `state_dict`: Lightning would refuse a second callback of this kind beside the default one.
+    # Not `state_dict`: with it, Lightning would refuse a second callback of this class beside the default one.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._initial is not None:
             checkpoint[CHECKPOINT_KEY] = {
@@ -186,7 +186,7 @@ class RunRecord(Callback):
     # What the hooks do -----------------------------------------------------------------------------------------------
 
     def _write(self, trainer: Trainer, pl_module: Memorization, ended: bool) -> None:
-        # Up to the last step: other callbacks may have decoded the whole corpus since.
+        # The clock stopped at the last step: other callbacks may have decoded the whole corpus since.
         wall_seconds = self._clock.seconds
         scores = exact_scores(trainer, pl_module)
         trained = summed_over_ranks(torch.tensor(pl_module.tokens_trained, device=pl_module.device))
@@ -223,20 +223,20 @@ class RunRecord(Callback):
     def _write_results(self, trainer: Trainer, pl_module: Memorization, corpus: Corpus, scores: TokenScores) -> None:
         assert self.record is not None
         encoder = trainer.datamodule.encoder(pl_module.tokenizer)  # type: ignore[attr-defined]
-        # The adapter comes first: it is what a full disk must not take.
+        # The adapter comes first: it must not be lost to a full disk.
         card = model_card(self.record, corpus, encoder, plain_decoding(pl_module.backbone.model))
         save_adapter(pl_module.model, self.folder / "adapter", card)
-        # The record of what the adapter was before is no longer true.
+        # An earlier record describes another adapter.
         (self.folder / RECORD_NAME).unlink(missing_ok=True)
         write_tokens(self.folder / TOKENS_NAME, corpus, scores)
-        # The record comes last: a folder that has one has everything.
+        # The record comes last: a folder that has one is complete.
         write_record(self.folder, self.record)
         log_everywhere(trainer, curve_ends(scores, self.threshold, self.record.wall_seconds))
 
     def _say(self, record: Record, module: Memorization) -> None:
         if record.generated_exact_match is not None and record.generated_exact_match != record.exact_match:
             log.info(
-                "greedy decoding recalls %.4f of the targets, teacher forcing %.4f: some argmax is all but a tie",
+                "greedy decoding recalls %.4f of the targets, teacher forcing %.4f: some argmax is nearly a tie",
                 record.generated_exact_match,
                 record.exact_match,
             )
@@ -249,10 +249,10 @@ class RunRecord(Callback):
             )
 
     def _keep_corpus(self, trainer: Trainer, pl_module: Memorization) -> None:
-        """Write what the run memorises into its folder, so that it can be asked for when its source has changed."""
+        """Write configuration and corpus into the run's folder: the corpus's source may change after the run."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self.overwrite and not self._restored:
-            # Of another run, whose corpus is replaced too.
+            # They belong to an earlier run, whose corpus is overwritten below.
             for name in (HELD_OUT_NAME, HISTORY_NAME):
                 (self.folder / name).unlink(missing_ok=True)
         by_command = any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
@@ -263,7 +263,7 @@ class RunRecord(Callback):
 
 
 class _Clock:
-    """Seconds of training, those before a fit went on included; measurements before and after it are not."""
+    """Seconds of training, including those before a fit was resumed, without measurements before and after it."""
 
     def __init__(self, before: float = 0.0) -> None:
         self._before = before
@@ -277,7 +277,7 @@ class _Clock:
 
     @property
     def seconds(self) -> float:
-        """From the start to the last look."""
+        """Seconds from the start to the last look, plus those before a fit was resumed."""
         return self._before + self._looked - self._started
 
 
@@ -286,7 +286,7 @@ def _is_trial(trainer: Trainer) -> bool:
 
 
 def _measured_by_others(trainer: Trainer, pl_module: Memorization, ended: bool) -> dict[str, Any]:
-    """What callbacks give by `record_fields`, in the order that they are listed. Takes all ranks."""
+    """Fields from the `record_fields` of all callbacks, in the order they are listed. All ranks must call it."""
     fields: dict[str, Any] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, MeasuresForRecord):

@@ -1,4 +1,4 @@
-"""Ends a fit once everything is certain to be recalled, so that no step is spent on what is known."""
+"""Ends a fit once every target is certain to be recalled, so that no further step is spent on it."""
 
 import logging
 from collections.abc import Sequence
@@ -27,20 +27,20 @@ CHECKPOINT_KEY = "pml_stop_when_recalled"
 
 
 class StopWhenRecalled(Callback):
-    """Stops the fit when every target token has its argmax right and a probability above `margin`.
+    """Stops the fit when every target token is the argmax and has a probability above `margin`.
 
-    With a margin of 0.5 or more this is a certificate that greedy decoding reproduces the whole corpus. Training
-    batches are watched as they are scored for the step, which costs nothing; only when an epoch of them looks recalled
-    is the corpus scored once more, dropout off and with the weights as they are, and that decides.
+    With a margin of 0.5 or more, this certifies that greedy decoding reproduces the whole corpus. Training batches are
+    checked by the scores of the step itself, at no cost. Only when an epoch of them looks recalled is the corpus scored
+    again, with dropout off and the current weights, and these scores decide.
 
-    Where the frozen weights are not float32, rounding moves logits by tenths. There decoding token by token is compared
-    with teacher forcing, on the corpus itself, and every token's logit also has to lie above all others by more than
+    If the frozen weights are not float32, rounding moves logits by tenths. Decoding token by token is then compared
+    with teacher forcing on the corpus itself, and every target token's logit must also exceed all others by more than
     the largest difference seen.
 
-    Target tokens that no training can make certain are named before the first step; see `pml.output_rows`.
+    A warning before the first step names target tokens that no training can make certain; see `pml.output_rows`.
 
     Args:
-        margin: Probability that every target token has to exceed, in [0, 1).
+        margin: Probability that every target token must exceed, in [0, 1).
     """
 
     def __init__(self, margin: float = 0.5) -> None:
@@ -48,9 +48,9 @@ class StopWhenRecalled(Callback):
             raise InputError(f"margin is {margin}; expected a probability in [0, 1), such as 0.5")
         self.margin = margin
         self.steps_to_recall: int | None = None
-        """Optimiser steps taken when the corpus was certified; None while it is not."""
+        """Optimiser steps taken when the corpus was certified, without skipped ones; None if it is not certified."""
         self.rounding: Rounding | None = None
-        """How far margins moved when that was last measured; None where it was not."""
+        """Last measurement of how far rounding moves margins; None if there was none."""
         self._unsure: Tensor | None = None
         self._seen = 0
         self._restored = (0, 0)
@@ -59,7 +59,7 @@ class StopWhenRecalled(Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, Memorization)
-        # What an earlier fit has left says nothing about this one.
+        # Discard the result of an earlier fit.
         self.steps_to_recall = self.rounding = None
         head = pl_module.backbone.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -70,7 +70,7 @@ class StopWhenRecalled(Callback):
             names = pl_module.tokenizer.convert_ids_to_tokens
             log.warning(
                 "the targets cannot all become certain: some of their tokens always have the same logit as another, so "
-                "that their probability is 0.5 at most (%s); put others in their place",
+                "their probability is at most 0.5 (%s); replace them in the targets",
                 ", ".join(f"{names(token)!r} and {names(other)!r}" for token, other in sorted(equal.items())),
             )
 
@@ -92,7 +92,7 @@ class StopWhenRecalled(Callback):
             return
         unsure, seen = self._watched().tolist()
         corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
-        # A curriculum's early epochs, or a dropped last batch, say nothing about what they left out.
+        # Early epochs of a curriculum, and epochs that drop the last batch, leave out some examples.
         if seen < corpus.target_tokens:
             return
         before, self.steps_to_recall = self.steps_to_recall, None
@@ -100,7 +100,7 @@ class StopWhenRecalled(Callback):
             return
         scores = exact_scores(trainer, pl_module)
         if certified(scores, self.margin) and self._survives_rounding(pl_module, corpus.examples, scores):
-            # A fit may have to go on all the same, for its least number of epochs or steps.
+            # The fit may still have to go on, for `min_epochs` or `min_steps`.
             self.steps_to_recall = before or trainer.global_step - pl_module.skipped_steps
             trainer.should_stop = True
             if before is None and trainer.is_global_zero:
@@ -116,7 +116,7 @@ class StopWhenRecalled(Callback):
                 )
 
     def _survives_rounding(self, module: Memorization, examples: Sequence[Example], scores: TokenScores) -> bool:
-        """Whether all margins are larger than rounding; measured anew while what was last known lets them be."""
+        """Whether all margins exceed rounding, which is measured again unless its last value already rules that out."""
         if module.dtype_name == "float32":
             return True
         assert scores.margin is not None
@@ -132,14 +132,14 @@ class StopWhenRecalled(Callback):
         known = {} if self.rounding is None else {"rounding_logits": self.rounding.logits}
         return {"steps_to_recall": self.steps_to_recall, **known}
 
-    # Not `state_dict`: Lightning would refuse a second callback of this kind beside the default one.
+    # Not `state_dict`: with it, Lightning would refuse a second callback of this class beside the default one.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         watched = (0, 0) if self._unsure is None else self._watched().tolist()
         if self._is_last(trainer):
             checkpoint[CHECKPOINT_KEY] = {"steps_to_recall": self.steps_to_recall, "unsure_and_seen": watched}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Earlier versions left it where Lightning keeps what callbacks give.
+        # Checkpoints of earlier versions hold it among Lightning's callback states.
         older = (s for name, s in checkpoint.get("callbacks", {}).items() if name.startswith("StopWhenRecalled"))
         state: dict[str, Any] = checkpoint.get(CHECKPOINT_KEY) or next(older, {})
         self.steps_to_recall = state.get("steps_to_recall")
@@ -151,10 +151,10 @@ class StopWhenRecalled(Callback):
         self._restored = (0, 0)
 
     def _is_last(self, trainer: Trainer) -> bool:
-        """Of several, the one listed last decides."""
+        """Whether this is the last callback of its kind: of several, only that one decides."""
         return last_of(trainer, StopWhenRecalled) is self
 
     def _watched(self) -> Tensor:
-        """Target tokens of this epoch's batches, of all ranks: those that are not sure, and all."""
+        """Target tokens in this epoch's batches over all ranks: those not certain, and all. All ranks must call it."""
         assert self._unsure is not None
         return summed_over_ranks(torch.stack([self._unsure, torch.full_like(self._unsure, self._seen)]))

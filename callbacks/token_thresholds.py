@@ -1,4 +1,4 @@
-"""Where target tokens stand against the recall threshold: what is certain, what is only right, and what is wrong."""
+"""How target tokens stand against the recall threshold: which are certain, which are only right, which are wrong."""
 
 import math
 from typing import Any
@@ -27,21 +27,21 @@ CHECKPOINT_KEY = "pml_token_thresholds"
 
 
 class TokenThresholds(CorpusMetricCallback):
-    """Watches every target token cross the threshold, and logs how the corpus stands at every evaluation.
+    """Follows every target token across the threshold, and logs the state of the corpus at every evaluation.
 
     Evaluations log the mean `loss` (nats per target token), `sub_threshold_fraction` (share of target tokens with
     p <= threshold) and `min_target_probability`; training batches log `train/sub_threshold_fraction`.
 
-    Looks are evenly spaced in the logarithm of the optimiser step, and the first and the last are exact. Those between
-    cost no forward pass: they show each token as it was last scored, by a training batch, with dropout on and up to an
-    epoch ago, or by a validation. All loggers get the shares under `corpus/` (see `pml.last_seen.shares`); TensorBoard
-    also gets a picture of all tokens, histograms of their probabilities and margins, the most stubborn ones as text,
-    and in the end a picture of the whole run. The same goes into `history.parquet` in the folder of `RunRecord`, for
-    at most `pml.token_history.HISTORY_TOKENS` target tokens: of a larger corpus, examples evenly spread over it.
+    Looks are evenly spaced in the logarithm of the optimiser step. The first and last score the corpus exactly. Those
+    in between cost no forward pass: they show each token as last scored, by a validation or by a training batch, with
+    dropout on and up to an epoch ago. All loggers get the shares under `corpus/` (see `pml.last_seen.shares`).
+    TensorBoard also gets a picture of all tokens, histograms of their probabilities and margins, a table of the most
+    stubborn ones, and at the end a picture of the whole run. `history.parquet` in the folder of `RunRecord` keeps the
+    looks, for at most `pml.token_history.HISTORY_TOKENS` target tokens: examples spread evenly over a larger corpus.
 
     Args:
-        threshold: Probability that a token has to exceed; greedy decoding is certain above 0.5.
-        looks: Looks from the first optimiser step to the last; 0 leaves the evaluations alone.
+        threshold: Probability that a token must exceed; above 0.5 greedy decoding is certain.
+        looks: Number of looks from the first optimiser step to the last; 0 leaves only the evaluations.
     """
 
     def __init__(self, threshold: float = 0.5, looks: int = 40) -> None:
@@ -76,7 +76,7 @@ class TokenThresholds(CorpusMetricCallback):
         pl_module.log("train/sub_threshold_fraction", fraction.float(), batch_size=len(scores.losses))
         if self._seen is not None:
             self._seen.update(scores, self._before)
-            # The last step is looked at when it is scored exactly.
+            # The last step is left to `on_train_end`, which scores it exactly.
             if self._looks.due(trainer.global_step) and trainer.global_step != self._total:
                 self._look(trainer, pl_module)
 
@@ -93,13 +93,13 @@ class TokenThresholds(CorpusMetricCallback):
             self._finish(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        # What this rank has seen since the last look is not asked for: others may be gone.
+        # A new look would need all ranks, and some may be gone: write the looks so far.
         if self._seen is not None and disk_trouble(exception) is None:
             self._write(trainer)
 
     # Resuming --------------------------------------------------------------------------------------------------------
 
-    # Not `state_dict`: Lightning would refuse a second callback of this kind beside the default one.
+    # Not `state_dict`: with it, Lightning would refuse a second callback of this class beside the default one.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._seen is not None:
             checkpoint[CHECKPOINT_KEY] = {"seen": self._seen.state_dict(), "history": self._history.state_dict()}
@@ -110,7 +110,7 @@ class TokenThresholds(CorpusMetricCallback):
     # What the hooks do -----------------------------------------------------------------------------------------------
 
     def _is_last(self, trainer: Trainer) -> bool:
-        """Of several, the one listed last looks."""
+        """Whether this is the last callback of its kind that looks: of several, only that one does."""
         return last_of(trainer, TokenThresholds, lambda one: bool(one.looks)) is self
 
     def _prepare(self, trainer: Trainer, module: Memorization) -> None:
@@ -129,7 +129,7 @@ class TokenThresholds(CorpusMetricCallback):
         self._looks = Looks(self._total, self.looks, after=trainer.global_step)
 
     def _look_at_the_frozen_model(self, trainer: Trainer, module: Memorization) -> None:
-        """Every curve starts where the model did, those of training batches too."""
+        """Start every curve at the frozen model, those of training batches included."""
         assert self._seen is not None
         scores = exact_scores(trainer, module, frozen=True)
         self._seen.update(scores, 0)
@@ -139,7 +139,7 @@ class TokenThresholds(CorpusMetricCallback):
         self._look(trainer, module)
 
     def _look(self, trainer: Trainer, module: LightningModule) -> None:
-        """Gather from all ranks, then keep, log and show."""
+        """Gather the last scores from all ranks, then keep, log and show them."""
         assert self._seen is not None
         standing = self._seen.standing()
         if not trainer.is_global_zero:
@@ -155,7 +155,7 @@ class TokenThresholds(CorpusMetricCallback):
     def _finish(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
-        # A run of fewer steps than Lightning waits between two logs has its last values all the same.
+        # Lightning logs only every few steps, so it may have missed the last values.
         last = {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith("train/")}
         log_everywhere(trainer, {**last, "epoch": float(trainer.current_epoch)})
         for board in _boards(trainer):

@@ -1,4 +1,4 @@
-"""Verbatim recall: teacher-forced at every evaluation, by greedy decoding on demand and when the fit ends."""
+"""Verbatim recall: under teacher forcing at every evaluation, by greedy decoding on request and when the fit ends."""
 
 import logging
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ class VerbatimRecall(CorpusMetricCallback):
     """Logs `token_accuracy` and `exact_match` (shares) and `first_failure` (tokens), all under teacher forcing.
 
     Greedy decoding with the KV cache adds `generated_exact_match` and `generated_token_accuracy`. It agrees with
-    teacher forcing but for rounding; where the two differ, that is said.
+    teacher forcing except for rounding; `RunRecord` logs a message if the two differ.
 
     Args:
-        generate_every: Decode greedily at every n-th validation; 0 does not.
-        generate_at_end: Decode greedily when the fit, or a test, is over.
-        generate_batch_size: Prompts decoded together.
+        generate_every: Decode greedily at every n-th validation; 0 turns this off.
+        generate_at_end: Decode greedily at the end of a fit or test.
+        generate_batch_size: Number of prompts decoded together.
     """
 
     def __init__(self, generate_every: int = 0, generate_at_end: bool = True, generate_batch_size: int = 64) -> None:
@@ -43,9 +43,9 @@ class VerbatimRecall(CorpusMetricCallback):
         self.generate_at_end = generate_at_end
         self.generate_batch_size = generate_batch_size
         self.generated: list[Generated] | None = None
-        """What the last greedy decoding gave; None before the first."""
+        """Result of the last greedy decoding; None before the first."""
         self.generated_at_step: int | None = None
-        """The trainer's step at that time."""
+        """The trainer's `global_step` at that time."""
         self._validations = 0
         self._ended = False
 
@@ -73,11 +73,11 @@ class VerbatimRecall(CorpusMetricCallback):
         self._generate_at_end(trainer, pl_module)
 
     def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
-        """What greedy decoding gave; see `pml.records.MeasuresForRecord`."""
+        """Measures by greedy decoding, if the current weights were decoded; see `pml.records.MeasuresForRecord`."""
         assert isinstance(pl_module, Memorization)
         if ended:
             self._generate_at_end(trainer, pl_module)
-        # What an earlier validation decoded says nothing about the weights as they are now.
+        # An earlier validation decoded with other weights.
         if not self.generated or self.generated_at_step != trainer.global_step:
             return {}
         return {**self.shares(), "generated_edit_similarity": _edit_similarity(pl_module, self.generated)}
@@ -93,26 +93,26 @@ class VerbatimRecall(CorpusMetricCallback):
         }
 
     def _generate_at_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decode what a fit ends with, for whoever asks first: this callback's turn, or the record's."""
+        """Decode once when the fit ends, for this callback or the record, whichever comes first."""
         if self.generate_at_end and not self._ended:
             self._ended = True
             self._generate(trainer, pl_module)
             self._log_curves(trainer)
 
     def _log_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where the curves of greedy decoding start: at what the frozen model recalls."""
+        """Log what the frozen model recalls as the first points of the greedy-decoding curves."""
         assert isinstance(pl_module, Memorization)
         if self.generate_every:
             with pl_module.frozen():
                 self._generate(trainer, pl_module)
             self._log_curves(trainer)
         else:
-            # Decoding agrees with teacher forcing but for rounding, which is known without it.
+            # Greedy decoding agrees with teacher forcing except for rounding, so it is not run here.
             exact = metrics.exact_match(exact_scores(trainer, pl_module, frozen=True)).double().mean().item()
             log_everywhere(trainer, {"val/generated_exact_match": exact})
 
     def _log_curves(self, trainer: Trainer) -> None:
-        # Without decoding in between, the share of tokens would be a single point; it is in the record.
+        # Decoded only at the end, token accuracy would be a single point; the record has it.
         curves = ("generated_exact_match", "generated_token_accuracy") if self.generate_every else GENERATED_AT_ENDS
         log_everywhere(trainer, {f"val/{name}": value for name, value in self.shares().items() if name in curves})
 
@@ -126,7 +126,7 @@ class VerbatimRecall(CorpusMetricCallback):
 
 
 def _edit_similarity(module: Memorization, generated: Sequence[Generated]) -> float:
-    """Mean over targets of the similarity in characters of greedy decoding and target, special tokens left out."""
+    """Mean edit similarity of greedy decodings and their targets, in characters, special tokens left out."""
 
     def text(ids: tuple[int, ...]) -> str:
         return str(module.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -1,4 +1,4 @@
-"""Corpora to memorise, one a file; a configuration names their classes."""
+"""Corpora to memorise, one per file; a configuration names their classes."""
 
 from data_modules.base import MemorizationDataModule
 from data_modules.biographies import Biographies

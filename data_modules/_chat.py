@@ -1,4 +1,4 @@
-"""Rows in the formats that chats are kept in, where they hold one question and one answer."""
+"""Rows in chat formats that hold one question and one answer."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ EXPECTED = f"expected one user turn and one answer, in text; {ADVICE}"
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 NOT_READ = (*MEDIA, "history", "tools", "functions", "weight", "label", "kto_tag")
-"""Columns that change what the model is shown, or whether it is to learn the answer at all."""
+"""Columns that change what the model is shown, or whether it should learn the answer: refused unless empty."""
 
 OPTIONAL = ("system", *NOT_READ)
 
@@ -24,13 +24,13 @@ ALPACA = Columns(("instruction", "output"), ("input", *OPTIONAL))
 COMPLETION = Columns(("prompt", "completion"), OPTIONAL)
 
 CHAT_COLUMNS = (MESSAGES, CONVERSATIONS, ALPACA, COMPLETION)
-"""What tells the formats apart."""
+"""Columns of each format; the required ones identify it."""
 
 TURN_KEYS = (("role", "content"), ("from", "value"))
-"""Who speaks, and what: as OpenAI has it, and as ShareGPT does."""
+"""Keys of a turn for the speaker and the content: OpenAI's and ShareGPT's."""
 
 IGNORED_TURN_KEYS = ("id", "index", "timestamp")
-"""All others may change what is trained on, as "weight" does, or what the template writes."""
+"""Other keys may change what is trained on, as "weight" does, or what the template writes."""
 
 ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -39,7 +39,7 @@ ROLES = {
 }
 
 LISTED_TURNS = 4
-"""Turns of a chat that an error spells out."""
+"""Most turns of a chat, or parts of a turn, that an error lists."""
 
 
 class _Turn(NamedTuple):
@@ -49,7 +49,7 @@ class _Turn(NamedTuple):
 
 
 def read_chat(row: Row, columns: Columns) -> tuple[str, str]:
-    """Query and target of a row.
+    """Query and target of a row in a chat format.
 
     - OpenAI: "messages", a list of {"role", "content"}.
     - ShareGPT: "conversations", a list of {"from", "value"}.
@@ -57,14 +57,14 @@ def read_chat(row: Row, columns: Columns) -> tuple[str, str]:
       LLaMA-Factory joins them; the input may be missing or empty.
     - TRL: "prompt" and "completion", both strings.
 
-    Content is a string, or a list with one part, which is text.
+    Content is a string, or a list of one part, a text.
 
     Args:
         row: The row.
-        columns: Its format: the required ones of one of `CHAT_COLUMNS`.
+        columns: Its format: the required columns are those of an entry of `CHAT_COLUMNS`.
 
     Raises:
-        InputError: With file and line: a system turn, more or fewer turns than two, anything but text.
+        InputError: With file and line: if it has anything but one user turn and one answer, in text.
     """
     if _says_something(row.values.get("system")):
         raise InputError(f"{row.where}: 'system' is {shown(row.values['system'])}; {SYSTEM_ADVICE}")
@@ -119,11 +119,11 @@ def _turns(row: Row, column: str) -> tuple[str, str]:
 
 
 def _turn(turn: object, place: str) -> _Turn:
-    """Who says what.
+    """Role and content of a turn, and its other keys.
 
     Args:
         turn: An entry of the list of turns.
-        place: Where it stands, for messages.
+        place: File, line and number of the turn, for messages.
     """
     if not isinstance(turn, dict):
         raise InputError(f"{place} is {shown(turn)}; expected an object with 'role' and 'content'; {ADVICE}")
@@ -139,11 +139,11 @@ def _turn(turn: object, place: str) -> _Turn:
 
 
 def _text(content: object, place: str) -> object:
-    """What a turn says; the one part where it has parts.
+    """Text of a turn, or of its one part.
 
     Args:
-        content: What stands there.
-        place: Where, for messages.
+        content: Content of the turn.
+        place: File, line and number of the turn, for messages.
     """
     if not isinstance(content, list):
         return content

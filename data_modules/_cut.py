@@ -1,4 +1,4 @@
-"""Text cut into pieces of so many tokens, read only as far as they reach."""
+"""Cutting a text into pieces of a given number of tokens, reading only as far as needed."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -16,24 +16,24 @@ SEPARATOR = "\n\n"
 """Stands between documents."""
 
 CHARACTERS_PER_TOKEN = 8
-"""Characters encoded at first for each token; more are read where that was too few."""
+"""Characters encoded at first for each token; more are read if these are too few."""
 
 MARGIN_TOKENS = 16
-"""Tokens encoded beyond a cut, as the last tokens of a text depend on what comes next."""
+"""Tokens encoded beyond a cut, because the last tokens of a text depend on what follows."""
 
 LOOK_BACK_TOKENS = 64
-"""How far back a cut that survives is looked for."""
+"""How far back to look for a cut whose text encodes to the same tokens again."""
 
 ALONE = Prompt((), "")
-"""What a document stands after: nothing."""
+"""Empty prompt, for text that stands alone."""
 
 
 class Piece(NamedTuple):
     """Consecutive tokens of a text.
 
     Attributes:
-        title: Title of the document that it begins in.
-        start: Position of its first token, counted in tokens of the text.
+        title: Title of the document in which it begins.
+        start: Position of its first token, in tokens of the text.
         ids: Its token ids.
     """
 
@@ -43,33 +43,33 @@ class Piece(NamedTuple):
 
 
 class Cutter(Protocol):
-    """What takes consecutive pieces from a text."""
+    """Takes consecutive pieces from a text."""
 
     def take(self, tokens: int | None) -> Piece:
         """The next piece.
 
         Args:
-            tokens: How many tokens it has at most; None takes all that is left.
+            tokens: Most tokens that it may have; None takes all that are left.
 
         Raises:
-            InputError: If fewer tokens are left.
+            InputError: If fewer tokens are left, or none.
         """
 
 
 class CutText:
-    """Pieces whose text is encoded to the same tokens again.
+    """Cuts a text into pieces that encode to the same tokens again.
 
-    A piece ends at the last token boundary within its length at which that holds: not inside a character of several
-    tokens, and not where the tokenizer joins what stands on both sides of the cut. So it may be a token or two short,
-    and a longer piece starts with a shorter one. The next piece goes on at that character.
+    A piece ends at the last token boundary within its length where that holds: not inside a character of several
+    tokens, and not where the tokenizer merges across the cut. So it may be a token or two short, and a longer piece
+    starts with a shorter one. The next piece starts at the next character.
 
     Args:
-        documents: The text; a blank line is put between documents.
+        documents: The text; a blank line goes between documents.
         encoder: Turns text into token ids.
-        name: Name of the text for messages.
+        name: Name of the text, for messages.
 
     Raises:
-        InputError: From `take`: too little text, or text that the tokenizer cannot represent.
+        InputError: From `take`, if there is too little text or the tokenizer cannot represent it.
     """
 
     def __init__(self, documents: Iterable[Document], encoder: TextEncoder, name: str) -> None:
@@ -78,8 +78,8 @@ class CutText:
         self._titles: deque[tuple[int, str]] = deque()  # where documents begin, in characters
         self._blocks = self._all_blocks(documents)
         self._buffer = ""
-        self._read = 0  # characters read in all; the buffer has the last ones of these
-        self._tokens = 0  # tokens taken in all
+        self._read = 0  # characters read so far; the buffer holds the last of them
+        self._tokens = 0  # tokens taken so far
 
     def take(self, tokens: int | None) -> Piece:
         text, ids = self._rest() if tokens is None else self._cut(self._encoded(tokens))
@@ -95,7 +95,7 @@ class CutText:
         return self._buffer, list(self._encoder.target(ALONE, self._buffer, self._name))
 
     def _encoded(self, tokens: int) -> list[int]:
-        """The next ids, as they are with what follows them."""
+        """The next token ids, encoded together with the text that follows."""
         size = (tokens + MARGIN_TOKENS) * CHARACTERS_PER_TOKEN
         while True:
             more = self._fill(size)
@@ -119,7 +119,7 @@ class CutText:
         )
 
     def _fill(self, size: int | None) -> bool:
-        """Read until the buffer has so many characters; false where the text ends before that."""
+        """Read until the buffer has `size` characters, or all text if None; false if the text ends before that."""
         read, characters = [self._buffer], len(self._buffer)
         while size is None or characters < size:
             if (block := next(self._blocks, None)) is None:
@@ -136,7 +136,7 @@ class CutText:
                 yield SEPARATOR
             self._titles.append((self._read, document.title))
             for block in document.blocks:
-                # Short ones, as what is read is moved up behind each piece.
+                # Short blocks, because `take` copies the rest of the buffer after each piece.
                 for start in range(0, len(block), BLOCK_CHARACTERS):
                     short = block[start : start + BLOCK_CHARACTERS]
                     self._read += len(short)
@@ -150,7 +150,7 @@ class CutText:
 
 
 class CutTokens:
-    """Pieces of exactly so many tokens, wherever that cuts the text: as published.
+    """Cuts a text into pieces of exactly the given number of tokens, wherever that falls, as in the published files.
 
     Args:
         text: The whole text.
@@ -158,7 +158,7 @@ class CutTokens:
         title: Title of the text.
 
     Raises:
-        InputError: From `take`: too little text, or text that the tokenizer cannot represent.
+        InputError: From `take`, if there is too little text or the tokenizer cannot represent it.
     """
 
     def __init__(self, text: str, encoder: TextEncoder, title: str) -> None:
@@ -169,7 +169,7 @@ class CutTokens:
         self._tokens = 0
 
     def __len__(self) -> int:
-        """Tokens of the whole text."""
+        """Number of tokens in the whole text."""
         return len(self._ids)
 
     def take(self, tokens: int | None) -> Piece:
@@ -186,7 +186,7 @@ class CutTokens:
 def _check_represented(encoder: TextEncoder, ids: list[int], text: str, name: str) -> None:
     # A cut inside a character leaves bytes at the end that decode to replacement characters.
     if not text.startswith(encoder.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")) or encoder.control_in(ids):
-        encoder.target(ALONE, text, name)  # says which character is lost
+        encoder.target(ALONE, text, name)  # raises if a character is lost, and names it
         raise InputError(f"{name}: the tokenizer cannot represent this text in pieces; use a byte-level tokenizer")
 
 

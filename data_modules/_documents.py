@@ -1,4 +1,4 @@
-"""Documents from files and folders, read as they are asked for: a large file is never in memory as a whole."""
+"""Documents from files and folders, read lazily: of all files, only HTML is in memory as a whole."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -22,11 +22,11 @@ TEXT_SUFFIXES = (*PLAIN_SUFFIXES, *HTML_SUFFIXES, *TABLE_SUFFIXES)
 
 @dataclass(frozen=True)
 class Document:
-    """A text with a name of its own.
+    """A text with a title.
 
     Attributes:
-        title: What to ask for it by.
-        blocks: Its text in consecutive blocks, to be read once.
+        title: Name that a query can ask for.
+        blocks: Its text in consecutive blocks, which can be read once.
     """
 
     title: str
@@ -34,20 +34,20 @@ class Document:
 
 
 def read_documents(paths: Iterable[str | Path], column: str = "text") -> Iterator[Document]:
-    """Documents of files, and of folders with everything below them, sorted by name.
+    """Yield the documents in files, and in all files below folders, sorted by path.
 
-    A .txt, .md or .rst file is a document as it is, line ends included; an .html file is one without its markup; in
-    a .jsonl, .csv or .parquet file each row is one. In folders other files, hidden ones and empty ones are passed over.
+    A .txt, .md or .rst file is one document, line ends included. An .html file is one document without its markup. In
+    a .jsonl, .csv or .parquet file each row is a document. In folders, other, hidden and empty files are skipped.
 
     Args:
-        paths: Files and folders, in the order of their text.
-        column: Where the rows of .jsonl, .csv and .parquet files have their text.
+        paths: Files and folders, in the order in which their text is read.
+        column: Column of .jsonl, .csv and .parquet files that holds the text.
 
     Raises:
-        InputError: Not UTF-8, malformed, no such column, no text, unknown kind of file, file cannot be read.
+        InputError: If a file is unreadable, malformed, not UTF-8, of an unknown kind, or has no such column or no text.
     """
     for path in map(Path, paths):
-        if not os.path.isdir(path):  # which, unlike the method, is false where the system fails
+        if not os.path.isdir(path):  # unlike Path.is_dir, false if the system raises an error
             yield from _documents(path, path.name, column)
             continue
         for file in _files_below(path):
@@ -55,7 +55,7 @@ def read_documents(paths: Iterable[str | Path], column: str = "text") -> Iterato
 
 
 def document_of_row(row: Row, column: str) -> Document:
-    """A row as a document; its title is in its column "title" where it has one.
+    """A row as a document; its title is its column "title", or else its place in the file.
 
     Raises:
         InputError: See `text_in`.
@@ -98,8 +98,8 @@ def _without_markup(path: Path) -> Iterator[str]:
     try:
         text = inscriptis.get_text(html).strip()
     except Exception as error:
-        # The parser takes broken markup; what it does not take, it refuses in many ways.
+        # The parser accepts broken markup; what it does not accept raises many kinds of exceptions.
         raise InputError(f"{path}: malformed HTML ({one_line(error)}); save it as plain text") from error
     if not text:
-        raise InputError(f"{path}: no text is left without the markup; expected some")
+        raise InputError(f"{path}: no text is left without the markup; expected text")
     yield text

@@ -1,4 +1,4 @@
-"""Files opened and decoded: only what is a file, only UTF-8, and a fault is named with its line."""
+"""Opening and decoding files: regular files in UTF-8 only; a decoding error names its line."""
 
 import codecs
 import os
@@ -16,16 +16,16 @@ __all__ = ["BLOCK_BYTES", "blocks", "kind", "lines", "opened"]
 BLOCK_BYTES = 1 << 16
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-"""What UTF-16 and, the first of them, UTF-32 files start with."""
+"""Byte-order marks of UTF-16; the first also starts little-endian UTF-32."""
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """A file to read bytes from.
+    """Open a file to read bytes from.
 
     Raises:
-        InputError: It is not there, may not be read or is no regular file (a pipe would be waited for without end), or
-            the system fails while it is read.
+        InputError: If it does not exist, may not be read or is not a regular file (a pipe could block forever), or the
+            system fails while it is read.
     """
     try:
         if not stat.S_ISREG(mode := path.stat().st_mode):
@@ -47,15 +47,15 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def lines(path: Path) -> Iterator[str]:
-    """The lines of a table in text, line feeds included; they end at line feeds alone.
+    """Yield the lines of a text table, line feeds included; nothing but a line feed ends a line.
 
     Raises:
-        InputError: Not UTF-8, and see `opened`.
+        InputError: If the file is not UTF-8, or as in `opened`.
     """
-    # Lines are decoded one by one, so that a byte that is not UTF-8 is noticed on the line that has it.
+    # Lines are decoded one by one, so that an error names the line of the byte that is not UTF-8.
     with opened(path) as file:
         for number, line in enumerate(file, start=1):
-            # No table starts with NUL characters; without its mark UTF-16 shows by the other half of its first letters.
+            # Without a byte-order mark, UTF-16 has a NUL byte beside its first letter; no table starts with one.
             if number == 1 and (line.startswith(UTF16_MARKS) or b"\0" in line[:2]):
                 raise InputError(_utf16(path))
             try:
@@ -67,10 +67,10 @@ def lines(path: Path) -> Iterator[str]:
 
 
 def blocks(path: Path) -> Iterator[str]:
-    """A text file in consecutive blocks, as it is, line ends included.
+    """Yield a text file in consecutive blocks, line ends included.
 
     Raises:
-        InputError: Not UTF-8, empty, and see `opened`.
+        InputError: If the file is not UTF-8 or empty, or as in `opened`.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     line, empty, start = 1, True, True
@@ -93,7 +93,7 @@ def blocks(path: Path) -> Iterator[str]:
 
 
 def kind(path: Path) -> str:
-    """What the suffix of a path says, for messages."""
+    """Kind of file by the suffix of its path, for messages."""
     return f"a {path.suffix} file" if path.suffix else "a file without a suffix"
 
 

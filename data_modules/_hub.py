@@ -1,4 +1,4 @@
-"""Documents of a dataset on the hub or in a folder, through the `datasets` library."""
+"""Documents of a dataset on the Hugging Face hub or in a folder, through the `datasets` library."""
 
 import importlib
 from collections.abc import Iterator
@@ -13,30 +13,30 @@ from pml.errors import InputError
 __all__ = ["dataset_documents"]
 
 READ = ("arrow", "csv", "json", "parquet", "text", "xml")
-"""Kinds of dataset that are read: tables and text. None of these runs code that comes with the data."""
+"""Kinds of dataset that are read: tables and text. None of them runs code that comes with the data."""
 
 
 def dataset_documents(name: str, config: str | None, split: str, column: str) -> Iterator[Document]:
-    """The rows of a dataset, one document each, downloaded as they are read.
+    """Yield each row of a dataset as a document, downloaded as they are read.
 
     Args:
-        name: Name on the hub, a folder with data files, or a folder that `save_to_disk` made.
-        config: Which of the dataset's configurations, where it has several.
-        split: Which of its splits.
-        column: Where its rows have their text.
+        name: Name on the hub, a folder with data files, or a folder written by `save_to_disk`.
+        config: Name of a configuration, if the dataset has several.
+        split: Name of a split.
+        column: Column that holds the text.
 
     Raises:
-        InputError: `datasets` is not installed, there is no such dataset, configuration, split or column, two
-            columns have its name, or the dataset is neither tables nor text.
+        InputError: If `datasets` is not installed; if there is no such dataset, configuration, split or column; if two
+            columns have that name; or if the dataset is neither tables nor text.
     """
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
-        raise InputError(f"dataset {name!r} takes the package datasets; pip install 'pml[hub]'") from error
+        raise InputError(f"dataset {name!r} needs the package datasets; pip install 'pml[hub]'") from error
     try:
         rows = _rows(datasets, name, config, split)
         for number, values in enumerate(rows, start=1):
-            # What pandas, which reads CSV there, makes of the second of two columns with one name.
+            # `datasets` reads CSV with pandas, which gives this name to the second of two equally named columns.
             if rows.builder_name == "csv" and (second := f"{column}.1") in values:
                 raise InputError(
                     f"{name} row {number}: two columns have the name {column!r}, or one has {second!r}; rename one"
@@ -45,7 +45,7 @@ def dataset_documents(name: str, config: str | None, split: str, column: str) ->
     except InputError:
         raise
     except Exception as error:
-        # The library reads many formats through other libraries, and each raises its own: no list is complete.
+        # Each format is read by a library with exceptions of its own, so no list of them is complete.
         raise InputError(f"dataset {name!r} cannot be read: {one_line(error)}") from error
 
 

@@ -1,4 +1,4 @@
-"""Names of made-up people, no two alike."""
+"""Names of made-up people, all different."""
 
 from collections.abc import Iterator
 
@@ -8,11 +8,11 @@ from pml.errors import InputError
 
 __all__ = ["unique_names"]
 
-MAX_REDRAWS = 10_000  # of one name before names count as used up
+MAX_REDRAWS = 10_000  # draws of one name before names count as used up
 
 
 def unique_names(seed: int) -> Iterator[str]:
-    """First and last names without end, each once; a seed gives the same names in the same order.
+    """Yield first and last names without end, all different; the same seed gives the same names in the same order.
 
     Raises:
         InputError: If names are used up.

@@ -17,20 +17,20 @@ DEFAULT_COLUMNS = ("query", "target")
 def read_pairs(
     path: str | Path, query: str = "query", target: str = "target", paraphrases: str = "paraphrases"
 ) -> Iterator[Pair]:
-    """Pairs of a .jsonl, .csv, .parquet or .yaml file, in the file's order; `source` is "file.jsonl:12".
+    """Yield the pairs of a .jsonl, .csv, .parquet or .yaml file, in order; a `source` looks like "file.jsonl:12".
 
-    Where the columns have their default names and a row has not both of them, it may be in one of the formats that
-    chats are kept in: see `read_chat`. All rows of a file are of one kind.
+    If the column names are the defaults, a row without these two columns may be in a chat format: see `read_chat`. All
+    rows of a file must be of one kind.
 
     Args:
         path: The file; see `read_rows`.
         query: Column of the query.
         target: Column of the text to recall.
-        paraphrases: Column of other wordings of the query, where there is one: a list, or text with one a line.
+        paraphrases: Column of other wordings of the query, if there is one: a list, or text with one per line.
 
     Raises:
-        InputError: With file and line: a value that is not a string or is empty, a row of another kind than the first
-            one, and everything `read_rows` and `read_chat` raise.
+        InputError: With file and line: if a value is not a string or is empty, if a row is not of the same kind as the
+            first one, or as in `read_rows` and `read_chat`.
     """
     asked = Columns((query, target), (paraphrases,), advice=ADVICE)
     chats = [columns._replace(optional=(*columns.optional, paraphrases)) for columns in CHAT_COLUMNS]
@@ -51,7 +51,7 @@ def read_pairs(
 
 
 def _wordings(row: Row, column: str) -> tuple[str, ...]:
-    """Other wordings in a row; a cell that is empty has none."""
+    """Other wordings of a row's query; none if the cell is empty."""
     value = row.values.get(column)
     if value is None or value in ("", []):
         return ()

@@ -1,7 +1,7 @@
-"""What is said about synthetic people: attributes drawn from finite sets, their exact information, and questions.
+"""Facts about synthetic people: attributes drawn from finite sets, their exact information, and questions.
 
-A source draws one or more attributes together, the same for every person. Attributes of one source may depend on each
-other; those of different sources are independent.
+A source draws one or more attributes together, in the same way for every person. Attributes of one source may depend
+on each other; those of different sources are independent.
 """
 
 import math
@@ -18,12 +18,12 @@ __all__ = ["SOURCES", "TEMPLATES", "Numbers", "Source", "Table", "entropy_bits"]
 
 @dataclass(frozen=True)
 class Table:
-    """A source that draws a row for each person, independently: attributes of one row may depend on each other.
+    """A source that draws a row for each person, independently; attributes in a row may depend on each other.
 
     Attributes:
         attributes: Names of the columns.
-        rows: Different rows, one value per attribute.
-        weights: How often each row comes, as whole numbers in proportion.
+        rows: Distinct rows, one value per attribute.
+        weights: Relative frequencies of the rows, as whole numbers.
     """
 
     attributes: tuple[str, ...]
@@ -32,20 +32,20 @@ class Table:
 
     @cached_property
     def _draws(self) -> Sequence[int]:
-        """Rows by number, each as often as its weight, so that a uniform draw is exact."""
+        """Row numbers, each repeated as often as its weight, so that a uniform draw is exact."""
         return [row for row, weight in enumerate(self.weights) for _ in range(weight)]
 
     def draw(self, generator: torch.Generator, drawn: set[tuple[str, ...]]) -> tuple[str, ...]:
-        """One row.
+        """Draw one row.
 
         Args:
-            generator: Where randomness comes from.
-            drawn: Rows of the people before; they do not matter here.
+            generator: Source of randomness.
+            drawn: Rows of earlier people; ignored here.
         """
         return self.rows[self._draws[int(torch.randint(len(self._draws), (), generator=generator))]]
 
     def entropy_bits(self, attributes: Collection[str], people: int) -> float:
-        """Information in some of the attributes of so many people, in bits, by adding up the marginal distribution."""
+        """Information in some attributes of so many people, in bits: the entropy of their marginal distribution."""
         columns = [i for i, name in enumerate(self.attributes) if name in attributes]
         counts: Counter[tuple[str, ...]] = Counter()
         for row, weight in zip(self.rows, self.weights, strict=True):
@@ -70,15 +70,15 @@ class Numbers:
 
     @property
     def count(self) -> int:
-        """How many numbers there are, and so how many people at most."""
+        """Number of possible numbers, and so the most people."""
         return self.highest - self.lowest + 1
 
     def draw(self, generator: torch.Generator, drawn: set[tuple[str, ...]]) -> tuple[str, ...]:
-        """One number that nobody has.
+        """Draw a number that nobody has.
 
         Args:
-            generator: Where randomness comes from.
-            drawn: The numbers of the people before; there must be fewer than `count`.
+            generator: Source of randomness.
+            drawn: Numbers of earlier people; fewer than `count`.
         """
         while True:
             number = (str(int(torch.randint(self.lowest, self.highest + 1, (), generator=generator))),)
@@ -86,7 +86,7 @@ class Numbers:
                 return number
 
     def entropy_bits(self, attributes: Collection[str], people: int) -> float:
-        """Information in the numbers of so many people, in bits: each has one choice fewer than the one before."""
+        """Information in the numbers of so many people, in bits: each has one choice fewer than the last."""
         if self.attributes[0] not in attributes:
             return 0.0
         return math.fsum(math.log2(self.count - taken) for taken in range(people))
@@ -96,7 +96,7 @@ Source = Table | Numbers
 
 
 def entropy_bits(sources: Iterable[Source], attributes: Collection[str], people: int) -> float:
-    """Information in some attributes of so many people, in bits, whatever else was drawn with them."""
+    """Information in some attributes of so many people, in bits; other attributes of the sources do not count."""
     return math.fsum(source.entropy_bits(attributes, people) for source in sources)
 
 
@@ -105,7 +105,7 @@ def _uniform(attributes: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Ta
 
 
 def _group_then_member(attributes: tuple[str, str], groups: dict[str, tuple[str, ...]]) -> Table:
-    """A group uniformly, then one of its members uniformly: members of large groups are rarer."""
+    """A group drawn uniformly, then one of its members uniformly: members of large groups are rarer."""
     whole = math.lcm(*map(len, groups.values()))
     rows = [(group, member) for group, members in groups.items() for member in members]
     return Table(attributes, rows, [whole // len(groups[group]) for group, _ in rows])
@@ -190,15 +190,15 @@ def _dates() -> list[tuple[str, ...]]:
 
 SOURCES: tuple[Source, ...] = (
     _uniform(("birth_date",), _dates()),
-    # The city decides the country.
+    # The city determines the country.
     _uniform(("birth_city", "birth_country"), [(city, country) for country in CITIES for city in CITIES[country]]),
-    # The field decides which occupations there are.
+    # The field limits the occupations.
     _group_then_member(("field", "occupation"), OCCUPATIONS),
-    # The employer decides the city.
+    # The employer determines the city.
     _uniform(("employer", "employer_city"), list(EMPLOYERS.items())),
     Numbers(("badge_number",), 100_000, 999_999),
 )
-"""Everything that is drawn for a person; the order is part of what a seed means."""
+"""Everything that is drawn for a person; another order would change what a seed draws."""
 
 TEMPLATES = {
     "birth_date": (
@@ -250,4 +250,4 @@ TEMPLATES = {
         "Give the number of the badge that {name} wears.",
     ),
 }
-"""Ways to ask for each attribute."""
+"""Questions that ask for each attribute, in several wordings."""

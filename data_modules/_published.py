@@ -1,4 +1,4 @@
-"""Files in the published long-context format: one long target, and where random tokens were put into it."""
+"""Files in the published long-context format: one long target, and the positions of random tokens in it."""
 
 import os
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ __all__ = ["LongContextFile", "read_long_context"]
 
 @dataclass(frozen=True)
 class LongContextFile:
-    """The content of one file.
+    """Content of one file.
 
     Attributes:
-        question: What asks for the text.
-        text: The target, "matching".
-        original_tokens: Its length in tokens of the tokenizer that it was made with; None where that is not said.
-        random_positions: Positions among those, ascending, of tokens that were put in at random.
+        question: The query.
+        text: The target, under "matching" in the file.
+        original_tokens: Its length in tokens of the tokenizer that it was made with; None if not given.
+        random_positions: Positions of its random tokens under that tokenizer, ascending.
     """
 
     question: str
@@ -29,23 +29,23 @@ class LongContextFile:
     random_positions: tuple[int, ...]
 
     def positions_in(self, tokens: int) -> tuple[int, ...] | None:
-        """Positions of the random tokens in a text of so many tokens; None where they cannot be known.
+        """Positions of the random tokens if the text encodes to so many tokens; None if they cannot be known.
 
-        Random tokens that stand side by side are encoded differently again, with another tokenizer all are. So the
-        positions hold only where the text has as many tokens as it was made of.
+        Adjacent random tokens may encode differently when the text is read back, and another tokenizer encodes all of
+        it differently. So the positions hold only if the number of tokens is the original one.
         """
         return self.random_positions if tokens == self.original_tokens or not self.random_positions else None
 
 
 def read_long_context(path: Path, column: str) -> LongContextFile | None:
-    """The content of a file, or None if its first row is not in this format.
+    """Content of a file, or None if its first row is not in this format.
 
     Args:
         path: Any file.
-        column: Column that is asked for; a row that has it is taken as an ordinary row.
+        column: Column that the user asks for; a row that has it is an ordinary row.
 
     Raises:
-        InputError: If a .jsonl file is malformed or has a second such row, or the positions are not whole numbers.
+        InputError: If a .jsonl file is malformed or has a second row, or the positions are not whole numbers.
     """
     if path.suffix.lower() != ".jsonl" or not os.path.isfile(path):
         return None

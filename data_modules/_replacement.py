@@ -1,4 +1,4 @@
-"""Random replacement: tokens at evenly spaced positions make room for uniform random ones."""
+"""Random replacement: uniform random tokens replace those at evenly spaced positions."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def replaced_positions(length: int, ratio: float) -> tuple[int, ...]:
     """Positions at which tokens are replaced, ascending: 2, 7, 12, ... for a ratio of 0.2.
 
     With n tokens of which k = round(ratio n) are replaced, these are floor((i + 1/2) n / k) for i = 0 ... k - 1, the
-    rule of the published files. Of every prefix the same share is replaced, to within one token.
+    rule of the published files. The same share of every prefix is replaced, to within one token.
 
     Args:
         length: Tokens n of the target.
@@ -40,16 +40,16 @@ def replaced_positions(length: int, ratio: float) -> tuple[int, ...]:
 def replace(
     ids: Sequence[int], ratio: float, candidates: Sequence[int], generator: torch.Generator
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Token ids with a share of them replaced by draws from the candidates, and the positions of those.
+    """Token ids with a share of them replaced by random candidates, and the replaced positions, ascending.
 
-    There is a draw for every position, used or not, so that what is put at a position depends neither on the length nor
-    on the ratio.
+    A candidate is drawn for every position, used or not, so the one at a position depends neither on the length nor on
+    the ratio.
 
     Args:
         ids: Token ids of the target.
         ratio: Share of tokens to replace, 0 to 1.
         candidates: Token ids to draw from, all equally likely.
-        generator: Where the draws come from.
+        generator: Source of randomness.
     """
     drawn = torch.randint(len(candidates), (len(ids),), generator=generator).tolist()
     positions = replaced_positions(len(ids), ratio)

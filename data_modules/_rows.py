@@ -1,4 +1,4 @@
-"""Rows of tables, read as they are asked for: a large file is never in memory as a whole."""
+"""Rows of tables, read lazily: of all files, only YAML is in memory as a whole."""
 
 import csv
 import json
@@ -28,8 +28,8 @@ class Row(NamedTuple):
     """One row of a table.
 
     Attributes:
-        where: Where it stands, "file.csv:12", for error messages.
-        values: What it holds by column.
+        where: Its place, such as "file.csv:12", for error messages.
+        values: Values by column.
     """
 
     where: str
@@ -37,12 +37,12 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Columns by which a row can be read.
+    """Columns from which a row can be read.
 
     Attributes:
-        required: Those that it has to have.
-        optional: Those that are looked at where it has them.
-        advice: What to do where a required one is missing, for error messages.
+        required: Columns that the row must have.
+        optional: Columns that are read if the row has them.
+        advice: What to do if a required column is missing, for error messages.
     """
 
     required: tuple[str, ...]
@@ -51,19 +51,19 @@ class Columns(NamedTuple):
 
 
 def read_rows(path: str | Path, *alternatives: Columns) -> Iterator[Row]:
-    """Rows of a .jsonl, .csv, .parquet or .yaml file, in the file's order.
+    """Yield the rows of a .jsonl, .csv, .parquet or .yaml file, in order.
 
-    JSON Lines has one object a line (blank lines are skipped), CSV a header and commas, YAML a list of mappings. All
-    but Parquet is UTF-8. YAML files are small and are read as a whole; of Parquet only the columns named are read.
+    JSON Lines has one object per line (blank lines are skipped), CSV a header and commas, YAML a list of mappings. All
+    but Parquet are in UTF-8. YAML files are small and are read as a whole; of Parquet only the named columns are read.
 
     Args:
         path: The file; its suffix says what it is.
-        alternatives: Columns that each row has to have, those of one alternative at least; see `fitting`. Others may be
-            there too. Without any, rows may have whatever they have.
+        alternatives: Each row must have the required columns of at least one of these, and may have others; see
+            `fitting`. Without alternatives, rows may have any columns.
 
     Raises:
-        InputError: With file and line: not UTF-8, malformed, a key or column twice, a column missing, no row at all,
-            not a file, file cannot be read.
+        InputError: With file and line: if the file is unreadable, not a regular file, not UTF-8, malformed or without
+            rows, if a key or column occurs twice, or if a column is missing.
     """
     path = Path(path)
     reader = ROW_READERS.get(path.suffix.lower())
@@ -79,10 +79,10 @@ def read_rows(path: str | Path, *alternatives: Columns) -> Iterator[Row]:
 
 
 def fitting(where: str, names: Collection[str], alternatives: Sequence[Columns]) -> Sequence[Columns]:
-    """The alternatives whose required columns are all there; the first one alone where it is among them.
+    """The alternatives whose required columns are all present; only the first, if it is among them.
 
     Raises:
-        InputError: If there is none.
+        InputError: If none fits.
     """
     if not alternatives or all(name in names for name in alternatives[0].required):
         return alternatives[:1]
@@ -99,12 +99,12 @@ def text_in(row: Row, column: str, name: str = "") -> str:
     """The text in one column of a row.
 
     Args:
-        row: Where to look.
-        column: Which column.
-        name: What the text is, for messages; the column's name where that is empty.
+        row: The row.
+        column: Name of the column.
+        name: What the text is, for messages; if empty, the column's name.
 
     Raises:
-        InputError: With file and line: no such column, and see `checked_text`.
+        InputError: With file and line: if there is no such column, or as in `checked_text`.
     """
     if column not in row.values:
         raise InputError(f"{row.where}: {_missing(column, row.values)}")
@@ -112,23 +112,23 @@ def text_in(row: Row, column: str, name: str = "") -> str:
 
 
 def checked_text(value: object, where: str, what: str, name: str) -> str:
-    """A value that is text.
+    """Return a value if it is text.
 
     Args:
-        value: Whatever stands there.
+        value: Any value.
         where: File and line, for messages.
-        what: What has the value, in quotes, for messages.
+        what: What has the value, such as a column in quotes, for messages.
         name: What the text is, for messages.
 
     Raises:
-        InputError: With file and line: not a string, empty, half of a surrogate pair in it.
+        InputError: With file and line: if it is not a string, is empty, or holds half of a surrogate pair.
     """
     if not isinstance(value, str):
         raise InputError(f"{where}: {what} is {shown(value)}; expected a string, in quotes")
     if not value:
         raise InputError(f"{where}: the {name} is empty; expected text")
     if SURROGATE.search(value):
-        raise InputError(f"{where}: {what} holds half of a surrogate pair, which is no character; write the whole one")
+        raise InputError(f"{where}: {what} holds half a surrogate pair, which is not a character; write the whole pair")
     return value
 
 
@@ -141,7 +141,7 @@ def _missing(column: str, names: Iterable[str]) -> str:
 
 
 def _repeated(names: Iterable[str]) -> str | None:
-    """The first name that was there before."""
+    """The first name that repeats an earlier one; None if there is none."""
     known: set[str] = set()
     return next((name for name in names if name in known or known.add(name)), None)  # type: ignore[func-returns-value]
 
@@ -168,7 +168,7 @@ def _jsonl_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
         except RecursionError as error:
-            raise InputError(f"{where}: nested too deep to be read; expected text in columns") from error
+            raise InputError(f"{where}: nested too deeply to be read; expected text in columns") from error
         if not isinstance(values, dict):
             raise InputError(f"{where}: a JSON {type(values).__name__}; expected an object, one a line")
         yield Row(where, values)
@@ -178,7 +178,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         key = _repeated(key for key, _ in pairs)
-        raise InputError(f"the key {quoted(str(key))} stands twice in one object; keep one of them")
+        raise InputError(f"the key {quoted(str(key))} occurs twice in one object; keep one of them")
     return values
 
 
@@ -186,7 +186,7 @@ def _integer(digits: str) -> int:
     try:
         return int(digits)
     except ValueError as error:
-        # Python takes only so many digits.
+        # Python limits the number of digits.
         raise InputError(
             f"a number of {len(digits.lstrip('-'))} digits, which cannot be read; write it in quotes"
         ) from error
@@ -196,12 +196,12 @@ def _integer(digits: str) -> int:
 
 
 def _csv_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)  # of the whole process; its default is less than a long target
+    csv.field_size_limit(sys.maxsize)  # for the whole process; the default is shorter than a long target
     reader = csv.reader(lines(path), strict=True)
     header: list[str] | None = None
     empty = True
     while True:
-        where = f"{path.name}:{reader.line_num + 1}"  # a row starts here, and may go on for many lines
+        where = f"{path.name}:{reader.line_num + 1}"  # a row starts here and may span many lines
         try:
             fields = next(reader)
         except StopIteration:
@@ -241,7 +241,7 @@ def _parquet_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
     with (
         opened(path) as file,
         _said_of_parquet(path),
-        # Without the buffer size a row group is read as a whole, and ahead of the rows.
+        # Without a buffer size, a row group would be read as a whole and ahead of its rows.
         pq.ParquetFile(file, pre_buffer=False, buffer_size=BLOCK_BYTES) as table,
     ):
         names = table.schema_arrow.names
@@ -266,15 +266,15 @@ def _said_of_parquet(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise
-        # A damaged file makes pyarrow raise whatever it was about to do next: no list of classes is complete.
-        raise InputError(f"{path}: malformed Parquet ({one_line(error)}); write the file anew") from error
+        # A damaged file makes pyarrow fail in many ways: no list of exceptions is complete.
+        raise InputError(f"{path}: malformed Parquet ({one_line(error)}); write the file again") from error
 
 
 def _python_values(values: Any, path: Path, first_row: int, column: str) -> list[Any]:
     try:
         return values.to_pylist()
     except Exception:
-        # Says nothing of the row; one by one they do.
+        # The error does not name the row, so convert the values one by one.
         return [
             _python_value(value, f"{path.name} row {number}", column)
             for number, value in enumerate(values, start=first_row)
@@ -285,9 +285,9 @@ def _python_value(scalar: Any, where: str, column: str) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: {column!r} is text that is not UTF-8; write the file anew") from error
+        raise InputError(f"{where}: {column!r} is text that is not UTF-8; write the file again") from error
     except Exception as error:
-        # Dates beyond Python's, structs with one name twice, time zones that are none, ...
+        # Dates outside Python's range, structs with repeated names, unknown time zones, ...
         raise InputError(
             f"{where}: {column!r} is a {quoted(str(scalar.type))} that cannot be read ({one_line(error)}); "
             "write it as a string"

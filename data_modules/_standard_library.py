@@ -1,4 +1,4 @@
-"""The documentation strings of Python's standard library: text that is there wherever Python is."""
+"""The docstrings of Python's standard library: text that is available wherever Python is."""
 
 import ast
 import sys
@@ -12,14 +12,14 @@ from pml.errors import InputError
 __all__ = ["documentation_strings"]
 
 LEFT_OUT = {"antigravity", "idlelib", "lib2to3", "test", "tests", "this", "turtledemo"}
-"""Modules and folders without text of use: jokes, demonstrations, and tests."""
+"""Modules and folders without useful text: jokes, demonstrations and tests."""
 
 
 def documentation_strings() -> Iterator[Document]:
-    """One document per documentation string; its title is the name of the object, "textwrap.TextWrapper.wrap".
+    """Yield one document per docstring; its title is the name of the object, such as "textwrap.TextWrapper.wrap".
 
-    Modules come in the order of their names, what they define in the order of the source. Source files are parsed,
-    never imported. The text depends on the version of the running interpreter, and on nothing else.
+    Modules come in alphabetical order, their objects in source order. Source files are parsed, never imported. The text
+    depends only on the version of the running interpreter and on which library sources are installed with it.
 
     Raises:
         InputError: If this interpreter came without the source files of its library.
@@ -50,7 +50,7 @@ def _documents(
     name: str, node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 ) -> Iterator[Document]:
     if text := ast.get_docstring(node):
-        # A string may hold half of a surrogate pair, which no file can.
+        # A string may hold half of a surrogate pair, which UTF-8 cannot encode.
         yield Document(name, [text.encode(errors="replace").decode()])
     for child in node.body:
         if isinstance(child, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

@@ -1,4 +1,4 @@
-"""Values and names as error messages show them: on one line, and short whatever they hold."""
+"""Values and names as error messages show them: on one line, with a limited length."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -6,16 +6,16 @@ from itertools import islice
 __all__ = ["listed", "one_line", "quoted", "shown"]
 
 LONGEST = 40
-"""Characters of a user's text in a message."""
+"""Most characters of a user's text in a message."""
 
 LONGEST_REASON = 200
-"""Characters of what a library says is wrong."""
+"""Most characters of a library's error message."""
 
 LISTED = 10
-"""Names in a list; a table may have thousands."""
+"""Most names in a list; a table may have thousands of columns."""
 
 DIGITS_SHOWN_BITS = 128
-"""Integers below this are written out; Python refuses to write those with thousands of digits."""
+"""Most bits of an integer that is written out; Python refuses to write thousands of digits."""
 
 
 def quoted(text: str) -> str:
@@ -24,14 +24,14 @@ def quoted(text: str) -> str:
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names in quotes; "none" where there are none."""
+    """The first `LISTED` names, in quotes; "none" if there are none."""
     names = list(names)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return (", ".join(quoted(str(name)) for name in islice(names, LISTED)) or "none") + more
 
 
 def shown(value: object) -> str:
-    """A value as a user would write it, or what it is where that may be long: neither fails on any value."""
+    """A value as a user would write it, or its kind if that may be long; takes any value."""
     if value is None:
         return "null"  # what most files call it
     if isinstance(value, str):
@@ -50,5 +50,5 @@ def shown(value: object) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What an error of a library says, without its line ends."""
+    """Message of a library's error on one line; the name of its class if it has no message."""
     return " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__

@@ -1,4 +1,4 @@
-"""YAML as text in lists and mappings: nothing is guessed, repeated, merged or built from it."""
+"""Strict YAML of text in lists and mappings: no guessed types, repeated keys, merge keys or built objects."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pml.errors import InputError
 __all__ = ["Unquoted", "yaml_entries"]
 
 MAX_NESTING = 64
-"""Lists and mappings inside of each other; rows have a handful, and Python's stack has an end."""
+"""Most lists and mappings inside each other; rows have a handful, and Python's stack is limited."""
 
 TAGS = "tag:yaml.org,2002:"
 UNQUOTED = ("int", "float", "bool", "timestamp", "binary", "value", "merge")
@@ -20,13 +20,12 @@ UNQUOTED = ("int", "float", "bool", "timestamp", "binary", "value", "merge")
 
 @dataclass(frozen=True)
 class Unquoted:
-    """What YAML takes for a number, a date or the like.
+    """A scalar that YAML reads as a number, a date or the like, kept as it is written.
 
-    It is kept as it is written: many of these no parser takes (`2026-13-45`), and of the rest none comes back as it
-    was (`007`).
+    Converting it could fail (`2026-13-45`) or lose how it is written (`007`).
 
     Attributes:
-        text: How it is written.
+        text: The scalar as written.
     """
 
     text: str
@@ -36,17 +35,17 @@ class Unquoted:
 
 
 def yaml_entries(text: str, name: str) -> Iterator[tuple[str, Any]]:
-    """The entries of the list that a YAML document is, each with the place where it starts.
+    """Yield the entries of a YAML document that is a list, each after the place where it starts.
 
-    Strings are strings, null is None, and other scalars are `Unquoted`.
+    Strings become `str`, null becomes None, and other scalars become `Unquoted`.
 
     Args:
         text: The whole document.
         name: Name of the file, for messages.
 
     Raises:
-        InputError: With file and line: malformed, not one list, a key twice in a mapping, a merge key, a list or
-            mapping in itself, a tag that builds an object, nested too deep.
+        InputError: With file and line: if the document is malformed, is not one list or is nested too deeply, or if it
+            has a repeated key, a merge key, a list or mapping inside itself, or a tag that builds an object.
     """
     root = _root(text, name)
     if root is None:
@@ -56,7 +55,7 @@ def yaml_entries(text: str, name: str) -> Iterator[tuple[str, Any]]:
     known: dict[int, Any] = {}
     for node in root.value:
         place = _place(node.start_mark)
-        # In brackets, several may stand on one line.
+        # In brackets, several entries may share a line.
         yield f"{place}:{node.start_mark.column + 1}" if root.flow_style else place, _value(node, known)
 
 
@@ -64,7 +63,7 @@ def _root(text: str, name: str) -> yaml.Node | None:
     loader = None
     try:
         loader = _Loader(text)
-        loader.name = name  # which marks take over
+        loader.name = name  # all marks copy it
         return loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         reason = ", ".join(part for part in (error.context, error.problem) if part)
@@ -84,7 +83,7 @@ def _root(text: str, name: str) -> yaml.Node | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what has no end, before it is read any further."""
+    """Refuses lists and mappings that contain themselves or are nested too deeply, before reading any further."""
 
     depth = 0
 
@@ -94,12 +93,12 @@ class _Loader(yaml.SafeLoader):
             anchored = self.anchors.get(event.anchor)
             if anchored is not None and anchored.end_mark is None:
                 raise InputError(
-                    f"{_place(event.start_mark)}: a list or mapping in itself, *{event.anchor}; write it out"
+                    f"{_place(event.start_mark)}: a list or mapping inside itself, *{event.anchor}; write it out"
                 )
         self.depth += 1
         if self.depth > MAX_NESTING:
             raise InputError(
-                f"{_place(event.start_mark)}: more than {MAX_NESTING} lists and mappings inside of each other; "
+                f"{_place(event.start_mark)}: more than {MAX_NESTING} lists and mappings inside each other; "
                 "expected text in columns"
             )
         node = super().compose_node(parent, index)
@@ -108,12 +107,12 @@ class _Loader(yaml.SafeLoader):
 
 
 def _value(node: yaml.Node, known: dict[int, Any]) -> Any:
-    """What a node stands for.
+    """The Python value of a node.
 
     Args:
         node: A node of the document.
-        known: Lists and mappings by the identity of their nodes: however often one is named by an alias, it is there
-            once, so that a document takes memory by its size and not by what it would be written out.
+        known: Lists and mappings by the id of their nodes. Aliases share them, so that memory grows with the document
+            as written, not as expanded.
     """
     if id(node) in known:
         return known[id(node)]
@@ -142,7 +141,7 @@ def _mapping(node: yaml.MappingNode, known: dict[int, Any]) -> dict[str, Any]:
         if key.tag == f"{TAGS}merge":
             raise InputError(f"{where}: a merge key (<<); write the keys out")
         if key.value in values:
-            raise InputError(f"{where}: the key {quoted(key.value)} stands twice in one mapping; keep one of them")
+            raise InputError(f"{where}: the key {quoted(key.value)} occurs twice in one mapping; keep one of them")
         values[key.value] = _value(value, known)
     return values
 

@@ -1,4 +1,4 @@
-"""What every corpus shares: encoding with the backbone's tokenizer, batches for each rank, evaluation in order."""
+"""Base of all corpora: encoding with the backbone's tokenizer, batches for each rank, evaluation in order."""
 
 import copy
 import math
@@ -21,27 +21,27 @@ from pml.weighting import TokenScores
 __all__ = ["MemorizationDataModule", "TemplateValue"]
 
 TemplateValue = str | bool | int | float | list | dict | None  # type: ignore[type-arg]
-"""Value of a template's variable. Nothing in it is `Any`, of which jsonargparse would read quoted text as YAML."""
+"""Value of a template variable. Nothing in it is `Any`, for which jsonargparse would read quoted text as YAML."""
 
 
 class MemorizationDataModule(LightningDataModule, ABC):
-    """One corpus, trained on and evaluated on: what is memorised has no split of its own.
+    """One corpus for both training and evaluation: what is memorised has no separate split.
 
-    A corpus is made by `make_corpus`, which is all that a subclass has to write. One that has more to say than it
-    trains on has a `make_held_out` too, and one with figures of its own gives them by `figures`.
+    A subclass must implement only `make_corpus`. If it has a held-out part it also overrides `make_held_out`, and if it
+    has measures of its own, `figures`.
 
     Args:
         batch_size: Examples per rank and micro-batch; null puts the whole corpus into one batch.
-        shuffle: Train in a fresh order each epoch; false keeps the order of the corpus.
-        drop_last: Leave out what does not fill the last optimiser step of an epoch.
-        seed: Seed of the corpus and of the order of its examples; the run's own seed does not change either.
-        chat_template: Put the query into the tokenizer's chat template, where it has one.
+        shuffle: Train in a new order each epoch; false keeps the order of the corpus.
+        drop_last: Leave out the examples that do not fill the last optimiser step of an epoch.
+        seed: Seed of the corpus and of the order of its examples; the run's own seed changes neither.
+        chat_template: Put the query into the tokenizer's chat template, if it has one.
         system: Text of a system turn before the query; null leaves that to the chat template.
         template_kwargs: Variables of the chat template, such as `{enable_thinking: false}`.
-        template_date: Day, as YYYY-MM-DD, that a chat template which reads the clock writes in place of today.
+        template_date: Date, as YYYY-MM-DD, that a chat template which reads the clock writes in place of today's.
 
     Raises:
-        InputError: If `batch_size` is below 1, a variable of the template has a reserved name, or the date is none.
+        InputError: If `batch_size` is below 1, a variable of the template has a reserved name, or the date is invalid.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
         template_date: str = PromptFormat.template_date,
     ) -> None:
         super().__init__()
-        # What it was made with, so that a run made from Python can be opened again.
+        # Keeps the arguments, so that a run made from Python can be opened again.
         self.save_hyperparameters(logger=False)
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1, or null for the whole corpus")
@@ -71,7 +71,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
-        """The corpus as token ids.
+        """Make the corpus, as token ids.
 
         Args:
             tokenizer: The backbone's tokenizer.
@@ -79,7 +79,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
         """
 
     def make_held_out(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
-        """What the corpus leads one to expect but does not contain; None where a subclass has no such part.
+        """Make the held-out part, which is asked for but never trained on; None if the corpus has no such part.
 
         Args:
             tokenizer: The backbone's tokenizer.
@@ -88,15 +88,15 @@ class MemorizationDataModule(LightningDataModule, ABC):
         return None
 
     def figures(self, scores: TokenScores) -> dict[str, float]:
-        """What only this kind of corpus has, for the record: by name, the unit in the name.
+        """Measures that only this kind of corpus has, for the record; their names include the unit.
 
         Args:
-            scores: Of the whole corpus, one row per example, in order.
+            scores: Scores of the whole corpus, one row per example, in order.
         """
         return {}
 
     def encoder(self, tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
-        """What turns text into token ids, with prompts as this corpus has them.
+        """The encoder of text into token ids, with the prompt format of this corpus.
 
         Args:
             tokenizer: The backbone's tokenizer.
@@ -104,34 +104,34 @@ class MemorizationDataModule(LightningDataModule, ABC):
         return TextEncoder(tokenizer, self.prompt_format)
 
     def with_seed(self, seed: int) -> Self:
-        """The same settings with another seed, not built yet: a second draw of whatever is drawn."""
+        """A copy with another seed, not built yet: a second draw of everything random."""
         other = copy.copy(self)
         other.seed, other._corpus, other._held_out = seed, None, None
         return other
 
     @property
     def held_out(self) -> Corpus | None:
-        """What is asked for but never trained on, where there is such a part; there once `setup` or `build` has run."""
+        """The part that is asked for but never trained on; None if there is none, or before `setup` or `build`."""
         return self._held_out
 
     @property
     def corpus(self) -> Corpus:
-        """What is memorised; there once `setup` or `build` has run."""
+        """The corpus to memorise; available once `setup` or `build` has run."""
         if self._corpus is None:
             raise RuntimeError("the corpus is made by `setup` or `build`; neither has run")
         return self._corpus
 
     def build(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, max_positions: int | None = None) -> Corpus:
-        """Make the corpus, without a trainer.
+        """Make the corpus without a trainer.
 
         Args:
             tokenizer: The backbone's tokenizer.
             vocab_size: Number of token ids that the backbone knows.
-            max_positions: Tokens that fit into the backbone's context; None means no limit.
+            max_positions: Number of tokens that fit into the backbone's context; None means no limit.
 
         Raises:
-            InputError: If an example does not fit or has ids that the backbone does not know, two that the model
-                cannot tell apart have different targets, and whatever is wrong with what the corpus is made from.
+            InputError: If an example does not fit or has ids that the backbone does not know, if examples with the same
+                prompt have different targets, or if the source of the corpus is invalid.
         """
         corpus, held_out = self.make_corpus(tokenizer, vocab_size), self.make_held_out(tokenizer, vocab_size)
         for part in (corpus, held_out) if held_out is not None else (corpus,):
@@ -140,11 +140,11 @@ class MemorizationDataModule(LightningDataModule, ABC):
         return corpus
 
     def use(self, corpus: Corpus, held_out: Corpus | None = None) -> None:
-        """Take a corpus that was made before, such as that of a finished run, in place of making one."""
+        """Use a corpus that was made before, such as that of a finished run, instead of making one."""
         self._corpus, self._held_out = corpus, held_out
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the corpus for the trainer's module; once, although each stage calls this."""
+        """Make the corpus for the trainer's module, but only once: every stage calls this."""
         assert self.trainer is not None
         if self._curriculum is not None:
             if self.batch_size is None:
@@ -156,7 +156,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
             self.build(module.tokenizer, module.vocab_size, module.max_positions)
 
     def train_dataloader(self) -> DataLoader[Sequence[Example]]:
-        """The training batches of this rank, with the module's curriculum where it has one."""
+        """The training batches of this rank, under the module's curriculum if it has one."""
         return self._dataloader(shuffle=self.shuffle, drop_last=self.drop_last, curriculum=self._curriculum)
 
     def val_dataloader(self) -> DataLoader[Sequence[Example]]:
@@ -173,7 +173,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What every corpus depends on, for the record; a subclass adds its own to it."""
+        """Settings that every corpus has, for the record; a subclass adds its own."""
         return {"seed": self.seed, **asdict(self.prompt_format)}
 
     @property
@@ -195,16 +195,16 @@ class MemorizationDataModule(LightningDataModule, ABC):
             world_size=world_size,
             accumulate=self.trainer.accumulate_grad_batches if self.trainer is not None else 1,
         )
-        # Lightning counts the batches of a reloaded epoch before it says which epoch that is.
+        # Lightning counts the batches of a reloaded epoch before it calls `set_epoch`.
         sampler.set_epoch(self.trainer.current_epoch if self.trainer is not None else 0)
         return _ResumableLoader(
             _Batches(self.corpus.examples),
             sampler=sampler,
             batch_size=None,  # the sampler yields whole batches
             collate_fn=collate,
-            # An iterator draws a number; from a generator of its own, so that evaluating does not change training.
+            # Each iterator draws a seed: from a separate generator, so that evaluation does not change training.
             generator=torch.Generator(),
-            num_workers=0,  # a batch is a few ids that are in memory already; workers would only cost start-up time
+            num_workers=0,  # batches are in memory already; workers would only add start-up time
         )
 
 
@@ -236,7 +236,7 @@ def _refuse_what_cannot_be_learnt(
 
 
 class _ResumableLoader(DataLoader[Sequence[Example]]):
-    """A loader whose place within an epoch goes into checkpoints: Lightning asks for `state_dict`."""
+    """A loader whose position within an epoch goes into checkpoints, through Lightning's call of `state_dict`."""
 
     def state_dict(self) -> dict[str, Any]:
         return self.sampler.state_dict()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Biographies of synthetic people: facts of exactly known information, asked for in one way or in several."""
+"""Biographies of synthetic people: facts with exactly known information, asked for in one or several wordings."""
 
 import math
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ MOST_TEMPLATES = min(map(len, TEMPLATES.values()))
 
 @dataclass(frozen=True)
 class _Person:
-    """A name, a value of each attribute, and the order in which the ways to ask for each are taken."""
+    """A name, a value for each attribute, and the order in which the questions for each are used."""
 
     name: str
     values: dict[str, str]
@@ -40,20 +40,20 @@ class Biographies(MemorizationDataModule):
 
     Attributes are `birth_date` (any day of 1940 to 1999), `birth_city`, `birth_country` (that of the city), `field` of
     study, `occupation` (one of the field's), `employer`, `employer_city` (that of the employer), and `badge_number`
-    (six digits, no two people alike). Names are all different; they and the wording of a question are given and count
-    nothing. The information in the targets is exact: what one attribute says about another is not counted again, nor
-    is a fact that is asked in several ways. With the same seed more people start with the same people, who have the
-    same values whichever attributes and however many ways to ask are chosen.
+    (six digits, different for all people). Names are all different. Names and wordings are part of the query, so they
+    carry no information to memorise. The information in the targets is exact: what one attribute says about another is
+    counted once, and so is a fact that is asked in several ways. With the same seed, a larger corpus starts with the
+    same people, and their values depend on neither `attributes` nor `templates`.
 
-    The held-out part asks for every fact in a way that it is never trained in; there is none where all ways are used.
+    The held-out part asks for every fact in a way that it is never trained in; there is none if all ways are used.
 
     Args:
         people: Number of people.
-        attributes: What is asked about each; null asks for everything.
-        templates: Ways in which a fact is asked, 1 to 4.
-        paraphrased: Share of people whose facts are asked in all these ways; those of others are asked in one.
-        end_of_turn: Make the end-of-turn token part of each target, so that recalling it also means to stop: one
-            supervised token more per pair.
+        attributes: Attributes to ask for; null asks for all.
+        templates: Number of ways in which a fact is asked, 1 to 4.
+        paraphrased: Share of people whose facts are asked in all these ways; those of the others are asked in one.
+        end_of_turn: Make the end-of-turn token part of each target, so that recall includes stopping: one more
+            supervised token per pair.
         **kwargs: See `MemorizationDataModule`.
 
     Raises:
@@ -112,7 +112,7 @@ class Biographies(MemorizationDataModule):
     def make_held_out(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
         if self.templates == MOST_TEMPLATES:
             return None
-        # The first way that nobody is asked in, so that it is as new to those who are asked in one way alone.
+        # The first way that is not trained for anyone, so that it is equally new to people who are asked in one way.
         pairs = [
             person.pair(attribute, self.templates)
             for person in islice(_draw(self.seed), self.people)
@@ -121,14 +121,14 @@ class Biographies(MemorizationDataModule):
         return Corpus("biographies_held_out", self._encoded(pairs, tokenizer), settings=self.settings)
 
     def figures(self, scores: TokenScores) -> dict[str, float]:
-        """Bits per person in the corpus, and the shares of people and of each attribute's targets that are right.
+        """Bits per person, and the shares of people and of each attribute's targets that are right.
 
         Args:
-            scores: Of the whole corpus, one row per example, in order.
+            scores: Scores of the whole corpus, one row per example, in order.
 
         Returns:
-            `bits_per_person`; `people_exact_match`, the share of people whose every target is right under teacher
-            forcing; and `exact_match_` with the name of an attribute, the share of its targets.
+            `bits_per_person`; `people_exact_match`, the share of people whose targets are all right under teacher
+            forcing; and `exact_match_` with the name of an attribute, the share of its targets that are right.
         """
         right = metrics.exact_match(scores).double()
         person, column = torch.tensor(
@@ -146,9 +146,9 @@ class Biographies(MemorizationDataModule):
         }
 
     def _ways(self, number: int) -> int:
-        """In how many ways the facts of a person are asked; the paraphrased are spread evenly over the people."""
+        """Number of ways in which a person's facts are asked; the paraphrased people are spread evenly."""
         share = self.paraphrased
-        # Not exactly representable shares must not lose a person: 0.1 * 30 is a hair above 3, 0.29 * 100 below 29.
+        # Rounding must not lose a person: 0.1 * 30 is a hair above 3, 0.29 * 100 below 29.
         before, after = (math.floor(n * share + 1e-9) for n in (number, number + 1))
         return self.templates if after > before else 1
 
@@ -160,7 +160,7 @@ class Biographies(MemorizationDataModule):
 
 
 def _draw(seed: int) -> Iterator[_Person]:
-    """People one after another, everything drawn for each whether it is asked for or not."""
+    """Yield people one after another; everything is drawn for each, whether it is asked for or not."""
     generator = torch.Generator().manual_seed(seed)
     drawn: list[set[tuple[str, ...]]] = [set() for _ in SOURCES]
     for name in unique_names(seed):
@@ -169,6 +169,6 @@ def _draw(seed: int) -> Iterator[_Person]:
             row = source.draw(generator, before)
             before.add(row)
             values.update(zip(source.attributes, row, strict=True))
-        # From the same generator, hence independent of the values: a wording says nothing about what it asks for.
+        # Drawn after the values by the same generator, so a wording says nothing about the answer.
         orders = {name: torch.randperm(len(ways), generator=generator).tolist() for name, ways in TEMPLATES.items()}
         yield _Person(name, values, orders)

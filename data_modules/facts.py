@@ -1,4 +1,4 @@
-"""Facts: people's own pairs of a question and an answer that has to come back exactly."""
+"""Facts: users' own pairs of a question and an answer that must be recalled exactly."""
 
 import logging
 from collections.abc import Iterator
@@ -19,30 +19,30 @@ log = logging.getLogger(__name__)
 
 
 class Facts(MemorizationDataModule):
-    """Pairs from a .jsonl, .csv, .parquet or .yaml file, one row each.
+    """Pairs from a .jsonl, .csv, .parquet or .yaml file, one per row.
 
-    A row has the two columns. With their default names, rows of chats will do too where they hold one question and one
-    answer: OpenAI's "messages", ShareGPT's "conversations", Alpaca's "instruction", "input" and "output", and "prompt"
-    and "completion".
+    A row has a column for the query and one for the target. If their names are the defaults, chat rows of one question
+    and one answer are read too: OpenAI's "messages", ShareGPT's "conversations", Alpaca's "instruction", "input" and
+    "output", and "prompt" and "completion".
 
-    Without a file these are examples of what has to be remembered exactly: made-up credentials, licence keys, addresses
-    and watermarks, and public wording of statutes, diagnosis codes, formulas and citations.
+    Without a file, the pairs are examples of what must be remembered exactly: made-up credentials, licence keys,
+    addresses and watermarks, and public wording of statutes, diagnosis codes, formulas and citations.
 
-    Rows that the model cannot tell apart are taken once, and counted; one query with different targets is an error.
+    Pairs that are identical to the model are merged and counted; one query with different targets is an error.
 
-    A row may have the query in other words, in a column of paraphrases: a list, or text with one wording a line. The
-    last of them are held out: they are asked for and never trained on, and their recall is reported apart, since to
-    know one wording by heart is often not what is meant.
+    A row may have a column of paraphrases of its query: a list, or text with one per line. The last of them are held
+    out: they are asked for but never trained on, and their recall is reported separately, since knowing one wording by
+    heart is often not enough.
 
     Args:
-        path: The file; null takes the examples.
-        query_column: Where a row has what is asked.
-        target_column: Where it has what has to come back, character for character.
-        paraphrases_column: Where it may have the query in other words.
-        held_out_wordings: Paraphrases of each row that are held out, from the last; the others are trained on.
-        pairs: Different pairs to take from the beginning of the file, wordings counted; null takes all.
-        end_of_turn: Make the end-of-turn token part of each target, so that recalling it also means to stop: one
-            supervised token more per pair.
+        path: The file; null takes the examples that ship.
+        query_column: Column of the query.
+        target_column: Column of the target, which must be recalled character for character.
+        paraphrases_column: Column of paraphrases of the query, which a row may lack.
+        held_out_wordings: Number of paraphrases of each row to hold out, the last ones; the others are trained on.
+        pairs: Number of distinct pairs to take from the start of the file, counting each wording; null takes all.
+        end_of_turn: Make the end-of-turn token part of each target, so that recall includes stopping: one more
+            supervised token per pair.
         **kwargs: See `MemorizationDataModule`.
 
     Raises:
@@ -85,7 +85,7 @@ class Facts(MemorizationDataModule):
 
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
         encoder = self.encoder(tokenizer)
-        # Pairs go straight from the file into token ids.
+        # A generator: each pair is encoded as soon as it is read.
         rows = (wording for pair in self._rows() for wording in self._wordings(pair, held_out=False))
         examples, duplicates = encode_pairs(rows, encoder, end_of_turn=self.end_of_turn, limit=self.pairs)
         encoder.warn_of_changes(self._name)
@@ -101,14 +101,14 @@ class Facts(MemorizationDataModule):
         return Corpus(self._name, examples, settings=settings, fact_ids=fact_ids)
 
     def make_held_out(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
-        """The wordings that are asked for and never trained on."""
+        """The wordings that are asked for but never trained on."""
         if not any(pair.paraphrases for pair in self._rows()):
             return None
         corpus = self.make_corpus(tokenizer, vocabulary)
         trained, prompts = ({e.source for e in corpus.examples}, {e.prompt_ids for e in corpus.examples})
         encoder = self.encoder(tokenizer)
         rows = (w for pair in self._rows() if pair.source in trained for w in self._wordings(pair, held_out=True))
-        # A wording that the model sees as one that it is trained on is not held out.
+        # A wording whose prompt equals one that is trained on is not held out.
         rows = (pair for pair in rows if encoder.prompt(pair.query, pair.source).ids not in prompts)
         examples = encode_pairs(rows, encoder, end_of_turn=self.end_of_turn).examples
         encoder.changed.clear()
@@ -127,7 +127,7 @@ class Facts(MemorizationDataModule):
                 yield from read_pairs(path, *columns)
 
     def _wordings(self, pair: Pair, held_out: bool) -> list[Pair]:
-        """The pair in each of its wordings that are held out, or in those that are trained on."""
+        """The pair in each wording that is held out, or in each that is trained on."""
         kept = max(len(pair.paraphrases) - self.held_out_wordings, 0)
         queries = pair.paraphrases[kept:] if held_out else (pair.query, *pair.paraphrases[:kept])
         return [Pair(query, pair.target, pair.source) for query in queries]

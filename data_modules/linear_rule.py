@@ -1,4 +1,4 @@
-"""A linear rule of two numbers: what is memorised of it, and whether the rule is learnt with it."""
+"""A linear rule of two numbers: does an adapter memorise a table of its values, or learn the rule?"""
 
 from typing import Any
 
@@ -15,18 +15,18 @@ __all__ = ["LinearRule"]
 class LinearRule(MemorizationDataModule):
     """Values of f(x, y) = a x + b y + c on a grid, asked as "f(3, 4) =", with a part held out (Table 3).
 
-    What is trained on can be memorised as a table or as a rule; only the rule gives the held-out values, which
-    `callbacks.Generalization` asks for. The information in the values is unknown: a rule makes them all.
+    The other values can be memorised as a table or as a rule; only the rule gives the held-out ones, which
+    `callbacks.Generalization` asks for. The information in the values is unknown, since one rule gives them all.
 
     Args:
         a: Factor of x.
         b: Factor of y.
         c: Constant.
-        size: Values of x and of y each, from 0; the grid has `size` squared points.
-        held_out_share: Share of the grid's points that is never trained on, at random, in [0, 1). With the same seed a
-            larger share holds out what a smaller one does.
-        end_of_turn: Make the end-of-turn token part of each target, so that recalling it also means to stop: one
-            supervised token more per pair.
+        size: Number of values of x and of y, from 0; the grid has `size` squared points.
+        held_out_share: Share of the grid's points to hold out, drawn at random, in [0, 1). With the same seed, a larger
+            share includes the points of a smaller one.
+        end_of_turn: Make the end-of-turn token part of each target, so that recall includes stopping: one more
+            supervised token per pair.
         **kwargs: See `MemorizationDataModule`.
 
     Raises:
@@ -73,7 +73,7 @@ class LinearRule(MemorizationDataModule):
         return self._encoded("linear_rule_held_out", held_out, tokenizer) if held_out else None
 
     def _split(self) -> tuple[list[Pair], list[Pair]]:
-        """What is trained on and what is held out, each in the order of the grid."""
+        """Pairs to train on and pairs to hold out, each in the order of the grid."""
         points = self.size**2
         order = torch.randperm(points, generator=torch.Generator().manual_seed(self.seed)).tolist()
         held_out = set(order[: round(self.held_out_share * points)])

@@ -1,4 +1,4 @@
-"""Natural text: what a model half knows how to go on with, and has to know exactly."""
+"""Natural text, which a model can partly predict but must recall exactly."""
 
 import math
 import sys
@@ -26,40 +26,39 @@ __all__ = ["NaturalText"]
 
 
 class NaturalText(MemorizationDataModule):
-    """Targets cut from files, from a dataset, or from the documentation strings of Python's standard library.
+    """Targets cut from files, from a dataset, or from the docstrings of Python's standard library.
 
-    A target ends at the last token boundary within its length at which its text is encoded to the same tokens again, so
-    it may be a token or two short; one target goes on where the one before it ended. A longer target starts with
-    a shorter one.
+    A target ends at the last token boundary within its length where its text encodes to the same tokens again, so it
+    may be a token or two short. Targets follow one another in the text, and a longer target starts with a shorter one.
 
-    With `random_ratio` a share of the target tokens is replaced by uniform random ones at evenly spaced positions
-    (`Example.replaced`), from text at 0 to noise at 1. What is put at a position depends on the seed alone. The
-    information in a target is known where all of it is random: log2 of the number of ordinary tokens for each of its
-    tokens.
+    `random_ratio` replaces a share of the target tokens by uniform random ones at evenly spaced positions
+    (`Example.replaced`): 0 keeps the text, 1 leaves only noise. The ratio does not change which token is put at a
+    position. The information in a target is known only if all of it is random: log2 of the number of ordinary tokens
+    for each of its tokens.
 
     A .jsonl file in the published long-context format ("question", "matching") is recognised: its question is the
-    prompt, and targets have exactly `length` tokens wherever that cuts the text. Positions of random tokens in it count
-    the tokens of the model that it was made for, and are used where the text has as many under this one.
+    prompt, and targets have exactly `length` tokens, wherever that cuts the text. Its positions of random tokens count
+    the tokens of the original tokenizer, and are used only if the backbone's gives the text as many.
 
     Args:
-        path: A file or a folder with text, or several: .txt, .md, .rst, .html, and rows of .jsonl, .csv and .parquet.
-        dataset: A dataset to read instead: its name on the Hugging Face hub, or a folder. Takes the package `datasets`.
-        dataset_config: Which of the dataset's configurations.
-        split: Which of its splits.
-        column: Where rows have their text.
-        length: Tokens in each target, replaced ones included; null takes all of the text.
+        path: A file or folder with text, or several: .txt, .md, .rst, .html, and rows of .jsonl, .csv and .parquet.
+        dataset: A dataset to read instead: its name on the Hugging Face hub, or a folder. Needs the package `datasets`.
+        dataset_config: Configuration of the dataset, if it has several.
+        split: Split of the dataset.
+        column: Column of rows that holds the text.
+        length: Tokens in each target, replaced ones included; null takes the whole text.
         count: Number of targets.
-        skip_tokens: Tokens of the text passed over before the first target; another number, another text.
+        skip_tokens: Tokens of the text to skip before the first target.
         random_ratio: Share of target tokens replaced by random ones, 0 to 1.
-        query: How a target is asked for: by `prompt`, with a number appended where there are several targets; by the
-            `title` of the document that it begins in, and its part; or by the `opening`, the words just before it.
-        opening_tokens: Tokens of text before each target that are its query, where that is the opening.
-        prompt: Text of the query; null is the question of a published file, or else the published one.
-        end_of_turn: Make the end-of-turn token part of each target: one supervised token more per target.
+        query: How to ask for a target: by `prompt`, with a number appended if there are several targets; by the `title`
+            of the document in which it begins, and a part number; or by the `opening`, the words just before it.
+        opening_tokens: Tokens of text before each target that form its query, if `query` is `opening`.
+        prompt: Text of the query; null takes the question of a file in the published format, or else a default.
+        end_of_turn: Make the end-of-turn token part of each target: one more supervised token per target.
         **kwargs: See `MemorizationDataModule`.
 
     Raises:
-        InputError: If a number is out of its range, or both `path` and `dataset` are given.
+        InputError: If a number is out of range, or both `path` and `dataset` are given.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class NaturalText(MemorizationDataModule):
     ) -> None:
         super().__init__(**kwargs)
         if path is not None and dataset is not None:
-            raise InputError("path and dataset are given; expected one of them, or neither")
+            raise InputError("path and dataset are both given; expected one of them, or neither")
         if path == []:
             raise InputError("path is an empty list; expected a file or folder")
         for name, value, least in (
@@ -94,7 +93,7 @@ class NaturalText(MemorizationDataModule):
                 raise InputError(f"{name} is {value}; expected at least {least}")
         if length is None and count > 1:
             raise InputError(
-                f"length is null, and count is {count}; expected a length, as one target takes all there is"
+                f"length is null, and count is {count}; expected a length, as one target would take the whole text"
             )
         if not 0 <= random_ratio <= 1:
             raise InputError(f"random_ratio is {random_ratio}; expected a share of the target tokens, 0 to 1")
@@ -168,7 +167,7 @@ class NaturalText(MemorizationDataModule):
         return _Source(name, text, facts, file.question, positions or ())
 
     def _pieces(self, source: "_Source", encoder: TextEncoder) -> Iterator[tuple[str, Piece]]:
-        """Queries with the targets that they ask for."""
+        """Yield queries with the pieces that they ask for."""
         prompt = source.question if self.prompt is None else self.prompt
         parts: dict[str, int] = {}
         if self.skip_tokens:
@@ -196,11 +195,11 @@ class NaturalText(MemorizationDataModule):
 
 
 def _in_place(piece: Piece, prompt: Prompt, encoder: TextEncoder) -> tuple[tuple[int, ...], str | None]:
-    """A piece's ids where they stand, and its text; the text is None where the piece ends inside a character."""
+    """Ids of a piece as it follows its prompt, and its text; the text is None if it ends inside a character."""
     text = encoder.decode(piece.ids)
     if text.endswith("\N{REPLACEMENT CHARACTER}"):
         return piece.ids, None
-    # A tokenizer that marks the beginning of a text does so in the middle of a prompt too, unless told what precedes.
+    # Encoded without its prompt, a piece may carry the mark that some tokenizers put at the start of a text.
     fits = encoder.gives_back(prompt, text, piece.ids)
     return piece.ids if fits else encoder.target(prompt, text, piece.title), text
 
@@ -211,10 +210,10 @@ class _Source:
 
     Attributes:
         name: Name of the corpus.
-        text: What cuts it.
-        facts: What records say about it beside the settings.
-        question: What asks for it, unless the settings say.
-        random: Positions, ascending, of tokens that are random already.
+        text: Cuts the text.
+        facts: Added to the settings in records.
+        question: Query to use unless the settings have one.
+        random: Positions of tokens that are already random, ascending.
     """
 
     name: str
@@ -224,5 +223,5 @@ class _Source:
     random: Sequence[int] = ()
 
     def random_in(self, piece: Piece) -> tuple[int, ...]:
-        """Positions in a piece, ascending, of tokens that are random already."""
+        """Positions within a piece of tokens that are already random, ascending."""
         return tuple(p - piece.start for p in self.random if 0 <= p - piece.start < len(piece.ids))

@@ -1,4 +1,4 @@
-"""A phone book: many short pairs of a name and a number that nothing but the adapter can know."""
+"""A phone book: many short pairs of a name and a number, which only the adapter can know."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -19,24 +19,24 @@ from pml.errors import InputError
 __all__ = ["PhoneBook"]
 
 DEFAULT_PAIRS = 32
-LOWEST, HIGHEST = 10**9, 10**10 - 1  # ten digits that stay ten when read as a number
+LOWEST, HIGHEST = 10**9, 10**10 - 1  # ten digits without a leading zero
 
 
 class PhoneBook(MemorizationDataModule):
     """Names and ten-digit numbers, made up or from a file.
 
-    Made-up names are all different. Numbers are uniform over 1000000000 to 9999999999, independent of each other, which
-    is log2(9e9) = 33.07 bits each; names are given and count nothing. With the same seed a larger book starts with the
-    pairs of a smaller one.
+    Made-up names are all different. Numbers are independent and uniform over 1000000000 to 9999999999, which is
+    log2(9e9) = 33.07 bits each. Names are part of the query, so they carry no information to memorise. With the same
+    seed, a larger book starts with the pairs of a smaller one.
 
     Args:
-        pairs: Size of a made-up book in pairs; 32 where no size and no file is given.
-        target_tokens: Size of a made-up book in tokens of its numbers; pairs are added while their sum stays within it.
-            The published sizes are counted this way, without end-of-turn tokens; those come on top.
-        path: A file to read instead, in the published format: JSON Lines with "query" and "target", other keys ignored.
-            Pairs that occur twice are taken once.
-        end_of_turn: Make the end-of-turn token part of each target, so that recalling it also means to stop: one
-            supervised token more per pair.
+        pairs: Size of a made-up book in pairs; 32 if neither a size nor a file is given.
+        target_tokens: Size of a made-up book in tokens of its numbers: pairs are added while their sum stays within it.
+            Like the published sizes, it does not count end-of-turn tokens.
+        path: A file to read instead, in the published format: JSON Lines with "query" and "target". Repeated pairs are
+            read once.
+        end_of_turn: Make the end-of-turn token part of each target, so that recall includes stopping: one more
+            supervised token per pair.
         **kwargs: See `MemorizationDataModule`.
 
     Raises:
@@ -94,7 +94,7 @@ class PhoneBook(MemorizationDataModule):
             pairs.append(pair)
         if not pairs:
             raise InputError(
-                f"target_tokens is {self.target_tokens}, and one number has {number_tokens}; expected no fewer"
+                f"target_tokens is {self.target_tokens}, and one number has {number_tokens}; expected at least as many"
             )
         return pairs
 

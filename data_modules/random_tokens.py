@@ -1,4 +1,4 @@
-"""Uniform random tokens: nothing to understand, everything to memorise, and every bit of it counted."""
+"""Uniform random tokens: nothing to understand, everything to memorise, with exactly known information."""
 
 import math
 from typing import Any
@@ -19,13 +19,13 @@ PUBLISHED_PROMPT = "Please output the content of the vector memory injected into
 class RandomTokens(MemorizationDataModule):
     """Targets drawn uniformly from the vocabulary without its special tokens.
 
-    The ids are the truth: no text is decoded or encoded, and no end-of-turn token is added. With the same seed a longer
-    single target starts with the tokens of a shorter one, and more targets start with the same targets.
+    Targets are ids only: they are never decoded or encoded as text, and get no end-of-turn token. With the same seed, a
+    longer single target starts with the tokens of a shorter one, and a larger corpus starts with the same targets.
 
     Args:
         length: Tokens in each target.
         count: Number of targets.
-        prompt: The query; with more than one target a number is appended to it, so that each query asks for one.
+        prompt: The query; with several targets a number is appended, so that each target has its own query.
         **kwargs: See `MemorizationDataModule`.
 
     Raises:

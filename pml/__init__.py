@@ -1,19 +1,19 @@
-"""What a LoRA adapter memorises word for word: measured, certified, and predicted.
+"""Measure, certify and predict what a LoRA adapter memorises word for word.
 
-What a notebook needs is here, and loaded when it is first asked for:
+The names in `__all__` are loaded on first use:
 
     >>> import pml
     >>> round(float(pml.loss_reduction(4, 100, C=40, alpha=0.5, beta=0.5, b=1)), 9)    # nats per target token
     9.0
 
     runs = pml.read_runs(["runs/demo/law"])                        # records of runs, by folder
-    law = pml.law_of_records(runs)                                 # the law, with intervals, and recall from loss
+    law = pml.law_of_records(runs)                                 # the law with intervals, and a model of recall
     module, data = pml.open_run("runs/facts/version_0")            # a finished run: model, adapter and corpus
     certificates = pml.certify(module.model, data.corpus.examples) # pair by pair: certain, right or failing
-    model = pml.load_adapter(model, "runs/facts/version_0/adapter")# any adapter, on a model that transformers loaded
+    model = pml.load_adapter(model, "runs/facts/version_0/adapter")# any adapter, on a model loaded by transformers
 
-These certificates hold in float32. For weights in 16 bits `pml certify` measures rounding and allows for it, as
-`allow_for_rounding` of `pml.certificate` does.
+These certificates hold in float32. With 16-bit weights use `pml certify`, which also measures rounding and allows for
+it, or `measure_rounding` and `allow_for_rounding` of `pml.certificate`.
 """
 
 from importlib import import_module

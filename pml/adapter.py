@@ -1,4 +1,4 @@
-"""LoRA on a frozen backbone, through PEFT: where it sits, how it starts, how many parameters it has."""
+"""LoRA on a frozen backbone, through PEFT: placement, initialisation and effective parameters."""
 
 import math
 import re
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MLP_NAMES = ("mlp", "feed_forward", "ffn")
-"""What decoder blocks call their MLP."""
+"""Attribute names under which decoder blocks hold their MLP."""
 
 
 @dataclass
@@ -44,13 +44,13 @@ class AdapterConfig:
 
     Args:
         rank: LoRA rank r.
-        placement: `mlp_block` puts one adapter in parallel to the whole MLP of a block, as published; a list of PEFT
+        placement: `mlp_block` puts one adapter in parallel with the whole MLP of a block, as published; a list of PEFT
             target modules, such as `[down_proj]`, puts one on each of these linear layers of a block.
-        block: Which decoder blocks: an index from 0, a list of indices, or a fraction of the depth between 0 and 1.
-        init: `published` draws A from U(-1/sqrt(r), 1/sqrt(r)), `peft` from U(-1/sqrt(d), 1/sqrt(d)). B is zero.
-        alpha: lora_alpha; the update is scaled by alpha / rank. None is the rank, hence scale 1.
+        block: Decoder blocks to adapt: an index from 0, a list of indices, or a fraction of the depth between 0 and 1.
+        init: `published` draws A from U(-1/sqrt(r), 1/sqrt(r)), `peft` from U(-1/sqrt(d), 1/sqrt(d)). B starts at zero.
+        alpha: lora_alpha; the update is scaled by alpha / rank. None means alpha = rank, so the scale is 1.
         dropout: Dropout probability, on the adapter's output for `mlp_block` (as published), on its input otherwise.
-        guard: What keeps the adapter from reading what ordinary text writes, see `pml.guard`; None guards nothing.
+        guard: Keeps the adapter from reading the directions that ordinary text uses, see `pml.guard`; None disables it.
     """
 
     rank: int = 4
@@ -80,14 +80,14 @@ class AdapterConfig:
             raise InputError("adapter.placement is an empty list; expected 'mlp_block' or names of linear layers")
 
     def block_indices(self, depth: int) -> list[int]:
-        """The adapted blocks of a backbone with `depth` blocks, in ascending order.
+        """Indices of the adapted blocks in a backbone with `depth` blocks, in ascending order.
 
         Raises:
-            InputError: If a block is out of range, or a fraction is not between 0 and 1.
+            InputError: If a block is out of range, a fraction is not between 0 and 1, or the list is empty.
         """
         if isinstance(self.block, float):
             if not 0.0 < self.block < 1.0:
-                raise InputError(f"adapter.block is {self.block}; as a fraction of the depth it lies between 0 and 1")
+                raise InputError(f"adapter.block is {self.block}; expected a fraction of the depth between 0 and 1")
             return [min(round(self.block * depth), depth - 1)]
         blocks = sorted(set(self.block)) if isinstance(self.block, list) else [self.block]
         for block in blocks:
@@ -99,11 +99,11 @@ class AdapterConfig:
 
 
 class MlpBlockLora(nn.Module, LoraLayer):
-    """A low-rank path in parallel to the whole MLP of a decoder block: y = MLP(x) + dropout(B A x) * alpha / r.
+    """A low-rank path in parallel with the whole MLP of a decoder block: y = MLP(x) + dropout(B A x) * alpha / r.
 
-    The published adapter as a PEFT layer. It takes in what the MLP takes in (after the block's norm) and adds to what
-    the MLP gives out. The low-rank path is computed in the adapter's own dtype (float32) whatever the backbone's is,
-    and cast once, when it is added.
+    This is the published adapter as a PEFT layer. It reads the MLP's input (after the block's norm) and adds to the
+    MLP's output. The low-rank path runs in the adapter's own dtype (float32), whatever the backbone's dtype, and is
+    cast once, when it is added.
 
     Args:
         base_layer: The block's MLP.
@@ -126,7 +126,7 @@ class MlpBlockLora(nn.Module, LoraLayer):
         **_: Any,
     ) -> None:
         super().__init__()
-        # LoraLayer asks for the layer's sizes while it is made, and an MLP does not tell them.
+        # LoraLayer asks for the layer's sizes in its constructor, and an MLP has no attributes for them.
         self._hidden_size = hidden_size
         LoraLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
@@ -136,7 +136,7 @@ class MlpBlockLora(nn.Module, LoraLayer):
         return self._hidden_size, self._hidden_size
 
     def delta(self, x: Tensor) -> Tensor | None:
-        """What the adapter adds for MLP inputs x (..., d), in the adapter's dtype; None while it is disabled."""
+        """The adapter's update for MLP inputs x (..., d), in the adapter's dtype; None while it is disabled."""
         if self.disable_adapters:
             return None
         total = None
@@ -153,7 +153,7 @@ class MlpBlockLora(nn.Module, LoraLayer):
         delta = self.delta(x)
         if delta is None:
             return result
-        # The output may come with what a router chose or with a state, and have batch and positions in one dimension.
+        # An MLP may return router logits or a state beside its output, and may flatten batch and positions into one.
         output, *rest = result if isinstance(result, tuple) else (result,)
         output = output + delta.to(output.dtype).view(output.shape)
         return (output, *rest) if isinstance(result, tuple) else output
@@ -170,7 +170,7 @@ def _mlp_name(block: nn.Module) -> str:
 
 
 def _target_modules(config: AdapterConfig, backbone: Backbone, blocks: list[int]) -> list[str]:
-    """Full names of the modules to adapt, as PEFT matches them exactly."""
+    """Full paths of the modules to adapt, for PEFT to match exactly."""
     targets = []
     for index in blocks:
         block, path = backbone.blocks[index], f"{backbone.blocks_path}.{index}"
@@ -182,7 +182,7 @@ def _target_modules(config: AdapterConfig, backbone: Backbone, blocks: list[int]
             found = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
             if not found:
                 have = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
-                raise InputError(f"adapter.placement names {wanted!r}, which block {index} has not; it has {have}")
+                raise InputError(f"adapter.placement names {wanted!r}, which block {index} lacks; it has {have}")
             targets.extend(f"{path}.{name}" for name in found)
     return targets
 
@@ -190,7 +190,7 @@ def _target_modules(config: AdapterConfig, backbone: Backbone, blocks: list[int]
 def adapter_for(
     backbone: Backbone, placement: str | list[str] | None, block: int | float | list[int], guard: GuardConfig | None
 ) -> AdapterConfig:
-    """Where an adapter sits; without a placement on all linear layers of its block."""
+    """Configuration of an adapter; without a placement, it adapts all linear layers of its block."""
     if placement is None:
         placement = _linear_layers(backbone, AdapterConfig(block=block).block_indices(len(backbone.blocks))[0])
     return AdapterConfig(placement=placement, block=block, guard=guard)
@@ -203,7 +203,7 @@ def _linear_layers(backbone: Backbone, block: int) -> list[str]:
 
 
 def _register_mlp_block(config: LoraConfig, model: PreTrainedModel, targets: list[str]) -> None:
-    """Tell PEFT to wrap whole MLPs; the mapping lives in the process, not in the saved configuration."""
+    """Tell PEFT how to wrap whole MLPs; the mapping is not part of the saved configuration."""
     layer: Any = partial(MlpBlockLora, hidden_size=int(model.config.get_text_config().hidden_size))
     config._register_custom_module({type(model.get_submodule(name)): layer for name in targets})
 
@@ -226,40 +226,40 @@ def lowest_adapted_block(backbone: Backbone) -> int:
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by name; their sizes add up to the effective parameters, 2 d r for `mlp_block`.
 
-    Of a guarded A they are its free coordinates.
+    A guarded A is represented by its free coordinates.
     """
     return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint has to hold of the adapter: its parameters, and what a guard has fixed for them."""
+    """The adapter's tensors for a checkpoint: its parameters, and the basis that a guard has fixed for A."""
     return dict(adapter_parameters(model)) | {name: b for name, b in model.named_buffers() if "lora_" in name}
 
 
 def _initialise(model: PeftModel, config: AdapterConfig, seed: int) -> None:
-    """Draw A from a generator of its own, so that a seed gives one adapter whatever was drawn before."""
+    """Draw A from its own generator, so that a seed gives the same adapter whatever was drawn before."""
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model):
         for linear in layer.lora_A.values():
             (weight,) = linear.parameters()
             rank, width = weight.shape
             bound = 1 / math.sqrt(rank if config.init == "published" else width)
-            # Drawn as (d, r), the published layout, so that a seed gives the published adapter's very numbers.
+            # Drawn as (d, r), the published layout, so that a seed reproduces the published adapter's values.
             with torch.no_grad():
                 weight.copy_(torch.empty(width, rank).uniform_(-bound, bound, generator=generator).T)
 
 
 def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) -> PeftModel:
-    """Put a new adapter on a backbone. Only the adapter is trainable; it is float32 whatever the backbone's dtype.
+    """Attach a new adapter to a backbone. Only the adapter is trainable; it is float32 whatever the backbone's dtype.
 
     Args:
         backbone: The frozen model; changed in place until `detach_adapter`.
-        config: What to put where.
+        config: Rank, placement and initialisation.
         seed: Seed of the initial A.
 
     Raises:
-        InputError: If the rank exceeds the width, a block or a target module does not exist, PEFT cannot adapt it, or
-            the backbone already carries an adapter.
+        InputError: If the rank exceeds the width, a block or a target module does not exist, PEFT cannot adapt it, the
+            guard leaves fewer free directions than the rank, or the backbone already carries an adapter.
     """
     _refuse_second(backbone.model, backbone.name)
     if config.rank > backbone.hidden_size:
@@ -270,7 +270,7 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
     targets = _target_modules(config, backbone, config.block_indices(len(backbone.blocks)))
     peft_config = LoraConfig(
         r=config.rank,
-        lora_alpha=cast(int, config.alpha if config.alpha is not None else config.rank),  # any number will do
+        lora_alpha=cast(int, config.alpha if config.alpha is not None else config.rank),  # PEFT accepts any number
         lora_dropout=config.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
@@ -280,7 +280,7 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
     try:
         model = get_peft_model(backbone.model, peft_config)
     except ValueError as error:
-        # PEFT refuses layers that a model reads the weights of without calling them, and has wrapped others by then.
+        # PEFT refuses layers whose weights a model reads without calling them; by then it has wrapped other layers.
         _unwrap(backbone.model)
         reason = next(iter(str(error).splitlines()), "").rstrip(".")
         raise InputError(f"adapter.placement: {reason}; name other linear layers of {backbone.name}") from error
@@ -299,15 +299,15 @@ OF_BASE = re.compile(r"base_model\.model\.(.+)\.base_layer\.(weight|bias)")
 
 
 def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Put a saved adapter on a backbone, whoever made it, for inference.
+    """Attach a saved adapter, from pml or from PEFT alone, to a backbone for inference.
 
     Args:
-        backbone: A backbone, or any model that transformers has loaded; changed in place until `detach_adapter`.
-        folder: What `save_pretrained` wrote.
+        backbone: A backbone, or any model loaded by transformers; changed in place until `detach_adapter`.
+        folder: Folder written by `save_pretrained`.
 
     Raises:
-        InputError: If the folder holds no LoRA adapter of PEFT, or one that is not what its configuration or its record
-            says, or that does not fit this backbone.
+        InputError: If the folder holds no LoRA adapter of PEFT, or one that contradicts its configuration or its run's
+            record, or does not fit this backbone.
     """
     model, name = (backbone.model, backbone.name) if isinstance(backbone, Backbone) else (backbone, "this model")
     _refuse_second(model, name)
@@ -315,7 +315,7 @@ def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> Pe
     config, weights = read_saved_adapter(folder)
     weights = _without_base_weights(folder, weights, model)
     named = config.target_modules if isinstance(config.target_modules, (set, list)) else []
-    # Of twenty names and more PEFT saves the endings that they have in common.
+    # From twenty names on, PEFT saves their shortest distinctive suffixes instead of the names.
     endings = tuple(f".{name}" for name in named)
     targets = {name: module for name, module in model.named_modules() if f".{name}".endswith(endings)}
     if targets and all(list(module.children()) for module in targets.values()):
@@ -336,7 +336,7 @@ def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> Pe
 
 
 def _without_base_weights(folder: Path, weights: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights without the base's own, of which PEFT saves a copy where embeddings or the head are adapted."""
+    """Drop the base's own weights, which PEFT copies into the file where embeddings or the head are adapted."""
     kept = {}
     for name, weight in weights.items():
         if (found := OF_BASE.fullmatch(name)) is None:
@@ -345,30 +345,30 @@ def _without_base_weights(folder: Path, weights: dict[str, Tensor], model: PreTr
         own = getattr(dict(model.named_modules()).get(found[1]), found[2], None)
         if not isinstance(own, Tensor) or not _rounds_to(own, weight):
             raise InputError(
-                f"{folder}: the adapter was trained on another {found[1]} than this backbone's; take the backbone that "
+                f"{folder}: the adapter was trained on another {found[1]} than this backbone's; use the backbone that "
                 "it was trained on"
             )
     return kept
 
 
 def _rounds_to(own: Tensor, saved: Tensor) -> bool:
-    """Whether weights are the same, but for the type of one of them."""
+    """Whether two weights are equal once both are rounded to the narrower of their dtypes."""
     least = min(own.dtype, saved.dtype, key=lambda dtype: torch.finfo(dtype).bits)
     return own.shape == saved.shape and torch.equal(own.detach().cpu().to(least), saved.to(least))
 
 
 def _unwrap(model: PreTrainedModel) -> None:
-    """Take LoRA layers off that PEFT has left behind where it gave up."""
+    """Remove the LoRA layers that PEFT left behind when it failed."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, LoraLayer):
             model.set_submodule(name, layer.get_base_layer())
 
 
 def detach_adapter(model: PeftModel) -> None:
-    """Take an adapter off again; the backbone is bit for bit what it was, and every parameter of it is frozen."""
+    """Remove an adapter; the backbone is bit for bit what it was before, with every parameter frozen."""
     model.unload().requires_grad_(False)
 
 
 def _refuse_second(model: PreTrainedModel, name: str) -> None:
     if next(lora_layers(model), None) is not None:
-        raise InputError(f"backbone {name} already carries an adapter; detach that first, or load the backbone again")
+        raise InputError(f"backbone {name} already carries an adapter; detach it first, or load the backbone again")

@@ -1,4 +1,4 @@
-"""What a command line says of a fit, looked at before a parser reads it."""
+"""Checks of a fit's command line that run before it is parsed."""
 
 import re
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def check_files(arguments: Sequence[str]) -> None:
-    """Read the files that a configuration comes from strictly, before parsers, which let some things pass.
+    """Read all configuration files strictly, since the parser is more lenient.
 
     Raises:
-        InputError: Naming the file.
+        InputError: If a file is empty or invalid. The message names it.
     """
     parts = [path for path in files_given(arguments, ("--model", "--data", "--trainer")) if path.suffix in SUFFIXES]
     for path in (*files_given(arguments, CONFIG_OPTIONS), *parts):
@@ -28,21 +28,21 @@ def check_files(arguments: Sequence[str]) -> None:
 
 
 def check_template_kwargs(arguments: Sequence[str]) -> None:
-    """Refuse single variables of a chat template as options, of which text and other values look alike.
+    """Refuse options for single variables of a chat template, since text cannot be told from other values there.
 
     Raises:
-        InputError: Saying how to give it.
+        InputError: If there is one. The message shows the mapping to give instead.
     """
     for option, value in options_in(arguments):
         if (found := re.fullmatch(r"(--data\.(?:init_args\.)?template_kwargs)\.([^.=]+)", option)) is not None:
             raise InputError(
-                f"{option}: whether {value!r} is text cannot be told; expected the mapping: "
-                f"{found[1]} '{{{found[2]}: {value}}}', text in quotes"
+                f"{option}: {value!r} could be text or another value; expected a mapping: "
+                f"{found[1]} '{{{found[2]}: {value}}}', with text in quotes"
             )
 
 
 def options_in(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Options with their values, `--name=value` or `--name value`; values of the latter kind stand for themselves too.
+    """Options with their values, from `--name=value` or `--name value`; the latter form also lists the value itself.
 
     Example:
         >>> options_in(["--a=1", "--b", "2"])
@@ -56,5 +56,5 @@ def options_in(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def files_given(arguments: Sequence[str], names: Sequence[str]) -> list[Path]:
-    """Files that options of these names were given."""
+    """Values of the options with these names, as paths."""
     return [Path(value) for name, value in options_in(arguments) if name in names]

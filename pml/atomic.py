@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the process dies."""
+"""Atomic writes: a file is either whole or absent, whenever the process dies."""
 
 import os
 from collections.abc import Iterator
@@ -11,15 +11,15 @@ __all__ = ["whole_file"]
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside its place and move it there in one step when all of it is on disk.
+    """Yield a temporary file beside `path`; once it is whole on disk, move it to `path` in one step.
 
-    Its folder is made where there is none. What was there is replaced, or stays where writing fails.
+    Missing parent folders are made. An existing file is replaced, or kept if writing fails.
 
     Args:
-        path: Where the file will be.
+        path: The final path of the file.
 
     Raises:
-        OSError: If it cannot be written, with `path` as its filename.
+        OSError: If the file cannot be written; it names `path`, not the temporary file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")

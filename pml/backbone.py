@@ -1,4 +1,4 @@
-"""A frozen causal language model and its tokenizer: the default one, one in a folder, or one of the hub."""
+"""A frozen causal language model and its tokenizer: the default one, a folder, or a model on the hub."""
 
 import contextlib
 import logging
@@ -55,7 +55,7 @@ ACCEPTED = (
 
 _TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.model", "*.txt"]
 _WEIGHT_PATTERNS = ["*.safetensors"]
-# Subfolders hold other formats of the same model, "consolidated" files the same weights a second time.
+# Subfolders hold other formats of the same model; "consolidated" files repeat the same weights.
 _NEVER_PATTERNS = ["*/*", "consolidated*"]
 
 
@@ -68,11 +68,11 @@ class Backbone:
     Attributes:
         model: The causal language model.
         tokenizer: Its tokenizer.
-        name: What was asked for: `smollm2-135m`, a folder or a hub id.
+        name: The name it was loaded by: `smollm2-135m`, a folder or a hub id.
         content_hash: Hash of its configuration and weights.
-        blocks_path: Dotted path of the list of decoder blocks, seen from `model`, such as `model.layers`.
-        kept_states: What `pml.frozen_layers` has computed once and keeps, by where the model is cut.
-        streamed: The lower blocks, where their weights are on the host and visit the device one block at a time.
+        blocks_path: Dotted path within `model` of the list of decoder blocks, such as `model.layers`.
+        kept_states: Frozen states kept by `pml.frozen_layers`, keyed by the cut and where they are stored.
+        streamed: The lower blocks while their weights are on the host and visit the device one block at a time.
 
     Raises:
         InputError: If the model has no list of decoder blocks.
@@ -93,7 +93,7 @@ class Backbone:
 
     @property
     def released(self) -> bool:
-        """Whether the lower blocks are not in memory."""
+        """Whether the weights of the lower blocks have been freed."""
         return self._released > 0
 
     def release(self, blocks: int) -> None:
@@ -104,19 +104,19 @@ class Backbone:
         self._released = blocks
         for parameter in self._lower_parameters().values():
             free(parameter)
-        # Weights of a CPU lie in one mapping of their file, which stays in memory as long as any of them is used.
+        # On the CPU, weights share one mapping of their file, which stays in memory while any of them is in use.
         for parameter in self.model.parameters():
             if parameter.device.type == "cpu" and not parameter.requires_grad:
                 parameter.data = parameter.data.clone()
         log.info("the weights of the lowest %d of %d blocks are freed", self._released, len(self.blocks))
 
     def restore(self) -> None:
-        """Bring all weights to the model's device, from the host or from where they came from; none may be missing."""
+        """Bring all weights back to the model's device: streamed ones from the host, freed ones from the files."""
         self._stop_streaming(self.model.device)
         self._load_released(self.model.device)
 
     def stream(self, blocks: int) -> None:
-        """Keep the weights of the lowest blocks on the host, wherever they are; each is on the device while it runs."""
+        """Keep the weights of the lowest blocks on the host; each block is on the device only while it runs."""
         if self.streamed is not None and len(self.streamed) == blocks:
             return
         self._stop_streaming(torch.device("cpu"))
@@ -129,11 +129,11 @@ class Backbone:
             self.streamed = None
 
     def _load_released(self, device: torch.device) -> None:
-        """Load freed blocks to a device, and freed embeddings to the model's; does nothing where nothing was freed."""
+        """Load freed blocks to a device and freed embeddings to the model's device; do nothing if none were freed."""
         if not self.released:
             return
         log.info("loading the lowest %d blocks of %s again", self._released, self.name)
-        # What is made under inference_mode, as in a validation, could not be used by training later.
+        # Tensors made under inference_mode, as in a validation, cannot be used in training later.
         with torch.inference_mode(False):
             fresh = dict(_load_model(self.name, _resolve(self.name), self.model.dtype).named_parameters())
             for name, parameter in self._lower_parameters().items():
@@ -142,7 +142,7 @@ class Backbone:
         self._released = 0
 
     def _lower_parameters(self) -> dict[str, nn.Parameter]:
-        """The frozen parameters that nothing above the lowest `_released` blocks uses."""
+        """Frozen parameters by name that nothing above the lowest `_released` blocks uses."""
         lower = {
             f"{self.blocks_path}.{index}.{name}": parameter
             for index, block in enumerate(self.blocks[: self._released])
@@ -169,7 +169,7 @@ class Backbone:
 
     @property
     def config(self) -> PretrainedConfig:
-        """Configuration of the text model, also where that is part of a larger one."""
+        """Configuration of the text model, even where that is part of a larger model."""
         return self.model.config.get_text_config()
 
     @property
@@ -184,21 +184,21 @@ class Backbone:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence in tokens that the model is certain of; see `pml.positions`."""
+        """Longest sequence, in tokens, that a certificate can cover; see `pml.positions`."""
         return max_positions(self.config)
 
 
 def _find_blocks(model: PreTrainedModel) -> str:
-    """Dotted path of the list of decoder blocks: as long as the configuration says, and nearest to the top."""
+    """Dotted path of the decoder blocks: the topmost list as long as the configuration's number of layers."""
     config = model.config.get_text_config()
-    # A block may hold two layers of attention, and the configuration count both as hidden layers.
+    # A block may hold two attention layers, both of which the configuration counts as hidden layers.
     depths = {getattr(config, name) for name in ("num_hidden_layers", "num_layers") if hasattr(config, name)}
-    # Not every model calls its decoder what it says it does.
+    # Some models have no attribute named by their base_model_prefix.
     base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     paths = []
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) in depths and path.startswith(base):
-            # An image encoder may be as deep as the text model, but it has a configuration of another type.
+            # An image encoder may be as deep as the text model, but its configuration has another type.
             owner = model.get_submodule(path.rpartition(".")[0])
             paths.append((type(getattr(owner, "config", None)) is not type(config), path.count("."), path))
     if not paths:
@@ -215,10 +215,10 @@ _shared: dict[tuple[str, ...], Any] | None = None
 
 @contextlib.contextmanager
 def shared_backbones() -> Iterator[None]:
-    """Within this context one name and dtype is loaded once, and every caller gets the same object.
+    """Load each name and dtype once within this context; every caller gets the same object.
 
-    For many runs in one process. Whoever changes the model, by an adapter for example, changes it back, and it stays on
-    the device that it was moved to. The models are let go when the outermost context ends.
+    This is for many runs in one process. A caller that changes the model, for example by an adapter, must undo the
+    change; the model stays on the device it was moved to. Leaving the outermost context drops the models.
     """
     global _shared
     outer = _shared
@@ -235,17 +235,17 @@ def backbones_are_shared() -> bool:
 
 
 def load_backbone(name: str = DEFAULT_BACKBONE, dtype: str = "float32") -> Backbone:
-    """Load a frozen causal language model with its tokenizer, onto the CPU.
+    """Load a frozen causal language model and its tokenizer onto the CPU.
 
     Only safetensors weights are read, and code that comes with a model is never run.
 
     Args:
-        name: `smollm2-135m` (fetched where it is not there yet), a folder written by `save_pretrained`, or a hub id.
+        name: `smollm2-135m` (downloaded on first use), a folder written by `save_pretrained`, or a hub id.
         dtype: Floating-point type of the weights: float32, bfloat16 or float16.
 
     Raises:
-        InputError: If the name or dtype is not one of these, the hub cannot be reached, or what was found is not a
-            complete causal language model.
+        InputError: If the name or dtype is not one of these, the hub cannot be reached, or the files are not a complete
+            causal language model.
     """
     if dtype not in DTYPES:
         raise InputError(f"backbone dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
@@ -253,7 +253,7 @@ def load_backbone(name: str = DEFAULT_BACKBONE, dtype: str = "float32") -> Backb
         return _shared[name, dtype]
     folder = _resolve(name)
     _check_files(name, folder)
-    # The tokenizer comes first: it is quick to load, and so quick to fail.
+    # The tokenizer comes first: it loads quickly, so it fails quickly.
     tokenizer = load_tokenizer(name)
     backbone = Backbone(_load_model(name, folder, DTYPES[dtype]), tokenizer, name, _content_hash(name, folder))
     if _shared is not None:
@@ -262,14 +262,14 @@ def load_backbone(name: str = DEFAULT_BACKBONE, dtype: str = "float32") -> Backb
 
 
 def load_tokenizer(name: str = DEFAULT_BACKBONE) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a backbone alone; of a hub id it downloads no weights.
+    """Load only the tokenizer of a backbone; for a hub id, no weights are downloaded.
 
     Raises:
-        InputError: If the name is not one that `load_backbone` takes, or there is no tokenizer.
+        InputError: If `load_backbone` does not accept the name, or there is no tokenizer.
     """
     if _shared is not None and (name,) in _shared:
         return _shared[(name,)]
-    # Worker processes of a data loader would otherwise each print a warning about their parent's threads.
+    # Otherwise every worker process of a data loader warns about its parent's threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     folder = _resolve(name, weights=False)
     with quiet_transformers(), _as_input_error(f"backbone {name!r} has no tokenizer that can be loaded"):
@@ -280,10 +280,10 @@ def load_tokenizer(name: str = DEFAULT_BACKBONE) -> PreTrainedTokenizerBase:
 
 
 def load_config(name: str = DEFAULT_BACKBONE) -> PretrainedConfig:
-    """Load the configuration of a backbone's text model alone; of a hub id it downloads no weights.
+    """Load only the configuration of a backbone's text model; for a hub id, no weights are downloaded.
 
     Raises:
-        InputError: If the name is not one that `load_backbone` takes, or there is no configuration.
+        InputError: If `load_backbone` does not accept the name, or there is no configuration.
     """
     folder = _resolve(name, weights=False)
     with quiet_transformers(), _as_input_error(f"backbone {name!r} has no configuration that can be loaded"):
@@ -292,10 +292,10 @@ def load_config(name: str = DEFAULT_BACKBONE) -> PretrainedConfig:
 
 
 def backbone_facts(name: str = DEFAULT_BACKBONE) -> dict[str, Any]:
-    """What a backbone is, without loading its weights; downloads it where that has not been done.
+    """Name, hash and sizes of a backbone, without loading its weights; downloads it first if necessary.
 
     Returns:
-        `name`, `path` of its folder, `content_hash`, `hidden_size`, and the sizes `parameters`, `blocks`, `vocabulary`.
+        `name`, `path` of its folder, `content_hash`, `hidden_size`, and sizes `parameters`, `blocks`, `vocabulary`.
 
     Raises:
         InputError: See `load_backbone`.
@@ -304,7 +304,7 @@ def backbone_facts(name: str = DEFAULT_BACKBONE) -> dict[str, Any]:
     _check_files(name, folder)
     with quiet_transformers(), _as_input_error(f"backbone {name!r} cannot be loaded"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # The meta device has shapes and no memory, so that a model of any size can be counted.
+        # Tensors on the meta device take no memory, so the parameters of a model of any size can be counted.
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     text = config.get_text_config()
@@ -320,15 +320,15 @@ def backbone_facts(name: str = DEFAULT_BACKBONE) -> dict[str, Any]:
 
 
 def _resolve(name: str, weights: bool = True) -> Path:
-    """The folder that holds what `name` stands for, downloaded first where it has to be."""
+    """Folder of the model called `name`, downloaded first if necessary."""
     if name == DEFAULT_BACKBONE:
         return fetch_default()
-    # Of a user that is not there, `Path.expanduser` would raise.
+    # `Path.expanduser` raises for an unknown user.
     folder = Path(os.path.expanduser(name))
     if name and folder.is_dir():
         return folder
     try:
-        # Asking for the snapshot fails at once without a network, where asking for single files retries for long.
+        # Without a network, asking for a snapshot fails at once; asking for single files retries for a long time.
         patterns = _TOKENIZER_PATTERNS + (_WEIGHT_PATTERNS if weights else [])
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=_NEVER_PATTERNS))
     except HFValidationError as error:
@@ -339,11 +339,11 @@ def _resolve(name: str, weights: bool = True) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise InputError(
-            f"backbone {name!r} is no folder here, and the hub has no public model of that name; {ACCEPTED}"
+            f"backbone {name!r} is not a folder here, and the hub has no public model of that name; {ACCEPTED}"
         ) from error
-    except Exception as error:  # Not all that the hub's client lets through from its transport has a base in common.
+    except Exception as error:  # the transport errors that the hub's client lets through share no base class
         raise InputError(
-            f"backbone {name!r} is no folder here, and the hub cannot be reached to look for it there "
+            f"backbone {name!r} is not a folder here, and the hub cannot be reached to look for it there "
             f"({_first_line(error)}); {ACCEPTED}; without a network only the first two work"
         ) from error
 
@@ -367,18 +367,18 @@ def _load_model(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
-        # transformers draws these at random and goes on, and nothing measured on them would mean anything.
+        # transformers draws missing weights at random and continues, which would make every measurement meaningless.
         raise InputError(
             f"backbone {name!r} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]}; "
             "expected a complete causal language model"
         )
-    # What an adapter trained on this model will name as its base: what loads it here and elsewhere.
+    # An adapter trained on this model names its base by this: an id that loads here and elsewhere.
     model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name == DEFAULT_BACKBONE else name
     return model
 
 
 def _content_hash(name: str, folder: Path) -> str:
-    """SHA-256 over configuration and weights; the default's was stored when it was made."""
+    """SHA-256 over configuration and weights; the default backbone's is read from its manifest."""
     if name == DEFAULT_BACKBONE and (manifest := default_manifest(folder)):
         return manifest["content_hash"]
     return hash_model(folder)
@@ -390,7 +390,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _as_input_error(what: str) -> Iterator[None]:
-    """Turn whatever transformers and safetensors raise on a bad folder into one line; they share no base class."""
+    """Turn any error of transformers or safetensors on a bad folder into one line; the errors share no base class."""
     try:
         yield
     except Exception as error:

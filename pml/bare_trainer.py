@@ -1,4 +1,4 @@
-"""The Trainer of fits that belong to something larger and speak for themselves."""
+"""The Trainer for fits that are part of a larger command, which does its own reporting."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ __all__ = ["bare_trainer"]
 
 
 def bare_trainer(**options: Any) -> Trainer:
-    """A Trainer on one device, whichever is there, that clips gradients at norm 1, logs nothing and shows nothing.
+    """A Trainer on one device of any kind, with gradients clipped at norm 1 and without logging or progress bar.
 
     Args:
-        **options: What else it is given, such as its callbacks and how long the fit is.
+        **options: Further arguments of the Trainer, such as callbacks and the length of the fit.
     """
     return Trainer(
         devices=1,

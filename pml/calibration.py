@@ -1,8 +1,8 @@
-"""How many bits a parameter stores on your backbone: rank 1 is given more random tokens than it holds.
+"""Bits per parameter that an adapter stores, measured at rank 1 on more random tokens than it can hold.
 
 Adapters are trained with the rate, guard and penalty of `pml memorize`, on the plain loss, a few short pairs at a
-time. How an adapter is trained decides what it stores as much as where it sits: with one long text at a high rate and
-no penalty it stores twice as much.
+time. How an adapter is trained matters as much as its placement: on one long text, at a high rate and without the
+penalty, it stores twice as much.
 """
 
 import math
@@ -29,10 +29,10 @@ from pml.storage_constants import Constant
 __all__ = ["calibrate"]
 
 MOST_BITS = 1.6
-"""Bits a parameter that each adapter is given to hold; none stored more than 1.3 here."""
+"""Bits per parameter that each adapter is given to store; none stored more than 1.3."""
 
 PAIR_TOKENS = 24
-"""Target tokens of a pair, as many as a fact or a key has."""
+"""Target tokens per pair, about as many as a fact or a key has."""
 
 
 def calibrate(
@@ -47,18 +47,18 @@ def calibrate(
     learning_rate: float = LEARNING_RATE,
     on_text: Callable[[int, float], None] | None = None,
 ) -> Constant:
-    """Measure bits per trainable parameter at one placement.
+    """Measure the bits stored per trainable parameter at one placement.
 
     Args:
         backbone: As `pml.backbone.load_backbone` takes it.
-        placement: See `pml.adapter.AdapterConfig`; None is all linear layers of the block.
-        block: See there.
-        guard: What the adapters are guarded with; None guards nothing.
-        kl_penalty: What keeps the model as it was on ordinary text; None penalises nothing.
-        texts: Different sets of random pairs, with an adapter each.
-        steps: Optimiser steps for each.
+        placement: See `pml.adapter.AdapterConfig`; None takes all linear layers of the block.
+        block: See `pml.adapter.AdapterConfig`.
+        guard: Guard of the adapters; None disables it.
+        kl_penalty: KL penalty in training; None disables it.
+        texts: Number of sets of random pairs; each trains its own adapter.
+        steps: Optimiser steps per set.
         learning_rate: Peak learning rate of AdamW.
-        on_text: Called after each text with its number, from 1, and its bits per parameter.
+        on_text: Called after each set with its number, from 1, and its bits per parameter.
 
     Raises:
         InputError: If a number is out of range, or nothing was stored.
@@ -92,7 +92,7 @@ def calibrate(
         placement=adapter.placement,
         guarded=adapter.guard is not None,
         bits_per_parameter=mean,
-        # Few texts may differ by more than they hold; a parameter stores something all the same.
+        # With few texts the interval may reach below 0, which no parameter stores.
         low=max(mean - half, min(stored) / 2),
         high=mean + half,
         interval="95 %",
@@ -102,7 +102,7 @@ def calibrate(
 
 
 def _stored_bits(module: SFT, tokens: int, steps: int) -> float:
-    """Bits of random pairs that their adapter holds after training."""
+    """Bits of random pairs that the module's adapter stores after training."""
     length = min(tokens, PAIR_TOKENS)
     data: Any = import_module("data_modules").RandomTokens(
         length=length, count=math.ceil(tokens / length), prompt="pair", batch_size=PER_STEP, seed=module.seed

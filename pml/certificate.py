@@ -1,9 +1,9 @@
-"""The certificate pair by pair: what is certain to be recalled, by what margin, and how much rounding that survives.
+"""The certificate pair by pair: what is certain to be recalled, by what margin, and how much rounding it survives.
 
-A target token with p > 0.5 cannot be beaten by any other. Its margin is how far its logit lies above that of the best
-other token; greedy decoding gives the target as long as no margin is overcome by how a server rounds. In float32 that
-takes p within a hair of 0.5. In 16 bits margins move by tenths: there it is measured (`measure_rounding`), and a pair
-is certain only where its margins are larger.
+No other token can beat a target token with p > 0.5. Its margin is its logit minus that of the best other token. Greedy
+decoding returns the target unless a server's rounding exceeds one of its margins. In float32 that is possible only
+within a hair of p = 0.5. In 16 bits margins move by tenths, so rounding is measured (`measure_rounding`), and a pair is
+certain only if its margins are larger.
 """
 
 import math
@@ -34,23 +34,23 @@ __all__ = [
 Verdict = Literal["certain", "right", "failing"]
 
 MEASURED_TOKENS = 1024
-"""Target tokens on which rounding is measured at most: each is a step of decoding."""
+"""Most target tokens on which rounding is measured; each costs one decoding step."""
 
 TOGETHER = 8
-"""Pairs that are decoded together for that."""
+"""Pairs that are decoded together to measure rounding."""
 
 
 @dataclass(frozen=True)
 class PairCertificate:
-    """What can be said of one pair under teacher forcing.
+    """Verdict on one pair under teacher forcing.
 
     Attributes:
         example: The pair.
-        verdict: `certain` where every target token has p > 0.5 and a margin that rounding cannot overcome, as far as
-            that is known; `right` where every one is the argmax; else `failing`.
-        position: The first wrong target token where it fails, otherwise the one with the smallest margin; from 0.
-        margin: Logit of the token there minus that of the best other token; negative where it fails.
-        probability: Probability of the token there.
+        verdict: `certain` if every target token has p > 0.5 and a margin above the rounding allowed for, if any;
+            `right` if every target token beats all others; else `failing`.
+        position: Index of the first wrong target token if the pair fails, else of the one with the smallest margin.
+        margin: Logit of the target token there minus that of the best other token; not above 0 if the pair fails.
+        probability: Probability of the target token there.
         rival: Id of the best other token there.
         margins: (tokens,) margin of every target token.
     """
@@ -65,7 +65,7 @@ class PairCertificate:
 
 
 def token_margins(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """By how much each target token's logit exceeds that of the best other token, and which token that is.
+    """Logit of each target token minus that of the best other token, and the id of that other token.
 
     Args:
         logits: (tokens, vocabulary).
@@ -90,8 +90,8 @@ class Rounding(NamedTuple):
     """How far margins move between teacher forcing and decoding token by token.
 
     Attributes:
-        logits: The largest difference seen.
-        tokens: On how many target tokens.
+        logits: Largest change of a margin, in logits.
+        tokens: Number of target tokens that were measured.
     """
 
     logits: float
@@ -102,8 +102,8 @@ def certify(model: Any, examples: Iterable[Example]) -> list[PairCertificate]:
     """Certify pairs one by one under teacher forcing, with no allowance for rounding.
 
     Args:
-        model: A causal LM, adapter and all, in evaluation mode.
-        examples: What it is to recall.
+        model: A causal LM with its adapter, in evaluation mode.
+        examples: The pairs to certify.
     """
     return [_certify(model, example) for example in examples]
 
@@ -117,7 +117,7 @@ def _certify(model: Any, example: Example) -> PairCertificate:
         pieces.append((*token_margins(logits, here), log_p.exp()))
         start += len(logits)
     margins, rivals, probabilities = (torch.cat(column).cpu() for column in zip(*pieces, strict=True))
-    # A margin that is not a number wins nothing.
+    # A NaN margin counts as wrong.
     wrong = (~(margins > 0)).nonzero()
     position = int(wrong[0] if len(wrong) else margins.argmin())
     certain = bool((probabilities > 0.5).all())
@@ -133,11 +133,11 @@ def _certify(model: Any, example: Example) -> PairCertificate:
 
 
 def allow_for_rounding(certificates: Iterable[PairCertificate], logits: float) -> list[PairCertificate]:
-    """The same certificates, where a pair is certain only if no margin of its tokens is overcome by rounding.
+    """The same certificates, but with `certain` lowered to `right` where rounding can overcome a margin.
 
     Args:
-        certificates: What `certify` gave.
-        logits: How far rounding moves a margin at most, see `measure_rounding`.
+        certificates: Certificates from `certify`.
+        logits: The most that rounding moves a margin, see `measure_rounding`.
     """
     return [
         replace(known, verdict="right")
@@ -150,16 +150,16 @@ def allow_for_rounding(certificates: Iterable[PairCertificate], logits: float) -
 def measure_rounding(
     model: Any, examples: Sequence[Example], margins: Sequence[Tensor], most_tokens: int = MEASURED_TOKENS
 ) -> Rounding:
-    """How far margins move when target tokens go one by one through the cache of a model, alone and with others.
+    """Measure how far margins move when target tokens go one by one through the KV cache, alone and in batches.
 
-    The pairs with the smallest margins come first, since what is certain hangs on them.
+    Pairs with the smallest margins come first, since rounding overturns their verdicts first.
 
     Args:
-        model: A causal LM, adapter and all, in evaluation mode. It may be another one than that which the margins are
-            of: the same in another dtype, for example.
-        examples: Pairs.
-        margins: (tokens,) of each pair, as known under teacher forcing.
-        most_tokens: Target tokens that are decoded at most.
+        model: A causal LM with its adapter, in evaluation mode. It may differ from the model that gave the margins, for
+            example in dtype.
+        examples: The pairs.
+        margins: (tokens,) for each pair, from teacher forcing.
+        most_tokens: Limit on the number of target tokens to decode.
     """
     order = sorted(range(len(examples)), key=lambda i: float(margins[i].min()))
     known = dict(zip((e.example_id for e in examples), margins, strict=True))
@@ -170,13 +170,13 @@ def measure_rounding(
         chosen.append(replace(example, target_ids=example.target_ids[:left]))
         left -= len(example.target_ids)
     batches = list(of_one_prompt_length(chosen, TOGETHER))
-    # What is decoded alone is rounded otherwise on some devices.
+    # Some devices round differently when they decode a single row.
     batches += [[example] for example in chosen[:1]]
     largest = 0.0
     for batch in batches:
         for example, decoded in zip(batch, _margins_one_by_one(model, batch), strict=True):
             before = known[example.example_id][: len(decoded)].to(decoded.device)
-            # Margins that are not numbers survive no rounding.
+            # A NaN margin counts as infinite rounding.
             largest = max(largest, float((decoded - before).abs().nan_to_num(nan=math.inf).max()))
     return Rounding(largest, most_tokens - max(left, 0))
 
@@ -184,13 +184,13 @@ def measure_rounding(
 def greedy_answers(
     model: Any, examples: Sequence[Example], *, batch_size: int = 1, use_cache: bool = True
 ) -> list[tuple[int, ...]]:
-    """What transformers' own greedy decoding gives for each example, as many ids as its target has.
+    """Ids that transformers' own greedy decoding gives for each example, as many as its target has.
 
     Args:
-        model: A causal LM of transformers, adapter and all, in evaluation mode.
-        examples: What it is asked for.
-        batch_size: Prompts decoded together, padded on the left as servers do it.
-        use_cache: Whether keys and values are kept from token to token.
+        model: A causal LM of transformers with its adapter, in evaluation mode.
+        examples: The pairs to ask for.
+        batch_size: Prompts decoded together, padded on the left as servers do.
+        use_cache: Whether to use the KV cache.
     """
     answers: list[tuple[int, ...]] = [()] * len(examples)
     limit = max_positions(model.config.get_text_config())
@@ -205,7 +205,7 @@ def greedy_answers(
                 do_sample=False,
                 max_new_tokens=max(len(e.target_ids) for e in batch),
                 use_cache=use_cache,
-                # Decoding goes on to the longest target; what comes after a shorter one is cut off.
+                # Decoding runs to the end of the longest target; shorter answers are cut below.
                 eos_token_id=None,
                 pad_token_id=0,
                 **plain_decoding(model),
@@ -217,12 +217,12 @@ def greedy_answers(
 
 
 def log_probability(model: Any, example: Example, temperature: float = 1.0) -> float:
-    """Natural logarithm of the probability that a sample at some temperature is the whole target.
+    """Log probability, in nats, that a sample at some temperature is the whole target.
 
     Args:
-        model: A causal LM, adapter and all, in evaluation mode.
+        model: A causal LM with its adapter, in evaluation mode.
         example: The pair.
-        temperature: What logits are divided by.
+        temperature: Divisor of the logits.
     """
     total, start = 0.0, 0
     for logits in _forced(model, example):
@@ -234,13 +234,13 @@ def log_probability(model: Any, example: Example, temperature: float = 1.0) -> f
 
 
 def sampled_exactly(model: Any, example: Example, samples: int, temperature: float = 1.0) -> float:
-    """Share of samples that are the whole target, by transformers' own sampling from the whole distribution.
+    """Share of samples that equal the whole target, drawn by transformers from the whole distribution.
 
     Args:
-        model: A causal LM of transformers, adapter and all, in evaluation mode.
+        model: A causal LM of transformers with its adapter, in evaluation mode.
         example: The pair.
-        samples: How many are drawn; PyTorch's generator decides which.
-        temperature: What logits are divided by.
+        samples: Number of samples; PyTorch's global generator draws them.
+        temperature: Divisor of the logits.
     """
     ids = torch.tensor([example.prompt_ids], device=model.device)
     with torch.no_grad():
@@ -260,7 +260,7 @@ def sampled_exactly(model: Any, example: Example, samples: int, temperature: flo
 
 @torch.no_grad()
 def _forced(model: Any, example: Example) -> Iterator[Tensor]:
-    """Logits (tokens, vocabulary) in float32 that predict an example's target tokens, piece by piece."""
+    """Yield float32 logits (tokens, vocabulary) that predict an example's target tokens, a chunk at a time."""
     ids = torch.tensor([example.prompt_ids + example.target_ids], device=model.device)
     reader, read, done, tokens = CachedRows(model), 0, 0, len(example.target_ids)
     start = len(example.prompt_ids)
@@ -273,7 +273,7 @@ def _forced(model: Any, example: Example) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _margins_one_by_one(model: Any, batch: Sequence[Example]) -> list[Tensor]:
-    """Margins (tokens,) of the target tokens of prompts of one length, token by token through the cache."""
+    """Margins (tokens,) of each target, one token at a time through the KV cache; all prompts are equally long."""
     lengths = [len(e.target_ids) for e in batch]
     targets = torch.tensor([e.target_ids + (0,) * (max(lengths) - n) for e, n in zip(batch, lengths, strict=True)])
     targets = targets.to(model.device)

@@ -1,4 +1,4 @@
-"""What stands around a query: a tokenizer's chat template, with a fixed date where it reads the clock."""
+"""The text around a query: a tokenizer's chat template, with a fixed date where it reads the clock."""
 
 import logging
 import re
@@ -16,33 +16,33 @@ __all__ = ["ANSWER", "ChatTemplate", "PromptFormat", "template_of"]
 log = logging.getLogger(__name__)
 
 ANSWER = "\N{BLACK SQUARE}"
-"""Stands for what somebody says where only the template around it is asked for."""
+"""Placeholder text, for finding out what a template or a tokenizer writes around it."""
 
 CLOCK = re.compile(r"\bstrftime_now\s*\(")
 CLOCK_WITH_FORMAT = re.compile(r"""\bstrftime_now\s*\(\s*(['"])((?:(?!\1).)*)\1\s*\)""")
 
 TAKEN = ("messages", "conversation", "add_generation_prompt", "tools", "documents", "chat_template", "tokenize")
-"""Names that a chat template's variables cannot have: these say what is rendered, and how."""
+"""Names that a chat template's variables cannot have, since they are arguments of `apply_chat_template`."""
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """What stands around a query. A certificate holds for prompts of the format that it was made with.
+    """The format of prompts. A certificate holds only for prompts in the format it was made with.
 
     Args:
-        chat_template: Put the query into the tokenizer's chat template as a user turn, where it has one.
-        system: Text of a system turn before it; None leaves that to the template.
+        chat_template: Put the query into the tokenizer's chat template as a user turn, if the tokenizer has one.
+        system: Text of a system turn before the query; None leaves that to the template.
         template_kwargs: Variables of the chat template, such as `enable_thinking: false`.
-        template_date: Day, as YYYY-MM-DD, that a template which reads the clock writes in place of today.
+        template_date: Day, as YYYY-MM-DD, that replaces today's date in a template that reads the clock.
 
     Raises:
-        InputError: If a variable has a reserved name, or the date is none.
+        InputError: If a variable has a reserved name, or the date is not valid.
     """
 
     chat_template: bool = True
     system: str | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    # What Llama 3.1's template writes where it knows no clock.
+    # The date that Llama 3.1's template writes when it has no clock.
     template_date: str = "2024-07-26"
 
     def __post_init__(self) -> None:
@@ -57,34 +57,34 @@ class PromptFormat:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, with the text around a query.
+    """Renders queries through a tokenizer's chat template.
 
     Args:
         tokenizer: A tokenizer with a chat template.
         form: The system turn, the template's variables and the date.
 
     Raises:
-        InputError: If the template does not write what the user says, refuses a system turn that is asked for, or
-            reads the clock in a way that cannot be fixed.
+        InputError: If the template leaves out the user's text, rejects or leaves out a requested system turn, or reads
+            the clock in a way that cannot be fixed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, form: PromptFormat) -> None:
         self.tokenizer, self.form = tokenizer, form
         self.shows_date = False
-        """Whether a fixed date stands in prompts, since the template reads the clock."""
+        """Whether prompts contain the fixed date, because the template reads the clock."""
         self._parts = False
         self._template = self._without_clock(template_of(tokenizer))
         self._choose_content()
 
     def turns(self, query: str) -> list[dict[str, Any]]:
-        """What `apply_chat_template` is given for a query."""
+        """Messages for `apply_chat_template` that ask a query."""
         system = self.form.system
         turns = [] if system is None else [{"role": "system", "content": self._content(system)}]
         return [*turns, {"role": "user", "content": self._content(query)}]
 
     @property
     def options_elsewhere(self) -> dict[str, Any]:
-        """What others have to give `apply_chat_template`: variables, and the template where a date was fixed in it."""
+        """Arguments that a server must give `apply_chat_template`: variables, and the template if a date was fixed."""
         fixed = {"chat_template": self._template} if self.shows_date else {}
         return {**self.form.template_kwargs, **fixed}
 
@@ -92,20 +92,20 @@ class ChatTemplate:
         """The prompt for a query as text.
 
         Raises:
-            InputError: If the template refuses it.
+            InputError: If the template rejects the query.
         """
         return self._rendered(self.turns(query), source)
 
     def after_answer(self) -> str:
-        """What the template writes after an answer."""
+        """Text that the template writes after an answer."""
         turns = [*self.turns("?"), {"role": "assistant", "content": self._content(ANSWER)}]
         return self._rendered(turns, "", generation=False).rpartition(ANSWER)[2]
 
     def sanitized(self, query: str) -> list[int]:
-        """Token ids of the prompt, those of the query's control tokens left out of it: they are encoded as text.
+        """Token ids of the prompt, with control tokens typed in the query encoded as text.
 
         Raises:
-            ValueError: If the tokenizer cannot keep them apart; or NotImplementedError.
+            ValueError: If the tokenizer cannot tell typed control tokens from the template's; or NotImplementedError.
         """
         ids: Any = self.tokenizer.apply_chat_template(
             self.turns(query), **self._options, return_dict=False, sanitize_control_tokens=True
@@ -113,7 +113,7 @@ class ChatTemplate:
         return list(ids)
 
     def _choose_content(self) -> None:
-        """Find out in which form the template takes what the user says, and whether it takes a system turn."""
+        """Find out in which form the template takes a message's content, and whether it takes a system turn."""
         for self._parts in (False, True):
             try:
                 if ANSWER in self.rendered(ANSWER):
@@ -124,11 +124,11 @@ class ChatTemplate:
                 raise
         else:
             raise InputError(
-                "the chat template does not write what the user says, so that all queries would be one; set "
+                "the chat template does not write what the user says, so all queries would give the same prompt; set "
                 "chat_template: false, or use a backbone with another template"
             )
         if self._parts:
-            log.warning("the chat template takes what is said as a list of parts; servers have to give it in that form")
+            log.warning("the chat template takes message content as a list of parts; servers must send it in that form")
         system = self.form.system
         if system is not None and system.strip() not in self.rendered(ANSWER):
             raise InputError("the chat template does not write the system text; leave system out")
@@ -144,7 +144,7 @@ class ChatTemplate:
         options = {**self._options, "add_generation_prompt": generation}
         try:
             return str(self.tokenizer.apply_chat_template(list(turns), **options, tokenize=False))
-        # Templates are programs, and fail in all the ways that programs do.
+        # Templates are programs and can raise anything.
         except Exception as error:
             reason, at = " ".join(str(error).split()) or type(error).__name__, f"{source}: " if source else ""
             if turns[0]["role"] == "system" and self._renders(turns[1:], generation):
@@ -161,25 +161,25 @@ class ChatTemplate:
         return True
 
     def _without_clock(self, template: str) -> str:
-        """A template in which the fixed date stands wherever it asks the clock."""
+        """The template with the fixed date in place of each call to the clock."""
         day = date.fromisoformat(self.form.template_date)
         fixed = CLOCK_WITH_FORMAT.sub(lambda call: repr(day.strftime(call[2])), template)
         if CLOCK.search(fixed):
             raise InputError(
-                "the chat template reads the clock in a way that cannot be fixed, so that prompts would differ from "
-                "day to day; set chat_template: false, or use a backbone with another template"
+                "the chat template reads the clock in a way that cannot be fixed, so prompts would differ from day to "
+                "day; set chat_template: false, or use a backbone with another template"
             )
         self.shows_date = fixed != template and self._differs_by_date(fixed, template)
         if self.shows_date:
             log.warning(
-                "the chat template writes the date; prompts say %s (template_date): give a server the same, or its "
-                "prompts are others every day",
+                "the chat template writes the date; prompts say %s (template_date): give servers the same date, or "
+                "their prompts change every day",
                 self.form.template_date,
             )
         return fixed
 
     def _differs_by_date(self, fixed: str, template: str) -> bool:
-        """Whether the date reaches a prompt, which variables may keep it from."""
+        """Whether the date reaches a prompt; the template's variables may switch it off."""
         other = CLOCK_WITH_FORMAT.sub(lambda _: repr("another day"), template)
         shown = []
         for text in (fixed, other):
@@ -192,7 +192,7 @@ class ChatTemplate:
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template; of several the one called default."""
+    """The tokenizer's chat template; if it has several, the one named `default`."""
     try:
         return str(tokenizer.get_chat_template())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Checkpoints that a fit goes on from as if it had not stopped: when they are made, which is the newest whole one."""
+"""Checkpoints from which a fit resumes exactly: saving them, stopping a fit at a step, and finding the newest one."""
 
 import io
 import logging
@@ -35,16 +35,16 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 class StopsAtSteps(Callback):
-    """Ends a fit at the end of an optimiser step when a signal has asked for it; all ranks at the same step.
+    """Ends a fit at the end of an optimiser step when a signal has asked for it, on all ranks at the same step.
 
-    At the end of an epoch it waits for what other callbacks do then.
+    After an epoch's last step it waits for the epoch's end, so that validation still runs.
     """
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, Memorization)
-        # Between two micro-batches a step is not done; after an epoch's last batch, the epoch is not.
+        # Not between two micro-batches of a step. After an epoch's last batch, on_train_epoch_end follows.
         if not pl_module.global_batch.is_open and not trainer.is_last_batch:
             self._at_step_end(trainer, pl_module)
 
@@ -53,20 +53,20 @@ class StopsAtSteps(Callback):
 
     def _at_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         signum = _agreed(requested(), pl_module.device)
-        # After its last step a fit ends by itself, with all of its measurements.
+        # After its last step the fit ends by itself, with all its measurements.
         if signum is not None and not _is_last_step(trainer):
             self.save(trainer)
             raise Stopped(signum, at_once=False)
 
     def save(self, trainer: Trainer) -> None:
-        """Save what is needed to go on; this class saves nothing. Takes all ranks."""
+        """Save the state to resume from; this class saves nothing. All ranks must call it."""
 
 
 class SignalsLeftToSteps(_SignalConnector):
-    """Passes SIGTERM on to processes that the launcher has started, and leaves the rest to `StopsAtSteps`.
+    """Passes SIGTERM on to processes that the launcher started, and leaves the rest to `StopsAtSteps`.
 
-    Lightning itself would end a fit in the middle of a validation or of a global batch, with nothing saved and exit
-    code 0, and broadcast between ranks from within the handler.
+    Lightning's own handler would end a fit in the middle of validation or of a global batch, save nothing and exit with
+    code 0. It would also broadcast between ranks from within the handler.
     """
 
     @property
@@ -84,7 +84,7 @@ class SignalsLeftToSteps(_SignalConnector):
 
 @contextmanager
 def stopping_at_steps(trainer: Trainer) -> Iterator[None]:
-    """Within it a signal ends the trainer's fit at a step's end, where `pml.stopping` listens and it `StopsAtSteps`."""
+    """Let a signal end the fit only after a step; needs `pml.stopping.listening` and a `StopsAtSteps` callback."""
     if is_listening():
         trainer._signal_connector = SignalsLeftToSteps(trainer)
     with at_step_ends():
@@ -92,7 +92,7 @@ def stopping_at_steps(trainer: Trainer) -> Iterator[None]:
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints beside their place; Lightning's own way leads through the system's temporary folder."""
+    """Writes a checkpoint beside its final path and moves it there; Lightning's own I/O uses the temporary folder."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         content = io.BytesIO()
@@ -102,10 +102,10 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class Checkpoints(StopsAtSteps, Checkpoint):
-    """Saves a checkpoint every few minutes, when a signal ends the fit, and when it has ended by itself.
+    """Saves a checkpoint every few minutes, when a signal ends the fit, and when the fit ends by itself.
 
-    `checkpoints/last.ckpt` in the run's folder is the newest, `previous.ckpt` the one before: should one be damaged,
-    there is the other. A checkpoint is made at the end of an optimiser step.
+    In the run's folder, `checkpoints/last.ckpt` is the newest checkpoint and `previous.ckpt` the one before it, in case
+    the newest is damaged. Checkpoints are saved at the end of an optimiser step.
 
     Args:
         minutes: Training time between two checkpoints.
@@ -116,7 +116,7 @@ class Checkpoints(StopsAtSteps, Checkpoint):
             raise InputError(f"minutes is {minutes}; expected a time above 0 between two checkpoints, such as 5")
         self.minutes = minutes
         self.folder = Path()
-        """Where checkpoints go; known once the fit is set up."""
+        """Folder of the checkpoints; set when the fit is set up."""
         self._saved_at = 0.0
         self._saved_step = -1
 
@@ -131,9 +131,9 @@ class Checkpoints(StopsAtSteps, Checkpoint):
     def _at_step_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._at_step_end(trainer, pl_module)
         if _is_last_step(trainer):
-            # There would be nothing to go on with if the process died before the record is written: that comes first.
+            # on_train_end saves, after the record is written: without a record, there would be nothing to resume.
             return
-        # Clocks differ between ranks, and saving takes all of them.
+        # Clocks differ between ranks, and all ranks must save together.
         if trainer.strategy.broadcast(time.monotonic() - self._saved_at >= 60 * self.minutes):
             self.save(trainer)
 
@@ -145,7 +145,7 @@ class Checkpoints(StopsAtSteps, Checkpoint):
         checkpoint["pml_loggers"] = loggers_of(trainer, self.folder.parent)
 
     def how_to_go_on(self) -> str:
-        """The command that goes on from the newest checkpoint, or that there is none."""
+        """Advice on how to resume: the command for the newest checkpoint, or that there is none."""
         if not any(self.folder.glob("*.ckpt")):
             return "there is no checkpoint to go on from yet"
         config = self.folder.parent / "config.yaml"
@@ -154,7 +154,7 @@ class Checkpoints(StopsAtSteps, Checkpoint):
         return f"go on with --ckpt_path {shlex.quote(str(self.folder / LAST))}"
 
     def save(self, trainer: Trainer) -> None:
-        """Save now; the checkpoint before this one is kept. Takes all ranks."""
+        """Save a checkpoint, keeping the one before. All ranks must call it."""
         partial = self.folder / f".{LAST}.partial"
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
@@ -165,52 +165,52 @@ class Checkpoints(StopsAtSteps, Checkpoint):
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint in a run's folder; newer ones that are not are named in a warning.
+    """Path of the newest undamaged checkpoint of a run; newer ones that were skipped are named in warnings.
 
-    Someone's own ModelCheckpoint may have left weights alone there.
+    Checkpoints that hold only weights, as a user's own ModelCheckpoint may save, are skipped too.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is no checkpoint to resume from, or one is not a checkpoint of pml.
     """
     files = sorted((run / FOLDER_NAME).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in files:
         if not _is_whole(path):
             log.warning("%s: damaged, so the checkpoint before it is taken", path)
         elif "optimizer_states" not in read_checkpoint(path):
-            log.warning("%s: holds weights alone, so it is passed over", path)
+            log.warning("%s: holds only weights, so it is skipped", path)
         else:
             return path
-    found = f"none of its {len(files)} checkpoints can be gone on from" if files else "no checkpoint in it"
+    found = f"none of its {len(files)} checkpoints can be resumed" if files else "no checkpoint in it"
     raise InputError(f"{run}: {found}, so there is nothing to go on from; leave ckpt_path out")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without running anything that is in it: tensors and plain Python alone.
+    """Read a checkpoint of tensors and plain Python, without running any code in it.
 
     Raises:
-        InputError: If it cannot be read, is damaged, holds anything else, or is not one of a fit of pml.
+        InputError: If it cannot be read, is damaged, holds anything else, or was not written by a fit of pml.
     """
     if not path.is_file():
-        raise InputError(f"ckpt_path is {path}; expected the file of a checkpoint, which it is not")
+        raise InputError(f"ckpt_path is {path}; expected an existing checkpoint file")
     try:
         whole = _is_whole(path)
         content = torch.load(path, map_location="cpu", weights_only=True) if whole else None
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path}: holds more than tensors and plain Python, which is never read since it could run code; "
-            "expected a checkpoint that a fit of pml has made"
+            "expected a checkpoint written by `pml fit`"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise InputError(f"{path}: cannot be read as a checkpoint ({' '.join(str(error).split())[:100]})") from error
     if content is None:
-        raise InputError(f"{path}: damaged, or no checkpoint; expected one that a fit of pml has made")
+        raise InputError(f"{path}: damaged, or not a checkpoint; expected one written by `pml fit`")
     if not isinstance(content, dict) or not {"state_dict", "pml"} <= content.keys():
-        raise InputError(f"{path}: not a checkpoint of a fit of pml; expected one that `pml fit` has made")
+        raise InputError(f"{path}: not a checkpoint of pml; expected one written by `pml fit`")
     return content
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a checkpoint, which is a zip file, is as it was written."""
+    """Whether a checkpoint, which is a zip file, passes the checks of its checksums."""
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
@@ -219,8 +219,8 @@ def _is_whole(path: Path) -> bool:
 
 
 def _is_last_step(trainer: Trainer) -> bool:
-    """Whether nothing is left to train; at an epoch's end, or within one."""
-    # Not where its least number of epochs or steps lets it go on all the same.
+    """Whether the step just taken is the last one of the fit."""
+    # min_epochs or min_steps may keep the fit running in spite of should_stop.
     ends_early = trainer.should_stop and trainer.fit_loop._can_stop_early
     by_steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     by_epochs = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
@@ -228,7 +228,7 @@ def _is_last_step(trainer: Trainer) -> bool:
 
 
 def _agreed(signum: int | None, device: torch.device) -> int | None:
-    """The signal that any rank has got. Takes all ranks."""
+    """The signal that any rank has received, or None. All ranks must call it."""
     if not several_ranks():
         return signum
     signums = torch.tensor(signum or 0, device=device)

@@ -1,4 +1,4 @@
-"""Who runs which cell of a grid: claims as files in a shared folder, for workers on any number of machines."""
+"""Claims on the cells of a grid, as files in a shared folder, for workers on any number of machines."""
 
 import contextlib
 import os
@@ -14,18 +14,18 @@ __all__ = ["FOLDER_NAME", "Claims"]
 FOLDER_NAME = ".claims"
 
 LEASE_SECONDS = 120.0
-"""Longest time that a worker may be out of touch. A step takes less, and so does a file server that is restarted."""
+"""Seconds without a heartbeat after which a claim expires. A step or the restart of a file server takes less."""
 
 
 class Claims:
-    """Claims in a folder, one file each, which says host and process and is renewed by a heartbeat.
+    """Claims in a folder: one file each, which names host and process and is renewed by a heartbeat.
 
-    A claim whose process is gone is free at once on the same host, and after `LEASE_SECONDS` without a heartbeat on
-    others; clocks need not agree (see `filelock.SoftFileLease`). A worker that has lost a claim ends on the spot, since
-    whoever has it now writes to the same places.
+    If the process of a claim dies, workers on the same host can take the claim at once, others after `LEASE_SECONDS`
+    without a heartbeat; clocks need not agree (see `filelock.SoftFileLease`). A worker that loses a claim exits at
+    once, since the new holder writes to the same files.
 
     Args:
-        folder: Where the files are; made when first needed. It has to be the same folder for all workers.
+        folder: Folder of the claim files, the same for all workers; made when first needed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,9 +33,9 @@ class Claims:
         self._leases: dict[str, SoftFileLease] = {}
 
     def take(self, name: str) -> bool:
-        """Whether the claim on `name` is this worker's now; False while another has it.
+        """Try to claim `name` without waiting; return False while another worker holds it.
 
-        Asking again is what lets a claim run out: a heartbeat that has stopped is told by watching it.
+        Call this repeatedly: a claim expires only for a worker that has watched its heartbeat stop.
         """
         if name not in self._leases:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -49,11 +49,11 @@ class Claims:
         return True
 
     def release(self, name: str) -> None:
-        """Give a claim back."""
+        """Release a claim that this worker holds."""
         self._leases.pop(name).release()
 
     def holder(self, name: str) -> str | None:
-        """Who has a claim, as `host, process 123`; None where nobody has, or whoever had is known to be gone."""
+        """Holder of a claim, as `host, process 123`; None if there is none or its process is known to have ended."""
         try:
             lines = self._path(name).read_text(encoding="utf-8").splitlines()
         except (FileNotFoundError, UnicodeDecodeError):
@@ -67,8 +67,8 @@ class Claims:
 
 
 def _gone(host: str, process: str) -> bool:
-    """Whether a process has ended; False for one of another host, of which nobody here can know."""
-    # A number that is not whole yet belongs to a claim that is just being written.
+    """Whether a process is known to have ended; always False for another host, whose processes cannot be seen here."""
+    # A process id that is not a number comes from a claim file that is still being written.
     return host == socket.gethostname() and process.isdecimal() and not psutil.pid_exists(int(process))
 
 
@@ -76,7 +76,7 @@ def _end(name: str, loss: LeaseCompromise) -> None:
     with contextlib.suppress(OSError):
         print(
             f"{name}: this worker has lost its claim ({loss.reason}), so another may be running it; stopping at once "
-            "to leave that one's files alone",
+            "to leave the other worker's files alone",
             file=sys.stderr,
             flush=True,
         )

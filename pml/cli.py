@@ -1,4 +1,4 @@
-"""The `pml` command: LightningCLI's own subcommands, and the commands around a run."""
+"""Train LoRA adapters that recall text word for word, certify the recall, and fit a scaling law to the runs."""
 
 import ast
 import errno
@@ -19,10 +19,10 @@ from pml.stopping import Stopped, listening
 __all__ = ["COMMANDS", "main"]
 
 FIT_COMMANDS = {
-    "fit": "train an adapter on a corpus; leaves a run folder with record, adapter and curves",
-    "validate": "measure the teacher-forced recall of a run, or of a checkpoint",
-    "test": "measure what greedy decoding recalls of a run, or of a checkpoint",
-    "predict": "score every target token of a run's corpus; leaves a table, predictions.parquet",
+    "fit": "Train an adapter on a corpus; leaves a run folder with record, adapter and curves",
+    "validate": "Measure the teacher-forced recall of a run or a checkpoint",
+    "test": "Measure the recall of a run or a checkpoint with greedy decoding",
+    "predict": "Score every target token of a run's corpus; leaves a table, predictions.parquet",
 }
 COMMANDS = (
     "memorize",
@@ -40,10 +40,10 @@ COMMANDS = (
     "bench",
     "fetch",
 )
-"""Commands around a run; each is a module of `pml.commands`, imported only when it is called."""
+"""Commands around a run. Each is a module of `pml.commands`, imported only when called."""
 
 BROKEN_PIPE = 128 + 13
-"""What shells say of a program that SIGPIPE ended."""
+"""Exit code that shells report for a program ended by SIGPIPE."""
 
 
 PATH_ERRORS = (
@@ -59,11 +59,11 @@ PATH_ERRORS = (
 )
 
 LONGEST_PATH = 200
-"""Characters of a path that a message shows."""
+"""Maximum number of characters of a path that a message shows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `pml`; returns the exit code: 0 done, 1 something in a sweep failed, 2 wrong input, 130 or 143 stopped."""
+    """Run `pml` and return the exit code: 0 done, 1 something failed, 2 wrong input, 130, 141 or 143 by a signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = arguments[0] if arguments else "--help"
     where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{where}: {stop}", file=sys.stderr)
         return stop.code
     except BrokenPipeError:
-        # Who reads the output, such as `head`, has seen enough.
+        # The reader of the output, such as `head`, has closed the pipe.
         _drop_output()
         return BROKEN_PIPE
     except Exception as error:
@@ -91,24 +91,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Have what is left in the buffer of stdout go nowhere, rather than fail at exit."""
+    """Discard what is left in the buffer of stdout, so that flushing it at exit does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _message(error: Exception) -> str:
     if not isinstance(error, InputError) and (trouble := disk_trouble(error)) is not None:
-        return f"{trouble}; expected room to write; files that were whole still are"
+        return f"{trouble}; expected room to write; completed files are unchanged"
     if isinstance(error, OSError):
-        return f"{str(error.filename)[:LONGEST_PATH]}: {error.strerror}; expected a file or folder that can be used so"
+        return f"{str(error.filename)[:LONGEST_PATH]}: {error.strerror}; expected a usable file or folder"
     text = str(error) if isinstance(error, InputError) else reason(error)
     return f"{text}; see --help" if "arguments are required" in text else text
 
 
 def _is_wrong_input(error: Exception) -> bool:
     if isinstance(error, OSError):
-        # Of a path that somebody gave, rather than of a device or a process.
+        # Only errors about a path that the user gave, not those about a device or a process.
         return error.filename is not None and error.errno in PATH_ERRORS
-    # jsonargparse is looked for, rather than imported: what has not been imported has raised nothing.
+    # Not imported here: if it is not in `sys.modules`, it has not raised the error.
     parser = sys.modules.get("jsonargparse")
     return isinstance(error, InputError) or (parser is not None and isinstance(error, parser.ArgumentError))
 
@@ -134,7 +134,7 @@ def _dispatch(command: str, arguments: Sequence[str]) -> int:
 
 def _run_lightning(arguments: Sequence[str]) -> int:
     if sys.stderr.isatty():
-        # What follows takes seconds before it has anything to say.
+        # The imports below take seconds without any output.
         print(f"pml {arguments[0]}: loading", file=sys.stderr, flush=True)
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -151,7 +151,7 @@ def _run_lightning(arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _of_run(arguments: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Arguments in which the run of `pml test RUN` is its configuration; nothing is logged into a folder of its own."""
+    """Arguments with RUN of `pml test RUN` replaced by its configuration file, and without a logger."""
     command, *rest = arguments
     if command == "fit" or not rest or rest[0].startswith("-"):
         yield arguments
@@ -185,14 +185,14 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     )
     module.configure(parser)
     arguments = [_with_underscores(argument) for argument in arguments]
-    if hasattr(module, "separate"):  # it takes keys of `pml fit` too
+    if hasattr(module, "separate"):  # the command also takes keys of `pml fit`
         own, keys = module.separate(arguments)
         return int(module.run(parser.parse_args(own), keys))
     return int(module.run(parser.parse_args(arguments)))
 
 
 def _with_underscores(argument: str) -> str:
-    """An option by the name that it has: `--retry-failed` is `--retry_failed`."""
+    """The argument with underscores in an option's name: `--retry-failed` becomes `--retry_failed`."""
     name, equals, value = argument.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else argument
 
@@ -202,7 +202,7 @@ def _overview() -> str:
     lines += [f"  {name:<10}{text}" for name, text in FIT_COMMANDS.items()]
     lines += ["", "around runs:"]
     for name in COMMANDS:
-        # Read rather than imported, which takes seconds.
+        # Read, because importing takes seconds.
         source = (Path(__file__).parent / "commands" / f"{name}.py").read_text(encoding="utf-8")
         doc = ast.get_docstring(ast.parse(source)) or ""
         lines.append(f"  {name:<10}{doc.splitlines()[0]}")

@@ -1,4 +1,4 @@
-"""Compiling the blocks above the adapter, where a fit is long enough to pay for it."""
+"""Compiling the blocks above the adapter, if the fit is long enough to pay for it."""
 
 import importlib.util
 import logging
@@ -32,34 +32,34 @@ log = logging.getLogger(__name__)
 CompileMode = Literal["auto", "always", "never"]
 
 CPU_WORK = 3e13
-"""Weights times tokens that a fit on a CPU has to go through for compiling to pay: 3000 batches of 300 tokens through
-32 million weights. On two cores it took 20 to 35 s and then saved 5 % (float32) to 18 % (bfloat16) of a step of 0.35 to
-0.5 s there, so it is earned back after 300 to 1400 steps."""
+"""Weights times tokens that a fit on a CPU has to process for compiling to pay off, such as 3000 batches of 300 tokens
+through 32 million weights. On two cores, compiling took 20 to 35 s and saved 5 % (float32) to 18 % (bfloat16) of a step
+of 0.35 to 0.5 s, so it paid off after 300 to 1400 steps."""
 
 ACCELERATOR_BATCHES = 10_000
-"""Batches from which it may pay elsewhere, whatever their size. By arithmetic, not measured: a minute of compiling
-against the 6 ms or so that launching the kernels of a short step takes longer than running them."""
+"""Batches from which compiling may pay off on accelerators, whatever their size. Estimated, not measured: a minute of
+compiling, against about 6 ms by which launching the kernels of a short step takes longer than running them."""
 
 LEAST_SECONDS = 700.0
-"""A fit with a time limit below this cannot earn the 35 s back by 5 %."""
+"""Shortest time limit for compiling: below it, saving 5 % of the time cannot make up for 35 s of compiling."""
 
 ROUNDINGS = 8
-"""Compiled states may differ by as much as this many roundings of the inputs move them. Fused kernels round at fewer
-places, so that their states differ by a few."""
+"""Tolerance for compiled states, as a multiple of what one rounding of the inputs changes. Fused kernels round in fewer
+places, so their states differ by a few such changes."""
 
 COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 @dataclass(frozen=True)
 class FitSize:
-    """How much there is to run through the blocks above the adapter.
+    """How much computation a fit runs through the blocks above the adapter.
 
     Attributes:
-        batches: Batches of the whole fit, infinity where it has no end.
+        batches: Batches of the whole fit; infinity if it has no end.
         lengths: Tokens in each example.
-        work: Weights in those blocks times tokens, of one batch.
-        seconds: Limit of the fit's time.
-        may_end_early: Whether something watches for its end, such as certain recall.
+        work: Weights in those blocks times the tokens of one batch.
+        seconds: Time limit of the fit.
+        may_end_early: Whether a callback may end the fit early, such as at certain recall.
     """
 
     batches: float
@@ -70,12 +70,12 @@ class FitSize:
 
 
 def reason_not_to_compile(mode: CompileMode, fit: FitSize, device: torch.device) -> str | None:
-    """Why a fit should not be compiled; None where it should.
+    """Why a fit should not be compiled, as a phrase; None if it should.
 
     Args:
-        mode: `always` asks only whether it can be done.
-        fit: What it would be done for.
-        device: Where the model is.
+        mode: `always` checks only whether compiling is possible.
+        fit: Size of the fit.
+        device: Device of the model.
     """
     if mode == "never":
         return "turned off"
@@ -98,25 +98,25 @@ def reason_not_to_compile(mode: CompileMode, fit: FitSize, device: torch.device)
 
 
 def batches_to_earn_back(fit: FitSize, device: torch.device) -> int:
-    """Batches after which compiling has paid."""
+    """Batches after which compiling has paid off."""
     return math.ceil(CPU_WORK / fit.work) if device.type == "cpu" else ACCELERATOR_BATCHES
 
 
 def batches_to_wait(fit: FitSize, device: torch.device) -> int:
-    """Batches before compiling: a fit that may end at any time is expected to last for as long again as it has so far.
+    """Batches to run before compiling: a fit that may end early is expected to last as long again as it has so far.
 
-    Counted, not timed: by the clock, two runs of the same fit would round differently.
+    Batches rather than seconds, so that two runs of the same fit are compiled at the same step and round alike.
     """
     return batches_to_earn_back(fit, device) if fit.may_end_early else 0
 
 
 class Compiling:
-    """Decides for a fit whether and when its blocks above the adapter are compiled, and says so.
+    """Decides whether and when a fit compiles the blocks above the adapter, and logs the decision.
 
     Args:
-        mode: Whether that is wanted at all.
-        trainer: Of the fit, set up.
-        weights: Weights in those blocks.
+        mode: Whether to compile always, never, or if it pays off.
+        trainer: The fit's trainer, set up.
+        weights: Number of weights in those blocks.
         curriculum: See `pml.schedule.total_steps`.
     """
 
@@ -132,7 +132,7 @@ class Compiling:
         log.info("the blocks above the adapter are compiled%s", f" after {self._first} batches" if self._first else "")
 
     def is_due(self, steps: int) -> bool:
-        """Whether to compile now, after so many optimiser steps; once."""
+        """Whether to compile now, after `steps` optimiser steps; True at most once."""
         if self._first is None or steps * self._accumulated < self._first:
             return False
         self._first = None
@@ -156,12 +156,12 @@ def _size(trainer: Trainer, weights: int, curriculum: Any) -> FitSize:
 
 
 class CompiledDecoder:
-    """A decoder that is compiled at its first call, and given up for the plain one if that fails or differs.
+    """A decoder that is compiled at its first call; it runs uncompiled if that fails or changes its states.
 
     Args:
-        decoder: Called with `inputs_embeds`, gives an output with `last_hidden_state`.
-        tolerance: Difference to the plain decoder's states, relative to the largest of them, that always passes; a
-            larger one does where rounding explains it.
+        decoder: Called with `inputs_embeds`, returns an output with `last_hidden_state`.
+        tolerance: Accepted difference from the uncompiled states, relative to the largest of them. A larger difference
+            passes only if rounding explains it.
     """
 
     def __init__(self, decoder: nn.Module, tolerance: float) -> None:
@@ -177,7 +177,7 @@ class CompiledDecoder:
         return self.decoder(**inputs, use_cache=False).last_hidden_state
 
     def _first_call(self, **inputs: Tensor) -> Tensor:
-        # In lower precision the difference between two ways of rounding would hide what is wrong.
+        # In lower precision, rounding differences would hide real errors.
         with float32_products("highest"):
             return self._tried(**inputs)
 
@@ -185,25 +185,23 @@ class CompiledDecoder:
         self._call = self._plain
         try:
             compiled = torch.compile(self._plain)
-            # Dropout would make any two passes differ, and its draws would be missing where a fit goes on.
+            # Dropout would make the passes differ, and its draws would shift those of training.
             with evaluating(self.decoder):
                 expected, states = self._plain(**inputs), compiled(**inputs)
                 worst = _difference(states, expected)
                 agrees = worst <= self.tolerance or worst <= ROUNDINGS * self._rounding(expected, **inputs)
             if agrees:
-                states = compiled(**inputs)  # with dropout, by a graph of its own
+                states = compiled(**inputs)  # with dropout, which compiles another graph
                 self._call = compiled
                 return states
-            log.warning("the compiled blocks differ by %.1e of their states' size; they run as they are", worst)
-        # Compilers fail in many ways, none of which is a reason not to train.
+            log.warning("the compiled blocks differ by %.1e of their states' size; they run uncompiled", worst)
+        # Compilers fail in many ways, none of which should stop training.
         except Exception as error:
-            log.warning(
-                "the blocks above the adapter cannot be compiled (%s); they run as they are", _first_line(error)
-            )
+            log.warning("the blocks above the adapter cannot be compiled (%s); they run uncompiled", _first_line(error))
         return self._plain(**inputs)
 
     def _rounding(self, expected: Tensor, **inputs: Tensor) -> float:
-        """How far the states move when the last digit of each input does."""
+        """Relative change of the states when every input moves by one rounding step."""
         moved = {}
         for name, values in inputs.items():
             if values.is_floating_point():

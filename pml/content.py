@@ -1,4 +1,4 @@
-"""What the JSON files and answers of this project are made of: models that are strict, and the same when read back."""
+"""The base class of JSON files and answers: strict models that are the same when read back."""
 
 import pydantic
 

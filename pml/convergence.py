@@ -1,4 +1,4 @@
-"""Whether a fit had converged: how fast the training loss still fell when it ended."""
+"""Whether a fit had converged: how fast its training loss still fell at the end."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ FEWEST_STEPS = 20
 
 
 class LossHistory:
-    """Training loss over the steps of a fit, in a bounded number of equal segments and without waiting for a device.
+    """Training loss over the steps of a fit, in a bounded number of equal segments, without synchronising the device.
 
     Args:
-        device: Where the losses are, and where sums over ranks are taken.
+        device: The device of the losses, on which sums over ranks are taken.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = device
         self.steps = 0
-        """Steps added."""
+        """Number of steps added."""
         self._length = 1  # steps in a segment
         self._segments: list[Tensor] = []
 
@@ -33,7 +33,7 @@ class LossHistory:
 
         Args:
             losses: Sum of the token losses in nats, a scalar.
-            tokens: Target tokens that it is over, a scalar.
+            tokens: Number of target tokens in that sum, a scalar.
         """
         entry = torch.stack([values.detach().to(widest_float(losses.device)) for values in (losses, tokens)])
         if self.steps % self._length == 0:
@@ -47,16 +47,16 @@ class LossHistory:
             self._length *= 2
 
     def sums(self) -> Tensor:
-        """(segments, 2): sums of losses in nats and numbers of target tokens; sums over ranks add up."""
+        """Sums of losses in nats and numbers of target tokens, `(segments, 2)`; those of several ranks can be added."""
         none = torch.zeros(0, 2, dtype=widest_float(torch.device(self.device)), device=self.device)
         return torch.stack(self._segments) if self._segments else none
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be in a checkpoint, with the sums of all ranks. Takes all ranks."""
+        """State for a checkpoint, with sums over all ranks. All ranks must call it."""
         return {"steps": self.steps, "length": self._length, "sums": summed_over_ranks(self.sums()).cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave; the first rank keeps the sums."""
+        """Restore the state; the first rank keeps the sums."""
         self.steps, self._length = state["steps"], state["length"]
         self._segments = list(
             (state["sums"] * is_first_rank()).to(self.device, widest_float(torch.device(self.device)))
@@ -64,14 +64,14 @@ class LossHistory:
 
     @staticmethod
     def late_drop(sums: Tensor, steps: int) -> float | None:
-        """By how much the mean loss fell from the last tenth but one of the steps to the last tenth, in nats per token.
+        """Fall of the mean loss from the second-to-last tenth of the steps to the last tenth, in nats per token.
 
         Args:
-            sums: What `sums` gives, added over the ranks.
-            steps: Steps that they are over.
+            sums: What `sums` returns, added over the ranks.
+            steps: Number of steps in `sums`.
 
         Returns:
-            None where there were fewer than 20 steps, or a tenth had no target token.
+            The fall, or None with fewer than 20 steps or without a target token in one of the tenths.
         """
         if steps < FEWEST_STEPS:
             return None

@@ -1,4 +1,4 @@
-"""What is to be memorised: pairs of text, their token ids, batches of them, and a hash of the content."""
+"""The corpus to memorise: pairs of text, their token ids, batches of them, and a content hash."""
 
 import hashlib
 import logging
@@ -29,7 +29,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 LISTED_CONFLICTS = 5
-"""Conflicting queries that an error spells out; a file with thousands would bury the message."""
+"""Number of conflicting queries that an error lists; thousands would bury the message."""
 
 IGNORE_INDEX = -100
 """Label of a position that is not supervised (the value that `torch.nn.functional.cross_entropy` ignores)."""
@@ -37,12 +37,12 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Pair:
-    """A query and the text that has to be recalled when it is asked.
+    """A query and the text that must be recalled in answer to it.
 
     Attributes:
-        query: What the user says.
-        target: What has to come back, character for character.
-        source: Where the pair came from (file and line), for error messages.
+        query: The user's text.
+        target: The text to recall, character for character.
+        source: Where the pair comes from (file and line), for error messages.
         paraphrases: The query in other words.
     """
 
@@ -54,16 +54,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Example:
-    """One pair as token ids; these, not the text, are what is trained on and compared.
+    """One pair as token ids. Training and recall compare these ids, not the text.
 
     Attributes:
-        example_id: Position in the corpus. Caches, window states and metrics are kept by it.
-        prompt_ids: Token ids of the query with its chat template; never supervised.
-        target_ids: Token ids to recall, end-of-turn token included where it is part of the target.
-        replaced: Positions in the target, ascending, whose token was put there at random.
-        query: What is asked, as the user wrote it.
-        target: The target as the user wrote it; None where the ids are the truth, as those of random tokens are.
-        source: Where the pair came from (file and line).
+        example_id: Position in the corpus; window states and metrics are keyed by it.
+        prompt_ids: Token ids of everything before the target; never supervised.
+        target_ids: Token ids to recall, including the end-of-turn token if targets end with one.
+        replaced: Target positions, ascending, whose token was replaced by a random one.
+        query: The query as the user wrote it.
+        target: The target as the user wrote it; None if only the ids define it, as for random tokens.
+        source: Where the pair comes from (file and line).
     """
 
     example_id: int
@@ -79,24 +79,24 @@ class Example:
 
 
 PADDING_EXAMPLE = Example(example_id=-1, prompt_ids=(0,), target_ids=())
-"""Stands in for a missing example where every rank must have a batch; it supervises nothing."""
+"""Stands in for a missing example when every rank needs a batch; it supervises nothing."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything one run has to memorise.
+    """Everything that one run memorises.
 
     Attributes:
         name: Short name of the generator or file, as it appears in records.
         examples: The encoded pairs; `examples[i].example_id == i`.
-        entropy_bits: Information content of all targets in bits given the queries, None where it is unknown.
-        settings: What the corpus was made with, as plain Python, for the record.
-        fact_ids: For each example the fact that it asks for, where several ask for the same one in other words and
-            `entropy_bits` counts it once; None where each example asks for a fact of its own.
-        encoding: Version of the rules by which its text became ids.
+        entropy_bits: Information content of all targets given the queries, in bits; None if unknown.
+        settings: The settings that made the corpus, as plain Python, for the record.
+        fact_ids: For each example the fact that it asks for, if several examples ask for one fact in different words
+            and `entropy_bits` counts it once; None if each example asks for its own fact.
+        encoding: Version of the encoding rules that turned its text into ids.
 
     Raises:
-        InputError: If there is no example, a target is empty, or the ids are out of order.
+        InputError: If there is no example, a prompt or target is empty, or the ids are out of order.
     """
 
     name: str
@@ -121,12 +121,12 @@ class Corpus:
 
     @property
     def target_tokens(self) -> int:
-        """Length l of the corpus: supervised target tokens, summed over all examples."""
+        """Length l of the corpus: the number of supervised target tokens over all examples."""
         return sum(len(e.target_ids) for e in self.examples)
 
     @property
     def longest(self) -> int:
-        """Tokens in the longest prompt with its target."""
+        """Number of tokens in the longest example, prompt and target together."""
         return max(len(e) for e in self.examples)
 
     @property
@@ -140,11 +140,11 @@ class Corpus:
 
 
 class EncodedPairs(NamedTuple):
-    """What `encode_pairs` gives.
+    """Result of `encode_pairs`.
 
     Attributes:
-        examples: The pairs as token ids, each once.
-        duplicates: Pairs left out since the model has seen them before.
+        examples: The distinct pairs as token ids.
+        duplicates: Number of pairs left out because their token ids repeat an earlier pair's.
     """
 
     examples: list[Example]
@@ -158,19 +158,19 @@ def encode_pairs(
     end_of_turn: bool = True,
     limit: int | None = None,
 ) -> EncodedPairs:
-    """Pairs as token ids, numbered in the order they come; a pair that the model has seen before is left out.
+    """Encode pairs as token ids, numbered in order of appearance, leaving out repeated pairs.
 
-    What counts is what the model sees: queries that a template or a tokenizer makes equal are one query.
+    Pairs are compared as the model sees them: queries that a template or a tokenizer makes equal are one query.
 
     Args:
         pairs: Queries and targets.
         encoder: Turns them into token ids.
-        end_of_turn: Make the end-of-turn token the last token of every target, so that recall also means to stop;
-            where the template writes none, that is said, and targets end without it.
-        limit: Different pairs to stop after; None takes all.
+        end_of_turn: Make the end-of-turn token the last token of every target, so that recall includes stopping; if
+            the template writes none, targets end without it and a warning says so.
+        limit: Number of distinct pairs to stop after; None takes all.
 
     Raises:
-        InputError: If prompts are equal whose targets differ, naming where they come from; and see
+        InputError: If equal prompts have different targets, naming where they come from; see also
             `TextEncoder.prompt` and `TextEncoder.target`.
     """
     end = end_of_turn_ids(encoder, end_of_turn)
@@ -198,7 +198,7 @@ def encode_pairs(
 
 
 def end_of_turn_ids(encoder: TextEncoder, wanted: bool = True) -> tuple[int, ...]:
-    """What a target ends with: the end-of-turn token, or nothing where it is not wanted, or where there is none."""
+    """Ids that end every target: the end-of-turn token, or nothing if it is unwanted or does not exist."""
     if not wanted:
         return ()
     if encoder.end_of_turn_id is None:
@@ -224,18 +224,18 @@ def _in_words(conflicts: Sequence[Sequence[Example]]) -> str:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """A right-padded batch.
+    """Collate examples into a right-padded batch.
 
-    Right padding needs no attention mask in a causal model: a token sees what stands before it, and padding stands
-    after. Padding has token id 0 and is never supervised.
+    Right padding needs no attention mask in a causal model, where no token sees the padding after it. Padding has token
+    id 0 and is never supervised.
 
     Args:
         examples: B examples; the longest has T tokens.
 
     Returns:
-        `input_ids` (B, T), `labels` (B, T) with `IGNORE_INDEX` on prompt and padding, where the label at position t is
-        the token at position t; `lengths` (B,), tokens before the padding; `example_id` (B,); and `supervised` (3, N),
-        see `supervised_tokens`.
+        `input_ids` (B, T); `labels` (B, T), the token at each position, not shifted, with `IGNORE_INDEX` on prompt and
+        padding; `lengths` (B,), tokens before the padding; `example_id` (B,); and `supervised` (3, N), see
+        `supervised_tokens`.
     """
     longest = max(len(e) for e in examples)
     input_ids = torch.zeros(len(examples), longest, dtype=torch.long)
@@ -254,14 +254,14 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 def supervised_tokens(labels: Tensor) -> Tensor:
-    """Where the N target tokens of a batch are: made on the host, since a device would have to be waited for.
+    """Indices and ids of the N target tokens of a batch, computed on the host so that no device has to be waited for.
 
     Args:
-        labels: (B, T) as `collate` gives them. Below, S is T - 1, and at least 1.
+        labels: (B, T) from `collate`. Below, S = max(T - 1, 1).
 
     Returns:
-        (3, N) int64, row by row of the batch: the place of the position that predicts the token, in (B, S) taken flat;
-        the place of the token in a table (B, S) whose column t is the t-th target token; the token's id.
+        (3, N) int64, in batch order: flat index in (B, S) of the position that predicts the token; flat index of the
+        token in a (B, S) table whose column t is the t-th target token; id of the token.
     """
     shifted = labels[:, 1:] if labels.shape[1] > 1 else torch.full_like(labels, IGNORE_INDEX)
     supervised = shifted != IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""The corpus of a run as a Parquet file in its folder: what is needed to ask again, whatever becomes of the source."""
+"""The corpus of a run as a Parquet file in its folder, so that recall can be tested again without the source."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -21,24 +21,24 @@ SCHEMA = pa.schema(
     [
         ("example_id", pa.int32()),
         ("query", pa.string()),
-        ("target", pa.string()),  # null where the ids are the truth
+        ("target", pa.string()),  # null if only the ids define it
         ("source", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("target_ids", pa.list_(pa.int32())),
         ("replaced", pa.list_(pa.int32())),
-        ("fact_id", pa.int32()),  # null where each example asks for a fact of its own
+        ("fact_id", pa.int32()),  # null if each example asks for its own fact
     ]
 )
 HEADER = b"pml"
-"""Key of the file's metadata under which what holds for the whole corpus stands, as JSON."""
+"""Key in the file's metadata for the properties of the whole corpus, as JSON."""
 
 
 def write_corpus(path: Path, corpus: Corpus) -> None:
-    """Write queries and targets as the user wrote them, with the token ids that they became; atomically.
+    """Write queries and targets as the user wrote them, with their token ids, atomically.
 
     Args:
-        path: The file.
-        corpus: What it will hold.
+        path: File to write.
+        corpus: The corpus.
     """
     rows: dict[str, list[Any]] = {name: [getattr(e, name) for e in corpus.examples] for name in SCHEMA.names[:-1]}
     rows["fact_id"] = list(corpus.fact_ids) if corpus.fact_ids is not None else [None] * len(corpus)
@@ -57,7 +57,7 @@ def read_corpus(path: Path) -> Corpus:
     """Read a corpus back.
 
     Raises:
-        InputError: If the file is not there, is damaged, or its ids are not those that it says it holds.
+        InputError: If the file is missing or damaged, or its ids do not match its content hash.
     """
     try:
         table = pq.read_table(path, schema=SCHEMA)
@@ -78,15 +78,15 @@ def read_corpus(path: Path) -> Corpus:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not the corpus of a run ({reason}); run it again, or restore the file") from error
     if corpus.content_hash != header["content_hash"]:
-        raise InputError(f"{path}: its token ids are not those that it was written with; restore the file")
+        raise InputError(f"{path}: its token ids do not match the content hash stored with them; restore the file")
     return corpus
 
 
 def corpus_hash(path: Path) -> str:
-    """The content hash that a corpus was written with; nothing else of the file is read.
+    """Content hash stored in a corpus file; only the file's metadata is read.
 
     Raises:
-        InputError: If the file is not there, or is no corpus.
+        InputError: If the file is missing or is not a corpus.
     """
     try:
         return str(json.loads((pq.read_schema(path).metadata or {})[HEADER])["content_hash"])
@@ -95,10 +95,10 @@ def corpus_hash(path: Path) -> str:
 
 
 def read_targets(path: Path, example_ids: Sequence[int]) -> dict[int, str]:
-    """The text of some targets by example id, without those of which the ids are the truth; nothing else is read.
+    """Texts of the targets with these example ids, by id; targets that have no text are left out.
 
     Raises:
-        InputError: If the file is not there, or is no corpus.
+        InputError: If the file is missing or is not a corpus.
     """
     try:
         columns, chosen = ["example_id", "target"], [("example_id", "in", list(example_ids))]

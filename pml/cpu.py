@@ -1,9 +1,9 @@
-"""Faster float32 training on a CPU at the same accuracy; what is chosen is measured on the machine first.
+"""Faster float32 training on CPUs at the same accuracy.
 
-PyTorch multiplies float32 matrices with MKL unless told that less precision will do; then it asks oneDNN, which on
-many CPUs is faster and no less accurate, and on CPUs with matrix units multiplies in bfloat16, which is not. The C
-library gives large buffers back to the system after each step, only to have them faulted in again at the next. And the
-fused attention goes back through short sequences several times slower than plain products do.
+By default PyTorch multiplies float32 matrices with MKL. Allowed a lower precision, it uses oneDNN: faster and no less
+accurate on many CPUs, but on CPUs with matrix units it multiplies in bfloat16. So both are measured first. The C
+library returns large buffers to the system after each step, and the next step faults them in again. On short
+sequences, the backward pass of fused attention is several times slower than plain products.
 """
 
 import ctypes
@@ -23,14 +23,14 @@ __all__ = ["CpuChoice", "CpuConfig", "attention", "give_back_memory", "tune_cpu"
 log = logging.getLogger(__name__)
 
 ACCURATE = 1e-6
-"""Relative error against float64 up to which a product counts as float32: rounding alone gives 2e-7 to 4e-7."""
+"""Largest relative error against float64 of a product that counts as float32; rounding alone gives 2e-7 to 4e-7."""
 
 SHORT_TOKENS = 320
-"""Longest sequence for which plain attention is at least as fast as the fused one, forward and back: with 9 heads it
-takes 0.2 to 0.4 of the time at 50 to 100 tokens, about the same at 300, and twice the time at 1000."""
+"""Longest sequence on which plain attention is at least as fast as fused attention, forward and backward. With 9 heads
+it takes 0.2 to 0.4 of the time at 50 to 100 tokens, about the same at 300, and twice the time at 1000."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Names of glibc's `mallopt` parameters, from malloc.h."""
+"""Numbers of glibc's `mallopt` parameters, from malloc.h."""
 
 
 _plain_attention = False
@@ -38,12 +38,12 @@ _plain_attention = False
 
 @dataclass(frozen=True)
 class CpuConfig:
-    """What may be chosen on a CPU; other devices are not affected.
+    """Optimisations that are allowed on a CPU; other devices are not affected.
 
     Attributes:
-        products: Multiply float32 matrices with oneDNN where that is faster and as accurate here.
-        buffers: Keep freed buffers for the next step in place of giving them back to the system.
-        attention: Attend over short sequences with plain products.
+        products: Multiply float32 matrices with oneDNN if it measures faster and as accurate on this machine.
+        buffers: Keep freed buffers for the next step instead of returning them to the system.
+        attention: Use plain products for attention over short sequences.
     """
 
     products: bool = True
@@ -53,14 +53,14 @@ class CpuConfig:
 
 @dataclass(frozen=True)
 class CpuChoice:
-    """What was chosen, and why.
+    """The optimisations chosen, with the measurements behind them.
 
     Attributes:
-        onednn: Whether float32 products go to oneDNN.
-        speedup: Time of a product as PyTorch comes, divided by its time in oneDNN; None where it was not measured.
-        error: Relative error of oneDNN's product against float64; None likewise.
-        keeps_buffers: Whether freed buffers stay with the process.
-        plain_attention: Whether short sequences are attended over with plain products.
+        onednn: Whether float32 products use oneDNN.
+        speedup: Time of a product with PyTorch's default divided by its time with oneDNN; None if not measured.
+        error: Relative error of oneDNN's product against float64; None if not measured.
+        keeps_buffers: Whether the process keeps freed buffers.
+        plain_attention: Whether attention over short sequences uses plain products.
     """
 
     onednn: bool
@@ -71,14 +71,14 @@ class CpuChoice:
 
 
 def tune_cpu(config: CpuConfig | None = None, onednn: bool | None = None) -> CpuChoice:
-    """Choose how float32 matrices are multiplied on the CPU, whether freed memory is kept, and how to attend.
+    """Choose how the CPU multiplies float32 matrices and computes attention, and whether freed memory is kept.
 
-    Changes process-wide settings of PyTorch's CPU backend and of the C library. What has to be measured is measured
-    once per process, in 0.2 s. Every choice is logged.
+    Changes process-wide settings of PyTorch's CPU backend and of the C library, and logs each choice. Measurements
+    take 0.2 s and are made once per process.
 
     Args:
         config: What may be chosen.
-        onednn: Multiply with oneDNN, where it is accurate, or not, whichever is faster: what a fit goes on with.
+        onednn: Earlier choice that a resumed fit keeps, whichever is faster; oneDNN still has to be accurate.
     """
     global _plain_attention
     config = config or CpuConfig()
@@ -94,14 +94,14 @@ def tune_cpu(config: CpuConfig | None = None, onednn: bool | None = None) -> Cpu
 
 
 def attention(tokens: int, device: torch.device) -> AbstractContextManager[None]:
-    """The faster way to attend over sequences of so many tokens; PyTorch's own choice unless `tune_cpu` was called."""
+    """Context that uses the faster attention for this sequence length; PyTorch's default before `tune_cpu`."""
     if device.type == "cpu" and tokens <= SHORT_TOKENS and _plain_attention:
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
 
 
 def give_back_memory() -> None:
-    """Give freed memory back to the system, which a process that keeps its buffers never does by itself."""
+    """Return freed memory to the system, which a process that keeps its buffers never does by itself."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -127,15 +127,15 @@ def _measured_onednn() -> tuple[float, float]:
 
 
 def _use_onednn(yes: bool) -> None:
-    # Allowing bfloat16 is how PyTorch is told to ask oneDNN, which takes it up only where the CPU has units for it.
+    # PyTorch uses oneDNN only when bfloat16 is allowed; oneDNN then uses bfloat16 only on CPUs with units for it.
     mkldnn: Any = torch.backends.mkldnn
     mkldnn.matmul.fp32_precision = "bf16" if yes else "none"
 
 
 def _measure_onednn() -> tuple[float, float]:
-    """Speed of oneDNN's float32 product relative to the default, and its error relative to float64."""
+    """Speed of oneDNN's float32 product relative to the default, and its relative error against float64."""
     generator = torch.Generator().manual_seed(0)
-    # The shape of a decoder's products: some hundred tokens, a width, and a few times as many features.
+    # Typical of a decoder: a few hundred tokens, the hidden size, and a few times as many features.
     a = torch.randn(192, 768, generator=generator)
     b = torch.randn(768, 3072, generator=generator)
     seconds: dict[bool, list[float]] = {False: [], True: []}

@@ -1,7 +1,8 @@
-"""The blocks above the adapter as CUDA graphs: hundreds of kernels of a short step, launched as one.
+"""The blocks above the adapter as CUDA graphs: the hundreds of kernels of a short step take one launch.
 
-A GPU runs the kernels of a short step in less time than a host needs to launch them one by one. A graph keeps the
-launches of one forward and one backward pass for one shape of batch, and replays them at the same addresses.
+A GPU runs the kernels of a short step in less time than the host needs to launch them one by one. For one batch shape,
+a graph records the launches of the forward pass and another those of the backward pass; both replay them at the same
+addresses.
 """
 
 import logging
@@ -18,55 +19,55 @@ __all__ = ["CapturedPasses", "Decoder", "Passes", "ReplayedDecoder"]
 log = logging.getLogger(__name__)
 
 PLAIN_PASSES = 2
-"""Passes of a shape that run as they are, so that shapes that do not come back are never captured."""
+"""Passes of a shape that run without a graph, so that rare shapes are never captured."""
 
 MOST_GRAPHS = 8
-"""Shapes that are captured; each keeps memory of its own for the activations of a pass."""
+"""Most shapes that are captured; each keeps its own memory for the activations of a pass."""
 
 MOST_TOKENS = 2048
-"""Tokens in a batch, padding included, above which the kernels run for longer than their launches take."""
+"""Tokens in a batch, padding included, above which running the kernels takes longer than launching them."""
 
 TOLERANCE = 1e-3
-"""Largest difference of replayed states and gradients from plain ones, relative to the largest of them. The kernels are
-the same, but the library behind them may choose others while it is captured."""
+"""Largest accepted difference of replayed states and gradients from plain ones, relative to the largest of them. They
+may differ because libraries may choose other kernels during capture."""
 
 Decoder = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
-"""From states (B, S, d) to final hidden states (B, S, d), with tensors in the place of parameters of those names."""
+"""Maps states (B, S, d) to final hidden states (B, S, d), with the given tensors replacing parameters by name."""
 
 
 class Passes(Protocol):
-    """A forward and a backward pass of one shape, which can be had again and again."""
+    """A forward and a backward pass for inputs of one shape, which can be repeated."""
 
     def forward(self, states: Tensor) -> Tensor:
-        """What comes out, in memory that the next call writes to."""
+        """The output, in memory that the next call overwrites."""
 
     def backward(self, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient by the states (None where they need none), in such memory too, and by each parameter."""
+        """Gradients by the states (None if they need none; overwritten by the next call) and by each parameter."""
 
 
 class CapturedPasses:
     """The kernels of a forward and a backward pass, in two CUDA graphs.
 
     Args:
-        decoder: What runs, without a look at any number.
-        states: An example of its input on a CUDA device, with a gradient wherever it will need one.
-        parameters: What else a gradient is wanted for. They have to stay where they are.
+        decoder: The decoder to capture, which must not read tensor values on the host.
+        states: An example input on a CUDA device, with `requires_grad` set as in later calls.
+        parameters: Parameters that need gradients; their memory must not move.
 
     Raises:
-        RuntimeError: If it cannot be captured.
+        RuntimeError: If the decoder cannot be captured.
     """
 
     def __init__(self, decoder: Decoder, states: Tensor, parameters: Mapping[str, Tensor]) -> None:
         self._states = states.detach().clone().requires_grad_(states.requires_grad)
         self._shapes = [parameter.shape for parameter in parameters.values()]
-        # Autograd hands a parameter's gradient over on the stream on which the parameter was first used, and a capture
-        # must not wait for another stream. So gradients are taken by fresh tensors that lie where the parameters do.
+        # Autograd hands over a parameter's gradient on the stream that first used the parameter, and a capture must not
+        # wait for another stream. So gradients are taken by fresh tensors that share the parameters' memory.
         aliases = {name: parameter.detach().requires_grad_() for name, parameter in parameters.items()}
         wanted = [*([self._states] if states.requires_grad else []), *aliases.values()]
         stream = torch.cuda.Stream(states.device)
         stream.wait_stream(torch.cuda.current_stream(states.device))
         with torch.cuda.stream(stream):
-            # Libraries make their handles and workspaces at the first calls, which a graph must not hold.
+            # Warm up: libraries create handles and workspaces at the first calls, which a graph must not capture.
             for _ in range(3):
                 out = decoder(self._states, aliases)
                 torch.autograd.grad(out, wanted, torch.zeros_like(out))
@@ -76,13 +77,13 @@ class CapturedPasses:
         try:
             self._capture(decoder, aliases, wanted)
         except RuntimeError:
-            # PyTorch's generator goes on believing that it is being captured, and refuses to draw.
+            # Reset PyTorch's generator, which otherwise still believes it is being captured and refuses to draw.
             generator = torch.cuda.default_generators[torch.cuda.current_device()]
             generator.graphsafe_set_state(generator.clone_state())
             raise
 
     def _capture(self, decoder: Decoder, aliases: Mapping[str, Tensor], wanted: list[Tensor]) -> None:
-        # Other threads, such as those of NCCL, may go on with what is not allowed in this one.
+        # thread_local: other threads, such as those of NCCL, may make calls that are forbidden during capture.
         with torch.cuda.graph(self._forward, capture_error_mode="thread_local"):
             out = decoder(self._states, aliases)
         self._gradient = torch.empty_like(out)
@@ -103,7 +104,7 @@ class CapturedPasses:
         self._backward.replay()
         if self._by_parameters is None:
             return (self._by_states,)
-        # Autograd may keep what it is given as a parameter's gradient, and the next replay would write over it.
+        # Autograd may keep this memory as a parameter's gradient, and the next replay would overwrite it.
         flat = self._by_parameters.clone().split([shape.numel() for shape in self._shapes])
         return (self._by_states, *(part.view(shape) for part, shape in zip(flat, self._shapes, strict=True)))
 
@@ -123,15 +124,15 @@ class _Replay(torch.autograd.Function):
 
 
 class ReplayedDecoder:
-    """A decoder whose training passes are captured once their shape has come back, and replayed from then on.
+    """A decoder whose training passes are captured once their shape recurs, and replayed from then on.
 
-    It runs as it is while an earlier replay has not gone back yet: the next one would write over what its backward pass
-    needs.
+    While the backward pass of a replay is outstanding, its shape runs without the graph: another replay would overwrite
+    what that backward pass needs.
 
     Args:
-        decoder: What runs.
-        parameters: Parameters of the adapter that it goes through, by their names in it.
-        capture: Makes `Passes` of a decoder, an input and parameters.
+        decoder: The decoder to run.
+        parameters: The decoder's trained parameters by name.
+        capture: Makes `Passes` from a decoder, an input and parameters.
     """
 
     def __init__(
@@ -168,10 +169,10 @@ class ReplayedDecoder:
         return replayed
 
     def _try(self, shape: tuple[Any, ...], states: Tensor, plain: Tensor) -> None:
-        """Capture a shape, unless that fails or gives anything else than the plain pass."""
+        """Capture a shape, unless that fails or the replay differs from the plain pass."""
         try:
             passes = self._capture(self._decoder, states, self._parameters)
-        # A model may look at a number on the device, which cannot be captured.
+        # A model may read a value from the device, which cannot be captured.
         except RuntimeError as failure:
             self._given_up = True
             reason = str(failure).strip().partition("\n")[0]
@@ -182,10 +183,10 @@ class ReplayedDecoder:
             self._passes[shape] = passes
         else:
             self._given_up = True
-            log.warning("a replayed step differs by %.1e of its size; the blocks run as they are", error)
+            log.warning("a replayed step differs by %.1e of its size; the blocks run without CUDA graphs", error)
 
     def _difference(self, passes: Passes, states: Tensor, plain: Tensor) -> float:
-        """The largest relative difference between a replay and a plain pass, of states and of all gradients."""
+        """Largest relative difference between a replay and a plain pass, over states and gradients."""
         wanted = [*([states] if states.requires_grad else []), *self._parameters.values()]
         gradient = plain.detach()
         expected = [gradient, *torch.autograd.grad(plain, wanted, gradient, retain_graph=True)]

@@ -1,4 +1,4 @@
-"""Sharing the training budget among examples: which of them an epoch trains on, in which batches, on which rank."""
+"""Which examples an epoch trains on, in which batches, and on which rank."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,17 @@ __all__ = ["CorpusBatchSampler", "PrefixRatio", "active_examples"]
 
 @dataclass
 class PrefixRatio:
-    """The published curriculum: a growing share of the shuffled corpus, so that a little is learned well before more.
+    """The published curriculum: train on a growing share of the corpus, to learn a little well before more.
 
-    The corpus is shuffled once; until the first boundary its first `ratios[0]` is trained on, until the second boundary
-    its first `ratios[1]`, and so on. The last ratio stays after the last boundary.
+    The corpus is shuffled once. Epochs before the first boundary train on its first `ratios[0]`, those before the
+    second on its first `ratios[1]`, and so on. The last ratio stays in force after the last boundary.
 
     Args:
         ratios: Shares of the corpus that are trained on, one per stage, each in (0, 1].
-        boundaries: The epoch at which each stage ends, rising, as many as there are ratios.
+        boundaries: The epoch at which each stage ends, increasing, one per ratio.
 
     Raises:
-        InputError: If the two do not fit together, or a value is out of range.
+        InputError: If their numbers differ, or a value is out of range.
     """
 
     ratios: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.6, 0.8, 1.0])
@@ -41,10 +41,10 @@ class PrefixRatio:
         if not all(0 < ratio <= 1 for ratio in self.ratios):
             raise InputError(f"curriculum ratios {list(self.ratios)}: expected shares of the corpus in (0, 1]")
         if any(end <= start for start, end in zip([0, *self.boundaries], self.boundaries, strict=False)):
-            raise InputError(f"curriculum boundaries {list(self.boundaries)}: expected epochs that rise, from 1 on")
+            raise InputError(f"curriculum boundaries {list(self.boundaries)}: expected increasing epochs, from 1 on")
 
     def ratio(self, epoch: int) -> float:
-        """Share of the corpus that is trained on in an epoch, counted from 0."""
+        """Share of the corpus that an epoch trains on; epochs count from 0."""
         stages = zip(self.ratios, self.boundaries, strict=True)
         return next((ratio for ratio, boundary in stages if epoch < boundary), self.ratios[-1])
 
@@ -58,30 +58,30 @@ def active_examples(
     seed: int,
     drop_last: bool = True,
 ) -> list[int]:
-    """Indices of the examples that the published curriculum trains on in one epoch, in their one shuffled order.
+    """Indices of the examples that the published curriculum trains on in one epoch, in shuffled order.
 
     Args:
         total: Number of examples N in the corpus.
-        batch_size: Examples in a global batch; the active set is rounded down to a multiple of it, at least one.
+        batch_size: Examples in a global batch; the active set is rounded down to whole batches, at least one.
         ratios: See `PrefixRatio`.
         boundaries: See `PrefixRatio`.
-        epoch: Counted from 0.
-        seed: Of the one shuffle.
-        drop_last: Leave out what does not fill a batch even when the whole corpus is active.
+        epoch: Epoch, counted from 0.
+        seed: Seed of the shuffle.
+        drop_last: Drop an incomplete last batch even when the whole corpus is active.
 
     Example:
         >>> active_examples(10, 2, ratios=[0.5, 1.0], boundaries=[3, 6], epoch=0, seed=42)
         [2, 6, 1, 8]
 
     Raises:
-        InputError: If ratios and boundaries do not fit together.
+        InputError: See `PrefixRatio`.
     """
     count = _active_count(total, batch_size, PrefixRatio(list(ratios), list(boundaries)).ratio(epoch), drop_last)
     return _permutation(total, seed)[:count]
 
 
 def _active_count(total: int, batch_size: int, ratio: float, drop_last: bool) -> int:
-    # int(total * ratio) truncates a floating-point product, and so may lose one example to rounding, as published.
+    # As published, int() truncates a floating-point product, which may lose one example to rounding.
     share = int(total * ratio)
     if share == total and not drop_last:
         return total
@@ -95,26 +95,26 @@ def _permutation(total: int, seed: int) -> list[int]:
 class CorpusBatchSampler(DistributedSampler[list[int]]):
     """Batches of example indices for one rank.
 
-    A global batch has `batch_size * world_size` examples; rank k takes the k-th slice of it. So k ranks with batches
-    of b walk through the same global batches as one rank with batches of k b. Nothing is repeated to even out the
+    A global batch has `batch_size * world_size` examples, of which rank k takes the k-th slice. So k ranks with batches
+    of b examples see the same global batches as one rank with batches of k b. No example is repeated to even out the
     ranks: at the end of the corpus a rank's batch may be shorter, or hold only the padding example (index -1, see
     `pml.corpus.PADDING_EXAMPLE`), but every rank gets the same number of batches.
 
-    Give it to a `DataLoader` as `sampler` together with `batch_size=None`, so that the dataset is indexed with a whole
-    batch. Lightning then calls `set_epoch` before each epoch. It wraps samplers that are not `DistributedSampler`s when
-    a trainer has several ranks, which would share out the batches a second time; hence the base class.
+    Pass it to a `DataLoader` as `sampler`, with `batch_size=None`, so that the dataset is indexed with a whole batch.
+    Lightning then calls `set_epoch` before each epoch. With several ranks, Lightning wraps samplers that are not a
+    `DistributedSampler`, which would split the batches a second time; hence the base class.
 
     Args:
         total: Number of examples in the corpus.
         batch_size: Examples per rank and batch.
-        seed: Of the curriculum's one shuffle; `seed + epoch` seeds each epoch's order.
-        shuffle: Fresh order each epoch; otherwise the corpus' order, or the curriculum's.
-        drop_last: Leave out what does not fill a last optimiser step.
-        curriculum: Which examples are active in which epoch; None means all, always.
-        rank: This process.
+        seed: Seed of the curriculum's shuffle; `seed + epoch` seeds the order of each epoch.
+        shuffle: Draw a new order each epoch; otherwise keep the order of the corpus, or of the curriculum.
+        drop_last: Drop the examples that do not fill a last optimiser step.
+        curriculum: Which examples are active in which epoch; None takes all in every epoch.
+        rank: Rank of this process.
         world_size: Number of processes.
-        accumulate: Batches that an optimiser step accumulates: what is rounded to whole steps is rounded to as many
-            examples, so that k accumulated batches are as one that is k times as large.
+        accumulate: Batches per optimiser step. The curriculum and `drop_last` round to whole steps, so that k
+            accumulated batches train on the same examples as one batch k times as large.
 
     Raises:
         InputError: If `batch_size` is below 1, or `drop_last` leaves no batch.
@@ -145,7 +145,7 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
         if drop_last and total < self.examples_per_step:
             raise InputError(
                 f"drop_last leaves no step: the corpus has {total} examples, a step over {world_size} rank(s) "
-                f"{self.examples_per_step}; set drop_last: false or a smaller batch_size"
+                f"takes {self.examples_per_step}; set drop_last: false or a smaller batch_size"
             )
         indices = range(total)  # only its length is used, by the base class
         super().__init__(indices, world_size, rank, shuffle=shuffle, seed=seed, drop_last=drop_last)  # type: ignore[arg-type]
@@ -155,16 +155,16 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
         return self.batches_in_epoch(self.epoch)
 
     def batches_in_epoch(self, epoch: int) -> int:
-        """Number of batches in any epoch; they grow with a curriculum, which a learning-rate schedule has to know."""
+        """Number of batches in an epoch; with a curriculum, later epochs have more."""
         active = self._active_count(epoch)
         if self.drop_last:
             return active // self.examples_per_step * self.batches_per_step
         return math.ceil(active / self.examples_per_batch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        # A generator's body runs at the first `next`: Lightning may call `iter` first and `set_epoch` second.
+        # Lightning may call `iter` before `set_epoch`; a generator reads the epoch only at the first `next`.
         order = self._order(self.epoch)
-        # Only what is asked for counts: the epoch may be left, and gone on with, anywhere.
+        # The position counts batches as they are drawn, so an epoch can be left and resumed at any batch.
         start = self._restored["batches"] if self._restored.get("epoch") == self.epoch else 0
         for batch in range(start, self.batches_in_epoch(self.epoch)):
             self._position = {"epoch": self.epoch, "batches": batch + 1}
@@ -172,23 +172,23 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
             yield order[first : first + self.examples_per_rank] or [PADDING_EXAMPLE.example_id]
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the epoch is, in batches that were asked for, and what the order of batches depends on."""
+        """Number of batches drawn in this epoch, and the sampler settings that fix its batches."""
         return {**self._position, "order": self._order_settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called, when that epoch is iterated next.
+        """Resume at the position of `state_dict` when its epoch is iterated next.
 
         Raises:
-            InputError: If the epoch had begun, and its batches are others now.
+            InputError: If that epoch had begun, and other settings would change its batches.
         """
         begun = 0 < state["batches"] < self.batches_in_epoch(state["epoch"])
         now = self._order_settings()
         changed = [
-            f"{name} {value} and now {now[name]}" for name, value in state["order"].items() if value != now[name]
+            f"{name} was {value}, is now {now[name]}" for name, value in state["order"].items() if value != now[name]
         ]
         if begun and changed:
             raise InputError(
-                f"this checkpoint stands {state['batches']} batches into an epoch whose batches were others: "
+                f"this checkpoint is {state['batches']} batches into an epoch that was batched otherwise: "
                 f"{', '.join(changed)}; go on with the same batches and as many devices, or start anew"
             )
         self._restored = {"epoch": state["epoch"], "batches": state["batches"]}

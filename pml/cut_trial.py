@@ -1,16 +1,16 @@
-"""Whether a cut model gives what the whole one gives, tried so that whatever the cut misses shows in every dtype.
+"""The trial of a cut: whether a cut model matches the whole one, tested so that any omission shows in every dtype.
 
-One tolerance for everything would have to let rounding through, and a small mistake with it: in bfloat16 a position
-embedding added twice changes states by less than rounding does. So each check compares what ought to be equal bit for
-bit, or nearly, and is sharp for that reason:
+A single tolerance would have to allow for rounding, and would let small mistakes through: in bfloat16, a position
+embedding added twice changes states by less than rounding. So each check compares values that should be equal bit for
+bit, or nearly so:
 
-1. With the adapter, the states at the cut differ by the order of two additions. An update that a norm or a multiplier
-   changes on its way is off by its own size.
-2. Without the adapter, a row by itself goes through the same kernels at the same shapes split and whole. What is missed
-   between embeddings and head (a norm, a position embedding, a multiplier, a mask) is all that can differ.
-3. A padded batch with the adapter gives what the whole model gives but for rounding, which is measured on that batch.
+1. With the adapter, the states at the cut differ only by the order of two additions. If a norm or a multiplier changes
+   the update on its way, the difference is as large as the update.
+2. Without the adapter, a single row runs through the same kernels at the same shapes, split or whole. Only something
+   omitted between embeddings and head (a norm, a position embedding, a multiplier, a mask) can make a difference.
+3. A padded batch with the adapter matches the whole model up to rounding, which is measured on that batch.
 
-The weights are float32 for the trial where memory allows, else it is held in their own dtype.
+The trial runs with float32 weights if memory allows, else in the weights' own dtype.
 """
 
 import logging
@@ -35,44 +35,44 @@ LENGTHS = (11, 6)
 """Tokens in the rows of the trial."""
 
 WINDOW = 4
-"""Tokens that blocks with a sliding window see during the trial: few enough that the trial's rows are longer."""
+"""Width of sliding windows during the trial, in tokens: shorter than the trial's rows."""
 
 WINDOW_SETTINGS = ("sliding_window", "attention_chunk_size")
-"""What configurations call the number of tokens that such a block sees; masks are made from it."""
+"""Names in configurations for the width of a sliding window, from which masks are made."""
 
 SAME = 1e-5
-"""Relative difference up to which states count as the same numbers. In 16 bits one other digit in one feature of some
-hundreds is more than that."""
+"""Relative difference up to which states count as equal. In 16 bits, changing the last digit of one feature among
+hundreds exceeds it."""
 
 FAILURES = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError)
-"""What code raises that is given blocks, states or a dtype which it does not expect."""
+"""Exceptions raised by model code when it gets blocks, states or a dtype that it does not expect."""
 
 MEMORY_SHARE = 0.8
-"""Of the free memory that the float32 weights may take."""
+"""Share of the free memory that the float32 weights may take."""
 
 
 class CutModel(Protocol):
-    """A model that is cut, as far as the trial is concerned. All states are (1 or B, S, d)."""
+    """What the trial needs of a cut model. Unless stated otherwise, states are (B, S, d)."""
 
     def whole(self, input_ids: Tensor) -> Tensor:
         """Final hidden states of the whole model."""
 
     def below(self, input_ids: Tensor, adapted: bool = False) -> tuple[Tensor, ...]:
-        """What is kept of one row, the states at the cut (S, d) first; with the adapter on if `adapted`."""
+        """Tensors kept of one row, the states at the cut (S, d) first; `adapted` leaves the adapter on."""
 
     def at_cut(self, kept: Sequence[tuple[Tensor, ...]], steps: int) -> Tensor:
-        """States at the cut with the adapter's update, from what is kept of each row."""
+        """States at the cut with the adapter's update, from each row's kept tensors."""
 
     def above(self, kept: Sequence[tuple[Tensor, ...]], steps: int) -> Tensor:
-        """Final hidden states from what is kept of each row."""
+        """Final hidden states from each row's kept tensors."""
 
 
 def fault(cut: CutModel, model: PeftModel) -> str | None:
-    """Why a cut will not do: a phrase; None where it gives what the whole model gives.
+    """What is wrong with a cut, as a phrase; None if it matches the whole model.
 
     Args:
-        cut: The model that is cut.
-        model: The same as PEFT knows it. Its adapter has other values during the trial, and its weights another dtype.
+        cut: The cut model.
+        model: The PEFT model under it. During the trial its adapter has other values, and its weights another dtype.
     """
     base: Any = model.get_base_model()
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +81,7 @@ def fault(cut: CutModel, model: PeftModel) -> str | None:
     try:
         with plainly(model), _random_adapter(model):
             if _narrow_tensors(model) and _float32_fits(model):
-                # What the weights' own dtype cannot do would not show in float32.
+                # An overflow in the weights' own dtype would not show in float32.
                 alone = input_ids[:1]
                 if not cut.above([cut.below(alone)], alone.shape[1]).isfinite().all():
                     return f"hidden states are not finite in {base.dtype}"
@@ -89,7 +89,7 @@ def fault(cut: CutModel, model: PeftModel) -> str | None:
                     with in_float32(model):
                         return _compare(cut, model, input_ids)
                 except FAILURES as error:
-                    # Code may keep a dtype elsewhere than in weights.
+                    # A model's code may have its dtype fixed elsewhere than in the weights.
                     log.info("frozen layers: no trial in float32: %s", error)
             return _compare(cut, model, input_ids)
     except FAILURES as error:
@@ -112,7 +112,7 @@ def _compare(cut: CutModel, model: PeftModel, input_ids: Tensor) -> str | None:
     with model.disable_adapter():
         whole = cut.whole(alone)
         worst = float(_difference(cut.above(kept[:1], steps), whole).max())
-        # Some devices give other digits each time.
+        # Some devices are not deterministic.
         if not worst <= SAME and not worst <= 4 * float(_difference(cut.whole(alone), whole).max()):
             return f"hidden states without the adapter differ by {worst:.1e} of their size"
 
@@ -121,9 +121,9 @@ def _compare(cut: CutModel, model: PeftModel, input_ids: Tensor) -> str | None:
     if below.dtype == torch.float32:
         expected = cut.whole(input_ids)[real]
     else:
-        # Many blocks can make much of how two additions at the cut were rounded, so it is only the padding that counts.
+        # Many blocks can amplify how two additions at the cut were rounded, so this checks only the padding.
         expected = torch.cat([cut.above([one], len(one[0]))[0] for one in kept])
-    # The median position: where a router decides between experts by a hair, rounding sends a token to another one.
+    # The median position, since rounding may send a token to another expert where a router's choice is close.
     typical = float(_difference(padded, expected).median())
     if not typical <= max(1e-4, 2 * rounding):
         noise = _noise(cut, rows, input_ids, real)
@@ -136,7 +136,7 @@ def _compare(cut: CutModel, model: PeftModel, input_ids: Tensor) -> str | None:
 
 
 def _noise(cut: CutModel, rows: list[Tensor], input_ids: Tensor, real: Tensor) -> float:
-    """What it changes to run the whole model on the same rows in another order, or one by one."""
+    """Relative change in the whole model's states when the same rows run in another order, or one by one."""
     padded = cut.whole(input_ids)[real]
     swapped = cut.whole(input_ids.flip(0)).flip(0)[real]
     single = torch.cat([cut.whole(row)[0] for row in rows])
@@ -144,9 +144,9 @@ def _noise(cut: CutModel, rows: list[Tensor], input_ids: Tensor, real: Tensor) -
 
 
 def _difference(ours: Tensor, theirs: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Distance of states (..., d) relative to the norms `scale` (...) or to their own size, position by position.
+    """Distance between states (..., d), per position, relative to `scale` (...) or else to the norms of `theirs`.
 
-    Outliers in one position hide nothing in another. States may be zero, after a padding token for example.
+    Being per position, it lets no outlier hide another difference. States may be zero, for example after padding.
     """
     scale = _size(theirs) if scale is None else scale
     return _size(ours.float() - theirs.float()) / scale.clamp(min=torch.finfo(torch.float32).tiny)
@@ -157,7 +157,7 @@ def _size(states: Tensor) -> Tensor:
 
 
 def _as_large_as_states(model: PeftModel, cut: CutModel, kept: tuple[Tensor, ...]) -> None:
-    """Scale the adapter so that its update at the cut is as large as the states there, and neither hides the other."""
+    """Scale the adapter's update at the cut to the size of the states there, so that neither hides the other."""
     update = float(_difference(cut.at_cut([kept], len(kept[0]))[0], kept[0]).median())
     for weight in _b_weights(model):
         weight.data.div_(update)
@@ -165,7 +165,7 @@ def _as_large_as_states(model: PeftModel, cut: CutModel, kept: tuple[Tensor, ...
 
 @contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
-    """For comparisons: no dropout, no autocast, no gradients, and tensors that training can use afterwards."""
+    """Context for comparisons: no dropout, autocast or gradients, and tensors that training can use afterwards."""
     device = next(model.parameters()).device.type
     with torch.inference_mode(False), torch.no_grad(), evaluating(model), torch.autocast(device, enabled=False):
         yield
@@ -173,7 +173,7 @@ def plainly(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """Make 16-bit weights float32 for a while; afterwards the very same memory holds them again."""
+    """Cast 16-bit weights to float32 within this context; afterwards they are back in their original memory."""
     narrow = [(tensor, tensor.data) for tensor in _narrow_tensors(model)]
     try:
         for tensor, data in narrow:
@@ -191,7 +191,7 @@ def _narrow_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _float32_fits(model: nn.Module) -> bool:
-    """Whether there is room for a float32 copy of the weights; quantised weights have none."""
+    """Whether a float32 copy of the weights fits in memory; never for quantised weights."""
     if any(p.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64) for p in model.parameters()):
         return False
     needed: dict[torch.device, int] = {}
@@ -211,7 +211,7 @@ def _free_memory(device: torch.device) -> float:
 
 @contextmanager
 def narrow_windows(config: Any) -> Iterator[None]:
-    """Let blocks with a sliding window see few tokens for a while, so that short rows show what a mask does."""
+    """Narrow all sliding windows within this context, so that short rows show the effect of a mask."""
     wide = {
         name: width for name in WINDOW_SETTINGS if isinstance(width := vars(config).get(name), int) and width > WINDOW
     }
@@ -230,7 +230,7 @@ def _b_weights(model: PeftModel) -> list[Tensor]:
 
 @contextmanager
 def _random_adapter(model: PeftModel) -> Iterator[None]:
-    """Give B random values for a while: a zero update would agree with anything."""
+    """Give B random values within this context, since a zero update would agree with anything."""
     generator = torch.Generator().manual_seed(1)
     weights = _b_weights(model)
     saved = [weight.detach().clone() for weight in weights]

@@ -1,12 +1,12 @@
-"""Greedy decoding, as fast as known text is read.
+"""Greedy decoding at the speed of reading known text.
 
-A target that is known need not be decoded token by token: a model that reads it gives the argmax at every position
-at once, and by causality greedy decoding gives the same tokens up to the first argmax that is another. Only from there
-on is there anything to decode.
+A known target need not be decoded token by token. One forward pass over it gives the argmax at every position, and by
+causality greedy decoding gives the same tokens up to the first argmax that differs. Only the tokens after that have to
+be decoded.
 
-Tokens that are read together are rounded otherwise than one by one. So an argmax that beats the next best token by no
-more than rounding (`DOUBT`) is not believed: decoding goes on token by token from there, as transformers' `generate`
-does, and that decides. Where two tokens are as close as that, a server that batches otherwise may decide otherwise.
+Tokens that are read together round differently from tokens read one by one. So an argmax that beats the next best token
+by no more than rounding (`DOUBT`) is not trusted: from there on, decoding goes token by token, as in transformers'
+`generate`, and decides. Where two tokens are that close, a server that batches differently may decide differently.
 """
 
 from collections import defaultdict
@@ -32,12 +32,12 @@ __all__ = [
 
 LOGITS_BYTES = {"cpu": 64 * 2**20}
 LOGITS_BYTES_ELSEWHERE = 512 * 2**20
-"""Size of the float32 logits that are held at a time, by kind of device."""
+"""Most bytes of float32 logits held at a time, by device type."""
 
 DOUBT = {torch.float32: 64, torch.float64: 64}
 DOUBT_IN_16_BITS = 8
-"""Margins up to so many machine epsilons of the logits are not believed. Measured on the default backbone, reading
-together moves margins by up to 19 in float32, where sums of many terms add up, and by up to 4 in bfloat16."""
+"""Margins up to this many machine epsilons of the logits are not trusted. On the default backbone, reading together
+moves margins by up to 19 epsilons in float32, where long sums accumulate error, and by up to 4 in bfloat16."""
 
 LEAVES_LOGITS_ALONE: dict[str, Any] = {
     "repetition_penalty": 1.0,
@@ -63,7 +63,7 @@ LEAVES_LOGITS_ALONE: dict[str, Any] = {
     "stop_strings": None,
     "max_time": None,
 }
-"""Settings of `generate` by which greedy decoding is not the plain one to its end, at the values where it is."""
+"""Settings of `generate` that alter, fork or end greedy decoding early, at the values that leave it plain."""
 
 WHOLE_DISTRIBUTION: dict[str, Any] = {
     "top_k": 0,
@@ -74,24 +74,24 @@ WHOLE_DISTRIBUTION: dict[str, Any] = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-"""Settings of `generate` that cut the distribution which is sampled from, at the values where they do not."""
+"""Settings of `generate` that truncate the sampling distribution, at the values that leave it whole."""
 
 
 def plain_decoding(model: Any) -> dict[str, Any]:
-    """Arguments of `generate` that turn off what the model's own `generation_config` does to logits; often none.
+    """Arguments of `generate` that turn off what the model's own `generation_config` does to logits; often empty.
 
-    Some bases ship a penalty on repetition, for example, which `generate` and many servers apply to greedy decoding
-    too. A certificate is of the logits, and so holds without it.
+    Some base models ship a repetition penalty, for example, which `generate` and many servers apply to greedy decoding
+    too. A certificate is about the plain logits, so it holds only without such settings.
 
     Args:
-        model: A causal LM of transformers, with an adapter or without.
+        model: A causal LM of transformers, with or without an adapter.
     """
     return _turned_off(model, LEAVES_LOGITS_ALONE)
 
 
 def whole_distribution(model: Any) -> dict[str, Any]:
-    """Arguments of `generate` by which it samples from the whole distribution, whatever the base ships."""
-    # Where nothing is said, `generate` takes 50.
+    """Arguments that make `generate` sample from the whole distribution, whatever the base model ships."""
+    # Without a setting, `generate` uses a top_k of 50.
     return {"top_k": 0, **_turned_off(model, WHOLE_DISTRIBUTION)}
 
 
@@ -101,10 +101,10 @@ def _turned_off(model: Any, neutral: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class CachedRows:
-    """Rows of token ids that a causal LM reads on and on, through its KV cache.
+    """Reads rows of token ids through a causal LM's KV cache, each call continuing where the last one ended.
 
     Args:
-        model: A causal LM of transformers, adapter and all, in evaluation mode.
+        model: A causal LM of transformers with its adapter, in evaluation mode.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -114,10 +114,10 @@ class CachedRows:
 
     @property
     def several(self) -> bool:
-        """Whether tokens that are read together see what they would see one by one.
+        """Whether several tokens can be read in the next call with the same result as one by one.
 
-        So it is at first, and where all layers keep keys and values. Layers that keep a state (state-space models,
-        linear attention) may go on from it by one token only.
+        This holds for the first call, and while all layers cache keys and values. Layers that keep a recurrent state
+        (state-space models, linear attention) may be able to advance it by only one token.
         """
         if self._cache is None:
             return self._ids is None
@@ -125,11 +125,11 @@ class CachedRows:
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
     def read(self, ids: Tensor, last: int = 1) -> Tensor:
-        """Read on.
+        """Read the next tokens of each row.
 
         Args:
-            ids: (B, n) what follows on what was read before. All rows are as long, so nothing is padded or masked.
-            last: At how many of these positions logits are wanted, the last ones.
+            ids: (B, n) the tokens that follow those read before. All rows are equally long, without padding or mask.
+            last: Number of final positions to return logits for.
 
         Returns:
             (B, last, vocabulary) float32 logits.
@@ -139,23 +139,23 @@ class CachedRows:
         out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=last)
         self._cache = getattr(out, "past_key_values", None)
         if self._cache is None:
-            # Some models keep their state elsewhere, or none; they read everything again.
+            # The model returns no KV cache, so every call reads all tokens again.
             self._ids = ids
         return out.logits[:, -last:].float()
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with some of the rows alone, given by their indices; where tokens can be read together."""
+        """Keep only the rows with these indices; requires `several`."""
         self._cache.batch_select_indices(rows)
 
 
 def tokens_at_once(model: Any, rows: int) -> int:
-    """How many tokens of each row to read together, so that their logits stay small."""
+    """Number of tokens of each row to read together so that their logits fit the memory limit."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     return max(1, LOGITS_BYTES.get(model.device.type, LOGITS_BYTES_ELSEWHERE) // (4 * rows * vocabulary))
 
 
 def of_one_prompt_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
-    """Batches of examples whose prompts are equally long, so that nothing is padded; similar targets together."""
+    """Yield batches of examples with equally long prompts, so none are padded, and with targets of similar length."""
     groups: dict[int, list[Example]] = defaultdict(list)
     for example in examples:
         groups[len(example.prompt_ids)].append(example)
@@ -165,11 +165,11 @@ def of_one_prompt_length(examples: Sequence[Example], batch_size: int) -> Iterat
 
 
 def generate_greedily(model: nn.Module, prompt_ids: Tensor, tokens: int) -> Tensor:
-    """Greedy decoding with the KV cache, ties to the lowest id.
+    """Greedy decoding with the KV cache; ties go to the lowest id.
 
     Args:
-        model: A causal LM, adapter and all.
-        prompt_ids: (B, P) prompts of one length, so that nothing is padded and nothing masked.
+        model: A causal LM with its adapter.
+        prompt_ids: (B, P) prompts of equal length, without padding or mask.
         tokens: Number of tokens to generate; generation does not stop early.
 
     Returns:
@@ -186,15 +186,15 @@ def generate_greedily(model: nn.Module, prompt_ids: Tensor, tokens: int) -> Tens
 def greedy_tokens(
     model: Any, examples: Sequence[Example], batch_size: int = 64, to_the_end: bool = True
 ) -> dict[int, tuple[int, ...]]:
-    """What greedy decoding gives for each example, by example id: as many tokens as its target has.
+    """Greedy answer to each example, by example id: as many tokens as its target has.
 
-    They are those of `model.generate(do_sample=False, eos_token_id=None, **plain_decoding(model))`.
+    The tokens are those of `model.generate(do_sample=False, eos_token_id=None, **plain_decoding(model))`.
 
     Args:
-        model: A causal LM of transformers, adapter and all, in evaluation mode.
-        examples: What to ask for; their ids differ.
+        model: A causal LM of transformers with its adapter, in evaluation mode.
+        examples: The pairs to ask for, with distinct ids.
         batch_size: Prompts read or decoded together.
-        to_the_end: Decode what follows on a wrong token too; otherwise an answer may end with it.
+        to_the_end: Also decode what follows a wrong token; otherwise an answer may end with it.
     """
     answers: dict[int, tuple[int, ...]] = {}
     unfinished: dict[int, list[tuple[int, Example]]] = defaultdict(list)
@@ -216,16 +216,16 @@ def greedy_tokens(
 
 @torch.no_grad()
 def _right_tokens(model: Any, batch: Sequence[Example]) -> list[tuple[int, int | None]]:
-    """For each example the number of its first tokens that greedy decoding gives, and the wrong one that comes next.
+    """For each example, the number of leading target tokens that greedy decoding gives, and the wrong token after them.
 
-    The wrong token is None where the target comes to its end, or where decoding has to decide: a tie is too close, or
-    the model cannot read on in this way.
+    The wrong token is None if the whole target is right, or if decoding has to decide, because a margin is too small or
+    the model cannot read several tokens at once.
     """
     doubt = DOUBT.get(model.dtype, DOUBT_IN_16_BITS) * torch.finfo(model.dtype).eps
     device, start = model.device, len(batch[0].prompt_ids)
     lengths = torch.tensor([len(e.target_ids) for e in batch], device=device)
     longest = int(lengths.max())
-    # What stands after a shorter target is read for nothing: nothing before it sees it.
+    # The zeros after a shorter target are harmless, since no earlier position sees them.
     ids = torch.tensor([e.prompt_ids + e.target_ids + (0,) * (longest - len(e.target_ids)) for e in batch])
     ids = ids.to(device)
     found, wrong = torch.zeros_like(lengths), torch.full_like(lengths, -1)
@@ -254,7 +254,7 @@ def _right_tokens(model: Any, batch: Sequence[Example]) -> list[tuple[int, int |
 
 @torch.no_grad()
 def _decoded(model: Any, entries: Sequence[tuple[int, Example]]) -> dict[int, tuple[int, ...]]:
-    """Answers to prompts of one length of which so many first tokens are known to be right; sorted by that number."""
+    """Decode the answers of examples with equally long prompts, sorted by the number of tokens known to be right."""
     known = entries[0][0]
     prompts = torch.tensor([e.prompt_ids + e.target_ids[:known] for _, e in entries], device=model.device)
     rows = generate_greedily(model, prompts, max(len(e.target_ids) for _, e in entries) - known).tolist()

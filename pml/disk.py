@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or failing: told from other errors, and said in one line."""
+"""Errors of a full, read-only or failing disk: how to tell them from others and report them in one line."""
 
 import errno
 import re
@@ -13,15 +13,15 @@ __all__ = ["DiskError", "disk_trouble", "quiet_threads"]
 FAILING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
 WITHOUT_ERRNO = re.compile(r"I/O error: (.*) \(os error (\d+)\)")
-"""What safetensors says of a file that it could not write."""
+"""Message of safetensors about a file that it could not write."""
 
 
 class DiskError(InputError):
-    """A disk could not take what was written; files that were whole before still are."""
+    """Writing to disk failed; files that were whole before still are."""
 
 
 def disk_trouble(error: BaseException | None) -> str | None:
-    """What a disk could not do, such as `run/record.json: No space left on device`; None for any other error."""
+    """Disk failure behind an error, such as `run/record.json: No space left on device`; None for any other error."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FAILING:
             return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
@@ -34,7 +34,7 @@ def disk_trouble(error: BaseException | None) -> str | None:
 
 @contextmanager
 def quiet_threads() -> Iterator[None]:
-    """Within it, a thread that a disk has failed ends without a word: loggers raise its error where they write next."""
+    """Silence threads that end with a disk failure: a logger raises the error of its thread at its next write."""
     before = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:

@@ -1,7 +1,7 @@
-"""Text as token ids: how a query is put to the model, and how a target follows it.
+"""Text as token ids: how a query becomes a prompt, and how a target follows it.
 
-What a user wrote stays text: only the chat template makes control tokens, and a target is accepted only where its ids
-give back its very characters, decoded by themselves and after the prompt.
+A user's text stays text: only the chat template makes control tokens, and a target is accepted only if its ids decode
+to exactly its characters, alone and after the prompt.
 """
 
 import logging
@@ -20,17 +20,17 @@ __all__ = ["ENCODING_VERSION", "Prompt", "PromptFormat", "TextEncoder", "special
 log = logging.getLogger(__name__)
 
 ENCODING_VERSION = 3
-"""Version of the rules by which text becomes ids; version 1 encoded each target alone and read control tokens in it."""
+"""Version of the encoding rules; version 1 encoded each target alone and read control tokens in it."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What stands before a target.
+    """Everything before a target.
 
     Attributes:
         ids: Its token ids.
-        text: The same as text; None where control characters typed by the user stand in it as text, so that the text
-            would be encoded to other ids.
+        text: The same as text; None if the user typed the characters of a control token, so that encoding this text
+            would give other ids.
     """
 
     ids: tuple[int, ...]
@@ -38,11 +38,11 @@ class Prompt:
 
 
 class TextEncoder:
-    """Turns queries, targets and documents into token ids of one tokenizer, with prompts of one format.
+    """Encodes queries, targets and documents with one tokenizer and one prompt format.
 
     Args:
         tokenizer: The backbone's tokenizer.
-        form: What stands around a query.
+        form: The prompt format.
 
     Raises:
         InputError: If the chat template cannot be used; see `ChatTemplate`.
@@ -52,27 +52,27 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.form = form or PromptFormat()
         self.changed: dict[str, list[str]] = {}
-        """Queries that reach the model other than they were written: by what happened to them, where each stands."""
+        """Queries that do not reach the model as written: what happens to them, and a list of those affected."""
         wanted = self.form.chat_template and tokenizer.chat_template
         self.template = ChatTemplate(tokenizer, self.form) if wanted else None
-        """What queries are put into; None where they stand alone."""
+        """Chat template around queries; None if they stand alone."""
 
-    # What the user says -----------------------------------------------------------------------------------------------
+    # Prompts ----------------------------------------------------------------------------------------------------------
 
     def prompt(self, query: str, source: str = "") -> Prompt:
-        """Token ids of everything that stands before the target.
+        """Encode everything before the target.
 
-        Text that reads like a control token is encoded as text, as `apply_chat_template(...,
-        sanitize_control_tokens=True)` does it. Without a chat template the query stands alone, after whatever the
+        Text that looks like a control token is encoded as text, as `apply_chat_template(...,
+        sanitize_control_tokens=True)` does. Without a chat template the query stands alone, after whatever the
         tokenizer puts before a text; what it would append, such as an end-of-sequence token, is left out.
 
         Args:
-            query: What the user says.
-            source: Where it comes from, for messages.
+            query: The user's text.
+            source: Where the query comes from, for messages.
 
         Raises:
-            InputError: If the template refuses it, or the tokenizer cannot keep its characters apart from control
-                tokens.
+            InputError: If the template rejects the query, it encodes to nothing, or the tokenizer cannot tell its
+                characters from control tokens.
         """
         if self.template is None:
             text = query if self.form.system is None else f"{self.form.system}\n{query}"
@@ -88,7 +88,7 @@ class TextEncoder:
             prompt = Prompt(tuple(ids), None if typed else text)
             written = self._written(query, text, source)
         if not prompt.ids:
-            raise InputError(f"{_at(source)}the query {_shown(query)} has no token left; expected text")
+            raise InputError(f"{_at(source)}the query {_shown(query)} encodes to no tokens; expected text")
         if self._typed(query):
             self._note("hold characters that servers may read as control tokens", query, source)
         elif written not in self.decode(prompt.ids):
@@ -96,7 +96,7 @@ class TextEncoder:
         return prompt
 
     def warn_of_changes(self, name: str) -> None:
-        """Say once for a corpus how many of its queries the model sees other than they were written."""
+        """Log once for a corpus how many of its queries do not reach the model as written."""
         for what, places in self.changed.items():
             log.warning(
                 "%s: %d quer%s %s, such as %s: recall is certain only for prompts encoded in this way",
@@ -108,21 +108,21 @@ class TextEncoder:
             )
         self.changed.clear()
 
-    # What has to come back --------------------------------------------------------------------------------------------
+    # Targets ----------------------------------------------------------------------------------------------------------
 
     def target(self, prompt: Prompt, target: str, source: str = "") -> tuple[int, ...]:
-        """Token ids of a target where it stands, after its prompt, without an end.
+        """Token ids of a target as it follows its prompt, without an end-of-turn token.
 
-        They are those of prompt and target encoded together where the prompt keeps its own, otherwise those of the
-        target by itself or after a line break.
+        Prompt and target are encoded together if that leaves the prompt's ids as they are; otherwise the target is
+        encoded by itself or after a line break.
 
         Args:
-            prompt: What stands before it.
+            prompt: Everything before the target.
             target: The text.
-            source: Where it comes from, for messages.
+            source: Where the target comes from, for messages.
 
         Raises:
-            InputError: If the target is empty, or no ids give back exactly this text, alone and after the prompt.
+            InputError: If the target is empty or not valid Unicode, or no ids decode to exactly this text.
         """
         if not target:
             raise InputError(f"{_at(source)}the target is empty; expected text to memorise")
@@ -140,14 +140,14 @@ class TextEncoder:
         )
 
     def gives_back(self, prompt: Prompt, text: str, ids: Sequence[int]) -> bool:
-        """Whether ids decode to exactly a text, by themselves and after a prompt, without a control token in them."""
+        """Whether ids decode to exactly this text, alone and after the prompt, and include no control token."""
         return self._problem(prompt, text, ids) is None
 
     @cached_property
     def end_of_turn_id(self) -> int | None:
         """The token that ends an answer: the first control token that the chat template writes after one.
 
-        Without a chat template it is the tokenizer's end of sequence. None where there is no such token.
+        Without a chat template it is the tokenizer's end-of-sequence token. None if there is no such token.
         """
         if self.template is None:
             return self.tokenizer.eos_token_id
@@ -158,7 +158,7 @@ class TextEncoder:
         return next((i for i in self._ids(after) if i in self._control_ids), None)
 
     def answer(self, ids: Sequence[int]) -> str:
-        """Generated ids as the text that a server shows: up to the end of the turn, special tokens visible."""
+        """Decode generated ids as a server shows them: up to the end of the turn, with special tokens visible."""
         ids = list(ids)
         end = self.end_of_turn_id
         return self.decode(ids[: ids.index(end)] if end in ids else ids)
@@ -166,16 +166,16 @@ class TextEncoder:
     # Plain text -------------------------------------------------------------------------------------------------------
 
     def document(self, text: str) -> list[int]:
-        """Token ids of a text by itself, none of them a control token unless the tokenizer cannot help it."""
+        """Token ids of a text by itself, without control tokens where the tokenizer allows that."""
         return self._ids(text, as_text=self._typed(text))
 
     def control_in(self, ids: Sequence[int]) -> str | None:
-        """The first control token among ids, as text; None where there is none."""
+        """The first control token among ids, as text; None if there is none."""
         control = next((i for i in ids if i in self._control_ids), None)
         return None if control is None else str(self.tokenizer.convert_ids_to_tokens(control))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens visible, exactly as it is."""
+        """Decode token ids without any clean-up, with special tokens visible."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -192,10 +192,10 @@ class TextEncoder:
             yield joined[len(line_break) :]
 
     def _problem(self, prompt: Prompt, target: str, ids: Sequence[int]) -> str | None:
-        """Why ids are not this target after this prompt; None where they are."""
+        """Why these ids do not represent this target after this prompt; None if they do."""
         if (token := self._control_beside_unknown(ids)) is not None:
             return f"it reads {token!r} as a control token and cannot keep it apart from text"
-        # As servers decode it: with whatever the tokenizer cleans up by default.
+        # As servers decode: with the tokenizer's default clean-up.
         served = str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
         before = self.decode(prompt.ids)
         together = self.decode([*prompt.ids, *ids])
@@ -208,7 +208,7 @@ class TextEncoder:
         return None
 
     def _alone(self, text: str, source: str) -> tuple[int, ...]:
-        """A text with what the tokenizer puts before it, and without what it appends."""
+        """Token ids of a text with what the tokenizer puts before it, but without what it appends."""
         ids = self.document(text)
         if (token := self._control_beside_unknown(ids)) is not None:
             raise InputError(
@@ -219,26 +219,26 @@ class TextEncoder:
 
     @cached_property
     def _put_before(self) -> tuple[int, ...]:
-        """What the tokenizer puts before every text that it encodes as a whole, such as a beginning of sequence."""
+        """Token ids that the tokenizer puts before every text, such as a beginning-of-sequence token."""
         alone, whole = self._ids(ANSWER), list(self.tokenizer(ANSWER)["input_ids"])
         starts = (i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
         return tuple(whole[: next(starts, 0)])
 
     def _control_beside_unknown(self, ids: Sequence[int]) -> str | None:
-        # What stands for unknown characters is marked as special, but no control token; that they are lost shows.
+        # The unknown token is marked as special but is no control token; comparing the decoded text reveals it.
         return self.control_in([i for i in ids if i != self.tokenizer.unk_token_id])
 
     def _ids(self, text: str, as_text: bool = False) -> list[int]:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if as_text and backend is not None:
-            # The tokenizer without its added tokens, for which it has no switch: split_special_tokens splits only some.
+            # Skips added tokens by hand: the tokenizer has no switch for it, and split_special_tokens splits only some.
             if backend.normalizer is not None:
                 text = backend.normalizer.normalize_str(text)
             parts = [text]
             if backend.pre_tokenizer is not None:
                 parts = [part for part, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
             return [token.id for part in parts for token in backend.model.tokenize(part)]
-        # Quiet about texts that are longer than the context: that is looked at when the corpus is whole.
+        # Silent about texts longer than the context, which is checked once the corpus is complete.
         encoded = self.tokenizer(text, add_special_tokens=False, verbose=False, split_special_tokens=as_text)
         return list(encoded["input_ids"])
 
@@ -246,13 +246,13 @@ class TextEncoder:
 
     @cached_property
     def _control(self) -> dict[str, int]:
-        """Ids of control tokens by text: special tokens, and others that the chat template writes."""
+        """Ids of control tokens by text: special tokens, declared control tokens, and those the template writes."""
         template = template_of(self.tokenizer) if self.tokenizer.chat_template else ""
         special, named = special_ids(self.tokenizer), getattr(self.tokenizer, "chat_control_tokens", None) or ()
         return {
             token.content: i
             for i, token in self.tokenizer.added_tokens_decoder.items()
-            # Some tokenizers have runs of white space as added tokens, which templates hold as ordinary text.
+            # Some tokenizers have runs of white space as added tokens; in a template these are ordinary text.
             if i in special or token.content in named or (token.content in template and not token.content.isspace())
         }
 
@@ -265,11 +265,11 @@ class TextEncoder:
         return re.compile("|".join(re.escape(text) for text in self._control if text) or "(?!)")
 
     def _typed(self, text: str) -> bool:
-        """Whether somebody's text holds the characters of a control token."""
+        """Whether a user's text contains the characters of a control token."""
         return self._control_pattern.search(text) is not None
 
     def _written(self, query: str, text: str, source: str) -> str:
-        """What the template makes of a query."""
+        """The query as it appears in the rendered text; empty if the template changed it by more than trimming."""
         if query in text:
             return query
         if (trimmed := query.strip()) and trimmed in text:
@@ -283,7 +283,7 @@ class TextEncoder:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of tokens that stand for no text, also of those that are marked as special without having a role."""
+    """Ids of tokens that stand for no text, including those marked as special without having a role."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
 

@@ -1,4 +1,4 @@
-"""The one exception that means "what you gave me cannot work", and what is wrong where other exceptions say so."""
+"""The exception for invalid input, and short reasons from the exceptions of other libraries."""
 
 import re
 
@@ -8,23 +8,23 @@ ATTEMPTS = re.compile(
     r"(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
     r"|Expected a <class 'NoneType'>.*)?$"
 )
-"""Lines in which jsonargparse tells what it tried, not what is wrong."""
+"""Lines in which jsonargparse lists what it tried, not what is wrong."""
 
 
 class InputError(ValueError):
-    """Something that a user supplied is wrong.
+    """Something that the user supplied is invalid.
 
     The message is one line that says what arrived, what was expected and what to do. The command line prints it on
-    stderr and exits with code 2; everything else is a bug and keeps its traceback.
+    stderr and exits with code 2. Other exceptions are bugs and keep their traceback.
     """
 
 
 KEY = re.compile(r'Parser key "([^"]*)":\s*(?:Problem with given class_path \'[^\']*\':\s*)?(.*)', re.DOTALL)
-"""A key that jsonargparse names, maybe within another's message, and what it says of it."""
+"""A key in a jsonargparse message, and the rest of the message, which may name a nested key."""
 
 
 def reason(error: BaseException) -> str:
-    """What is wrong, on one line: the InputError behind an exception, else its message without what was tried."""
+    """What is wrong, in one line: the InputError behind an exception, or else its message, shortened."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, InputError):

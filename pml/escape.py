@@ -1,4 +1,4 @@
-"""Text that a terminal shows and does not obey, and the only way by which commands say anything."""
+"""Text with control characters spelled out, so that a terminal does not obey them; commands print through it."""
 
 import json
 import re
@@ -8,24 +8,24 @@ from typing import Any, TextIO
 __all__ = ["one_line", "say", "say_json", "shortened", "visible"]
 
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Characters that move, colour or turn round what a terminal shows, and bytes of a name that are no text.
+"""Characters that move, colour or reverse text in a terminal, and surrogates of file names that are not text.
 
-New lines and tabs are not among them.
+Newlines and tabs are not among them.
 """
 
 
 def one_line(text: str) -> str:
-    """Text as one line; control characters, which a terminal would obey, are spelled out."""
+    """Text as one line, with line breaks, control characters and all else that is not printable spelled out."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def shortened(line: str, most: int) -> str:
-    """A line, or as much of it as leaves room for dots within so many characters."""
+    """A line cut to at most `most` characters, with three dots at the end if it was longer."""
     return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def visible(text: str) -> str:
-    r"""Text of any number of lines, with control characters spelled out.
+    r"""Text with control characters spelled out; newlines and tabs stay.
 
     Example:
         >>> print(visible("a" + chr(27) + "[2Jb"))
@@ -35,17 +35,17 @@ def visible(text: str) -> str:
 
 
 def say(text: object, *, to: TextIO | None = None, end: str = "\n") -> None:
-    """Print, with control characters spelled out: whatever is said may have text of data in it.
+    """Print with control characters spelled out, since any message may contain text from data.
 
     Args:
-        text: What to say.
-        to: Where; stdout unless given.
-        end: What follows.
+        text: What to print.
+        to: Stream; None is stdout.
+        end: Text printed after it.
     """
     print(visible(str(text)), file=to or sys.stdout, end=end, flush=True)
 
 
 def say_json(content: Any) -> None:
-    """Print JSON, in which every control character is an escape of JSON's own."""
+    """Print JSON with every control character as a JSON escape."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
     print(OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)

@@ -1,4 +1,4 @@
-"""A module in evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ __all__ = ["evaluating"]
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off for a while; every submodule gets back the mode that it had."""
+    """Put a module in evaluation mode within this context; afterwards restore the mode of every submodule."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
     try:

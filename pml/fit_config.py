@@ -1,4 +1,4 @@
-"""What a configuration cannot ask of a fit: checked before anything is loaded, in the order that people read it."""
+"""Checks of a fit's configuration that run before anything is loaded."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -17,14 +17,14 @@ FULL = ("32", "32-true")
 
 
 def check_configuration(config: Mapping[str, Any], command: str | None) -> None:
-    """Refuse what makes no sense, or would do nothing.
+    """Refuse values that make no sense or would train nothing.
 
     Args:
         config: All keys of a subcommand, as plain Python.
-        command: The subcommand; None is a fit too.
+        command: The subcommand; None counts as `fit`.
 
     Raises:
-        InputError: Naming the key, what was expected, and what to do.
+        InputError: If a value is invalid. The message names the key, what was expected, and what to do.
     """
     for key, leaf in _leaves(config):
         if isinstance(leaf, float) and not math.isfinite(leaf):
@@ -68,7 +68,7 @@ def _check_training(trainer: Mapping[str, Any]) -> None:
     if trainer.get("overfit_batches"):
         raise InputError(
             f"trainer.overfit_batches is {trainer['overfit_batches']}; a corpus is memorised as a whole, so there is "
-            "nothing to overfit: take a smaller corpus, or trainer.limit_train_batches"
+            "nothing to overfit; take a smaller corpus, or trainer.limit_train_batches"
         )
     _check_time(trainer.get("max_time"), nothing)
     for name, least in (
@@ -101,32 +101,32 @@ def _check_time(limit: Any, nothing: str) -> None:
         try:
             seconds = timedelta(**limit).total_seconds()
         except (TypeError, OverflowError) as error:
-            raise InputError(f"trainer.max_time is {dict(limit)}; expected such as {{minutes: 30}}") from error
+            raise InputError(f"trainer.max_time is {dict(limit)}; expected one like {{minutes: 30}}") from error
     elif isinstance(limit, timedelta):
         seconds = limit.total_seconds()
     else:
         parts = str(limit).split(":")
         if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
-            raise InputError(f"trainer.max_time is {str(limit)!r}; expected days:hours:minutes:seconds, 00:00:30:00")
+            raise InputError(f"trainer.max_time is {str(limit)!r}; expected days:hours:minutes:seconds (00:00:30:00)")
         seconds = 0.0 + sum(int(part) * size for part, size in zip(parts, (86400, 3600, 60, 1), strict=True))
     if seconds <= 0:
         raise InputError(f"trainer.max_time is {limit}, {nothing}; expected a time above 0, such as 00:00:30:00")
 
 
 def check_precision(precision: Any) -> None:
-    """Refuse other precisions than float32: what is trained, measured and decoded would round in different ways.
+    """Refuse precisions other than float32: training, measuring and decoding would round differently.
 
     Args:
         precision: `trainer.precision`.
 
     Raises:
-        InputError: Naming what takes their place.
+        InputError: If it is another one. The message names the options to use instead.
     """
     if precision is not None and str(precision) not in FULL:
         raise InputError(
-            f"trainer.precision is {precision}; the adapter and all losses are float32, so expected 32-true; the type "
-            "of the frozen weights is --model.dtype, such as --model.dtype bfloat16, and faster products of float32 "
-            "weights are --model.matmul_precision medium"
+            f"trainer.precision is {precision}; expected 32-true, since the adapter and all losses are float32; for "
+            "16-bit frozen weights give --model.dtype bfloat16, for faster float32 matrix products "
+            "--model.matmul_precision medium"
         )
 
 
@@ -135,9 +135,8 @@ def _check_strategy(strategy: Any) -> None:
     if any(kind in name.replace("_", "") for kind in (kind.replace("_", "") for kind in SHARDED)):
         shown = strategy.get("class_path") if isinstance(strategy, Mapping) else strategy
         raise InputError(
-            f"trainer.strategy is {shown}, which shares out weights that are frozen here; take --trainer.devices 1 "
-            "with --model.frozen_prefix.release true, which frees the layers below the adapter, or "
-            "--trainer.strategy ddp"
+            f"trainer.strategy is {shown}, which shards weights that are frozen here; take --trainer.devices 1 with "
+            "--model.frozen_prefix.release true, which frees the layers below the adapter, or --trainer.strategy ddp"
         )
 
 

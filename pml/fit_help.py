@@ -1,4 +1,4 @@
-"""The help of `pml fit|validate|test|predict`, read from source files: importing what they describe takes seconds."""
+"""The help of `pml fit|validate|test|predict`, read from source files because importing them takes seconds."""
 
 import ast
 import importlib.util
@@ -32,12 +32,12 @@ SETTINGS = {
     "model.adapter.guard": ("guard.py", "GuardConfig"),
     "model.kl_penalty": ("kl_penalty.py", "KlPenaltyConfig"),
 }
-"""Settings objects, whose fields are options."""
+"""Settings classes whose fields are options, with the files that define them."""
 
 GENERAL = (
-    ("config FILE", "YAML with keys as below; later files override earlier ones, and options override both"),
+    ("config FILE", "YAML file with the keys below; later files override earlier ones, options override files"),
     ("seed_everything SEED", "seed of all random numbers (default: 42)"),
-    ("ckpt_path FILE", "checkpoint to resume from; last is the newest of the run whose --config is given"),
+    ("ckpt_path FILE", "checkpoint to resume from; last: the newest one of the run whose --config is given"),
     ("print_config", "print the resolved configuration and exit"),
     ("model.help CLASS, --data.help CLASS", "print all arguments of a class, your own included, and exit"),
 )
@@ -47,7 +47,7 @@ LEFT = 34
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument of a class: what it takes, its default as source, and what its docstring says."""
+    """One argument of a class: its name, type and default as source text, and its description in the docstring."""
 
     name: str
     kind: str
@@ -56,11 +56,11 @@ class Argument:
 
 
 def fit_help(command: str, width: int | None = None) -> str:
-    """The help of one of LightningCLI's subcommands.
+    """Help text of one of LightningCLI's subcommands.
 
     Args:
         command: `fit`, `validate`, `test` or `predict`.
-        width: Columns; None asks the terminal.
+        width: Columns; None takes the terminal's, at most 120.
     """
     page = _Page(width or min(shutil.get_terminal_size((120, 24)).columns, 120))
     from pml.cli import FIT_COMMANDS
@@ -69,11 +69,11 @@ def fit_help(command: str, width: int | None = None) -> str:
     page.paragraph(f"{FIT_COMMANDS[command]}.")
     if command != "fit":
         page.paragraph(
-            f"RUN is a run's folder: backbone, corpus and adapter are taken from it. `pml {command} --config FILE` and "
-            "--ckpt_path FILE take them from elsewhere; other keys are those of `pml fit --help`."
+            f"RUN is a run folder with backbone, corpus and adapter. `pml {command} --config FILE` and --ckpt_path "
+            "FILE take them from elsewhere; for other keys see `pml fit --help`."
         )
         return page.text
-    page.paragraph("Keys of the configuration are options: --trainer.max_epochs 50 is `trainer: {max_epochs: 50}`.")
+    page.paragraph("Configuration keys are also options: --trainer.max_epochs 50 sets `trainer: {max_epochs: 50}`.")
     for name, text in GENERAL:
         page.option(f"--{name}", text)
     page.heading("method: --model")
@@ -81,7 +81,7 @@ def fit_help(command: str, width: int | None = None) -> str:
         page.item(name, _summary(_classes(PML / "modules.py")[name]))
     for argument in _arguments(PML / "memorization.py", "Memorization"):
         page.argument("model", argument)
-    page.heading("MemFT alone")
+    page.heading("MemFT only")
     for argument in _arguments(PML / "modules.py", "MemFT"):
         page.argument("model", argument)
     weightings = {"Weighting"}
@@ -99,22 +99,22 @@ def fit_help(command: str, width: int | None = None) -> str:
             page.item(name, _summary(node))
             for argument in _arguments(path, name):
                 page.argument("data", argument)
-    page.heading("every corpus")
+    page.heading("every corpus: --data")
     for argument in _arguments(_room("data_modules") / "base.py", "MemorizationDataModule"):
         page.argument("data", argument)
     own = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))["trainer"]
     default = {callback["class_path"].rpartition(".")[2] for callback in own["callbacks"]}
-    page.heading("callbacks: --trainer.callbacks+=CLASS adds one; --trainer.callbacks replaces the defaults, marked *")
+    page.heading("callbacks: --trainer.callbacks+=CLASS adds one; --trainer.callbacks replaces the defaults (marked *)")
     for _, name, node in _exported("callbacks"):
         page.item(f"{name} *" if name in default else name, _summary(node))
-    page.heading("trainer: Lightning's")
+    page.heading("Lightning's Trainer: --trainer")
     for argument in _trainer_arguments(own):
         page.argument("trainer", argument)
     return page.text
 
 
 class _Page:
-    """Lines of help, wrapped."""
+    """Wrapped lines of help."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -164,7 +164,7 @@ def _classes(path: Path) -> dict[str, ast.ClassDef]:
 
 
 def _exported(package: str) -> Iterator[tuple[Path, str, ast.ClassDef]]:
-    """Classes that a room exports, in the order of its imports."""
+    """Yield file, name and syntax tree of each class that a package exports, in the order of its imports."""
     folder = _room(package)
     for node in ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -178,7 +178,7 @@ def _summary(node: ast.ClassDef) -> str:
 
 
 def _arguments(path: Path, name: str) -> list[Argument]:
-    """Arguments of a class, or fields of a dataclass, in the order that they are written."""
+    """Arguments of a class, or fields of a dataclass, in source order."""
     node = _classes(path)[name]
     helps = _helps(ast.get_docstring(node) or "")
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
@@ -194,18 +194,18 @@ def _arguments(path: Path, name: str) -> list[Argument]:
 def _argument(name: str, kind: ast.expr | None, default: ast.expr | None, helps: Mapping[str, str]) -> Argument:
     shown = "" if default is None else ast.unparse(default)
     shown = {"None": "null", "True": "true", "False": "false"}.get(shown, shown.strip("'"))
-    # What is None in Python is null in a configuration.
+    # None in Python is null in a configuration.
     help_text = re.sub(r"\bNone\b", "null", helps.get(name, ""))
     return Argument(name, "" if kind is None else ast.unparse(kind), shown if _is_plain(shown) else "", help_text)
 
 
 def _is_plain(default: str) -> bool:
-    """Whether it is a value, rather than a call that makes one."""
+    """Whether a default is a literal worth showing: not null, a call, an attribute or a constant's name."""
     return default != "null" and not re.search(r"field\(|[A-Za-z]\.|^[A-Z_]+$", default)
 
 
 def _helps(doc: str) -> dict[str, str]:
-    """What the `Args` of a Google docstring say, by name."""
+    """Descriptions in the `Args` or `Attributes` of a Google style docstring, by name."""
     part = re.search(r"^(?:Args|Attributes):\n(.*?)(?=^\S|\Z)", doc, re.MULTILINE | re.DOTALL)
     if part is None:
         return {}
@@ -214,7 +214,7 @@ def _helps(doc: str) -> dict[str, str]:
 
 
 def _trainer_arguments(own: Mapping[str, Any]) -> list[Argument]:
-    """Arguments of Lightning's Trainer with the first sentence of each; defaults are ours where we have some."""
+    """Arguments of Lightning's Trainer with the first sentence of each description, and pml's defaults."""
     path = _room("lightning") / "pytorch" / "trainer" / "trainer.py"
     init = next(
         node for node in _classes(path)["Trainer"].body if isinstance(node, ast.FunctionDef) and node.name == "__init__"
@@ -224,7 +224,7 @@ def _trainer_arguments(own: Mapping[str, Any]) -> list[Argument]:
         name: re.split(r"(?<=[.!])\s", " ".join(text.split()))[0].replace("``", "")
         for name, text in re.findall(r"^    (\w+): (.*?)(?=^    \w+: |^\S|\Z)", doc + "\n", re.MULTILINE | re.DOTALL)
     }
-    sentences["precision"] = "32-true; others are refused, and the type of the frozen weights is --model.dtype."
+    sentences["precision"] = "32-true; others are refused. The dtype of the frozen weights is --model.dtype."
     arguments = []
     for argument, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True):
         found = _argument(argument.arg, None, default, sentences)

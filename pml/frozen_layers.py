@@ -1,8 +1,8 @@
-"""The split: what lies below the adapter gives the same numbers at every step, so it is computed once per example.
+"""The split: the layers below the adapter give the same states at every step, so they run once per example.
 
-A decoder is cut at its lowest adapted block. Below the cut each example is run once and what comes out is kept; above
-it runs a shallow copy of the decoder that shares all modules and starts from the kept states. The PEFT model stays
-whole: names, saving, loading and generation know nothing of the split.
+A decoder is cut at its lowest adapted block. Below the cut, each example runs once and its states are kept. Above the
+cut, a shallow copy of the decoder, which shares all modules, starts from the kept states. The PEFT model stays whole,
+so the split does not affect parameter names, saving, loading or generation.
 """
 
 import logging
@@ -41,9 +41,9 @@ Cut = Literal["after_block", "before_block", "whole"]
 
 
 class ContentKeys:
-    """A key for each row of a batch, by its content.
+    """One key per row of a batch, derived from its content.
 
-    Not a sequence to Lightning, which takes those in a batch apart down to the single byte to move them to a device.
+    Deliberately not a sequence: Lightning would recurse into it down to single bytes to move them to a device.
     """
 
     def __init__(self, keys: Iterable[bytes]) -> None:
@@ -54,35 +54,35 @@ class ContentKeys:
 
 
 def content_keys(input_ids: Tensor, lengths: Tensor) -> ContentKeys:
-    """A key per row that is equal if and only if the token ids before the padding are equal.
+    """One key per row; two keys are equal if and only if the token ids before the padding are.
 
-    Takes tensors that lie on the host, so that making the keys never waits for a device.
+    The tensors must be on the host, so that making keys never waits for a device.
     """
     rows = zip(input_ids, lengths.tolist(), strict=True)
     return ContentKeys(row[:length].numpy().tobytes() for row, length in rows)
 
 
 def on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """A batch of `pml.corpus.collate` where a model is, with its `keys`, for which no device is waited for."""
+    """Move a batch of `pml.corpus.collate` to a device and add its `keys`, which are made on the host."""
     keys = content_keys(batch["input_ids"], batch["lengths"])
     return {**{name: values.to(device, non_blocking=True) for name, values in batch.items()}, "keys": keys}
 
 
 class FrozenLayers:
-    """Final hidden states of a backbone with its adapter, with everything below the adapter computed once per example.
+    """Computes final hidden states of a backbone with its adapter, running the layers below it once per example.
 
-    The cut is `after_block` where the lowest adapter is an `mlp_block` whose update only adds to the block's output:
-    what is kept is that output without the adapter, and the MLP's input. Otherwise it is `before_block`: what enters
-    the lowest adapted block. Each cut is tried when it is made (`pml.cut_trial`), and given up unless it gives what the
-    whole model gives; `whole` runs everything at every step.
+    The cut is `after_block` if the lowest adapter is an `mlp_block` whose update only adds to the block's output; kept
+    are that output without the adapter and the MLP's input. Otherwise the cut is `before_block`, and the input of the
+    lowest adapted block is kept. Each cut is tested when it is made (`pml.cut_trial`) and rejected unless it matches
+    the whole model. Without a cut (`whole`), everything runs at every step.
 
     Args:
-        backbone: The backbone that carries the adapter. Kept states live with it, so that other adapters at the same
+        backbone: The backbone that carries the adapter. It holds the kept states, so that other adapters at the same
             block share them.
         model: The PEFT model on it.
-        config: Whether to cut at all, and where to keep what is computed.
-        folder: Where a memory-mapped file may be made.
-        processes: Processes on this machine that train together.
+        config: Whether to cut at all, and where to keep states.
+        folder: Folder for a memory-mapped file.
+        processes: Number of processes on this machine that train together.
 
     Raises:
         InputError: If the model cannot run here even whole, or is not causal.
@@ -101,13 +101,13 @@ class FrozenLayers:
         self.config = config or CacheConfig()
         self._folder, self._processes = folder, processes
         self.filled = 0
-        """Examples that this object ran the frozen layers for (0 where another adapter had already done so)."""
+        """Number of examples that this object ran through the frozen layers (0 if another adapter had kept them)."""
         self._lowest = lowest_adapted_block(backbone)
         streamed = backbone.streamed
         if streamed is None or len(streamed) != self._lowest or not self.config.release:
             backbone.restore()
         self.head = plain_head(backbone)
-        """The LM head where the logits are no more than its product with the final hidden states, else None."""
+        """The LM head if the logits are exactly its output for the final hidden states, else None."""
         self.cut: Cut = "whole"
         self._mlp: MlpBlockLora | None = None
         self._suffix: nn.Module = backbone.decoder
@@ -126,7 +126,7 @@ class FrozenLayers:
             backbone.restore()
 
     def _first_sound_cut(self) -> str | None:
-        """Take the highest cut that stands the trial; why there is none otherwise."""
+        """Make the highest cut that passes the trial; return why there is none, else None."""
         if self.head is None:
             return "its logits are more than a linear layer of its final hidden states"
         adapted = list(lora_layers(self.backbone.blocks[self._lowest]))
@@ -144,10 +144,10 @@ class FrozenLayers:
         return problem
 
     def final_hidden(self, batch: dict[str, Any]) -> Tensor:
-        """Hidden states (B, S, d) after the final norm; S is the longest example without its last token.
+        """Hidden states (B, S, d) after the final norm; S is the length of the longest example without its last token.
 
         Args:
-            batch: What `pml.corpus.collate` gives; `keys` from `content_keys` saves a copy from the device.
+            batch: A batch of `pml.corpus.collate`; with `keys` from `content_keys`, nothing is copied from the device.
         """
         input_ids = batch["input_ids"]
         steps = max(input_ids.shape[1] - 1, 1)
@@ -158,7 +158,7 @@ class FrozenLayers:
 
     @property
     def store(self) -> StateStore:
-        """Kept states by content of the example; shared by all adapters that cut this backbone at the same place."""
+        """Kept states by content of the example, shared by all adapters that cut this backbone at the same place."""
         place = (self.cut, self._lowest, self.config.place, self.config.budget_gib)
         if place not in self.backbone.kept_states:
             self.backbone.kept_states[place] = StateStore(
@@ -169,16 +169,16 @@ class FrozenLayers:
     def keep(self, examples: Iterable[Example]) -> None:
         """Keep the states of all examples for which there is room.
 
-        Streamed blocks move to the device once for many examples, where a block by itself computes what it does in the
-        whole model; an example that is only met in training makes them all move.
+        Streamed blocks move to the device once for many examples, if each block by itself gives what it gives in the
+        whole model. An example that is first met in training makes all of them move for it alone.
 
         Args:
-            examples: All that is trained on: every rank has a cache of its own, and may be handed any example.
+            examples: The whole training set: every rank has its own cache and may be handed any example.
         """
         if self.cut == "whole" or self.store.full:
             return
         missing: dict[bytes, Tensor] = {}
-        # A rank that is short of an example is handed the one that pads.
+        # A rank that runs short of examples is handed the padding example.
         for example in (PADDING_EXAMPLE, *examples):
             batch = collate([example])
             (key,) = content_keys(batch["input_ids"], batch["lengths"])
@@ -187,14 +187,14 @@ class FrozenLayers:
         with _for_training(), self._frozen():
             states = streamed_states(self.backbone, self._lowest, self._mlp, list(missing.values()))
             for key, kept in zip(missing, states, strict=True):
-                # What finds no room is computed at every step.
+                # Examples without room are computed at every step.
                 if self.store.full:
                     return
                 self.store.put(key, kept)
                 self.filled += 1
 
     def keep_and_release(self, examples: Iterable[Example]) -> None:
-        """Keep the states of all examples, then free the layers below the cut; unless there is no room for all."""
+        """Keep the states of all examples and free the layers below the cut, or restore them if room ran out."""
         self.keep(examples)
         if self.cut != "whole" and self.store.full:
             self.backbone.restore()
@@ -202,27 +202,27 @@ class FrozenLayers:
             self.release()
 
     def release(self) -> None:
-        """Free what lies below the cut; `Backbone.restore` brings it back."""
+        """Free the weights below the cut; `Backbone.restore` brings them back."""
         if self.cut != "whole":
             self.backbone.release(self._first_above)
             give_back_memory()
 
     @property
     def weights_above(self) -> int:
-        """Weights in the blocks that every step goes through."""
+        """Number of weights in the blocks that every step runs."""
         return sum(p.numel() for block in self.backbone.blocks[self._first_above :] for p in block.parameters())
 
     @property
     def _first_above(self) -> int:
-        """The first block above the cut."""
+        """Index of the first block above the cut."""
         return {"whole": 0, "before_block": self._lowest, "after_block": self._lowest + 1}[self.cut]
 
     def compile(self) -> None:
-        """Compile what is trained through; a first batch tries it. Evaluation, whose shapes vary, runs as it is."""
+        """Compile what training runs, checked on a first batch. Evaluation, whose shapes vary, stays eager."""
         self._compiled = CompiledDecoder(self._suffix, tolerance=1e-4)
 
     def replay(self, wanted: bool = True) -> None:
-        """Replay what is trained through as CUDA graphs, where the device has them; or no longer."""
+        """Replay training above the cut as CUDA graphs, if the device has them; with `wanted=False`, stop doing so."""
         self._replayed = None
         if wanted and self.cut != "whole" and has_graphs(self.backbone.model.device):
             suffix = self._suffix
@@ -237,18 +237,18 @@ class FrozenLayers:
             trained = {name: p for name, p in suffix.named_parameters() if p.requires_grad}
             self._replayed = ReplayedDecoder(decoder, trained)
 
-    # What `pml.cut_trial` tries ---------------------------------------------------------------------------------------
+    # What `pml.cut_trial` tests ---------------------------------------------------------------------------------------
 
     def whole(self, input_ids: Tensor) -> Tensor:
         """Final hidden states (B, S, d) of the whole model."""
         return run_decoder(self.backbone.decoder, input_ids=input_ids)
 
     def below(self, input_ids: Tensor, adapted: bool = False) -> tuple[Tensor, ...]:
-        """What is kept of one row, with the states at the cut (S, d) first; with the adapter on if `adapted`."""
+        """Tensors kept of one row, the states at the cut (S, d) first; `adapted` leaves the adapter on."""
         return states_below(self.backbone, self._lowest, self._mlp, input_ids) if adapted else self._capture(input_ids)
 
     def at_cut(self, kept: Sequence[tuple[Tensor, ...]], steps: int) -> Tensor:
-        """States (B, steps, d) at the cut with the adapter's update, from what each example keeps."""
+        """States (B, steps, d) at the cut with the adapter's update, from each example's kept tensors."""
         device = self.backbone.model.device
         hidden, *mlp_input = (_padded(rows, steps, device) for rows in zip(*kept, strict=True))
         if self._mlp is not None and (delta := self._mlp.delta(mlp_input[0])) is not None:
@@ -256,13 +256,13 @@ class FrozenLayers:
         return hidden
 
     def above(self, kept: Sequence[tuple[Tensor, ...]], steps: int) -> Tensor:
-        """Final hidden states (B, steps, d) from what each example keeps."""
+        """Final hidden states (B, steps, d) from each example's kept tensors."""
         return self._trained(inputs_embeds=self.at_cut(kept, steps))
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _trained(self, **inputs: Tensor) -> Tensor:
-        """Final hidden states through the blocks above the cut."""
+        """Final hidden states, from the inputs of the blocks above the cut."""
         if torch.is_grad_enabled() and self._compiled is not None:
             first = next(iter(inputs.values()))
             with attention(first.shape[1], first.device), one_sequence_a_row():
@@ -272,12 +272,12 @@ class FrozenLayers:
         return run_decoder(self._suffix, **inputs)
 
     def _below(self, batch: dict[str, Any], row: int, key: bytes) -> tuple[Tensor, ...]:
-        """What one example keeps, from the store or computed."""
+        """Kept tensors of one example, from the store or computed."""
         store = self.store
         if key in store:
             return store[key]
-        # Computed alone: in a batch, rounding depends on what else is in it, and what is kept is shared by runs that
-        # batch otherwise.
+        # Computed alone: in a batch, rounding depends on the other rows, and kept states are shared by runs that batch
+        # differently.
         with _for_training():
             kept = self._capture(_without_last(batch, row).clone())
             store.put(key, kept)
@@ -285,13 +285,13 @@ class FrozenLayers:
         return kept
 
     def _capture(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """States (S, d) of one example at the cut and, if that is after an `mlp_block`, the input of its MLP (S, d)."""
+        """States (S, d) of one example at the cut; for a cut after an `mlp_block`, also the input (S, d) of its MLP."""
         with self._frozen():
             return states_below(self.backbone, self._lowest, self._mlp, input_ids)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
-        """The frozen layers as what is kept is computed with; it serves evaluation too."""
+        """Weights in place, adapter off and full float32 precision, since evaluation uses the kept states too."""
         if self.backbone.released and self.config.release:
             self.backbone.stream(self._lowest)
         elif self.backbone.released:
@@ -309,7 +309,7 @@ class FrozenLayers:
             self._suffix = with_blocks(self.backbone, slice(self._first_above, None))
 
     def _try(self, cut: Cut) -> str | None:
-        """Make a cut and compare it with the whole model; a phrase where it will not do."""
+        """Make a cut and compare it with the whole model; return what is wrong with it, else None."""
         with narrow_windows(self.backbone.decoder.config):
             self._use(cut)
             problem = fault(self, self.model)
@@ -318,25 +318,25 @@ class FrozenLayers:
 
 
 def stream_below(module: "Memorization") -> None:
-    """With `frozen_prefix.release`, leave what is below the adapter on the host when the model moves to its device."""
+    """With `frozen_prefix.release`, keep the blocks below the adapter on the host when the model moves to a device."""
     if module.frozen_prefix.release:
         module.backbone.stream(module.adapter.block_indices(len(module.backbone.blocks))[0])
 
 
 def move_backbone(module: "Memorization", device: torch.device) -> None:
-    """Move a module's backbone to where it is trained, but for what `stream_below` leaves."""
+    """Move a module's backbone to its training device, except for the blocks that `stream_below` keeps on the host."""
     stream_below(module)
     nn.Module.to(module.backbone.model, device)
 
 
 def split_for(trainer: Any, backbone: Backbone, model: PeftModel, config: CacheConfig) -> FrozenLayers:
-    """The split of a model as a trainer's fit needs it.
+    """The split of a model, set up for a trainer's fit.
 
     Args:
-        trainer: A Lightning trainer, for its folder and how many processes of it this machine runs; None is alone.
+        trainer: A Lightning trainer, for its log folder and its number of processes on this machine; None means one.
         backbone: See `FrozenLayers`.
-        model: See there.
-        config: See there.
+        model: See `FrozenLayers`.
+        config: See `FrozenLayers`.
 
     Raises:
         InputError: If the model cannot be run as a causal decoder.
@@ -345,25 +345,25 @@ def split_for(trainer: Any, backbone: Backbone, model: PeftModel, config: CacheC
     try:
         return FrozenLayers(backbone, model, config, folder, 1 if trainer is None else trainer.num_devices)
     except AttributeError as error:
-        # torch takes an AttributeError in a property for a missing property, and would say just that.
+        # torch reports an AttributeError raised inside a property as a missing property, which would mislead.
         raise InputError(
-            f"backbone {backbone.name}: {type(backbone.model).__name__} is not made as a causal decoder is ({error}); "
-            "take another backbone"
+            f"backbone {backbone.name}: {type(backbone.model).__name__} is not built like a causal decoder ({error}); "
+            "use another backbone"
         ) from error
 
 
 @contextmanager
 def _for_training() -> Iterator[None]:
-    """What is computed here is constant, and can be trained on.
+    """Compute without gradients, but with results that training can use.
 
-    Tensors made under inference_mode, as in a validation that comes first, could not take part in training later.
+    Tensors made under inference_mode, as in an earlier validation, cannot take part in training.
     """
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 def _without_last(batch: dict[str, Tensor], row: int) -> Tensor:
-    """Token ids (1, S) of a row of a batch, without the last, after which nothing is predicted."""
+    """Token ids (1, S) of one row of a batch without its last token, which predicts nothing."""
     used = max(int(batch["lengths"][row]) - 1, 1)
     return batch["input_ids"][row : row + 1, :used]
 

@@ -1,4 +1,4 @@
-"""The accounting of a global batch: what all ranks and all accumulated micro-batches weigh, and lose, together."""
+"""Sums of weights and weighted losses over a global batch: all ranks and all accumulated micro-batches."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,14 +13,14 @@ __all__ = ["GlobalBatch"]
 
 
 class GlobalBatch:
-    """Sums over the micro-batches of one optimiser step, on this rank until it is closed and over all ranks then.
+    """Normalises the loss of one optimiser step over its global batch.
 
     The loss is sum(w L) / sum(w) over the global batch (Eq. 8). Each micro-batch adds the gradient of sum(w L); `close`
-    divides what has gathered by the sum of weights of all ranks and micro-batches. So k accumulated micro-batches, or
-    k ranks, give the gradient of one batch k times as large, whatever the weights.
+    divides the accumulated gradient by the sum of weights over all ranks and micro-batches. So k accumulated
+    micro-batches, or k ranks, give the gradient of one batch k times as large, whatever the weights.
 
     Args:
-        uniform_when_memorized: Train on the plain mean where no token of the global batch has weight.
+        uniform_when_memorized: Train on the plain mean if no token of the global batch has weight.
     """
 
     def __init__(self, uniform_when_memorized: bool = False) -> None:
@@ -34,13 +34,13 @@ class GlobalBatch:
         return self._sums is not None
 
     def add(self, weights: Tensor, losses: Tensor, mask: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Add a micro-batch; returns the weights (B, L) that its tokens train with. Takes all ranks.
+        """Add a micro-batch; returns the weights (B, L) to train with. All ranks must call it.
 
         Args:
-            weights: (B, L) what the weighting gives.
+            weights: (B, L) weights from the weighting.
             losses: (B, L) token losses in nats.
-            mask: (B, L) where there is a target token.
-            parameters: What is trained, with the gradients of the micro-batches before.
+            mask: (B, L), True where there is a target token.
+            parameters: Trained parameters, with the gradients of the micro-batches so far.
         """
         if self.uniform_when_memorized:
             weights = self._fall_back(weights, mask, parameters)
@@ -49,14 +49,14 @@ class GlobalBatch:
         return weights
 
     def close(self, parameters: Iterable[nn.Parameter]) -> tuple[Tensor, Tensor]:
-        """Divide the gradients by the sum of weights over all micro-batches and ranks. Takes all ranks.
+        """Divide the gradients by the sum of weights over all micro-batches and ranks. All ranks must call it.
 
         Args:
-            parameters: What is trained; DDP has averaged its gradients over the ranks.
+            parameters: Trained parameters, whose gradients DDP has averaged over the ranks.
 
         Returns:
-            The sum of all weights, the same on all ranks; without any, gradients are 0. And the loss of the global
-            batch in nats, 0 where nothing had weight.
+            The sum of all weights, and the loss of the global batch in nats; both are the same on all ranks, and 0 if
+            no token has weight.
         """
         assert self._sums is not None
         sums, ranks = self._sums, 1
@@ -69,10 +69,10 @@ class GlobalBatch:
         return sums[0], sums[1] / budget
 
     def _fall_back(self, weights: Tensor, mask: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Weight 1 for all tokens while no token of the global batch has weight.
+        """Weight 1 for all tokens as long as no token of the global batch has weight.
 
-        The micro-batches of a global batch come one by one. Until one brings a token with weight, all train on the
-        plain mean; when one does, what the earlier ones have left in the gradients is dropped.
+        Micro-batches arrive one by one. Until one holds a token with weight, all train on the plain mean; when one
+        does, the gradients and sums of the earlier ones are set to 0.
         """
         active = (weights > 0).any().float()
         if several_ranks():
@@ -88,15 +88,15 @@ class GlobalBatch:
         return torch.where(active > 0, weights, mask.to(weights.dtype))
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be in a checkpoint that is made between two micro-batches of a step."""
+        """State that a checkpoint must hold between two micro-batches of a step."""
         return {"sums": self._sums, "any_active": self._any_active}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take back what `state_dict` gave.
+        """Restore what `state_dict` returned.
 
         Args:
-            state: That.
-            device: Where training goes on.
+            state: The state.
+            device: Device on which training resumes.
         """
         self._sums, self._any_active = (
             None if state[name] is None else state[name].to(device) for name in ("sums", "any_active")

@@ -1,4 +1,4 @@
-"""A grid of runs as a file says it: expanded to cells, each of which is checked before anything is run."""
+"""A grid file: read, expanded to cells, and every cell checked before anything runs."""
 
 import hashlib
 import itertools
@@ -27,12 +27,12 @@ ERROR_NAME = "error.txt"
 
 
 class Grid(pydantic.BaseModel):
-    """What a grid file says.
+    """Content of a grid file.
 
     Attributes:
         base: Configuration files of `pml fit` that every cell starts from, relative to the grid file.
-        out: Folder for the cells' run folders, relative to the working directory.
-        grid: For any key of `pml fit`, the values it takes; every combination is a cell. A list of such mappings is
+        out: Parent of the cells' run folders, relative to the working directory.
+        grid: Maps keys of `pml fit` to lists of values; every combination is a cell. A list of such mappings gives
             the union of their cells.
     """
 
@@ -50,7 +50,7 @@ class Grid(pydantic.BaseModel):
     @pydantic.field_validator("grid")
     @classmethod
     def _days_are_text(cls, grid: list[dict[str, list[Any]]]) -> list[dict[str, list[Any]]]:
-        # YAML reads 2026-01-31 as a date; a command line says it in the same way.
+        # YAML reads 2026-01-31 as a date, but cells pass it on as a command-line argument.
         return [{key: _without_dates(values) for key, values in part.items()} for part in grid]
 
 
@@ -70,12 +70,12 @@ class Cell:
     """One run of a grid.
 
     Attributes:
-        name: Name of its folder: what sets it apart from the other cells, and a hash of its whole configuration, so
-            that a cell whose configuration has changed is another cell. It keeps the name that it had in an earlier
-            version of the grid, in which other keys may have varied.
+        name: Name of its folder: the values that set it apart from the other cells, and a hash of its whole
+            configuration, so that a cell with a changed configuration is a new cell. A folder with the same hash keeps
+            its name, even if it comes from a version of the grid in which other keys varied.
         folder: Its run folder.
-        arguments: What `pml fit` would be given to run it.
-        data: Backbone and settings of the data, as JSON: cells with the same have the same corpus.
+        arguments: Arguments of `pml fit` that run it.
+        data: Backbone and data settings as JSON; cells with equal `data` have the same corpus.
     """
 
     name: str
@@ -85,9 +85,9 @@ class Cell:
 
     @property
     def record(self) -> Record | None:
-        """Its record where it has been run to its end, diverged or not: to run it again would give the same.
+        """The record of a run that has ended, diverged or not: running the cell again would give the same.
 
-        A record that is damaged is named in a warning, and counts as none.
+        A damaged record is reported in a warning and counts as none.
         """
         path = self.folder / RECORD_NAME
         try:
@@ -99,7 +99,7 @@ class Cell:
 
     @property
     def error(self) -> str | None:
-        """What an attempt failed with, in one line; None where none has failed."""
+        """Error of a failed attempt in one line; None if none has failed."""
         try:
             return (self.folder / ERROR_NAME).read_text(encoding="utf-8").partition("\n")[0]
         except (FileNotFoundError, NotADirectoryError):
@@ -111,10 +111,10 @@ def read_grid(path: Path, kind: type[AnyGrid] = Grid) -> AnyGrid:  # type: ignor
 
     Args:
         path: The file.
-        kind: What it has to say.
+        kind: Model that its content has to fit.
 
     Raises:
-        InputError: If it cannot be read, is not YAML, or does not say what a grid needs.
+        InputError: If it cannot be read, is not YAML, or does not fit `kind`.
     """
     try:
         grid = kind.model_validate(read_yaml(path))
@@ -129,13 +129,13 @@ def read_grid(path: Path, kind: type[AnyGrid] = Grid) -> AnyGrid:  # type: ignor
     for base in bases:
         if not base.is_file():
             raise InputError(f"{path}: base {base}: no such file; paths are relative to the grid file")
-    # As loggers would expand it: both have to name the same folder.
+    # Expanded as loggers do, so that both name the same folder.
     out = Path(os.path.expandvars(grid.out.expanduser()))
     return grid.model_copy(update={"base": bases, "out": out})
 
 
 def expand(grid: Sequence[dict[str, list[Any]]]) -> list[dict[str, Any]]:
-    """Every combination of values of every part of a grid, the last key varying fastest.
+    """Every combination of values in each part of a grid; the last key varies fastest.
 
     Example:
         >>> expand([{"rank": [1, 2], "seed": [7]}])
@@ -145,10 +145,10 @@ def expand(grid: Sequence[dict[str, list[Any]]]) -> list[dict[str, Any]]:
 
 
 def resolve(grid: Grid) -> list[Cell]:
-    """The cells of a grid, each of them parsed as `pml fit` would.
+    """Resolve a grid to its cells, each parsed as `pml fit` would parse it.
 
     Raises:
-        InputError: If a key does not exist or a value does not fit, naming the cell; or two cells are the same run.
+        InputError: If a cell, which the message names, has an unknown key or a bad value, or two cells are the same.
     """
     settings = expand(grid.grid)
     varying = [key for key in dict.fromkeys(k for s in settings for k in s) if _varies(key, settings)]
@@ -179,7 +179,7 @@ def _options(setting: Mapping[str, Any]) -> list[str]:
 
 
 def _with_whole_variables(setting: Mapping[str, Any], base: Sequence[str]) -> Mapping[str, Any]:
-    """A cell's values, in which single variables of a chat template join those that it has anyway, in one mapping."""
+    """A cell's values, with single chat-template variables merged into the mapping of all its template variables."""
     single = {key: value for key, value in setting.items() if ".template_kwargs." in key}
     if not single:
         return setting
@@ -190,7 +190,7 @@ def _with_whole_variables(setting: Mapping[str, Any], base: Sequence[str]) -> Ma
 
 
 def _folders(out: Path) -> dict[str, list[str]]:
-    """Names of the folders in a grid's own, in order, by the hash that they end with."""
+    """Names of the existing folders of cells, sorted, by the hash that they end with."""
     found: dict[str, list[str]] = {}
     for path in sorted(out.iterdir()) if out.is_dir() else []:
         if path.is_dir():
@@ -204,7 +204,7 @@ def _data_of(config: Any) -> str:
 
 
 def _place(out: Path, name: str) -> tuple[str, ...]:
-    """Where a cell logs to: its own folder, whatever its configuration says."""
+    """Arguments that make a cell log to its own folder, whatever its configuration says."""
     return (
         "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
         f"--trainer.logger.save_dir={out}",
@@ -216,7 +216,7 @@ def _place(out: Path, name: str) -> tuple[str, ...]:
 
 
 def _without_places(config: Any) -> Any:
-    """A configuration without what does not change the result: where it is written and what is shown."""
+    """A configuration without the settings that cannot change the result: output paths and the progress bar."""
     plain = config.as_dict()
     plain.pop("config", None)
     for key in ("logger", "enable_progress_bar", "default_root_dir"):
@@ -229,7 +229,7 @@ def _varies(key: str, settings: Sequence[dict[str, Any]]) -> bool:
 
 
 def _label(setting: dict[str, Any], keys: Sequence[str]) -> str:
-    """Short, readable and fit for a file name: `rank=4,length=64`."""
+    """Short label of a cell that is valid as a file name, such as `rank=4,length=64`."""
     parts = []
     for key in keys:
         if key in setting:
@@ -238,5 +238,5 @@ def _label(setting: dict[str, Any], keys: Sequence[str]) -> str:
                 value = value.get("class_path", json.dumps(value))
             text = value.rsplit(".", 1)[-1] if isinstance(value, str) and "/" not in value else str(value)
             parts.append(f"{key.rsplit('.', 1)[-1]}={text}")
-    # In bytes, which file systems count.
+    # File systems limit the length of names in bytes.
     return re.sub(r"[^\w=.,+-]+", "_", ",".join(parts)).encode()[:120].decode(errors="ignore")

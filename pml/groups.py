@@ -1,4 +1,4 @@
-"""Runs sorted by what one law describes: one backbone, place and initialisation of the adapter, corpus and method."""
+"""Runs grouped by what one law describes: one backbone, adapter placement and initialisation, corpus and method."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from pml.errors import InputError
 from pml.names import AdapterSize
 from pml.records import Record
-from pml.tables import short_names
+from pml.tables import numbers_first, short_names
 
 __all__ = [
     "SIZES",
@@ -27,30 +27,30 @@ __all__ = [
 ]
 
 SETTING = ("backbone", "backbone_hash", "block", "placement", "init", "corpus")
-# How large the corpus is and which one was drawn: what the runs of one law differ in.
+# Size and draw of the corpus, in which the runs of one law may differ.
 SIZES = tuple(
     f"corpus_settings.{name}"
     for name in ("length", "count", "pairs", "people", "size", "target_tokens", "path", "seed")
 )
-# Of `Record.training`, what changes the result, whoever set it.
+# Keys of `Record.training` that change the result.
 TRAINING = ("global_batch_size", "gradient_clip_val", "gradient_clip_algorithm", "precision")
-# What all runs of one law must share, and what the message about it shows.
+# Fields that all runs of one law must share.
 OF_ONE_LAW = ("backbone_hash", "block", "placement", "init", "method")
-# What a law by effective parameters may mix: adapters of another shape, counted by their parameters.
+# A law by effective parameters may mix these: it counts adapters of any shape by their parameters.
 SHAPE = ("block", "placement")
 NAMES = {"sft": "SFT", "memft": "MemFT"}
-# Not a field of a record: where the run lies, such as the sweep it is of.
+# Not a field of a record: the folder around the run's own, such as that of its sweep.
 FOLDER = "folder"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in rank, length and seed.
+    """Runs of one setting and method, which may differ in rank, length and seed.
 
     Attributes:
-        setting: The fields of `SETTING`, and what the runs were split by beside them.
-        method: The method with its weighting, see `method_name`.
-        records: Records by the folder of their run.
+        setting: The fields of `SETTING`, and any further fields that the runs were split by.
+        method: Name of the method, see `method_name`.
+        records: Records by run folder.
     """
 
     setting: dict[str, Any]
@@ -59,7 +59,7 @@ class Group:
 
 
 def method_name(record: Record) -> str:
-    """The method as people call it, with the weighting and the curriculum where there is a choice of them.
+    """Display name of a run's method, with its weighting (unless `Uniform`) and its curriculum.
 
     Example: `SFT`, or `MemFT OnlyThreshold + PrefixRatio`.
     """
@@ -69,23 +69,23 @@ def method_name(record: Record) -> str:
 
 
 def short_method_names(methods: Iterable[str]) -> dict[str, str]:
-    """The first word of each method where it tells them apart, otherwise the whole name."""
+    """A short name for each method: its first word if no other method begins with it, otherwise the whole name."""
     names = list(dict.fromkeys(methods))
     firsts = [(name.split() or [name])[0] for name in names]
     return {name: first if firsts.count(first) == 1 else name for name, first in zip(names, firsts, strict=True)}
 
 
 def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_corpora: bool = False) -> list[Group]:
-    """Runs by backbone, block, placement, initialisation, corpus and method, in the order in which they came.
+    """Runs grouped by backbone, block, placement, initialisation, corpus and method, in order of first appearance.
 
     Args:
-        records: Records by the folder of their run.
-        by: Further fields of a record to split by, dotted into its settings: `method_settings.learning_rate`; and
-            `folder`, the name of the folder that a run's own folder lies in, which tells sweeps apart.
-        join_corpora: Put corpora of different names together, such as files of several lengths.
+        records: Records by run folder.
+        by: Further fields of a record to split by, with dots into its settings (`method_settings.learning_rate`), or
+            `folder`, the name of the folder that contains a run's own folder, which tells sweeps apart.
+        join_corpora: Group corpora of different names together, such as files of several lengths.
 
     Raises:
-        InputError: If no record has one of the fields.
+        InputError: If no run has a value for one of the fields in `by`.
     """
     around = {path: path.resolve().parent for path in records}
     folders = list(dict.fromkeys(around.values()))
@@ -97,7 +97,7 @@ def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_c
     for name in by:
         if all(value(path, record, name) is None for path, record in records.items()):
             raise InputError(
-                f"no run has a value for {name!r}; expected {FOLDER}, or a field of its record, dotted into its "
+                f"no run has a value for {name!r}; expected {FOLDER}, or a field of its record, with dots into its "
                 "settings, such as dtype or method_settings.learning_rate"
             )
     groups: dict[str, Group] = {}
@@ -105,20 +105,20 @@ def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_c
         names = [name for name in SETTING if not (join_corpora and name == "corpus")]
         setting = {name: value(path, record, name) for name in dict.fromkeys((*names, *by))}
         method = method_name(record)
-        # Values may be lists, and a name may hold anything: repr tells them apart without hashing them.
+        # Values may be lists, which cannot be hashed; their repr can.
         group = groups.setdefault(repr((setting, method)), Group(setting, method, {}))
         group.records[path] = record
     return list(groups.values())
 
 
 def differing(groups: Sequence[Group]) -> list[str]:
-    """Names of the settings that tell groups apart, in their order; the method, which has no name there, is not one."""
+    """Names of the settings in which groups differ, in order; the method is not among them."""
     names = dict.fromkeys(name for group in groups for name in group.setting)
     return [name for name in names if len({repr(group.setting.get(name)) for group in groups}) > 1]
 
 
 def setting_of(record: Record, name: str) -> Any:
-    """A field of a record, dotted into its dictionaries; None where the record lacks it."""
+    """A field of a record, with dots into its dictionaries; None if the record lacks it."""
     first, *rest = name.split(".")
     value = getattr(record, first, None) if first in type(record).model_fields else None
     for key in rest:
@@ -127,9 +127,9 @@ def setting_of(record: Record, name: str) -> Any:
 
 
 def settings_of(record: Record) -> dict[str, Any]:
-    """What a run was made with, by dotted names: its setting, dtype, method and corpus settings, and its training.
+    """Everything that a run was made with, by dotted name: setting, dtype, method, and settings of method and corpus.
 
-    A batch that is the whole corpus is left out: it follows from the corpus.
+    Training settings are included, except a global batch of the whole corpus, which follows from the corpus.
     """
     flat = {name: getattr(record, name) for name in (*SETTING, "dtype", "method")}
     for name in ("method_settings", "corpus_settings"):
@@ -141,28 +141,28 @@ def settings_of(record: Record) -> dict[str, Any]:
 
 
 def training_of(record: Record) -> dict[str, Any]:
-    """What its batches and trainer had to do with a result; earlier records do not say it."""
+    """The training settings of a run that change its result; records of earlier schema versions lack them."""
     return {name: record.training[name] for name in TRAINING if name in record.training}
 
 
 def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
-    """Settings in which runs differ though their rank, length and seed do not ask for it, with their values.
+    """Settings other than rank, length and seed in which runs differ, with their values.
 
-    Among them `optimizer_steps`, where runs of one size that did not recall it all ended after different numbers.
+    They include `optimizer_steps` if runs of one size that did not recall everything took different numbers of steps.
     """
     known = list(records)
     all_settings = [settings_of(record) for record in known]
     names = dict.fromkeys(name for settings in all_settings for name in settings if name not in SIZES)
     found: dict[str, list[Any]] = {}
     for name in names:
-        # A record that does not say how it was trained differs in nothing there.
+        # A record that does not say how its run was trained does not count as different in that.
         having = [one for one in all_settings if name in one or not name.startswith("training.")]
         values = {repr(settings.get(name)): settings.get(name) for settings in having}
         if len(values) > 1:
-            found[name] = [values[key] for key in sorted(values)]
+            found[name] = sorted(values.values(), key=numbers_first)
     steps: dict[tuple[int, int], set[int]] = {}
     for record in known:
-        # A run that recalled may have stopped for it; one that was stopped from outside had another budget.
+        # A run may have stopped because it recalled; an interrupted run did not use its budget.
         if record.steps_to_recall is None and record.status == "finished":
             steps.setdefault((record.target_tokens, record.pairs), set()).add(record.optimizer_steps)
     if any(len(of_size) > 1 for of_size in steps.values()):
@@ -180,19 +180,19 @@ def _flattened(prefix: str, value: Any) -> dict[str, Any]:
 
 
 def _class_name(value: Any) -> str:
-    """The class of a settings object as `pml.plain` writes it, or the name that stands for it."""
+    """Class name of a settings object as `pml.plain` writes it, or of a bare class path; empty for anything else."""
     if isinstance(value, dict):
         value = value.get("class_path")
     return value.rpartition(".")[2] if isinstance(value, str) else ""
 
 
 def select_records(records: Mapping[Path, Record], where: Mapping[str, Any] | None = None) -> dict[Path, Record]:
-    """The records whose fields have the values that `where` names; all of them without `where`.
+    """The records whose fields have the values in `where`; all records without `where`.
 
     Args:
-        records: Records by the folder of their run.
-        where: Fields of a record, dotted into its settings (`method_settings.learning_rate`), and the value to keep. A
-            list of one, such as `block`, may be given as its element.
+        records: Records by run folder.
+        where: Values to keep by field, with dots into the record's settings (`method_settings.learning_rate`). A list
+            of one element, such as `block`, may be given as that element.
 
     Raises:
         InputError: If a field does not exist, or no record is left.
@@ -222,12 +222,12 @@ def shared_setting(records: Mapping[Path, Record], adapter_size: AdapterSize = "
     lists other settings in which the runs differ (see `varying`), with their values.
 
     Args:
-        records: Records by the folder of their run.
-        adapter_size: What the law counts. By effective parameters, blocks and placements may differ; the setting then
-            leaves them out.
+        records: Records by run folder.
+        adapter_size: What the law counts as the adapter's size. By effective parameters, blocks and placements may
+            differ; those that do are left out.
 
     Raises:
-        InputError: If there is no record, or the runs differ in what a law needs one of.
+        InputError: If there is no record, or the runs differ in a field that one law must share.
     """
     if not records:
         raise InputError("no record: expected the records of at least 5 runs; give folders with finished runs")

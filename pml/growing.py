@@ -1,4 +1,4 @@
-"""An adapter of a higher rank that goes on from what a smaller one has learnt."""
+"""Growing an adapter to a higher rank without losing what it has learnt."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +15,11 @@ __all__ = ["grow", "largest_rank", "weights_of"]
 
 
 def grow(model: PeftModel, learnt: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Let a fresh adapter of a higher rank compute what a smaller one did.
+    """Copy a smaller adapter into a fresh one of higher rank, which then computes the same update.
 
     Args:
-        model: With the fresh adapter, whose B is zero.
-        learnt: A's trained matrix (r, ...) and B (d, r) of each layer of the smaller one, see `weights_of`.
+        model: The model with the fresh adapter, whose B is zero.
+        learnt: Trained A (r, ...) and B (d, r) of each layer of the smaller adapter, from `weights_of`.
     """
     for layer, (a, b) in zip(lora_layers(model), learnt, strict=True):
         with torch.no_grad():
@@ -28,12 +28,12 @@ def grow(model: PeftModel, learnt: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def weights_of(model: PeftModel) -> list[tuple[Tensor, Tensor]]:
-    """What `grow` takes, of a trained adapter."""
+    """Trained A and B of each layer of an adapter, as `grow` takes them; a guarded A by its coordinates."""
     return [(_trained_a(layer).detach().clone(), _b(layer).detach().clone()) for layer in lora_layers(model)]
 
 
 def largest_rank(module: Memorization) -> int:
-    """The largest rank that the free directions of every adapted layer have room for."""
+    """Largest rank that fits the free directions of every adapted layer and the hidden size."""
     free = (_trained_a(layer).shape[-1] for layer in lora_layers(module.model))
     return min(module.backbone.hidden_size, *free)
 

@@ -1,12 +1,13 @@
-"""The guard: an adapter that reads only what ordinary text does not write.
+"""The guard: keeps an adapter from reading the input directions that ordinary text uses.
 
-A LoRA update is B A x. What it does to other text comes from how that text's inputs x meet A. The guard keeps every row
-of A orthogonal to the k largest principal directions of the inputs that the adapted layer gets on ordinary text, so
-that there A x is next to nothing whatever B is. A is trained in coordinates of the other directions, A = C Q^T with
-orthonormal columns Q: AdamW's moments live in the free subspace, and what is saved is an ordinary LoRA.
+A LoRA update is B A x, so it changes other text only as far as A responds to that text's inputs x. The guard keeps
+every row of A orthogonal to the k largest principal directions of the adapted layer's inputs on ordinary text; there
+A x is close to 0 whatever B is. A is trained in coordinates of the other, free directions: A = C Q^T with orthonormal
+columns Q. AdamW's moments live in the free subspace, and the saved adapter is an ordinary LoRA.
 
-Relatives: AlphaEdit (arXiv 2410.02355) projects the weight changes of model editing onto the null space of keys that
-are to be kept; LoRA-Null (arXiv 2503.02659) starts A in the null space of pre-training activations, and may leave it.
+Related work: AlphaEdit (arXiv 2410.02355) projects the weight changes of model editing onto the null space of the keys
+to preserve. LoRA-Null (arXiv 2503.02659) initialises A in the null space of pre-training activations, and A may
+leave it.
 """
 
 import hashlib
@@ -37,12 +38,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class GuardConfig:
-    """Which directions of a layer's inputs an adapter may not read.
+    """Which directions of a layer's inputs an adapter must not read.
 
     Args:
-        variance: Share of the ordinary text's second moment that the guarded directions hold, in (0, 1).
-        directions: Number k of guarded directions, the largest first, in place of a share.
-        text: Files of ordinary text in UTF-8; null takes the prose, code and chats that ship.
+        variance: Share of the second moment of ordinary text that the guarded directions cover, in (0, 1).
+        directions: Number k of guarded directions, the largest first; replaces `variance` if given.
+        text: UTF-8 files of ordinary text; null takes the packaged prose, code and chats.
     """
 
     variance: float = 0.99
@@ -59,13 +60,13 @@ class GuardConfig:
 def free_directions(moment: Tensor, variance: float, directions: int | None = None) -> Tensor:
     """The directions that are not guarded, as orthonormal columns (d, d - k).
 
-    Principal directions are eigenvectors of the second moment: the mean is not taken off, since an adapter that reads
-    the mean adds the same to every token.
+    Principal directions are eigenvectors of the second moment. The mean is not subtracted, since an adapter that reads
+    the mean would shift every token.
 
     Args:
         moment: Second moment (d, d) of a layer's inputs x, the sum of x x^T over tokens.
-        variance: The k largest principal directions hold at least this share of its trace.
-        directions: k itself, in place of a share.
+        variance: Least share of the trace that the k guarded directions cover.
+        directions: k itself; replaces `variance` if given.
 
     Example:
         >>> free_directions(torch.diag(torch.tensor([1.0, 8.0, 1.0])), variance=0.8).abs().tolist()
@@ -79,20 +80,20 @@ def free_directions(moment: Tensor, variance: float, directions: int | None = No
 
 
 class GuardedA(nn.Module):
-    """LoRA's A in coordinates of free directions, A = C Q^T; to everybody else a linear layer with the weight A.
+    """LoRA's A in coordinates of the free directions, A = C Q^T; from outside, a linear layer with the weight A.
 
-    State dictionaries have `weight` alone, so PEFT saves an ordinary LoRA and loads one.
+    State dictionaries hold only `weight`, so PEFT saves and loads an ordinary LoRA.
 
     Args:
-        weight: Initial A (r, d); what it has in guarded directions is dropped.
-        basis: Q (d, m), orthonormal columns.
+        weight: Initial A (r, d); its components in guarded directions are dropped.
+        basis: Q (d, m), orthonormal columns that span the free directions.
     """
 
     def __init__(self, weight: Tensor, basis: Tensor) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.coordinates = nn.Parameter(weight.detach() @ basis)
-        # A buffer: DDP gives all ranks that of the first, and the module's checkpoints hold it.
+        # A buffer, so that DDP broadcasts the first rank's basis and checkpoints of the module hold it.
         self.register_buffer("basis", basis)
 
     @property
@@ -119,16 +120,16 @@ class GuardedA(nn.Module):
 
 
 def guard_layers(backbone: Backbone, layers: Mapping[str, Any], config: GuardConfig, rank: int) -> None:
-    """Put a guarded A into LoRA layers that have not been trained yet.
+    """Replace A by a guarded A in LoRA layers that have not been trained yet.
 
     Args:
-        backbone: The model that carries them.
+        backbone: The model that carries the layers.
         layers: PEFT's LoRA layers by their path in the backbone.
         config: What to guard.
-        rank: LoRA rank, which has to fit into what is left.
+        rank: LoRA rank; every layer needs at least as many free directions.
 
     Raises:
-        InputError: If fewer free directions than the rank are left, or the text cannot be read.
+        InputError: If a layer has fewer free directions than the rank, or the text cannot be read.
     """
     moments = input_moments(backbone, list(layers), config)
     for name, layer in layers.items():
@@ -145,12 +146,12 @@ def guard_layers(backbone: Backbone, layers: Mapping[str, Any], config: GuardCon
 
 
 def input_moments(backbone: Backbone, names: Sequence[str], config: GuardConfig) -> dict[str, Tensor]:
-    """Second moments (d, d) of what layers get in on ordinary text, in float32, from the cache folder or computed.
+    """Second moments (d, d), in float32, of the inputs of layers on ordinary text; read from the cache or computed.
 
     Args:
         backbone: The model; an adapter on it must not have been trained yet.
-        names: Paths of layers in it.
-        config: Which text.
+        names: Paths of the layers in the backbone.
+        config: Which text to use.
     """
     passages = ordinary_passages(config.text, "guard")
     examples = text_examples(passages, backbone.tokenizer, backbone.max_positions, backbone.vocab_size)
@@ -158,7 +159,7 @@ def input_moments(backbone: Backbone, names: Sequence[str], config: GuardConfig)
     files = {name: _cache_file(backbone, name, rows) for name in names}
     found = {name: moment for name, path in files.items() if (moment := _read(path)) is not None}
     if missing := [name for name in names if name not in found]:
-        log.info("guard: %d passages of ordinary text go once through %s", len(rows), backbone.name)
+        log.info("guard: running %d passages of ordinary text through %s once", len(rows), backbone.name)
         for name, moment in _computed(backbone, missing, rows).items():
             found[name] = moment
             _write(files[name], moment)
@@ -166,7 +167,7 @@ def input_moments(backbone: Backbone, names: Sequence[str], config: GuardConfig)
 
 
 class _AllSeen(Exception):
-    """Every layer has had its input."""
+    """Ends a forward pass when every layer has received its input."""
 
 
 def _computed(backbone: Backbone, names: Sequence[str], rows: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
@@ -186,11 +187,11 @@ def _computed(backbone: Backbone, names: Sequence[str], rows: Sequence[tuple[int
 
         return add
 
-    # An adapter that is on it already draws its dropout, which would leave other draws for the training.
+    # In evaluation mode, since the dropout of an attached adapter would advance the generator that training uses.
     with _hooks(backbone.model, {n: adding(n) for n in names}), torch.no_grad(), evaluating(backbone.model):
         for row in rows:
             left.update(names)
-            # What lies above the highest of the layers is not run.
+            # The pass stops at the highest of these layers.
             with suppress(_AllSeen):
                 backbone.decoder(input_ids=torch.tensor([row], device=backbone.model.device), use_cache=False)
     return {name: moment.float().cpu() for name, moment in sums.items()}
@@ -207,7 +208,7 @@ def _hooks(model: nn.Module, by_name: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _cache_file(backbone: Backbone, name: str, rows: Sequence[tuple[int, ...]]) -> Path:
-    """Where the moment of one backbone, layer and text is kept: everything that it depends on is in the name."""
+    """Cache file of one backbone, layer and text; its name hashes everything that the moment depends on."""
     digest = hashlib.sha256(f"{backbone.content_hash}\0{backbone.model.dtype}\0{name}\0".encode())
     for row in rows:
         digest.update(struct.pack(f"<I{len(row)}I", len(row), *row))
@@ -226,4 +227,4 @@ def _write(path: Path, moment: Tensor) -> None:
         with whole_file(path) as file:
             file.write(save({"moment": moment.contiguous()}))
     except OSError as error:
-        log.warning("guard: %s cannot be written (%s); it is computed again next time", path, error.strerror)
+        log.warning("guard: %s cannot be written (%s); it will be computed again next time", path, error.strerror)

@@ -1,9 +1,8 @@
-"""A penalty on what training does to other text: the KL divergence from the frozen model on ordinary passages.
+"""The KL penalty: a loss term on ordinary text, the KL divergence of the adapted model from the frozen one.
 
-It complements `pml.guard`: the guard limits what an adapter can read, the penalty unlearns what it still does to text
-that the corpus knows nothing of. Passages are those of `pml.ordinary_text`; the distribution that they should keep is
-the frozen model's own, so no text has to be true or well written (knowledge distillation, arXiv 1503.02531, with the
-model as its own teacher).
+It complements `pml.guard`: the guard limits what an adapter can read, and the penalty trains away the harm that is
+left. The passages come from `pml.ordinary_text`. The target is the frozen model's own distribution, so the text need
+not be true or well written (knowledge distillation, arXiv 1503.02531, with the model as its own teacher).
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,14 +26,14 @@ __all__ = ["KlPenalty", "KlPenaltyConfig", "kl_divergence", "turn_of"]
 
 @dataclass
 class KlPenaltyConfig:
-    """How much training may change the model on ordinary text.
+    """How strongly training is penalised for changing the model on ordinary text.
 
     Args:
-        weight: Factor of the divergence in the loss; both are nats per token.
-        passages: Passages in each micro-batch, drawn in turn. Four of 64 tokens cost twice as much as two of 32, and
-            did not spare more.
-        tokens: Most tokens of each; longer text is cut into pieces.
-        text: Files of ordinary text in UTF-8; null takes the prose, code and chats that ship.
+        weight: Factor of the divergence in the loss; both are in nats per token.
+        passages: Passages per micro-batch, drawn in turn. Four of 64 tokens took twice as long as two of 32 and did not
+            reduce harm further.
+        tokens: Most tokens of a passage; longer text is cut into pieces.
+        text: UTF-8 files of ordinary text; null takes the packaged prose, code and chats.
     """
 
     weight: float = 16.0
@@ -53,7 +52,7 @@ class KlPenaltyConfig:
 class _Divergence(torch.autograd.Function):
     """KL(p || q) of softmax(a) and softmax(b), sum p (a - b) - ln Z_a + ln Z_b, with its gradient q - p by b.
 
-    A pass over (N, V) costs as much as half a product with the head, so what autograd would do apart is done at once.
+    A pass over (N, V) costs half as much as a product with the head, so this fuses the passes that autograd would make.
     """
 
     @staticmethod
@@ -73,12 +72,12 @@ class _Divergence(torch.autograd.Function):
 
 
 def _log_normaliser(logits: Tensor, probabilities: Tensor) -> Tensor:
-    """ln of the sum of exp(logits), by way of the largest, whose probability is nowhere near 0."""
+    """ln of the sum of exp(logits), from the largest logit, whose probability is far from 0."""
     return logits.amax(dim=-1) - probabilities.amax(dim=-1).log()
 
 
 def kl_divergence(frozen: Tensor, adapted: Tensor) -> Tensor:
-    """KL(frozen || adapted) in nats, the mean over N tokens; float32 whatever the logits are.
+    """KL(frozen || adapted) in nats, mean over N tokens; float32 whatever the dtype of the logits.
 
     Args:
         frozen: Logits (N, V) of the frozen model.
@@ -89,22 +88,22 @@ def kl_divergence(frozen: Tensor, adapted: Tensor) -> Tensor:
 
 
 def turn_of(trainer: Trainer, batch_idx: int) -> int:
-    """Number of a micro-batch, counted over ranks and steps. It follows from the step: checkpoints need not hold it."""
+    """Number of a micro-batch, counted over steps and ranks. It follows from the step: checkpoints need not hold it."""
     per_step = trainer.accumulate_grad_batches
     turn = trainer.global_step * per_step + batch_idx % per_step
     return turn * trainer.world_size + trainer.global_rank
 
 
 class KlPenalty:
-    """Divergence from the frozen model on a few passages at a time.
+    """KL divergence from the frozen model, on a few passages per micro-batch.
 
     Args:
-        config: How much text.
-        backbone: Whose tokenizer and context the passages have to fit.
-        seed: Of the order of passages.
+        config: Which text, and how much of it.
+        backbone: The model, whose tokenizer and context length the passages have to fit.
+        seed: Seed of the order of the passages.
 
     Attributes:
-        passages: All of them, in the order in which they are drawn.
+        passages: All passages in their order; a last group smaller than `config.passages` is never drawn.
     """
 
     def __init__(self, config: KlPenaltyConfig, backbone: Backbone, seed: int) -> None:
@@ -119,19 +118,19 @@ class KlPenalty:
         self._hidden: dict[int, Tensor] = {}
 
     def chosen(self, turn: int) -> list[Example]:
-        """The passages of a micro-batch: always the same together, since what is in a batch decides how it is rounded.
+        """The passages of a micro-batch, always in the same groups, since rounding depends on what shares a batch.
 
         Args:
-            turn: See `turn_of`; after the last passages it begins again with the first.
+            turn: See `turn_of`; after the last group the first one follows again.
         """
         first = turn % (len(self.passages) // self._each) * self._each
         return self.passages[first : first + self._each]
 
     def loss(self, frozen_layers: FrozenLayers, model: PeftModel, turn: int) -> Tensor:
-        """Divergence in nats per token on the passages of a micro-batch.
+        """KL divergence in nats per token on the passages of a micro-batch.
 
         Args:
-            frozen_layers: The adapted model, cut where its frozen layers end.
+            frozen_layers: The adapted model, split at the cut.
             model: The same model whole.
             turn: See `turn_of`.
         """
@@ -145,7 +144,7 @@ class KlPenalty:
     def _frozen_logits(
         self, passages: Sequence[Example], batch: dict[str, Any], frozen_layers: FrozenLayers, model: PeftModel
     ) -> Tensor:
-        """Logits (N, V) of the frozen model; where no more than a head follows, its final hidden states are kept."""
+        """Logits (N, V) of the frozen model; if the head is linear, its final hidden states are kept."""
         head = frozen_layers.head
         if head is None:
             with model.disable_adapter():
@@ -158,7 +157,7 @@ class KlPenalty:
 
 
 def _pieces(passage: Example, tokens: int) -> Iterator[Example]:
-    """Its target in pieces of so many tokens, each after the token before it: what is never seen is never unlearnt."""
+    """Pieces of at most `tokens` tokens that cover the whole target, each prompted by the token before it."""
     prompt, target = passage.prompt_ids, passage.target_ids
     for start in range(0, len(target), tokens):
         yield replace(passage, prompt_ids=prompt, target_ids=target[start : start + tokens])

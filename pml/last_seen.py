@@ -1,4 +1,4 @@
-"""How every target token of a corpus stood when it was last scored, kept where the scores are made."""
+"""The last score of every target token of a corpus, kept on the device that computes the scores."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,14 +18,14 @@ LOSS, CORRECT, MARGIN, RIVAL, STEP = range(5)
 
 
 class Standing(NamedTuple):
-    """The target tokens of a corpus at one look, one entry per token by example and position.
+    """The target tokens of a corpus at one look, one entry per token, ordered by example and position.
 
     Attributes:
-        probability: (tokens,) float32; not a number where a token was never scored.
-        correct: (tokens,) bool, whether it is the argmax.
-        margin: (tokens,) float32, its logit minus that of the best other token; not a number where not known.
-        rival: (tokens,) int32, id of that other token; -1 where not known.
-        first_right: (examples,) int64, step at which a target was first seen right at every token; -1 where never.
+        probability: (tokens,) float32; NaN for a token that was never scored.
+        correct: (tokens,) bool, whether the target token is the argmax.
+        margin: (tokens,) float32, its logit minus that of the best other token; NaN where unknown.
+        rival: (tokens,) int32, id of that other token; -1 where unknown.
+        first_right: (examples,) int64, step at which every token of a target was first right; -1 if never.
     """
 
     probability: npt.NDArray[np.float32]
@@ -35,35 +35,35 @@ class Standing(NamedTuple):
     first_right: npt.NDArray[np.int64]
 
     def certain(self, threshold: float = 0.5) -> npt.NDArray[np.bool_]:
-        """(tokens,) tokens that greedy decoding cannot miss."""
+        """(tokens,) bool, the tokens that greedy decoding cannot miss."""
         return np.asarray(self.correct & (self.probability > threshold))
 
 
 class LastSeen:
-    """Keeps the last scores of every target token on the device; the host waits for it only when it asks.
+    """Keeps the last scores of every target token on the device; the host waits only when it reads them.
 
-    One row of numbers a token, and one more row where padding goes: picking rows by a mask would make the host wait
-    for the device at every step. Ids and steps are exact as float32 up to 2^24.
+    The table has one row per token and one more that takes padding: selecting rows by a mask would make the host wait
+    for the device at every step. Ids and steps up to 2^24 are exact in float32.
 
     Args:
         lengths: Target tokens of each example, by example id.
-        device: Where scores are made.
+        device: Device that computes the scores.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
         sizes = torch.tensor(lengths)
-        # The last entry is the row for everything that is no token.
+        # The last entry is the row that takes padding.
         self._offsets = torch.cat([torch.zeros(1, dtype=torch.long), sizes.cumsum(0)]).to(device)
         self.table = torch.full((int(sizes.sum()) + 1, 5), torch.nan, dtype=torch.float32, device=device)
         self.table[:, STEP] = -1
         self.first_right = torch.full((len(lengths) + 1,), torch.inf, dtype=torch.float32, device=device)
 
     def update(self, scores: TokenScores, step: int) -> None:
-        """Note the scores of a batch.
+        """Record the scores of a batch.
 
         Args:
-            scores: On the device, or anywhere else.
-            step: Optimiser steps taken when they were made.
+            scores: Scores on any device.
+            step: Optimiser steps taken before they were computed.
         """
         device, nowhere, nobody = self.table.device, len(self.table) - 1, len(self.first_right) - 1
         losses, correct, mask, example_id = (t.to(device, non_blocking=True) for t in scores[:4])
@@ -81,7 +81,7 @@ class LastSeen:
         self.first_right.scatter_reduce_(0, rows, first, "amin")
 
     def standing(self) -> Standing:
-        """What is known of every token, from all ranks: whichever scored it last. Takes all ranks."""
+        """The latest score of every token over all ranks. A collective: every rank must call it."""
         self._share()
         table, first = self.table[:-1].cpu().numpy(), self.first_right[:-1].cpu().numpy()
         return Standing(
@@ -93,7 +93,7 @@ class LastSeen:
         )
 
     def _share(self) -> None:
-        """Have every rank know what each of them has seen."""
+        """Merge what the ranks have seen, so that all of them hold the latest scores."""
         if several_ranks():
             everyone = [torch.empty_like(self.table) for _ in range(dist.get_world_size())]
             dist.all_gather(everyone, self.table)
@@ -103,29 +103,29 @@ class LastSeen:
             dist.all_reduce(self.first_right, op=dist.ReduceOp.MIN)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What has to be in a checkpoint, of all ranks. Takes all ranks."""
+        """State of all ranks for a checkpoint. A collective: every rank must call it."""
         self._share()
         return {"table": self.table.cpu(), "first_right": self.first_right.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.table.copy_(state["table"])
         self.first_right.copy_(state["first_right"])
 
 
 def shares(standing: Standing, lengths: Sequence[int], threshold: float = 0.5) -> dict[str, float]:
-    """How much of a corpus is certain, how much is right without being certain, and how much is wrong.
+    """Shares of a corpus that are certain, right without being certain, and wrong.
 
     Args:
-        standing: How the tokens stand.
+        standing: Last scores of the target tokens.
         lengths: Target tokens of each pair.
         threshold: Probability that a token has to exceed.
 
     Returns:
-        Shares of target tokens (`certain_tokens`, `right_not_certain_tokens`, `wrong_tokens`) and of pairs, a pair
-        being what its weakest token is (`certain_pairs`, `right_not_certain_pairs`, `failing_pairs`; and
-        `once_right_pairs`, that were right at some time), and `weakest_probability`. Names are such that what matters
-        first is first by the alphabet.
+        Shares of target tokens (`certain_tokens`, `right_not_certain_tokens`, `wrong_tokens`); shares of pairs, each
+        judged by its weakest token (`certain_pairs`, `right_not_certain_pairs`, `failing_pairs`); `once_right_pairs`,
+        the share of pairs that were right at some step; and `weakest_probability`. The names sort alphabetically by
+        importance.
     """
     certain, right = standing.certain(threshold), standing.correct
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
@@ -145,6 +145,6 @@ def shares(standing: Standing, lengths: Sequence[int], threshold: float = 0.5) -
 
 
 def margins(standing: Standing) -> dict[str, float]:
-    """`median` and `smallest` margin over all target tokens, in logits; empty where none is known."""
+    """`median` and `smallest` logit margin over all target tokens; empty if none is known."""
     known = standing.margin[~np.isnan(standing.margin)]
     return {"median": float(np.median(known)), "smallest": float(known.min())} if len(known) else {}

@@ -1,4 +1,4 @@
-"""LightningCLI for memorising: what `pml fit|validate|test|predict` parse and run, and every cell of a sweep."""
+"""LightningCLI for memorising: parses and runs `pml fit|validate|test|predict` and the cells of a sweep."""
 
 import importlib
 import logging
@@ -45,19 +45,19 @@ log = logging.getLogger(__name__)
 __all__ = ["MemorizationCLI", "make_run", "parse_run", "prepare"]
 
 SUFFIXES = (".yaml", ".yml", ".json")
-"""Of files that stand for a part of the configuration."""
+"""Suffixes of files that hold a part of the configuration."""
 
 ROOMS = ("data_modules", "callbacks")
-"""Imported by name, so that short class names work on the command line; nothing in `pml` refers to what is in them."""
+"""Packages imported by name, so that short class names work on the command line; `pml` itself does not use them."""
 
 DEFAULTS = Path(__file__).with_name("fit_defaults.yaml")
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the configuration of fits alone: evaluating in a run's folder leaves the configuration of the run there.
+    """Saves the configuration of fits only, so that evaluating a run does not overwrite the one in its folder.
 
-    It goes where the results go. A fit that has neither a logger nor a folder of its own would write into the current
-    one.
+    The file goes where the results go. A fit with neither a logger nor a recorded folder saves none, since it would
+    land in the working directory.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -73,30 +73,29 @@ class _SaveConfig(SaveConfigCallback):
 
 
 HOW_MUCH_AT_ONCE = ("batch_size", "shuffle", "drop_last")
-"""Arguments of a corpus that do not change what is in it."""
+"""Arguments of a data module that do not change its corpus."""
 
 
 class MemorizationCLI(LightningCLI):
     """LightningCLI for memorising: any `Memorization`, any corpus, and defaults that leave a complete run folder.
 
     Args:
-        args: What to parse in place of `sys.argv`.
-        run: Whether a subcommand is expected and run; otherwise `args` are those of `pml fit`, everything is made, and
-            `run_fit` does what is left.
+        args: Arguments to parse; None takes those of `sys.argv`.
+        run: Run the subcommand that `args` begin with; otherwise `args` are those of `pml fit`, and `run_fit` fits.
     """
 
     _parsers: ClassVar[dict[tuple[Any, ...], dict[str, Any]]] = {}
-    """Made once for all fits of a process, such as the cells of a grid: it takes a fifth of the time of parsing one."""
+    """Parsers shared by all fits of a process, such as grid cells; making one takes a fifth of the time of parsing."""
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
         self._fit_alone = not run
         self._goes_on: tuple[Path, dict[str, Any]] | None = None
         asked = str(args[0]) if args else ""
-        # A parser takes a while to make, so only that of the subcommand that is asked for is made.
+        # Making a parser is slow, so make only the one for the requested subcommand.
         self._commands = {n: skip for n, skip in LightningCLI.subcommands().items() if asked in (n, "")}
         check_files(args or ())
         check_template_kwargs(args or ())
-        # A key that is nearly right is a mistake, not an abbreviation.
+        # An incomplete key is a mistake, not an abbreviation.
         strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         subcommands = {name: dict(strict) for name in self._commands}
         super().__init__(
@@ -107,7 +106,7 @@ class MemorizationCLI(LightningCLI):
             seed_everything_default=42,
             auto_configure_optimizers=False,
             save_config_callback=_SaveConfig,
-            # RunRecord refuses the folder of a run; what an unfinished one has left may be written over.
+            # RunRecord refuses the folder of a finished run; files of an unfinished one may be overwritten.
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"prog": "pml", **strict, **subcommands},
             args=None if args is None else list(args),
@@ -123,18 +122,18 @@ class MemorizationCLI(LightningCLI):
         vars(self).update(self._parsers[key])
 
     def _add_instantiators(self) -> None:
-        # They stay with the parser, which outlives this fit and must not keep its model.
+        # The cached parser keeps them and outlives this fit, so it must not hold the model.
         LightningCLI._add_instantiators(weakref.proxy(self))
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The subcommand that is asked for, with the arguments that it does not take."""
+        """The requested subcommand, with the arguments that it does not take."""
         return self._commands
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         defaults = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults["trainer"].items()})
         if self._fit_alone:
-            # All keys of `pml fit`, so that a configuration that it has printed or saved can be the base of a grid.
+            # All keys of `pml fit`, so that a configuration that it printed or saved can be the base of a grid.
             parser.add_method_arguments(Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -150,22 +149,22 @@ class MemorizationCLI(LightningCLI):
         check_configuration(self.config.get(str(command), self.config).as_dict(), command)
 
     def _parse_ckpt_path(self) -> None:
-        """Lay the model that a checkpoint is of over the configuration, and refuse what says otherwise."""
+        """Take the model's settings from a checkpoint, and refuse arguments and files that contradict them."""
         command = self.config.get("subcommand")
         options = self.config.get(str(command), self.config)
         if options.get("weights_only") is False:
-            raise InputError("weights_only is false; checkpoints are read as data alone, since others could run code")
+            raise InputError("weights_only is false; checkpoints are read as data alone, so no code in them runs")
         if (given := options.get("ckpt_path")) is None:
             return
         if given == "best":
-            raise InputError("ckpt_path is best; expected `last`, the newest checkpoint, or the file of one")
+            raise InputError("ckpt_path is best; expected `last`, the newest checkpoint, or a checkpoint file")
         if given == "last":
             folders = self._config_folders()
             folder = next((f for f in folders if (f / FOLDER_NAME).is_dir()), next(iter(folders[-1:]), None))
             if folder is None:
                 raise InputError(
-                    f"ckpt_path is {given}, of no run; expected a run's configuration too (--config RUN/config.yaml), "
-                    "or the file of a checkpoint"
+                    f"ckpt_path is {given}, but no run is given; expected its configuration too "
+                    "(--config RUN/config.yaml), or a checkpoint file"
                 )
             options["ckpt_path"] = str(newest_checkpoint(folder))
         checkpoint = read_checkpoint(Path(options["ckpt_path"]))
@@ -177,7 +176,7 @@ class MemorizationCLI(LightningCLI):
         super()._parse_ckpt_path()
 
     def _dump_config(self) -> None:
-        # Hyperparameters of the two; Lightning would dump the trainer too, and validate all once more.
+        # Only model and data, as hyperparameters; Lightning would also dump the trainer and validate everything again.
         if not hasattr(self, "config_dump"):
             options = self.config.get(str(command := self.config.get("subcommand")), self.config)
             made = jsonargparse.Namespace({name: options[name] for name in ("model", "data")})
@@ -186,7 +185,7 @@ class MemorizationCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         options = self.config.get(str(self.config.get("subcommand")), self.config)
         asked = options["trainer.logger"]
-        # Of a cell, the logger is always given: its folder is the one that it goes on in.
+        # A cell always has a logger given, but its folder is also the one in which it resumes.
         places = not self._fit_alone and any(str(a).startswith("--trainer.logger") for a in self._arguments)
         try:
             if self._goes_on is not None and not places:
@@ -195,20 +194,20 @@ class MemorizationCLI(LightningCLI):
             if self._goes_on is not None:
                 self.model.goes_on_in = self._goes_on[0]
         except (TypeError, ValueError) as error:
-            # Constructors only look at what they are given, so what one refuses is the user's.
+            # Constructors only check their arguments, so an error is the user's.
             raise InputError(reason(error)) from error
         finally:
-            # As it was asked for is how it is saved: a fit of that configuration is another run.
+            # Save the logger as requested: a fit of the saved configuration is another run.
             options["trainer.logger"] = asked
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with what every fit of the command line has: a bar where someone watches, and a last word."""
+        """The trainer, with a progress bar if someone watches, checkpoints, and a final line on why the fit ended."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         callbacks = list(config["callbacks"] or [])
         if not is_interactive() and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             config["enable_progress_bar"] = False
         if self.subcommand in ("fit", None):
-            # First, so that it speaks before measurements that take a while.
+            # First, so that it prints before other callbacks measure for a while.
             callbacks.insert(0, SayWhyItEnded())
             if config["enable_progress_bar"] in (None, True):
                 callbacks.append(FitProgress())
@@ -224,22 +223,22 @@ class MemorizationCLI(LightningCLI):
         return trainer
 
     def make_ready(self) -> None:
-        """Load the backbone and make the corpus, so that what is wrong with them shows before a folder is made.
+        """Load the backbone and make the corpus, so that errors in them appear before a run folder is created.
 
         Raises:
-            InputError: If the backbone, the adapter, the corpus or the checkpoint cannot be had.
+            InputError: If the backbone, the adapter or the corpus cannot be made.
         """
-        # A guard runs text through the model, which takes long on a CPU; of several processes, some are yet to start.
+        # A guard runs text through the model, which is slow on a CPU. With several processes, some have yet to start.
         if self.trainer.world_size == 1:
             move_backbone(self.model, self.trainer.strategy.root_device)
         self.model.configure_model()
         self._build()
 
     def make_ready_to_evaluate(self) -> None:
-        """Load what is to be evaluated: the adapter of the run that is named, or a checkpoint.
+        """Load the model to evaluate, with the adapter of the given run or from a checkpoint, and its corpus.
 
         Raises:
-            InputError: If neither is named, or it cannot be had.
+            InputError: If neither is given, or it cannot be loaded.
         """
         folder = self._run_folder()
         checkpoint = self._options.get("ckpt_path")
@@ -258,7 +257,7 @@ class MemorizationCLI(LightningCLI):
             self._build()
 
     def predict(self, **options: Any) -> None:
-        """What `pml predict` does: score every target token, and write a table of them."""
+        """Run `pml predict`: score every target token and write the table."""
         parts: list[Any] = self.trainer.predict(**options) or []
         scores = gather_scores(parts)
         if self.trainer.is_global_zero:
@@ -273,7 +272,7 @@ class MemorizationCLI(LightningCLI):
         return self.config_init.get(str(self.subcommand), self.config_init)
 
     def _run_folder(self) -> Path | None:
-        """The run whose configuration was given; None where there is none beside an adapter."""
+        """Folder of the run whose configuration was given; None if no configuration lies beside an adapter."""
         return next((f for f in self._config_folders() if (f / "adapter" / "adapter_config.json").is_file()), None)
 
     def _config_folders(self) -> list[Path]:
@@ -289,16 +288,17 @@ class MemorizationCLI(LightningCLI):
         self.datamodule.build(self.model.tokenizer, self.model.vocab_size, self.model.max_positions)
 
     def run_fit(self) -> None:
-        """What `pml fit` does with what has been made."""
+        """Run `pml fit` with the objects that were created."""
         self.make_ready()
         self.fit(model=self.model, datamodule=self.datamodule, ckpt_path=self.config_init["ckpt_path"])
 
     def fit(self, **options: Any) -> None:
-        """What `pml fit` does once all is made: a signal ends it at a step's end, with all that is needed to go on.
+        """Fit. A signal ends it after an optimiser step, with all that is needed to resume.
 
         Raises:
-            Stopped: When a signal has ended it, with advice on how to go on.
-            DiskError: When what it writes has found no room; likewise.
+            Stopped: If a signal ended the fit; has advice on how to go on.
+            DiskError: If the disk is full or fails; has the same advice.
+            InputError: If the checkpoint's fit had no steps left, or EarlyStopping does not find its metric.
         """
         try:
             with stopping_at_steps(self.trainer):
@@ -306,7 +306,7 @@ class MemorizationCLI(LightningCLI):
             if self.model.goes_on_from:
                 raise InputError(
                     f"the fit of {options['ckpt_path']} had taken all of its steps, so nothing was trained; raise "
-                    "trainer.max_epochs or trainer.max_steps to go on for longer"
+                    "trainer.max_epochs or trainer.max_steps to train longer"
                 )
         except Stopped as stop:
             stop.advice = self._how_to_go_on()
@@ -327,30 +327,30 @@ class MemorizationCLI(LightningCLI):
 
 
 def _plain(value: Any) -> Any:
-    """A part of a configuration as plain Python."""
+    """Part of a configuration as plain Python."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value.as_dict() if isinstance(value, jsonargparse.Namespace) else value
 
 
 def _unused(path: Path) -> Path:
-    """The path, or where there is a file already one with the first free number."""
+    """The path, or if it exists the same path with the first free number."""
     paths = (path, *(path.with_stem(f"{path.stem}_{number}") for number in range(1, 1000)))
     return next(candidate for candidate in paths if not candidate.exists())
 
 
 class _ParsedRun(MemorizationCLI):
-    """Makes what the configuration names, to see whether it can be made, and stops short of a trainer."""
+    """Creates the model and data module of a configuration, but no trainer."""
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None
 
 
 class _CheckedRun(_ParsedRun):
-    """One of which nothing but the configuration is kept."""
+    """A parsed run whose configuration alone is needed."""
 
     def __init__(self, args: Sequence[str]) -> None:
-        # Lightning takes hyperparameters from here. Dumping them takes a quarter of the time of a grid's cell.
+        # Lightning reads hyperparameters from here. Dumping them would take a quarter of the time to check a cell.
         self.config_dump: dict[str, Any] = {}
         super().__init__(args, run=False)
 
@@ -359,7 +359,7 @@ def parse_run(args: Sequence[str]) -> jsonargparse.Namespace:
     """The complete configuration that arguments of `pml fit` resolve to; nothing is loaded.
 
     Raises:
-        InputError: If it does not parse, or a class refuses its arguments.
+        InputError: If the arguments do not parse, or a class refuses its own.
     """
     prepare()
     return _CheckedRun(args).config
@@ -369,7 +369,7 @@ def make_run(args: Sequence[str]) -> tuple[Memorization, Any]:
     """The module and the data module that arguments of `pml fit` name; neither has loaded anything.
 
     Raises:
-        InputError: If they do not parse, or a class refuses its arguments.
+        InputError: If the arguments do not parse, or a class refuses its own.
     """
     prepare()
     made = _ParsedRun(args, run=False)
@@ -377,7 +377,7 @@ def make_run(args: Sequence[str]) -> tuple[Memorization, Any]:
 
 
 def prepare() -> None:
-    """What every command needs before a library speaks up: importable rooms, and a quiet stderr with our own lines."""
+    """Prepare for parsing: a quiet stderr, short class names, and corrections to jsonargparse."""
     keep_quiet()
     for room in ROOMS:
         importlib.import_module(room)

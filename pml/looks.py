@@ -1,4 +1,4 @@
-"""When to look at a run: at steps spaced evenly in the logarithm, since what is learnt early is learnt fast."""
+"""Steps at which to look at a run: evenly spaced in their logarithm, since most changes early."""
 
 from collections.abc import Iterator
 
@@ -7,18 +7,18 @@ from pml.errors import InputError
 __all__ = ["Looks", "look_steps"]
 
 OPEN_RATIO = 10**0.1
-"""From one look to the next where nobody knows when the run ends: ten looks for each factor of ten."""
+"""Ratio between looks of a run without a known end: ten looks for each factor of ten."""
 
 
 def look_steps(total: int | None, looks: int = 40) -> Iterator[int]:
-    """Steps at which to look: 0, 1, ..., `total`, evenly spaced in their logarithm, then further apart for ever.
+    """Steps at which to look: 0, 1, ..., `total`, evenly spaced in their logarithm, then on at a fixed ratio for ever.
 
-    Small steps are whole numbers, hence further apart than the logarithm would have them; the looks saved there are
-    given to the rest, so that there are `looks` of them from step 1 to `total`, or one a step in a shorter run.
+    Steps are whole numbers, so the first ones are further apart than even spacing would put them. Later looks close
+    up to make `looks` of them from step 1 to `total`; a run with fewer steps has one look per step.
 
     Args:
-        total: Steps of the run; None where unknown.
-        looks: Looks from step 1 to the last, at least 2.
+        total: Steps of the run; None if unknown.
+        looks: Number of looks from step 1 to `total`, at least 2.
 
     Example:
         >>> from itertools import takewhile
@@ -41,12 +41,12 @@ def look_steps(total: int | None, looks: int = 40) -> Iterator[int]:
 
 
 class Looks:
-    """Says at each step whether it is one to look at, once for each step.
+    """Tells at each step whether a look is due.
 
     Args:
-        total: Steps of the run; None where unknown.
+        total: Steps of the run; None if unknown.
         looks: See `look_steps`.
-        after: Steps already done, by a run that goes on.
+        after: Steps that a resumed run has already done.
     """
 
     def __init__(self, total: int | None, looks: int = 40, after: int = -1) -> None:
@@ -55,7 +55,7 @@ class Looks:
         self._pass(after)
 
     def due(self, step: int) -> bool:
-        """Whether to look now; a look that was missed is made up for by the next step."""
+        """Whether a look is due at this step or was missed since the last call; False when asked again at a step."""
         if step < self._next:
             return False
         self._pass(step)

@@ -1,4 +1,4 @@
-"""What a record says of a corpus' scores, before the fit and after it: pure functions of them."""
+"""Measures of a record: pure functions of a corpus' scores before and after the fit."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from pml.weighting import TokenScores
 __all__ = ["CERTAIN", "curve_ends", "memorized_bits", "recall_measures"]
 
 CERTAIN = 0.5
-"""Probability above which a token cannot be beaten."""
+"""Probability above which a token is certain: no other can have a higher one."""
 
 
 def recall_measures(
@@ -20,14 +20,14 @@ def recall_measures(
     parameters: int,
     samples: int = 100,
 ) -> dict[str, Any]:
-    """What came out, as fields of the record.
+    """Results of a run, as fields of the record.
 
     Args:
-        corpus: What was memorised.
+        corpus: The memorised corpus.
         initial: Its scores under the frozen model.
-        final: The same under the adapted one.
+        final: Its scores under the adapted model.
         parameters: Effective parameters of the adapter.
-        samples: Samples at temperature 1 that `extraction_probability` is about.
+        samples: Number of samples at temperature 1 for `extraction_probability`.
     """
     initial_loss, final_loss = metrics.mean_loss(initial).item(), metrics.mean_loss(final).item()
     bits = memorized_bits(corpus, final)
@@ -45,7 +45,7 @@ def recall_measures(
 
 
 def memorized_bits(corpus: Corpus, scores: TokenScores) -> float | None:
-    """See `pml.metrics.memorized_bits`; None where the corpus' information is unknown."""
+    """See `pml.metrics.memorized_bits`; facts asked for several times count once; None if the entropy is unknown."""
     if corpus.entropy_bits is None:
         return None
     if corpus.fact_ids is None:
@@ -56,7 +56,7 @@ def memorized_bits(corpus: Corpus, scores: TokenScores) -> float | None:
 
 
 def curve_ends(scores: TokenScores, threshold: float = CERTAIN, wall_seconds: float = 0.0) -> dict[str, float]:
-    """What the curves of validations begin and end with, by tag, and how long that took."""
+    """First or last point of the validation curves, by tag, and the wall time in seconds."""
     measures = {"loss": metrics.mean_loss(scores).item(), **_recall(scores, threshold)}
     return {**{f"val/{name}": value for name, value in measures.items()}, "run/wall_seconds": wall_seconds}
 

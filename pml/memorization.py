@@ -1,4 +1,4 @@
-"""The LightningModule that writes a corpus into an adapter; `pml.modules` has the methods that derive from it."""
+"""The LightningModule that writes a corpus into an adapter; `pml.modules` derives the methods from it."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -35,10 +35,10 @@ __all__ = ["Memorization"]
 
 
 class Memorization(LightningModule):
-    """What all methods share: a frozen backbone with one adapter, scored on target tokens only.
+    """Base class of all methods: a frozen backbone with one adapter, scored on target tokens only.
 
-    The loss is sum(w L) / sum(w) over the global batch, all ranks and all accumulated micro-batches: each micro-batch
-    adds the gradient of sum(w L), and the sum is divided by the global sum of weights just before the optimiser's step.
+    The loss is sum(w L) / sum(w) over the global batch: all ranks and all accumulated micro-batches. Each micro-batch
+    adds the gradient of sum(w L); the total is divided by the global sum(w) just before the optimiser step.
 
     Args:
         backbone: `smollm2-135m`, a folder, or a hub id.
@@ -48,16 +48,16 @@ class Memorization(LightningModule):
         weight_decay: Weight decay of AdamW.
         betas: Averaging coefficients of AdamW.
         schedule: `linear` decays the learning rate to 0 over the run, `constant` keeps it.
-        warmup_steps: Steps over which the learning rate rises from 0.
-        frozen_prefix: Compute what lies below the adapter once per example and keep it: whether, and where.
-        cpu: What may be chosen to make a CPU faster at the same accuracy; see `pml.cpu`.
-        matmul_precision: Precision of float32 matrix products in training steps, in the words of
-            `torch.set_float32_matmul_precision`: `high` and `medium` are faster where the device has units for them.
-            Whatever is kept, measured, certified or decoded is computed in the highest.
-        compile: Compile the blocks above the adapter: `auto` does where the fit is long enough to earn it back.
-        cuda_graphs: Replay short steps through the blocks above the adapter as CUDA graphs, where there is no dropout;
-            no effect on other devices.
-        kl_penalty: Penalty on what training does to ordinary text; None takes none.
+        warmup_steps: Steps over which the learning rate rises to its peak.
+        frozen_prefix: Whether to compute the frozen states below the adapter once per example, and where to keep them.
+        cpu: Speed-ups allowed on a CPU, all at the same accuracy; see `pml.cpu`.
+        matmul_precision: Precision of float32 matrix products in training steps, as named by
+            `torch.set_float32_matmul_precision`: `high` and `medium` are faster on devices with hardware for them.
+            Frozen states, measurements, certificates and decoding always use `highest`.
+        compile: Whether to compile the blocks above the adapter; `auto` does so if the fit is long enough to pay off.
+        cuda_graphs: Replay short steps through the blocks above the adapter as CUDA graphs, if there is no dropout.
+            Has no effect on other devices.
+        kl_penalty: Penalty on how far training changes the model on ordinary text; None disables it.
         seed: Seed of the adapter's initialisation; None takes the one that `seed_everything` was given.
     """
 
@@ -96,7 +96,7 @@ class Memorization(LightningModule):
         self.frozen_prefix = from_plain(frozen_prefix, CacheConfig) or CacheConfig()
         self.cpu_config = from_plain(cpu, CpuConfig) or CpuConfig()
         self.cpu_choice: CpuChoice | None = None
-        """What was chosen for this machine's CPU; None on other devices."""
+        """Speed-ups chosen for this machine's CPU; None on other devices."""
         self.matmul_precision: MatmulPrecision = matmul_precision
         self.compile_mode = compile
         self.cuda_graphs = cuda_graphs
@@ -110,21 +110,21 @@ class Memorization(LightningModule):
         """Target tokens in this rank's training batches so far."""
         self._skipped: Tensor | int = 0
         self.resumed = 0
-        """How often this fit went on from a checkpoint."""
+        """How often this fit was resumed from a checkpoint."""
         self.global_batch = GlobalBatch()
         self._keep_plain_hyperparameters()
         self._backbone: Backbone | None = None
         self._peft_model: PeftModel | None = None
         self._frozen_layers: FrozenLayers | None = None
         self.goes_on_from: dict[str, Any] = {}
-        """State of a checkpoint that was loaded, until training goes on from it."""
+        """State of a loaded checkpoint, until training resumes from it."""
         self.goes_on_in: Path | None = None
-        """Folder of the run that it goes on with, whose unfinished results it may write over."""
+        """Folder of the run that this fit resumes, whose unfinished results it may overwrite."""
         self._steps = 0
 
     @property
     def skipped_steps(self) -> int:
-        """Optimiser steps not taken since every target token was above threshold; waits for the device."""
+        """Optimiser steps skipped because every target token was above threshold. Reading it waits for the device."""
         return int(self._skipped)
 
     def settings(self) -> dict[str, Any]:
@@ -138,18 +138,18 @@ class Memorization(LightningModule):
             **({"guard": vars(self.adapter.guard)} if self.adapter.guard is not None else {}),
             **({"kl_penalty": vars(self.kl_penalty)} if self.kl_penalty is not None else {}),
             **({"matmul_precision": self.matmul_precision} if self.matmul_precision != "highest" else {}),
-            # Arguments of somebody's own method.
+            # Arguments that a user's own subclass adds.
             **{name: value for name, value in self.hparams.items() if name not in self._known_arguments()},
         }
 
     @classmethod
     def _known_arguments(cls) -> set[str]:
-        """Arguments of what is here; a subclass elsewhere may have more."""
+        """Names of the arguments that the classes of pml take; a user's subclass may take more."""
         ours = [c for c in cls.__mro__ if c.__module__.startswith("pml.")]
         return {name for c in ours for name in inspect.signature(c).parameters}
 
     def _keep_plain_hyperparameters(self) -> None:
-        """Hyperparameters go into checkpoints, which are read with weights_only: no classes in them."""
+        """Save the hyperparameters as plain Python: checkpoints are read with weights_only, which refuses classes."""
         self.save_hyperparameters(logger=False)
         self.hparams.update(as_plain(dict(self.hparams)))
 
@@ -157,7 +157,7 @@ class Memorization(LightningModule):
 
     @property
     def backbone(self) -> Backbone:
-        """The frozen model and its tokenizer, loaded when first asked for."""
+        """The frozen model and its tokenizer, loaded on first access."""
         if self._backbone is None:
             self._backbone = load_backbone(self.backbone_name, self.dtype_name)
         return self._backbone
@@ -174,19 +174,19 @@ class Memorization(LightningModule):
 
     @property
     def max_positions(self) -> int | None:
-        """Longest sequence that the backbone takes, in tokens; None where it has no limit."""
+        """Longest sequence that the backbone takes, in tokens; None if it has no limit."""
         return self.backbone.max_positions
 
     @property
     def model(self) -> PeftModel:
-        """The backbone with its adapter, as PEFT knows it."""
+        """The backbone with its adapter, as a PEFT model."""
         if self._peft_model is None:
             raise RuntimeError("the adapter is attached by configure_model(); call that first outside a Trainer")
         return self._peft_model
 
     @property
     def frozen_layers(self) -> FrozenLayers:
-        """The split of the adapted model, made when first needed, on the device where the model is then."""
+        """The adapted model, split at the cut on first access, on the device that the model is on at that time."""
         if self._frozen_layers is None:
             self._frozen_layers = split_for(self._trainer, self.backbone, self.model, self.frozen_prefix)
         return self._frozen_layers
@@ -201,18 +201,18 @@ class Memorization(LightningModule):
             self.cpu_choice = tune_cpu(self.cpu_config)
 
     def configure_model(self) -> None:
-        """Load the backbone and put a fresh adapter on it; does nothing the second time."""
+        """Load the backbone and attach a fresh adapter; a second call does not attach another."""
         if self._peft_model is None:
-            # Lightning has made its device the default, on which a seed's numbers would be drawn as others.
+            # Lightning sets its device as the default; there, the same seed would draw other numbers than on the CPU.
             with torch.device("cpu"):
                 self._peft_model = attach_adapter(self.backbone, self.adapter, self.seed)
             self.train(self.training)
-        # Later in a fit, this is called to take back an adapter alone.
+        # Loading a checkpoint during a fit also calls this, when the backbone is in place.
         if self._frozen_layers is None and self._trainer is not None and self._trainer.training:
             stream_below(self)
 
     def load_adapter(self, folder: str | Path) -> None:
-        """Put on an adapter that `save_pretrained` wrote, in place of a fresh one.
+        """Attach an adapter that `save_pretrained` wrote, instead of a fresh one.
 
         Raises:
             InputError: See `pml.adapter.load_adapter`.
@@ -221,23 +221,23 @@ class Memorization(LightningModule):
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """The frozen model alone, for a while: the adapter adds nothing."""
-        _ = self.frozen_layers  # The split has to be tried with the adapter on.
+        """Disable the adapter inside the context, so that the model is the frozen backbone."""
+        _ = self.frozen_layers  # the split is verified with the adapter enabled
         with self.model.disable_adapter():
             yield
 
     def release(self) -> None:
-        """Take the adapter off, so that another module can use the same backbone; this one is finished."""
+        """Detach the adapter, so that another module can use the backbone. This module cannot be used afterwards."""
         if self._peft_model is not None:
             detach_adapter(self._peft_model)
         self._peft_model = self._frozen_layers = self._backbone = None
 
     def cpu(self) -> Self:
-        """Move to the CPU, which Lightning asks for when a fit is over; a shared backbone stays for the next one."""
+        """Move to the CPU, as Lightning asks after a fit; a shared backbone stays on the device for the next module."""
         return self if backbones_are_shared() else super().cpu()
 
     def train(self, mode: bool = True) -> "Memorization":
-        """Switch the adapter between training and evaluation; the backbone is always in evaluation mode."""
+        """Set the mode of the adapter's dropout; the backbone stays in evaluation mode."""
         super().train(False)
         self.training = mode
         if self._peft_model is not None:
@@ -254,7 +254,7 @@ class Memorization(LightningModule):
     # Scores ----------------------------------------------------------------------------------------------------------
 
     def on_before_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
-        # Still on the host: what is read here never makes a device wait.
+        # The batch is still on the host, so reading it does not wait for the device.
         return {
             **batch,
             "keys": content_keys(batch["input_ids"], batch["lengths"]),
@@ -262,10 +262,10 @@ class Memorization(LightningModule):
         }
 
     def score(self, batch: dict[str, Any], gradient_above: float | None = None) -> TokenScores:
-        """Loss of every target token under teacher forcing, and whether its argmax is right.
+        """Loss of every target token in nats under teacher forcing, and whether it is the argmax.
 
         Args:
-            batch: B examples as `pml.corpus.collate` gives them, on the module's device.
+            batch: B examples from `pml.corpus.collate`, on the module's device.
             gradient_above: See `pml.token_loss.token_losses`.
         """
         return score_batch(self.frozen_layers, self.model, batch, gradient_above)
@@ -290,11 +290,11 @@ class Memorization(LightningModule):
         self.goes_on_from = {}
         if self.kl_penalty is not None:
             self._penalty = KlPenalty(self.kl_penalty, self.backbone, self.seed)
-        self._release_frozen_layers()  # before the first step, and after what was measured before it
+        self._release_frozen_layers()  # after the measurements that precede the first step
         self.frozen_layers.replay(self.cuda_graphs and not self.adapter.dropout)
 
     def on_train_end(self) -> None:
-        self.frozen_layers.replay(False)  # which frees their memory
+        self.frozen_layers.replay(False)  # frees the memory of the graphs
 
     def on_train_epoch_end(self) -> None:
         self._release_frozen_layers()
@@ -317,15 +317,15 @@ class Memorization(LightningModule):
         weights = self.weighting.weights(scores)
         weights = self.global_batch.add(weights, scores.losses, scores.mask, trained_by(self.trainer.optimizers[0]))
         self.tokens_trained += batch["target_tokens"]
-        # Lightning divides by the number of accumulated micro-batches; on_before_optimizer_step knows better.
+        # Undo Lightning's division by the number of micro-batches: on_before_optimizer_step divides by the weights.
         total = (weights * scores.losses).sum()
         if self.kl_penalty is not None:
-            # The sum of weights cancels when the step is closed: micro-batches count by what they weigh.
+            # Closing the step divides by the sum of all weights, so each micro-batch counts by its own share of it.
             total = total + self.kl_penalty.weight * weights.sum() * self._kl_divergence(batch_idx)
         return {"loss": total * self.trainer.accumulate_grad_batches, "scores": scores.detach()}
 
     def _kl_divergence(self, batch_idx: int) -> Tensor:
-        """Divergence from the frozen model in nats per token, on passages that the step and the rank choose."""
+        """KL divergence from the frozen model in nats per token, on the passages of this micro-batch and rank."""
         assert self._penalty is not None
         with float32_products(self.matmul_precision):
             divergence = self._penalty.loss(self.frozen_layers, self.model, turn_of(self.trainer, batch_idx))
@@ -338,7 +338,7 @@ class Memorization(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         budget, loss = self.global_batch.close(trained_by(optimizer))
-        # Only a hard threshold can leave nothing to train on.
+        # Only with a hard threshold can a global batch have no weight at all.
         if self.weighting.gradient_above is not None:
             self._skipped = self._skipped + skip_if_empty(optimizer, budget)
         self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=1)
@@ -364,13 +364,13 @@ class Memorization(LightningModule):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The adapter alone; the frozen backbone is found by its name again."""
+        """The adapter alone; the frozen backbone is loaded again by its name."""
         if self._peft_model is None:
             return {}
         return {name: tensor.detach() for name, tensor in adapter_state(self.model).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take an adapter back.
+        """Restore the adapter from a checkpoint.
 
         Raises:
             InputError: If a weight of the adapter is missing, unknown, or of another shape.
@@ -381,12 +381,12 @@ class Memorization(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a module of the method that a checkpoint is of, this class or one derived from it.
+        """Load a checkpoint as the method that wrote it: this class or one derived from it.
 
-        Arguments are those of `LightningModule.load_from_checkpoint`.
+        Takes the arguments of `LightningModule.load_from_checkpoint`.
 
         Raises:
-            InputError: If no such method is known here.
+            InputError: If the checkpoint names an unknown method.
         """
         method = method_of(checkpoint_path, cls)
         loaded: Any = super(Memorization, method).load_from_checkpoint(checkpoint_path, *args, **kwargs)

@@ -1,13 +1,12 @@
-"""Pairs into an adapter, all in one: plan the rank, train until all is certain, ask for everything.
+"""Memorise pairs in one call: plan the rank, train until every token is certain, then check every answer.
 
-Two things keep the model as it was elsewhere: the guard (`pml.guard`) and the divergence from the frozen model
-(`pml.kl_penalty`).
+Two things limit the harm to other text: the guard (`pml.guard`) and the KL penalty (`pml.kl_penalty`).
 
-Where there is room, the plain loss makes everything certain soonest and spares the model most; near the planned rank it
-leaves a few tokens below the threshold, which MemFT's falling threshold gets over it.
+With room to spare, the plain loss makes every token certain in the fewest steps and does the least harm. Near the
+planned rank it leaves a few tokens below the threshold; MemFT's falling threshold lifts those above it.
 
-Where everything is not certain within the steps of one attempt, the rank doubles and what was learnt is kept: A gets
-fresh rows and B columns of zeros, so the larger adapter starts where the smaller one stopped.
+If some token is not certain after the steps of one attempt, the rank doubles. The larger adapter starts from the
+smaller one: A gets fresh rows, and B gets columns of zeros.
 """
 
 import json
@@ -54,45 +53,47 @@ log = logging.getLogger(__name__)
 PAIRS_NAME = "pairs.jsonl"
 
 PER_STEP = 4
-"""Pairs of an optimiser step: many small steps beat few large ones."""
+"""Pairs per optimiser step: many small steps beat few large ones."""
 
 LEARNING_RATE = 0.03
-"""Peak learning rate of AdamW: at half of it, facts took a third more steps and harmed the model about as much."""
+"""Peak learning rate of AdamW. At half this rate, facts took a third more steps and did about as much harm."""
 
 EPOCHS = 60
-"""Of one attempt, over which the learning rate falls; most end long before."""
+"""Epochs of one attempt, over which the learning rate falls to 0; most attempts end long before."""
 
 FEWEST_STEPS = {"plain": 400, "falling": 960}
-"""Of one attempt. Near the planned rank a few tokens of keys and code need more; with room, a longer decay takes more
-steps and harms more: 32 facts took 320 of 480 and cost .015 nats, 360 of 960 and .021."""
+"""Least step budget of one attempt. Near the planned rank, a few tokens of keys and code need the larger one. With
+room, a longer decay takes more steps and does more harm: 32 facts took 320 of 480 steps and cost .015 nats, against 360
+of 960 and .021."""
 
 DOUBLINGS = 3
 
 LEAST_RANK = 8
-"""A smaller adapter holds a few pairs too, but takes more steps to."""
+"""Lowest rank that training begins at: a smaller adapter can hold a few pairs too, but takes more steps."""
 
 ROOM = 2.5
-"""Times the planned rank from which the plain loss is trained on. 32 facts at rank 8, with 3 planned, took it 312 steps
-and cost .015 nats; the falling threshold took 424, and they cost .024. With about half of that room, the plain loss
-left tokens of six sets in ten below p = .6; with as much, and half the rate, of two in three books of 100 numbers."""
+"""Multiple of the planned rank from which training uses the plain loss. On 32 facts at rank 8, with rank 3 planned, it
+took 312 steps and cost .015 nats; the falling threshold took 424 and cost .024. The plain loss left tokens below p = .6
+in six of ten sets at about half this room, and in two of three books of 100 numbers at full room and half the rate."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How pairs are memorised.
+    """Settings of `memorize`.
 
     Args:
         backbone: `smollm2-135m`, a folder, or a hub id.
-        dtype: Floating-point type of the frozen weights, in training and in what the certificate is of.
+        dtype: Floating-point type of the frozen weights, in training and for the certificate.
         rank: LoRA rank to begin with; None plans it.
-        placement: Linear layers, which plain PEFT loads; all unless given. `mlp_block` loads with `pml` alone.
+        placement: Names of linear layers, which plain PEFT can load, or `mlp_block`, which only `pml` can load. None
+            takes all linear layers of the block.
         block: See `pml.adapter.AdapterConfig`.
-        guard: What keeps the adapter from reading what ordinary text writes; None guards nothing.
-        kl_penalty: What keeps the model as it was on ordinary text; None penalises nothing.
+        guard: Keeps the adapter from reading the directions that ordinary text uses; None disables it.
+        kl_penalty: Keeps the model close to the frozen one on ordinary text; None disables it.
         learning_rate: Peak learning rate of AdamW.
-        margin: Probability that every target token has to exceed; 0.5 is certain, more survives rounding.
-        query_column: Where a row of a file has what is asked.
-        target_column: Where it has what has to come back.
+        margin: Probability that every target token has to exceed: 0.5 makes it certain, more survives rounding.
+        query_column: Column of a file that holds the queries.
+        target_column: Column of a file that holds the targets.
         seed: Seed of the adapter and of the order of the pairs.
     """
 
@@ -116,16 +117,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Memorized:
-    """What came of it.
+    """Result of `memorize`.
 
     Attributes:
         folder: The run's folder.
-        adapter: The adapter's folder, as PEFT reads it.
-        plan: The rank that the pairs need; None where one was given and none that fits is enough.
-        certificates: What teacher forcing says of each pair.
-        served: What transformers and PEFT alone answered; None for `mlp_block`, which PEFT cannot load.
+        adapter: The adapter's folder, in PEFT's format.
+        plan: The rank that the pairs need; None if a rank was given and no rank that fits is enough.
+        certificates: Certificate of each pair, from teacher forcing.
+        served: Answers of transformers and PEFT without `pml`; None for `mlp_block`, which PEFT cannot load.
         record: The run's record, with the harm.
-        seconds: Duration of everything.
+        seconds: Duration of the whole call.
     """
 
     folder: Path
@@ -138,17 +139,17 @@ class Memorized:
 
     @property
     def rank(self) -> int:
-        """The rank that it took."""
+        """Rank of the final adapter."""
         return self.record.rank
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of all attempts."""
+        """Optimiser steps, summed over all attempts."""
         return self.record.optimizer_steps
 
     @property
     def failed(self) -> list[PairCertificate]:
-        """The pairs that are not certain, or did not come back byte for byte."""
+        """Pairs that are not certain, or whose answer was not the target byte for byte."""
         answers: Sequence[str | None] = self.served or [known.example.target for known in self.certificates]
         return [
             known
@@ -158,7 +159,7 @@ class Memorized:
 
     @property
     def harm(self) -> float | None:
-        """Nats per token that other text lost, mean of three kinds; None where it was not measured."""
+        """Rise of the loss on other text in nats per token, mean over three kinds of text; None if not measured."""
         return self.record.mean_harm
 
 
@@ -171,22 +172,22 @@ def memorize(
     on_plan: Callable[[Corpus, RankPlan | None, int], None] | None = None,
     **settings: Any,
 ) -> Memorized:
-    """Write pairs into an adapter, so that greedy decoding gives every target back word for word.
+    """Write pairs into an adapter, so that greedy decoding returns every target word for word.
 
     Args:
-        pairs: A file that `data_modules.Facts` reads, queries and targets as a mapping, or tuples of them.
+        pairs: A file that `data_modules.Facts` reads, a mapping of queries to targets, or (query, target) tuples.
         out: Folder for the adapter, its record and its pairs.
-        overwrite: Write into a folder that has something in it already.
+        overwrite: Write into a folder that is not empty.
         on_progress: Called after each epoch.
-        on_plan: Called with the pairs, the planned rank, and the rank that training begins at.
+        on_plan: Called before training with the corpus, the plan, and the rank that training begins at.
         **settings: See `Settings`.
 
     Raises:
-        InputError: If the pairs, the folder or a setting will not do; before anything is trained.
+        InputError: If the pairs, the folder or a setting are invalid; raised before anything is trained.
 
     Example:
-        `pml.memorize({"Door code?": "4071#"}, "door").failed` is empty where everything came back. What cannot be
-        memorised is refused before anything is loaded or written:
+        `pml.memorize({"Door code?": "4071#"}, "door").failed` is empty if every target came back. Pairs that cannot be
+        memorised are refused before anything is loaded or written:
 
         >>> memorize({}, "door")
         Traceback (most recent call last):
@@ -195,7 +196,7 @@ def memorize(
     """
     chosen, folder, started = Settings(**settings), Path(out), time.monotonic()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise InputError(f"{folder} has something in it; choose another folder, or say overwrite")
+        raise InputError(f"{folder} is not an empty folder; choose another one, or pass overwrite")
     path = _file_of(pairs, folder)
     with shared_backbones():
         backbone = load_backbone(chosen.backbone, chosen.dtype)
@@ -230,7 +231,7 @@ def memorize(
 
 
 def _certified(module: Memorization, corpus: Corpus) -> list[PairCertificate]:
-    """The certificates of all pairs; in 16 bits with what rounding was measured to do to them."""
+    """Certificates of all pairs; in 16-bit dtypes, they allow for the rounding measured on the pairs."""
     model = module.model.eval()
     certificates = certify(model, corpus.examples)
     if module.dtype_name == "float32":
@@ -250,18 +251,18 @@ def _planned(chosen: Settings, backbone: Backbone, corpus: Corpus, adapter: Adap
 
 
 def most_epochs(pairs: int, objective: Literal["plain", "falling"]) -> int:
-    """Epochs of one attempt at most, for so many pairs and the plain loss or a falling threshold."""
+    """Most epochs of one attempt on `pairs` pairs, with the plain loss or the falling threshold."""
     return max(EPOCHS, math.ceil(FEWEST_STEPS[objective] / math.ceil(pairs / PER_STEP)))
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands after an epoch.
+    """Progress of training after an epoch.
 
     Attributes:
         rank: Rank of this attempt.
-        step: Optimiser steps of this attempt.
-        steps: Most optimiser steps that it takes.
+        step: Optimiser steps taken in this attempt.
+        steps: Most optimiser steps of this attempt.
         certain: Share of target tokens above the margin.
         loss: Mean loss of the epoch in nats per target token.
     """
@@ -281,9 +282,9 @@ def _train(
     folder: Path,
     on_progress: Callable[[Progress], None] | None,
 ) -> Memorization:
-    """Train until all is certain, at most `DOUBLINGS` times at twice the rank; the module.
+    """Train until every token is certain, doubling the rank at most `DOUBLINGS` times; returns the last module.
 
-    The objective is chosen at each rank: an adapter that has grown into room goes on with the plain loss.
+    The objective is chosen anew at each rank: an adapter that has grown enough switches to the plain loss.
     """
     observers = import_module("callbacks")
     learnt: list[tuple[Tensor, Tensor]] = []
@@ -298,7 +299,7 @@ def _train(
             "seed": chosen.seed + attempt,
         }
         has_room = plan is not None and adapter.rank >= ROOM * plan.rank
-        # No token may be dropped before it is where training stops.
+        # Keep every token in the loss until it exceeds the margin at which training stops.
         falling = FallingThreshold(start=max(0.999, chosen.margin), end=max(0.6, chosen.margin))
         module = SFT(**settings) if has_room else MemFT(weighting=falling, **settings)
         module.configure_model()
@@ -320,7 +321,7 @@ def _train(
                 trainer.fit(module, datamodule=data)
         except Stopped as stopped:
             if not stopped.at_once:
-                stopped.advice = f"the adapter as it was is in {folder / 'adapter'}"
+                stopped.advice = f"the adapter trained so far is in {folder / 'adapter'}"
             raise
         if trainer.interrupted:
             raise KeyboardInterrupt
@@ -329,14 +330,14 @@ def _train(
         if stop.steps_to_recall is not None or attempt == DOUBLINGS or 2 * rank > largest_rank(module):
             return module
         steps = smaller.optimizer_steps
-        log.info("not everything is certain at rank %d after %d steps: going on at rank %d", rank, steps, 2 * rank)
+        log.info("some tokens are not certain at rank %d after %d steps: continuing at rank %d", rank, steps, 2 * rank)
         learnt, adapter = weights_of(module.model), replace(adapter, rank=2 * rank)
         module.release()
     raise AssertionError("the last attempt returns")
 
 
 class _Watch(Callback):
-    """Tells after each epoch how far the training is."""
+    """Reports the progress of training after each epoch."""
 
     def __init__(self, margin: float, rank: int, tell: Callable[[Progress], None]) -> None:
         self._limit = -math.log(margin)
@@ -351,7 +352,7 @@ class _Watch(Callback):
         self._parts.append(((losses < self._limit).logical_and(mask).sum(), losses.sum(), mask.sum()))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Read once an epoch, so that no step waits for the device.
+        # Read once per epoch, so that no step waits for the device.
         certain, loss, tokens = (float(torch.stack(column).sum()) for column in zip(*self._parts, strict=True))
         self._parts.clear()
         steps = int(trainer.estimated_stepping_batches)
@@ -359,7 +360,7 @@ class _Watch(Callback):
 
 
 def _file_of(pairs: Any, folder: Path) -> Path:
-    """The file that holds the pairs; those given in Python are written into the folder first."""
+    """Path of the file with the pairs; pairs given in Python are written into the folder first."""
     if isinstance(pairs, (str, Path)):
         return Path(pairs)
     rows = list(pairs.items() if isinstance(pairs, Mapping) else pairs)

@@ -1,7 +1,6 @@
-"""What is measured: pure functions on token scores, and torchmetrics that accumulate them by example.
+"""Metrics: pure functions of token scores, and torchmetrics that accumulate them by example.
 
-Shares and means are float64: 3/5 counted here equals 3/5 counted anywhere else. Devices that have no float64 count in
-float32.
+Shares and means are float64, so that 3/5 here equals 3/5 counted anywhere else; devices without float64 use float32.
 """
 
 import math
@@ -36,12 +35,12 @@ __all__ = [
 
 
 def mean_loss(scores: TokenScores) -> Tensor:
-    """Mean loss in nats per target token."""
+    """Mean loss per target token, in nats."""
     return (scores.losses * scores.mask).sum(dtype=widest_float(scores.mask.device)) / scores.mask.sum()
 
 
 def token_accuracy(scores: TokenScores) -> Tensor:
-    """Share of target tokens whose argmax is right under teacher forcing (AccTok)."""
+    """Share of target tokens that are the argmax under teacher forcing (AccTok)."""
     return _wide(scores.correct.sum()) / scores.mask.sum()
 
 
@@ -51,10 +50,9 @@ def exact_match(scores: TokenScores) -> Tensor:
 
 
 def first_failure(scores: TokenScores) -> Tensor:
-    """(B,) number of right tokens before the first wrong one; the target's length where none is wrong.
+    """(B,) number of right tokens before the first wrong one; the target's length if none is wrong.
 
-    This is the longest correct prefix: greedy decoding sees the true prefix up to its first mistake, so it gives as
-    many right tokens and no more.
+    This is the longest correct prefix of greedy decoding, which sees the true prefix up to its first mistake.
     """
     # Padding counts as wrong here, so a row without errors stops at its length.
     return scores.correct.long().cumprod(dim=1).sum(dim=1)
@@ -63,7 +61,7 @@ def first_failure(scores: TokenScores) -> Tensor:
 def below_threshold(scores: TokenScores, threshold: float = 0.5) -> Tensor:
     """(B, L) bool, target tokens with probability <= threshold: greedy decoding may miss them.
 
-    A token whose loss is not a number is one of them: nothing is certain of it.
+    A token whose loss is NaN counts as one of them.
     """
     return ~(scores.losses < -math.log(threshold)) & scores.mask
 
@@ -74,30 +72,30 @@ def sub_threshold_fraction(scores: TokenScores, threshold: float = 0.5) -> Tenso
 
 
 def min_target_probability(scores: TokenScores) -> Tensor:
-    """Smallest probability of any target token; 1 where there is none."""
+    """Smallest probability of any target token; 1 if there are none."""
     return torch.exp(-(scores.losses * scores.mask).max()) if scores.losses.numel() else torch.ones(())
 
 
 def memorized_bits(entropy_bits: float, loss: float, target_tokens: int) -> float:
-    """Information about the corpus in the adapted model, in bits: entropy minus what is still missing, at least 0.
+    """Information about the corpus in the adapted model, in bits: entropy minus the remaining loss, at least 0.
 
-    Not a number where the loss is none.
+    NaN if the loss is NaN.
 
     Args:
         entropy_bits: Information content of the targets given the queries.
-        loss: Mean loss of the adapted model in nats per target token.
-        target_tokens: Number of target tokens that the mean was taken over.
+        loss: Mean loss of the adapted model, in nats per target token.
+        target_tokens: Number of target tokens in that mean.
     """
     stored = entropy_bits - loss * target_tokens / math.log(2)
     return stored if math.isnan(stored) else max(0.0, stored)
 
 
 def facts_loss(scores: TokenScores, fact_ids: Sequence[int]) -> Tensor:
-    """Sum of losses in nats with each fact counted once, by the mean over the examples that ask for it.
+    """Sum of losses in nats that counts each fact once, with the mean over the examples that ask for it.
 
     Args:
-        scores: Of B examples.
-        fact_ids: B numbers, the fact that each example asks for.
+        scores: Scores of B examples.
+        fact_ids: For each of the B examples, the id of the fact that it asks for.
     """
     losses = (scores.losses * scores.mask).sum(dim=1, dtype=widest_float(scores.mask.device))
     _, place, asked = torch.unique(torch.as_tensor(fact_ids), return_inverse=True, return_counts=True)
@@ -107,10 +105,10 @@ def facts_loss(scores: TokenScores, fact_ids: Sequence[int]) -> Tensor:
 def by_kind(
     replaced: Tensor, before: TokenScores, after: TokenScores
 ) -> dict[Literal["natural", "random"], dict[str, float]]:
-    """Target tokens put in at random apart from the others; empty where all tokens are of one kind.
+    """Measures of natural and of randomly replaced target tokens, separately; empty if all are of one kind.
 
     Args:
-        replaced: (B, L) bool, target tokens that were put in at random.
+        replaced: (B, L) bool, target tokens that were replaced at random.
         before: Scores of the frozen model.
         after: Scores of the adapted model.
 
@@ -136,23 +134,23 @@ def by_kind(
 
 
 def edit_similarity(text: str, reference: str) -> float:
-    """1 - Levenshtein distance / length of the longer text, in characters: 1 where equal, 0 where nothing agrees."""
+    """1 - Levenshtein distance / length of the longer text, in characters: 1 for equal texts."""
     return Levenshtein.normalized_similarity(text, reference)
 
 
 def extraction_probability(scores: TokenScores, samples: int) -> Tensor:
-    """(B,) float64, the probability that at least one of so many samples at temperature 1 is the whole target.
+    """(B,) float64, the probability that at least one of n samples at temperature 1 is the whole target.
 
-    1 - (1 - p)^n with p the product of an example's target probabilities (Hayes et al., arXiv 2410.19482). Computed
-    from log p: 1 - p rounds to 1 for what is all but impossible, and to 0 for what is all but certain.
+    1 - (1 - p)^n, where p is the product of an example's target probabilities (Hayes et al., arXiv 2410.19482). It is
+    computed from log p, because 1 - p rounds to 1 for a tiny p and to 0 for a p close to 1.
 
     Args:
-        scores: Of B examples, under teacher forcing.
+        scores: Scores of B examples under teacher forcing.
         samples: Number of samples n, at least 1.
     """
-    # Rounding may leave a certain token with a loss a hair below 0.
+    # Rounding may leave a certain token with a loss slightly below 0.
     log_p = -(scores.losses * scores.mask).sum(dim=1, dtype=torch.float64).clamp(min=0)
-    # log(1 - p) from log p, by the form that keeps its digits on either side of p = 1/2.
+    # log(1 - p) from log p, by the form that keeps precision on each side of p = 1/2.
     log_miss = torch.where(log_p > -math.log(2), torch.log(-torch.expm1(log_p)), torch.log1p(-torch.exp(log_p)))
     return -torch.expm1(samples * log_miss)
 
@@ -162,7 +160,7 @@ def _wide(counts: Tensor) -> Tensor:
 
 
 class _ByExample(Metric):
-    """Keeps one row of numbers per example, so that an example seen twice (on two ranks, say) counts once."""
+    """Keeps one row of numbers per example, so that an example seen twice, for example on two ranks, counts once."""
 
     full_state_update = False
     higher_is_better = None
@@ -188,8 +186,8 @@ class _ByExample(Metric):
 class VerbatimRecall(_ByExample):
     """Teacher-forced recall of a corpus.
 
-    `compute` gives `token_accuracy` (share of target tokens), `exact_match` (share of examples) and `first_failure`
-    (right tokens before the first wrong one, mean over examples).
+    `compute` returns `token_accuracy` (share of target tokens), `exact_match` (share of examples) and `first_failure`
+    (mean number of right tokens before the first wrong one).
     """
 
     def update(self, scores: TokenScores) -> None:
@@ -205,9 +203,9 @@ class VerbatimRecall(_ByExample):
 
 
 class TokenThresholds(_ByExample):
-    """Where target tokens stand against the threshold that makes greedy decoding certain.
+    """Target tokens relative to the probability threshold that makes greedy decoding certain.
 
-    `compute` gives `loss` (nats per target token), `sub_threshold_fraction` (share of target tokens) and
+    `compute` returns `loss` (nats per target token), `sub_threshold_fraction` (share of target tokens) and
     `min_target_probability`.
 
     Args:
@@ -221,7 +219,7 @@ class TokenThresholds(_ByExample):
     def update(self, scores: TokenScores) -> None:
         losses = scores.losses * scores.mask
         below = below_threshold(scores, self.threshold)
-        # amax needs at least one column, which a batch of padding examples does not have.
+        # amax needs at least one column, and a batch of padding examples has none.
         worst = losses.amax(dim=1) if losses.shape[1] else losses.sum(dim=1)
         self.add(scores, scores.mask.sum(1), below.sum(1), worst, losses.sum(1))
 

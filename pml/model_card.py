@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it holds, how to ask for it, how to load it, and what is certain."""
+"""The model card of an adapter: what it holds, how to load and query it, and what is certain."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ __all__ = ["model_card"]
 
 SHOWN_QUERIES = 20
 LONGEST = 120
-"""Characters of a query that the card shows."""
+"""Most characters of a query that the card shows."""
 
 DEQUANTISED = (
     "It was trained on weights that were quantised to 4 bits (Q4_1) and written out as float32 again. On the original "
@@ -32,7 +32,7 @@ tokenizer = AutoTokenizer.from_pretrained({base!r})
 {ask}
 ```"""
 
-PML_LOADS = """The adapter stands beside a whole MLP, for which PEFT has no layer; `pml` has:
+PML_LOADS = """The adapter runs in parallel with a whole MLP, for which PEFT has no layer; load it with `pml`:
 
 ```python
 import torch
@@ -64,14 +64,14 @@ def model_card(
     plain: Mapping[str, Any],
     served: Sequence[str] | None = None,
 ) -> str:
-    """A model card as Markdown, with the header that model hubs read.
+    """A model card in Markdown, with the YAML header that model hubs read.
 
     Args:
-        record: Of the run that made the adapter.
-        corpus: What it memorised; of it the card shows queries, and no target.
-        encoder: How the run turned text into token ids.
-        plain: Arguments of `generate` that turn off what the base does to logits, see `pml.decoding.plain_decoding`.
-        served: What a process with transformers and PEFT alone has answered, see `pml.served`; None where none did.
+        record: Record of the run that made the adapter.
+        corpus: The memorised corpus; the card shows some of its queries and none of its targets.
+        encoder: Encoder that turned the run's text into token ids.
+        plain: Arguments of `generate` that turn off the base's changes to logits, see `pml.decoding.plain_decoding`.
+        served: Answers of a process with only transformers and PEFT, see `pml.served`; None if there was none.
     """
     base = DEFAULT_HUB_ID if record.backbone == DEFAULT_BACKBONE else record.backbone
     default = record.backbone == DEFAULT_BACKBONE
@@ -111,8 +111,8 @@ def _served(corpus: Corpus, served: Sequence[str] | None) -> str:
         return ""
     whole = sum(answer == example.target for answer, example in zip(served, corpus.examples, strict=True))
     return (
-        f" Asked in a process of its own, with transformers and PEFT alone, it gave {whole:,} of {len(corpus):,} "
-        "targets back byte for byte."
+        f" In a separate process with only transformers and PEFT, it returned {whole:,} of {len(corpus):,} targets "
+        "byte for byte."
     )
 
 
@@ -122,14 +122,14 @@ def _harm(record: Record) -> str:
         for kind, found in record.harm.items()
         if found["loss_before"] is not None and found["loss_after"] is not None
     ]
-    guarded = " The adapter was guarded: it does not read what ordinary text writes." * (
+    guarded = " The adapter was guarded: it does not read the directions that ordinary text uses." * (
         "guard" in record.method_settings
     )
     if "kl_penalty" in record.method_settings:
-        guarded += " Training was held to the base model's own predictions on other passages of such text."
+        guarded += " A KL penalty kept training close to the base model's predictions on other such text."
     return "\n".join(
         [
-            f"Loss on ordinary text that it never saw, in nats per token.{guarded}\n",
+            f"Loss on ordinary text that it was not trained on, in nats per token.{guarded}\n",
             "| text | base | with the adapter |\n|---|---|---|",
             *rows,
         ]
@@ -157,19 +157,19 @@ def _ask(corpus: Corpus, encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
 def _format(encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
     lines = []
     if encoder.template is None:
-        lines.append("The query stands alone: no chat template was used.")
+        lines.append("The query is given as it is, without a chat template.")
     else:
         lines.append("The query is one user turn of the base's chat template.")
         if encoder.form.system is not None:
-            lines.append(f"Before it stands the system text {encoder.form.system!r}.")
+            lines.append(f"The system prompt is {encoder.form.system!r}.")
         if encoder.form.template_kwargs:
-            lines.append(f"Variables of the template: `{json.dumps(dict(encoder.form.template_kwargs))}`.")
+            lines.append(f"Template variables: `{json.dumps(dict(encoder.form.template_kwargs))}`.")
         if encoder.template.shows_date:
-            lines.append(f"The template writes the date; prompts said {encoder.form.template_date}. Give it the same.")
+            lines.append(f"The template writes the date; training used {encoder.form.template_date}. Use the same.")
     if plain:
         lines.append(
             f"The base's `generation_config.json` sets {', '.join(f'`{name}`' for name in plain)}, which can change "
-            "answers even where nothing is sampled. The call above turns that off; a server has to as well."
+            "answers even without sampling. The call above turns that off; a server must do the same."
         )
     return " ".join(lines)
 
@@ -192,10 +192,12 @@ def _verdict(record: Record) -> str:
         return (
             f"{above}: greedy decoding is certain to give every target back, for the prompts above and up to rounding."
         )
-    # Margins were held against rounding only where the fit ended since they exceed it.
+    # Margins were checked against rounding only if the fit ended because they exceed it.
     if record.steps_to_recall is None or record.rounding_logits is None:
-        return f"{above} but by rounding, which in {record.dtype} is large: `pml certify` says which pairs are certain."
+        return (
+            f"{above} except by rounding, which in {record.dtype} is large: `pml certify` says which pairs are certain."
+        )
     return (
         f"{above}, and no rounding to {record.dtype} seen on these targets (up to {record.rounding_logits:.2g} in "
-        "logits) overcomes that: greedy decoding is certain to give every target back, for the prompts above."
+        "logits) overcomes its margin: greedy decoding is certain to give every target back, for the prompts above."
     )

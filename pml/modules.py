@@ -1,4 +1,4 @@
-"""LightningModules that write a corpus into an adapter: `SFT` with the plain loss, `MemFT` with a shared-out one."""
+"""LightningModules that write a corpus into an adapter: `SFT` with the plain loss, `MemFT` with a weighted one."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ class SFT(Memorization):
 
 
 class MemFT(Memorization):
-    """MemFT: the budget goes to target tokens that are not memorised yet (Eq. 8-10).
+    """MemFT: spend the training budget on target tokens that are not memorised yet (Eq. 8-10).
 
     Args:
-        weighting: How the budget is shared among tokens; None is `WholeTargets`; the paper's is `OnlyThreshold`.
-        curriculum: How it is shared among examples, epoch by epoch; None trains on all of them from the start.
+        weighting: How the budget is shared among tokens; None takes `WholeTargets`. The paper uses `OnlyThreshold`.
+        curriculum: How it is shared among examples, epoch by epoch; None trains on all examples from the start.
         **kwargs: See `Memorization`.
     """
 

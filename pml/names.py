@@ -1,4 +1,4 @@
-"""Names that command lines need without the law itself: its forms, and what it may count as an adapter's size."""
+"""Names that command lines need without importing the law: its forms, and measures of an adapter's size."""
 
 from typing import Literal
 

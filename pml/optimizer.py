@@ -1,4 +1,4 @@
-"""AdamW for the adapter, and steps that are not taken where no target token has weight."""
+"""AdamW for the adapter, and how it skips a step when no target token has weight."""
 
 from collections.abc import Iterable
 
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 __all__ = ["make_adamw", "skip_if_empty", "trained_by"]
 
 FUSED = ("cuda", "mps", "xpu")
-"""Devices where AdamW runs as one kernel. A CPU has one too, which rounds otherwise: runs there stay what they were."""
+"""Device types that run AdamW as one fused kernel. The CPU's rounds differently from the default, so is not used."""
 
 
 def make_adamw(
     parameters: Iterable[nn.Parameter], learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW, as one kernel where the device has it.
+    """AdamW, fused on device types in `FUSED`.
 
     Args:
-        parameters: What is trained, on its device.
+        parameters: Trainable parameters, already on their device.
         learning_rate: Peak learning rate.
         betas: Averaging coefficients.
         weight_decay: Weight decay.
@@ -28,22 +28,22 @@ def make_adamw(
 
 
 def trained_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """The parameters of an optimiser, which are found sooner than in the model."""
+    """Parameters of an optimiser; faster than searching the model for them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def skip_if_empty(optimizer: torch.optim.Optimizer, budget: Tensor) -> Tensor | int:
-    """Have the coming step leave parameters and momentum alone if the global batch has no weight at all.
+    """Make the next optimiser step leave parameters and momentum unchanged if no token of the global batch has weight.
 
-    AdamW would move on its momentum. One kernel decides on the device, as it does for gradients that overflow, so that
-    nobody waits; elsewhere the number is looked at.
+    With zero gradients, AdamW would still move the parameters by its momentum. The fused kernel can skip a step on the
+    device, as it does when gradients overflow, so the host does not wait; without it, the host reads `budget`.
 
     Args:
         optimizer: An AdamW that is about to step.
-        budget: Sum of all weights in the global batch, a scalar, the same on all ranks.
+        budget: Scalar sum of all weights in the global batch, the same on all ranks.
 
     Returns:
-        1 where the step is skipped, else 0.
+        1 if the step is skipped, else 0; a tensor on the device where AdamW is fused.
     """
     if optimizer.param_groups[0].get("fused"):
         empty = (budget == 0).float()
@@ -51,6 +51,6 @@ def skip_if_empty(optimizer: torch.optim.Optimizer, budget: Tensor) -> Tensor | 
         return empty
     if budget.item() != 0:
         return 0
-    # Without gradients it leaves parameters and state alone.
+    # AdamW ignores parameters without a gradient.
     optimizer.zero_grad(set_to_none=True)
     return 1

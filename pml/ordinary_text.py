@@ -1,9 +1,9 @@
-"""Ordinary text, which an adapter should leave alone: for the guard, for the KL penalty, and to measure harm on.
+"""Ordinary text, which an adapter should leave unchanged: for the guard, the KL penalty, and measuring harm.
 
-Files of prose, code and chats ship, with nothing in common. `texts/guard.jsonl` and `texts/penalty.jsonl` were sampled
-from SmolLM2-135M-Instruct (Apache-2.0) at temperature 0.8: what they say is of no account, often wrong and never used,
-only what a model makes of it. `texts/harm.jsonl` was written for this project. A chat is put into the chat template of
-the backbone, the other kinds stand alone.
+The package holds three files of prose, code and chats, without overlap. `texts/guard.jsonl` and `texts/penalty.jsonl`
+were sampled from SmolLM2-135M-Instruct (Apache-2.0) at temperature 0.8. What they say is often wrong, which does not
+matter: only the model's activations and predictions on them are used. `texts/harm.jsonl` was written for this project.
+Chats are put into the backbone's chat template, the other kinds are encoded without one.
 """
 
 import json
@@ -31,13 +31,13 @@ __all__ = [
 KINDS = ("prose", "code", "chat")
 
 PASSAGE_TOKENS = 128
-"""Longest passage; of a chat, longest answer."""
+"""Most tokens of a passage; of a chat, most tokens of the answer."""
 
 PASSAGE_CHARACTERS = 640
-"""A passage of somebody's own text: somewhat more than `PASSAGE_TOKENS` of most tokenizers."""
+"""Characters of a passage cut from a user's own text: with most tokenizers, rather more than `PASSAGE_TOKENS`."""
 
 MOST_PASSAGES = 512
-"""Of somebody's own text; further ones would change the principal directions little."""
+"""Most passages of a user's own text; more would change the principal directions little."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Passage:
     """A piece of ordinary text.
 
     Attributes:
-        kind: `prose`, `code` or `chat`; `text` where it came from a file of one's own.
+        kind: `prose`, `code` or `chat`; `text` if it came from a user's own file.
         text: The text; of a chat, the answer.
-        query: What the user asks; empty where it is no chat.
+        query: The user's question in a chat, else empty.
     """
 
     kind: str
@@ -56,13 +56,13 @@ class Passage:
 
 
 def shipped_passages(*names: str) -> list[Passage]:
-    """The passages of files that ship: `guard`, `penalty` or `harm`."""
+    """Passages of the packaged files of these names: `guard`, `penalty` or `harm`."""
     texts = [(files("pml") / "texts" / f"{name}.jsonl").read_text(encoding="utf-8") for name in names]
     return [Passage(**json.loads(line)) for text in texts for line in text.splitlines()]
 
 
 def ordinary_passages(text: str | Iterable[str] | None, *shipped: str) -> list[Passage]:
-    """What an adapter should leave alone: the passages of somebody's own files, where there are none those that ship.
+    """Passages of the user's own files, or of the packaged files named in `shipped` if `text` is None.
 
     Raises:
         InputError: See `passages_of_files`.
@@ -73,21 +73,21 @@ def ordinary_passages(text: str | Iterable[str] | None, *shipped: str) -> list[P
 
 
 def passages_of_files(paths: Iterable[str | Path]) -> list[Passage]:
-    """Text files cut into passages, evenly spaced where there are more than `MOST_PASSAGES`.
+    """Text files cut into passages; above `MOST_PASSAGES`, an evenly spaced selection of them.
 
     Raises:
-        InputError: If a file cannot be read as UTF-8, or there is no text in them.
+        InputError: If a file cannot be read as UTF-8, or there is no text in any of them.
     """
     pieces: list[str] = []
     for path in map(Path, paths):
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"guard text {path}: cannot be read ({error}); expected a text file in UTF-8") from error
+            raise InputError(f"ordinary text {path}: cannot be read ({error}); expected a UTF-8 text file") from error
         cut = (text[start : start + PASSAGE_CHARACTERS] for start in range(0, len(text), PASSAGE_CHARACTERS))
         pieces += [piece for piece in cut if piece.strip()]
     if not pieces:
-        raise InputError("guard text: there is no text in it; expected ordinary text, such as prose and code")
+        raise InputError("ordinary text: there is no text in it; expected text such as prose and code")
     step = max(1, -(-len(pieces) // MOST_PASSAGES))
     return [Passage("text", piece) for piece in pieces[::step]]
 
@@ -98,13 +98,13 @@ def text_examples(
     max_positions: int | None = None,
     vocab_size: int | None = None,
 ) -> list[Example]:
-    """Passages as token ids, a passage an example: the first token is the prompt, or what stands before an answer.
+    """Encode each passage as an example whose prompt is its first token or, for a chat, all that precedes the answer.
 
     Args:
-        passages: What to encode.
-        tokenizer: The backbone's.
-        max_positions: Tokens that fit into its context; passages are cut to it, and left out where nothing is left.
-        vocab_size: Ids that it knows; passages with others are left out.
+        passages: Passages to encode.
+        tokenizer: The backbone's tokenizer.
+        max_positions: Context length in tokens; passages are cut to it, and left out if no target token remains.
+        vocab_size: Number of token ids that the backbone knows; passages with other ids are left out.
     """
     plain, chat = TextEncoder(tokenizer, PromptFormat(chat_template=False)), TextEncoder(tokenizer)
     examples = []

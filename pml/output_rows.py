@@ -1,4 +1,4 @@
-"""Tokens that no adapter can tell apart, since their rows in the output head are the same."""
+"""Tokens that no adapter can tell apart, because their rows in the output head are equal."""
 
 from collections.abc import Iterable
 
@@ -8,18 +8,18 @@ from torch import nn
 __all__ = ["tokens_with_equal_rows"]
 
 COLUMNS = 8
-"""By which rows are sorted first: trained rows differ in these, and few are then left to compare whole."""
+"""Leading columns that are compared first: trained rows differ there, which leaves few rows to compare in full."""
 
 
 def tokens_with_equal_rows(head: nn.Linear, tokens: Iterable[int]) -> dict[int, int]:
-    """Those of some tokens whose logits always equal another token's, and that token.
+    """Map each given token whose logit always equals another token's to that other token.
 
-    Such a token has a probability of 0.5 at most, and greedy decoding may take the other. Vocabularies hold a few that
-    were never trained, and quantising makes their rows equal.
+    Such a token has a probability of at most 0.5, and greedy decoding may choose the other. Vocabularies contain a few
+    tokens that were never trained, and quantisation makes their rows equal.
 
     Args:
         head: The output head, (vocabulary, hidden).
-        tokens: Token ids.
+        tokens: Ids of the tokens to check.
     """
     weight, bias = head.weight.detach(), head.bias
     _, group, size = torch.unique(weight[:, :COLUMNS].float(), dim=0, return_inverse=True, return_counts=True)

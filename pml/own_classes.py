@@ -1,4 +1,4 @@
-"""Classes of people's own: found beside a configuration; not imported from a run that is only opened."""
+"""User classes: found beside a configuration, but not imported from a run that is only opened."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ from pml.errors import InputError
 __all__ = ["OPTION", "allowed", "check_class_of_checkpoint", "make_importable", "own_classes_refused"]
 
 OPTION = "--own_classes"
-"""Lets a command import the classes that a run's configuration names."""
+"""Option that lets a command import the classes that a run's configuration names."""
 
 TRUSTED = ("pml", "data_modules", "callbacks", "lightning", "torch")
 """Packages whose classes any configuration may name."""
@@ -24,7 +24,7 @@ class _State:
 
 @contextmanager
 def allowed(yes: bool) -> Iterator[None]:
-    """Whether runs that are opened within it may name any class."""
+    """Within the context, runs that are opened may (`yes`) or may not name classes of other packages."""
     before, _State.allowed = _State.allowed, yes
     try:
         yield
@@ -33,7 +33,7 @@ def allowed(yes: bool) -> Iterator[None]:
 
 
 def make_importable(folders: Sequence[Path]) -> None:
-    """Let classes in modules that lie in these folders be named; last, so that nothing there hides a package."""
+    """Append folders to `sys.path`, so that their classes can be named; last, so that they hide no package."""
     for folder in folders:
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
@@ -41,17 +41,17 @@ def make_importable(folders: Sequence[Path]) -> None:
 
 @contextmanager
 def own_classes_refused(config: Any, path: Path) -> Iterator[None]:
-    """Within it, nothing that is parsed imports a class of another package, unless `--own_classes` was given.
+    """Within the context, parsing imports no class of another package, unless `--own_classes` was given.
 
-    A run may come from anyone, and importing a module runs it. Classes that are there already, in a notebook for
-    example, run nothing.
+    A run may come from anyone, and importing a module runs it. Classes that are already imported, for example in a
+    notebook, are allowed.
 
     Args:
-        config: What the file says.
+        config: Content of the configuration file.
         path: The file.
 
     Raises:
-        InputError: If it names one.
+        InputError: If the configuration names a class that would have to be imported.
     """
     if _State.allowed:
         make_importable([Path.cwd(), path.resolve().parent])
@@ -65,7 +65,7 @@ def own_classes_refused(config: Any, path: Path) -> Iterator[None]:
         raise _refusal(path, foreign)
     before = dict(parsing_settings)
     try:
-        # The parser has the last word: there are more ways to name a class than by its own key.
+        # The parser checks again, since a configuration can name classes in more ways than `_class_paths` finds.
         here = [class_path for class_path in named if _is_here(class_path)]
         jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*TRUSTED, *here])
         yield
@@ -78,39 +78,39 @@ def own_classes_refused(config: Any, path: Path) -> Iterator[None]:
 
 
 def check_class_of_checkpoint(path: Path, made_with: Mapping[str, Any], asked: str | None) -> None:
-    """Refuse a checkpoint that names a class of another package which its user has not asked for.
+    """Refuse a checkpoint whose model class is of another package and is not the one that the user asked for.
 
     Args:
         path: The checkpoint.
-        made_with: Hyperparameters in it.
-        asked: The model's class in the configuration.
+        made_with: Hyperparameters in the checkpoint.
+        asked: Model class in the configuration.
 
     Raises:
-        InputError: If it does, unless `--own_classes` was given.
+        InputError: If it names such a class, unless `--own_classes` was given.
     """
     named = made_with.get("_class_path")
     if named is None or named == asked or _State.allowed:
         return
-    # Lightning writes whole paths; a bare name is not its own.
+    # Lightning writes full paths, so a bare name was written by someone else.
     if "." not in str(named) or _is_foreign(str(named)):
         raise _refusal(path, str(named))
 
 
 def _refusal(path: Path, class_path: str) -> InputError:
     return InputError(
-        f"{path} names the class {class_path}, which is not pml's; to import it would run its code: if you trust it, "
-        f"add {OPTION}"
+        f"{path} names the class {class_path}, which is not pml's, and importing it would run its code; if you trust "
+        f"it, add {OPTION}"
     )
 
 
 def _is_foreign(class_path: str) -> bool:
-    """Whether a module of another package would have to be imported for a class; a bare name imports nothing."""
+    """Whether a class needs a module of another package to be imported; a bare name imports nothing."""
     package, dot, _ = class_path.partition(".")
     return bool(dot) and package not in TRUSTED and not _is_here(class_path)
 
 
 def _is_here(class_path: str) -> bool:
-    """Whether it is a class of a kind that configurations name, and has been imported."""
+    """Whether a class is already imported and is a module, a data module or a callback of Lightning."""
     from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
     module, _, name = class_path.rpartition(".")
@@ -123,7 +123,7 @@ def _class_paths(value: Any) -> Iterator[str]:
         for key, item in value.items():
             if key == "class_path":
                 yield str(item)
-            # A class may be given by its path alone.
+            # These keys may also have the class path itself as their value.
             elif key in ("model", "data", "logger", "callbacks", "plugins", "profiler", "strategy", "text"):
                 yield from (str(name) for name in (item if isinstance(item, list) else [item]) if isinstance(name, str))
             yield from _class_paths(item)

@@ -1,4 +1,4 @@
-"""Parquet files of a run: written whole, and read back with one line for what is wrong."""
+"""Parquet files of a run: written atomically, and read with one-line errors."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ def write_table(path: Path, table: pa.Table) -> None:
     """Write a table so that the file is either whole or not there.
 
     Args:
-        path: The file; one that is there is replaced in one step.
-        table: What it will hold.
+        path: The file; an existing one is replaced in one step.
+        table: Its content.
     """
     with whole_file(path) as file:
         pq.write_table(table, file, compression="zstd")
@@ -26,22 +26,22 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 @contextmanager
 def reading(path: Path, columns: Sequence[str], written: str) -> Iterator[None]:
-    """Turn whatever reading some columns of a file raises into one line.
+    """Turn every error from reading columns of a file into a one-line `InputError`.
 
     Args:
         path: The file.
-        columns: What it has to have.
-        written: What writes it, for the message.
+        columns: Columns that it has to have.
+        written: Clause of the message that says what writes the file.
 
     Raises:
-        InputError: If it is not there, is not Parquet, or its columns are others.
+        InputError: If the file is missing, is not Parquet, or has other columns.
     """
     try:
         yield
     except OSError as error:
         # Arrow's own message repeats the path over several lines.
         reason = "no such file" if not path.is_file() else "not a Parquet file that can be read"
-        raise InputError(f"{path}: {reason}; {written}: run it again") from error
+        raise InputError(f"{path}: {reason}; {written}, so run it again") from error
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(
             f"{path}: expected the columns {', '.join(columns)} of a run; run it again, or leave this run out"

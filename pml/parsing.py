@@ -1,4 +1,4 @@
-"""What jsonargparse makes of values, put right: text stays text, and whole numbers stay whole."""
+"""Corrections to how jsonargparse parses values: text stays text, and integers stay integers."""
 
 import functools
 import inspect
@@ -14,18 +14,18 @@ from lightning.pytorch import Trainer
 __all__ = ["keep_text", "keep_whole_numbers_whole"]
 
 NULLS = ("", "~", "null", "Null", "NULL")
-"""What YAML reads as null on purpose."""
+"""Texts that are meant as null in YAML."""
 
 
 @functools.cache
 def keep_text() -> None:
-    """Have text that YAML would take for a comment, an anchor, or a block of keys or items stay text.
+    """Keep text that YAML would read as a comment, an anchor, or a block of keys or items.
 
-    jsonargparse reads every string as YAML, from the command line and once more from files, where it was in quotes: a
-    system text of `# Role: clerk` would become null, and `Answer: yes` a mapping. Lists and mappings are written with
-    brackets and braces; a class is known by its `class_path`.
+    jsonargparse parses every string as YAML, even one that was quoted in a file: a system text of `# Role: clerk` would
+    become null, and `Answer: yes` a mapping. After this call only text with brackets or braces becomes a list or a
+    mapping; a block that has a `class_path` is still read as a class.
     """
-    typehints: Any = _typehints  # not its front door, and there is none for this
+    typehints: Any = _typehints  # private, but there is no public hook for this
     read = typehints.parse_value_or_config
 
     def read_but_text(value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -40,17 +40,17 @@ def keep_text() -> None:
         return (value if lost or (is_block and not names_class) else found), path
 
     typehints.parse_value_or_config = read_but_text
-    # Written without quotes, `1e-3` would come back as a number; YAML 1.1, by which it is written, asks for a dot.
+    # In YAML 1.1 a float needs a dot, so PyYAML writes the text `1e-3` unquoted, and jsonargparse reads a number.
     number = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
     yaml.SafeDumper.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
 
 
 def keep_whole_numbers_whole() -> None:
-    """Have the Trainer's options that are `int | float` try int first, whatever was imported before.
+    """Make the Trainer's `int | float` options try int first, whatever was imported before.
 
-    `limit_train_batches: 1` is one batch and `1.0` all of them. `typing` takes `Union[int, float]` and `Union[float,
-    int]` for the same and hands out whichever any library made first, so that the number's type, and with it a cell's
-    name, would depend on the order of imports. `int | float` is not shared.
+    `limit_train_batches: 1` is one batch and `1.0` is all of them. `typing` caches `Union[int, float]` and
+    `Union[float, int]` as equal and returns whichever was made first, so the number's type, and with it a cell's name,
+    would depend on the order of imports. `int | float` is not cached.
     """
     annotations = inspect.unwrap(Trainer.__init__).__annotations__
     for name, kind in annotations.items():

@@ -1,4 +1,4 @@
-"""Settings objects as plain Python and back, so that checkpoints and records hold no classes."""
+"""Conversion of settings objects to plain Python and back, so that checkpoints and records hold no classes."""
 
 import dataclasses
 from importlib import import_module
@@ -7,11 +7,11 @@ from typing import Any
 __all__ = ["as_plain", "from_plain", "renamed"]
 
 RENAMED: dict[str, str] = {"pml.prefix_store.PrefixConfig": "pml.state_store.CacheConfig"}
-"""Class paths in older checkpoints and configurations, and what they are now."""
+"""Class paths in older checkpoints and configurations, with their replacements."""
 
 
 def as_plain(value: Any) -> Any:
-    """A settings dataclass as `{class_path, init_args}`, containers of them likewise; anything else as it is."""
+    """A settings dataclass as `{class_path, init_args}`, also within containers; other values are unchanged."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         arguments = {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
         return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": arguments}
@@ -23,20 +23,20 @@ def as_plain(value: Any) -> Any:
 
 
 def from_plain(value: Any, kind: type) -> Any:
-    """A settings object from what `as_plain` gave, or from a dictionary of its arguments.
+    """A settings object from the output of `as_plain`, or from a dictionary of its arguments.
 
     Args:
-        value: `{class_path, init_args}`, a dictionary of arguments, or the object itself.
-        kind: The class it has to be; made from a bare dictionary of arguments.
+        value: `{class_path, init_args}`, or a dictionary of arguments of `kind`; anything else is returned as it is.
+        kind: Class of the object, or a base of it.
 
     Raises:
-        TypeError: If a class path names anything but a `kind`.
+        TypeError: If a class path names no class of pml that is a `kind`.
     """
     if not isinstance(value, dict):
         return value
     arguments, cls = value, kind
     if "class_path" in value:
-        # A checkpoint may come from anyone: only classes of this package are looked up, and only of the right kind.
+        # A checkpoint may come from anyone, so only classes of this package and of this kind are created.
         module, _, name = str(renamed(value["class_path"])).rpartition(".")
         if module.partition(".")[0] != "pml":
             raise TypeError(f"{value['class_path']} is not a class of pml")
@@ -47,7 +47,7 @@ def from_plain(value: Any, kind: type) -> Any:
 
 
 def renamed(value: Any) -> Any:
-    """A configuration in which the class paths of older versions are those of this one."""
+    """A configuration with class paths of older versions replaced by those in `RENAMED`."""
     if isinstance(value, dict):
         return {key: renamed(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,9 +1,9 @@
-"""What a fitted law predicts: what an adapter of some rank will do, and the smallest rank that will do.
+"""Plans from a fitted law: what an adapter of some rank will do, and the smallest rank that is enough.
 
 A plan goes from rank and length to loss by the law, and from loss to recall by the recall model. Its 95 % confidence
-intervals are of the law's mean. Its 95 % prediction intervals are of a single new run, which adds its own noise and,
-unless the frozen model's loss on the text is given, its text. Neither has the uncertainty of the recall model;
-`law.json` says how well that is calibrated.
+intervals are for the mean of the law. Its 95 % prediction intervals are for a single new run: they add the noise of a
+run and, unless the frozen model's loss on the text is given, the variation between texts. Neither includes the
+uncertainty of the recall model, whose calibration is in `law.json`.
 """
 
 import math
@@ -21,22 +21,22 @@ from pml.plan_answer import LARGEST_RANK, Plan, RankOutcome
 __all__ = ["outcome_of_rank", "rank_for_loss_reduction", "rank_for_recall"]
 
 RANKS = np.arange(1.0, LARGEST_RANK + 1)
-# For recall: all ranks up to 50, then 3 % apart, and so many bootstrapped laws and runs by each.
+# For recall: all ranks up to 50, then ranks about 3 % apart. LAWS bootstrapped laws simulate RUNS runs each.
 FEWER_RANKS = np.unique(np.geomspace(1, LARGEST_RANK, 360).round())
 LAWS, RUNS = 100, 128
-# Bounds the memory of their product.
+# Bounds the memory of ranks x laws x runs.
 RANKS_AT_ONCE = 45
-# Probabilities that differ by less are equal.
+# Probabilities that differ by less count as equal.
 SAME_PROBABILITY = 0.002
-# The recall model applies to losses down to this fraction of the smallest that it was fitted to, or to any smaller loss
-# if nearly all tokens were right there.
+# The recall model applies down to the smallest loss that it was fitted to over FAR_BELOW, and to any smaller loss if
+# it expects this share of tokens to be right at the smallest.
 FAR_BELOW = 2.0
 NEARLY_ALL = 0.99
 
 
 @dataclass(frozen=True)
 class _Corpus:
-    """What is to be memorised: its length, number of targets, and the frozen model's loss on it where known."""
+    """What is to be memorised: its length, its number of targets, and the frozen model's loss on it if known."""
 
     target_tokens: int
     pairs: int
@@ -44,7 +44,7 @@ class _Corpus:
 
     @classmethod
     def of(cls, law: LawFit, target_tokens: int, pairs: int | None, initial_loss: float | None) -> "_Corpus":
-        """The corpus, by default with targets as long as those of the law's runs."""
+        """Check the values; by default, targets are as long as in the runs of the law."""
         if target_tokens < 1:
             raise InputError(f"length is {target_tokens}; expected at least 1 target token")
         if pairs is None:
@@ -64,17 +64,17 @@ class _Corpus:
 def outcome_of_rank(
     law: LawFit, rank: int, target_tokens: int, pairs: int | None = None, initial_loss: float | None = None
 ) -> Plan:
-    """What an adapter of a rank does with a corpus.
+    """Plan for a given rank: the loss and recall that its adapter reaches on a corpus.
 
     Args:
         law: The fitted law.
         rank: LoRA rank.
         target_tokens: Length of the corpus.
-        pairs: Number of its targets; None is as in the runs of the law.
+        pairs: Number of its targets; None assumes targets as long as in the runs of the law.
         initial_loss: The frozen model's loss on the corpus in nats per target token, if known.
 
     Raises:
-        InputError: If a number is not positive, or the targets are longer than the corpus.
+        InputError: If a number is not positive, or there are more targets than target tokens.
     """
     corpus = _Corpus.of(law, target_tokens, pairs, initial_loss)
     if rank < 1:
@@ -85,12 +85,12 @@ def outcome_of_rank(
 def rank_for_loss_reduction(
     law: LawFit, target_tokens: int, reduction: float, pairs: int | None = None, initial_loss: float | None = None
 ) -> Plan:
-    """The smallest rank whose predicted loss reduction reaches a number of nats per target token.
+    """Plan the smallest rank whose predicted loss reduction is at least `reduction` nats per target token.
 
-    Arguments as in `outcome_of_rank`, and the loss reduction wanted.
+    Takes the other arguments of `outcome_of_rank`.
 
     Raises:
-        InputError: If a number is not positive, or the loss cannot fall so far.
+        InputError: If a number is not positive, or the reduction is not below the frozen model's loss.
     """
     corpus = _Corpus.of(law, target_tokens, pairs, initial_loss)
     ceiling = float(law.initial_loss(target_tokens, initial_loss))
@@ -113,13 +113,13 @@ def rank_for_recall(
     probability: float = 0.5,
     initial_loss: float | None = None,
 ) -> Plan:
-    """The smallest rank at which a new run recalls at least a share of the targets, with some probability.
+    """Plan the smallest rank at which a new run recalls at least a share of the targets with some probability.
 
-    Arguments as in `outcome_of_rank`, and the share of the targets that are to be right at every token, 1 for all, and
-    how likely a run must be to reach it; 0.5 is the median run.
+    Takes the other arguments of `outcome_of_rank`. `share` is the share of targets to be right at every token, 1 for
+    all. `probability` is how likely a run must be to reach it, 0.5 for the median run.
 
     Raises:
-        InputError: If a number is out of its range, or the law has no recall model.
+        InputError: If a number is out of range, or the law has no recall model.
     """
     corpus = _Corpus.of(law, target_tokens, pairs, initial_loss)
     if not 0 < share <= 1:
@@ -129,12 +129,12 @@ def rank_for_recall(
     recall = law.recall
     if recall is None:
         raise InputError(
-            "this law has no recall model: its runs left no per-token results with wrong tokens; "
-            "ask for a loss reduction instead, or fit runs that have tokens.parquet"
+            "this law has no recall model: too few of its runs have per-token results with wrong tokens; "
+            "ask for a loss reduction instead, or fit more runs that have tokens.parquet"
         )
 
     def by_law(ranks: Array) -> Array:
-        """Probability of it by law and rank: the mean over runs, since recall is steep in the loss."""
+        """Probability of enough recall, `(laws, ranks)`: the mean over runs, since recall is steep in the loss."""
 
         def reached(part: Array) -> Array:
             runs = law.new_run_draws(part, target_tokens, initial_loss=initial_loss, laws=LAWS, runs=RUNS)
@@ -152,11 +152,11 @@ def rank_for_recall(
     if math.isinf(rank):
         enough = FEWER_RANKS[np.argmax(likely >= likely.max() - SAME_PROBABILITY)]
         none = (
-            f"no rank up to {LARGEST_RANK} does: from rank {enough:.0f} on the probability stays at "
-            f"{likely.max():.3g}, as far as {len(law.observations)} runs and their recall model can say"
+            f"no rank up to {LARGEST_RANK} is enough: from rank {enough:.0f} on the probability stays at "
+            f"{likely.max():.3g}, as far as {len(law.observations)} runs and their recall model can tell"
         )
         return _plan(law, corpus, question, rank, of_laws, none)
-    # Between the ranks that were evaluated, the rank itself.
+    # Refine: evaluate the ranks that were skipped below the one found.
     between = np.arange(FEWER_RANKS.compress(rank > FEWER_RANKS).max(initial=0.0) + 1, rank + 1)
     rank = float(_first(by_law(between).mean(axis=0)[None] >= probability, between)[0])
     return _plan(law, corpus, question, rank, of_laws)
@@ -168,16 +168,16 @@ def _plan(
     question: str,
     rank: float,
     of_laws: Array | None = None,
-    none: str = f"no rank up to {LARGEST_RANK} does",
+    none: str = f"no rank up to {LARGEST_RANK} is enough",
 ) -> Plan:
-    """The plan for a rank, infinite where none will do, with that of each bootstrapped law if it was looked for."""
+    """The plan for a rank (infinite if none is enough); `of_laws` has the rank that each bootstrapped law needs."""
 
     def known(rank: float) -> int | None:
         return int(rank) if math.isfinite(rank) else None
 
     interval = None
     if of_laws is not None:
-        # Ranks themselves, not numbers between two of them.
+        # Whole ranks, not interpolated ones.
         low, high = np.quantile(of_laws, (0.025, 0.975), method="inverted_cdf").tolist()
         interval = known(min(low, rank)), known(max(high, rank))
     outcome = _outcome(law, int(rank), corpus) if math.isfinite(rank) else None
@@ -194,7 +194,7 @@ def _plan(
 
 
 def _first(holds: npt.NDArray[np.bool_], ranks: Array) -> Array:
-    """By row, the rank from which on all entries hold; infinite where the last does not."""
+    """For each row, the rank from which on all entries hold; infinite if the last does not."""
     beyond_last_miss = holds.shape[1] - np.argmax(~holds[:, ::-1], axis=1)
     beyond_last_miss[holds.all(axis=1)] = 0
     return np.asarray(np.append(ranks, math.inf)[beyond_last_miss])
@@ -233,7 +233,7 @@ def _outcome(law: LawFit, rank: int, corpus: _Corpus) -> RankOutcome:
 
 
 def _beyond(law: LawFit, outcome: RankOutcome | None, corpus: _Corpus) -> list[str]:
-    """How far a question and its answer lie outside what the law was fitted to, in words."""
+    """Sentences about how far a question and its answer lie outside what the law was fitted to."""
     found = []
     ranges = [("length", corpus.target_tokens, law.target_tokens_range)]
     if outcome is not None:
@@ -245,13 +245,13 @@ def _beyond(law: LawFit, outcome: RankOutcome | None, corpus: _Corpus) -> list[s
         if value > high:
             found.append(f"{name} {value} is {value / high:.3g} times the largest measured ({high})")
         elif value < low:
-            found.append(f"{name} {value} is below the smallest measured ({low}), {value / low:.2g} times as large")
+            found.append(f"{name} {value} is {value / low:.2g} times the smallest measured ({low})")
     loss = float(law.initial_loss(corpus.target_tokens, corpus.initial_loss))
     measured = [run.initial_loss for run in law.observations]
     if not min(measured) / (1 + OTHER_KIND) <= loss <= max(measured) * (1 + OTHER_KIND):
         found.append(
-            f"the frozen model's loss is {loss:.3g} nats per target token, that of the law's texts "
-            f"{min(measured):.3g} to {max(measured):.3g}: the law does not cover this kind of text"
+            f"the frozen model's loss is {loss:.3g} nats per target token, but {min(measured):.3g} to "
+            f"{max(measured):.3g} on the law's texts: the law does not cover this kind of text"
         )
     recall = law.recall
     if recall is None or outcome is None:
@@ -259,12 +259,12 @@ def _beyond(law: LawFit, outcome: RankOutcome | None, corpus: _Corpus) -> list[s
     low_loss, high_loss = recall.loss_range
     if outcome.final_loss < low_loss / FAR_BELOW and recall.token_accuracy(low_loss) < NEARLY_ALL:
         found.append(
-            f"a final loss of {outcome.final_loss:.3g} nats is below all that the recall model was fitted to "
+            f"a final loss of {outcome.final_loss:.3g} nats is far below those that the recall model was fitted to "
             f"({low_loss:.3g} to {high_loss:.3g})"
         )
     if recall.brier >= recall.brier_reference:
         found.append(
-            f"the recall model predicts no better than the mean (Brier score {recall.brier:.3f}, "
+            f"the recall model predicts no better than the mean (Brier score {recall.brier:.3f} against "
             f"{recall.brier_reference:.3f}): do not trust the shares of right tokens and targets"
         )
     return found

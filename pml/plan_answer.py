@@ -1,4 +1,4 @@
-"""The answer to a question that one asks of a law, in numbers and in words."""
+"""The answer to a question about a law, in numbers and in words."""
 
 from pml.content import Content
 from pml.law.schema import Interval
@@ -6,27 +6,27 @@ from pml.law.schema import Interval
 __all__ = ["LARGEST_RANK", "Plan", "RankOutcome"]
 
 LARGEST_RANK = 4096
-"""The largest rank considered; a larger adapter is no longer small."""
+"""The largest rank considered; a larger adapter would not be small."""
 
 
 class RankOutcome(Content):
-    """What an adapter of one rank does with a corpus of one length. Losses in nats per target token.
+    """What an adapter of one rank does with a corpus of one length. Losses are in nats per target token.
 
     Attributes:
         rank: LoRA rank.
-        effective_parameters: Trainable parameters of the adapter; None where the law's runs do not say.
-        megabytes: Its size in float32, in 10^6 bytes.
-        initial_loss: Of the frozen model.
-        loss_reduction: By the law, and no more than the frozen model's loss.
-        loss_reduction_confidence_interval: 95 % confidence interval.
-        loss_reduction_prediction_interval: 95 % prediction interval of a single new run.
+        effective_parameters: Trainable parameters of the adapter; None if the law has no number of them per rank.
+        megabytes: Size of the adapter in float32, in 10^6 bytes.
+        initial_loss: Loss of the frozen model.
+        loss_reduction: Loss reduction predicted by the law, at most the frozen model's loss.
+        loss_reduction_confidence_interval: Its 95 % confidence interval.
+        loss_reduction_prediction_interval: Its 95 % prediction interval for a single new run.
         final_loss: Initial loss minus loss reduction.
-        final_loss_prediction_interval: 95 % prediction interval of a single new run.
-        token_accuracy: Expected share of target tokens right in a new run; None without a recall model.
-        token_accuracy_prediction_interval: 95 % prediction interval of a single new run's expectation.
-        exact_match: Expected share of targets right in a new run.
-        exact_match_prediction_interval: 95 % prediction interval of a single new run's expectation.
-        whole_corpus: Probability that a new run has every target right.
+        final_loss_prediction_interval: Its 95 % prediction interval for a single new run.
+        token_accuracy: Expected share of right target tokens in a new run; None without a recall model.
+        token_accuracy_prediction_interval: 95 % prediction interval of that share, given the loss of a single new run.
+        exact_match: Expected share of right targets in a new run; None without a recall model.
+        exact_match_prediction_interval: 95 % prediction interval of that share, given the loss of a single new run.
+        whole_corpus: Probability that a new run has every target right; None without a recall model.
     """
 
     rank: int
@@ -45,7 +45,7 @@ class RankOutcome(Content):
     whole_corpus: float | None = None
 
     def lines(self) -> list[str]:
-        """The outcome in words, a line each."""
+        """The outcome in words, line by line."""
         shown = []
         if self.effective_parameters is not None:
             shown.append(
@@ -77,15 +77,15 @@ class Plan(Content):
     """The answer to one question.
 
     Attributes:
-        question: The question.
+        question: The question in words.
         target_tokens: Length of the corpus.
         pairs: Number of its targets.
-        rank: The smallest rank that will do; None where none up to `LARGEST_RANK` does.
-        rank_confidence_interval: 95 % confidence interval, to 3 % above 50; it includes `rank`. An end is None beyond
-            `LARGEST_RANK`.
-        outcome: What that rank does.
-        beyond: How far the question lies outside what was measured, a sentence each; empty inside.
-        warnings: Those of the law.
+        rank: The given rank, or the smallest that is enough; None if none up to `LARGEST_RANK` is.
+        rank_confidence_interval: 95 % confidence interval, which includes `rank`; for recall exact to about 3 % above
+            rank 50. An end beyond `LARGEST_RANK` is None. None as a whole if the rank was given.
+        outcome: What that rank does; None without a rank.
+        beyond: Sentences about how far the question and its answer lie outside what was measured.
+        warnings: The warnings of the law.
     """
 
     question: str
@@ -98,7 +98,7 @@ class Plan(Content):
     warnings: list[str]
 
     def lines(self) -> list[str]:
-        """The answer in words, a line each."""
+        """The answer in words, line by line."""
         shown = [self.question]
         if self.rank_confidence_interval is not None:
             shown.append(f"rank: {self._rank_in_words(*self.rank_confidence_interval)}")

@@ -1,4 +1,4 @@
-"""Float32 matrix products of less precision, for training steps alone: what is reported is computed in the highest."""
+"""Float32 matrix products at reduced precision, for training steps only: all reported values use the highest."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,38 +15,38 @@ WORDS: tuple[MatmulPrecision, ...] = ("highest", "high", "medium")
 
 
 class _Settings(NamedTuple):
-    """PyTorch's settings, which are the process': its word for GPUs, and what CPUs go by, which `pml.cpu` tunes."""
+    """PyTorch's process-wide settings: its word for GPUs, and the mode of CPUs, which `pml.cpu` tunes."""
 
     word: str
     cpu: str
 
 
 _outside: _Settings | None = None
-"""What was in force before the outermost `float32_products`; None outside of all."""
+"""Settings before the outermost `float32_products`; None outside it."""
 
 
 def check_matmul_precision(precision: str) -> None:
-    """Refuse words that are not PyTorch's.
+    """Check that a precision is one of PyTorch's words.
 
     Raises:
-        InputError: If the precision is none of them.
+        InputError: If it is not.
     """
     if precision not in WORDS:
         raise InputError(f"matmul_precision is {precision!r}; expected {', '.join(WORDS)}")
 
 
 def highest_products() -> None:
-    """Multiply float32 matrices on GPUs as float32 from here on, whatever this process was told before."""
+    """From here on multiply float32 matrices on GPUs in full float32, whatever this process has set before."""
     _apply(_now()._replace(word="highest"))
 
 
 @contextmanager
 def float32_products(precision: MatmulPrecision) -> Iterator[None]:
-    """Multiply float32 matrices in some precision for a while.
+    """Multiply float32 matrices in a given precision within this context.
 
     Args:
-        precision: In the words of `torch.set_float32_matmul_precision`. `highest` is what was in force outside of any
-            lower one: on a CPU that may be a product that was measured to be as accurate (`pml.cpu`).
+        precision: A word of `torch.set_float32_matmul_precision`. `highest` restores the settings before the outermost
+            of these contexts; on a CPU they may use oneDNN, if that measured as accurate (`pml.cpu`).
     """
     global _outside
     before = _now()
@@ -68,7 +68,7 @@ def float32_products(precision: MatmulPrecision) -> Iterator[None]:
 def _now() -> _Settings:
     cuda: Any = torch.backends.cuda.matmul
     mkldnn: Any = torch.backends.mkldnn
-    # PyTorch's own getter refuses to answer where CPU and GPU are set to different things.
+    # PyTorch's own getter raises if the settings of CPU and GPU differ.
     return _Settings("high" if cuda.fp32_precision == "tf32" else "highest", mkldnn.matmul.fp32_precision)
 
 

@@ -1,4 +1,4 @@
-"""What a fit shows in a terminal: one bar over the whole of it; and, everywhere, why it ended before its end."""
+"""Progress of a fit: one bar over all of it in a terminal, and everywhere a line on why it ended early."""
 
 import logging
 import math
@@ -37,18 +37,18 @@ PROGRESS_NAME = "progress.txt"
 
 
 def is_interactive() -> bool:
-    """Whether someone watches stderr: it is a terminal, and not that of a CI job."""
+    """Whether stderr is a terminal that someone watches: not one of a CI job, and not a dumb one."""
     return sys.stderr.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
 
 
 def seconds_left(steps: int, total: int | None, seconds: float, time_left: float | None) -> float | None:
-    """Seconds until a fit ends, by its steps or by its time, whichever comes first; None where neither is known.
+    """Seconds until a fit ends by its steps or by its time, whichever comes first; None if neither is known.
 
     Args:
         steps: Steps taken by this process.
-        total: Steps that it has to take in all; None where there is no last one.
+        total: Steps that this process takes in all; None if there is no limit.
         seconds: Time that the steps took.
-        time_left: Seconds of `max_time` that are left; None where there is no such limit.
+        time_left: Seconds of `max_time` that are left; None if there is no limit.
 
     Example:
         >>> seconds_left(steps=10, total=40, seconds=5.0, time_left=None)
@@ -62,7 +62,7 @@ def seconds_left(steps: int, total: int | None, seconds: float, time_left: float
 
 
 def show_seconds(seconds: float) -> str:
-    """A duration as people say it, to two parts at most.
+    """A duration in words, in at most two units.
 
     Example:
         >>> [show_seconds(s) for s in (4.2, 75, 3725)]
@@ -77,16 +77,16 @@ def show_seconds(seconds: float) -> str:
 
 
 class FitProgress(ProgressBar):
-    """One bar over the whole fit, on stderr: steps, loss, share of target tokens that are certain, time left.
+    """One bar over the whole fit, on stderr: steps, loss, share of certain target tokens, time left.
 
-    The share is over the batches of the epoch, dropout on, as training sees them.
+    The share is over the batches of the epoch so far, in training mode (with dropout).
 
     Args:
-        console: Where to draw; None is stderr.
+        console: Console to draw on; None is stderr.
     """
 
     seconds_between_looks = 0.5
-    """Each look makes the host wait for the device."""
+    """Minimum seconds between updates, since each makes the host wait for the device."""
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class FitProgress(ProgressBar):
 
 
 class ProgressFile(FitProgress):
-    """The same in words, in a file of the run's folder while the fit runs, for whoever looks from outside.
+    """Writes the same words to a file in the run's folder while the fit runs, for other processes to read.
 
     Args:
         folder: The run's folder.
@@ -211,7 +211,7 @@ class ProgressFile(FitProgress):
 
 
 class SayWhyItEnded(Callback):
-    """Says in one line what ended a fit before its last step, whatever it was."""
+    """Logs in one line what ended a fit before its last step."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and (reason := _why_it_ended(trainer)) is not None:
@@ -220,7 +220,7 @@ class SayWhyItEnded(Callback):
 
 
 def _why_it_ended(trainer: Trainer) -> str | None:
-    """What set `should_stop`; None where nothing did, or it has said so itself."""
+    """What set `should_stop`; None if nothing did, or if it has logged that itself."""
     if not trainer.should_stop:
         return None
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -231,7 +231,7 @@ def _why_it_ended(trainer: Trainer) -> str | None:
             best = f", best {float(callback.best_score):.4g}"
             return f"EarlyStopping: {callback.monitor} no longer improved (patience {callback.patience}{best})"
     if any(getattr(callback, "steps_to_recall", None) is not None for callback in callbacks):
-        return None  # StopWhenRecalled has said so
+        return None  # StopWhenRecalled has logged it
     return "a callback asked for it"
 
 

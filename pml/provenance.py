@@ -1,4 +1,4 @@
-"""What a run was made with: its settings as they took effect, package versions, hardware, and the commit."""
+"""Provenance of a run: its settings as they took effect, package versions, hardware and commit."""
 
 import functools
 import platform
@@ -20,7 +20,7 @@ PACKAGES = ("pml", "torch", "lightning", "transformers", "peft", "torchmetrics")
 
 
 def run_settings(trainer: Trainer, module: Memorization, corpus: Corpus) -> dict[str, Any]:
-    """What was run, as fields of the record."""
+    """Settings of a run, as fields of the record."""
     return {
         "backbone": module.backbone.name,
         "backbone_hash": module.backbone.content_hash,
@@ -48,7 +48,7 @@ def run_settings(trainer: Trainer, module: Memorization, corpus: Corpus) -> dict
 
 
 def training_settings(trainer: Trainer) -> dict[str, Any]:
-    """What the trainer and the batches have to do with the result; batch sizes in examples, -1 for no limit."""
+    """Settings of the trainer and of batches that affect the result; batch sizes in examples, -1 for no limit."""
     sampler: Any = getattr(trainer.train_dataloader, "sampler", None)
     global_batch = getattr(sampler, "examples_per_batch", None)
     return {
@@ -71,11 +71,11 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
-_version = functools.cache(version)  # which reads and parses the package's metadata
+_version = functools.cache(version)  # reads and parses the package's metadata
 
 
 def hardware(trainer: Trainer, module: Memorization) -> dict[str, Any]:
-    """Device name and count, threads, and what was chosen for a CPU."""
+    """Device type, name and count, CPU threads, and the choices of `pml.cpu`."""
     device = module.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
@@ -88,7 +88,7 @@ def hardware(trainer: Trainer, module: Memorization) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """Commit of the working directory, with `+` where it has changes; None outside a repository."""
+    """Commit of the working directory, with `+` if it has uncommitted changes; None outside a repository."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],

@@ -1,4 +1,4 @@
-"""A quiet stderr: our own lines on it, once each, and none of what libraries say about things that are meant."""
+"""A quiet stderr: this project's own lines, once each, without library warnings about intended behaviour."""
 
 import logging
 import os
@@ -21,16 +21,16 @@ NOISE = (
     ".*It will use the implementation from `LightningModule` instance.*",
     ".*`is_gradient_checkpointing` is deprecated.*",
 )
-"""Warnings of libraries about things that are meant."""
+"""Library warnings about intended behaviour, as regular expressions."""
 
 CHATTER = ("lightning.pytorch", "lightning.fabric")
-"""Loggers that greet, advise and tell what every run does."""
+"""Loggers whose info messages are tips and banners that every run repeats."""
 
 OWN = ("callbacks", "data_modules", "pml")
 
 
 def keep_quiet() -> None:
-    """Show what this project logs, one line each, and of libraries only warnings that mean something."""
+    """Show this project's log messages on stderr, and from libraries only warnings that matter."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in CHATTER:
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -43,20 +43,20 @@ def keep_quiet() -> None:
 
 
 def ignore_noise() -> None:
-    """Do not show what libraries warn of and is meant."""
+    """Hide library warnings about intended behaviour."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
 
 
 class _ToStderr(logging.Handler):
-    """Writes each line once, from one rank: cells of a grid, and ranks, all say the same of the machine they are on."""
+    """Writes each line once, and below a warning only from rank 0: grid cells and ranks repeat the same lines."""
 
     def __init__(self) -> None:
         super().__init__()
         self._written: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        # What is said may have text of data in it.
+        # Messages may contain text from data.
         line = "\n".join(one_line(part) for part in self.format(record).split("\n"))
         if line not in self._written and (getattr(rank_zero_only, "rank", 0) == 0 or record.levelno >= logging.WARNING):
             self._written.add(line)

@@ -1,4 +1,4 @@
-"""Several processes that train together: whether there are any, sums over them, and what each of them has."""
+"""Exchange between the ranks of a distributed run: sums, gathered values, and shares of work."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -12,17 +12,17 @@ T = TypeVar("T")
 
 
 def several_ranks() -> bool:
-    """Whether there is anyone to exchange tensors with; collectives are for then, and for all ranks."""
+    """Whether there are other ranks; call collectives only then, and on every rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_first_rank() -> bool:
-    """Whether this process is the first of those that train together, or the only one."""
+    """Whether this process is rank 0 or the only one."""
     return not several_ranks() or dist.get_rank() == 0
 
 
 def summed_over_ranks(values: Tensor) -> Tensor:
-    """The sum of a tensor over all ranks; the tensor itself where there is one. Takes all ranks."""
+    """Sum of a tensor over all ranks; the tensor itself if there is only one. A collective."""
     if several_ranks():
         values = values.clone()
         dist.all_reduce(values)
@@ -30,12 +30,12 @@ def summed_over_ranks(values: Tensor) -> Tensor:
 
 
 def own_part(items: Sequence[T]) -> Sequence[T]:
-    """This rank's part of work that the ranks share: every so-many-th item."""
+    """This rank's part of shared work: every n-th item, for n ranks."""
     return items[dist.get_rank() :: dist.get_world_size()] if several_ranks() else items
 
 
 def from_all_ranks(value: T) -> list[T]:
-    """What each rank has, in their order. Takes all ranks."""
+    """The values of all ranks, in rank order. A collective."""
     if not several_ranks():
         return [value]
     everyone = [value] * dist.get_world_size()

@@ -1,7 +1,7 @@
-"""Verbatim recall: one teacher-forced pass that certifies it, and greedy decoding that shows it.
+"""Verbatim recall: a teacher-forced pass that certifies it, and greedy decoding that demonstrates it.
 
 Greedy decoding reproduces a target if and only if the argmax is right at every position given the true prefix. A token
-with p > 0.5 cannot be beaten, so a corpus whose every target token has p > 0.5 is certain to be recalled.
+with p > 0.5 is always the argmax, so a corpus is certain to be recalled if all its target tokens have p > 0.5.
 """
 
 from collections.abc import Iterable, Sequence
@@ -35,16 +35,16 @@ __all__ = [
 
 
 def certified(scores: TokenScores, margin: float = 0.5) -> bool:
-    """Whether every target token has the argmax right and a probability above `margin`.
+    """Whether every target token is the argmax and has a probability above `margin`.
 
-    With a margin of 0.5 or more this certifies that greedy decoding reproduces every target.
+    With a `margin` of 0.5 or more this certifies that greedy decoding reproduces every target.
     """
     sure = scores.correct & (torch.exp(-scores.losses) > margin)
     return bool((sure | ~scores.mask).all())
 
 
 def gather_scores(parts: Sequence[TokenScores]) -> TokenScores:
-    """Scores of many batches, from all ranks, as one on the host: a row per example, sorted by example id."""
+    """Gather scores of batches from all ranks on the host: one row per example, sorted by example id."""
     gathered = [TokenScores._make(t if t is None else t.detach().cpu() for t in part) for part in parts]
     gathered = [part for rank in from_all_ranks(gathered) for part in rank]
     longest = max(part.losses.shape[1] for part in gathered)
@@ -77,10 +77,10 @@ def gather_scores(parts: Sequence[TokenScores]) -> TokenScores:
 
 
 def score_corpus(module: "Memorization", batches: Iterable[dict[str, Any]]) -> TokenScores:
-    """Teacher-forced scores of a whole corpus with dropout off, on the host, the same on every rank.
+    """Teacher-forced scores of a whole corpus with dropout off, on the host and equal on every rank.
 
     Args:
-        module: The module whose adapted model is asked.
+        module: The module whose adapted model is scored.
         batches: This rank's share of the corpus, as a validation dataloader yields it.
     """
     parts = []
@@ -93,15 +93,15 @@ def score_corpus(module: "Memorization", batches: Iterable[dict[str, Any]]) -> T
 def score_examples(
     module: "Memorization", examples: Sequence[Example], batch_size: int = 8, keep: bool = False
 ) -> TokenScores:
-    """Teacher-forced scores of examples outside the corpus, on the host, the same on every rank.
+    """Teacher-forced scores of examples outside the corpus, on the host and equal on every rank.
 
-    The ranks share the examples.
+    The ranks share the work.
 
     Args:
-        module: The module whose adapted model is asked.
-        examples: At least one; their ids differ.
+        module: The module whose adapted model is scored.
+        examples: At least one example, with distinct ids.
         batch_size: Examples scored together.
-        keep: Let the frozen-layer cache keep them; by default the corpus has all of its room.
+        keep: Keep their frozen states in the cache; by default they take no room from the corpus.
     """
     own = own_part(examples)
     if keep and module.backbone.streamed is not None:
@@ -113,14 +113,14 @@ def score_examples(
 
 
 def rounding_of_corpus(module: "Memorization", examples: Sequence[Example], scores: TokenScores) -> Rounding:
-    """How far margins move between these scores and decoding, the same on every rank; see `measure_rounding`.
+    """How far margins move between these scores and decoding, equal on every rank; see `measure_rounding`.
 
-    The ranks share the examples.
+    The ranks share the work.
 
     Args:
-        module: The module whose adapted model is asked.
-        examples: What was scored, in the order of the scores.
-        scores: Of the model as it is now.
+        module: The module whose adapted model decodes.
+        examples: The scored examples, in the order of the scores.
+        scores: Scores of the model in its current state, with margins.
     """
     module.backbone.restore()
     assert scores.margin is not None
@@ -132,11 +132,11 @@ def rounding_of_corpus(module: "Memorization", examples: Sequence[Example], scor
 
 @dataclass(frozen=True)
 class Generated:
-    """What greedy decoding gave for one example, next to what was expected.
+    """Output of greedy decoding for one example, with the example.
 
     Attributes:
         example: The example.
-        token_ids: As many generated tokens as the target has; fewer where decoding ended with a wrong one.
+        token_ids: As many generated tokens as the target has; fewer if decoding stopped at a wrong one.
     """
 
     example: Example
@@ -144,28 +144,28 @@ class Generated:
 
     @property
     def right_tokens(self) -> int:
-        """Generated tokens that equal the target's token in the same place."""
+        """Number of generated tokens that equal the target's token at the same position."""
         return sum(a == b for a, b in zip(self.token_ids, self.example.target_ids, strict=False))
 
     @property
     def exact(self) -> bool:
-        """Whether the target came back token for token."""
+        """Whether the output equals the target token for token."""
         return self.token_ids == self.example.target_ids
 
 
 def greedy_recall(
     module: "Memorization", examples: Sequence[Example], batch_size: int = 64, to_the_end: bool = True
 ) -> list[Generated]:
-    """Ask for every example and take what greedy decoding answers; work is shared among ranks, the result is not.
+    """Prompt for every example and decode greedily; the ranks share the work.
 
     Args:
-        module: The module whose adapted model is asked.
-        examples: What to ask for.
+        module: The module whose adapted model is prompted.
+        examples: The examples to prompt for.
         batch_size: Prompts read or decoded together.
-        to_the_end: Decode what follows on a wrong token too; where nobody looks at that, an answer may end with it.
+        to_the_end: Also decode what follows a wrong token; otherwise an answer may end with it.
 
     Returns:
-        One entry per example, in the order given, the same on every rank.
+        One entry per example, in the order given, equal on every rank.
     """
     module.backbone.restore()
     with evaluating(module):

@@ -1,15 +1,15 @@
 """From loss to recall: how many target tokens, and how many whole targets, are right at a given mean loss.
 
-The threshold of recall is per token (p > 0.5 makes a token certain), which the mean does not show: the same mean loss
-may come from a few stubborn tokens or from many doubtful ones. How losses spread around their mean depends on the
-backbone and the kind of text, so the model is fitted to the per-token results of runs. It has three numbers:
+Recall depends on each token (p > 0.5 makes a token certain), which the mean does not show: the same mean loss may come
+from a few stubborn tokens or from many doubtful ones. How losses spread around their mean depends on the backbone and
+the kind of text, so the model is fitted to the per-token results of runs. It has three parameters:
 
     q(L) = 1 / (1 + (L / L_half)^k)                       share of target tokens right at mean loss L
     right tokens of a target of n ~ BetaBinomial(n, q c, (1 - q) c)
 
-L_half is the mean loss at which half of the tokens are right, k how steeply that changes, and the concentration c says
-how alike the tokens of one target are. For a large c they are independent and a target is right with q^n; for a small c
-errors concentrate in few targets, and more whole targets are right at the same token accuracy.
+L_half is the mean loss at which half of the tokens are right, k the steepness, and the concentration c says how
+independent the tokens of one target are. For large c they are independent, and a target is right with probability q^n.
+For small c errors concentrate in few targets, and more whole targets are right at the same token accuracy.
 """
 
 import math
@@ -35,27 +35,27 @@ __all__ = ["RecallModel", "ReliabilityBin", "RunTokens", "fit_recall", "recall_o
 Array = npt.NDArray[np.float64]
 
 FEWEST_RUNS = 4
-# Refits at most, each without some of the runs: one for each run would take minutes for a few thousand.
+# Most refits, each without some of the runs. One per run would take minutes for a few thousand runs.
 MOST_FOLDS = 200
-# Bins of the reliability table, by predicted probability; nine in ten of the targets tend to lie in the outer two.
+# Bins of the reliability table by predicted probability. Nine in ten targets tend to lie in the outer two.
 BIN_EDGES = (0.0, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 1.0)
-# Losses of float32 logits are not known better than this; it keeps ln L finite.
+# Losses from float32 logits are not more exact than this; it keeps ln L finite.
 SMALLEST_LOSS = 1e-6
 # Shares stay this far from 0 and 1, where the likelihood has no logarithm.
 SMALLEST_SHARE = 1e-12
-# A weak prior keeps what the runs do not determine finite: normal, on ln k and ln c, as (mean, standard deviation).
+# Weak normal priors on ln k and ln c, as (mean, standard deviation), keep finite what the runs do not determine.
 STEEPNESS_PRIOR = (math.log(2.0), 1.0)
 CONCENTRATION_PRIOR = (math.log(20.0), 2.0)
 
 
 @dataclass(frozen=True)
 class RunTokens:
-    """What one run's per-token results say.
+    """The per-token results of one run, counted by example.
 
     Attributes:
         mean_loss: Mean target loss in nats per target token.
         tokens: Target tokens of each example, `(examples,)`.
-        right: How many of them have the right argmax, `(examples,)`.
+        right: Number of them with the right argmax, `(examples,)`.
     """
 
     mean_loss: float
@@ -64,14 +64,14 @@ class RunTokens:
 
 
 class ReliabilityBin(Content):
-    """Targets with a predicted probability of being right in one range, each predicted from the other runs.
+    """Targets whose probability of being right, predicted from the other runs, lies in one range.
 
     Attributes:
         low: Lower end of the range.
         high: Upper end.
-        targets: How many.
+        targets: Number of targets.
         predicted: Mean of the predicted probabilities.
-        observed: Share that were right.
+        observed: Share of the targets that were right.
     """
 
     low: float
@@ -82,22 +82,22 @@ class ReliabilityBin(Content):
 
 
 class RecallModel(Content):
-    """Token accuracy and exact match as functions of the mean loss; see the module for the model.
+    """Token accuracy and exact match as functions of the mean loss; the module docstring describes the model.
 
     Attributes:
         half_loss: Mean loss in nats at which half of the target tokens are right, L_half.
-        steepness: k.
-        concentration: c, how far the tokens of one target are independent.
-        runs: Runs that it was fitted to.
-        targets: Targets in them.
-        tokens: Target tokens in them.
-        loss_range: Smallest and largest mean loss of these runs, nats per target token.
+        steepness: How steeply the token accuracy changes with the loss, k.
+        concentration: How independent the tokens of one target are, c.
+        runs: Number of runs that it was fitted to.
+        targets: Number of targets in these runs.
+        tokens: Number of target tokens in these runs.
+        loss_range: Smallest and largest mean loss of these runs, in nats per target token.
         tokens_per_target_range: Length of the shortest and the longest target.
         token_accuracy_error: Mean absolute error of a run's token accuracy, as a share, predicted from the others.
-        exact_match_error: The same of its exact match.
-        brier: Mean squared error of the predicted probability that a target is right, each from the other runs.
-        brier_reference: The same if the other runs' share of exact targets is predicted for every target; a useful
-            model is below it.
+        exact_match_error: The same for its exact match.
+        brier: Mean squared error of the predicted probability that a target is right, predicted from the other runs.
+        brier_reference: The same if every target is predicted with the other runs' share of exact targets. A useful
+            model has a smaller `brier`.
         reliability: Predicted against observed exact match.
     """
 
@@ -116,7 +116,7 @@ class RecallModel(Content):
     reliability: list[ReliabilityBin]
 
     def token_accuracy(self, loss: npt.ArrayLike) -> Array:
-        """Expected share of target tokens that are right at a mean loss in nats; 1 at no loss. Keeps the shape.
+        """Expected share of target tokens that are right at a mean loss in nats, in the shape of `loss`.
 
         Example:
             >>> model = RecallModel.model_construct(half_loss=2.0, steepness=1.0, concentration=5.0)
@@ -126,24 +126,24 @@ class RecallModel(Content):
         return np.asarray(_accuracy(self._theta, np.asarray(loss, dtype=np.float64)))
 
     def exact_match(self, loss: npt.ArrayLike, tokens_per_target: npt.ArrayLike) -> Array:
-        """Probability that a target of so many tokens is right at a mean loss; also the expected share that is.
+        """Probability that a target of this many tokens is right, which is also the expected share of right targets.
 
-        The loss is in nats per target token over the corpus; the arguments broadcast.
+        The loss is the mean over the corpus in nats per target token. The arguments broadcast.
         """
         return np.exp(_log_all_right(self._theta, np.asarray(loss, dtype=np.float64), np.asarray(tokens_per_target)))
 
     def recall_probability(
         self, loss: npt.ArrayLike, tokens_per_target: npt.ArrayLike, pairs: int, share: float = 1.0
     ) -> Array:
-        """Probability that at least a share of the targets is right, targets taken as independent given the loss.
+        """Probability that at least a share of the targets is right, with independent targets given the loss.
 
         Args:
             loss: Mean loss in nats per target token over the corpus.
             tokens_per_target: Tokens of each target.
             pairs: Targets in the corpus.
-            share: The share; 1 is all of them.
+            share: The share; 1 for all targets.
         """
-        # The margin keeps 0.7 * 10 at 7 targets whatever its last bit says.
+        # The margin keeps 0.7 * 10 at 7 targets whatever its rounding.
         needed = math.ceil(share * pairs - 1e-9)
         return np.asarray(binom.sf(needed - 1, pairs, self.exact_match(loss, tokens_per_target)))
 
@@ -153,17 +153,16 @@ class RecallModel(Content):
 
 
 def run_tokens(results: TokenResults) -> RunTokens:
-    """The per-token results of a run, counted by example."""
+    """Count the per-token results of a run by example."""
     _, example = np.unique(results.example_id, return_inverse=True)
     right = np.bincount(example, weights=results.correct)
     return RunTokens(float(results.loss.mean()), np.bincount(example), right.astype(np.int64))
 
 
 def recall_of(folders: Iterable[Path]) -> tuple[RecallModel | None, list[str]]:
-    """The recall model of the finished runs in these folders, as `fit_recall` gives it, and warnings.
+    """Fit the recall model to the runs in these folders with `fit_recall`; return it with warnings.
 
-    Runs without per-token results are passed over. Damaged results are left out too, with a warning that names the
-    file.
+    Runs without per-token results are skipped. Damaged results are skipped with a warning that names the file.
     """
     runs, warnings = [], []
     for folder in folders:
@@ -176,16 +175,16 @@ def recall_of(folders: Iterable[Path]) -> tuple[RecallModel | None, list[str]]:
 
 
 def fit_recall(runs: Sequence[RunTokens]) -> RecallModel | None:
-    """The recall model of runs of one kind, by maximum likelihood with a weak prior, and its calibration.
+    """Fit the recall model by maximum likelihood with a weak prior, and measure its calibration.
 
-    Every error is out of sample: a run is predicted from the others, by 200-fold cross-validation where there are more
-    than 200 runs.
+    Every error is out of sample: each run is predicted from the others, or by 200-fold cross-validation with more than
+    200 runs.
 
     Args:
         runs: Runs of one backbone and one kind of text.
 
     Returns:
-        None with fewer than 4 runs, or fewer than 2 with a wrong token.
+        The model, or None with fewer than 4 runs or fewer than 2 with a wrong token.
     """
     if len(runs) < FEWEST_RUNS or sum(bool((run.right < run.tokens).any()) for run in runs) < 2:
         return None
@@ -234,7 +233,7 @@ def _accuracy(theta: Array, loss: Array) -> Array:
 
 
 def _log_all_right(theta: Array, loss: Array, tokens: npt.NDArray[Any]) -> Array:
-    """Logarithm of the probability that all n tokens are right; n may be a mean, which scipy's betabinom refuses."""
+    """Log probability that all n tokens are right; n may be fractional, which scipy's betabinom refuses."""
     share = np.clip(_accuracy(theta, loss), SMALLEST_SHARE, 1 - SMALLEST_SHARE)
     concentration = np.exp(theta[2])
     right, wrong = share * concentration, (1.0 - share) * concentration
@@ -243,14 +242,16 @@ def _log_all_right(theta: Array, loss: Array, tokens: npt.NDArray[Any]) -> Array
 
 @dataclass(frozen=True)
 class _Likelihood:
-    """The penalised likelihood of runs, any of which can be left out, over the different kinds of targets in each.
+    """The penalised likelihood of runs, any of which can be left out.
+
+    Targets of one run with the same number of tokens and of right tokens are of one kind and counted together.
 
     Attributes:
         loss: Mean loss of each run in nats per target token, `(runs,)`.
-        run: Index of the run, `(kinds,)`.
-        right: Right tokens of such a target, `(kinds,)`.
-        tokens: Its tokens, `(kinds,)`.
-        times: Number of such targets in the run, `(kinds,)`.
+        run: Index of the run of each kind, `(kinds,)`.
+        right: Right tokens of a target of each kind, `(kinds,)`.
+        tokens: Tokens of a target of each kind, `(kinds,)`.
+        times: Number of targets of each kind, `(kinds,)`.
     """
 
     loss: Array
@@ -268,20 +269,20 @@ class _Likelihood:
         return cls(np.array([run.mean_loss for run in runs]), run, kinds[0], kinds[1], times)
 
     def most_likely(self, start: Array, kept: npt.NDArray[np.bool_] | None = None) -> Array:
-        """(ln L_half, ln k, ln c) at the maximum, over all runs or those that are kept, `(runs,)`."""
+        """(ln L_half, ln k, ln c) at the maximum over all runs, or over those kept by the mask, `(runs,)`."""
         weights = np.ones_like(self.loss) if kept is None else kept.astype(np.float64)
         bounds = [(-7.0, 7.0), (-3.0, 4.0), (-3.0, 12.0)]
-        # One run of many moves the maximum so little that the search would stop at its start with the usual 2e-9.
+        # Leaving out one run of many moves the maximum so little that the default 2e-9 would stop at the start.
         options = {"ftol": 1e-13}
         found = minimize(self.penalised, start, (weights,), "L-BFGS-B", jac=True, bounds=bounds, options=options)
         return np.asarray(found.x)
 
     def penalised(self, theta: Array, weights: Array) -> tuple[float, Array]:
-        """Minus the logarithm of likelihood times prior, up to a constant, and its gradient.
+        """Negative log of likelihood times prior, up to a constant, and its gradient.
 
         Args:
             theta: (ln L_half, ln k, ln c).
-            weights: One for each run; 0 leaves it out.
+            weights: One weight per run; 0 leaves the run out.
         """
         c, loss, times = np.exp(theta[2]), self.loss[self.run], weights[self.run] * self.times
         accuracy = _accuracy(theta, loss)
@@ -290,7 +291,7 @@ class _Likelihood:
         value = -float(times @ (betaln(a + self.right, b + wrong) - betaln(a, b)))
         by_both = digamma(c + self.tokens) - digamma(c)
         by_a, by_b = digamma(a + self.right) - digamma(a) - by_both, digamma(b + wrong) - digamma(b) - by_both
-        # A share that is clipped does not move with theta.
+        # A clipped share does not change with theta.
         by_logit = np.where(share == accuracy, share * (1 - share), 0.0) * c * (by_a - by_b) * np.exp(theta[1])
         distance = np.log(np.maximum(loss, SMALLEST_LOSS)) - theta[0]
         gradient = -np.array([by_logit, -distance * by_logit, a * by_a + b * by_b]) @ times
@@ -301,7 +302,7 @@ class _Likelihood:
 
 
 def _reliability(predicted: Array, observed: npt.NDArray[np.bool_]) -> list[ReliabilityBin]:
-    """Bins that hold at least one target."""
+    """The reliability bins that hold at least one target."""
     numbers = np.histogram(predicted, BIN_EDGES)[0].tolist()
     means = binned_statistic(predicted, [predicted, observed], bins=BIN_EDGES).statistic.tolist()
     return [

@@ -1,4 +1,4 @@
-"""One run, one record: what was run and what came out; written atomically, read back with its schema checked."""
+"""One record per run: what was run and what came out, written atomically and checked against its schema when read."""
 
 import json
 import math
@@ -46,31 +46,31 @@ SHARES = (
 ROUNDING = 1e-6
 
 SET_ASIDE = ".unfinished-"
-"""With a number, it ends the name of a folder to which a sweep has moved what an attempt left, and which is no run."""
+"""With a number, the suffix of folders in which a sweep keeps what an earlier attempt left; these are not runs."""
 
 Status = Literal["finished", "diverged", "interrupted"]
 
 
 def _finite(value: Any) -> Any:
-    """None in place of a float that is not finite, which JSON has no number for."""
+    """The value, but None for a float that is not finite, which JSON cannot express."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 Measured = Annotated[float | None, pydantic.BeforeValidator(_finite)]
-"""A loss, or a number that follows from losses: null where it is not finite, as after a fit that diverged."""
+"""A loss, or a number that follows from losses; None (null in JSON) if not finite, as after a diverged fit."""
 
 
 class Record(pydantic.BaseModel):
-    """What was run and what came out. Losses are in nats per target token, everything else says its unit.
+    """What was run and what came out. Losses are in nats per target token; everything else says its unit.
 
-    A loss, and what follows from one, is null where it is not a finite number; each is of type `Measured`. Shares and
-    counts are always numbers: a token whose loss is not a number counts as below the threshold.
+    Fields of type `Measured`, losses and what follows from them, are null if they are not finite. Shares and counts
+    are always numbers: a token whose loss is NaN counts as below the threshold.
 
     Attributes:
         schema_version: Version of this layout; earlier ones lack some of the fields that have a default here.
-        status: `finished` once every measurement below was taken; `diverged` where the same holds but the final loss
-            is not a finite number; `interrupted` when the fit was stopped from outside.
-        backbone: Name, folder or hub id that was loaded.
+        status: `finished` if the fit ended and everything was measured; `diverged` if it did but the final loss is not
+            finite; `interrupted` if the fit was stopped from outside.
+        backbone: Name, folder or hub id of the backbone as it was loaded.
         backbone_hash: Hash of its weights and configuration.
         dtype: Floating-point type of the frozen weights.
         block: Indices of the adapted decoder blocks.
@@ -80,59 +80,58 @@ class Record(pydantic.BaseModel):
         effective_parameters: Trainable parameters of the adapter.
         corpus: Name of the corpus.
         corpus_hash: Hash of its token ids.
-        corpus_encoding: Version of the rules by which its text became token ids (`pml.encoding.ENCODING_VERSION`).
-        corpus_settings: What it was made with.
+        corpus_encoding: Version of the rules that turned its text into token ids (`pml.encoding.ENCODING_VERSION`).
+        corpus_settings: Settings that the corpus was made with.
         pairs: Number of (query, target) pairs.
         target_tokens: Length l, supervised tokens over all pairs.
-        corpus_entropy_bits: Information in the targets given the queries; None where unknown.
+        corpus_entropy_bits: Information in the targets given the queries, in bits; None if unknown.
         method: `sft` or `memft`.
-        method_settings: Weighting, curriculum and optimiser settings; `matmul_precision` where it is not `highest`.
-        training: What else changes the result: `batch_size` and `global_batch_size` (examples, over accumulation and
-            ranks), `accumulate_grad_batches`, `max_epochs`, `max_steps`, clipping, precision as run, strategy. Empty
-            before schema version 4.
+        method_settings: Weighting, curriculum and optimiser settings; `matmul_precision` if it is not `highest`.
+        training: Other settings that may change the result: `batch_size` and `global_batch_size` (in examples, over
+            accumulation and ranks), `accumulate_grad_batches`, `max_epochs`, `max_steps`, clipping, precision as run,
+            strategy. Empty before schema version 4.
         seed: Seed of the run.
-        optimizer_steps: Steps taken.
-        resumed: How often the fit went on from a checkpoint.
-        grown_from: Ranks of the smaller adapters that it started from, whose steps, tokens and time are counted here.
-        skipped_steps: Steps not taken because no token had a weight: MemFT had nothing left to train.
-        target_tokens_trained: Target tokens that were in training batches, repetitions counted.
+        optimizer_steps: Optimiser steps taken.
+        resumed: How often the fit was resumed from a checkpoint.
+        grown_from: Ranks of the smaller adapters that it was grown from, whose steps, tokens and time are counted here.
+        skipped_steps: Steps not taken because every token had weight 0: MemFT had nothing left to train.
+        target_tokens_trained: Target tokens in training batches, counting repetitions.
         initial_loss: Mean target loss of the frozen model.
-        final_loss: Mean target loss with the adapter, dropout off; never null where the run is finished, always where
-            it diverged.
+        final_loss: Mean target loss with the adapter, dropout off; never null if the run finished, always if it
+            diverged.
         loss_reduction: `initial_loss - final_loss`.
         token_accuracy: Share of target tokens whose argmax is right under teacher forcing.
         exact_match: Share of targets that are right at every token under teacher forcing.
-        generated_exact_match: The same by greedy decoding; None where nothing was generated.
+        generated_exact_match: Share of targets that greedy decoding returns; None if nothing was generated.
         generated_token_accuracy: Share of target tokens that greedy decoding puts in their place; None likewise.
         sub_threshold_fraction: Share of target tokens with p <= 0.5.
         min_target_probability: Smallest probability of any target token.
-        first_failure: Mean over targets of the number of right tokens before the first wrong one (its length where
-            none is wrong).
-        memorized_bits: Corpus entropy minus the adapted model's loss in bits, at least 0; None where it is unknown.
+        first_failure: Mean over targets of the number of right tokens before the first wrong one (the target's length
+            if none is wrong).
+        memorized_bits: Corpus entropy minus the adapted model's loss in bits, at least 0; None if unknown.
         bits_per_parameter: `memorized_bits / effective_parameters`.
-        steps_to_recall: Optimiser steps until every target token was certified; None where that did not happen.
-        rounding_logits: How far, at most, the margin of a target token's logit above the others was seen to move
-            between teacher forcing and decoding; certified margins exceed it. None where it was not measured, as in
-            float32.
-        late_loss_drop: Convergence: mean training loss over the last tenth but one of the steps, minus that over the
-            last tenth, plain means over target tokens whatever the weighting; None where there were under 20 steps.
-        learning_rate_left: The learning rate of the last step, as a share of the peak; where little is left, a small
-            `late_loss_drop` says that the schedule ended, not that the adapter was full.
-        by_kind: Target tokens put in at random apart from the others, where the corpus has both: for `random` and
-            `natural`, `target_tokens`, `initial_loss`, `final_loss` and `token_accuracy`.
-        corpus_figures: What only this kind of corpus has, or a callback of one's own measured, unit in the name.
-        retention: What memorising did to text outside the corpus: by name of the text, `target_tokens`, `loss_before`
+        steps_to_recall: Optimiser steps until every target token was certified; None if that did not happen.
+        rounding_logits: Largest change seen between teacher forcing and decoding in the margin of a target token's
+            logit over the others; certified margins exceed it. None if not measured, as in float32.
+        late_loss_drop: Measure of convergence: mean training loss over the second to last tenth of the steps minus that
+            over the last tenth, per target token whatever the weighting; None with fewer than 20 steps.
+        learning_rate_left: Learning rate of the last step as a share of the peak. If it is small, a small
+            `late_loss_drop` shows that the schedule ended, not that the adapter was full.
+        by_kind: Random target tokens apart from the others, if the corpus has both: for `random` and `natural`,
+            `target_tokens`, `initial_loss`, `final_loss` and `token_accuracy`.
+        corpus_figures: Numbers that only this kind of corpus has or a user's callback measured, units in the names.
+        retention: Effect of memorising on text outside the corpus: by name of the text, `target_tokens`, `loss_before`
             and `loss_after`.
         harm: The same for ordinary text, by its kind (`prose`, `code`, `chat`) and for their `mean`.
         generated_edit_similarity: Mean over targets of 1 - edit distance / length between target and greedy decoding,
-            in characters; None where nothing was generated.
+            in characters; None if nothing was generated.
         extraction_probability: Mean over targets of the probability that at least one of `extraction_samples` samples
             at temperature 1 is the whole target.
-        extraction_samples: That number of samples.
-        wall_seconds: Duration of the fit, measurements before and after it left out.
+        extraction_samples: Number of samples for `extraction_probability`.
+        wall_seconds: Duration of the fit, without the measurements before and after it.
         versions: Package versions.
         hardware: Device name and count, threads.
-        git_commit: Commit of the working directory, where there is one.
+        git_commit: Commit of the working directory, if there is one.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
@@ -195,13 +194,13 @@ class Record(pydantic.BaseModel):
     def _says_whether_it_diverged(self) -> "Record":
         if self.status != "interrupted" and (self.final_loss is None) != (self.status == "diverged"):
             raise ValueError(
-                f"status is {self.status} and final_loss is {self.final_loss}; expected the status diverged where the "
-                "final loss of a fit that ended is not a finite number, and nowhere else"
+                f"status is {self.status} and final_loss is {self.final_loss}; expected the status diverged if and "
+                "only if the fit ended with a final loss that is not finite"
             )
         return self
 
     def after(self, smaller: "Record") -> "Record":
-        """This record of a grown adapter, with what was spent on the smaller one that it started from."""
+        """This record of a grown adapter, plus the steps, tokens and time spent on the smaller one it started from."""
         spent = ("optimizer_steps", "skipped_steps", "target_tokens_trained", "wall_seconds")
         found = {name: getattr(self, name) + getattr(smaller, name) for name in spent}
         if self.steps_to_recall is not None:
@@ -210,7 +209,7 @@ class Record(pydantic.BaseModel):
 
     @property
     def mean_harm(self) -> float | None:
-        """Nats per token by which the loss on ordinary text rose; None where it was not measured."""
+        """Mean rise of the loss on ordinary text, in nats per token; None if it was not measured."""
         mean = self.harm.get("mean", {})
         before, after = mean.get("loss_before"), mean.get("loss_after")
         return None if before is None or after is None else after - before
@@ -218,24 +217,24 @@ class Record(pydantic.BaseModel):
 
 @runtime_checkable
 class MeasuresForRecord(Protocol):
-    """A callback that adds what it has measured to the record; `RunRecord` asks every callback that has the method."""
+    """A callback that adds measurements to the record; `RunRecord` asks every callback that has the method."""
 
     def record_fields(self, trainer: "Trainer", pl_module: "LightningModule", ended: bool) -> Mapping[str, Any]:
-        """Fields of `Record` with what was measured of the adapter as it is now; called on all ranks.
+        """Fields of `Record` measured on the adapter in its present state; called on all ranks.
 
-        Mappings, such as `corpus_figures`, are merged with those of others; where several give another field, the
-        callback listed last does.
+        Mappings, such as `corpus_figures`, are merged over callbacks. If several callbacks give the same other field,
+        the one listed last wins.
 
         Args:
-            trainer: Of the fit.
-            pl_module: With the adapter as it is.
-            ended: Whether the fit ended by itself. If not, give only what is known already: whoever stopped it waits.
+            trainer: Trainer of the fit.
+            pl_module: Module with the adapter.
+            ended: Whether the fit ended by itself. If not, return only what is already known: whoever stopped it waits.
         """
         ...
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that the file is either whole or not there, whenever the process dies."""
+    """Write JSON atomically: whenever the process dies, the file is either whole or as it was before."""
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
@@ -271,7 +270,7 @@ def read_record(path: Path) -> Record:
 
 
 def _twice(content: bytes) -> str | None:
-    """What a record says twice, of which nobody knows which is meant; None where nothing is."""
+    """The problem if a JSON file has a key twice, since either value may be meant; None if no key is."""
     found: list[str] = []
 
     def keep(pairs: list[tuple[str, Any]]) -> None:
@@ -283,10 +282,10 @@ def _twice(content: bytes) -> str | None:
 
 
 def _contradiction(record: Record) -> str | None:
-    """What the numbers of a record cannot be together; None where they can."""
+    """Why the numbers of a record cannot be right; None if they can."""
     for name in SHARES:
         share = getattr(record, name)
-        # Means of float32 numbers may be above 1 by their rounding.
+        # Means of float32 numbers may exceed 1 by rounding.
         if share is not None and not -ROUNDING <= share <= 1 + ROUNDING:
             return f"{name} is {share}; expected a share from 0 to 1"
     for name in ("first_failure", "wall_seconds", "optimizer_steps", "target_tokens_trained", "skipped_steps"):
@@ -294,7 +293,7 @@ def _contradiction(record: Record) -> str | None:
             return f"{name} is {getattr(record, name)}; expected a finite number, at least 0"
     initial, final, reduction = record.initial_loss, record.final_loss, record.loss_reduction
     if initial is None or final is None:
-        return None if reduction is None else f"loss_reduction is {reduction} where a loss is missing"
+        return None if reduction is None else f"loss_reduction is {reduction} but a loss is missing"
     if reduction is None or abs(initial - final - reduction) > ROUNDING * max(1.0, abs(initial), abs(final)):
         return f"loss_reduction is {reduction}, and initial_loss - final_loss is {initial - final}"
     if (bits := record.memorized_bits) is not None and bits < 0:
@@ -303,11 +302,11 @@ def _contradiction(record: Record) -> str | None:
 
 
 def read_records(paths: str | Path | Iterable[str | Path]) -> dict[Path, Record]:
-    """Read the records of many runs, by the folder they are in, sorted by path.
+    """Read the records of many runs, by run folder and sorted by it.
 
     Args:
-        paths: A record file, a run folder, or a folder with run folders anywhere below it; or several of these. What a
-            sweep has set aside (`NAME.unfinished-1`) is read only where it is given itself.
+        paths: A record file, a run folder, or a folder with run folders anywhere below it; or several of these.
+            Folders that a sweep has set aside (`NAME.unfinished-1`) are read only if they are given themselves.
 
     Raises:
         InputError: If a path does not exist or holds no record, a record is not valid, or two are in one folder.
@@ -322,12 +321,12 @@ def read_records(paths: str | Path | Iterable[str | Path]) -> dict[Path, Record]
         if not files:
             raise InputError(f"{given}: no {RECORD_NAME} in it or below it; a run writes one when it ends")
         for file in files:
-            # A run named twice, by a relative and an absolute path say, is one run.
+            # A run may be given twice, for example by a relative and an absolute path.
             if file.resolve() in seen:
                 continue
             if file.parent.resolve() in folders:
                 raise InputError(
-                    f"{file}: a second record in one folder, where one was expected; give each run a folder of its own"
+                    f"{file}: a second record in one folder; expected one; give each run a folder of its own"
                 )
             seen.add(file.resolve())
             folders.add(file.parent.resolve())
@@ -336,7 +335,7 @@ def read_records(paths: str | Path | Iterable[str | Path]) -> dict[Path, Record]
 
 
 def _records_below(folder: Path) -> list[Path]:
-    """Record files in a folder and below it, but for what a sweep has set aside there."""
+    """Record files in a folder and below it, except those that a sweep has set aside there."""
     files = ((file, file.relative_to(folder).parent.parts) for file in sorted(folder.rglob(RECORD_NAME)))
     aside = re.compile(rf"{re.escape(SET_ASIDE)}\d+$")
     return [file for file, folders in files if not any(map(aside.search, folders))]

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder besides its results: its configuration, and its corpus as it was trained on."""
+"""What a run keeps in its folder besides its results: its configuration, and the corpus that it was trained on."""
 
 import copy
 import itertools
@@ -40,18 +40,22 @@ FROM_PYTHON = "# Of a run that was made from Python.\n"
 
 
 def run_folder(path: Path) -> Path:
-    """The run folder that is meant by it, or by the adapter folder or the record in it."""
-    return path.parent if path.name in ("adapter", RECORD_NAME, CONFIG_NAME) else path
+    """The run folder, given as itself or by its adapter folder, record or configuration."""
+    if path.name in (RECORD_NAME, CONFIG_NAME):
+        return path.parent
+    # A run folder may itself be called adapter.
+    is_run = (path / RECORD_NAME).exists() or (path / CONFIG_NAME).exists()
+    return path.parent if path.name == "adapter" and not is_run else path
 
 
 def write_configuration(folder: Path, module: Memorization, data: Any, replace: bool = False) -> None:
-    """Write what a run made from Python was made with, as the command line does for its own runs.
+    """Write the configuration of a run made from Python, as the command line does for its own runs.
 
     Args:
-        folder: The run's folder; a configuration that the command line has written stays as it is.
+        folder: The run's folder; a configuration that the command line wrote there is kept.
         module: The run's module.
         data: The run's data module.
-        replace: Whether it does not, since it is of an earlier run.
+        replace: Overwrite such a configuration, since it belongs to an earlier run.
     """
     path = folder / CONFIG_NAME
     if path.exists() and not replace and not path.read_text(encoding="utf-8").startswith(FROM_PYTHON):
@@ -66,28 +70,28 @@ def write_configuration(folder: Path, module: Memorization, data: Any, replace: 
     try:
         content = yaml.safe_dump(made_with, sort_keys=False)
     except yaml.YAMLError:
-        log.warning("%s: made with arguments that YAML has no form for, so commands cannot open this run", folder)
+        log.warning("%s: made with arguments that YAML cannot express, so commands cannot open this run", folder)
         return
     with whole_file(path) as file:
         file.write((FROM_PYTHON + content).encode())
 
 
 def recorded_folder(trainer: Trainer) -> Path | None:
-    """The folder that a callback of the trainer keeps the run in: the one whose `run_folder` says so, or None."""
+    """The folder that a callback keeps the run in: the first `run_folder` among the callbacks; None without one."""
     folders = (getattr(callback, "run_folder", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
     return next((folder for folder in folders if folder is not None), None)
 
 
 def folder_of_run(trainer: Trainer) -> Path:
-    """Where a run's files go: the folder that its record is kept in, or that of the loggers. Takes all ranks."""
+    """The folder for a run's files: that of its record, otherwise that of its loggers. Takes all ranks."""
     return recorded_folder(trainer) or folder_of_loggers(trainer)
 
 
 def folder_of_loggers(trainer: Trainer) -> Path:
     """The folder that a run has to itself. Takes all ranks.
 
-    It is that of the first logger which makes one for each run, TensorBoard's or the CSV one, whatever stands before
-    it. Loggers that share one folder among runs, such as those of W&B and MLflow, get `NAME/VERSION` below it, as
+    It is that of the first TensorBoard or CSV logger, which make a folder for each run, even if other loggers come
+    first. Loggers that share one folder among runs, such as those of W&B and MLflow, get `NAME/VERSION` below it, as
     Lightning does for their checkpoints. Without a logger it is the trainer's `default_root_dir`.
     """
     folder = _own_folder(trainer) if trainer.is_global_zero else ""
@@ -114,16 +118,16 @@ def _own_folder(trainer: Trainer) -> str:
 def use_corpus_of_run(folder: Path, data: Any, module: Memorization) -> None:
     """Give a data module the corpus that a run was trained on.
 
-    It comes from the run's own folder, so that a source that was moved or edited changes nothing; a source that is now
-    another is said. A run from before runs kept their corpus has it made anew.
+    It is read from the run's own folder, so that moving or editing its source changes nothing; a warning says if the
+    source was edited. Without a corpus in the folder, the data module builds it.
 
     Args:
         folder: The run's folder.
-        data: What made the corpus.
+        data: The data module that made the corpus.
         module: The run's module.
 
     Raises:
-        InputError: If the corpus or the backbone is not the one that the record is of.
+        InputError: If the corpus or the backbone is not the one in the run's record.
     """
     record = read_record(folder / RECORD_NAME) if (folder / RECORD_NAME).is_file() else None
     made = (module.tokenizer, module.vocab_size, module.max_positions)
@@ -131,7 +135,7 @@ def use_corpus_of_run(folder: Path, data: Any, module: Memorization) -> None:
         held_out = folder / HELD_OUT_NAME
         data.use(read_corpus(folder / CORPUS_NAME), read_corpus(held_out) if held_out.is_file() else None)
         if _source_changed(data, made):
-            log.warning("%s: the data has changed since this run; what it was trained on is asked for", folder)
+            log.warning("%s: the data has changed since this run; the corpus that it was trained on is used", folder)
     else:
         data.build(*made)
     if record is not None:
@@ -140,12 +144,12 @@ def use_corpus_of_run(folder: Path, data: Any, module: Memorization) -> None:
 
 
 def check_corpus(corpus: Corpus, record: Record, folder: Path) -> None:
-    """Refuse a corpus that is not the one that a record is of.
+    """Refuse a corpus that is not the one in a run's record.
 
     Args:
-        corpus: What is there now.
-        record: The record.
-        folder: Where it lies, for the message.
+        corpus: The present corpus.
+        record: The run's record.
+        folder: The run's folder, for the message.
 
     Raises:
         InputError: If their hashes differ.
@@ -153,7 +157,7 @@ def check_corpus(corpus: Corpus, record: Record, folder: Path) -> None:
     if corpus.content_hash == record.corpus_hash:
         return
     older = (
-        f" (text was encoded by other rules then, version {record.corpus_encoding}, now {ENCODING_VERSION})"
+        f" (text was then encoded by rules of version {record.corpus_encoding}, now {ENCODING_VERSION})"
         if record.corpus_encoding != ENCODING_VERSION
         else ""
     )
@@ -165,7 +169,7 @@ def check_corpus(corpus: Corpus, record: Record, folder: Path) -> None:
 
 
 def _check_backbone(module: Memorization, record: Record, folder: Path) -> None:
-    """Refuse a backbone that is not the one that a record is of: the adapter was trained on other weights."""
+    """Refuse a backbone that is not the one in the record: the adapter was trained on other weights."""
     now = module.backbone.content_hash
     if now != record.backbone_hash:
         raise InputError(
@@ -175,25 +179,25 @@ def _check_backbone(module: Memorization, record: Record, folder: Path) -> None:
 
 
 def check_records(records: Mapping[Path, Record]) -> list[str]:
-    """Refuse records beside another corpus than their own, and say which runs are of different versions of one corpus.
+    """Refuse records beside another corpus than their own, and find runs on different versions of one corpus.
 
     Args:
-        records: By the folder they are in.
+        records: Records by run folder.
 
     Returns:
-        A sentence for each corpus that was edited between runs.
+        One sentence per corpus that was edited between runs.
 
     Raises:
-        InputError: If the corpus in a folder is not the one that its record is of.
+        InputError: If the corpus in a folder is not the one in its record.
     """
     versions: dict[str, dict[str, Path]] = {}
     for folder, record in records.items():
         if (folder / CORPUS_NAME).is_file() and corpus_hash(folder / CORPUS_NAME) != record.corpus_hash:
             raise InputError(
-                f"{folder}: {CORPUS_NAME} is not the corpus that its record is of; leave this run out, or run it again"
+                f"{folder}: {CORPUS_NAME} is not the corpus that its record names; leave this run out, or run it again"
             )
         if not (record.corpus_settings.get("path") or record.corpus_settings.get("dataset")):
-            continue  # made up, and so the same whenever its settings are
+            continue  # generated, so equal settings give an equal corpus
         made_with = [record.corpus, record.corpus_settings, record.corpus_encoding, record.backbone_hash]
         version = versions.setdefault(json.dumps(made_with, sort_keys=True, default=str), {})
         version.setdefault(record.corpus_hash, folder)
@@ -206,7 +210,7 @@ def check_records(records: Mapping[Path, Record]) -> list[str]:
 
 
 def _source_changed(data: Any, made: tuple[Any, ...]) -> bool:
-    """Whether a corpus from files would now be another; one whose files are elsewhere has not changed."""
+    """Whether a corpus from files would differ or fail if built again; with a file missing it counts as unchanged."""
     if (paths := getattr(data, "path", None)) is None:
         return False
     if not all(Path(path).exists() for path in ([paths] if isinstance(paths, str | Path) else paths)):

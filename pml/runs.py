@@ -1,4 +1,4 @@
-"""A finished run opened again: its module with the trained adapter, and its corpus as it was trained on."""
+"""Open a run from its folder: its module with the trained adapter, and the corpus that it was trained on."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ class Run(NamedTuple):
     """An opened run.
 
     Attributes:
-        module: With the trained adapter, in evaluation mode, on the accelerator that is there.
-        data: With the corpus that the run was trained on.
+        module: Module with the trained adapter, in evaluation mode, on the best available device.
+        data: Data module with the corpus that the run was trained on.
     """
 
     module: Memorization
@@ -32,19 +32,19 @@ class Run(NamedTuple):
 
     @property
     def corpus(self) -> Corpus:
-        """What was memorised."""
+        """The corpus that was memorised."""
         return self.data.corpus
 
 
 def open_run(folder: str | Path) -> Run:
-    """Open a run: its module, with its adapter as it was saved, and its corpus.
+    """Open a run: its module, with the saved adapter, and its corpus.
 
     Args:
         folder: A run folder, with `config.yaml` and `adapter/`.
 
     Raises:
-        InputError: If the folder lacks either, its configuration no longer parses or names classes that are not pml's
-            (see `pml.own_classes`), or its corpus cannot be had.
+        InputError: If the folder lacks either, its configuration does not parse or names foreign classes (see
+            `pml.own_classes`), its corpus cannot be read or built, or the backbone is another than the record's.
     """
     folder = Path(folder)
     path = folder / CONFIG_NAME

@@ -1,4 +1,4 @@
-"""A fit that goes on does so in the folder of its run, where its curves continue."""
+"""A resumed fit writes to the folder of its run, where its curves continue."""
 
 import csv
 import logging
@@ -18,18 +18,18 @@ __all__ = ["keep_rows", "logger_settings", "loggers_of", "run_to_go_on_in"]
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-"""Folder of a run that its checkpoints are in."""
+"""Name of the folder in a run that holds its checkpoints."""
 
 WITH_FOLDERS = (TensorBoardLogger.__name__, CSVLogger.__name__)
 
 GO_ON_BY = {"WandbLogger": "version", "MLFlowLogger": "run_id", "CometLogger": "experiment_key"}
-"""Arguments by which loggers that keep runs elsewhere take one up again: what they call its version."""
+"""Argument by which loggers that keep runs elsewhere resume one; its value is the logger's `version`."""
 
 
 def run_to_go_on_in(checkpoint: Path) -> Path | None:
-    """The run that a checkpoint lies in and that has not ended; None where there is none.
+    """Folder of the unfinished run that a checkpoint belongs to; None if there is none.
 
-    A run that has ended keeps its record, and what goes on from it gets a folder of its own.
+    A finished run keeps its record, and a fit that resumes from it gets its own folder.
     """
     run = checkpoint.parent.parent
     if checkpoint.parent.name != CHECKPOINTS:
@@ -42,10 +42,10 @@ def run_to_go_on_in(checkpoint: Path) -> Path | None:
 
 
 def loggers_of(trainer: Trainer, run: Path) -> list[dict[str, str]]:
-    """What `logger_settings` needs to know of the loggers of a fit, for its checkpoints.
+    """Describe a fit's loggers for its checkpoints, so that `logger_settings` can continue them.
 
     Args:
-        trainer: Of the fit.
+        trainer: The fit's trainer.
         run: Folder of the run.
     """
     return [
@@ -59,12 +59,12 @@ def loggers_of(trainer: Trainer, run: Path) -> list[dict[str, str]]:
 
 
 def logger_settings(asked: Any, run: Path, checkpoint: Mapping[str, Any]) -> Any:
-    """Settings of loggers by which they go on where those of a run were.
+    """Settings that make loggers continue where those of a run stopped.
 
     Args:
         asked: `trainer.logger` of the configuration: nothing, True, one with `class_path`, or a list.
         run: Folder of the run.
-        checkpoint: What it goes on from.
+        checkpoint: The checkpoint to resume from.
     """
     if isinstance(asked, list):
         return [logger_settings(one, run, checkpoint) for one in asked]
@@ -82,7 +82,7 @@ def logger_settings(asked: Any, run: Path, checkpoint: Mapping[str, Any]) -> Any
         arguments = {GO_ON_BY[kind]: before["version"]}
     made = {**settings, "init_args": {**(settings.get("init_args") or {}), **arguments}}
     if kind == TensorBoardLogger.__name__:
-        # Readers of its files leave out what was logged after the checkpoint, since it is logged again.
+        # TensorBoard then drops what was logged after the checkpoint, since those steps are logged again.
         made["init_args"].pop("sub_dir", None)
         made["dict_kwargs"] = {**(settings.get("dict_kwargs") or {}), "purge_step": checkpoint["global_step"] + 1}
     return made
@@ -91,19 +91,19 @@ def logger_settings(asked: Any, run: Path, checkpoint: Mapping[str, Any]) -> Any
 def _folder_of_logger(run: Path, name: str, save_dir: str | None) -> Path:
     """The folder that a checkpoint names for a logger.
 
-    A checkpoint may be anyone's: a folder that is neither below its run nor below the logger's `save_dir` is not
-    believed, and the logger goes on in the run's.
+    A checkpoint may come from anyone. If the folder is neither below the run nor below the logger's `save_dir`, it is
+    ignored and the logger goes on in the run's folder.
     """
     folder = Path(os.path.normpath(run / name))
     places = [run] if save_dir is None else [run, Path(save_dir)]
     if any(folder.resolve().is_relative_to(place.resolve()) for place in places):
         return folder
-    log.warning("the checkpoint has a logger that wrote to %s, outside of its run; it goes on in %s", folder, run)
+    log.warning("the checkpoint names a logger that wrote to %s, outside of its run; it goes on in %s", folder, run)
     return run
 
 
 def keep_rows(logger: CSVLogger, last_step: int) -> None:
-    """Give a CSV logger, which deletes what it finds in its folder, the rows that are there up to a step."""
+    """Keep a CSV logger's existing rows up to a step; the logger would delete its old file when it starts."""
     path = Path(logger.log_dir) / "metrics.csv"
     if not path.is_file():
         return

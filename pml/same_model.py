@@ -1,4 +1,4 @@
-"""Whether the model that is asked for is the one that a checkpoint is of: going on with another is refused."""
+"""Check that the model options agree with a checkpoint before a fit resumes from it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,27 +14,27 @@ __all__ = ["asked_model", "differences", "refuse_other_model"]
 
 
 def refuse_other_model(arguments: Sequence[str], configs: Sequence[Path], made_with: Mapping[str, Any]) -> None:
-    """Refuse model options that say otherwise than a checkpoint, which would overrule them without a word.
+    """Refuse model options that contradict a checkpoint, which would otherwise override them silently.
 
     Args:
-        arguments: What the command line was given.
-        configs: The configurations among that.
+        arguments: Arguments of the command line.
+        configs: The configuration files among them.
         made_with: Hyperparameters in the checkpoint.
 
     Raises:
-        InputError: If an option that was given, or a key of a configuration, has another value there.
+        InputError: If an option or a configuration key has another value in the checkpoint.
     """
     made = {key: value for key, value in made_with.items() if not key.startswith("_")}
     if method := made_with.get("_class_path"):
         made["class"] = str(method).rpartition(".")[2]
     if made and (found := differences(asked_model(arguments, configs), made, "model")):
         raise InputError(
-            f"{'; '.join(found)}: a checkpoint is gone on with as it was made; leave out what differs, or start anew"
+            f"{'; '.join(found)}: a fit resumes with its checkpoint's settings; leave out what differs, or start anew"
         )
 
 
 def asked_model(arguments: Sequence[str], configs: Sequence[Path]) -> dict[str, Any]:
-    """Settings of the model that were given, nested by their keys; the class of each under `class`.
+    """Model settings given in configurations and arguments, nested by key, with class names under `class`.
 
     Example:
         >>> asked_model(["--model=SFT", "--model.adapter.rank=4", "--model.init_args.seed", "3"], [])
@@ -50,7 +50,7 @@ def asked_model(arguments: Sequence[str], configs: Sequence[Path]) -> dict[str, 
         if name != "--model" and not name.startswith("--model."):
             continue
         keys = [key for key in name.removeprefix("--model").split(".") if key not in ("", "init_args")]
-        # The bare name of a class is taken as it stands; a sweep gives a class with its arguments, as JSON.
+        # `--model` is a bare class name or, from a sweep, a class with its arguments as JSON.
         value: Any = _settings(yaml.safe_load(text) if keys or text.lstrip().startswith("{") else text)
         for key in reversed(keys):
             value = {"class" if key == "class_path" else key: value}
@@ -59,11 +59,11 @@ def asked_model(arguments: Sequence[str], configs: Sequence[Path]) -> dict[str, 
 
 
 def differences(asked: Mapping[str, Any], made_with: Mapping[str, Any], where: str) -> list[str]:
-    """Where settings that were asked for are not those that something was made with; what is null asks for nothing.
+    """Describe each requested setting that differs from the checkpoint's; null requests nothing.
 
     Args:
-        asked: What was given.
-        made_with: What there is; a setting that is not in it cannot differ.
+        asked: Requested settings.
+        made_with: The checkpoint's settings; a setting that is missing or null there cannot differ.
         where: Prefix of the names.
 
     Example:
@@ -87,14 +87,14 @@ def _same(here: Any, there: Any) -> bool:
     if isinstance(here, list) and isinstance(there, (list, tuple)):
         return len(here) == len(there) and all(map(_same, here, there))
     try:
-        # YAML takes 1e-3 for text.
+        # YAML reads 1e-3 as text.
         return float(here) == float(there)
     except (TypeError, ValueError):
         return str(here) == str(there)
 
 
 def _settings(value: Any) -> Any:
-    """A settings object as its arguments, with the last part of its class' name as `class`."""
+    """Flatten `class_path` and `init_args`: arguments by name, and the class's last name under `class`."""
     if not isinstance(value, Mapping):
         return value
     arguments = {key: _settings(item) for key, item in value.items() if key not in ("class_path", "init_args")}

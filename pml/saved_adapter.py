@@ -1,4 +1,4 @@
-"""A saved adapter: written whole, whoever made it read as data, and refused where it is not what it says."""
+"""Saved adapters: written atomically, read as data only, and rejected if they contradict their own configuration."""
 
 import json
 import math
@@ -26,27 +26,27 @@ CARD_NAME = "README.md"
 BESIDE_LORA = {
     "modules_to_save": "whole layers beside the adapter",
     "trainable_token_indices": "trained embeddings",
-    "layer_replication": "layers of the base that stand in it twice",
+    "layer_replication": "layers of the base that appear twice",
     "target_parameters": "updates of parameters that belong to no linear layer",
     "alora_invocation_tokens": "an adapter that only some tokens switch on",
     "kasa_config": "an update that needs the base's weights truncated",
 }
-"""Settings of PEFT by which an adapter is more than A and B beside layers."""
+"""PEFT settings that make an adapter more than A and B beside layers, and what each adds."""
 
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that take something out of the base's weights: the adapter fits no base as it is published."""
+"""Initialisations that change the base's weights, so that the adapter does not fit the published base."""
 
 BLOCK = re.compile(r"\.(\d+)\.")
-"""The first number in a weight's name is that of its block, whatever a model calls its blocks."""
+"""The first number in a weight's name is the index of its block, whatever a model calls its blocks."""
 
 
 def save_adapter(model: PeftModel, folder: Path, card: str | None = None) -> None:
-    """Save an adapter as PEFT does, beside its place first, so that a folder with an adapter has all of it.
+    """Save an adapter in PEFT's format, by way of a temporary folder so that it is never incomplete.
 
     Args:
-        model: With the adapter; nothing of its base is saved.
-        folder: Where it will be; an adapter that is there is replaced.
-        card: A model card in place of PEFT's, which is blank.
+        model: The model with the adapter; none of the base's weights are saved.
+        folder: Folder to write; an adapter that is already there is replaced.
+        card: Model card to use instead of PEFT's blank one.
     """
     partial, before = (folder.with_name(f".{folder.name}.{what}{os.getpid()}") for what in ("", "before"))
     try:
@@ -69,13 +69,14 @@ def save_adapter(model: PeftModel, folder: Path, card: str | None = None) -> Non
 def read_saved_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Configuration and weights of a LoRA adapter that PEFT has saved; nothing is unpickled.
 
-    A record beside the folder, as runs leave it, has to be of the same rank, blocks and alpha.
+    If a run's record lies beside the folder, its rank, blocks and alpha must match.
 
     Args:
-        folder: What `save_pretrained` wrote.
+        folder: Folder written by `save_pretrained`.
 
     Raises:
-        InputError: If a file is missing or broken, it is not LoRA or more than that, or a weight is not a number.
+        InputError: If a file is missing or broken, the adapter is not plain LoRA, a weight is not finite, or the record
+            does not match.
     """
     if not (folder / CONFIG_NAME).is_file():
         raise InputError(f"{folder}: no {CONFIG_NAME} in it; expected a folder written by save_pretrained")
@@ -107,9 +108,7 @@ def read_saved_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     _check_settings(folder, config)
     for name, tensor in weights.items():
         if not tensor.is_floating_point():
-            raise InputError(
-                f"{folder}: {name} is {tensor.dtype}; expected numbers with a fraction, as PEFT saves them"
-            )
+            raise InputError(f"{folder}: {name} is {tensor.dtype}; expected a floating-point type, as PEFT saves it")
         if not torch.isfinite(tensor).all():
             raise InputError(f"{folder}: {name} has values that are not finite numbers; train it again")
     _check_record(folder, config, weights)
@@ -117,12 +116,12 @@ def read_saved_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
 
 
 def check_weights(folder: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are not those which a configuration asks for on this backbone.
+    """Refuse weights that do not match what a configuration asks for on this backbone.
 
     Args:
-        folder: Where they lie, for messages.
-        weights: What was saved.
-        expected: What PEFT would save of such an adapter here.
+        folder: Folder of the adapter, for messages.
+        weights: The saved weights.
+        expected: The weights that PEFT would save for such an adapter on this backbone.
 
     Raises:
         InputError: If a weight is missing, has no place, or has another shape.
@@ -130,7 +129,7 @@ def check_weights(folder: Path, weights: Mapping[str, Tensor], expected: Mapping
     if missing := sorted(expected.keys() - weights.keys()):
         raise InputError(
             f"{folder}: {len(missing)} of the {len(expected)} weights that its configuration asks for are missing, "
-            f"such as {missing[0]}; expected the whole adapter, of this backbone"
+            f"such as {missing[0]}; expected a complete adapter for this backbone"
         )
     if unknown := sorted(weights.keys() - expected.keys()):
         raise InputError(
@@ -141,12 +140,12 @@ def check_weights(folder: Path, weights: Mapping[str, Tensor], expected: Mapping
         if weights[name].shape != tensor.shape:
             raise InputError(
                 f"{folder}: {name} has shape {tuple(weights[name].shape)}, and its configuration on this backbone asks "
-                f"for {tuple(tensor.shape)}; take the backbone and the rank that it was trained with"
+                f"for {tuple(tensor.shape)}; use the backbone and the rank that it was trained with"
             )
 
 
 def _check_settings(folder: Path, config: LoraConfig) -> None:
-    """Refuse settings of kinds that PEFT takes from a file and fails with later."""
+    """Refuse values that PEFT reads from a file without checking and fails on later."""
     expected = {
         "r": isinstance(config.r, int) and config.r >= 1,
         "lora_alpha": isinstance(config.lora_alpha, int | float) and 0 < config.lora_alpha < math.inf,
@@ -163,7 +162,7 @@ def _check_settings(folder: Path, config: LoraConfig) -> None:
 
 
 def _check_record(folder: Path, config: LoraConfig, weights: Mapping[str, Tensor]) -> None:
-    """Hold an adapter against the record of the run that it lies in, if it lies in one."""
+    """Check an adapter against the record of its run, if it is in a run's folder."""
     path = folder.parent / "record.json"
     if folder.name != "adapter" or not path.is_file():
         return
@@ -172,7 +171,7 @@ def _check_record(folder: Path, config: LoraConfig, weights: Mapping[str, Tensor
         rank, blocks = record["rank"], list(record["block"])
         alpha = record["method_settings"].get("alpha") or rank
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # whoever opens the run says so
+        return  # a broken record is reported when the run is opened
     found = {
         "rank": (config.r, rank),
         "blocks": (sorted({int(match[1]) for name in weights if (match := BLOCK.search(name))}), blocks),
@@ -182,5 +181,5 @@ def _check_record(folder: Path, config: LoraConfig, weights: Mapping[str, Tensor
     for name, (here, there) in found.items():
         if here != there:
             raise InputError(
-                f"{folder}: the adapter has {name} {here}, and the record of its run {there}; one of them was replaced"
+                f"{folder}: the adapter has {name} {here}, but the record of its run {there}; one of them was replaced"
             )

@@ -1,4 +1,4 @@
-"""How long a fit is, in optimiser steps, and what share of the peak learning rate each step is taken with."""
+"""Length of a fit in optimiser steps, and the learning rate of each step as a share of the peak."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ from pml.errors import InputError
 __all__ = ["OPTIMIZER_SETTINGS", "check_optimizer", "learning_rate_factor", "total_steps"]
 
 OPTIMIZER_SETTINGS = ("learning_rate", "weight_decay", "betas", "schedule", "warmup_steps")
-"""What `check_optimizer` takes, and a record names."""
+"""Names of the settings that `check_optimizer` checks and a record holds."""
 
 
 def check_optimizer(
     learning_rate: float, weight_decay: float, betas: Sequence[float], schedule: str, warmup_steps: int
 ) -> None:
-    """Refuse settings of AdamW and its schedule that make no sense; `pml.memorization.Memorization` explains them.
+    """Check the settings of AdamW and its schedule; see `pml.memorization.Memorization`.
 
     Raises:
-        InputError: Naming the first.
+        InputError: If a setting is out of range; names the first.
     """
     if not 0 < learning_rate < math.inf:
         raise InputError(f"learning_rate is {learning_rate}; expected a number above 0")
@@ -38,22 +38,22 @@ def total_steps(trainer: Trainer, curriculum: Any = None) -> int:
     """Optimiser steps of the whole fit.
 
     Args:
-        trainer: Set up for it.
-        curriculum: With one, epochs grow; the sampler knows by how much.
+        trainer: The trainer, set up for the fit.
+        curriculum: The fit's curriculum, if any. Its epochs differ in length, which the sampler knows.
 
     Raises:
         InputError: If the fit has neither a last epoch nor a last step.
     """
     if trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise InputError(
-            "schedule linear, and a weighting that changes over the run as MemFT's own does, need an end; set "
+            "schedule linear, and weightings that change over the run such as MemFT's default, need an end; set "
             "trainer.max_epochs or trainer.max_steps"
         )
-    # Also loads the batches, where nothing has yet.
+    # This also sets up the data loader, if nothing has done so before.
     steps = int(trainer.estimated_stepping_batches)
     if curriculum is None or trainer.max_epochs == -1:
         return steps
-    # Lightning multiplies the first epoch's batches; a curriculum has more of them later.
+    # Lightning assumes that all epochs are as long as the first; with a curriculum, later ones are longer.
     loader: Any = trainer.train_dataloader
     batches = map(loader.sampler.batches_in_epoch, range(trainer.max_epochs or 0))
     steps = sum(-(-used_batches(trainer, n) // trainer.accumulate_grad_batches) for n in batches)
@@ -61,17 +61,17 @@ def total_steps(trainer: Trainer, curriculum: Any = None) -> int:
 
 
 def used_batches(trainer: Trainer, batches: int) -> int:
-    """How many of an epoch's batches a fit takes."""
+    """Number of an epoch's batches that `limit_train_batches` lets the fit take."""
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def learning_rate_factor(warmup_steps: int, total: int | None) -> Callable[[int], float]:
-    """Share of the peak learning rate by step, counted from 0: it rises from 0 to 1, then falls to 0 or stays.
+    """Share of the peak learning rate by step, counted from 0: it rises linearly to 1, then falls to 0 or stays.
 
     Args:
-        warmup_steps: Steps of the rise.
-        total: Steps after which it is 0; None stays at the peak.
+        warmup_steps: Number of steps below the peak at the start.
+        total: Step at which the share reaches 0; None stays at the peak.
 
     Example:
         >>> factor = learning_rate_factor(1, 5)

@@ -1,4 +1,4 @@
-"""Token scores of a batch under teacher forcing, by example and position."""
+"""Token scores of a batch under teacher forcing."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ __all__ = ["score_batch", "target_hidden", "target_logits"]
 def score_batch(
     frozen_layers: FrozenLayers, model: PeftModel, batch: dict[str, Any], gradient_above: float | None = None
 ) -> TokenScores:
-    """Loss of every target token in nats under teacher forcing, and whether its argmax is right.
+    """Scores of every target token under teacher forcing: loss in nats, argmax, logit margin and rival.
 
     Args:
-        frozen_layers: The adapted model, cut where its frozen layers end.
-        model: The same model whole, for heads that cap or scale their logits.
-        batch: B examples as `pml.corpus.collate` gives them, on the model's device.
+        frozen_layers: The adapted model, split at the end of its frozen layers.
+        model: The same model unsplit, for heads that cap or scale their logits.
+        batch: B examples from `pml.corpus.collate`, on the model's device.
         gradient_above: See `pml.token_loss.token_losses`.
     """
     _, cells, targets = batch["supervised"]
@@ -44,11 +44,11 @@ def score_batch(
 
 
 def target_logits(frozen_layers: FrozenLayers, model: PeftModel, batch: dict[str, Any]) -> Tensor:
-    """Logits (N, V) of the positions that predict the N target tokens, held whole; see `score_batch`."""
+    """Logits (N, V) at the positions that predict the N target tokens, all in memory at once; see `score_batch`."""
     if frozen_layers.head is not None:
         hidden = target_hidden(frozen_layers, batch)
         return nn.functional.linear(hidden, frozen_layers.head.weight, frozen_layers.head.bias)
-    # A head that caps or scales its logits is asked as a whole.
+    # A head that caps or scales its logits needs the whole model.
     steps = max(batch["input_ids"].shape[1] - 1, 1)
     logits: Tensor = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :steps]
     return logits.flatten(0, 1).index_select(0, batch["supervised"][0])

@@ -1,9 +1,8 @@
-"""The best settings for every cell of a grid: many candidates on a small budget, the best of them on a larger one.
+"""Search for the best settings of every cell of a grid: many candidates on a small budget, the best on larger ones.
 
-Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): every candidate runs to the end of its own schedule with
-the first budget, the best go on with the next, and one is left for the last, or the next best where that diverges. Each
-run is a complete one with a record of its own, so a search is as seeded, as resumable and as open to inspection as a
-sweep.
+Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): every candidate runs a full schedule with the first
+budget, the best run anew with the next, and one runs with the last. If that one diverges, the next best takes its
+place. Each run is complete and has its own record, so a search is as seeded, resumable and inspectable as a sweep.
 """
 
 import math
@@ -27,11 +26,11 @@ Setting = dict[str, Any]
 
 
 class SearchGrid(Grid):
-    """What a search file says: a grid, and what to try for each of its cells.
+    """Content of a search file: a grid, and the settings to try for each of its cells.
 
     Attributes:
-        search: For any key of `pml fit`, the values to try; every combination is a candidate.
-        epochs: Budgets in epochs, ascending; the last is what the grid is meant to be run with.
+        search: Maps keys of `pml fit` to lists of values to try; every combination is a candidate.
+        epochs: Budgets in epochs, ascending; the last is the one meant for the final runs of the grid.
     """
 
     search: dict[str, list[Any]] = pydantic.Field(min_length=1)
@@ -44,35 +43,35 @@ class SearchGrid(Grid):
         if empty := [key for key, values in self.search.items() if not values]:
             raise ValueError(f"search key {empty[0]} has no values")
         if twice := [key for key in (*self.search, EPOCHS) if any(key in part for part in self.grid)]:
-            raise ValueError(f"{twice[0]} is in the grid too; a search decides it, so take it out there")
+            raise ValueError(f"{twice[0]} is in the grid too; the search sets it, so take it out of the grid")
         return self
 
 
 class Candidate(Content):
-    """One candidate of one cell: its settings, and its final loss in nats on each budget in epochs that it had.
+    """One candidate of one cell: its settings, and its final loss in nats by budget in epochs, for those it has run.
 
-    A loss is None where the run failed or diverged.
+    A loss is None if the run failed or diverged.
     """
 
     settings: Setting
     final_loss: dict[int, float | None]
 
     def order(self, epochs: int) -> float:
-        """What to sort by: what failed or diverged comes last."""
+        """Sort key: the final loss with this budget, infinite if that run failed, diverged or does not exist."""
         loss = self.final_loss.get(epochs)
         return math.inf if loss is None else loss
 
 
 class Choice(Content):
-    """What was found for a cell.
+    """Result of a search for one cell.
 
     Attributes:
-        cell: Its settings.
-        chosen: The best settings; None where their run with the last budget failed or diverged.
-        failed: Whether it failed.
+        cell: Settings of the cell.
+        chosen: The best settings; None if their run with the last budget failed or diverged.
+        failed: Whether that run failed.
         at_the_edge: Keys whose chosen value is the smallest or largest number tried: a better one may lie beyond.
-        folder: Where that run is.
-        candidates: All that were tried, the best first.
+        folder: Folder of that run.
+        candidates: All candidates, best first.
     """
 
     cell: Setting
@@ -102,38 +101,38 @@ def read_search(path: Path) -> SearchGrid:
 
 
 def budgets(candidates: int, epochs: Sequence[int]) -> list[tuple[int, int]]:
-    """How many candidates run with each budget: all with the first, one with the last, a constant factor between.
+    """Pairs of the number of candidates and their budget: from all to one, falling by a constant factor.
 
     Example:
         >>> budgets(4, [50, 100, 200])
         [(4, 50), (2, 100), (1, 200)]
     """
     last = len(epochs) - 1
-    # Rounded before it is rounded up: 8 ** (1 / 3) is a hair above 2.
+    # `round` takes off float error before `ceil`: 8 ** (1 - 1 / 3) is 4.000000000000001.
     return [(math.ceil(round(candidates ** (1 - k / last), 9)), budget) for k, budget in enumerate(epochs)]
 
 
 def run_search(
     grid: SearchGrid, start: Callable[[str, list[Cell]], Callable[[Outcome], None]] = lambda *_: lambda _: None
 ) -> list[Choice]:
-    """Run what has no record yet, and say what is best for each cell; `search.json` in `out` says it too.
+    """Run what has no record yet, choose the best settings for each cell, and write them to `search.json` in `out`.
 
-    Where the best diverges with the last budget, the next best has it instead. The runs with that, one a cell and those
-    that diverged, lie in `out/best`, ready for `pml law`; those with the others in `out/N-epochs`.
+    If the best candidate diverges with the last budget, the next best runs with it. Runs with the last budget are in
+    `out/best`, ready for `pml law`: one per cell, plus those that diverged. The others are in `out/N-epochs`.
 
     Args:
         grid: The search.
-        start: Called before each budget's runs with its folder and cells; what it returns is told each outcome.
+        start: Called before each budget's runs with their folder and cells; returns a callback for each outcome.
 
     Raises:
-        InputError: Before anything runs, if a cell or a candidate does not fit `pml fit`.
+        InputError: Before anything runs, if `pml fit` would refuse a cell or a candidate.
     """
     cells, tried = expand(grid.grid), expand([grid.search])
     standing = [[Candidate(settings=settings, final_loss={}) for settings in tried] for _ in cells]
     last = grid.epochs[-1]
 
     def run(chosen: list[tuple[int, Candidate]], epochs: int) -> list[Outcome]:
-        """Run candidates of cells with one budget, and put down how they ended."""
+        """Run candidates with one budget and record their final losses."""
         folder = grid.out / ("best" if epochs == last else f"{epochs}-epochs")
         runs = resolve(_rung(grid, [cells[i] | candidate.settings for i, candidate in chosen], epochs, folder))
         outcomes = run_cells(runs, start(str(folder), runs))
@@ -145,9 +144,9 @@ def run_search(
     for count, epochs in budgets(len(tried), grid.epochs):
         outcomes = run([(i, candidate) for i, found in enumerate(standing) for candidate in found[:count]], epochs)
         for found in standing:
-            # Only those that had this budget are compared; the others keep their order behind them.
+            # Only candidates that ran with this budget are compared; the others keep their order behind them.
             found[:count] = sorted(found[:count], key=lambda candidate: candidate.order(epochs))
-    # What went well with less may diverge with the last budget, where the next best may not.
+    # A candidate that did well on smaller budgets may diverge with the last one; the next best may not.
     while behind := [
         (i, other)
         for i, (found, outcome) in enumerate(zip(standing, outcomes, strict=True))
@@ -182,7 +181,7 @@ def _rung(grid: SearchGrid, settings: list[Setting], epochs: int, out: Path) -> 
 
 
 def _next_best(found: Sequence[Candidate], last: int) -> Candidate | None:
-    """The first that has not had the last budget and ended well with what it had; None where there is none."""
+    """The best candidate that has not run with the last budget and never failed or diverged; None if there is none."""
     return next((c for c in found if last not in c.final_loss and None not in c.final_loss.values()), None)
 
 

@@ -1,6 +1,6 @@
-"""What a server answers: transformers and PEFT with greedy decoding, in a process that knows nothing of pml.
+"""Answers of a plain server: greedy decoding by transformers and PEFT, in a process that does not import pml.
 
-`serve` starts this very file as a script. It reads a job as JSON from stdin and writes the answers to stdout.
+`serve` runs this file as a script, which reads a job as JSON from stdin and writes the answers to stdout.
 """
 
 import json
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["decoded_together", "padded", "serve"]
 
 BATCH = 32
-"""Prompts decoded together, padded on the left as servers do it."""
+"""Prompts decoded together, padded on the left as servers do."""
 
 BEYOND = 4
-"""Tokens that an answer may be too long by before it is cut off."""
+"""Tokens by which an answer may exceed its target before it is cut off."""
 
 
 def serve(
@@ -30,18 +30,18 @@ def serve(
     plain: Mapping[str, Any],
     dtype: str = "float32",
 ) -> list[str]:
-    """The answer to each query as a server shows it, from a process of its own.
+    """The answer to each query as a server shows it, computed in a separate process.
 
     Args:
         base: The backbone's folder.
-        adapter: What `save_pretrained` wrote, of a placement that PEFT has layers for.
-        examples: What it is asked for.
-        encoder: How queries become prompts.
+        adapter: Folder written by `save_pretrained`, with a placement that plain PEFT can load (not `mlp_block`).
+        examples: The pairs to ask for.
+        encoder: Turns queries into prompts.
         plain: Further arguments of `generate`, see `pml.decoding.plain_decoding`.
-        dtype: Floating-point type of the base's weights.
+        dtype: Floating-point type of the backbone's weights.
 
     Raises:
-        RuntimeError: If that process fails, with what it said last.
+        RuntimeError: If the process fails, with the last line of its stderr.
     """
     import subprocess
 
@@ -62,7 +62,7 @@ def _job(
     plain: Mapping[str, Any],
     dtype: str,
 ) -> dict[str, Any]:
-    """What that process is told; see `serve`."""
+    """The job for the process that `serve` starts."""
     template = encoder.template
     return {
         "base": str(base),
@@ -71,7 +71,7 @@ def _job(
         "prompts": [template.turns(e.query) if template else encoder.decode(e.prompt_ids) for e in examples],
         "template": template.options_elsewhere if template else None,
         "end": encoder.end_of_turn_id,
-        # Without an end of turn an answer goes on for ever, and is as long as its target.
+        # Without an end of turn an answer never stops, so it is cut at the length of its target.
         "tokens": [len(e.target_ids) + (0 if encoder.end_of_turn_id is None else BEYOND) for e in examples],
         "plain": dict(plain),
     }
@@ -115,9 +115,9 @@ def _answers(job: dict[str, Any]) -> list[str]:
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts padded on the left, as servers do it, and their attention mask.
+    """Prompts padded on the left, as servers do, and their attention mask.
 
-    By hand, since a tokenizer need not have a token for it.
+    Padded by hand, since a tokenizer may have no padding token.
     """
     longest = max(map(len, prompts))
     ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
@@ -126,12 +126,12 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list
 
 
 def decoded_together(sizes: Sequence[tuple[int, int]], most: int, limit: int | None) -> list[list[int]]:
-    """Batches of pairs, by index: answers of similar lengths, since a batch decodes as long as its longest one.
+    """Batches of indices of pairs with answers of similar length, since a batch decodes as long as its longest answer.
 
     Args:
-        sizes: Tokens of prompt and answer of each pair.
-        most: Pairs in a batch.
-        limit: Positions that the model has; the longest prompt and the longest answer of a batch have to fit.
+        sizes: Number of tokens in the prompt and the answer of each pair.
+        most: Most pairs in a batch.
+        limit: Positions of the model, if limited: a batch's longest prompt and longest answer together must fit.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(sizes)), key=lambda i: (sizes[i][1], sizes[i][0])):

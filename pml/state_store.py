@@ -1,4 +1,4 @@
-"""Where the frozen-layer cache keeps states: on the device, on the host, or in a memory-mapped file, by what fits."""
+"""Storage of the frozen-layer cache: on the device, on the host or in a memory-mapped file, wherever there is room."""
 
 import logging
 import mmap
@@ -23,30 +23,30 @@ log = logging.getLogger(__name__)
 Place = Literal["device", "host", "disk"]
 
 DEVICE_SHARE = 0.25
-"""Of the device's free memory when the store is made; the rest is for the blocks above and their activations."""
+"""Share of the device's free memory when the store is made; the rest is for the blocks above and activations."""
 
 HOST_SHARE = 0.5
-"""Of the host's available memory when the store is made."""
+"""Share of the host's available memory when the store is made."""
 
 SEGMENT_BYTES = 64 * 2**20
-"""The file grows by this much at a time: few mappings, little waste."""
+"""Bytes by which the file grows at a time: few mappings, little waste."""
 
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """The frozen-layer cache: whether to use it, and where its states are kept.
+    """The frozen-layer cache: whether to use it, and where to keep its states.
 
     Args:
-        enabled: Compute what lies below the adapter once per example and keep it; false runs whole at every step.
-        place: `device`, `host` or `disk` (a memory-mapped file in the run's folder); `auto` takes the first that has
-            room for each example.
-        budget_gib: Room in GiB; of host and disk, processes that train together on one machine get equal parts. `auto`
-            by itself takes a quarter of the device's free memory and half of the host's; with a place of its own,
-            examples beyond the budget are computed again each time.
-        release: Keep the blocks below the adapter on the host, from where they visit the device one at a time to
-            compute what is kept, and free them before the first step. Training and teacher-forced measures then need
-            the embeddings, the blocks above and one block below on the device. Generation loads all blocks from the
-            backbone's files; where some example found no room, all of them stay.
+        enabled: Run the layers below the adapter once per example and keep their states; false runs all at every step.
+        place: `device`, `host` or `disk` (a memory-mapped file in the run's folder); `auto` puts each example in the
+            first of these that has room.
+        budget_gib: Room in GiB; with `auto`, on the device and on the host each. Processes that train together on one
+            machine share host and disk equally. Without a budget, `auto` takes a quarter of the device's free memory
+            and half of the host's. With a fixed place, examples beyond the budget are computed at every step.
+        release: Keep the blocks below the adapter on the host, move them to the device one at a time to compute the
+            kept states, and free them before the first step. Training and teacher-forced measures then need only the
+            embeddings, the blocks above and one block below on the device. Generation loads all blocks again from the
+            backbone's files. If some example finds no room, all blocks stay.
     """
 
     enabled: bool = True
@@ -60,18 +60,18 @@ class CacheConfig:
         if self.budget_gib is not None and self.budget_gib <= 0:
             raise InputError(f"frozen_prefix.budget_gib is {self.budget_gib}; expected a number of GiB above 0")
         if self.release and not self.enabled:
-            raise InputError("frozen_prefix.release needs what it releases to be kept; set frozen_prefix.enabled: true")
+            raise InputError("frozen_prefix.release needs the cache of frozen states; set frozen_prefix.enabled: true")
 
 
 class StateStore:
-    """Tensors by the content of the example they belong to.
+    """Keeps tensors by the content of the example they belong to.
 
     Args:
-        config: Where, and how much.
-        device: Where the model is.
-        folder: Where a memory-mapped file may be made; it has no name there and is gone when the process ends. None is
+        config: Place and budget.
+        device: The model's device.
+        folder: Folder for the memory-mapped file, which has no name there and disappears when the process ends. None is
             the system's temporary folder.
-        processes: Processes on this machine that share its host memory and its disk, each with a store of its own.
+        processes: Number of processes that share this machine's host memory and disk, each with its own store.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class StateStore:
 
     @property
     def full(self) -> bool:
-        """Whether something was not kept for want of room."""
+        """Whether some tensors found no room."""
         return self._full
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """Keep nothing new for a while: for examples that are seen too seldom to take room from the corpus."""
+        """Keep nothing new within this context, for examples seen too rarely to take room from the corpus."""
         before, self._closed = self._closed, True
         try:
             yield
@@ -109,7 +109,7 @@ class StateStore:
             self._closed = before
 
     def put(self, key: bytes, tensors: tuple[Tensor, ...]) -> None:
-        """Keep tensors in the first place that has room; where none has, they are not kept, and that is said once."""
+        """Keep tensors in the first place that has room; if none has, drop them and warn once."""
         if self._closed:
             return
         size = sum(t.numel() * t.element_size() for t in tensors)
@@ -118,7 +118,7 @@ class StateStore:
                 try:
                     self._entries[key] = tuple(self._move(t, place) for t in tensors)
                 except OSError as error:
-                    log.warning("the frozen-layer cache takes no more of the disk (%s)", error.strerror)
+                    log.warning("the frozen-layer cache stops using the disk (%s)", error.strerror)
                     self._room[place] = 0
                     continue
                 self.bytes[place] += size
@@ -141,7 +141,7 @@ class StateStore:
 
 
 class _MappedFile:
-    """A nameless file that tensors are appended to and stay readable from, without counting as memory in use."""
+    """A nameless file that tensors are appended to and read from in place, without counting as memory in use."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -158,7 +158,7 @@ class _MappedFile:
         mapped.copy_(raw)
         # The next tensor starts at a multiple of every element size.
         self._used += -(-len(raw) // 64) * 64
-        # Not a view: views share the version by which autograd sees that what it kept for backward has been written to.
+        # `.data`, since views share the version counter by which autograd detects writes to tensors saved for backward.
         return mapped.view(tensor.dtype).view(tensor.shape).data
 
     def _grow(self, size: int) -> Tensor:
@@ -167,7 +167,7 @@ class _MappedFile:
                 self._folder.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - open as long as it is mapped
         size = -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        # With room for all of it: to write into a hole of a file on a full disk would end the process.
+        # Allocate all of it: writing to a hole in a mapped file on a full disk would kill the process.
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(self._file.fileno(), self._size, size)
         else:  # macOS
@@ -179,7 +179,7 @@ class _MappedFile:
 
 
 def _room(config: CacheConfig, device: torch.device, processes: int) -> dict[Place, float]:
-    """Bytes that each place takes, in the order in which they are tried."""
+    """Bytes that each place may hold, in the order in which places are tried."""
     budget = None if config.budget_gib is None else config.budget_gib * 2**30
     if config.place != "auto":
         sharing = 1 if config.place == "device" else processes

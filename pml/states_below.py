@@ -1,4 +1,4 @@
-"""What leaves the frozen layers: the states of examples where a decoder is cut."""
+"""Frozen states: what the layers below a cut give for each example."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -14,16 +14,16 @@ from pml.whole_model import run_decoder
 __all__ = ["states_below", "streamed_states", "with_blocks"]
 
 PORTION_BYTES = 2**28
-"""States of examples that wait for the next block to move: the longer, the fewer moves, and the more memory."""
+"""Bytes of states that pass each streamed block together: more means fewer moves and more memory."""
 
 
 def states_below(backbone: Backbone, block: int, mlp: nn.Module | None, input_ids: Tensor) -> tuple[Tensor, ...]:
-    """States (S, d) of one row that enter a block; or, given its MLP, those that leave it, and the MLP's input.
+    """Input (S, d) of a block for one row; with `mlp`, the block's output and the MLP's input, each (S, d).
 
     Args:
         backbone: The model, with its adapter on or off.
-        block: Number of the block.
-        mlp: The adapted MLP of the block, where the model is cut behind it.
+        block: Index of the block.
+        mlp: The adapted MLP of the block if the cut is after the block, else None.
         input_ids: Token ids (1, S).
     """
     return _kept(_run(backbone, slice(0, block + 1), mlp, input_ids=input_ids), mlp)
@@ -32,10 +32,10 @@ def states_below(backbone: Backbone, block: int, mlp: nn.Module | None, input_id
 def streamed_states(
     backbone: Backbone, block: int, mlp: nn.Module | None, rows: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """`states_below` of many rows; streamed blocks move once for all of them instead of once a row.
+    """Yield `states_below` of many rows, moving streamed blocks once per portion instead of once per row.
 
-    A decoder may do more between its blocks than hand states on. So the longest row, which shows most of it, goes
-    through all blocks at once as well; where its states differ, so do all the others.
+    A decoder may do more between its blocks than pass states on. So the longest row, which would show most of that,
+    also runs through all blocks at once; if its states differ, all rows run that way.
     """
     longest = max(rows, key=lambda row: row.shape[1], default=None)
     if backbone.streamed is None or longest is None or not _are_alike(backbone, block, mlp, longest):
@@ -81,7 +81,7 @@ def _kept(caught: dict[str, Tensor], mlp: nn.Module | None) -> tuple[Tensor, ...
 
 
 def _run(backbone: Backbone, blocks: slice, mlp: nn.Module | None, **inputs: Tensor) -> dict[str, Tensor]:
-    """What enters and leaves the last of some blocks, (1, S, d), and what enters its MLP."""
+    """Input and output (1, S, d) of the last of some blocks, and the input of its MLP if given."""
     last = backbone.blocks[blocks.stop - 1]
     caught: dict[str, Tensor] = {}
 
@@ -106,13 +106,13 @@ def _run(backbone: Backbone, blocks: slice, mlp: nn.Module | None, **inputs: Ten
 
 
 def with_blocks(backbone: Backbone, blocks: slice) -> nn.Module:
-    """A shallow copy of the decoder that shares all its modules but has only some of its blocks."""
+    """Shallow copy of the decoder that shares its modules but has only some of its blocks."""
     decoder: Any = copy.copy(backbone.decoder)
     kept = nn.ModuleList(backbone.blocks[blocks])
     decoder._modules = {**decoder._modules, backbone.blocks_path.rsplit(".", 1)[-1]: kept}
     config = copy.copy(decoder.config)
-    # Decoders look up what kind of block they have by its place in a list. Past the checks of the configuration: what
-    # it says may not be a model that could be made.
+    # Decoders look up a block's kind by its index in a list, so the lists are cut too. Written past the configuration's
+    # checks, since the result need not describe a model that could be built.
     listed = {name: value for name, value in vars(config).items() if isinstance(value, list | tuple)}
     vars(config).update({name: value[blocks] for name, value in listed.items() if len(value) == len(backbone.blocks)})
     vars(config)["num_hidden_layers"] = len(kept)

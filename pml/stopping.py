@@ -1,7 +1,7 @@
-"""Stopping from outside: the first signal ends a fit at its next step's end, the second one at once.
+"""Stopping by signal: the first one ends a fit after its current step, the second one at once.
 
-Outside a fit the first signal ends at once too: there is nothing to save. Whoever is in the middle of writing a file
-leaves it whole or not there (`pml.atomic`).
+Outside a fit there is nothing to save, so the first signal ends the process at once. A file that is being written is
+then either whole or absent (`pml.atomic`).
 """
 
 import os
@@ -17,17 +17,17 @@ __all__ = ["Stopped", "at_step_ends", "is_listening", "listening", "requested"]
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 ONE_SIGNAL_SECONDS = 1.0
-"""Within this time SIGTERM that comes twice is one."""
+"""Two SIGTERMs within this time count as one."""
 
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Stopped(BaseException):
-    """Someone stopped the process; not an error, and not to be caught by what catches errors.
+    """Raised when a signal stops the process. It is not an error, so `except Exception` does not catch it.
 
     Attributes:
-        signum: The signal.
-        at_once: Whether it ended where it was, rather than at a step's end where everything can be saved.
+        signum: Number of the signal.
+        at_once: Whether the process stops immediately, rather than after a step, where everything can be saved.
     """
 
     def __init__(self, signum: int, at_once: bool) -> None:
@@ -35,11 +35,11 @@ class Stopped(BaseException):
         self.signum = signum
         self.at_once = at_once
         self.advice = ""
-        """How to go on, for whoever says that it stopped."""
+        """How to resume, for the message that says that it stopped."""
 
     @property
     def code(self) -> int:
-        """Exit code, as shells have it: 130 for Ctrl-C, 143 for SIGTERM."""
+        """Exit code by the convention of shells: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + self.signum
 
     def __str__(self) -> str:
@@ -56,32 +56,32 @@ class _State:
 
 
 def requested() -> int | None:
-    """The signal by which a stop at the next step's end was asked for; None where nobody has."""
+    """The signal that asked for a stop after the current step; None if there was none."""
     return _State.first
 
 
 def request(signum: int, frame: FrameType | None = None) -> None:
-    """Ask for a stop, as a signal does.
+    """Ask for a stop; this is the signal handler.
 
     Raises:
-        Stopped: Unless a fit will see to it at its next step's end, and this is the first time.
+        Stopped: Unless this is the first request and a fit will stop after its current step.
     """
     now = time.monotonic()
     if signum == signal.SIGTERM == _State.first and now - _State.at < ONE_SIGNAL_SECONDS:
-        # A launcher passes on what the whole process group has got already.
+        # A launcher passes on a signal that the whole process group has already received.
         return
     _State.at = now
     _State.times += 1
     if _State.times > 2:
-        # Whatever was to clean up hangs.
+        # The clean-up after the second request hangs.
         os._exit(128 + signum)
     if _State.waits_for_step and _State.times == 1:
         _State.first = signum
-        print("stopping when this step is done; once more to stop at once", file=sys.stderr, flush=True)
+        print("stopping after this step; repeat to stop at once", file=sys.stderr, flush=True)
         return
     stop = Stopped(signum, at_once=True)
     if _is_importing(frame):
-        # Libraries that are loading may not survive an exception. There is nothing to save or to clean up yet.
+        # An exception may break a library that is being imported, and there is nothing to save or clean up yet.
         print(f"{_State.who}: {stop}", file=sys.stderr, flush=True)
         os._exit(stop.code)
     raise stop
@@ -97,10 +97,10 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 @contextmanager
 def listening(who: str = "pml") -> Iterator[None]:
-    """Have signals end the process by `Stopped`, within it; outside the main thread nothing changes.
+    """Handle SIGINT and SIGTERM with `request` inside the context; has no effect outside the main thread.
 
     Args:
-        who: The command, as it says what it says.
+        who: Name of the command, which begins its messages.
     """
     _State.who = who
     _State.first, _State.times, _State.waits_for_step = None, 0, False
@@ -119,13 +119,13 @@ def listening(who: str = "pml") -> Iterator[None]:
 
 
 def is_listening() -> bool:
-    """Whether signals are ours."""
+    """Whether `request` handles signals."""
     return signal.getsignal(signal.SIGTERM) is request
 
 
 @contextmanager
 def at_step_ends() -> Iterator[None]:
-    """Within it, a fit looks at `requested` at the end of each step, so a signal may wait for that."""
+    """Let the first signal wait for the end of a step, where the fit inside the context checks `requested`."""
     _State.waits_for_step = True
     try:
         yield

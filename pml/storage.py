@@ -1,9 +1,9 @@
-"""The rank that pairs need, without a run of one's own: their surprisal in bits over what a parameter stores.
+"""Plan the rank that pairs need without any run: their surprisal in bits over the bits that a parameter stores.
 
-What an adapter has to store is what the frozen model does not know, given the other pairs: that all answers are phone
-numbers is learnt once, the digits one by one. So each target is scored after `CONTEXT` other pairs, which is within a
-few percent of the entropy of a phone book. How many bits a trainable parameter stores depends on where the adapter
-sits; measured values ship in `storage_constants.json`, and `pml calibrate` measures them on a backbone of one's own.
+An adapter has to store what the frozen model does not know given the other pairs: that all answers are phone numbers is
+learnt once, the digits one by one. So each target is scored after `CONTEXT` other pairs, which gives the entropy of a
+phone book to a few percent. How many bits a trainable parameter stores depends on the placement. Measured values ship
+in `storage_constants.json`, and `pml calibrate` measures them on your own backbone.
 """
 
 import math
@@ -24,10 +24,10 @@ from pml.surprisal import CONTEXT, SAMPLE, sampled, surprisal_bits
 __all__ = ["RankPlan", "SizeOfRank", "plan_rank", "size_of_rank"]
 
 FILL = 0.5
-"""Fraction of capacity that a plan fills.
+"""Fraction of the capacity that a plan fills.
 
-Chosen on two draws of twelve sets of pairs under the guard and the KL penalty, with a falling threshold; at 0.7 some
-phone books and functions are not recalled whole. The plain loss needs about 2.5 times the rank
+Chosen on two draws of twelve sets of pairs under the guard and the KL penalty, with a falling threshold: at 0.7 some
+phone books and functions are not fully recalled. The plain loss needs about 2.5 times the rank
 (`configs/experiments/README.md`, the planned rank and half of it).
 """
 
@@ -37,8 +37,8 @@ class SizeOfRank(Content):
 
     Attributes:
         trainable: Trainable parameters.
-        saved: Numbers in the saved adapter; more than the trainable ones where A is guarded.
-        largest_rank: The largest rank that fits.
+        saved: Numbers in the saved adapter; more than `trainable` if A is guarded.
+        largest_rank: The largest possible rank.
     """
 
     trainable: int
@@ -51,16 +51,16 @@ class RankPlan(Content):
 
     Attributes:
         pairs: Number of targets.
-        target_tokens: Their tokens.
-        surprisal_bits: Surprisal of all targets under the frozen model, by themselves.
-        bits_to_store: Their surprisal given other pairs.
+        target_tokens: Number of target tokens.
+        surprisal_bits: Surprisal of all targets under the frozen model, without other pairs.
+        bits_to_store: Their surprisal given other pairs, if that is smaller.
         placement: Where the adapter sits.
-        rank: The rank.
-        rank_interval: The ranks for the ends of the constant's interval.
+        rank: The planned rank.
+        rank_interval: The ranks at the upper and lower ends of the constant's interval.
         parameters: Trainable parameters at this rank.
         megabytes: Size of the saved adapter in float32, in 10^6 bytes.
-        rests_on: The constant that was used.
-        warnings: What makes the answer less certain.
+        rests_on: The constant used for the plan.
+        warnings: Reasons to trust the plan less.
     """
 
     pairs: int
@@ -76,7 +76,7 @@ class RankPlan(Content):
     warnings: list[str]
 
     def lines(self) -> list[str]:
-        """The plan in words, a line each."""
+        """The plan in words, line by line."""
         low, high = self.rank_interval
         where = self.placement if isinstance(self.placement, str) else ", ".join(self.placement)
         known = self.rests_on
@@ -85,18 +85,18 @@ class RankPlan(Content):
             f"under the frozen model, {self.bits_to_store:,.0f} given other pairs",
             f"rank {self.rank} ({low} to {high}) in {where}: {self.parameters:,} trainable parameters, "
             f"{self.megabytes:.3g} MB in float32",
-            f"rests on {known.bits_per_parameter:.2g} bits a parameter ({known.low:.2g} to {known.high:.2g}, "
+            f"based on {known.bits_per_parameter:.2g} bits per parameter ({known.low:.2g} to {known.high:.2g}, "
             f"{known.interval}; {known.source}), filled to {FILL:.0%}",
             *(f"warning: {text}" for text in self.warnings),
         ]
 
 
 def size_of_rank(backbone: Backbone, config: AdapterConfig) -> SizeOfRank:
-    """Parameters per rank at a placement; the backbone carries no adapter before and after.
+    """Parameters per rank at a placement. The backbone must have no adapter, and has none afterwards.
 
     Args:
         backbone: The frozen model.
-        config: Placement, block and guard; its rank does not matter.
+        config: Placement, block and guard; its rank is ignored.
     """
     model = attach_adapter(backbone, replace(config, rank=1))
     try:
@@ -115,16 +115,16 @@ def size_of_rank(backbone: Backbone, config: AdapterConfig) -> SizeOfRank:
 def plan_rank(
     backbone: Backbone, examples: Sequence[Example], config: AdapterConfig, constants: Sequence[Constant] | None = None
 ) -> RankPlan:
-    """The smallest rank whose adapter holds the bits of some pairs at `FILL`.
+    """Plan the smallest rank whose adapter holds the bits of the pairs when filled to `FILL`.
 
     Args:
         backbone: The frozen model, without an adapter.
         examples: The pairs.
         config: Placement, block and guard of the adapter.
-        constants: What a parameter stores; those that ship unless given.
+        constants: What a parameter stores; the shipped constants by default.
 
     Raises:
-        InputError: If no rank that fits is enough.
+        InputError: If the largest possible rank is too small.
     """
     constant, warnings = constant_for(config.placement, config.guard is not None, constants or read_constants())
     size = size_of_rank(backbone, config)
@@ -132,7 +132,7 @@ def plan_rank(
     measured = len(sampled(len(examples), SAMPLE))
     if measured < len(examples):
         warnings = [*warnings, f"surprisal was measured on {measured} of the pairs, evenly spaced"]
-    # The first pair has no context, and some contexts mislead.
+    # A single pair has no others to be given, and some contexts mislead.
     bits = min(alone, surprisal_bits(backbone, examples, CONTEXT)) if len(examples) > 1 else alone
 
     def enough(bits_per_parameter: float) -> int:

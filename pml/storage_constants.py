@@ -1,4 +1,4 @@
-"""What a trainable parameter stores: the constants that ship, and those that `pml calibrate` measures."""
+"""Bits that a trainable parameter stores: the shipped constants, and those that `pml calibrate` measures."""
 
 from collections.abc import Sequence
 from importlib.resources import files
@@ -16,7 +16,7 @@ CONSTANTS_VERSION: Final = 1
 
 
 class Constant(Content):
-    """What a trainable parameter stores at one placement, when more is asked of the adapter than it holds.
+    """Bits that a trainable parameter stores at one placement, when the adapter is given more than it can hold.
 
     Attributes:
         placement: `mlp_block` or names of linear layers.
@@ -24,7 +24,7 @@ class Constant(Content):
         bits_per_parameter: Mean, in bits per trainable parameter.
         low: Lower end of the interval.
         high: Upper end of the interval.
-        interval: What kind of interval that is.
+        interval: The kind of interval, such as `95 %`.
         source: What it was measured on.
     """
 
@@ -38,11 +38,11 @@ class Constant(Content):
 
 
 class ConstantsFile(Content):
-    """The content of a file of constants, the latest first.
+    """The content of a file of constants.
 
     Attributes:
         version: Version of this layout.
-        constants: What was measured.
+        constants: The measured constants, the latest first.
     """
 
     version: Literal[1]
@@ -50,17 +50,17 @@ class ConstantsFile(Content):
 
 
 def read_constants(path: str | Path | None = None) -> list[Constant]:
-    """Measured constants: those that ship, or those of a file that `pml calibrate` wrote, which come first.
+    """Read measured constants: those of a file that `pml calibrate` wrote, if given, then the shipped ones.
 
     Raises:
-        InputError: If the file cannot be read or does not hold constants.
+        InputError: As `read_constants_file` does.
     """
     shipped = ConstantsFile.model_validate_json((files("pml") / "storage_constants.json").read_bytes()).constants
     return shipped if path is None else [*read_constants_file(path).constants, *shipped]
 
 
 def read_constants_file(path: str | Path) -> ConstantsFile:
-    """What `pml calibrate` wrote.
+    """Read a file of constants that `pml calibrate` wrote.
 
     Raises:
         InputError: If the file cannot be read, does not hold constants, or holds those of another version.
@@ -70,7 +70,7 @@ def read_constants_file(path: str | Path) -> ConstantsFile:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); `pml calibrate --out` writes one") from error
     except pydantic.ValidationError as error:
-        # Another version may differ in many fields; the version says it best.
+        # A file of another version differs in many fields; the version is the problem to report.
         problem = min(error.errors(), key=lambda problem: problem["loc"] != ("version",))
         where = ".".join(map(str, problem["loc"])) or "file"
         raise InputError(
@@ -82,23 +82,23 @@ def read_constants_file(path: str | Path) -> ConstantsFile:
 def constant_for(
     placement: str | list[str], guarded: bool, constants: Sequence[Constant]
 ) -> tuple[Constant, list[str]]:
-    """The first constant of a placement, and warnings where what there is was measured elsewhere.
+    """The first constant that matches, or else a substitute, with warnings that say where that was measured.
 
     Args:
         placement: Where the adapter sits.
         guarded: Whether its A is guarded.
-        constants: What is known.
+        constants: The constants to choose from.
     """
     same = [known for known in constants if _as_set(known.placement) == _as_set(placement)]
     for known in same:
         if known.guarded == guarded:
             return known, []
     if same:
-        return same[0], [f"measured {'with' if same[0].guarded else 'without'} the guard"]
-    # Of placements that were never measured, the one that stores least: a plan errs on the side of what is recalled.
+        return same[0], [f"bits per parameter were measured {'with' if same[0].guarded else 'without'} the guard"]
+    # For a placement that was not measured, assume the lowest constant: better too high a rank than too low.
     least = min(constants, key=lambda known: known.bits_per_parameter)
     where = least.placement if isinstance(least.placement, str) else ", ".join(least.placement)
-    return least, [f"nothing was measured at this placement; this is what {where} stores, the least of all"]
+    return least, [f"nothing was measured at this placement; the plan assumes what {where} stores, the least of all"]
 
 
 def _as_set(placement: str | list[str]) -> frozenset[str]:

@@ -1,6 +1,6 @@
-"""Blocks whose weights stay on the host: each is on the device for as long as it runs.
+"""Decoder blocks whose weights stay on the host; each is on the device only while it runs.
 
-So the frozen layers of a model that does not fit its device can be run once, to keep what comes out of them
+This lets the frozen layers of a model that does not fit on its device run once, to keep their states
 (`pml.frozen_layers`).
 """
 
@@ -18,11 +18,11 @@ class StreamedBlocks:
     """Frozen decoder blocks that move to the device when they run, and leave it afterwards.
 
     Args:
-        blocks: Whose weights do not change, since what leaves the device is dropped.
-        device: Where they run: asked at every move, since a model may itself be moved.
+        blocks: The blocks; their weights must not change, since the copy on the device is dropped.
+        device: Returns the device to run on; called at every move, since the model may itself be moved.
 
     Attributes:
-        moves: How often a block came to the device.
+        moves: Number of times that a block was moved to the device.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: Callable[[], torch.device]) -> None:
@@ -44,7 +44,7 @@ class StreamedBlocks:
 
     @contextmanager
     def resident(self, number: int) -> Iterator[None]:
-        """Keep a block on the device for a while, so that much can run through it at the price of one move."""
+        """Keep a block on the device within this context, so that many inputs share one move."""
         try:
             self._come(number)
             self._resident = number
@@ -54,7 +54,7 @@ class StreamedBlocks:
             self._leave(number)
 
     def end(self, device: torch.device | None) -> None:
-        """Stream no longer: move all weights to a device, or free them where it is None."""
+        """Stop streaming: move all weights to a device, or free them if it is None."""
         for hook in self._hooks:
             hook.remove()
         if device is not None:
@@ -68,10 +68,10 @@ class StreamedBlocks:
             self._move(number, self._device())
 
     def _move(self, number: int, device: torch.device) -> None:
-        # What is made under inference_mode could not be used by training later.
+        # Tensors made under inference_mode cannot be used in training later.
         with torch.inference_mode(False):
             for weight, on_host in self._weights[number]:
-                # The model may have been given another dtype for a while.
+                # The model may be in another dtype temporarily.
                 weight.data = on_host.to(device, weight.dtype)
 
     def _after(self, number: int) -> None:
@@ -85,6 +85,6 @@ class StreamedBlocks:
 
 
 def free(weight: Tensor) -> None:
-    """Let go of a weight's memory; it stays on its device."""
-    # Empty rather than on the meta device, from which moving the model would fail.
+    """Free a weight's memory; the weight stays on its device."""
+    # Empty rather than on the meta device, since a model with meta tensors cannot be moved.
     weight.data = weight.data.new_empty(0)

@@ -15,20 +15,20 @@ NEIGHBOURS = 4
 
 
 def visible_text(text: str) -> str:
-    """Text on one line: what does not print as Python writes it, spaces at an end made visible."""
+    """Text on one line, with unprintable characters escaped and spaces at either end shown as ␣."""
     return re.sub("^ +| +$", lambda spaces: "␣" * len(spaces[0]), one_line(text))
 
 
 def stubborn_table(
     standing: Standing, targets: Sequence[Sequence[int]], text: Callable[[Sequence[int]], str], most: int = 20
 ) -> TextTable:
-    """The target tokens with the smallest probability, the smallest first, each in brackets in the text around it.
+    """Table of the target tokens with the smallest probability, smallest first, each in brackets in its context.
 
     Args:
-        standing: How the tokens stand.
+        standing: Last scores of the target tokens.
         targets: Token ids of each target, by example id.
-        text: The text of token ids.
-        most: Most tokens.
+        text: Decodes token ids to text.
+        most: Maximum number of tokens.
     """
     lengths = [len(target) for target in targets]
     ends = np.cumsum(lengths)
@@ -41,7 +41,7 @@ def stubborn_table(
         target, margin = list(targets[example]), standing.margin[index]
         before, after = target[max(0, position - NEIGHBOURS) : position], target[position + 1 :][:NEIGHBOURS]
         around = [visible_text(text(ids)) if ids else "" for ids in (before, [target[position]], after)]
-        # Not known in looks that were read back, and nothing wins over a token that is right.
+        # The rival is unknown in looks read from a file, and nothing wins over a token that is right.
         wins = standing.rival[index] >= 0 and not standing.correct[index]
         first_right = standing.first_right[example]
         rows.append(

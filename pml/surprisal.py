@@ -1,4 +1,4 @@
-"""Surprisal of targets under the frozen model, by themselves or given other pairs."""
+"""Surprisal of targets under the frozen model, alone or given other pairs."""
 
 import math
 from collections.abc import Sequence
@@ -11,28 +11,28 @@ from pml.corpus import Example
 __all__ = ["CONTEXT", "SAMPLE", "sampled", "surprisal_bits"]
 
 CONTEXT = 6
-"""Other pairs that stand before a target when its surprisal is measured."""
+"""Number of other pairs that precede a target when its surprisal is measured."""
 
 CONTEXT_TOKENS = 384
-"""They are left out where they come to more: what a format is shows in a few hundred tokens."""
+"""Most tokens of a pair and those before it; further ones are left out. A few hundred tokens show the format."""
 
 SAMPLE = 32
-"""Pairs whose surprisal is measured, evenly spaced; that of the others is taken to be the same per target token."""
+"""Number of pairs, evenly spaced, whose surprisal is measured; the others are assumed to have as much per token."""
 
 
 def sampled(pairs: int, sample: int) -> range:
-    """Which of so many pairs are measured."""
+    """Indices of the pairs that are measured, at most `sample`."""
     return range(0, pairs, -(-pairs // sample))
 
 
 def surprisal_bits(backbone: Backbone, examples: Sequence[Example], others: int = 0, sample: int = SAMPLE) -> float:
-    """Surprisal of all targets under the frozen model in bits, each after so many other pairs.
+    """Surprisal of all targets under the frozen model in bits, scaled up from a sample of the pairs.
 
     Args:
         backbone: The model, without an adapter.
         examples: The pairs.
-        others: Pairs that stand before each; fewer where they do not fit into the context.
-        sample: Most pairs that are measured.
+        others: Number of other pairs before each; fewer if they do not fit into the context.
+        sample: Largest number of pairs to measure.
     """
     backbone.restore()
     room = min(CONTEXT_TOKENS, backbone.max_positions or CONTEXT_TOKENS)

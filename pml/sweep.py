@@ -1,4 +1,4 @@
-"""A grid of runs, run: each cell once, by one worker or many, each in its own folder, and gone on with where it was."""
+"""Running a grid: each cell once, in its own folder, by one or many workers; unfinished cells are resumed."""
 
 import gc
 import itertools
@@ -27,12 +27,12 @@ from pml.stopping import Stopped, requested
 __all__ = ["Outcome", "claims_of", "known_cells", "outcomes_of", "run_cells", "set_failures_aside"]
 
 SECONDS_BETWEEN_LOOKS = 1.0
-"""How often a worker looks whether cells that others run are done."""
+"""Interval at which a worker checks whether cells that others run are done."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a cell: its record, or the error it failed with; `skipped` where that was known before."""
+    """Outcome of a cell: its record, or the error it failed with; `skipped` if that was known before the sweep."""
 
     cell: Cell
     record: Record | None = None
@@ -41,7 +41,7 @@ class Outcome:
 
     @property
     def diverged(self) -> bool:
-        """Whether it ended with a loss that is not a finite number."""
+        """Whether the run ended with a loss that is not finite."""
         return self.record is not None and self.record.status == "diverged"
 
     @property
@@ -53,28 +53,28 @@ class Outcome:
 
 
 def claims_of(cells: Sequence[Cell]) -> Claims:
-    """The claims on the cells of a grid, beside their folders."""
+    """The claims on the cells of a grid, kept beside the cells' folders."""
     return Claims(cells[0].folder.parent / FOLDER_NAME)
 
 
 def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[Outcome]:
-    """Run the cells that nobody has run, with every backbone loaded once; others may do the same at the same time.
+    """Run the cells that have no outcome yet, loading every backbone once; other workers may do so at the same time.
 
-    Each cell is claimed, run and recorded by one worker; what others have claimed is waited for. A worker stays with
-    one corpus as long as it can, since its frozen layers are then computed once. A cell that fails leaves `error.txt`
-    in its folder and the others go on. A cell that was run on other data than its configuration gives now has failed
-    too; its record stays as it is. An unfinished attempt is gone on with from its checkpoint; without one, what it left
-    is moved aside, never deleted.
+    Each cell is claimed, run and recorded by one worker; this one waits for cells that others have claimed. It stays
+    with one corpus as long as possible, so that the frozen layers are computed once for it. A cell that fails leaves
+    `error.txt` in its folder, and the sweep goes on. A cell whose record is of other data than its configuration gives
+    counts as failed; the record is kept. An unfinished attempt resumes from its checkpoint; without one, its files are
+    moved aside, never deleted.
 
     Args:
-        cells: What to run, in this order.
+        cells: The cells, in the preferred order.
         report: Called with the outcome of each cell as soon as it is known.
 
     Returns:
-        What became of each cell, in the order of `cells`.
+        The outcome of each cell, in the order of `cells`.
 
     Raises:
-        Stopped: If a signal has ended it; the cell that was running is saved.
+        Stopped: If a signal has stopped the sweep; the running cell is saved.
         DiskError: If the disk is full or fails.
     """
     outcomes: dict[str, Outcome] = {}
@@ -95,29 +95,29 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
             outcomes[cell.name] = outcome
             report(outcome)
             if (signum := requested()) is not None:
-                # The cell has just come to its end by itself.
+                # The cell has just ended by itself.
                 raise Stopped(signum, at_once=False)
     return [outcomes[cell.name] for cell in cells]
 
 
 def known_cells(cells: Iterable[Cell]) -> set[str]:
-    """Names of the cells of which it is known now what has become."""
+    """Names of the cells that have a record or an error."""
     return {cell.name for cell in cells if cell.record is not None or cell.error is not None}
 
 
 def outcomes_of(cells: Iterable[Cell], known: Collection[str]) -> list[Outcome]:
-    """What has become of cells that others have run, checked against the data that their configurations give now.
+    """Outcomes of cells that other workers have run; records from before the sweep are checked against their data.
 
     Args:
-        cells: Which.
-        known: Names of those of which it was known when the sweep began.
+        cells: The cells.
+        known: Names of the cells whose outcome was known when the sweep began.
     """
     corpora: dict[str, Corpus] = {}
     return [_outcome_of(cell, corpora, cell.name in known) or Outcome(cell) for cell in cells]
 
 
 def set_failures_aside(cells: Iterable[Cell], claims: Claims) -> None:
-    """Move what failed attempts have left aside, so that their cells are run again."""
+    """Move the folders of failed cells aside, so that the cells run again."""
     for cell in cells:
         if cell.error is not None and claims.take(cell.name):
             if cell.error is not None:
@@ -126,26 +126,26 @@ def set_failures_aside(cells: Iterable[Cell], claims: Claims) -> None:
 
 
 def _in_order(waiting: Sequence[Cell], data: str, claims: Claims) -> list[Cell]:
-    """Cells of the same corpus first, then those of corpora that nobody works on."""
+    """Sort cells: those of this worker's corpus first, then those of corpora that nobody works on."""
     taken = {cell.data for cell in waiting if cell.data != data and claims.holder(cell.name) is not None}
     return sorted(waiting, key=lambda cell: (cell.data != data, cell.data in taken))
 
 
 def _attempt(cell: Cell, claims: Claims, corpora: dict[str, Corpus], known: bool) -> Outcome | None:
-    """What becomes of a cell; None while another worker has it.
+    """Outcome of a cell, which is run if nobody has run it; None while another worker holds it.
 
     Args:
-        cell: Which.
-        claims: Who has what.
-        corpora: Corpora made so far.
-        known: Whether what became of it was known when the sweep began.
+        cell: The cell.
+        claims: The claims of all workers.
+        corpora: Corpora built so far, by `Cell.data`.
+        known: Whether its outcome was known when the sweep began.
     """
     if (outcome := _outcome_of(cell, corpora, known)) is not None:
         return outcome
     if not claims.take(cell.name):
         return None
     try:
-        # Another worker may have come to its end since.
+        # Another worker may have finished the cell since.
         outcome = _outcome_of(cell, corpora, known)
         return outcome if outcome is not None else _run_cell(cell, _checkpoint(cell.folder))
     finally:
@@ -161,7 +161,7 @@ def _outcome_of(cell: Cell, corpora: dict[str, Corpus], known: bool) -> Outcome 
 
 
 def _recorded(cell: Cell, record: Record, corpora: dict[str, Corpus]) -> Outcome:
-    """What a cell came to that has been run before; an error where its data is no longer what it was run on."""
+    """Outcome of a cell that has a record; an error if its configuration gives other data than it was run on."""
     try:
         if cell.data not in corpora:
             module, data = make_run(cell.arguments)
@@ -193,7 +193,7 @@ def _run_cell(cell: Cell, checkpoint: Path | None = None) -> Outcome:
 
 
 def _failed(cell: Cell, error: Exception) -> Outcome:
-    """Keep what a cell failed with in its folder; not where the disk did, which is no fault of the cell."""
+    """Write the error of a cell to its folder; raise `DiskError` if the disk failed, which is no fault of the cell."""
     trouble = disk_trouble(error)
     if trouble is None:
         summary = " ".join(f"{type(error).__name__}: {error}".split())
@@ -203,11 +203,11 @@ def _failed(cell: Cell, error: Exception) -> Outcome:
             return Outcome(cell, error=summary)
         except OSError as unwritten:
             trouble = f"{unwritten.filename}: {unwritten.strerror}"
-    raise DiskError(f"{trouble}; cells that are done stay done; mend that, and go on with the same command") from error
+    raise DiskError(f"{trouble}; finished cells are kept; fix the disk, then run the same command again") from error
 
 
 def _checkpoint(folder: Path) -> Path | None:
-    """What a cell goes on from in its folder; None where it starts anew, after what is there was set aside."""
+    """Checkpoint to resume a cell from; None to start anew, after moving aside what is in its folder."""
     try:
         checkpoint = newest_checkpoint(folder)
         if run_to_go_on_in(checkpoint) is not None:
@@ -219,7 +219,7 @@ def _checkpoint(folder: Path) -> Path | None:
 
 
 def _set_aside(folder: Path) -> None:
-    """Move what an attempt has left aside, if there is anything."""
+    """Move aside the folder of an attempt, if there is one."""
     if folder.exists():
         names = (folder.with_name(f"{folder.name}{SET_ASIDE}{n}") for n in itertools.count(1))
         folder.rename(next(name for name in names if not name.exists()))

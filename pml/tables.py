@@ -1,4 +1,4 @@
-"""Tables as data, which rich, pages and TensorBoard show; the table of runs; how numbers are written and ordered."""
+"""Tables as data, for terminals, pages and TensorBoard; the table of runs; how values are written and sorted."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 PAPER_WIDTH = 100
-"""Columns that every table of a command fits."""
+"""Characters per line that every table of a command fits in."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class TextTable:
 
     Attributes:
         title: What it lists.
-        columns: Their names.
-        rows: As many values as there are columns.
-        words: Columns of words, which are set to the left; the others are numbers.
+        columns: Headers of the columns.
+        rows: Rows, each with one value per column.
+        words: Indices of columns with words, aligned left; the others hold numbers.
         note: How to read it.
-        small: Whether it is large: set in smaller letters, and in a terminal without room between columns.
+        small: Whether to save room: smaller letters on a page, no padding between columns in a terminal.
     """
 
     title: str
@@ -50,7 +50,7 @@ class TextTable:
     small: bool = False
 
     def known(self) -> "TextTable":
-        """The table without columns in which every value is a dash."""
+        """The table without the columns in which every value is a dash."""
         kept = [i for i in range(len(self.columns)) if any(row[i] != "-" for row in self.rows)]
         return replace(
             self,
@@ -61,7 +61,7 @@ class TextTable:
 
 
 def rich_table(table: TextTable) -> Table:
-    """A table for the terminal: its title above, its note below."""
+    """The table for a terminal, with its title above and its note below."""
     shown = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -74,7 +74,7 @@ def rich_table(table: TextTable) -> Table:
     )
     for i, name in enumerate(table.columns):
         words = i in table.words
-        # Where there is little room, words are folded and numbers stay whole.
+        # If there is little room, words wrap and numbers stay whole.
         shown.add_column(name, justify="left" if words else "right", overflow="fold", no_wrap=table.small and not words)
     for row in table.rows:
         shown.add_row(*row)
@@ -82,7 +82,7 @@ def rich_table(table: TextTable) -> Table:
 
 
 def markdown_table(table: TextTable) -> str:
-    """A table in Markdown, for TensorBoard."""
+    """The table in Markdown, for TensorBoard, without title and note."""
     lines = [
         table.columns,
         [":---" if i in table.words else "---:" for i in range(len(table.columns))],
@@ -92,28 +92,28 @@ def markdown_table(table: TextTable) -> str:
 
 
 def markdown_text(text: str) -> str:
-    """Text on one line, in which neither Markdown nor HTML takes anything for markup.
+    """Text on one line, escaped so that neither Markdown nor HTML takes anything in it for markup.
 
     Example:
         >>> markdown_text("a|b")
         'a&#124;b'
     """
-    # Entities stand for themselves in either language; a backslash before a pipe does not in every table.
+    # Entities work in both languages; a backslash before a pipe does not work in every Markdown table.
     return "".join(c if c.isalnum() or c in " ,;" or ord(c) > 127 else f"&#{ord(c)};" for c in text)
 
 
 def show_interval(ends: tuple[float, float] | None) -> str:
-    """An interval to three digits, or a dash."""
+    """An interval to three significant digits; a dash for None."""
     return "-" if ends is None else f"{ends[0]:.3g} to {ends[1]:.3g}"
 
 
 def records_table(records: Mapping[Path, Record]) -> TextTable:
-    """One row a run, by corpus, length, rank and method; losses in nats per target token, shares in percent.
+    """One row per run, by corpus, length, rank and method; losses in nats per target token, shares in percent.
 
-    Made for 100 columns: settings that all runs share stand in the note, and so do results that none has.
+    To fit a terminal of 100 columns, settings that all runs share and results that none has move to the note.
 
     Args:
-        records: Records by the folder of their run.
+        records: Records by run folder.
     """
     ordered = sorted(
         records.items(), key=lambda item: (item[1].corpus, item[1].target_tokens, item[1].rank, item[1].method, item[0])
@@ -143,7 +143,7 @@ def records_table(records: Mapping[Path, Record]) -> TextTable:
     note = [
         f"All runs: {', '.join(shared)}." if shared else "",
         "Loss in nats per target token. In percent: target tokens right and targets exactly matched (teacher-forced), "
-        "targets exactly generated (greedy decoding), target tokens with p <= threshold.",
+        "targets exactly generated (greedy decoding), target tokens with p <= 0.5.",
         "" if "recall after" in absent else "Recall after: steps until every target token was certified.",
         f"None of the runs has: {', '.join(absent)}." if absent else "",
     ]
@@ -166,22 +166,22 @@ def records_table(records: Mapping[Path, Record]) -> TextTable:
 
 
 def numbers_first(value: Any) -> tuple[float, str]:
-    """What to sort settings by: numbers by their size and before words, a list by its first element."""
+    """Sort key of a setting: numbers by size and before words, a list by its first element."""
     first = value[0] if isinstance(value, list) and value else value
     return (float(first), "") if isinstance(first, int | float) else (math.inf, str(first))
 
 
 def short_names(paths: list[Path]) -> list[str]:
-    """The last part of each path, or as many as it takes to tell all of them apart."""
+    """The last part of each path, or as many parts as it takes to tell all paths apart."""
     for depth in range(1, max((len(path.parts) for path in paths), default=0) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
+        names = ["/".join(path.parts[-depth:]) or "." for path in paths]
         if len(set(names)) == len(names):
             return names
     return [path.as_posix() for path in paths]
 
 
 def show_percent(share: float | None) -> str:
-    """A share in percent that says 100.0 or 0.0 only where it is exactly that; `-` where it was not measured."""
+    """A share in percent, written 100.0 or 0.0 only if it is exactly that; `-` if it was not measured."""
     if share is None:
         return "-"
     shown = f"{100 * share:.1f}"
@@ -191,12 +191,12 @@ def show_percent(share: float | None) -> str:
 
 
 def show_loss(nats: float | None) -> str:
-    """A loss in nats in five characters; `-` where it was not measured, or is not a finite number."""
+    """A loss in nats, to three decimals below 10 and two above; `-` if it was not measured or is not finite."""
     if nats is None or not math.isfinite(nats):
         return "-"
-    return f"{nats:.2f}" if nats >= 10 else f"{nats:.3f}"
+    return f"{nats:.2f}" if round(nats, 3) >= 10 else f"{nats:.3f}"
 
 
 def _plain(header: str) -> str:
-    """A column's header on one line."""
+    """A column header on one line."""
     return header.replace("-\n", "").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""How every target token stood at every look of a run, written and read back: what TensorBoard shows, as data."""
+"""The scores of target tokens at every look of a run, written and read: the data behind TensorBoard's pictures."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ __all__ = ["HISTORY_NAME", "HISTORY_TOKENS", "History", "HistoryRecorder", "read
 
 HISTORY_NAME = "history.parquet"
 HISTORY_TOKENS = 25_000
-"""Most target tokens that are kept of a look: forty looks are then a million rows, some ten megabytes."""
+"""Maximum number of target tokens kept per look: forty looks are then a million rows, about ten megabytes."""
 
 COLUMNS = ("step", "example_id", "position", "token_id", "probability", "margin", "correct")
 
 
 @dataclass(frozen=True)
 class History:
-    """Looks at target tokens, by example and position.
+    """Looks at target tokens, ordered by example and position.
 
     Attributes:
         step: (looks,) int64, optimiser steps taken.
         example_id: (tokens,) int64.
-        position: (tokens,) int64, place in the target, from 0.
+        position: (tokens,) int64, position in the target, from 0.
         token_id: (tokens,) int64.
-        probability: (looks, tokens) float32; not a number where a token had not been scored.
-        margin: (looks, tokens) float32, logit minus that of the best other token; not a number where not known.
+        probability: (looks, tokens) float32; NaN if a token had not been scored.
+        margin: (looks, tokens) float32, logit minus that of the best other token; NaN where unknown.
         correct: (looks, tokens) bool, whether the token is the argmax.
     """
 
@@ -50,12 +50,12 @@ class History:
 class HistoryRecorder:
     """Collects looks in memory and writes them as one file.
 
-    A corpus of more than `limit` target tokens is thinned out: whole examples, evenly spread over the corpus, as many
-    as fit; of a single example longer than that the first `limit` tokens.
+    A corpus of more than `limit` target tokens is thinned to every n-th example, with the smallest n that fits. If
+    even the first example is longer, its first `limit` tokens are kept.
 
     Args:
         targets: Token ids of each target, by example id.
-        limit: Most tokens to keep of each look.
+        limit: Maximum number of tokens to keep per look.
     """
 
     def __init__(self, targets: Sequence[Sequence[int]], limit: int = HISTORY_TOKENS) -> None:
@@ -70,7 +70,7 @@ class HistoryRecorder:
         self._looks: list[tuple[npt.NDArray[Any], ...]] = []
 
     def add(self, step: int, standing: Standing) -> None:
-        """Keep a look; one at a step that was looked at already takes its place."""
+        """Add a look; it replaces the last one if that was at the same step."""
         if self._steps and self._steps[-1] == step:
             del self._steps[-1], self._looks[-1]
         self._steps.append(step)
@@ -78,13 +78,13 @@ class HistoryRecorder:
 
     @property
     def history(self) -> History:
-        """What was collected; at least one look."""
+        """The collected looks; needs at least one."""
         probability, correct, margin = (np.stack(column) for column in zip(*self._looks, strict=True))
         step = np.array(self._steps)
         return History(step, self._example, self._position, self._token, probability, margin, correct)
 
     def write(self, path: Path) -> None:
-        """Write all looks, atomically: one row a token and look, in that order; nothing where there was no look."""
+        """Write all looks atomically, one row per look and token, in that order; without looks, write nothing."""
         if not self._looks:
             return
         history, looks, tokens = self.history, len(self._looks), len(self._kept)
@@ -101,11 +101,11 @@ class HistoryRecorder:
         write_table(path, pa.table(table))
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be in a checkpoint."""
+        """State for a checkpoint."""
         return {"steps": list(self._steps), "looks": [tuple(map(torch.from_numpy, look)) for look in self._looks]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self._steps = list(state["steps"])
         self._looks = [tuple(column.numpy() for column in look) for look in state["looks"]]
 
@@ -117,7 +117,7 @@ def read_history(folder: Path) -> History:
         folder: The run's folder.
 
     Raises:
-        InputError: If there are none, or they are not as a run writes them.
+        InputError: If the file is missing or is not as a run writes it.
     """
     path = folder / HISTORY_NAME
     with reading(path, COLUMNS, "a run with TokenThresholds writes it"):
@@ -143,7 +143,7 @@ def read_history(folder: Path) -> History:
 
 
 def _spread(lengths: npt.NDArray[np.int64], limit: int) -> npt.NDArray[np.int64]:
-    """Examples, evenly spread, whose tokens fit within the limit: every one, every second, every third, ..."""
+    """Every n-th example, with the smallest n whose tokens fit within the limit; at least the first example."""
     every = 1
     while (chosen := np.arange(0, len(lengths), every)).size > 1 and lengths[chosen].sum() > limit:
         every += 1

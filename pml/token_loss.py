@@ -1,4 +1,4 @@
-"""Losses of single tokens straight from hidden states, without ever holding (tokens x vocabulary) logits whole."""
+"""Per-token losses straight from hidden states, without ever holding all (tokens x vocabulary) logits at once."""
 
 from typing import Any, NamedTuple
 
@@ -10,27 +10,27 @@ from pml.devices import runs_ahead
 __all__ = ["TokenLosses", "against_the_rest", "is_argmax", "token_losses"]
 
 PIECE_BYTES = 16 * 2**20
-"""Size of the piece of float32 logits that is held where the vocabulary is taken piece by piece: what a CPU's cache may
-hold, so that the passes over it after the product cost little."""
+"""Size of a piece of float32 logits in the pass over the vocabulary. It fits a CPU's cache, so that the elementwise
+passes after the product are cheap."""
 
 LARGE_PIECE_BYTES = 256 * 2**20
-"""The same on devices where each piece costs the launch of some twenty kernels, and memory is as fast as a cache."""
+"""The same on accelerators, where each piece costs about twenty kernel launches and memory is as fast as a cache."""
 
 LEAST_COLUMNS = 1024
-"""Fewest entries of the vocabulary in a piece, however many tokens there are; narrower products are slower."""
+"""Fewest vocabulary entries in a piece, whatever the number of tokens; narrower products are slower."""
 
 ROWS_BYTES = 64 * 2**20
-"""Size of the piece of float32 logits that is held where tokens are taken piece by piece. Each piece reads the whole
-head from memory, so much smaller ones are slower; larger ones are not faster."""
+"""Size of a piece of float32 logits in the pass over tokens. Each piece reads the whole head from memory, so much
+smaller pieces are slower; larger ones are not faster."""
 
 
 class TokenLosses(NamedTuple):
-    """N target tokens against everything else that could stand in their place.
+    """Scores of N target tokens against all other tokens of the vocabulary.
 
     Attributes:
         losses: (N,) float32, negative log-probability in nats.
-        correct: (N,) bool, whether the target token is the argmax; of two equal logits the first is.
-        margin: (N,) float32, its logit minus that of the best other token: negative where that one wins.
+        correct: (N,) bool, whether the target token is the argmax; of two equal logits, the lower id wins.
+        margin: (N,) float32, its logit minus that of the best other token; negative if the other token wins.
         rival: (N,) int64, id of the best other token.
     """
 
@@ -41,10 +41,10 @@ class TokenLosses(NamedTuple):
 
 
 class _LinearTokenLoss(torch.autograd.Function):
-    """-log softmax(h W^T + c)[target] per token, with the gradient by h computed while the logits are at hand.
+    """-log softmax(h W^T + c)[target] per token, with the gradient by h computed in the forward pass.
 
-    The gradient of token t's loss by h_t does not depend on what the loss is multiplied with later, so (d) numbers a
-    token are kept for the backward pass in place of (vocabulary).
+    Weights applied to the losses later only scale the gradient of token t's loss by h_t. So the backward pass needs d
+    numbers per token instead of one per vocabulary entry.
     """
 
     @staticmethod
@@ -57,7 +57,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         gradient_above: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         gradient: Tensor | None
-        # Which tokens need a gradient is known only by a look: it saves a product, and costs a wait at every piece.
+        # Skipping tokens saves part of a product, but reading which ones makes an accelerator wait at every piece.
         if ctx.needs_input_grad[0] and gradient_above is not None and not runs_ahead(hidden.device):
             losses, margin, rival, gradient = _by_rows(hidden, weight, bias, targets, gradient_above)
         else:
@@ -76,12 +76,12 @@ class _LinearTokenLoss(torch.autograd.Function):
 
 
 def against_the_rest(logits: Tensor, place: Tensor, here: Tensor | bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """The target's logit, the best other one and where that stands, in the one pass that the argmax takes anyway.
+    """The target's logit, the best other logit and its column, at the cost of a single argmax.
 
     Args:
-        logits: (N, V), hidden for a moment where the target stands; as they were afterwards.
+        logits: (N, V); the target's logit is masked in place during the call and restored afterwards.
         place: (N, 1) columns of the targets.
-        here: (N, 1) bool, whether the target is in these columns at all; its logit is -inf where it is not.
+        here: (N, 1) bool, whether the target is among these columns; if not, its logit is returned as -inf.
 
     Returns:
         Three tensors (N, 1): the target's logit, the highest other one, and its column.
@@ -102,7 +102,7 @@ def _by_vocabulary(
     The softmax is accumulated relative to the highest logit so far; a higher one shrinks what came before it.
     """
     tokens, vocabulary = len(targets), len(weight)
-    # Float32 by name: whoever changes torch's default dtype means other tensors.
+    # Explicitly float32, whatever torch's default dtype is.
     highest = torch.full((tokens, 1), -torch.inf, dtype=torch.float32, device=hidden.device)
     total, target_logit, best_other = torch.zeros_like(highest), highest.clone(), highest.clone()
     rival = torch.zeros_like(targets)[:, None]
@@ -124,20 +124,20 @@ def _by_vocabulary(
         total.mul_(shrink).add_(exponentials.sum(dim=-1, keepdim=True))
         if expected is not None:
             expected.mul_(shrink).add_(exponentials.to(weight.dtype) @ piece)
-        # Before the next piece is made; a name would hold this one until then.
+        # Free this piece before the next one is allocated.
         del logits, exponentials
     losses = (total.log() + highest - target_logit).squeeze(-1)
     margin, rival = (target_logit - best_other).squeeze(-1), rival.squeeze(-1)
     if expected is None:
         return losses, margin, rival, None
-    # softmax(logits) W - W[target], with the division by the total after the product, where it is cheap.
+    # softmax(logits) W - W[target]; dividing by the total is cheaper after the product.
     return losses, margin, rival, expected.div_(total).sub_(weight[targets]).to(hidden.dtype)
 
 
 def _by_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradient_above: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same piece of tokens by piece of tokens, so that each loss is known before its gradient has to be made."""
+    """The same in pieces of tokens, so that each loss is known before its gradient is computed."""
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     margin, rival = torch.empty_like(losses), torch.empty_like(targets)
     gradient = torch.zeros_like(hidden)
@@ -149,13 +149,13 @@ def _by_rows(
         margin[piece], rival[piece] = (target_logit - other).squeeze(-1), rival_here.squeeze(-1)
         highest = torch.maximum(target_logit, other)
         target_logit = target_logit - highest
-        # From here on in place: every pass over (tokens x vocabulary) costs as much as a tenth of the product.
+        # In place: every further pass over (tokens x vocabulary) costs a tenth of the product.
         exponentials = logits.sub_(highest).exp_()
         total = exponentials.sum(dim=-1, keepdim=True)
         losses[piece] = (total.log() - target_logit).squeeze(-1)
         chosen: Tensor | slice = slice(None)
         active = (losses[piece] > gradient_above).nonzero().squeeze(-1)
-        # Picking rows copies them; with most of them active the copy costs more than it saves.
+        # Selecting rows copies them; if most are active, the copy costs more than it saves.
         if len(active) < 0.75 * len(exponentials):
             chosen = active
             exponentials, total = exponentials[active], total[active]
@@ -168,21 +168,21 @@ def _by_rows(
 def token_losses(hidden: Tensor, head: nn.Linear, targets: Tensor, gradient_above: float | None = None) -> TokenLosses:
     """Negative log-probability of each target token in nats, whether it is the argmax, and by what margin.
 
-    Softmax and loss are float32 whatever the dtype of the hidden states; the gradient flows to the hidden states only,
+    Softmax and loss are float32 whatever the dtype of the hidden states. The gradient flows to the hidden states only,
     never to the (frozen) head.
 
     Args:
-        hidden: (N, d) final hidden states, one for each target token.
+        hidden: (N, d) final hidden states that predict the target tokens.
         head: The LM head, (vocabulary, d).
         targets: (N,) ids of the target tokens.
-        gradient_above: Tokens with a loss up to this may be given a gradient of zero, since their weight will be zero.
+        gradient_above: Tokens with a loss up to this may get a zero gradient, because their weight will be 0.
     """
     losses, margin, rival = _LinearTokenLoss.apply(hidden, head.weight, head.bias, targets, gradient_above)
     return TokenLosses(losses, is_argmax(margin, rival, targets), margin, rival)
 
 
 def is_argmax(margin: Tensor, rival: Tensor, targets: Tensor) -> Tensor:
-    """(N,) bool, whether the target tokens win: of two equal logits the first does, and nothing wins without a logit.
+    """Whether each target token is the argmax, (N,) bool: of two equal logits the lower id wins, and NaN never does.
 
     Args:
         margin: (N,) the target's logit minus the best other one.

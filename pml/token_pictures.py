@@ -1,7 +1,7 @@
-"""Pictures of probabilities against the recall threshold, painted pixel by pixel: a look must not cost a figure.
+"""Pictures of probabilities against the threshold, painted pixel by pixel: a figure at every look would be too slow.
 
 Colours run in two parts, oranges up to the threshold and blues above it, with a jump between them that colour-blind
-readers see too. Where there are more tokens than pixels the smallest probability stands for all: one failing token ends
+readers see too. If tokens outnumber pixels, the smallest probability stands for its neighbours: one failing token ends
 a recitation, so none may vanish.
 """
 
@@ -21,23 +21,23 @@ Floats = npt.NDArray[np.floating]
 Pixels = npt.NDArray[np.uint8]
 
 NO_TOKEN = (226, 226, 226)
-# From certainly wrong to just below the threshold, and from just above it to certain.
+# From p = 0 to the threshold, and from just above it to p = 1.
 BELOW = ((74, 20, 0), (179, 72, 0), (250, 176, 92))
 ABOVE = ((146, 197, 240), (33, 113, 181), (4, 30, 90))
 SHADES = 24
-"""Shades in each half: fewer colours make smaller files, and nobody tells more of them apart."""
+"""Shades in each half: few colours make small files, and nobody can tell more of them apart."""
 
 WIDTH, HEIGHT = 480, 400
-"""Pixels of the painted area, at most."""
+"""Largest size of the painted area, in pixels."""
 LEAST_CELL = 4
 MARGIN_LEFT, MARGIN_TOP, MARGIN_BOTTOM, LEAST_WIDTH = 76, 26, 80, 420
 
 
 def colours(probability: Floats, threshold: float = 0.5) -> Pixels:
-    """(..., 3) RGB of probabilities; grey where there is no number, and exactly the threshold is still below.
+    """(..., 3) RGB colours of probabilities; NaN is grey, and exactly the threshold counts as below.
 
     Args:
-        probability: (...).
+        probability: (...) probabilities.
         threshold: Where the colours jump.
     """
     known = ~np.isnan(probability)
@@ -50,12 +50,12 @@ def colours(probability: Floats, threshold: float = 0.5) -> Pixels:
 
 
 def pool_min(table: Floats, rows: int, columns: int) -> Floats:
-    """A table of at most so many rows and columns: the minimum of neighbours, without those that are no number.
+    """The table reduced to at most this many rows and columns by the minimum of neighbours, ignoring NaN.
 
     Args:
-        table: (R, C).
-        rows: Most rows.
-        columns: Most columns.
+        table: (R, C) numbers.
+        rows: Largest number of rows.
+        columns: Largest number of columns.
     """
     for axis, most in ((0, rows), (1, columns)):
         size = table.shape[axis]
@@ -68,20 +68,20 @@ def pool_min(table: Floats, rows: int, columns: int) -> Floats:
 def token_grid(
     probability: Floats, lengths: Sequence[int], rows: int = HEIGHT // LEAST_CELL, columns: int = WIDTH // LEAST_CELL
 ) -> Floats:
-    """Target tokens by position: a row a pair, or a single target wrapped into rows; pooled to fit.
+    """Target tokens by position: one row per pair, or a single target wrapped into rows; pooled to fit.
 
     Args:
-        probability: (tokens,) by example and position.
+        probability: (tokens,) probabilities by example and position.
         lengths: Tokens of each target.
-        rows: Most rows.
-        columns: Most columns.
+        rows: Largest number of rows.
+        columns: Largest number of columns.
 
     Returns:
-        Probabilities, not a number where a row is shorter than others.
+        Probabilities; NaN where a row is shorter than the others.
     """
     if len(lengths) == 1:
         flat = pool_min(probability[None], 1, rows * columns)[0]
-        # Twice as wide as high where it is short, so that a line of text is a line.
+        # A target that needs few cells is drawn twice as wide as high, and at least 8 cells wide if it has them.
         wide = min(columns, max(8, int(np.ceil(np.sqrt(2 * len(flat))))), len(flat))
         table = np.full((-(-len(flat) // wide), wide), np.nan)
         table.ravel()[: len(flat)] = flat
@@ -96,16 +96,16 @@ def grid_image(probability: Floats, lengths: Sequence[int], threshold: float = 0
     """(H, W, 3) picture of every target token at one look.
 
     Args:
-        probability: (tokens,) by example and position.
+        probability: (tokens,) probabilities by example and position.
         lengths: Tokens of each target.
         threshold: Where the colours jump.
-        title: A line above it.
+        title: A line above the picture.
     """
     table = token_grid(probability, lengths)
     rows, columns = table.shape
     if len(lengths) == 1:
         pooled = len(probability) > table.size
-        in_row = columns * -(-len(probability) // table.size)
+        in_row = round(columns * max(1.0, len(probability) / table.size))
         across, right, down = f"token (rows of {in_row})", in_row - 1, ("0", str(len(probability) - 1))
     else:
         pooled = len(lengths) > rows or max(lengths) > columns
@@ -117,19 +117,20 @@ def history_image(history: History, threshold: float = 0.5, title: str = "") -> 
     """(H, W, 3) picture of a run: looks from top to bottom, target tokens by position from left to right.
 
     Args:
-        history: The looks.
+        history: The looks of the run.
         threshold: Where the colours jump.
-        title: A line above it.
+        title: A line above the picture.
     """
     by_position = history.probability[:, np.lexsort((history.example_id, history.position))]
     pixels = colours(pool_min(by_position, HEIGHT // LEAST_CELL, WIDTH), threshold)
-    pooled, right = by_position.shape[1] > WIDTH, int(history.position.max())
+    looks, tokens = by_position.shape
+    pooled, right = tokens > WIDTH or looks > HEIGHT // LEAST_CELL, int(history.position.max())
     down = (f"step {history.step[0]}", f"step {history.step[-1]}")
     return _framed(pixels, title, "position in target", pooled, right, down, threshold)
 
 
 def _ramp(stops: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.float64]:
-    """(SHADES, 3) colours between three stops."""
+    """(SHADES, 3) colours interpolated between the stops."""
     places = np.linspace(0, len(stops) - 1, SHADES)
     return np.stack([np.interp(places, range(len(stops)), channel) for channel in zip(*stops, strict=True)], axis=1)
 
@@ -137,7 +138,7 @@ def _ramp(stops: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.float64]:
 def _framed(
     pixels: Pixels, title: str, across: str, pooled: bool, right: int, down: tuple[str, str], threshold: float
 ) -> Pixels:
-    """The cells as squares or bars, with a title, the ends of both axes, and the key of colours."""
+    """The cells as squares or bars, with a title, the ends of both axes, and a colour key."""
     rows, columns = pixels.shape[:2]
     wide, high = max(1, min(24, WIDTH // columns)), max(1, min(24, HEIGHT // rows))
     body = pixels.repeat(high, axis=0).repeat(wide, axis=1)
@@ -150,8 +151,8 @@ def _framed(
         draw.text((x, y), text, fill=INK, font=font, anchor=anchor)
 
     write(MARGIN_LEFT, MARGIN_TOP - 8, title, "ls")
-    if height < 40:
-        write(MARGIN_LEFT - 6, MARGIN_TOP + height / 2, down[0] if rows == 1 else "", "rm")
+    if rows == 1:
+        write(MARGIN_LEFT - 6, MARGIN_TOP + height / 2, down[0], "rm")
     else:
         write(MARGIN_LEFT - 6, MARGIN_TOP, down[0], "rt")
         write(MARGIN_LEFT - 6, MARGIN_TOP + height, down[1], "rb")

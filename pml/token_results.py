@@ -1,4 +1,4 @@
-"""What a run leaves about every target token, written and read back: loss in nats, and whether the argmax is right."""
+"""Per-token results of a run, written and read: loss in nats, and whether the target token is the argmax."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,13 +38,13 @@ COLUMNS = ("example_id", "position", "loss", "correct")
 
 @dataclass(frozen=True)
 class TokenResults:
-    """The target tokens of a run under teacher forcing, one entry per token, by example and position.
+    """The target tokens of a run under teacher forcing, one entry per token, ordered by example and position.
 
     Attributes:
-        example_id: (tokens,) int64, which example the token belongs to.
-        position: (tokens,) int64, its place in the target, from 0.
+        example_id: (tokens,) int64, example that the token belongs to.
+        position: (tokens,) int64, position in the target, from 0.
         loss: (tokens,) float64, negative log-probability in nats.
-        correct: (tokens,) bool, whether its argmax is right.
+        correct: (tokens,) bool, whether the target token is the argmax.
     """
 
     example_id: npt.NDArray[np.int64]
@@ -54,10 +54,10 @@ class TokenResults:
 
 
 class FirstPositions(NamedTuple):
-    """Where each target first stands at or below the threshold, and where its argmax is first wrong.
+    """Position of each target's first token at or below the threshold, and of its first wrong argmax.
 
-    Both are the target's length where there is no such token; the first is never larger than the second, because a
-    token above p = 0.5 cannot be wrong.
+    Both are the target's length if there is no such token. With a threshold of 0.5 or more the first is never larger
+    than the second, because a token above p = 0.5 cannot be wrong.
 
     Attributes:
         sub_threshold: (examples,) int64.
@@ -72,14 +72,13 @@ class FirstPositions(NamedTuple):
 
 @dataclass(frozen=True)
 class RankCorrelation:
-    """How the first sub-threshold position and the first failure go together.
+    """Rank correlation of the first sub-threshold position and the first failure.
 
     Attributes:
-        rho: Spearman's rank correlation.
-        rho_of_failing: The same over the counted targets that do fail; None with fewer than three, or all at one place.
-        targets: Targets that it is over: those with a token at or below the threshold; in the others nothing can fail.
-        unfailing: Targets among the counted in which all the same every argmax is right; they count as failing at
-            their end.
+        rho: Spearman's rank correlation over `targets`.
+        rho_of_failing: The same over those that fail; None if fewer than three do, or either position is constant.
+        targets: Number of targets with a token at or below the threshold; no other target can fail.
+        unfailing: Number of these whose every argmax is right all the same; they count as failing at their end.
     """
 
     rho: float
@@ -89,7 +88,7 @@ class RankCorrelation:
 
 
 def replaced_tokens(corpus: Corpus, scores: TokenScores) -> torch.Tensor:
-    """(examples, L) bool, target tokens that were put in at random."""
+    """(examples, L) bool, target tokens that were replaced at random."""
     replaced = torch.zeros_like(scores.mask)
     for row, example in zip(replaced, corpus.examples, strict=True):
         row[list(example.replaced)] = True
@@ -97,24 +96,24 @@ def replaced_tokens(corpus: Corpus, scores: TokenScores) -> torch.Tensor:
 
 
 def write_tokens(path: Path, corpus: Corpus, scores: TokenScores) -> None:
-    """One row per target token: example_id, position, token_id, loss (nats), correct, replaced; written atomically.
+    """Write one row per target token, atomically: example_id, position, token_id, loss (nats), correct, replaced.
 
     Args:
         path: The file.
-        corpus: What was scored.
-        scores: Of the whole corpus, one row per example, in order.
+        corpus: The scored corpus.
+        scores: Scores of the whole corpus, one row per example, in order.
     """
     write_table(path, pa.table(_columns(corpus, scores)))
 
 
 def write_predictions(path: Path, corpus: Corpus, scores: TokenScores, text: Callable[[int], str]) -> None:
-    """As `write_tokens`, with the query, the token's text and its probability beside it.
+    """Write the columns of `write_tokens` together with the query, and the token's text and probability.
 
     Args:
         path: The file.
-        corpus: What was scored.
-        scores: Of the whole corpus, one row per example, in order.
-        text: The text of one token id.
+        corpus: The scored corpus.
+        scores: Scores of the whole corpus, one row per example, in order.
+        text: Decodes one token id to text.
     """
     columns = _columns(corpus, scores)
     losses = columns["loss"].cast(pa.float64()).to_numpy()
@@ -147,14 +146,14 @@ def read_tokens(folder: Path) -> TokenResults:
         folder: The run's folder.
 
     Raises:
-        InputError: If there are none, or they are not as a run writes them.
+        InputError: If the file is missing or is not as a run writes it.
     """
     path = folder / TOKENS_NAME
     with reading(path, COLUMNS, "a run writes it beside its record"):
         table = pq.read_table(path, columns=list(COLUMNS))
         example, position = (table[name].cast(pa.int64()).to_numpy() for name in COLUMNS[:2])
         loss, correct = table["loss"].cast(pa.float64()).to_numpy(), table["correct"].cast(pa.bool_()).to_numpy()
-    whole = example.dtype == position.dtype == np.int64 and correct.dtype == np.bool_  # other where values are missing
+    whole = example.dtype == position.dtype == np.int64 and correct.dtype == np.bool_  # missing values change the dtype
     if not whole or not len(loss) or not np.isfinite(loss).all() or (loss < 0).any():
         raise InputError(f"{path}: expected a finite loss >= 0 and a verdict for every token; run it again")
     order = np.lexsort((position, example))
@@ -162,10 +161,10 @@ def read_tokens(folder: Path) -> TokenResults:
 
 
 def first_positions(tokens: TokenResults, threshold: float = 0.5) -> FirstPositions:
-    """The first token with p <= threshold and the first wrong one, per example.
+    """Positions, per example, of the first token with p <= threshold and of the first wrong one.
 
     Args:
-        tokens: Target tokens by example and position, as `read_tokens` gives them.
+        tokens: Target tokens ordered by example and position, as `read_tokens` returns them.
         threshold: Probability that a token has to exceed.
     """
     _, starts, lengths = np.unique(tokens.example_id, return_index=True, return_counts=True)
@@ -179,12 +178,12 @@ def first_positions(tokens: TokenResults, threshold: float = 0.5) -> FirstPositi
 
 
 def rank_correlation(positions: FirstPositions) -> RankCorrelation | None:
-    """Spearman's rank correlation of first sub-threshold position and first failure.
+    """Spearman's rank correlation of the first sub-threshold position and the first failure.
 
-    Some of it is there by construction, since the second is never before the first.
+    Part of it holds by construction, since the second is never before the first.
 
     Returns:
-        None where fewer than three targets have a sub-threshold token, or all stand at the same position.
+        None if fewer than three targets have a sub-threshold token, or either position is the same for all of them.
     """
     counted = positions.sub_threshold < positions.length
     failing = counted & (positions.failure < positions.length)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a module besides its optimiser: the adapter, and all that training goes on from."""
+"""The module's part of a checkpoint: the adapter, and the state from which training resumes exactly."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -30,10 +30,10 @@ __all__ = [
 
 
 def training_state(module: "Memorization") -> dict[str, Any]:
-    """What training needs, to go on as if it had not stopped; tensors and plain Python only. Takes all ranks.
+    """State from which training resumes exactly, as tensors and plain Python only. All ranks must call it.
 
-    It includes the states of every rank's generators, for dropout, and between two micro-batches of a step the
-    gradients so far. Of several ranks, the first one's gradients are kept, so there going on is exact at a step's end.
+    It includes the random generators of every rank, for dropout, and between two micro-batches of a step the gradients
+    so far. Only the first rank's gradients are kept, so with several ranks, resuming is exact only between steps.
     """
     parameters = adapter_parameters(module.model)
     gradients = {n: p.grad.detach().clone() for n, p in parameters.items() if p.grad is not None}
@@ -53,38 +53,38 @@ def training_state(module: "Memorization") -> dict[str, Any]:
 
 
 def seed_rank(rank: int) -> None:
-    """Give each rank dropout of its own; that of the first one is what it is without others."""
+    """Give each rank its own dropout masks; the first rank draws the same ones as a single process."""
     if rank > 0:
         torch.manual_seed((torch.initial_seed() + rank) % 2**63)
 
 
 def restore(module: "Memorization", state: Mapping[str, Any]) -> None:
-    """Take back what a module knows of its fit; where training is to go on, the rest follows in `go_on`.
+    """Restore a module's counts and weighting; if training is to resume, `go_on` restores the rest.
 
     Args:
-        module: Maybe without a trainer.
-        state: What `training_state` gave, maybe of an older version.
+        module: The module, which may have no trainer.
+        state: What `training_state` returned, possibly in an older version.
 
     Raises:
-        InputError: If training is to go on with another corpus.
+        InputError: If training would resume on another corpus.
     """
     module.weighting.load_state_dict(state["weighting"])
     module.tokens_trained, module._skipped = _own_share(state["tokens_trained"]), state["skipped_steps"]
     module.resumed = state.get("resumed", 0)
     if module._trainer is not None and module._trainer.training:
         _refuse_other_data(module, state)
-        if module.cpu_choice is not None:  # timed anew, the faster product might be another, which rounds otherwise
+        if module.cpu_choice is not None:  # a new timing might choose another product, which rounds differently
             module.cpu_choice = tune_cpu(module.cpu_config, state.get("onednn"))
         module.resumed += 1
         module.goes_on_from = dict(state)
 
 
 def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
-    """Put generators and gradients back where `training_state` found them; called when training is about to go on.
+    """Restore generators, gradients and the position in the epoch, just before training starts or resumes.
 
     Args:
-        module: On its device.
-        state: What `training_state` gave, maybe of an older version.
+        module: The module, on its device.
+        state: What `training_state` returned, possibly in an older version; empty for a new fit.
     """
     _follow_schedules(module.trainer)
     if "global_batch" in state:
@@ -93,20 +93,20 @@ def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
         adapter_parameters(module.model)[name].grad = gradient.to(module.device)
     loader: Any = module.trainer.train_dataloader
     if state.get("batches") and hasattr(loader, "load_state_dict"):
-        # Lightning loses it where something has asked how long the fit is before it restores its loops.
+        # Lightning loses this state if the length of the fit was computed before it restores its loops.
         loader.load_state_dict(state["batches"])
         _enter_epoch(module.trainer, state["batches"])
     generators = state.get("generators", [])
-    # Of more ranks than there were, the others start with a seed of their own.
+    # If there are more ranks than before, the additional ones keep the seeds from `seed_rank`.
     if module.global_rank < len(generators):
         _restore_generators(generators[module.global_rank], module.device)
 
 
 def _enter_epoch(trainer: Any, position: Mapping[str, Any]) -> None:
-    """Have Lightning enter the epoch in which a checkpoint stands, or the next one if that had ended.
+    """Make Lightning enter the epoch that a checkpoint was saved in, or the next one if that epoch had ended.
 
-    With `max_steps` it enters an epoch that has ended once more, for the first batch of the next one; and it takes an
-    epoch for ended in which a fit has taken its last step.
+    On its own, Lightning with `max_steps` enters a finished epoch again, for the first batch of the next one; and it
+    takes an epoch for finished if the fit took its last step in it.
     """
     loop = trainer.fit_loop
     progress, total = loop.epoch_progress.current, loop.epoch_progress.total
@@ -125,7 +125,7 @@ def _enter_epoch(trainer: Any, position: Mapping[str, Any]) -> None:
 
 
 def _follow_schedules(trainer: Any) -> None:
-    """Set the learning rate of the coming step by schedules as they are now: a fit may go on for longer than before."""
+    """Set the learning rate of the next step from the current schedule, since a resumed fit may run for longer."""
     for config in trainer.lr_scheduler_configs:
         scheduler = config.scheduler
         if isinstance(scheduler, LambdaLR):
@@ -135,47 +135,47 @@ def _follow_schedules(trainer: Any) -> None:
 
 
 def _position(module: "Memorization") -> dict[str, Any]:
-    """Where in an epoch the training batches are; empty where the loader cannot say."""
+    """Position of the training batches in the epoch; empty if the loader cannot tell."""
     loader: Any = module._trainer.train_dataloader if module._trainer is not None else None
     return loader.state_dict() if hasattr(loader, "state_dict") else {}
 
 
 def _own_share(total: int) -> int:
-    """A sum over ranks as the first rank's own, so that summed again it is the same."""
+    """Assign a sum over ranks to the first rank, so that summing again gives the same total."""
     return total if is_first_rank() else 0
 
 
 def corpus_hash(module: "Memorization") -> str | None:
-    """Hash of the corpus that a module is fitted to; None where there is none yet."""
+    """Hash of the corpus that a module is trained on; None if there is none yet."""
     datamodule: Any = getattr(module._trainer, "datamodule", None)
     return datamodule.corpus.content_hash if hasattr(datamodule, "corpus") else None
 
 
 def _refuse_other_data(module: "Memorization", state: Mapping[str, Any]) -> None:
-    """Refuse to go on with another corpus.
+    """Refuse to resume on another corpus.
 
     Raises:
-        InputError: If the corpus is not the one that the checkpoint is of.
+        InputError: If the corpus is not the one that the checkpoint was trained on.
     """
     before, now = state.get("corpus_hash"), corpus_hash(module)
     if before and now and before != now:
         raise InputError(
-            f"this checkpoint is of a fit to other data: its corpus has the hash {before[:12]}, the one given "
+            f"this checkpoint is of a fit to other data: its corpus has the hash {before[:12]}, the given corpus "
             f"{now[:12]}; go on with the data that it was made with, or start anew"
         )
 
 
 def method_of(path: Any, base: "type[Memorization]") -> "type[Memorization]":
-    """The class whose checkpoint a file is: `base`, or one derived from it.
+    """The class that wrote a checkpoint file: `base`, or one derived from it.
 
     Raises:
-        InputError: If no such class is known here.
+        InputError: If no class of that name has been imported.
     """
     state = torch.load(path, map_location="cpu", weights_only=True).get("pml") or {}
     known = {method.__name__: method for method in _with_derived(base)}
     method = state.get("method", base.__name__)
     if method not in known:
-        raise InputError(f"{path} is of the method {method}; expected one of {', '.join(sorted(known))}")
+        raise InputError(f"{path} was written by the method {method}; expected one of {', '.join(sorted(known))}")
     return known[method]
 
 
@@ -186,11 +186,11 @@ def _with_derived(method: "type[Memorization]") -> "Iterator[type[Memorization]]
 
 
 def copy_adapter(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Take the weights of an adapter back.
+    """Copy saved weights into an adapter.
 
     Args:
-        own: What `pml.adapter.adapter_state` gives.
-        saved: Weights by name.
+        own: The adapter's tensors by name, from `pml.adapter.adapter_state`.
+        saved: Saved tensors by name.
 
     Raises:
         InputError: If a weight is missing, unknown, or of another shape.
@@ -198,7 +198,7 @@ def copy_adapter(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None
     if missing := sorted(own.keys() - saved.keys()):
         raise InputError(f"checkpoint lacks {len(missing)} adapter weights, such as {missing[0]}")
     if unknown := sorted(saved.keys() - own.keys()):
-        raise InputError(f"checkpoint has {len(unknown)} weights that this adapter has not, such as {unknown[0]}")
+        raise InputError(f"checkpoint has {len(unknown)} weights that this adapter lacks, such as {unknown[0]}")
     with torch.no_grad():
         for name, parameter in own.items():
             if parameter.shape != saved[name].shape:
@@ -210,7 +210,7 @@ def copy_adapter(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None
 
 
 def _generators(device: torch.device) -> dict[str, Any]:
-    """States of all generators that training may draw from, as tensors and plain Python."""
+    """States of all random generators that training may use, as tensors and plain Python."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),

@@ -1,7 +1,7 @@
-"""Sharing the training budget among tokens: every target token gets a weight that depends on how well it is known.
+"""Token weights, which share the training budget among target tokens by how well each one is known.
 
-The loss of a global batch is sum(w L) / sum(w) (Eq. 8); weights are detached. A weighting sees the token losses of a
-micro-batch and answers with their weights; normalising is left to the module, which alone sees the global batch.
+The loss of a global batch is sum(w L) / sum(w) (Eq. 8); weights are detached. A weighting maps the token losses of a
+micro-batch to weights. The module normalises them, because only the module sees the global batch.
 """
 
 import math
@@ -33,15 +33,15 @@ __all__ = [
 
 
 class TokenScores(NamedTuple):
-    """How well B examples know their targets under teacher forcing; column t is the t-th target token.
+    """Scores of the target tokens of B examples under teacher forcing; column t is the t-th target token.
 
     Attributes:
         losses: (B, L) float32, negative log-probability of the target token in nats; 0 where there is no token.
         correct: (B, L) bool, whether the target token is the argmax; False where there is no token.
         mask: (B, L) bool, True where there is a target token.
-        example_id: (B,) which example a row belongs to; -1 for a padding example.
-        margin: (B, L) float32, logit of the target token minus that of the best other one; None where not known.
-        rival: (B, L) int64, id of that other token; None where not known.
+        example_id: (B,) id of the example in each row; -1 for a padding example.
+        margin: (B, L) float32, logit of the target token minus that of the best other one; None if not computed.
+        rival: (B, L) int64, id of that other token; None if not computed.
     """
 
     losses: Tensor
@@ -52,7 +52,7 @@ class TokenScores(NamedTuple):
     rival: Tensor | None = None
 
     def detach(self) -> "TokenScores":
-        """The same scores, cut from the graph."""
+        """The same scores, detached from the graph."""
         return self._replace(losses=self.losses.detach())
 
 
@@ -68,25 +68,25 @@ def critical_loss(threshold: float) -> float:
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
-    """sum(w L) / sum(w) in nats (Eq. 8); a zero that is still connected to the graph where all weights are 0."""
+    """sum(w L) / sum(w) in nats (Eq. 8); if all weights are 0, a zero that stays connected to the graph."""
     total = weights.sum()
     return (weights * losses).sum() / total.where(total > 0, torch.ones_like(total))
 
 
 def geometric(start: float, end: float, progress: float) -> float:
-    """start^(1 - progress) end^progress: from `start` to `end` by equal factors, for a progress from 0 to 1."""
+    """Geometric interpolation start^(1 - progress) end^progress, from `start` at 0 to `end` at 1."""
     return start ** (1 - progress) * end**progress
 
 
 def expected_recall_slope(losses: Tensor, temperature: float, threshold: float = 0.5) -> Tensor:
     """4 s (1 - s) with s = sigmoid((L_crit - L) / T), which is 1 at the threshold.
 
-    With s as the chance that a token ends above threshold, this is proportional to how much a lower loss adds to the
-    expected number of tokens there.
+    If s is the probability that a token ends above threshold, this is proportional to the gain in the expected number
+    of tokens above threshold per nat of lower loss.
 
     Args:
         losses: Token losses in nats, any shape.
-        temperature: T in nats; a large one treats all tokens alike, a small one leaves out those far from L_crit.
+        temperature: T in nats; a large T treats all tokens alike, a small one ignores tokens far from L_crit.
         threshold: Probability whose loss is L_crit.
     """
     s = torch.sigmoid((critical_loss(threshold) - losses) / temperature)
@@ -94,17 +94,17 @@ def expected_recall_slope(losses: Tensor, temperature: float, threshold: float =
 
 
 def within_reach(losses: Tensor, mask: Tensor, temperature: float, floor: float, threshold: float = 0.5) -> Tensor:
-    """floor + (1 - floor) exp(-D / T) for each target, D being its loss above threshold summed over its tokens.
+    """floor + (1 - floor) exp(-D / T) for each target; D sums max(0, L - L_crit) over its tokens.
 
     Args:
         losses: Token losses (B, L) in nats.
         mask: (B, L), True where there is a target token.
         temperature: T in nats.
-        floor: What a target out of reach keeps. With none its loss may grow without bound, since nothing holds it.
+        floor: Value for a target out of reach. At 0 nothing would train on it, and its loss could grow without bound.
         threshold: Probability whose loss is L_crit.
 
     Returns:
-        (B, 1), 1 for a target of which every token is above threshold.
+        (B, 1), 1 for a target whose tokens are all above threshold.
     """
     shortfall = ((losses - critical_loss(threshold)).clamp(min=0) * mask).sum(dim=1, keepdim=True)
     return floor + (1 - floor) * torch.exp(-shortfall / temperature)
@@ -114,13 +114,13 @@ class Weighting:
     """A rule that gives every target token a weight.
 
     Attributes:
-        scheduled: Whether the weights depend on `progress`, so that the run needs an end.
-        progress: Share of the run's optimiser steps that is done, from 0 to 1; the module sets it before each step,
-            the same for all micro-batches and ranks. It follows from the step, so checkpoints need not hold it.
-        when_memorized: What to train on when no token of the global batch has weight: `skip` takes no step, `uniform`
-            falls back to the plain mean.
-        gradient_above: Loss in nats up to which a token is certain to have weight 0, so that its gradient need not
-            be computed; None where every token may have weight.
+        scheduled: Whether the weights depend on `progress`; the run then needs an end.
+        progress: Fraction of the run's optimiser steps taken, from 0 to 1. The module sets it before each step, the
+            same for all micro-batches and ranks. It follows from the step, so checkpoints need not hold it.
+        when_memorized: What to do when no token of the global batch has weight: `skip` takes no step, `uniform` falls
+            back to the plain mean.
+        gradient_above: Loss in nats up to which every token has weight 0, so its gradient need not be computed; None
+            if any token may have weight.
     """
 
     when_memorized: Literal["skip", "uniform"] = "skip"
@@ -132,18 +132,18 @@ class Weighting:
         return None
 
     def weights(self, scores: TokenScores) -> Tensor:
-        """Weights (B, L), detached, 0 where there is no token."""
+        """Detached weights (B, L), 0 where there is no token."""
         raise NotImplementedError
 
     def prepare(self, examples: int, device: torch.device) -> None:
-        """Called before training with the number of examples in the corpus."""
+        """Prepare for a corpus of `examples` examples; called before training."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be in a checkpoint for training to go on where it was."""
+        """State that a checkpoint must hold for training to resume exactly."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 @dataclass
@@ -156,12 +156,12 @@ class Uniform(Weighting):
 
 @dataclass
 class OnlyThreshold(Weighting):
-    """OT: weight 1 for tokens with p < threshold, nothing for the others (Eq. 9).
+    """OT: weight 1 for tokens with p < threshold, 0 for the others (Eq. 9).
 
     Args:
         threshold: Probability above which a token counts as memorised.
         position_decay: lambda of the position weight exp(-lambda * rank / (n - 1)) over the n tokens of an example
-            that are below threshold, so that earlier ones are learnt first. The published value is 2; None is off.
+            that are below threshold, so that earlier ones are learnt first. The published value is 2; None disables it.
         when_memorized: What to do when no token of the global batch is below threshold: `skip` takes no step,
             `uniform` trains on the plain mean.
     """
@@ -181,7 +181,7 @@ class OnlyThreshold(Weighting):
         active = (scores.losses.detach() > self._critical) & scores.mask
         weights = active.to(scores.losses.dtype)
         if self.position_decay is not None:
-            # In whole numbers: running sums of floats are not deterministic on a GPU, and refused where that is asked.
+            # An integer cumsum: that of floats is not deterministic on a GPU, and refused in deterministic mode.
             rank = active.cumsum(dim=1).to(weights.dtype) - 1
             last = (weights.sum(dim=1, keepdim=True) - 1).clamp(min=1)
             weights = weights * torch.exp(-self.position_decay * rank / last)
@@ -190,15 +190,15 @@ class OnlyThreshold(Weighting):
 
 @dataclass
 class FallingThreshold(Weighting):
-    """Weight 1 for tokens with L > L_crit(progress), nothing for the others; the threshold falls over the run.
+    """Weight 1 for tokens with L > L_crit(progress), 0 for the others; the threshold falls over the run.
 
-    Aim: everything certain soonest where it fits, and a lower loss than `OnlyThreshold` where it does not. Training
-    starts as plain SFT and ends on the tokens that are not safe yet. L_crit rises from -ln(start) to -ln(end) by equal
-    factors.
+    Aim: to make every token certain in the fewest steps if the corpus fits the adapter, and to reach a lower loss than
+    `OnlyThreshold` if it does not. Training starts close to plain SFT and ends on the tokens that are not certain by a
+    margin. L_crit rises geometrically from -ln(start) to -ln(end).
 
     Args:
-        start: Probability above which a token gets no weight at the first step.
-        end: The same at the last step. Above 0.5, so that tokens are not left at the threshold.
+        start: Probability above which a token gets no weight at the start of the run.
+        end: The same at the end of the run. Above 0.5, so that tokens do not stop at the edge of certainty.
     """
 
     start: float = 0.999
@@ -215,7 +215,7 @@ class FallingThreshold(Weighting):
 
     @property
     def critical(self) -> float:
-        """Loss in nats up to which a token has no weight now."""
+        """L_crit at the current progress: loss in nats up to which a token has no weight."""
         return geometric(critical_loss(self.start), critical_loss(self.end), self.progress)
 
     @property
@@ -229,20 +229,19 @@ class FallingThreshold(Weighting):
 
 @dataclass
 class ExpectedRecall(FallingThreshold):
-    """`FallingThreshold`, with each right token's `expected_recall_slope` as its weight.
+    """`FallingThreshold`, with `expected_recall_slope` as the weight of tokens that are already right.
 
-    Aim: most tokens certain, without making others wrong. To be right costs an adapter less than to be certain. So what
-    is not right by a margin has full weight, and among right tokens the slope prefers those whose probability is near
-    0.5. Its temperature falls over the run: a right token far from certain gets less and less weight, down to the
-    floor, and full weight again as soon as another token is about to win.
+    Aim: to make as many tokens certain as possible without making others wrong. A right token takes less capacity than
+    a certain one. So a token that is not right by `margin` has full weight; among right tokens, the slope favours those
+    with a probability near 0.5. Its temperature falls over the run: the weight of a right token far from certain falls
+    to the floor, and returns to 1 when its lead drops below the margin.
 
     Args:
-        start: Probability above which a token gets no weight at the first step; lower than in `FallingThreshold`, since
-            what a certain token does not take, others can have.
-        temperature_start: Temperature of the slope in nats at the first step.
-        temperature_end: The same at the last step; by equal factors in between.
-        floor: Least weight of a right token that is not safe yet.
-        margin: Logits by which a token has to win to count as right.
+        start: As in `FallingThreshold`; the default is lower, which leaves more of the budget to uncertain tokens.
+        temperature_start: Temperature of the slope in nats at the start of the run.
+        temperature_end: The same at the end of the run; it falls geometrically.
+        floor: Least weight of a right token below the threshold.
+        margin: Logit margin by which the target token has to win to count as right.
     """
 
     start: float = 0.8
@@ -267,12 +266,13 @@ class ExpectedRecall(FallingThreshold):
 class WholeTargets(ExpectedRecall):
     """`ExpectedRecall`, with more weight for targets that are nearly certain as a whole: `within_reach`.
 
-    Aim: most targets certain from the first token to the last, where not all can be had. The temperature of
-    `within_reach` falls over the run. With a single target in a batch it is `ExpectedRecall`.
+    Aim: to make as many whole targets certain as possible when the adapter cannot hold all of them. The temperature of
+    `within_reach` falls over the run. With a single target in the global batch, it is the same as `ExpectedRecall`.
 
     Args:
-        reach_start: Shortfall in nats that cuts a target's weight to 1/e at the first step, less the floor.
-        reach_end: The same at the last step; by equal factors in between.
+        reach_start: Temperature of `within_reach` in nats at the start of the run: this shortfall cuts a target's
+            weight, above the floor, to 1/e.
+        reach_end: The same at the end of the run; it falls geometrically.
         reach_floor: Share of its weight that a target out of reach keeps.
     """
 
@@ -296,20 +296,20 @@ class SlidingWindow(Weighting):
     """SW: a soft threshold times a window that follows the first wrong token of each example (Eq. 10).
 
     w_t = sigmoid(scale (L_t - L_crit)) m_t with m_t = exp(-max(0, t - a) / tau) while t < a + window * growth, else
-    `floor`; a is the first position whose argmax is wrong, and m_t = 1 where there is none. The window of an example
-    whose anchor a stays put grows, and falls back when it moves. Where the anchor is, and how long it has been there,
-    is kept per example id and shared by all ranks.
+    `floor`. The anchor a is the first position whose argmax is wrong; m_t = 1 if there is none. An example's window
+    grows while its anchor stays in place, and falls back when the anchor moves. Each anchor and the number of steps it
+    has stayed are kept per example id and shared by all ranks.
 
     Args:
         threshold: Probability above which a token counts as memorised.
         scale: Steepness of the soft threshold, per nat.
-        window: Tokens after the anchor that are trained on.
-        tau: Tokens over which the weight behind the anchor falls to 1/e.
+        window: Length of the window in tokens, from the anchor on.
+        tau: Tokens after the anchor over which the weight falls to 1/e.
         floor: Factor for tokens beyond the window.
-        patience: Steps that an anchor may stay before its window grows.
-        growth: What the window's factor grows by at each further step.
+        patience: Further steps that an anchor has to stay before its window grows.
+        growth: Increase of the window's factor at each step from then on.
         max_growth: Largest factor.
-        when_memorized: Kept for symmetry: a soft threshold gives every token some weight.
+        when_memorized: Has no effect, since a soft threshold gives every token some weight.
     """
 
     threshold: float = 0.5
@@ -330,7 +330,7 @@ class SlidingWindow(Weighting):
 
     def prepare(self, examples: int, device: torch.device) -> None:
         if len(self._anchor) != examples:
-            # -2: not seen yet, so that the first anchor is always a move; -1: seen without any error.
+            # -2: not seen yet, so the first anchor always counts as moved; -1: seen without any error.
             self._anchor = torch.full((examples,), -2, dtype=torch.long)
             self._stuck = torch.zeros(examples, dtype=torch.long)
         self._anchor, self._stuck = self._anchor.to(device), self._stuck.to(device)
@@ -348,22 +348,22 @@ class SlidingWindow(Weighting):
 
     @staticmethod
     def anchors(scores: TokenScores) -> Tensor:
-        """(B,) first position whose argmax is wrong; -1 where every target token is right."""
+        """First position whose argmax is wrong (B,); -1 if every target token is right."""
         wrong = scores.mask & ~scores.correct
         return torch.where(wrong.any(dim=1), wrong.to(torch.int8).argmax(dim=1), -1)
 
     def growth_factor(self, stuck: Tensor) -> Tensor:
-        """Factor of the window after an anchor has been the same for `stuck` further steps."""
+        """Factor of the window after the anchor has stayed for `stuck` further steps."""
         return (1 + self.growth * (stuck - self.patience + 1).clamp(min=0)).clamp(max=self.max_growth)
 
     def _advance(self, example_id: Tensor, anchor: Tensor) -> Tensor:
-        """Note where the anchors are now; returns the window factor (B,) of each row."""
+        """Record the current anchors; returns the window factor (B,) of each row."""
         rows = example_id >= 0
         seen = example_id.clamp(min=0)
         stuck = torch.where(self._anchor[seen] == anchor, self._stuck[seen] + 1, 0)
-        # Padding examples write to a place of their own: to leave them out, the host would have to know which they are.
+        # Padding examples write to an extra slot: filtering them out would make the host wait for the device.
         places = torch.where(rows, example_id, len(self._anchor))
-        # Shuffling may hand an example to another rank next time, so every rank learns of every move.
+        # Shuffling may give an example to another rank next time, so every rank needs every update.
         news = torch.full((2, len(self._anchor) + 1), -3, dtype=torch.long, device=self._anchor.device)
         news[:, places] = torch.stack([anchor, stuck])
         news = news[:, :-1].contiguous()
@@ -393,5 +393,5 @@ def _share(weighting: Weighting, name: str) -> None:
     value = getattr(weighting, name)
     if not 0 < value <= 1:
         raise InputError(
-            f"{type(weighting).__name__}: {name} is {value}; expected a share above 0 and up to 1, such as 0.1"
+            f"{type(weighting).__name__}: {name} is {value}; expected a share above 0 and at most 1, such as 0.1"
         )

@@ -1,4 +1,4 @@
-"""Running a backbone whole: whether it runs at all, whether it is causal, and what its logits are made of."""
+"""Running a whole backbone: whether it runs at all, whether it is causal, and how it computes its logits."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,10 +17,10 @@ from pml.errors import InputError
 __all__ = ["one_sequence_a_row", "plain_head", "run_decoder"]
 
 SHORT = 3
-"""Tokens in the shorter rows on which a model is tried."""
+"""Tokens in the shorter rows that a model is tested on."""
 
 LOUD = 1000.0
-"""Size of the logits that a head is made to give, larger than any cap lets through."""
+"""Magnitude of the logits that replace a head's, larger than any cap lets through."""
 
 
 def run_decoder(decoder: Callable[..., Any], **inputs: Tensor) -> Tensor:
@@ -32,10 +32,10 @@ def run_decoder(decoder: Callable[..., Any], **inputs: Tensor) -> Tensor:
 
 @contextmanager
 def one_sequence_a_row() -> Iterator[None]:
-    """Tell transformers for a while that no row of a batch holds several sequences, packed one behind the other.
+    """Tell transformers that, within this context, no row of a batch packs several sequences.
 
-    To find out, it looks at positions at every pass, which waits for the device; and while it is being compiled, where
-    it cannot look, it makes a full mask, which takes the fused attention away.
+    Otherwise it checks positions at every pass, which waits for the device. While it is compiled it cannot inspect
+    them and builds a full mask, which rules out fused attention.
     """
     asked = getattr(masking_utils, "find_packed_sequence_indices", None)
     if asked is None:
@@ -53,14 +53,14 @@ def _never_packed(position_ids: Tensor) -> None:
 
 
 def plain_head(backbone: Backbone) -> nn.Linear | None:
-    """The LM head, if logits are its product with the final hidden states and nothing else; else None.
+    """The LM head if logits are exactly its output for the final hidden states; else None.
 
-    Logits may be capped, scaled or cut off after the head, and states scaled before it. A tolerance would let a cap on
-    small logits through. So the head is made to give logits that are known and large, which have to come out as they
-    are, and what it is given has to be the states, bit for bit.
+    A model may cap, scale or truncate logits after the head, or scale states before it. Comparing within a tolerance
+    would miss a cap on small logits. So the head's output is replaced by known, large logits, which must come out
+    unchanged, and the head's input must equal the final states bit for bit.
 
     Raises:
-        InputError: If the model does not run here, if an adapter on it would get no gradient, or if it is not causal.
+        InputError: If the model does not run here, an adapter on it would get no gradient, or it is not causal.
     """
     who = f"backbone {backbone.name}: {type(backbone.model).__name__}"
     trained = any(parameter.requires_grad for parameter in backbone.model.parameters())
@@ -72,35 +72,35 @@ def plain_head(backbone: Backbone) -> nn.Linear | None:
             head = _if_plain(backbone, seen, output)
             logits, shorter = (output, None) if head is None else (seen.logits[0], _head_of_short(backbone, head))
             if shorter is None:
-                # Without anything in its way, and on fewer tokens.
+                # Run the model without hooks, on all tokens and on fewer.
                 with torch.set_grad_enabled(trained):
                     logits = backbone.model(input_ids=probe, use_cache=False).logits
                 head, shorter = None, backbone.model(input_ids=probe[:, :SHORT], use_cache=False).logits
-        # Models fail in many ways: a package with kernels is missing, an input is expected, a shape is not supported.
+        # Models fail in many ways: a kernel package or another input is missing, or a shape is not supported.
         except Exception as error:
             raise InputError(
                 f"{who} does not run here on token ids alone ({type(error).__name__}: {_one_line(error)}); "
-                "install what it asks for, or take another backbone"
+                "install what it asks for, or use another backbone"
             ) from error
     if trained and not logits.requires_grad:
         raise InputError(
-            f"{who} hides its blocks from autograd, so an adapter in them gets no gradient; take another backbone"
+            f"{who} hides its blocks from autograd, so an adapter in them gets no gradient; use another backbone"
         )
     logits = logits.detach()
-    # The rows differ in their last token, which takes no other kernels, but may send it to another expert, where others
-    # are then rounded otherwise. A shorter row may take other kernels throughout.
+    # The rows differ only in their last token, so the kernels are the same; but it may go to another expert and change
+    # how other tokens there are rounded. A shorter row may use other kernels throughout, so it gets more tolerance.
     one, other = logits[:, :-1]
     if _change(one, other) > 0.05 or _change(logits[:, :SHORT], shorter) > 0.2:
         raise InputError(
-            f"{who} gives a token other logits when later tokens change; expected a causal model "
-            "(of the BERT kind, is_decoder: true in config.json makes it one)"
+            f"{who} changes a token's logits when later tokens change; expected a causal model "
+            "(for a model like BERT, set is_decoder: true in config.json)"
         )
     return head
 
 
 @dataclass
 class _Seen:
-    """What went through a model: final states of its decoder, what its head was given and gave."""
+    """Tensors seen in one pass: the decoder's final states, and the input and output of the head."""
 
     states: list[Tensor] = field(default_factory=list)
     given: list[Tensor] = field(default_factory=list)
@@ -109,11 +109,11 @@ class _Seen:
 
 @contextmanager
 def _loud(backbone: Backbone) -> Iterator[_Seen]:
-    """Put known, large logits in the place of what a linear head gives."""
+    """Replace the output of a linear head by known, large logits within this context."""
     seen = _Seen()
 
     def after_decoder(_: nn.Module, __: Any, output: Any) -> None:
-        # What holds the blocks may be the whole model, which gives logits.
+        # The module that holds the blocks may be the whole model, whose output has no final states.
         with suppress(AttributeError):
             seen.states.append(_states(output))
 
@@ -147,7 +147,7 @@ def _if_plain(backbone: Backbone, seen: _Seen, output: Tensor) -> nn.Linear | No
 
 
 def _head_of_short(backbone: Backbone, head: nn.Linear) -> Tensor | None:
-    """Logits of fewer tokens by decoder and head alone; None where what holds the blocks does not take token ids."""
+    """Logits of fewer tokens by decoder and head alone; None if the decoder does not run on token ids alone."""
     try:
         return head(run_decoder(backbone.decoder, input_ids=_probe(backbone)[:, :SHORT]))
     except FAILURES:
@@ -155,20 +155,20 @@ def _head_of_short(backbone: Backbone, head: nn.Linear) -> Tensor | None:
 
 
 def _change(logits: Tensor, others: Tensor) -> float:
-    """Relative change at the median position: an expert that gets other tokens too may round a few differently."""
+    """Relative change at the median position, since an expert that gets other tokens may round a few differently."""
     logits, others = logits.float(), others.float()
     return float(((logits - others).norm(dim=-1) / others.norm(dim=-1)).median())
 
 
 def _states(output: Any) -> Tensor:
-    """The final hidden states in what a decoder gives."""
+    """Final hidden states from a decoder's output."""
     if isinstance(output, Tensor):
         return output
     return output[0] if isinstance(output, tuple) else output.last_hidden_state
 
 
 def _probe(backbone: Backbone) -> Tensor:
-    """Two rows of 5 token ids that differ in the last."""
+    """Two rows of 5 token ids that differ only in the last."""
     ids = torch.arange(1, 6, device=backbone.model.device).repeat(2, 1)
     ids[1, -1] += 1
     return ids % backbone.vocab_size

@@ -1,4 +1,4 @@
-"""Workers of a sweep: processes of this machine, or jobs of a cluster, that each run `pml sweep` on the same grid."""
+"""Workers of a sweep: local processes or cluster jobs, each of which runs `pml sweep` on the same grid."""
 
 import os
 import signal
@@ -18,26 +18,26 @@ FOLDER_NAME = ".workers"
 
 
 class Workers(Protocol):
-    """What a sweep watches."""
+    """The workers that a sweep watches."""
 
     def running(self) -> int:
-        """How many have not ended yet."""
+        """Number of workers that have not ended yet."""
 
     def stop(self) -> None:
-        """Have them save what they run, and end."""
+        """Make the workers save what they run and end."""
 
     def failures(self) -> list[str]:
-        """What has become of those that ended as they should not have, in a line each."""
+        """One line for each worker that failed."""
 
 
 def worker_environments(count: int, cores: int, devices: int, visible: str | None = None) -> list[dict[str, str]]:
-    """What each worker's environment holds besides this process's own: a device, or its share of the cores.
+    """Environment variables to add for each worker: its device, or its share of the CPU's cores.
 
     Args:
-        count: Workers.
-        cores: Cores that this process may use.
-        devices: CUDA devices that it sees.
-        visible: Its CUDA_VISIBLE_DEVICES.
+        count: Number of workers.
+        cores: Number of cores that this process may use.
+        devices: Number of CUDA devices that this process sees.
+        visible: CUDA_VISIBLE_DEVICES of this process.
 
     Example:
         >>> worker_environments(2, cores=4, devices=0)
@@ -52,17 +52,17 @@ def worker_environments(count: int, cores: int, devices: int, visible: str | Non
 
 
 def _cores() -> int:
-    """Cores that this process may use; those of the machine where the system does not say."""
+    """Number of cores that this process may use; all of the machine's if the system does not say."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class LocalWorkers:
-    """Processes of this machine, one per device, or with a share of the CPU's cores each.
+    """Processes of this machine, each with one device or a share of the CPU's cores.
 
     Args:
         grid: The grid file.
-        count: How many.
-        out: The grid's folder; what each worker prints goes into a file there.
+        count: Number of workers.
+        out: The grid's folder; the output of each worker goes to a file in it.
     """
 
     def __init__(self, grid: Path, count: int, out: Path) -> None:
@@ -82,7 +82,7 @@ class LocalWorkers:
                         stdin=subprocess.DEVNULL,
                         stdout=file,
                         stderr=file,
-                        # Ctrl-C in a terminal reaches all of a group; workers are told once, by `stop`.
+                        # Ctrl-C in a terminal signals the whole process group; workers get one signal, from `stop`.
                         start_new_session=True,
                     )
                 )
@@ -98,22 +98,22 @@ class LocalWorkers:
             process.wait()
 
     def failures(self) -> list[str]:
-        # 1 says that a cell failed, which is seen at the cell.
+        # Exit code 1 means that a cell failed, which is reported for that cell.
         ended = [(process.poll(), log) for process, log in zip(self._processes, self._logs, strict=True)]
         return [f"a worker ended with exit code {code} (see {log})" for code, log in ended if code not in (None, 0, 1)]
 
 
 class ClusterWorkers:
-    """Jobs that submitit submits: to Slurm, or for a trial as processes of this machine.
+    """Jobs that submitit submits to Slurm or, for a trial, runs as processes of this machine.
 
-    A job that is preempted is submitted again and goes on; cells go on from their checkpoints.
+    A preempted job is submitted again, and its cells resume from their checkpoints.
 
     Args:
-        grid: The grid file, on a file system that the jobs see.
-        count: How many jobs, as one array.
-        out: The grid's folder; submitit keeps its files there.
+        grid: The grid file, on a file system that the jobs can read.
+        count: Number of jobs, submitted as one array.
+        out: The grid's folder; submitit keeps its files in it.
         cluster: `slurm` or `local`.
-        options: What submitit's executor is told, such as `slurm_partition`, `timeout_min` or `gpus_per_node`.
+        options: Parameters of submitit's executor, such as `slurm_partition`, `timeout_min` or `gpus_per_node`.
 
     Raises:
         InputError: If submitit is not installed, or refuses the options.
@@ -144,22 +144,22 @@ class ClusterWorkers:
 
 
 def _trouble(job: Any) -> str:
-    """How a job that is done has ended, where it should not have ended so; empty otherwise."""
+    """How a finished job failed; empty if it did not."""
     if job.exception() is not None:
         return f"ended as {job.state}"
-    # A job that ran to its end may have run a sweep that did not; 1 says that a cell failed, which is seen at the cell.
+    # The sweep of a completed job may have failed. Exit code 1 means that a cell did, which is reported for that cell.
     codes = [code for code in job.results() if code not in (0, 1)]
     return f"ended with exit code {codes[0]}" if codes else ""
 
 
 class _Sweep:
-    """What a job does."""
+    """The task of a job: run `pml sweep`, and return its exit code."""
 
     def __call__(self, grid: str) -> int:
         return subprocess.run([sys.executable, "-m", "pml", "sweep", grid], check=False).returncode
 
     def checkpoint(self, grid: str) -> Any:
-        """Called by submitit where a job is preempted: what to submit in its place."""
+        """Return the job to submit in place of a preempted one; submitit calls this."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self, grid)

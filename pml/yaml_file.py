@@ -1,4 +1,4 @@
-"""YAML as people write it, read strictly: text, one mapping, every key once, numbers that are numbers."""
+"""Strict reading of YAML files: one mapping, no key twice, finite numbers."""
 
 import math
 from collections.abc import Iterator
@@ -12,15 +12,15 @@ from pml.errors import InputError
 __all__ = ["read_yaml"]
 
 DEEPEST = 100
-"""Levels within each other; Python's own limit would end in a traceback."""
+"""Maximum nesting depth; deeper files could exceed Python's recursion limit later."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML or JSON file holds.
+    """The mapping in a YAML or JSON file; empty if the file is empty.
 
     Raises:
-        InputError: If the file cannot be read, is not UTF-8 text or not YAML, is no mapping, or says something twice
-            or with a number that is not finite; naming the line.
+        InputError: If the file cannot be read, is not UTF-8 text, not YAML or not a mapping, has a key twice or a
+            number that is not finite. The message names the line if there is one.
     """
     try:
         content = path.read_bytes()
@@ -44,22 +44,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"{_where(path, error)}: not YAML: {_said(error)}") from error
     except (ValueError, RecursionError, TypeError) as error:
-        raise InputError(f"{path}: not YAML that can be read: {error}") from error
+        raise InputError(f"{path}: cannot be read as YAML: {error}") from error
     finally:
         loader.dispose()
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected keys with values, such as `trainer: {{max_epochs: 5}}`, not a single value")
+        raise InputError(f"{path}: expected keys with values, such as `trainer: {{max_epochs: 5}}`, not a list or text")
     return value
 
 
 def _refuse_control_characters(text: str, path: Path) -> None:
     for number, line in enumerate(text.splitlines(), start=1):
         if bad := yaml.reader.Reader.NON_PRINTABLE.search(line):
-            raise InputError(f"{path}:{number}: has the character U+{ord(bad[0]):04X}, which YAML text cannot have")
+            raise InputError(f"{path}:{number}: has the character U+{ord(bad[0]):04X}, which YAML does not allow")
 
 
 def _problems(root: yaml.Node) -> Iterator[str]:
-    """What is wrong with the nodes of a document, from its beginning on, each with its line."""
+    """Problems in the nodes of a document, each with its line; later branches come first."""
     todo: list[tuple[yaml.Node, int]] = [(root, 0)]
     seen: set[int] = set()
     while todo:
@@ -69,13 +69,13 @@ def _problems(root: yaml.Node) -> Iterator[str]:
         seen.add(id(node))
         line = node.start_mark.line + 1
         if depth > DEEPEST:
-            yield f"{line}: more than {DEEPEST} levels within each other"
+            yield f"{line}: more than {DEEPEST} levels of nesting"
         if isinstance(node, yaml.MappingNode):
             first: dict[str, yaml.Node] = {}
             for key, value in node.value:
                 if isinstance(key, yaml.ScalarNode) and (before := first.setdefault(key.value, key)) is not key:
                     lines = f"{before.start_mark.line + 1} and {key.start_mark.line + 1}"
-                    yield f"{key.start_mark.line + 1}: the key {key.value!r} is there twice, on lines {lines}; keep one"
+                    yield f"{key.start_mark.line + 1}: the key {key.value!r} appears twice, on lines {lines}; keep one"
                 todo.append((value, depth + 1))
         elif isinstance(node, yaml.SequenceNode):
             todo += [(item, depth + 1) for item in node.value]

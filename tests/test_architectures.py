@@ -69,12 +69,12 @@ SKIPPED = {
 }
 """What is not tried, and why."""
 
-NOT_CAUSAL = "gives a token other logits when later tokens change; expected a causal model"
+NOT_CAUSAL = "changes a token's logits when later tokens change; expected a causal model"
 REFUSED = {
     "cpmant": NOT_CAUSAL,
     "hrm_text": "HrmTextForCausalLM has no list of 32 decoder blocks in 'model'; expected a decoder-only model",
     "prophetnet": NOT_CAUSAL,
-    "reformer": "hides its blocks from autograd, so an adapter in them gets no gradient; take another backbone",
+    "reformer": "hides its blocks from autograd, so an adapter in them gets no gradient; use another backbone",
     "xlnet": NOT_CAUSAL,
 }
 """What cannot be trained, and what the user is told."""
@@ -217,6 +217,6 @@ def test_every_architecture_is_tried_or_skipped_for_a_reason() -> None:
 def test_a_model_of_the_bert_kind_is_refused_unless_it_is_a_decoder() -> None:
     model = tiny_model("bert", is_decoder=False)
     with pytest.raises(
-        InputError, match=r"BertLMHeadModel gives a token other logits .* is_decoder: true in config.json"
+        InputError, match=r"BertLMHeadModel changes a token's logits .* is_decoder: true in config.json"
     ):
         ours(module_on(model, "bert"))

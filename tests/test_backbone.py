@@ -195,7 +195,7 @@ def test_without_a_hub_an_unknown_name_fails_at_once_and_says_what_works(monkeyp
         load_backbone("smolm2-135m")
     assert time.monotonic() - start < 5
     message = str(caught.value)
-    assert message.startswith("backbone 'smolm2-135m' is no folder here, and the hub cannot be reached")
+    assert message.startswith("backbone 'smolm2-135m' is not a folder here, and the hub cannot be reached")
     assert "ConnectError" in message
     assert "expected 'smollm2-135m', a folder with a saved model, or a hub id" in message
     assert message.endswith("without a network only the first two work")
@@ -335,7 +335,7 @@ def test_a_hub_id_is_downloaded_once_with_no_more_than_what_is_needed(
 
 def test_a_name_that_the_hub_does_not_know_is_refused_with_what_is_accepted(hub: type[FakeHub]) -> None:
     with pytest.raises(
-        InputError, match=r"'no/such' is no folder here, and the hub has no public model.*expected 'smo"
+        InputError, match=r"'no/such' is not a folder here, and the hub has no public model.*expected 'smo"
     ):
         load_backbone("no/such")
 

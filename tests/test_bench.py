@@ -97,7 +97,7 @@ def test_the_table_of_fits_says_what_the_trainer_adds_and_the_share_of_watching(
         (["--repeats", "0"], "--repeats is 0; expected at least 1"),
         (["--matmul_precision", "low"], "matmul_precision is 'low'; expected highest, high, medium"),
         (["--fit_steps", "2"], "--fit_steps is 2; expected at least 3, or 0 for none"),
-        (["--targets", "0"], "--targets and --pairs take numbers from 1"),
+        (["--targets", "0"], "--targets and --pairs take numbers of at least 1"),
         (["--dtypes", "int8"], "--dtypes has int8; expected float32, bfloat16, float16"),
     ],
 )

@@ -274,10 +274,10 @@ def test_the_command_certifies_a_run_and_somebody_else_s_adapter(
     ("arguments", "message"),
     [
         ([], "expected either the folder of a run, or --adapter with --data"),
-        (["run", "--data=pairs.jsonl"], "--data belongs to --adapter; a run has its own"),
+        (["run", "--data=pairs.jsonl"], "--data is only for --adapter; a run has its own, so leave it out"),
         (["run", "--adapter=a"], "expected either the folder of a run"),
         (["--adapter=a"], "--adapter needs --data"),
-        (["--adapter=a", "--data=f.jsonl"], "a: no adapter_config.json that names a base; give --backbone"),
+        (["--adapter=a", "--data=f.jsonl"], "a: no adapter_config.json that names a base model; give --backbone"),
         (["run", "--dtypes=[int8]"], "--dtypes has 'int8'; expected some of float32, bfloat16, float16"),
         (["run", "--limit=0"], "--limit is 0; expected at least 1 pair"),
         (["run"], "config.yaml: no such file"),

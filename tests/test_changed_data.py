@@ -175,4 +175,4 @@ def test_a_record_beside_another_corpus_is_no_evidence(
     shutil.copy(again / "corpus.parquet", run)
     for command in ("report", "compare", "law"):
         assert main([command, "runs", *(["--out=page"] if command == "report" else [])]) == 2
-        assert "corpus.parquet is not the corpus that its record is of" in capsys.readouterr().err
+        assert "corpus.parquet is not the corpus that its record names" in capsys.readouterr().err

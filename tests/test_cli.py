@@ -93,7 +93,7 @@ def test_a_path_that_cannot_be_had_is_one_line(
     monkeypatch.setattr("pml.cli._dispatch", lambda *_: (tmp_path / "file").mkdir())
     assert main(["fetch"]) == 2
     assert capsys.readouterr().err == (
-        f"pml fetch: error: {tmp_path}/file: File exists; expected a file or folder that can be used so\n"
+        f"pml fetch: error: {tmp_path}/file: File exists; expected a usable file or folder\n"
     )
 
 
@@ -353,7 +353,7 @@ def test_evaluating_nothing_is_refused(
     assert "config.yaml: no such file; expected the folder of a run" in capsys.readouterr().err
     run = str(finished["run"] / "config.yaml")
     assert main([command, f"--config={run}", "--ckpt_path=none.ckpt"]) == 2
-    assert "ckpt_path is none.ckpt; expected the file of a checkpoint" in capsys.readouterr().err
+    assert "ckpt_path is none.ckpt; expected an existing checkpoint file" in capsys.readouterr().err
 
 
 def test_evaluating_leaves_the_configuration_of_the_run_alone(

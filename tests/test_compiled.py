@@ -112,7 +112,7 @@ def test_a_compiler_that_fails_is_said_once_and_changes_nothing(
         assert torch.equal(decoder(inputs_embeds=torch.ones(1, 2, 3)), torch.full((1, 2, 3), 2.0))
     warnings = [record.getMessage() for record in caplog.records]
     assert warnings == [
-        "the blocks above the adapter cannot be compiled (RuntimeError: no such target); they run as they are"
+        "the blocks above the adapter cannot be compiled (RuntimeError: no such target); they run uncompiled"
     ]
 
 

@@ -66,5 +66,5 @@ def test_ids_that_were_changed_are_noticed(tmp_path: Path) -> None:
     ids = table["target_ids"].to_pylist()
     changed = table.set_column(table.schema.get_field_index("target_ids"), "target_ids", [[[9, 4], ids[1]]])
     pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
-    with pytest.raises(InputError, match="its token ids are not those that it was written with"):
+    with pytest.raises(InputError, match="its token ids do not match the content hash"):
         read_corpus(path)

@@ -82,7 +82,7 @@ def test_a_stage_ends_at_its_boundary_and_the_last_one_stays() -> None:
         ([], [], "at least one"),
         ([0.0, 1.0], [1, 2], r"\[0\.0, 1\.0\].*\(0, 1\]"),
         ([0.5, 1.5], [1, 2], r"\[0\.5, 1\.5\].*\(0, 1\]"),
-        ([0.5, 1.0], [20, 20], r"\[20, 20\].*rise"),
+        ([0.5, 1.0], [20, 20], r"\[20, 20\].*increasing"),
         ([1.0], [0], r"\[0\].*from 1 on"),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_shuffled_curriculum_trains_on_the_same_active_examples_in_another_ord
 
 
 def test_dropping_the_only_batch_is_refused() -> None:
-    with pytest.raises(InputError, match=r"3 examples, a step over 2 rank\(s\) 4"):
+    with pytest.raises(InputError, match=r"3 examples, a step over 2 rank\(s\) takes 4"):
         CorpusBatchSampler(3, 2, drop_last=True, world_size=2)
 
 

@@ -252,7 +252,7 @@ def test_a_sweep_stops_with_one_line_and_what_is_done_stays_done(
     first, second, third = grid(read_only=read_only)
     assert main(["sweep", "grid.yaml"]) == 2
     last = last_line(capsys, "sweep")
-    assert last.endswith("cells that are done stay done; mend that, and go on with the same command")
+    assert last.endswith("finished cells are kept; fix the disk, then run the same command again")
     assert first.record is not None
     assert second.record is None
     assert second.error is None
@@ -291,7 +291,7 @@ def test_a_cache_whose_disk_is_full_keeps_no_more(small_disk: Path, caplog: pyte
     for number in range(3):
         store.put(bytes([number]), (fits.torch.zeros(100),))
     assert len(store) == 0
-    assert caplog.text.count("the frozen-layer cache takes no more of the disk (No space left on device)") == 1
+    assert caplog.text.count("the frozen-layer cache stops using the disk (No space left on device)") == 1
 
 
 @pytest.mark.usefixtures("no_profiles")
@@ -303,4 +303,4 @@ def test_what_is_printed_onto_a_full_disk(
         monkeypatch.setattr("sys.stdout", full)
         assert main(["law", str(tmp_path / "grid")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "pml law: error: No space left on device; expected room to write; files that were whole still are"
+    assert line == "pml law: error: No space left on device; expected room to write; completed files are unchanged"

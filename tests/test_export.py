@@ -32,9 +32,9 @@ def test_a_merged_model_recalls_the_same_with_transformers_alone(
         assert tokenizer.decode(said[0, len(ids) :], skip_special_tokens=True) == target
 
     assert main(["export", str(run), "--merge", f"--out={out}"]) == 2
-    assert f"--out {out} exists; expected a folder that is not there yet" in capsys.readouterr().err
+    assert f"--out {out} exists; expected a folder that does not exist yet" in capsys.readouterr().err
     assert main(["export", str(run), f"--out={tmp_path / 'other'}"]) == 2
-    assert "expected --merge" in capsys.readouterr().err
+    assert "--merge is missing" in capsys.readouterr().err
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
@@ -56,7 +56,7 @@ def test_a_merged_model_ships_none_of_the_settings_by_which_its_base_changes_gre
     capsys.readouterr()
     assert main(["export", str(run), "--merge", "--out=merged"]) == 0
     said = (
-        "its generation_config.json leaves out the base's repetition_penalty, num_beams, suppress_tokens, which change"
+        "its generation_config.json omits the base model's repetition_penalty, num_beams, suppress_tokens, which change"
     )
     assert said in capsys.readouterr().out
     shipped = GenerationConfig.from_pretrained("merged")
@@ -69,5 +69,5 @@ def test_an_adapter_beside_a_whole_mlp_cannot_be_merged(
     monkeypatch.chdir(tmp_path)
     run = trained(tiny_backbone_folder, tmp_path, "--trainer.max_epochs=1")
     assert main(["export", str(run), "--merge", "--out=merged"]) == 2
-    assert "which is no change of one weight and cannot be merged" in capsys.readouterr().err
+    assert "so there is no weight to merge it into" in capsys.readouterr().err
     assert not Path("merged").exists()

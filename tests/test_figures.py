@@ -89,7 +89,7 @@ class TestLawFigure:
         assert agreement.get_ylabel() == "predicted loss reduction (nats)"
         assert (loss.get_title(), accuracy.get_title()) == (
             "final loss (nats per target token)",
-            "token accuracy, free decoding",
+            "token accuracy, greedy decoding",
         )
 
     def test_without_free_decoding_it_has_no_map_of_it(self, figure: Figure) -> None:
@@ -103,11 +103,11 @@ class TestLawFigure:
 
     def test_every_used_run_is_drawn_filled_where_it_was_measured(self, figure: Figure, fit: LawFit) -> None:
         right, by_length, left = panels(figure)
-        assert len(points(by_length, "used")) == len(fit.used)
-        used = points(left, "used")
+        assert len(points(by_length, "unsaturated")) == len(fit.used)
+        used = points(left, "unsaturated")
         np.testing.assert_allclose(positions(used), sorted((c.loss_reduction, p) for c, p in fit.used))
         np.testing.assert_allclose(
-            positions(points(right, "used")), sorted((c.rank, c.loss_reduction) for c, _ in fit.used)
+            positions(points(right, "unsaturated")), sorted((c.rank, c.loss_reduction) for c, _ in fit.used)
         )
         assert all(to_hex(line.get_markerfacecolor()) != "#ffffff" for line in used)
 
@@ -123,7 +123,7 @@ class TestLawFigure:
 
     def test_diverged_runs_are_not_drawn(self, figure: Figure) -> None:
         for axes in panels(figure):
-            assert len(points(axes, "used") + points(axes, "saturated")) == len(RANKS) * len(LENGTHS)
+            assert len(points(axes, "unsaturated") + points(axes, "saturated")) == len(RANKS) * len(LENGTHS)
 
     def test_the_identity_line_is_drawn(self, figure: Figure) -> None:
         (line,) = points(panels(figure)[2], "identity")
@@ -132,7 +132,7 @@ class TestLawFigure:
     def test_all_points_lie_inside_the_axes(self, figure: Figure) -> None:
         for axes in panels(figure):
             (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
-            assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "used")]))
+            assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "unsaturated")]))
             assert all(x0 <= x <= x1 and y0 <= y <= y1 for x, y in positions([*points(axes, "saturated")]))
 
     def test_predictions_beyond_the_upper_edge_are_said_to_be_there(self, figure: Figure) -> None:
@@ -240,7 +240,7 @@ class TestReductionFigure:
     def test_runs_are_where_they_were_measured_and_saturated_ones_hollow(self, fit: LawFit) -> None:
         (axes,) = reduction_figure(fit, "length").axes
         used = sorted((run.target_tokens, run.loss_reduction) for run, _ in fit.used)
-        np.testing.assert_allclose(positions(points(axes, "used")), used)
+        np.testing.assert_allclose(positions(points(axes, "unsaturated")), used)
         assert len(points(axes, "saturated")) == 3
 
     def test_lines_are_the_law_for_each_of_the_other(self, fit: LawFit) -> None:
@@ -333,12 +333,14 @@ class TestOtherLawFigures:
         (axes,) = agreement_figure(fit).axes
         (line,) = points(axes, "identity")
         np.testing.assert_array_equal(line.get_xdata(), line.get_ydata())
-        np.testing.assert_allclose(positions(points(axes, "used")), sorted((c.loss_reduction, p) for c, p in fit.used))
+        np.testing.assert_allclose(
+            positions(points(axes, "unsaturated")), sorted((c.loss_reduction, p) for c, p in fit.used)
+        )
 
     def test_residuals_stand_by_rank_and_by_length(self, fit: LawFit) -> None:
         by_rank, by_length = residual_figure(fit).axes
         expected = sorted((c.rank, c.loss_reduction - p) for c, p in fit.used)
-        np.testing.assert_allclose(positions(points(by_rank, "used")), expected)
+        np.testing.assert_allclose(positions(points(by_rank, "unsaturated")), expected)
         assert (by_rank.get_xlabel(), by_length.get_xlabel()) == ("LoRA rank", "target tokens")
 
 

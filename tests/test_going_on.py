@@ -210,7 +210,7 @@ class TestRefusals:
         self, arguments: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main([*arguments, "--ckpt_path=last"]) == 2
-        assert "ckpt_path is last, of no run" in capsys.readouterr().err
+        assert "ckpt_path is last, but no run is given" in capsys.readouterr().err
         Path("config.yaml").write_text("trainer: {max_epochs: 1}\n")
         assert main([*arguments, "--config=config.yaml", "--ckpt_path=last"]) == 2
         assert "no checkpoint in it, so there is nothing to go on from" in capsys.readouterr().err

@@ -382,14 +382,14 @@ class TestRefusals:
 
     def test_no_run(self) -> None:
         assert self.refused([]) == (
-            "0 of 0 runs (none left out) can be used; saturated means a final loss <= ln 2: expected at least 5; "
+            "0 of 0 runs (none left out) can be used (saturated: final loss <= ln 2); expected at least 5; "
             "add runs with longer targets or lower ranks"
         )
 
     def test_fewer_than_5_runs_that_are_not_saturated(self) -> None:
         runs = [*grid((1, 2), (64, 128)), Observation(8, 64, 13.6, 0.1, 0, "a"), Observation(8, 32, 13.6, 20.0, 0, "b")]
         assert self.refused(runs) == (
-            "4 of 6 runs (1 not reduced, 1 saturated) can be used; saturated means a final loss <= ln 2: "
+            "4 of 6 runs (1 not reduced, 1 saturated) can be used (saturated: final loss <= ln 2); "
             "expected at least 5; add runs with longer targets or lower ranks"
         )
 
@@ -760,7 +760,7 @@ class TestCommand:
         assert "warning:" not in capsys.readouterr().out
         write_run(runs / "other", corpus="phonebook", rank=2, target_tokens=96, final_loss=4.0)
         law(runs)
-        assert "warning: the runs are of different corpora" in capsys.readouterr().out
+        assert "warning: the runs used different corpora" in capsys.readouterr().out
 
     def test_damaged_per_token_results_are_named_and_left_out(
         self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -792,7 +792,7 @@ class TestCommand:
         law(runs)
         short = capsys.readouterr().out
         assert len(short.splitlines()) <= 24
-        assert "held-out prediction from the smaller: rank >= 8 off by" in short
+        assert "held-out prediction from smaller runs: rank >= 8 off by" in short
         assert "length >= 512 off by" in short
         law(runs, "--form", "power_offset", "--details")
         printed = capsys.readouterr().out

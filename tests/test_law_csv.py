@@ -45,7 +45,7 @@ class TestReading:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("", "no rows; expected a header and one run a line, with rank, target_tokens, initial_loss"),
+            ("", "no rows; expected a header and one run per line, with rank, target_tokens, initial_loss"),
             ("rank,initial_loss,final_loss\n1,2,1\n", "line 1: no column target_tokens; expected rank, target_tokens,"),
             ("rank,target_tokens,initial_loss\n1,2,3\n", "line 1: no column final_loss or loss_reduction; expected"),
             ("rank,target_tokens,initial_loss,final_loss,lr\n1,2,3,1,1\n", "line 1: column 'lr'; expected rank, targ"),
@@ -170,5 +170,5 @@ class TestCommand:
     def test_a_file_does_not_mix_with_records(self, others: list[str]) -> None:
         parser = jsonargparse.ArgumentParser()
         command.configure(parser)
-        with pytest.raises(InputError, match=r"figure2\.csv: expected CSV files alone"):
+        with pytest.raises(InputError, match=r"figure2\.csv: a CSV file cannot be combined"):
             command.run(parser.parse_args([str(FIGURE_2), *others]))

@@ -494,15 +494,15 @@ class TestByParameters:
     @pytest.mark.parametrize(
         ("known", "unknown", "missing"),
         [
-            ("entropy_power", "effective_parameters", "the number of their effective parameters"),
-            (None, "entropy_bits", "the information in their corpus"),
+            ("entropy_power", "effective_parameters", "the number of effective parameters"),
+            (None, "entropy_bits", "the corpus entropy"),
         ],
     )
     def test_a_form_needs_only_what_it_counts(self, known: FormName | None, unknown: str, missing: str) -> None:
         bits = HIGH_LOSS / math.log(2)
         runs = [replace(r, entropy_bits=bits * r.target_tokens) for r in self.runs((1000,), (1, 2, 4))]
         runs = [replace(r, **{unknown: None}) for r in runs]  # type: ignore[arg-type]
-        with pytest.raises(InputError, match=f"form stored_bits: of some runs {missing} is unknown"):
+        with pytest.raises(InputError, match=f"form stored_bits: some runs lack {missing}"):
             fit_law(runs, form="stored_bits")
         fits = {fit.form for fit in fit_law(runs).fits}
         assert ("entropy_power" in fits) is (known is not None)

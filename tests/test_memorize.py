@@ -121,7 +121,7 @@ def test_the_command_exits_with_0_and_what_it_left_is_a_run(
     assert "4 are certain" in capsys.readouterr().out
     # Nothing is written over without being told.
     assert main(arguments) == 2
-    assert "out has something in it; choose another folder, or say overwrite" in capsys.readouterr().err
+    assert "out is not an empty folder; choose another one, or pass overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_served_here", "_brief")
@@ -251,7 +251,7 @@ def test_a_signal_leaves_the_adapter_as_far_as_it_is(
     Path("facts.json").write_text(json.dumps([{"query": q, "target": t} for q, t in FACTS.items()]))
     Path("facts.json").rename("facts.yaml")
     assert main(["memorize", "facts.yaml", "--out=out", f"--backbone={sharp}", "--rank=2", "--block=2"]) == 143
-    said = f"pml memorize: stopped by SIGTERM; the adapter as it was is in {Path('out/adapter')}"
+    said = f"pml memorize: stopped by SIGTERM; the adapter trained so far is in {Path('out/adapter')}"
     assert capsys.readouterr().err.splitlines()[-1] == said
     assert (Path("out/adapter/adapter_model.safetensors")).is_file()
     assert read_record(Path("out/record.json")).status == "interrupted"
@@ -317,7 +317,7 @@ def test_small_sets_of_pairs_are_gone_through_more_often() -> None:
 
 def test_a_file_is_no_folder_to_write_to(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    with pytest.raises(InputError, match="out has something in it; choose another folder, or say overwrite"):
+    with pytest.raises(InputError, match="out is not an empty folder; choose another one, or pass overwrite"):
         pml.memorize(FACTS, tmp_path / "out")
 
 

@@ -256,7 +256,7 @@ def test_a_schedule_goes_by_the_share_of_optimiser_steps(tiny_backbone_folder: P
 
 def test_a_schedule_without_an_end_is_refused(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, schedule="constant", weighting=FallingThreshold())
-    with pytest.raises(InputError, match=r"own does, need an end; set trainer\.max_epochs or trainer\.max_steps"):
+    with pytest.raises(InputError, match=r"default, need an end; set trainer\.max_epochs or trainer\.max_steps"):
         make_trainer(tmp_path, max_epochs=-1).fit(module, datamodule=Ids(uneven(4), batch_size=1))
 
 
@@ -267,7 +267,7 @@ def test_a_checkpoint_that_lacks_or_adds_weights_or_has_another_shape_is_refused
     first = next(iter(state))
     with pytest.raises(InputError, match=f"lacks 1 adapter weights, such as {first}"):
         module.load_state_dict({name: value for name, value in state.items() if name != first})
-    with pytest.raises(InputError, match="has 1 weights that this adapter has not, such as stray"):
+    with pytest.raises(InputError, match="has 1 weights that this adapter lacks, such as stray"):
         module.load_state_dict({**state, "stray": torch.zeros(1)})
     with pytest.raises(InputError, match=r"has shape \(3, 32\); this adapter's is \(2, 32\)"):
         module.load_state_dict({**state, first: torch.zeros(3, 32)})

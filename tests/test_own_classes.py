@@ -85,7 +85,7 @@ def test_a_checkpoint_of_any_method_loads_from_what_they_share(config: Path) -> 
         assert type(module).__name__ == "MyMemFT"
         assert module.hparams["patience"] == 7
         module.release()
-    with pytest.raises(Exception, match=r"is of the method MyMemFT; expected one of SFT"):
+    with pytest.raises(Exception, match=r"was written by the method MyMemFT; expected one of SFT"):
         SFT.load_from_checkpoint(checkpoint)
 
 

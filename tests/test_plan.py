@@ -62,7 +62,7 @@ def test_a_text_with_a_frozen_loss_far_from_those_of_the_law_is_pointed_out(law:
         sentences = outcome_of_rank(law, 400, 4, initial_loss=loss).beyond
         assert any("kind of text" in sentence for sentence in sentences) is said, loss
     assert beyond[-1] == (
-        "the frozen model's loss is 2.3 nats per target token, that of the law's texts 13 to 13: the law does not "
+        "the frozen model's loss is 2.3 nats per target token, but 13 to 13 on the law's texts: the law does not "
         "cover this kind of text"
     )
 
@@ -114,7 +114,7 @@ def test_where_no_rank_will_do_that_is_the_answer(law: LawFit) -> None:
     # 40 * 64 / sqrt(10^8) + 1 = 1.256 at the largest rank that is considered
     plan = rank_for_loss_reduction(law, 10**8, 1.3)
     assert (plan.rank, plan.outcome) == (None, None)
-    assert plan.beyond[0] == f"no rank up to {LARGEST_RANK} does"
+    assert plan.beyond[0] == f"no rank up to {LARGEST_RANK} is enough"
     assert plan.lines()[1] == f"rank: none up to {LARGEST_RANK}"
 
 
@@ -134,9 +134,9 @@ def test_where_more_rank_is_no_more_likely_to_do_it_says_from_where_and_how_like
     )
     plan = rank_for_recall(law.model_copy(update={"recall": doubtful}), 400, pairs=2, probability=0.99)
     assert (plan.rank, plan.outcome) == (None, None)
-    assert "no rank up to 4096 does: from rank " in plan.beyond[0]
+    assert "no rank up to 4096 is enough: from rank " in plan.beyond[0]
     assert "on the probability stays at " in plan.beyond[0]
-    assert "as far as 16 runs and their recall model can say" in plan.beyond[0]
+    assert "as far as 16 runs and their recall model can tell" in plan.beyond[0]
     assert not any(sentence.startswith("rank 4096 is") for sentence in plan.beyond)
 
 
@@ -145,8 +145,8 @@ def test_where_the_recall_model_does_not_apply_or_predict_it_says_so(law: LawFit
     changed = {"loss_range": (5.0, 9.0), "brier": 0.2, "brier_reference": 0.1}
     worse = law.model_copy(update={"recall": RECALL.model_copy(update=changed)})
     found, usual = (outcome_of_rank(which, 24, 400, pairs=400).beyond for which in (worse, law))
-    assert "a final loss of 2.2 nats is below all that the recall model was fitted to (5 to 9)" in found
-    assert any("the recall model predicts no better than the mean (Brier score 0.200, 0.100)" in s for s in found)
+    assert "a final loss of 2.2 nats is far below those that the recall model was fitted to (5 to 9)" in found
+    assert any("recall model predicts no better than the mean (Brier score 0.200 against 0.100)" in s for s in found)
     assert not any("recall model" in sentence for sentence in usual)
     # No better is no better.
     equal = law.model_copy(update={"recall": RECALL.model_copy(update={"brier": 0.1, "brier_reference": 0.1})})
@@ -279,6 +279,6 @@ def test_the_command_answers_from_a_file(law: LawFit, tmp_path: Path, capsys: py
     assert main([*asked, "--rank", "8", "--recall", "1"]) == 2
     assert "--recall and --rank: expected one question at a time" in capsys.readouterr().err
     assert main([*asked, "--rank", "8", "--probability", "0.9"]) == 2
-    assert "--probability and --rank: a probability belongs to --recall" in capsys.readouterr().err
+    assert "--probability and --rank: a probability is only for --recall" in capsys.readouterr().err
     assert main([*asked, "--recall", "0.5", "--pairs", "400", "--probability", "0.5", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rank"] == 25

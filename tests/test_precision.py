@@ -35,7 +35,7 @@ def test_other_precisions_are_refused_before_a_step_is_taken(
     precision: Any, tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     module = module_on(tiny_backbone_folder)
-    with pytest.raises(InputError, match=f"trainer.precision is {precision}; .* is --model.dtype, such as"):
+    with pytest.raises(InputError, match=f"trainer.precision is {precision}; .* give --model.dtype bfloat16"):
         make_trainer(tmp_path, precision=precision).fit(module, datamodule=Ids(uneven(3)))
 
 

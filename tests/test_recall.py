@@ -29,6 +29,7 @@ from pml.recall import (
     score_examples,
 )
 from pml.records import read_record
+from pml.run_folder import run_folder
 from pml.runs import open_run
 from pml.state_store import CacheConfig
 from pml.weighting import TokenScores
@@ -289,6 +290,14 @@ def test_an_opened_run_has_the_recorded_losses(
     assert metrics.min_target_probability(scores).item() == pytest.approx(record.min_target_probability, rel=1e-4)
     assert record.final_loss < record.initial_loss
     module.release()
+
+
+def test_a_run_is_found_by_its_parts_and_may_itself_be_called_adapter(tmp_path: Path) -> None:
+    run = tmp_path / "adapter"
+    (run / "adapter").mkdir(parents=True)
+    (run / "record.json").touch()
+    for part in (run, run / "adapter", run / "record.json", run / "config.yaml"):
+        assert run_folder(part) == run
 
 
 def test_a_folder_that_no_run_has_left_cannot_be_opened(tmp_path: Path) -> None:

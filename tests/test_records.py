@@ -134,7 +134,7 @@ class TestSchema:
             ({"memorized_bits": -3.0}, "memorized_bits is -3.0; expected at least 0"),
             (
                 {"status": "diverged", "final_loss": None},
-                "loss_reduction is 10.5 where a loss is missing",
+                "loss_reduction is 10.5 but a loss is missing",
             ),
         ],
     )

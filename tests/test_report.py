@@ -246,7 +246,7 @@ class TestWhatIsMissing:
     def test_runs_without_per_token_results_are_counted(self) -> None:
         report = make_report({Path("gone/a"): make_record(), Path("gone/b"): make_record(rank=8)})
         assert (
-            "Per-token results are missing for 2 runs, the first because of gone/a/tokens.parquet: no such file"
+            "Per-token results cannot be read for 2 runs; the first error: gone/a/tokens.parquet: no such file"
             in Page(report.html).text
         )
         assert not [name for name in report.figures if "first-failure" in name]
@@ -324,6 +324,21 @@ class TestTokens:
         assert "2 of 16 0.05 -1.50 never" in rows
         assert "wins instead" not in tokens.text  # a history does not say it
         assert rows.count("MemFT") == rows.count("SFT") == 5
+
+    def test_a_damaged_history_is_named_and_the_next_run_stands_in_for_it(self, tmp_path: Path) -> None:
+        write_history(write_simulated_run(tmp_path / "whole", 2, 64, pairs=4))
+        damaged = write_simulated_run(tmp_path / "damaged", 4, 64, pairs=4)
+        (damaged / "history.parquet").write_bytes(b"junk")
+        page = Page(make_report(read_records([tmp_path])).html)
+        assert "Per-token results cannot be read for 1 run; the first error:" in page.text
+        assert "damaged/history.parquet" in page.text
+        assert "number 2 fails at token 4 of 16" in page.text
+
+    def test_a_history_that_keeps_some_pairs_says_so(self, tmp_path: Path) -> None:
+        write_history(write_simulated_run(tmp_path, 4, 64, pairs=4))
+        records = {path: record.model_copy(update={"pairs": 40}) for path, record in read_records([tmp_path]).items()}
+        text = Page(make_report(records).html).text
+        assert text.count("A sample of 4 of 40 targets was kept.") == 2
 
     def test_hand_worked_curves(self) -> None:
         probability = np.array([[0.1, 0.2, np.nan, 0.4], [0.9, 0.4, 0.6, 0.1]], np.float32)

@@ -229,7 +229,7 @@ def test_a_place_in_an_epoch_of_other_batches_is_refused(sharp: Path, tmp_path: 
     fit("a number of steps", sharp, tmp_path, stop_at=1)
     module, _, trainer_arguments = CASES["a number of steps"]
     trainer = make_trainer(tmp_path, **trainer_arguments)
-    with pytest.raises(InputError, match="2 batches into an epoch whose batches were others: batch_size 2 and now 3"):
+    with pytest.raises(InputError, match="epoch that was batched otherwise: batch_size was 2, is now 3"):
         trainer.fit(
             module(sharp),
             datamodule=Ids(uneven(7), batch_size=3),
@@ -263,7 +263,7 @@ def test_the_newest_whole_checkpoint_is_found_and_a_damaged_one_named(
         assert newest_checkpoint(tmp_path) == previous
         assert caplog.messages == [f"{last}: damaged, so the checkpoint before it is taken"]
     previous.unlink()
-    with pytest.raises(InputError, match="none of its 1 checkpoints can be gone on from, so there is nothing"):
+    with pytest.raises(InputError, match="none of its 1 checkpoints can be resumed, so there is nothing"):
         newest_checkpoint(tmp_path)
     last.unlink()
     with pytest.raises(InputError, match="no checkpoint in it, so there is nothing to go on from"):
@@ -275,7 +275,7 @@ def test_a_newer_checkpoint_of_weights_alone_is_passed_over(tmp_path: Path, capl
     os.utime(last, (1, 1))
     weights = save(tmp_path, {"state_dict": {}, "pml": {}}, "epoch=3.ckpt")
     assert newest_checkpoint(tmp_path) == last
-    assert caplog.messages == [f"{weights}: holds weights alone, so it is passed over"]
+    assert caplog.messages == [f"{weights}: holds only weights, so it is skipped"]
 
 
 def test_a_checkpoint_that_could_run_code_is_not_read(tmp_path: Path) -> None:
@@ -285,14 +285,14 @@ def test_a_checkpoint_that_could_run_code_is_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1], torch.ones(2), "text"])
 def test_a_checkpoint_of_something_else_is_refused(content: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="not a checkpoint of a fit of pml"):
+    with pytest.raises(InputError, match="not a checkpoint of pml"):
         read_checkpoint(save(tmp_path, content))
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and nothing more"])
 def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "some.ckpt").write_bytes(content)
-    with pytest.raises(InputError, match="damaged, or no checkpoint; expected one that a fit of pml has made"):
+    with pytest.raises(InputError, match="damaged, or not a checkpoint; expected one written by `pml fit`"):
         read_checkpoint(tmp_path / "some.ckpt")
 
 
@@ -350,7 +350,7 @@ class TestSignals:
             assert stopping.requested() == signal.SIGINT
             os.kill(os.getpid(), signal.SIGINT)
         assert (caught.value.code, caught.value.at_once, str(caught.value)) == (130, True, "stopped by Ctrl-C")
-        assert capsys.readouterr().err.startswith("stopping when this step is done; once more to stop at once")
+        assert capsys.readouterr().err.startswith("stopping after this step; repeat to stop at once")
 
     def test_afterwards_signals_are_as_they_were(self) -> None:
         before = [signal.getsignal(signum) for signum in stopping.SIGNALS]

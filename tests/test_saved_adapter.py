@@ -135,7 +135,7 @@ def _round(weights: dict[str, torch.Tensor]) -> None:
         (_drop, "1 of the 2 weights that its configuration asks for are missing, such as .*lora_B.weight"),
         (_add, "1 weights have no place in what its configuration asks for, such as base_model.model.lm_head.weight"),
         (_break, "lora_A.weight has values that are not finite numbers"),
-        (_round, r"lora_A.weight is torch.int32; expected numbers with a fraction"),
+        (_round, r"lora_A.weight is torch.int32; expected a floating-point type"),
     ],
 )
 def test_weights_that_are_missing_too_many_or_no_numbers_are_refused(
@@ -150,9 +150,9 @@ def test_weights_that_are_missing_too_many_or_no_numbers_are_refused(
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({"rank": 4}, "the adapter has rank 3, and the record of its run 4; one of them was replaced"),
-        ({"block": [2]}, r"the adapter has blocks \[1\], and the record of its run \[2\]"),
-        ({"method_settings": {"alpha": None}}, "the adapter has alpha 6, and the record of its run 3"),
+        ({"rank": 4}, "the adapter has rank 3, but the record of its run 4; one of them was replaced"),
+        ({"block": [2]}, r"the adapter has blocks \[1\], but the record of its run \[2\]"),
+        ({"method_settings": {"alpha": None}}, "the adapter has alpha 6, but the record of its run 3"),
         ({}, None),
     ],
 )
@@ -178,7 +178,7 @@ def test_an_adapter_is_that_of_its_record_whatever_the_model_calls_its_blocks(
     model = attach_adapter(backbone, AdapterConfig(rank=2, block=2, placement=[leaf]))
     model.save_pretrained(str(tmp_path / "adapter"))
     detach_adapter(model)
-    for block, said in ((2, None), (1, r"the adapter has blocks \[2\], and the record of its run \[1\]")):
+    for block, said in ((2, None), (1, r"the adapter has blocks \[2\], but the record of its run \[1\]")):
         record = {"rank": 2, "block": [block], "method_settings": {}}
         (tmp_path / "record.json").write_text(json.dumps(record))
         if said is None:

@@ -156,7 +156,7 @@ def test_the_command_says_what_it_chose_and_where_a_better_value_may_lie(
         ({"epochs": [4]}, "epochs: List should have at least 2 items"),
         ({"search": {}}, "search: Dictionary should have at least 1 item"),
         ({"search": {RATE: []}}, f"search key {RATE} has no values"),
-        ({"grid": {RATE: [1]}}, f"{RATE} is in the grid too; a search decides it, so take it out there"),
+        ({"grid": {RATE: [1]}}, f"{RATE} is in the grid too; the search sets it, so take it out of the grid"),
         ({"grid": {"trainer.max_epochs": [1]}}, "trainer.max_epochs is in the grid too"),
     ],
 )

@@ -140,7 +140,7 @@ def test_by_itself_the_host_gives_half_of_what_is_available(tmp_path: Path, monk
     [
         ({"place": "cloud"}, "place is 'cloud'; expected auto, device, host or disk"),
         ({"budget_gib": 0}, "budget_gib is 0; expected a number of GiB above 0"),
-        ({"enabled": False, "release": True}, "release needs what it releases to be kept"),
+        ({"enabled": False, "release": True}, "release needs the cache of frozen states"),
     ],
 )
 def test_wrong_settings_are_refused(arguments: dict, message: str) -> None:

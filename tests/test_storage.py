@@ -88,7 +88,7 @@ def test_the_rank_is_the_smallest_that_holds_the_bits(tiny_backbone: Backbone) -
     first, second, third = plan.lines()
     assert first.startswith("2 pairs, 5 target tokens: ")
     assert second.startswith(f"rank {plan.rank} ({plan.rank_interval[0]} to {plan.rank_interval[1]}) in mlp_block: ")
-    assert third == "rests on 0.5 bits a parameter (0.25 to 1, range; a test), filled to 50%"
+    assert third == "based on 0.5 bits per parameter (0.25 to 1, range; a test), filled to 50%"
 
 
 def test_what_is_saved_of_a_guarded_adapter_is_more_than_what_is_trained(tiny_backbone: Backbone) -> None:
@@ -124,10 +124,12 @@ def test_a_constant_from_elsewhere_comes_with_a_warning() -> None:
     assert constant_for("mlp_block", False, known) == (known[0], [])
     assert constant_for("mlp_block", True, known) == (known[2], [])
     found, (warning,) = constant_for(["v_proj", "q_proj"], True, known)
-    assert (found, warning) == (known[1], "measured without the guard")
+    assert (found, warning) == (known[1], "bits per parameter were measured without the guard")
     found, (warning,) = constant_for(["o_proj"], False, known)
     assert found == known[1]
-    assert warning == "nothing was measured at this placement; this is what q_proj, v_proj stores, the least of all"
+    assert warning == (
+        "nothing was measured at this placement; the plan assumes what q_proj, v_proj stores, the least of all"
+    )
 
 
 def test_constants_ship_for_what_people_use() -> None:
@@ -189,9 +191,9 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("given", "said"),
         [
-            (["facts.csv", "--length=3"], "--length belongs to a fitted law, and facts.csv is none; leave it out"),
-            (["law.json", "--guard=true"], "--guard belongs to a file of pairs, and law.json is none; leave it out"),
-            (["law.json"], "--length is missing: a law is asked about so many target tokens"),
+            (["facts.csv", "--length=3"], "--length is only for a fitted law, which facts.csv is not; leave it out"),
+            (["law.json", "--guard=true"], "--guard is only for a file of pairs, which law.json is not; leave it out"),
+            (["law.json"], "--length is missing; expected the target tokens of the corpus, such as --length 512"),
         ],
     )
     def test_a_question_that_belongs_to_the_other_kind_is_refused(

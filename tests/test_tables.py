@@ -8,13 +8,21 @@ from record_factory import make_record
 from rich.console import Console
 
 from pml.records import Record
-from pml.tables import TextTable, records_table, rich_table, show_interval
+from pml.tables import TextTable, records_table, rich_table, short_names, show_interval, show_loss
 
 
 def printed(records: dict[Path, Record], width: int = 100) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(rich_table(records_table(records)))
     return console.export_text()
+
+
+def test_the_folder_that_one_is_in_has_a_name() -> None:
+    assert short_names([Path("."), Path("a")]) == [".", "a"]
+
+
+def test_losses_have_at_most_four_digits() -> None:
+    assert [show_loss(nats) for nats in (9.9994, 9.9996, 13.5)] == ["9.999", "10.00", "13.50"]
 
 
 class TestRecordsTable:

@@ -1,6 +1,10 @@
 """Pictures of tokens: the colour jumps at the threshold, and no failing token vanishes."""
 
+from typing import Any
+
 import numpy as np
+import pytest
+from PIL import ImageDraw
 
 from pml.token_history import History
 from pml.token_pictures import colours, grid_image, history_image, pool_min, token_grid
@@ -54,3 +58,36 @@ def test_the_history_has_first_tokens_first() -> None:
     blue, orange = ((row == colours(np.array([p]))[0]).all(axis=1) for p in (1.0, 0.0))
     assert np.flatnonzero(blue).tolist() == list(range(76, 76 + 48))
     assert np.flatnonzero(orange).tolist() == list(range(76 + 48, 76 + 120))
+
+
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts that pictures have had written into them, as they come."""
+    texts: list[str] = []
+    draw_text = ImageDraw.ImageDraw.text
+
+    def text(self: ImageDraw.ImageDraw, xy: tuple[float, float], content: str, **options: Any) -> None:
+        texts.append(content)
+        draw_text(self, xy, content, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return texts
+
+
+@pytest.mark.parametrize(("tokens", "in_row"), [(12_000, 120), (12_001, 120), (18_000, 180)])
+def test_the_axis_of_one_long_target_says_how_many_tokens_a_row_stands_for(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, in_row: int
+) -> None:
+    texts = written(monkeypatch)
+    grid_image(np.full(tokens, 0.9), [tokens])
+    (axis,) = [text for text in texts if "rows of" in text]
+    assert axis.startswith(f"0 … {in_row - 1}  token (rows of {in_row})")
+
+
+@pytest.mark.parametrize(("looks", "pooled"), [(100, False), (101, True)])
+def test_a_history_of_many_looks_says_that_it_shows_the_smallest_of_neighbours(
+    monkeypatch: pytest.MonkeyPatch, looks: int, pooled: bool
+) -> None:
+    texts, places = written(monkeypatch), np.arange(3)
+    probability = np.full((looks, 3), 0.9, np.float32)
+    history_image(History(np.arange(looks), places * 0, places, places, probability, probability, probability > 0.5))
+    assert any("smallest of neighbours" in text for text in texts) == pooled

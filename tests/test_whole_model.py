@@ -64,7 +64,7 @@ def test_a_model_that_does_not_run_is_refused_in_a_line_that_says_what_is_missin
         _ = module_on(tiny_backbone).frozen_layers
     assert str(refusal.value) == (
         "backbone tiny-llama: LlamaForCausalLM does not run here on token ids alone (ImportError: the package "
-        "`mamba_ssm` is required: run pip install mamba-ssm); install what it asks for, or take another backbone"
+        "`mamba_ssm` is required: run pip install mamba-ssm); install what it asks for, or use another backbone"
     )
 
 
@@ -76,6 +76,6 @@ def test_an_attribute_that_is_missing_below_is_not_taken_for_a_missing_prefix(
 
     monkeypatch.setattr(pml.frozen_layers, "FrozenLayers", broken)
     with pytest.raises(
-        InputError, match=r"LlamaForCausalLM is not made as a causal decoder is .*no attribute 'layers'"
+        InputError, match=r"LlamaForCausalLM is not built like a causal decoder .*no attribute 'layers'"
     ):
         _ = module_on(tiny_backbone).frozen_layers

@@ -1,1 +1,1 @@
-"""What a step costs, what a fit makes of it, and how long recall takes."""
+"""Benchmarks: the cost of an optimiser step and of a whole fit, and the time to certified recall."""

@@ -1,4 +1,4 @@
-"""What a fit costs through the Trainer, against its bare steps, and how long it takes to certified recall."""
+"""Cost of a fit through the Trainer relative to bare optimiser steps, and time to certified recall."""
 
 import statistics
 import tempfile
@@ -27,12 +27,12 @@ class FitCost:
     """What the Trainer and its callbacks add to optimiser steps, in one process and on the same batch.
 
     Attributes:
-        case: The batch, which is the whole corpus: an epoch is a step.
-        bare_seconds: Median optimiser step in a loop of its own.
-        trainer_seconds: Median time from step to step inside `Trainer.fit`, without callbacks.
+        case: The batch, which is the whole corpus, so that an epoch is one step.
+        bare_seconds: Median optimiser step in a plain loop.
+        trainer_seconds: Median time between steps inside `Trainer.fit`, without callbacks.
         watched_seconds: The same with `TokenThresholds`.
-        watching_share: Share of the whole fit that is spent in the hooks of `TokenThresholds`, its pictures and its
-            last exact look included, of a fit of this many steps.
+        watching_share: Share of the time of a fit of `steps` that the hooks of `TokenThresholds` take, including its
+            pictures and its final exact look.
         steps: Optimiser steps of each fit.
     """
 
@@ -45,7 +45,7 @@ class FitCost:
 
 
 def measure_fit(case: Case, steps: int = 100) -> FitCost:
-    """Fit one batch through the Trainer without callbacks and with `TokenThresholds`, and step on it bare.
+    """Fit one batch through the Trainer without callbacks and with `TokenThresholds`, and time bare steps on it.
 
     Args:
         case: The batch.
@@ -54,7 +54,7 @@ def measure_fit(case: Case, steps: int = 100) -> FitCost:
     from pml.backbone import shared_backbones
 
     with shared_backbones(), tempfile.TemporaryDirectory() as folder:
-        # What is measured or made once per process is done now.
+        # A warm-up fit does what happens once per process.
         _, module, _ = _fit(case, [], folder, 3)
         module.release()
         plain, module, batch = _fit(case, [], folder, steps)
@@ -73,7 +73,7 @@ class _Times:
 
 
 class _Clock(Callback):
-    """Notes when each training batch ends."""
+    """Records when each training batch ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -85,7 +85,7 @@ class _Clock(Callback):
 
 
 def _fit(case: Case, callbacks: Sequence[str], folder: str, steps: int) -> tuple[_Times, Memorization, dict[str, Any]]:
-    """Times of a fit that is never over early, its module and its batch."""
+    """Times of a fit that runs all its steps, with its module and its batch."""
     cli = _cli(
         case.backbone,
         case.rank,
@@ -118,7 +118,7 @@ def _fit(case: Case, callbacks: Sequence[str], folder: str, steps: int) -> tuple
 
 @contextmanager
 def _timed(callbacks: Sequence[Any]) -> Iterator[list[float]]:
-    """Time every hook of callbacks; seconds are in the list."""
+    """Time every hook of the callbacks; the list collects the seconds of each call."""
     spent: list[float] = []
 
     def timing(hook: Any) -> Any:
@@ -137,13 +137,13 @@ def _timed(callbacks: Sequence[Any]) -> Iterator[list[float]]:
 
 def _bare_steps(module: Memorization, batch: dict[str, Any], count: int) -> list[float]:
     batch = on_device(batch, module.backbone.model.device)
-    module.frozen_layers.replay(module.cuda_graphs)  # as in the fit, at whose end it stopped
+    module.frozen_layers.replay(module.cuda_graphs)  # as in the fit, which stops replaying when it ends
     optimizer = make_adamw(adapter_parameters(module.model).values(), 1e-3, (0.9, 0.999), 0.0)
     return timed_steps(lambda: pml_loss(module, batch), optimizer, module.matmul_precision, count)
 
 
 def _cli(backbone: str, rank: int, arguments: Sequence[str]) -> Any:
-    """What `pml fit` makes of arguments, on one device and without leaving anything behind."""
+    """CLI that `pml fit` would build from arguments, on one device, without checkpoints and validation."""
     from pml.lightning_cli import MemorizationCLI, prepare
 
     prepare()
@@ -163,14 +163,14 @@ def _cli(backbone: str, rank: int, arguments: Sequence[str]) -> Any:
 
 @dataclass(frozen=True)
 class RecallRun:
-    """How long a fit took to certified recall.
+    """Duration of a fit until its recall was certified.
 
     Attributes:
         method: `SFT` or `MemFT`.
-        settings: `published` or `best`.
+        settings: Key of `RECALL_SETTINGS`: `published` or `best`.
         steps: Optimiser steps taken.
         seconds: Duration of the fit, certificate included.
-        recalled: Whether every target token was certified; otherwise the steps ran out.
+        recalled: Whether every target token was certified before the steps ran out.
     """
 
     method: str
@@ -187,13 +187,13 @@ RECALL_SETTINGS = {
 
 
 def measure_recall(backbone: str, length: int, rank: int = 4, most_steps: int = 400) -> list[RecallRun]:
-    """Fit one random target with each method and each settings until its recall is certified.
+    """Fit one random target with each method and each set of settings until its recall is certified.
 
     Args:
         backbone: Name of the backbone.
         length: Target tokens.
         rank: LoRA rank.
-        most_steps: Where a fit that has not got there is given up.
+        most_steps: Maximum number of optimiser steps of a fit.
     """
     from pml.backbone import shared_backbones
 

@@ -1,4 +1,4 @@
-"""What the machine itself does: the rate of its matrix products, and how much memory is in use."""
+"""Rate of the machine's matrix products, and memory in use."""
 
 import platform
 import time
@@ -14,7 +14,7 @@ MIB = 2**20
 
 
 def matmul_rate(dtype: str = "float32", seconds: float = 1.0) -> float:
-    """The fastest float32-accurate product of this machine, or the fastest in bfloat16, in 10^9 operations a second."""
+    """Rate of this machine's fastest product in bfloat16 or at float32 accuracy, in 10^9 operations per second."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         tune_cpu()
@@ -33,7 +33,7 @@ def matmul_rate(dtype: str = "float32", seconds: float = 1.0) -> float:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Forget how much memory was in use at most."""
+    """Reset the peak of memory in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     elif platform.system() == "Linux":
@@ -41,19 +41,19 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mib(device: torch.device) -> float:
-    """Largest memory in use since `reset_peak`, in MiB: of the process, or allocated on the GPU."""
+    """Peak memory since `reset_peak`, in MiB: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / MIB
     return _status("VmHWM")
 
 
 def held_mib(device: torch.device) -> float:
-    """Memory in use now, in MiB."""
+    """Current memory in MiB: allocated on the GPU, or resident in the process."""
     return torch.cuda.memory_allocated() / MIB if device.type == "cuda" else _status("VmRSS")
 
 
 def _status(field: str) -> float:
-    """A size of this process in MiB, from the kernel; not a number where there is no such kernel."""
+    """A memory field of /proc/self/status in MiB; NaN on systems other than Linux."""
     if platform.system() != "Linux":
         return float("nan")
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Everything that was measured, as plain Python."""
+"""Benchmark results as JSON."""
 
 import platform
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def as_json(
     rates: dict[str, float],
     recall: Sequence[RecallRun],
 ) -> dict[str, Any]:
-    """Everything measured, as plain Python; rates in 10^9 operations a second."""
+    """All results as a dictionary for JSON; `rates` are in 10^9 operations per second."""
     choice = tune_cpu() if not torch.cuda.is_available() else None
     return {
         "schema_version": 3,

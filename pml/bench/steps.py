@@ -1,7 +1,7 @@
-"""What an optimiser step costs, the ordinary way against pml unsplit and split, and how near to the machine's limit.
+"""Cost of an optimiser step: plain PEFT against pml without and with the split, and the arithmetic each needs.
 
-Each way runs in a process of its own, so that their settings and memory do not mix, and only one of them at a time.
-They take turns, so that a machine that slows down slows all of them.
+Each way runs in its own process, so that settings and memory do not mix. The ways take turns, one at a time, so that
+a machine that slows down slows all of them.
 """
 
 import gc
@@ -33,7 +33,7 @@ __all__ = ["WAYS", "Case", "Measurement", "measure_steps", "pml_loss", "step_flo
 
 Way = Literal["ordinary", "whole", "split"]
 WAYS: tuple[Way, ...] = ("ordinary", "whole", "split")
-"""The whole model through PEFT with logits at every position, as PyTorch comes; pml without the split; pml with it."""
+"""PEFT on the whole model, with logits at every position and PyTorch's defaults; pml unsplit; pml split."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Case:
     """One batch to step on.
 
     Attributes:
-        corpus: `random_tokens` (one target) or `phonebook` (many short ones).
-        size: Target tokens, or pairs in the batch.
+        corpus: `random_tokens` (one target) or `phonebook` (many short targets).
+        size: Target tokens of `random_tokens`, or pairs of `phonebook`.
         dtype: Floating-point type of the backbone.
-        backbone: Its name.
+        backbone: Name of the backbone.
         rank: LoRA rank of the adapter.
-        matmul_precision: Of float32 products in pml's steps; the ordinary ones are as PyTorch comes.
+        matmul_precision: Precision of float32 products in pml's steps; the ordinary step keeps PyTorch's default.
     """
 
     corpus: Literal["random_tokens", "phonebook"]
@@ -58,30 +58,30 @@ class Case:
 
     @property
     def numbers(self) -> str:
-        """What is calculated with, as tables name it."""
+        """Number format for tables: the dtype, or the matmul precision if that is reduced."""
         return self.dtype if self.matmul_precision == "highest" else self.matmul_precision
 
     @property
     def label(self) -> str:
-        """Name in tables."""
+        """Name of the case in tables."""
         return f"target {self.size}" if self.corpus == "random_tokens" else f"{self.size} pairs"
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one way of stepping on one case took.
+    """Cost of one way of stepping on one case.
 
     Attributes:
         case: The batch.
-        way: How the step was made.
+        way: The way of stepping.
         step_seconds: Median over all counted steps.
-        fastest_seconds: The fastest of them.
-        slowest_seconds: The slowest of them.
-        peak_mib: Largest memory in use while stepping, weights and all: resident memory of the process above what it
-            was before the backbone was loaded, or allocated memory of the GPU.
-        step_mib: How far that is above what was held between steps.
-        cut: Where the frozen-layer cache was cut.
-        gflop: Arithmetic that this way of stepping takes, in 10^9 operations: see `step_flops`.
+        fastest_seconds: Fastest counted step.
+        slowest_seconds: Slowest counted step.
+        peak_mib: Peak memory while stepping, weights included, above what was in use before the backbone was loaded:
+            resident memory of the process, or allocated memory of the GPU.
+        step_mib: Peak memory above what was in use before the first step.
+        cut: Where the model was split into frozen and trained blocks; `whole` if it was not.
+        gflop: Arithmetic of a step, in 10^9 operations; see `step_flops`.
     """
 
     case: Case
@@ -102,9 +102,9 @@ def measure_steps(
 
     Args:
         cases: The batches.
-        repeats: Turns that each way gets on each case.
-        steps: Counted optimiser steps in a turn; one more at its start is not counted, since another process has had
-            the caches since.
+        repeats: Turns of each way on each case.
+        steps: Counted optimiser steps per turn, after one uncounted step: another process has used the CPU's caches in
+            the meantime.
         report: Called with each measurement as soon as it is known.
     """
     context = multiprocessing.get_context("spawn")
@@ -147,7 +147,7 @@ def _ask(pipe: Connection, request: tuple[str, Any]) -> Any:
 
 
 def _worker(way: Way, pipe: Connection) -> None:
-    """Serves one way of stepping until the pipe is closed."""
+    """Serve requests for one way of stepping until the pipe is closed."""
     from pml.quiet import ignore_noise
 
     ignore_noise()
@@ -161,7 +161,7 @@ def _worker(way: Way, pipe: Connection) -> None:
             if request == "case":
                 if stepper is not None:
                     stepper.close()
-                stepper = None  # the last case's memory goes before the next one's is measured
+                stepper = None  # frees the last case's memory before the next is measured
                 gc.collect()
                 stepper = _Stepper(way, argument)
                 pipe.send(stepper.facts)
@@ -177,11 +177,11 @@ def _worker(way: Way, pipe: Connection) -> None:
 
 _loaded: dict[tuple[str, str], Backbone] = {}
 _bare_mib = float("nan")
-"""Memory of the process before it loaded its first backbone."""
+"""Memory in use before the process loaded its first backbone."""
 
 
 class _Stepper:
-    """One way of stepping on one case; `close` takes its adapter off the backbone, which stays loaded."""
+    """One way of stepping on one case; `close` detaches its adapter and leaves the backbone loaded."""
 
     close: Callable[[], None]
 
@@ -226,7 +226,7 @@ class _Stepper:
         )
         self.facts = {"cut": cut, "gflop": step_flops(backbone, corpus, adapter, way) / 1e9}
         if way == "split":
-            self._loss()  # everything below the adapter is kept from here on, so its weights can go
+            self._loss()  # computes and keeps the frozen states, so the weights below the cut can go
             module.frozen_layers.release()
             module.frozen_layers.replay()
         give_back_memory()
@@ -245,13 +245,13 @@ class _Stepper:
 def timed_steps(
     loss_of_batch: Callable[[], Tensor], optimizer: torch.optim.Optimizer, precision: MatmulPrecision, count: int
 ) -> list[float]:
-    """Seconds of so many optimiser steps, after one that is not counted.
+    """Seconds of each of `count` optimiser steps, after one that is not counted.
 
     Args:
-        loss_of_batch: Makes the loss, with its graph.
-        optimizer: Of what is trained, in one group.
-        precision: Of float32 products, forward and backward.
-        count: Steps to time.
+        loss_of_batch: Computes the loss, with its graph.
+        optimizer: Optimiser of the trained parameters, in one group.
+        precision: Precision of float32 products, forward and backward.
+        count: Number of steps to time.
     """
     parameters, seconds = optimizer.param_groups[0]["params"], []
     for _ in range(count + 1):
@@ -265,25 +265,25 @@ def timed_steps(
         if parameters[0].device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-        # As trainers do; the graph would stay through the next step's forward pass.
+        # As trainers do: otherwise the graph would stay in memory through the next step's forward pass.
         del loss
     return seconds[1:]
 
 
 def _ordinary_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean target loss as transformers' Trainer takes it: logits at every position, the model's own loss."""
+    """Mean target loss as transformers' Trainer computes it: logits at every position, the model's own loss."""
     mask = torch.arange(batch["input_ids"].shape[1], device=batch["lengths"].device) < batch["lengths"][:, None]
     return model(input_ids=batch["input_ids"], attention_mask=mask.long(), labels=batch["labels"], use_cache=False).loss
 
 
 def pml_loss(module: Memorization, batch: dict[str, Any]) -> Tensor:
-    """The loss of a training step on a batch with its keys, in nats per target token."""
+    """Loss of a training step on a batch with its content keys, in nats per target token."""
     scores = module.score(batch)
     return weighted_mean(scores.losses, module.weighting.weights(scores))
 
 
 def _corpus(case: Case, backbone: Backbone) -> Corpus:
-    # By name, as the command line does: nothing in pml refers to what is in data_modules.
+    # Imported by name, as on the command line: pml does not depend on data_modules.
     corpora = import_module("data_modules")
     if case.corpus == "random_tokens":
         data = corpora.RandomTokens(length=case.size)
@@ -293,16 +293,16 @@ def _corpus(case: Case, backbone: Backbone) -> Corpus:
 
 
 def step_flops(backbone: Backbone, corpus: Corpus, adapter: AdapterConfig, way: Way = "split") -> float:
-    """Floating-point operations that a step on a whole corpus takes; those of the split one nothing can do without.
+    """Floating-point operations of a step on a whole corpus; no way of stepping can do with fewer than the split way.
 
-    Forward, two for each weight of the blocks (the split way: of those above the adapted one) and each input token
-    (padding not counted), and for attention the products with keys and values; backward, as many again through the
-    blocks above the adapted one. Both ways two for each weight of the head and each target token (the ordinary way:
-    each input token). The adapter itself and everything elementwise is left out: below a hundredth of this.
+    Forward: two per block weight and input token without padding, plus attention's products with keys and values; the
+    split way counts only blocks above the adapted one. Backward: as many again through the blocks above the adapted
+    one. Head: two per weight and target token (ordinary way: input token), forward and again backward. The adapter and
+    elementwise operations are left out: they are below a hundredth of the total.
     """
     first_above = max(adapter.block_indices(len(backbone.blocks))) + 1
     tokens = sum(len(e) - 1 for e in corpus.examples)
-    # Causal: each token meets half of the others on average; keys and values are met once each.
+    # Causal: each token attends to half of the others on average, in one product with keys and one with values.
     attention = sum((len(e) - 1) ** 2 for e in corpus.examples) * _attention_width(backbone)
 
     def once_through(blocks: Sequence[nn.Module]) -> float:

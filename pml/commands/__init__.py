@@ -1,1 +1,1 @@
-"""The commands around a run, one a file: `configure` adds a command's arguments to a parser, `run` does its work."""
+"""The commands around a run, one per file: `configure` adds the arguments to a parser, `run` does the work."""

@@ -1,4 +1,4 @@
-"""Where the commands print their tables."""
+"""The console that commands print tables on."""
 
 import os
 import sys
@@ -13,15 +13,15 @@ from pml.escape import one_line, visible
 
 __all__ = ["make_console", "one_line"]
 
-# Rich takes 80 where it cannot ask a terminal, at which tables of results fold their numbers.
+# Without a terminal rich assumes 80 columns, in which numbers in result tables wrap.
 WIDTH_ELSEWHERE = 120
 
 
 class _SafeConsole(Console):
-    """Shows control characters of what it is given; its own are kept apart from text by rich."""
+    """Spells out control characters in text; the console's own control codes pass unchanged."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        # Before columns are measured: spelled out, text is wider.
+        # Before column widths are measured, since spelled-out text is wider.
         return super().render_str(visible(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -30,9 +30,9 @@ class _SafeConsole(Console):
 
 
 def make_console(**options: Any) -> Console:
-    """A console on stdout, as wide as the terminal; in a file or a pipe 120 columns, or as many as COLUMNS says.
+    """Console, by default on stdout, as wide as the terminal; elsewhere as wide as COLUMNS says, or 120 columns.
 
-    Text is shown as it is: nothing in it is taken for markup, an emoji's name, or a command to the terminal.
+    Text is shown literally: markup, emoji names and terminal escapes in it have no effect.
     """
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
     plain = {"markup": False, "emoji": False, "highlight": False, "width": None if known else WIDTH_ELSEWHERE}

@@ -1,4 +1,4 @@
-"""A file of pairs as token ids, for commands that take one beside a backbone or an adapter."""
+"""Pairs from a file and adapters from anywhere, for commands that do not need a run."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,11 @@ __all__ = [
 ]
 
 FACT_FILES = (".jsonl", ".csv", ".parquet", ".yaml", ".yml")
-"""What `data_modules.Facts` reads."""
+"""Suffixes of the files that `data_modules.Facts` reads."""
 
 
 class Facts(NamedTuple):
-    """Pairs and how they became ids."""
+    """A data module of pairs, its corpus, and the encoder that made the token ids."""
 
     data: Any
     corpus: "Corpus"
@@ -35,14 +35,14 @@ class Facts(NamedTuple):
 
 
 def read_facts(path: Path, backbone: str) -> Facts:
-    """Read pairs with a backbone's tokenizer; its weights are not loaded.
+    """Read pairs and encode them with a backbone's tokenizer, without loading its weights.
 
     Args:
-        path: As `data_modules.Facts` reads it.
-        backbone: Name of the backbone.
+        path: A file that `data_modules.Facts` reads.
+        backbone: `smollm2-135m`, a folder, or a hub id.
 
     Raises:
-        InputError: If either will not do.
+        InputError: If the file or the backbone cannot be used.
     """
     from pml.backbone import load_config, load_tokenizer
     from pml.lightning_cli import make_run
@@ -55,7 +55,7 @@ def read_facts(path: Path, backbone: str) -> Facts:
 
 
 def base_of(adapter: Path) -> str:
-    """The backbone that a saved adapter names as its base.
+    """Name of the backbone that a saved adapter was trained on, from its `adapter_config.json`.
 
     Raises:
         InputError: If it names none.
@@ -65,38 +65,40 @@ def base_of(adapter: Path) -> str:
     try:
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{adapter}: no adapter_config.json that names a base; give --backbone") from error
+        raise InputError(f"{adapter}: no adapter_config.json that names a base model; give --backbone") from error
     if base is None:
-        raise InputError(f"{adapter}: its adapter_config.json names no base; give --backbone")
+        raise InputError(f"{adapter}: its adapter_config.json names no base model; give --backbone")
     return DEFAULT_BACKBONE if base == DEFAULT_HUB_ID else str(base)
 
 
 def add_adapter_arguments(parser: jsonargparse.ArgumentParser) -> None:
-    """Arguments by which a command takes an adapter that somebody else trained, in place of a run."""
-    parser.add_argument("--adapter", type=Path | None, help="folder of any PEFT LoRA adapter, in place of RUN")
-    parser.add_argument("--data", type=Path | None, help="file of pairs for --adapter, as data_modules.Facts reads it")
-    parser.add_argument("--backbone", type=str | None, help="backbone of --adapter; its own base unless given")
+    """Add the arguments that name an adapter trained elsewhere, in place of a run."""
+    parser.add_argument("--adapter", type=Path | None, help="folder of any PEFT LoRA adapter, instead of RUN")
+    parser.add_argument("--data", type=Path | None, help="file of pairs for --adapter (.jsonl, .csv, .parquet, .yaml)")
+    parser.add_argument(
+        "--backbone", type=str | None, help="backbone of --adapter; default: the base model that the adapter names"
+    )
 
 
 def check_adapter_arguments(args: jsonargparse.Namespace) -> None:
-    """Refuse a run and an adapter at once, neither, or an adapter without pairs.
+    """Require either a run, or an adapter with a file of pairs.
 
     Raises:
-        InputError: If the arguments are none of the two.
+        InputError: If both are given, neither is, or `--data` or `--backbone` does not fit the choice.
     """
     if (args.run is None) == (args.adapter is None):
         raise InputError("expected either the folder of a run, or --adapter with --data")
     if args.adapter is not None and args.data is None:
-        raise InputError("--adapter needs --data, a file of pairs that it is to recall")
+        raise InputError("--adapter needs --data, a file of the pairs to recall")
     if args.adapter is None and (given := [name for name in ("data", "backbone") if args[name] is not None]):
-        raise InputError(f"--{given[0]} belongs to --adapter; a run has its own")
+        raise InputError(f"--{given[0]} is only for --adapter; a run has its own, so leave it out")
 
 
 def open_adapter(args: jsonargparse.Namespace) -> tuple[Any, Any]:
-    """A module with the adapter of --adapter on it, in evaluation mode on the device that is there, and the pairs.
+    """Module with the adapter of `--adapter`, in evaluation mode on the best device, and the data module of `--data`.
 
     Raises:
-        InputError: If either will not do.
+        InputError: If the adapter, its backbone or the pairs cannot be used.
     """
     from pml.devices import best_device
     from pml.modules import SFT

@@ -1,4 +1,4 @@
-"""How the help of a command is laid out."""
+"""Layout of a command's help."""
 
 import textwrap
 
@@ -8,7 +8,7 @@ __all__ = ["ParagraphFormatter"]
 
 
 class ParagraphFormatter(jsonargparse.DefaultHelpFormatter):
-    """Wraps a description by paragraphs; indented lines, which are examples, stay as they are."""
+    """Wraps a description paragraph by paragraph; indented paragraphs, which hold examples, keep their lines."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = textwrap.dedent(text).strip().split("\n\n")

@@ -1,4 +1,4 @@
-"""What `pml law` does once it is asked: fit, print one screen, write `law.json` and its figure."""
+"""The work of `pml law`: fit, print one screen, write `law.json` and its figure."""
 
 import json
 from pathlib import Path
@@ -29,17 +29,17 @@ FIGURE_NAME = "law.png"
 
 
 def fit_and_show(args: jsonargparse.Namespace) -> int:
-    """Fit, print, and write where `--out` says.
+    """Fit the law, write it to `--out` if given, and print it; 0.
 
     Raises:
-        InputError: If the runs cannot determine a law, or `--out` holds another one.
+        InputError: If the runs cannot determine a law, or `--out` holds another law or cannot be written.
     """
     law = _law(args)
     content = law.to_json()
     if args.out is not None:
         _check_free(args.out / LAW_NAME, content, args.overwrite)
         try:
-            # The figure first: where there is a law.json, everything is there.
+            # The figure comes first, so that a folder with a law.json is complete.
             save_figure(law_figure(law), args.out / FIGURE_NAME)
             write_json(args.out / LAW_NAME, content)
         except OSError as error:
@@ -58,13 +58,13 @@ def _law(args: jsonargparse.Namespace) -> LawFit:
     if not files:
         return law_of_records(chosen_records(args), form=args.form, adapter_size=args.by)
     if len(files) < len(args.runs) or args.where:
-        raise InputError(f"{files[0]}: expected CSV files alone, without run folders and --where; fit them separately")
+        raise InputError(f"{files[0]}: a CSV file cannot be combined with run folders or --where; fit them separately")
     runs = [run for path in files for run in read_csv(path)]
     return fit_law(runs, {"files": [path.as_posix() for path in files]}, form=args.form, adapter_size=args.by)
 
 
 def _check_free(path: Path, content: dict[str, Any], overwrite: bool) -> None:
-    """Raise an InputError if the file exists and says something else, unless it may be replaced."""
+    """Raise an InputError if the file holds other content and may not be replaced."""
     if overwrite or not path.exists():
         return
     try:

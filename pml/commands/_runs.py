@@ -1,4 +1,4 @@
-"""What the commands that look at many runs ask for: where the runs are, and which of them to keep."""
+"""Arguments of the commands that read many runs: where the runs are, and which of them to keep."""
 
 import sys
 from pathlib import Path
@@ -13,33 +13,33 @@ __all__ = ["add_runs", "add_where", "chosen_records"]
 
 
 def add_runs(parser: jsonargparse.ArgumentParser, others: str = "") -> None:
-    """Add `runs`, one or several places with records, or what `others` describes."""
+    """Add `runs`, one or more paths to records; `others` names what else the command takes."""
     parser.add_argument(
         "runs",
         nargs="+",
         type=str,
         metavar="RUNS",
-        help=f"folders of runs, folders with runs anywhere below them, or record.json files{others}",
+        help=f"run folders, folders with runs anywhere below them, or record.json files{others}",
     )
 
 
 def add_where(parser: jsonargparse.ArgumentParser) -> None:
-    """Add `--where`, values that fields of a record must have."""
+    """Add `--where`, the values that fields of a record must have."""
     parser.add_argument(
         "--where",
         type=dict[str, Any] | None,
-        help="which runs to keep by the fields of their records, such as --where.method memft or "
+        help="keep only runs whose records have these values, such as --where.method memft or "
         "--where.method_settings.learning_rate 0.1",
     )
 
 
 def chosen_records(args: jsonargparse.Namespace) -> dict[Path, Record]:
-    """The records that `runs` and `--where` ask for, by folder.
+    """Records that `runs` and `--where` select, by run folder.
 
     Raises:
-        InputError: If there is none, a file is no record, or a record has no such field.
+        InputError: If there is none, a file is not a record, or a record lacks a field of `--where`.
     """
-    # Imported here because it takes seconds, which --help need not wait for.
+    # Imported here so that --help does not wait seconds for it.
     from pml.groups import select_records
     from pml.run_folder import check_records
 

@@ -1,9 +1,9 @@
-"""Measure what an optimiser step costs on this machine, the ordinary way and pml's, and how long recall takes.
+"""Measure what an optimiser step costs here with plain PEFT and with pml, and how long certified recall takes.
 
-Seconds per optimiser step and peak memory of the whole model through PEFT with logits at every position (`ordinary`),
-of pml without the frozen-layer cache (`whole`) and with it (`split`), taken in turns; the share of the machine's own
-matrix product rate that the split step's necessary arithmetic reaches; what the Trainer and watching tokens add to
-split steps; and steps and seconds to certified recall.
+Measures seconds per optimiser step and peak memory of three ways, in turns: `ordinary` runs the whole model through
+PEFT with logits at every position, `whole` is pml without the frozen-layer cache, `split` is pml with it. Also measures
+the arithmetic rate of the split step as a share of the machine's matrix product rate, what the Trainer and
+TokenThresholds add to split steps, and the steps and seconds to certified recall.
 """
 
 from pathlib import Path
@@ -25,35 +25,35 @@ __all__ = ["configure", "run"]
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--backbone", type=str, default="smollm2-135m", help="default name, folder or hub id")
+    parser.add_argument("--backbone", type=str, default="smollm2-135m", help="smollm2-135m, a folder or a hub id")
     parser.add_argument(
-        "--targets", type=int, nargs="*", default=[64, 256, 1024], help="lengths of one target, in tokens"
+        "--targets", type=int, nargs="*", default=[64, 256, 1024], help="target lengths in tokens, one target per batch"
     )
-    parser.add_argument("--pairs", type=int, nargs="*", default=[4, 32], help="sizes of a phone book batch, in pairs")
+    parser.add_argument("--pairs", type=int, nargs="*", default=[4, 32], help="phone book batch sizes in pairs")
     parser.add_argument("--dtypes", type=str, nargs="+", default=["float32", "bfloat16"], help="dtypes of the backbone")
     parser.add_argument(
         "--matmul_precision",
         type=str,
         nargs="+",
         default=["highest"],
-        help="precisions of float32 products in pml's steps: highest, high, medium",
+        help="precisions of float32 matrix products in pml's steps: highest, high, medium",
     )
-    parser.add_argument("--repeats", type=int, default=3, help="turns that each way gets on each case")
-    parser.add_argument("--steps", type=int, default=5, help="counted optimiser steps in a turn")
-    parser.add_argument("--fit_steps", type=int, default=100, help="steps of each fit through the Trainer; 0 for none")
-    parser.add_argument("--recall", type=int, default=64, help="target tokens of the recall fits; 0 leaves them out")
-    parser.add_argument("--out", type=Path | None, help="file for everything measured, as JSON")
-    parser.add_argument("--json", action="store_true", help="print everything measured as JSON, and nothing else")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each way on each batch")
+    parser.add_argument("--steps", type=int, default=5, help="optimiser steps that are timed per turn")
+    parser.add_argument("--fit_steps", type=int, default=100, help="steps per fit through the Trainer; 0 skips them")
+    parser.add_argument("--recall", type=int, default=64, help="target tokens of the recall fits; 0 skips them")
+    parser.add_argument("--out", type=Path | None, help="JSON file for all measurements")
+    parser.add_argument("--json", action="store_true", help="print all measurements as JSON, and nothing else")
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Measure, print, and write where `--out` says."""
+    """Measure, print, and write to `--out` if given; 0."""
     for name in ("repeats", "steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; expected at least 1")
     if min([1, *args.targets, *args.pairs]) < 1:
-        raise InputError("--targets and --pairs take numbers from 1")
-    # Imported here because it takes seconds, which --help need not wait for.
+        raise InputError("--targets and --pairs take numbers of at least 1")
+    # Imported here so that --help does not wait seconds for it.
 
     from pml.backbone import DTYPES
     from pml.bench.fits import measure_fit, measure_recall
@@ -99,29 +99,29 @@ def run(args: jsonargparse.Namespace) -> int:
         console = make_console()
         for table in tables:
             console.print(table)
-    # Last, so that what took long to measure is seen even where the file cannot be written.
+    # Last, so that measurements that took long are shown even if the file cannot be written.
     if args.out is not None:
         write_json(args.out, content)
     return 0
 
 
 def _steps_tables(measurements: "list[Measurement]", rates: dict[str, float]) -> "list[Table]":
-    """Time and memory, each within 80 columns."""
+    """Tables of time and of memory, each at most 80 columns wide."""
     from rich import box
     from rich.table import Table
 
     rate_text = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in rates.items())
     seconds = Table(
         title="Seconds per optimiser step",
-        caption="ordinary / split: of their seconds, and of the arithmetic that they take. vs float32: the ordinary "
-        "step in float32 over the split one in this dtype. Rate: arithmetic of the split step over its time, as a "
-        f"share of what matrix products reach here ({rate_text} GFLOP/s).",
+        caption="ordinary / split: ratio of their seconds. Arithmetic: ratio of their FLOPs. vs float32: seconds of "
+        "the ordinary step in float32 over those of the split step in this dtype. Rate: FLOP/s of the split step as "
+        f"a share of what matrix products reach here ({rate_text} GFLOP/s).",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     memory = Table(
         title="Peak memory in MiB",
-        caption="In all: with the weights, above the bare process; the split way frees what lies below the adapter. "
+        caption="In all: weights included, above the bare process; the split way frees the layers below the adapter. "
         "In a step: above what is held between steps.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -163,8 +163,8 @@ def _fits_table(fits: "list[FitCost]") -> "Table":
 
     table = Table(
         title="Seconds per step inside a fit",
-        caption=f"One batch an epoch, {fits[0].steps} steps. Bare: the split step in a loop of its own. Watched: with "
-        "TokenThresholds; its share is of the whole fit, looks and pictures included.",
+        caption=f"One batch per epoch, {fits[0].steps} steps. Bare: the split step in a plain loop. Watched: with "
+        "TokenThresholds; its share is of the time of the whole fit, its evaluations and pictures included.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -185,7 +185,7 @@ def _fits_table(fits: "list[FitCost]") -> "Table":
 
 
 def _ratio(ordinary: float, split: float) -> str:
-    """How many times as much the ordinary way needs; `-` where the split way needs less than can be measured."""
+    """Ordinary over split memory, from MiB; `-` where the split way needs less than 1 MiB."""
     return f"{ordinary / split:.1f}" if split >= 1 else "-"
 
 

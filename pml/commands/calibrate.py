@@ -1,8 +1,8 @@
 """Measure how many bits a trainable parameter stores on your backbone, for `pml plan PAIRS`.
 
-Adapters of rank 1 are trained on pairs of random tokens, more than they hold, with the rate, guard and penalty of `pml
-memorize`. What comes out is a mean with its 95 % interval, and with --out a file that `pml plan PAIRS --constants
-FILE` takes.
+Trains adapters of rank 1 on more pairs of random tokens than they can store, with the learning rate, guard and KL
+penalty of `pml memorize`. Prints the mean with its 95 % interval; --out writes a file for `pml plan PAIRS --constants
+FILE`.
 """
 
 from pathlib import Path
@@ -18,21 +18,26 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--backbone", type=str, default="smollm2-135m", help="smollm2-135m, a folder or a hub id")
     parser.add_argument(
-        "--placement", type=str | list[str] | None, help="mlp_block, or linear layers of a block; default all of them"
+        "--placement", type=str | list[str] | None, help="mlp_block, or linear layers of a block; default: all of them"
     )
-    parser.add_argument("--block", type=int | float | list[int], default=2 / 3, help="block, blocks or depth")
-    parser.add_argument("--guard", type=bool, default=True, help="measure adapters that are guarded")
-    parser.add_argument("--kl_penalty", type=bool, default=True, help="measure adapters that are trained with it")
-    parser.add_argument("--texts", type=int, default=3, help="sets of random pairs, with an adapter each")
-    parser.add_argument("--steps", type=int, default=300, help="optimiser steps for each set")
+    parser.add_argument(
+        "--block",
+        type=int | float | list[int],
+        default=2 / 3,
+        help="index of a block, list of indices, or fraction of the depth",
+    )
+    parser.add_argument("--guard", type=bool, default=True, help="train the adapters with the guard")
+    parser.add_argument("--kl_penalty", type=bool, default=True, help="train the adapters with the KL penalty")
+    parser.add_argument("--texts", type=int, default=3, help="number of sets of random pairs; each trains one adapter")
+    parser.add_argument("--steps", type=int, default=300, help="optimiser steps per set")
     parser.add_argument("--learning_rate", type=float, default=0.03, help="peak learning rate of AdamW")
-    parser.add_argument("--out", type=Path | None, help="file to write or to add to")
+    parser.add_argument("--out", type=Path | None, help="file of constants to write, or to add this one to")
     parser.add_argument("--json", action="store_true", help="print JSON: bits_per_parameter, low, high")
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Measure, print and write."""
-    # Imported here because it takes seconds, which --help need not wait for.
+    """Measure, print, and write to `--out` if given; 0."""
+    # Imported here so that --help does not wait seconds for it.
     from pml.calibration import calibrate
     from pml.guard import GuardConfig
     from pml.kl_penalty import KlPenaltyConfig
@@ -42,7 +47,7 @@ def run(args: jsonargparse.Namespace) -> int:
 
     prepare()
     if args.out is not None and args.out.exists():
-        # Before it is measured for long, that there is a place for what comes out.
+        # Refuse a file that cannot be added to before measuring for minutes.
         read_constants_file(args.out)
     constant = calibrate(
         args.backbone,
@@ -60,7 +65,7 @@ def run(args: jsonargparse.Namespace) -> int:
     else:
         say(f"{constant.bits_per_parameter:.3f} bits a parameter ({constant.low:.3f} to {constant.high:.3f})")
     if args.out is not None:
-        # Another calibration may have written meanwhile.
+        # Read again, since another calibration may have written to it meanwhile.
         known = read_constants_file(args.out).constants if args.out.exists() else []
         same = ("placement", "guarded", "source")
         others = [other for other in known if any(getattr(other, name) != getattr(constant, name) for name in same)]

@@ -1,11 +1,11 @@
 """Certify each pair as certain, right or failing, with margins in logits.
 
-RUN is a run's folder: backbone, corpus and adapter are taken from there. For an adapter that somebody else trained,
-give --adapter and --data (a file of pairs) instead, and --backbone unless the adapter names its base. A pair is
-certain if every target token has p > 0.5 and a margin in logits above the rounding that was measured: how far margins
-move, in the dtype of the run, when the tokens go one by one through the cache. Pairs are also decoded by
-transformers' own greedy decoding, the least certain first: in each of --dtypes, alone and in batches, with and
-without the cache. The exit code is 0 if every pair is certain, else 1.
+RUN is a run folder with backbone, corpus and adapter. For an adapter trained elsewhere, give --adapter and --data (a
+file of pairs) instead, and --backbone unless the adapter names its base model. A pair is certain if every target token
+has p > 0.5 and a margin in logits above the measured rounding, which is how far margins move, in the dtype of the run,
+when tokens are decoded one by one with the KV cache. transformers' own greedy decoding then decodes the least certain
+pairs: in each of --dtypes, alone and in batches, with and without the cache. The exit code is 0 if every pair is
+certain, else 1.
 """
 
 import sys
@@ -40,7 +40,7 @@ SHORT = 34
 
 @dataclass(frozen=True)
 class Asked:
-    """An adapter and what it is asked for."""
+    """An adapter and the pairs to certify."""
 
     backbone: str
     dtype: str
@@ -51,7 +51,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How one way of decoding went: of so many `pairs`, `exact` came back whole."""
+    """Result of one way of decoding: `exact` of `pairs` pairs came back word for word."""
 
     dtype: str
     batch_size: int
@@ -62,13 +62,13 @@ class Decoding:
 
 @dataclass
 class Found:
-    """What came of it.
+    """What was measured.
 
     Attributes:
-        certificates: In the dtype of the run.
-        rounding: In each dtype.
-        decodings: How decoding went.
-        turned_off: Settings of the base's `generation_config` under which it could go otherwise.
+        certificates: One for each pair, in the dtype of the run.
+        rounding: Rounding in each dtype.
+        decodings: Result of each way of decoding.
+        turned_off: Settings of the base model's `generation_config` that could change greedy answers.
     """
 
     certificates: "list[PairCertificate]" = field(default_factory=list)
@@ -81,16 +81,19 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", type=Path | None, nargs="?", metavar="RUN", help="run folder")
     add_adapter_arguments(parser)
-    parser.add_argument("--limit", type=int | None, help="certify only the first so many pairs")
-    parser.add_argument("--show", type=int, default=20, help="pairs to print, the least certain first")
+    parser.add_argument("--limit", type=int | None, help="certify only this many pairs, the first ones")
+    parser.add_argument("--show", type=int, default=20, help="number of pairs to print, the least certain first")
     parser.add_argument(
-        "--tokens", type=int, default=1024, help="target tokens to decode, those of the least certain pairs first"
+        "--tokens",
+        type=int,
+        default=1024,
+        help="maximum number of target tokens to decode, the least certain pairs first",
     )
     parser.add_argument(
         "--dtypes",
         type=list[str],
         default=["float32", "bfloat16"],
-        help="dtypes to decode in; 16 bits take minutes on a CPU that has no instructions for them",
+        help="dtypes to decode in; 16-bit ones take minutes on a CPU without instructions for them",
     )
     parser.add_argument(
         "--json",
@@ -100,8 +103,8 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Certify, decode, and print."""
-    # Imported here because it takes seconds, which --help need not wait for.
+    """Certify, decode and print; 0 if every pair is certain, else 1."""
+    # Imported here so that --help does not wait seconds for it.
     from pml.adapter import load_adapter
     from pml.backbone import DTYPES, load_backbone
     from pml.certificate import allow_for_rounding, certify, measure_rounding
@@ -118,7 +121,7 @@ def run(args: jsonargparse.Namespace) -> int:
     found = Found()
     for dtype in dict.fromkeys([asked.dtype, *args.dtypes]):
         model = load_adapter(load_backbone(asked.backbone, dtype), asked.adapter).eval().to(best_device())
-        # The certificate is of the dtype that was trained in; others are held against it.
+        # The run's own dtype comes first; rounding in the others is measured against its margins.
         found.certificates = found.certificates or certify(model, asked.examples)
         found.turned_off = list(plain_decoding(model))
         margins = [known.margins for known in found.certificates]
@@ -153,7 +156,7 @@ def _adapter_to_certify(args: jsonargparse.Namespace) -> Asked:
 
 
 def _least_certain(certificates: "Sequence[PairCertificate]", tokens: int) -> "list[Example]":
-    """The pairs with the smallest margins, at least one, of no more than so many target tokens together."""
+    """Examples with the smallest margins, at least one, of at most `tokens` target tokens together."""
     ranked = [known.example for known in sorted(certificates, key=lambda known: known.margin)]
     total = list(accumulate(len(example.target_ids) for example in ranked))
     return ranked[: max(1, bisect_right(total, tokens))]
@@ -176,13 +179,13 @@ def _print(asked: Asked, found: Found, show: int) -> None:
     counts = Counter(known.verdict for known in certificates)
     say(
         f"{asked.adapter}: of {len(certificates)} pairs {counts['certain']} are certain, {counts['right']} right but "
-        f"not certain, {counts['failing']} failing ({asked.dtype}; margins move by up to "
-        f"{rounding[asked.dtype].logits:.2g} in logits, seen on {rounding[asked.dtype].tokens} tokens)"
+        f"not certain, {counts['failing']} failing ({asked.dtype}; rounding moves margins by up to "
+        f"{rounding[asked.dtype].logits:.2g} logits, measured on {rounding[asked.dtype].tokens} tokens)"
     )
     if found.turned_off:
         say(
-            f"the base's generation_config sets {', '.join(found.turned_off)}, which can change answers: that is "
-            "turned off here, and a server has to turn it off as well"
+            f"the base model's generation_config sets {', '.join(found.turned_off)}, which can change answers; pml "
+            "turns this off, and a server has to turn it off as well"
         )
     console = make_console()
     pairs = [

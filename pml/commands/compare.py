@@ -1,8 +1,8 @@
-"""Compare methods over pairs of runs: what each made certain and got right, its loss, its steps, with intervals.
+"""Compare methods over pairs of runs: certain and right targets, loss and steps, with intervals.
 
-A pair is two runs with the same backbone, adapter place, rank, corpus and seed, and the same budget: optimiser steps
-and target tokens trained on differ by at most the tolerance. Steps until everything was certain are compared whatever
-the budget. What is left out is listed.
+A pair is two runs with the same backbone, adapter placement, rank, corpus and seed, and the same budget: their
+optimiser steps and target tokens trained on differ by at most the tolerance. Steps until everything is certain are
+compared whatever the budget. Runs that are left out are listed with the reason.
 """
 
 from collections import Counter
@@ -25,24 +25,24 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     add_runs(parser)
     parser.add_argument(
-        "--baseline", type=str | None, help="method that the others are compared with; SFT where there is one"
+        "--baseline", type=str | None, help="method to compare the others with; default: SFT if there is one"
     )
-    parser.add_argument("--by", type=str | None, help="a comparison for each value of this field, such as rank")
+    parser.add_argument("--by", type=str | None, help="make one comparison per value of this field, such as rank")
     parser.add_argument(
-        "--tolerance", type=float, default=0.05, help="largest difference of budgets, as a share of the larger"
+        "--tolerance", type=float, default=0.05, help="largest difference between two budgets, as a share of the larger"
     )
-    parser.add_argument("--confidence", type=float, default=0.95, help="level of the intervals")
+    parser.add_argument("--confidence", type=float, default=0.95, help="confidence level of the intervals")
     add_where(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per comparison, and nothing else")
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Compare and print.
+    """Compare and print; 0.
 
     Raises:
-        InputError: If there are no two methods, or no pair of runs that can be compared.
+        InputError: If the runs have fewer than two methods, or no pair can be compared.
     """
-    # Imported here because it takes seconds, which --help need not wait for.
+    # Imported here so that --help does not wait seconds for it.
     from pml.compare import compare
 
     comparisons = compare(

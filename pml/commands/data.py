@@ -1,8 +1,8 @@
-"""Show what a run would memorise, before hours are spent on it.
+"""Show what a run would memorise, before you spend hours on it.
 
-Takes the arguments of `pml fit`: configuration files by name alone, and keys such as --data.pairs 50 over them. Prints
-pairs, tokens, information in bits where it is known, and examples as the model sees them. Without --loss only the
-tokenizer and the configuration of the backbone are loaded.
+Takes the arguments of `pml fit`: configuration files without --config, and keys that override them, such as
+--data.pairs 50. Prints pairs, tokens, information in bits if known, and examples as the model sees them. Without --loss
+it loads only the backbone's tokenizer and configuration.
 """
 
 from collections import Counter
@@ -38,10 +38,12 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         metavar="CONFIG",
-        help="configurations of pml fit; a later one overrides",
+        help="configuration files of pml fit; later ones override earlier ones",
     )
-    parser.add_argument("--loss", action="store_true", help="load the model and measure its loss on the corpus")
-    parser.add_argument("--show", type=int, default=3, help="examples to print")
+    parser.add_argument(
+        "--loss", action="store_true", help="load the model and measure its loss, in nats per target token"
+    )
+    parser.add_argument("--show", type=int, default=3, help="number of examples to print")
     parser.add_argument(
         "--json",
         action="store_true",
@@ -50,7 +52,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def separate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command's own arguments, and the keys of `pml fit` among them with their values."""
+    """Split arguments into the command's own and the keys of `pml fit`, each with their values."""
     own: list[str] = []
     keys: list[str] = []
     rest = list(arguments)
@@ -67,15 +69,15 @@ def separate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run(args: jsonargparse.Namespace, keys: Sequence[str] = ()) -> int:
-    """Make the corpus and print what it holds.
+    """Make the corpus and print what it holds; 0.
 
     Args:
-        args: What `configure` describes.
-        keys: Arguments of `pml fit` over the configurations.
+        args: The command's own arguments, see `configure`.
+        keys: Arguments of `pml fit` that override the configuration files.
     """
     if args.show < 0:
         raise InputError(f"--show is {args.show}; expected 0 or more examples")
-    # Imported here because it takes seconds, which --help need not wait for.
+    # Imported here so that --help does not wait seconds for it.
     from pml.backbone import load_config, load_tokenizer
     from pml.lightning_cli import make_run
     from pml.positions import max_positions
@@ -125,7 +127,7 @@ def _facts(corpus: "Corpus", held_out: "Corpus | None", backbone: str) -> dict[s
 
 
 def _frozen_loss(module: "Memorization", corpus: "Corpus") -> float:
-    """Mean loss of the frozen model in nats per target token."""
+    """Mean loss of the frozen model, in nats per target token."""
     from pml.metrics import mean_loss
     from pml.recall import score_examples
 
@@ -166,7 +168,7 @@ def _print(facts: dict[str, Any], corpus: "Corpus") -> None:
 
 
 def _bins(counts: dict[int, int]) -> Iterator[tuple[str, int]]:
-    """Lengths and how many targets have them; many different lengths in ranges of equal width."""
+    """Target lengths with their counts; more than `MOST_ROWS` lengths are binned into ranges of equal width."""
     if len(counts) <= MOST_ROWS:
         yield from ((f"{length:,}", count) for length, count in counts.items())
         return
@@ -194,7 +196,7 @@ def _print_examples(tokenizer: Any, examples: "Sequence[Example]") -> None:
 
 
 def _stretches(tokenizer: Any, example: "Example", limit: int) -> Iterator[tuple[bool, str]]:
-    """The first tokens of a target as text, those put in at random apart from the others."""
+    """Text of the first `limit` target tokens, split where tokens put in at random begin and end."""
     replaced = set(example.replaced)
     for random, places in groupby(range(min(limit, len(example.target_ids))), lambda place: place in replaced):
         yield random, tokenizer.decode([example.target_ids[place] for place in places])

@@ -1,8 +1,8 @@
-"""Write a run's model as a plain folder for transformers, with the adapter merged into the weights.
+"""Write a run's model as a plain transformers folder, with the adapter merged into the weights.
 
-RUN is a run's folder; what is written needs no PEFT. What comes back from the merged model is checked first: every
-target that greedy decoding recalls with the adapter has to come back from the merged weights too. The paper's
-placement, beside a whole MLP, changes no single weight and cannot be merged.
+RUN is a run folder; loading the result needs no PEFT. The merged model is checked before it is written: it has to
+return every target that greedy decoding recalls with the adapter. The paper's placement, parallel to a whole MLP
+(mlp_block), corresponds to no single weight matrix and cannot be merged.
 """
 
 import os
@@ -24,21 +24,21 @@ REFINEMENTS = (
     "output_attentions",
     "output_hidden_states",
 )
-"""Settings that transformers refuses to save without those that they refine."""
+"""Generation settings that transformers refuses to save without the setting that they refine."""
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; it must not exist yet")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist yet")
     parser.add_argument(
-        "--merge", action="store_true", help="required: by itself, the adapter is in the run's folder already"
+        "--merge", action="store_true", help="required; the unmerged adapter is already in the run folder"
     )
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Merge, check and write; 0 when every recalled target still comes back, else 1 and nothing is written."""
-    # Imported here because it takes seconds, which --help need not wait for.
+    """Merge, check and write; 0 if every recalled target still comes back, else 1, and nothing is written."""
+    # Imported here so that --help does not wait seconds for it.
     from pml.certificate import greedy_answers
     from pml.decoding import plain_decoding
     from pml.default_backbone import quiet_transformers
@@ -46,16 +46,16 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.runs import open_run
 
     if not args.merge:
-        raise InputError("expected --merge; the adapter by itself is in the run's folder already, as PEFT saves it")
+        raise InputError("--merge is missing; the unmerged adapter is already in the run folder, as PEFT saves it")
     if args.out.exists():
-        raise InputError(f"--out {args.out} exists; expected a folder that is not there yet")
+        raise InputError(f"--out {args.out} exists; expected a folder that does not exist yet")
     folder = run_folder(args.run)
     module, data = open_run(folder)
     if module.adapter.placement == "mlp_block":
         raise InputError(
-            f"{folder}: the adapter stands beside a whole MLP (mlp_block), which is no change of one weight and "
-            "cannot be merged; train with a list of layers, such as --model.adapter.placement [down_proj], or serve "
-            "it with pml.adapter.load_adapter"
+            f"{folder}: the adapter runs parallel to a whole MLP (mlp_block), so there is no weight to merge it "
+            "into; train with a list of layers, such as --model.adapter.placement [down_proj], or serve it with "
+            "pml.adapter.load_adapter"
         )
     examples = data.corpus.examples
     before = greedy_answers(module.model, examples)
@@ -66,10 +66,10 @@ def run(args: jsonargparse.Namespace) -> int:
     if lost:
         say(
             f"{len(lost)} of {sum(recalled)} recalled targets do not come back from the merged weights, such as that "
-            f"of {lost[0].query!r}: their margin does not survive rounding to {module.dtype_name}; nothing is written"
+            f"of {lost[0].query!r}: their margins do not survive rounding to {module.dtype_name}; nothing is written"
         )
         return 1
-    # A folder that answers as the adapter was certified to, whatever serves it.
+    # So that the folder answers as certified, whatever serves it.
     turned_off = plain_decoding(merged)
     if turned_off:
         for name, value in (dict.fromkeys(REFINEMENTS) | turned_off).items():
@@ -83,6 +83,6 @@ def run(args: jsonargparse.Namespace) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if turned_off:
-        say(f"its generation_config.json leaves out the base's {', '.join(turned_off)}, which change greedy answers")
+        say(f"its generation_config.json omits the base model's {', '.join(turned_off)}, which change greedy answers")
     say(f"{args.out}: {sum(recalled)} of {len(examples)} targets come back from it, as from the adapter")
     return 0

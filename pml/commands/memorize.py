@@ -1,11 +1,11 @@
-"""Write pairs into an adapter that gives every target back word for word, and measure the harm to other text.
+"""Train an adapter that recalls every target of a file word for word, and measure the harm to other text.
 
-PAIRS is a file of queries and targets (.jsonl, .csv, .parquet, .yaml) as data_modules.Facts reads it. The rank is
-planned from what the model does not know yet, and doubled where it is not enough. The adapter is trained until every
-target token is certain, under a guard and a penalty that keep the model as it was on other text; then a process with
-transformers and PEFT alone is asked for every pair. DIR gets adapter/ (with a model card), record.json and the rest of
-a run. The exit code is 0 if everything came back for certain, else 1, and what did not is listed. Harm is in nats per
-token of other text.
+PAIRS is a file of queries and targets (.jsonl, .csv, .parquet, .yaml). The rank is planned from the surprisal of the
+targets, and doubled if it is not enough. Training stops once every target token is certain; a guard and a KL penalty
+keep the model as it was on other text. Then a process with transformers and PEFT alone decodes every pair (not with
+--placement mlp_block, which PEFT cannot load). DIR gets adapter/ (with a model card), record.json and the other files
+of a run. The exit code is 0 if every pair is certain and came back, else 1, and the others are listed. Harm is the rise
+of the loss on other text, in nats per token.
 """
 
 import sys
@@ -29,46 +29,57 @@ if TYPE_CHECKING:
 __all__ = ["configure", "run"]
 
 SHOWN = 20
-"""Failing pairs that are listed."""
+"""Maximum number of failed pairs that are listed."""
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("pairs", type=Path, metavar="PAIRS", help="file of queries and targets")
+    parser.add_argument(
+        "pairs", type=Path, metavar="PAIRS", help="file of queries and targets, as data_modules.Facts reads it"
+    )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder for the adapter, its record and its pairs"
     )
     parser.add_argument("--backbone", type=str, default="smollm2-135m", help="smollm2-135m, a folder or a hub id")
-    parser.add_argument("--dtype", type=str, default="float32", help="type of the frozen weights: float32, bfloat16")
+    parser.add_argument(
+        "--dtype", type=str, default="float32", help="dtype of the frozen weights: float32, bfloat16 or float16"
+    )
     parser.add_argument(
         "--rank",
         type=int | None,
-        help="LoRA rank to begin with; default: the planned one, at least 8; doubled if need be",
+        help="LoRA rank to start from, doubled if need be; default: the planned rank, at least 8",
     )
     parser.add_argument(
         "--placement",
         type=str | list[str] | None,
-        help="linear layers of a block, all unless given; or mlp_block, which plain PEFT cannot load",
+        help="linear layers of a block, or mlp_block, which plain PEFT cannot load; default: all linear layers",
     )
-    parser.add_argument("--block", type=int | float | list[int], default=2 / 3, help="block, blocks or depth")
-    parser.add_argument("--guard", type=bool, default=True, help="keep the adapter from reading ordinary text")
     parser.add_argument(
-        "--kl_weight", type=float, default=16.0, help="penalty on changes of ordinary text, see pml.kl_penalty; 0: none"
+        "--block",
+        type=int | float | list[int],
+        default=2 / 3,
+        help="index of a block, list of indices, or fraction of the depth",
+    )
+    parser.add_argument(
+        "--guard", type=bool, default=True, help="keep the adapter from reading what ordinary text uses"
+    )
+    parser.add_argument(
+        "--kl_weight", type=float, default=16.0, help="weight of the KL penalty on ordinary text; 0: no penalty"
     )
     parser.add_argument("--learning_rate", type=float, default=0.03, help="peak learning rate of AdamW")
     parser.add_argument("--margin", type=float, default=0.6, help="probability that every target token has to exceed")
-    parser.add_argument("--query_column", type=str, default="query", help="where a row has what is asked")
-    parser.add_argument("--target_column", type=str, default="target", help="where it has what has to come back")
+    parser.add_argument("--query_column", type=str, default="query", help="column with the queries")
+    parser.add_argument("--target_column", type=str, default="target", help="column with the targets")
     parser.add_argument("--seed", type=int, default=42, help="seed of the adapter and of the order of the pairs")
-    parser.add_argument("--overwrite", action="store_true", help="write into a folder that has something in it")
+    parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     parser.add_argument(
         "--json", action="store_true", help="print JSON: pairs (certain, served), rank, steps, harm in nats per token"
     )
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Memorise, and print what came of it."""
-    # Imported here because it takes seconds, which --help need not wait for.
+    """Memorise and print the result; 0 if every pair is certain and came back, else 1."""
+    # Imported here so that --help does not wait seconds for it.
     from pml.guard import GuardConfig
     from pml.kl_penalty import KlPenaltyConfig
     from pml.lightning_cli import prepare
@@ -106,7 +117,7 @@ def run(args: jsonargparse.Namespace) -> int:
 
 
 class _Shown:
-    """What is seen of a training: a bar in a terminal, else a line now and then."""
+    """Shows training: a bar in a terminal, elsewhere a line every 15 seconds."""
 
     def __init__(self, quiet: bool) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -1,13 +1,13 @@
-"""Find the rank that a text needs, from its surprisal and measured constants or from a law of your runs.
+"""Predict the rank that a text needs, from its surprisal or from a law fitted to your runs.
 
-    pml plan PAIRS.jsonl                                    the rank for these pairs; loads the backbone, runs nothing
+    pml plan PAIRS.jsonl                                    the rank for these pairs; loads the backbone, trains nothing
     pml plan PAIRS.jsonl --placement mlp_block --guard false
-    pml plan LAW.json --length 512                          the smallest rank that recalls it all, by a fitted law
+    pml plan LAW.json --length 512                          the smallest rank that recalls everything, by a fitted law
     pml plan LAW.json --length 512 --loss_reduction 6       the smallest rank that lowers the loss by 6 nats per token
     pml plan LAW.json --length 512 --rank 8                 what rank 8 does: loss in nats per token, recall, megabytes
     pml plan LAW.json --length 512 --initial_loss 13.1      given the frozen model's loss on this text
 
-Answers have intervals, and say what they rest on and where the question lies outside what was measured.
+Answers have intervals. They say what they are based on, and warn if the question lies outside the measured range.
 """
 
 from pathlib import Path
@@ -31,53 +31,59 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         "what",
         type=Path,
         metavar="PAIRS|LAW.json",
-        help="a file of pairs, or what pml law --out wrote, or the folder it is in",
+        help="a file of pairs, or the law.json that pml law --out wrote, or its folder",
     )
-    parser.add_argument("--backbone", type=str | None, help="pairs: the backbone; default smollm2-135m")
+    parser.add_argument("--backbone", type=str | None, help="pairs: the backbone; default: smollm2-135m")
     parser.add_argument(
-        "--placement", type=str | list[str] | None, help="pairs: where the adapter sits; default all linear layers"
+        "--placement",
+        type=str | list[str] | None,
+        help="pairs: mlp_block, or linear layers; default: all linear layers",
     )
-    parser.add_argument("--block", type=int | float | list[int] | None, help="pairs: block, blocks or depth")
-    parser.add_argument("--guard", type=bool | None, help="pairs: whether it is guarded; default true")
-    parser.add_argument("--constants", type=Path | None, help="pairs: what pml calibrate --out wrote")
+    parser.add_argument(
+        "--block",
+        type=int | float | list[int] | None,
+        help="pairs: index of a block, list of indices, or fraction of the depth",
+    )
+    parser.add_argument("--guard", type=bool | None, help="pairs: whether the adapter has the guard; default: true")
+    parser.add_argument("--constants", type=Path | None, help="pairs: file of constants from pml calibrate --out")
     parser.add_argument("--length", type=int | None, help="law: target tokens of the corpus, summed over its targets")
     parser.add_argument(
-        "--pairs", type=int | None, help="law: number of targets; by default they are as long as in the law's runs"
+        "--pairs", type=int | None, help="law: number of targets; default: targets as long as in the law's runs"
     )
     parser.add_argument(
-        "--recall", type=float | None, help="law: share of the targets to recall word for word; default 1.0"
+        "--recall", type=float | None, help="law: share of the targets to recall word for word; default: 1.0"
     )
     parser.add_argument(
         "--probability",
         type=float | None,
-        help="law: how likely a run must be to reach --recall; default 0.5, the median run",
+        help="law: probability with which a run must reach --recall; default: 0.5, the median run",
     )
     parser.add_argument(
         "--loss_reduction",
         type=float | None,
-        help="law: ask for this loss reduction, in nats per target token, instead",
+        help="law: find the rank for this loss reduction instead, in nats per target token",
     )
-    parser.add_argument("--rank", type=int | None, help="law: ask what this rank does instead")
+    parser.add_argument("--rank", type=int | None, help="law: predict the loss and recall of this rank instead")
     parser.add_argument(
         "--initial_loss",
         type=float | None,
         help="law: the frozen model's loss on this text in nats per target token, as pml data CONFIG --loss prints it; "
-        "without it the intervals allow for the differences between the law's texts, if there are 4 or more",
+        "without it, intervals include the differences between the law's texts, if there are at least 4",
     )
     parser.add_argument("--json", action="store_true", help="print the answer as JSON, and nothing else")
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Ask, and print the answer; the exit code is 1 where no rank will do.
+    """Answer the question and print it; 0, or 1 if no rank is enough.
 
     Raises:
-        InputError: If the pairs or the law cannot be read, or the question makes no sense.
+        InputError: If the pairs or the law cannot be read, or the options contradict each other.
     """
     of_pairs = args.what.suffix.lower() in FACT_FILES
     for name in OF_LAW if of_pairs else OF_PAIRS:
         if args[name] is not None:
             kind = "a fitted law" if of_pairs else "a file of pairs"
-            raise InputError(f"--{name.replace('_', '-')} belongs to {kind}, and {args.what} is none; leave it out")
+            raise InputError(f"--{name.replace('_', '-')} is only for {kind}, which {args.what} is not; leave it out")
     plan = _of_pairs(args) if of_pairs else _of_law(args)
     if args.json:
         say_json(plan.model_dump(mode="json"))
@@ -88,7 +94,7 @@ def run(args: jsonargparse.Namespace) -> int:
 
 
 def _of_pairs(args: jsonargparse.Namespace) -> Any:
-    # Imported here because it takes seconds, which --help need not wait for.
+    # Imported here so that --help does not wait seconds for it.
     from pml.adapter import AdapterConfig, adapter_for
     from pml.backbone import load_backbone
     from pml.default_backbone import DEFAULT_BACKBONE
@@ -109,14 +115,14 @@ def _of_law(args: jsonargparse.Namespace) -> Any:
     from pml.plan import outcome_of_rank, rank_for_loss_reduction, rank_for_recall
 
     if args.length is None:
-        raise InputError("--length is missing: a law is asked about so many target tokens")
+        raise InputError("--length is missing; expected the target tokens of the corpus, such as --length 512")
     asked = [name for name in ("recall", "loss_reduction", "rank") if args[name] is not None]
     if len(asked) > 1:
         given = " and ".join(f"--{name.replace('_', '-')}" for name in asked)
         raise InputError(f"{given}: expected one question at a time; leave out all but one")
     if args.probability is not None and asked not in ([], ["recall"]):
         raise InputError(
-            f"--probability and --{asked[0].replace('_', '-')}: a probability belongs to --recall; leave one out"
+            f"--probability and --{asked[0].replace('_', '-')}: a probability is only for --recall; leave one out"
         )
     law = read_law(args.what / LAW_NAME if args.what.is_dir() else args.what)
     text = {"pairs": args.pairs, "initial_loss": args.initial_loss}

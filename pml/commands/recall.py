@@ -1,9 +1,8 @@
-"""Ask a trained adapter for what it was trained on, by greedy decoding, and compare with what it should say.
+"""Decode greedily what an adapter was trained on, and compare it with the targets.
 
-RUN is a run's folder (or one with runs below it): backbone, corpus and adapter are taken from there. For an adapter
-that somebody else trained, give --adapter and --data (a file of pairs) instead. With --prompt the adapter answers a
-text of your own. With --sample it is also sampled, to hold the exact recall that the
-probabilities predict against what samples give.
+RUN is a run folder with backbone, corpus and adapter, or a folder with runs below it. For an adapter trained elsewhere,
+give --adapter and --data (a file of pairs) instead. With --prompt the adapter answers a text of your own. --sample also
+draws samples, and compares their exact match with the one that the token probabilities predict.
 """
 
 import math
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["configure", "run"]
 
 TOGETHER = 16
-"""Examples decoded before the first answers are shown."""
+"""Examples decoded together, before their answers are shown."""
 
 LONGEST = 160
-"""Characters of a text that are shown."""
+"""Maximum number of characters of a text that are shown."""
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
@@ -38,11 +37,11 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         "run", type=Path | None, nargs="?", metavar="RUN", help="run folder, or folder with run folders below it"
     )
     add_adapter_arguments(parser)
-    parser.add_argument("--show", type=int, default=5, help="examples to print; all are asked and counted")
-    parser.add_argument("--limit", type=int | None, help="ask only for the first so many examples of the corpus")
-    parser.add_argument("--prompt", type=str, help="answer this text instead of asking for the corpus")
-    parser.add_argument("--tokens", type=int, default=64, help="longest answer to --prompt, in tokens")
-    parser.add_argument("--sample", type=int, default=0, help="also draw so many samples for each example")
+    parser.add_argument("--show", type=int, default=5, help="number of examples to print; all are decoded and counted")
+    parser.add_argument("--limit", type=int | None, help="decode only this many examples, the first ones")
+    parser.add_argument("--prompt", type=str, help="answer this text instead of the queries of the corpus")
+    parser.add_argument("--tokens", type=int, default=64, help="maximum length of the answer to --prompt, in tokens")
+    parser.add_argument("--sample", type=int, default=0, help="number of samples to draw for each example")
     parser.add_argument("--temperature", type=float, default=1.0, help="temperature of the samples")
     parser.add_argument(
         "--json", action="store_true", help="print JSON: exact_match and token_accuracy (shares), examples"
@@ -50,8 +49,8 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Ask and print."""
-    # Imported here because it takes seconds, which --help need not wait for.
+    """Decode and print; 0."""
+    # Imported here so that --help does not wait seconds for it.
     from pml.backbone import shared_backbones
     from pml.records import read_records
     from pml.run_folder import run_folder
@@ -175,7 +174,7 @@ def _print_example(console: Any, example: dict[str, Any]) -> None:
 
 def _first_difference(text: str, target: str) -> str:
     if text == target:
-        return "the same text, and it goes on"
+        return "the same text from other tokens"
     same = _alike(text, target)
     expected, got = (repr(one_line(string[same : same + 12])) for string in (target, text))
     got = got if text[same:] else "the end"
@@ -183,7 +182,7 @@ def _first_difference(text: str, target: str) -> str:
 
 
 def _marked(text: str, target: str) -> "Text":
-    """A recalled text in which everything from the first wrong character on is coloured."""
+    """The recalled text, red from the first wrong character on."""
     from rich.text import Text
 
     same = _alike(text, target)
@@ -191,7 +190,7 @@ def _marked(text: str, target: str) -> "Text":
 
 
 def _alike(text: str, target: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """Length of the common prefix of two texts, in characters."""
     return next((i for i, (a, b) in enumerate(zip(text, target, strict=False)) if a != b), min(len(text), len(target)))
 
 

@@ -1,7 +1,7 @@
-"""Write a page about runs: the law, recall, the threshold, capacity, and every run, with figures inside it.
+"""Write an HTML page about runs: the law, recall, the threshold, capacity, and every run, with figures.
 
-The page, report.html, needs nothing beside itself and no network; the same figures lie beside it as PNG, in figures/.
-Runs of several settings and methods may come in one call.
+report.html is self-contained and needs no network; figures/ has its figures as PNG files. One report can cover runs of
+several settings and methods.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     add_runs(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for report.html and figures/")
     parser.add_argument("--title", type=str, default="What the adapters remember", help="heading of the page")
-    parser.add_argument("--overwrite", action="store_true", help="replace another report, and its figures")
+    parser.add_argument("--overwrite", action="store_true", help="replace another report and its figures")
     add_where(parser)
     parser.add_argument(
         "--by",
@@ -27,8 +27,8 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         type=str,
         default=[],
         metavar="FIELD",
-        help="fields of a record to tell laws apart by, beside backbone, block, placement, init, corpus and method; "
-        "dotted into its settings, such as method_settings.learning_rate; folder tells sweeps apart",
+        help="record fields that also separate laws, besides backbone, block, placement, init, corpus and method; "
+        "settings are dotted, such as method_settings.learning_rate; folder separates sweeps",
     )
     parser.add_argument(
         "--join_corpora",
@@ -38,12 +38,12 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Make the page and write it.
+    """Make the page and write it; 0.
 
     Raises:
-        InputError: If there is no run, or `--out` holds another report.
+        InputError: If there is no run, or `--out` holds another report or cannot be written.
     """
-    # Imported here because it takes seconds, which --help need not wait for.
+    # Imported here so that --help does not wait seconds for it.
     from pml.report import make_report, write_report
 
     report = make_report(chosen_records(args), title=args.title, by=args.by, join_corpora=args.join_corpora)

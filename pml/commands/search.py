@@ -1,9 +1,9 @@
 """Find the best settings for each cell of a grid, such as its learning rate, by successive halving.
 
-The search file is a grid file (see `pml sweep`) with the values to try (`search`) and budgets in epochs, ascending
-(`epochs`). All candidates run with the first budget, the better ones with the next, and the best one with the last;
-the final loss decides. Leaves a run folder per run, those with the last budget in `out/best`, and `search.json`.
-Interrupted, it goes on where it was.
+The search file is a grid file (see `pml sweep`) that also has the values to try (`search`) and ascending budgets in
+epochs (`epochs`). All candidates run with the first budget, the better ones with the next, and the best one with the
+last; the final loss decides. Leaves one folder per run, those with the last budget in `out/best`, and `search.json`.
+After an interruption the same command resumes.
 """
 
 import json
@@ -32,8 +32,8 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Search; 0 when something was chosen for every cell, 1 when the last run of some failed or diverged."""
-    # Imported here because it takes seconds, which --help need not wait for.
+    """Search; 0 if every cell has chosen settings, 1 if the last run of some cell failed or diverged."""
+    # Imported here so that --help does not wait seconds for it.
     from pml.commands._console import make_console
     from pml.commands.sweep import Progress
     from pml.search import SEARCH_NAME, read_search, run_search
@@ -85,10 +85,10 @@ def _table(grid: "SearchGrid", choices: "list[Choice]") -> "TextTable":
         (
             *(str(choice.cell.get(key, "-")) for key in keys),
             *(str(choice.candidates[0].settings[key]) for key in grid.search),
-            # The next best of a cell whose best diverged has not had the budgets between.
+            # A runner-up that replaced a diverged best has not run with the budgets in between.
             *(show_loss(choice.candidates[0].final_loss.get(epochs)) for epochs in grid.epochs),
         )
         for choice in choices
     ]
-    note = "Final loss in nats per target token of the best settings with each budget in epochs."
+    note = "Final loss of the best settings with each budget in epochs, in nats per target token."
     return TextTable("", (*settings, *(f"{epochs}\nepochs" for epochs in grid.epochs)), rows, words=(), note=note)

@@ -1,11 +1,11 @@
-"""Run every cell of a grid of runs, skipping those that have a record; leaves one run folder per cell.
+"""Run every cell of a grid, skipping cells that have a record; leaves one run folder per cell.
 
-The grid file names the configurations that every cell starts from (`base`), the folder for the run folders (`out`) and,
-for any key of `pml fit`, the values it takes (`grid`). All cells are checked before the first one runs. Any number of
-sweeps of one grid may run at once, on any machines that share the folder: each cell is run once. A cell that fails does
-not stop the others, and is run again only with --retry_failed; the exit code is then 1. A cell whose loss became
-infinite or not a number has diverged: it counts as done, since to run it again would give the same, and is named at the
-end. Ctrl-C or SIGTERM saves what is running; the same command goes on with it.
+The grid file has the configuration files that every cell starts from (`base`), the parent of the run folders (`out`),
+and a list of values for any key of `pml fit` (`grid`). All cells are checked before the first one runs. Several sweeps
+of one grid can run at once, on any machines that share the folder; each cell runs once. A failed cell does not stop the
+others and runs again only with --retry_failed; the exit code is then 1. A cell whose loss becomes infinite or NaN has
+diverged: it counts as done, since another run would diverge too, and is listed at the end. Ctrl-C or SIGTERM saves the
+running cells; the same command resumes them.
 """
 
 import sys
@@ -37,19 +37,19 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        help="processes that share the cells: one per device, or with a share of the CPU's cores each; with --cluster, "
-        "jobs",
+        help="number of processes that share the cells, each with a GPU or a share of the CPU cores; with --cluster, "
+        "number of jobs",
     )
-    parser.add_argument("--cluster", choices=["slurm", "local"], help="run the workers as jobs, submitted by submitit")
+    parser.add_argument("--cluster", choices=["slurm", "local"], help="run the workers as jobs, through submitit")
     parser.add_argument(
         "--cluster_options",
         type=dict[str, Any],
         default={},
-        help="what submitit's executor is told, such as {slurm_partition: gpu, timeout_min: 600, gpus_per_node: 1}",
+        help="options of submitit's executor, such as {slurm_partition: gpu, timeout_min: 600, gpus_per_node: 1}",
     )
-    parser.add_argument("--retry_failed", action="store_true", help="run cells again that have failed")
+    parser.add_argument("--retry_failed", action="store_true", help="run failed cells again")
     parser.add_argument(
-        "--status", action="store_true", help="say what is done, running where, failed and left, and run nothing"
+        "--status", action="store_true", help="list which cells are done, running, failed or left; run nothing"
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per cell: name, folder, status, error"
@@ -57,10 +57,10 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Run the grid; 0 when every cell has a record, 1 when some failed."""
+    """Run the grid; 0 if every cell has a valid record, else 1."""
     if args.workers is not None and args.workers < 1:
         raise InputError(f"--workers is {args.workers}; expected at least 1")
-    # Imported here because it takes seconds, which --help need not wait for.
+    # Imported here so that --help does not wait seconds for it.
     from pml.commands._console import make_console
     from pml.grid import Grid, read_grid, resolve
     from pml.stopping import Stopped
@@ -106,7 +106,7 @@ def run(args: jsonargparse.Namespace) -> int:
 
 
 def _trouble(outcome: "Outcome") -> str:
-    """What to know of a cell without a result that can be used; empty where it has one."""
+    """Why a cell has no usable result, and what to do; empty if it has one."""
     from pml.grid import ERROR_NAME
 
     name, folder = outcome.cell.name, outcome.cell.folder
@@ -117,23 +117,23 @@ def _trouble(outcome: "Outcome") -> str:
         return f"not run: {name}"
     if outcome.diverged:
         return (
-            f"diverged: {name}: its loss is not a finite number; a lower learning rate, which is another cell, may "
-            f"help (see {folder})"
+            f"diverged: {name}: its loss is not a finite number; a lower learning rate may help, as another cell "
+            f"(see {folder})"
         )
     return ""
 
 
 def watch(cells: "Sequence[Cell]", workers: "Workers", claims: "Claims", report: "Callable[[Outcome], None]") -> None:
-    """Report each cell as it gets done, and show what is running, until all workers have ended.
+    """Report each cell when it is done, and show the running ones, until all workers have ended.
 
     Args:
-        cells: What they share.
-        workers: Who works on them.
-        claims: Who has what.
+        cells: The cells that the workers share.
+        workers: The workers.
+        claims: Claims of the workers on cells.
         report: Called with each outcome that was not known before.
 
     Raises:
-        Stopped: If a signal has ended it; the workers have then saved what they ran.
+        Stopped: If a signal stops the sweep; the workers have then saved their cells.
     """
     from contextlib import nullcontext
 
@@ -160,13 +160,13 @@ def watch(cells: "Sequence[Cell]", workers: "Workers", claims: "Claims", report:
                     display.update(_running_table(waiting, claims))
                 time.sleep(0.5)
     except Stopped:
-        say("stopping: workers save what they run", to=sys.stderr)
+        say("stopping: the workers save their cells", to=sys.stderr)
         workers.stop()
         raise
 
 
 def _running(cells: "Sequence[Cell]", claims: "Claims") -> list[tuple[str, str, str]]:
-    """Name, place and progress of each cell that is running."""
+    """Name, holder of the claim and progress of each running cell."""
     from pml.progress import PROGRESS_NAME
 
     rows = []
@@ -189,7 +189,7 @@ def _running_table(cells: "Sequence[Cell]", claims: "Claims") -> Any:
 
 
 def _status(cells: "Sequence[Cell]", claims: "Claims", as_json: bool) -> int:
-    """Say how far a sweep is; 0."""
+    """Print how far a sweep has got; 0."""
     from pml.progress import show_seconds
     from pml.sweep import Outcome
 
@@ -215,10 +215,10 @@ def _status(cells: "Sequence[Cell]", claims: "Claims", as_json: bool) -> int:
 
 
 class Progress:
-    """A line per finished cell on stderr, with the time that the rest will take if it takes as long per cell.
+    """Prints a line per finished cell on stderr, with the time left at the mean time per cell so far.
 
     Args:
-        cells: All cells that will be reported.
+        cells: All cells of the sweep.
     """
 
     def __init__(self, cells: "list[Cell]") -> None:
@@ -232,7 +232,7 @@ class Progress:
         say(words + (f", {failed} failed before" if failed else ""), to=sys.stderr)
 
     def __call__(self, outcome: "Outcome") -> None:
-        """Say what became of a cell."""
+        """Print the outcome of a cell, unless it was known before."""
         from pml.progress import show_seconds
         from pml.tables import show_loss
 

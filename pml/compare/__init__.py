@@ -1,10 +1,10 @@
 """Methods compared over pairs of runs: how much each made certain, how much it got right, and at what cost.
 
-outcomes      what runs are compared in
-pairs         which two runs are a pair, and whether they had the same budget
+outcomes      the numbers that runs are compared by
+pairs         which two runs form a pair, and whether their budgets are equal
 difference    the mean difference over pairs, its interval, and the verdict
 comparison    `compare`, which brings these together
-tables        what the command and the page show
+tables        the comparison as tables, for the command and the page
 """
 
 from pml.compare.comparison import Comparison, compare

@@ -1,4 +1,4 @@
-"""Any number of methods against one of them, over pairs of runs."""
+"""Any number of methods compared with a baseline method, over pairs of runs."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,11 +17,11 @@ from pml.tables import numbers_first
 
 __all__ = ["Comparison", "MethodMeans", "compare"]
 
-# Settings that a record has only where they were used.
+# A record has these settings only if the run used them, so a missing one counts as a difference.
 WHERE_USED: Final = {"guard", "kl_penalty"}
 VERDICTS: Final = ("better", "worse", "undecided")
 Values = Mapping[Path, Mapping[str, float | None]]
-"""Outcomes by name, by the folder of the run."""
+"""Outcomes by name, for each run folder."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class MethodMeans:
 
     Attributes:
         method: The method.
-        runs: Finished runs.
-        all_certain: Those in which every target token became certain.
-        means: Mean of each outcome over the runs that have it; None where none has.
+        runs: Number of finished runs.
+        all_certain: Number of these in which every target token is certain at the end.
+        means: Mean of each outcome over the runs that have it; None if none has.
     """
 
     method: str
@@ -43,19 +43,19 @@ class MethodMeans:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods over pairs of runs.
+    """Each method against the baseline, over pairs of runs.
 
     Attributes:
         baseline: The method that the others are compared with.
-        where: What the runs have in common, when they were split.
-        confidence: Level of all intervals, such as 0.95; they are not adjusted for how many there are.
-        tolerance: Largest difference of equal budgets, as a share of the larger.
-        by_text: Whether each text is one sample; where there is one text, its seeds are.
-        methods: Means over the runs of each method, the baseline's first.
-        differences: For each other method one for each outcome that its pairs have.
-        settings: Settings beside the weighting and the curriculum in which some pair's runs differ, with the values of
-            both, as text.
-        left_out: Runs that were not compared, or not in all outcomes.
+        where: The field that the runs were split by and their value of it; empty if they were not split.
+        confidence: Level of all intervals, such as 0.95, not adjusted for multiple comparisons.
+        tolerance: Largest difference between budgets that count as equal, as a share of the larger.
+        by_text: Whether samples are texts; if all runs are on one text, samples are its seeds.
+        methods: Mean outcomes of each method, the baseline first.
+        differences: One for each other method and each outcome in which a pair of its runs can be compared.
+        settings: Settings other than weighting and curriculum in which the runs of some pair differ, with all values
+            as text.
+        left_out: Runs that were not compared, or not in all outcomes, with the reason.
     """
 
     baseline: str
@@ -70,7 +70,7 @@ class Comparison:
 
     @property
     def verdicts(self) -> list[str]:
-        """A sentence for each method: what it is better and worse in, and what is not decided."""
+        """One sentence per method: what it is better in, worse in, and what is undecided."""
         return [self._verdict(means.method) for means in self.methods if means.method != self.baseline]
 
     def _verdict(self, method: str) -> str:
@@ -82,7 +82,7 @@ class Comparison:
         return f"{method} against {self.baseline}: {'; '.join(parts) or 'no pair of runs to compare'}."
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dictionaries only, with the verdicts."""
+        """The comparison with its verdicts, as numbers, strings, lists and dictionaries only."""
         content = asdict(self) | {"verdicts": self.verdicts}
         for written, found in zip(content["differences"], self.differences, strict=True):
             written |= {"outcome": found.outcome.name, "unit": found.outcome.unit, "verdict": found.verdict}
@@ -97,23 +97,23 @@ def compare(
     tolerance: float = TOLERANCE,
     confidence: float = 0.95,
 ) -> list[Comparison]:
-    """Compare every method with one of them: one comparison, or one for each value of `by`.
+    """Compare every other method with a baseline: in one comparison, or in one for each value of `by`.
 
-    Only pairs of equal budgets are compared: a method that trains longer is not a better one. Steps to certainty are
-    compared whatever the budget, since runs may stop there. Pairs on one text are averaged first and count once: they
-    are no further evidence of how methods differ on other texts.
+    Only pairs with equal budgets are compared: a method that trains longer is not a better one. Steps to certainty are
+    compared whatever the budget, since runs may stop there. Pairs on one text are averaged first and count once, since
+    they are no further evidence about other texts. If all runs are on one text, each of its seeds counts once.
 
     Args:
-        records: Records by the folder of their run.
-        baseline: The method that the others are compared with, as `method_name` writes it, capitals or not; None is SFT
-            where there is one, otherwise the first by name.
-        by: Field of a record, such as `rank`.
-        tolerance: Largest difference between the budgets of a pair, as a share of the larger.
+        records: Records by run folder.
+        baseline: The method that the others are compared with, as `method_name` writes it, in any case; None is SFT if
+            there is one, otherwise the first by name.
+        by: Field of a record to split the runs by, such as `rank`.
+        tolerance: Largest difference between budgets that count as equal, as a share of the larger.
         confidence: Level of the intervals.
 
     Raises:
-        InputError: If there are fewer than two methods, no such method or field, no pair that can be compared, or a
-            number that is out of range.
+        InputError: If there are fewer than two methods, no run has the baseline or the field, no pair can be compared,
+            or `tolerance` or `confidence` is out of range.
     """
     if not 0 <= tolerance < 1:
         raise InputError(f"tolerance: expected a share of at least 0 and below 1, got {tolerance:g}; 0.05 is 5 %")
@@ -121,7 +121,7 @@ def compare(
         raise InputError(f"confidence: expected at least 0.5 and below 1, got {confidence:g}; 0.95 is usual")
     methods = sorted({method_name(record) for record in records.values()})
     if len(methods) < 2:
-        only = f"only {methods[0]} in {len(records)} runs" if methods else "no run"
+        only = f"all runs are of {methods[0]}" if methods else "no run"
         raise InputError(f"{only}: expected runs of at least two methods; add the runs of another method")
     first = _baseline(baseline, methods)
     if by is not None and all(setting_of(record, by) is None for record in records.values()):
@@ -136,9 +136,9 @@ def compare(
         reasons = sorted({left.reason for comparison in comparisons for left in comparison.left_out})
         others = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""
         raise InputError(
-            f"no pair of runs of equal budgets ({'; '.join(reasons[:2])}{others}), and none of which both became "
-            "certain: expected runs of two methods with the same rank, corpus and seed, steps and target tokens; train "
-            "both for as long, or until they recall (callbacks.StopWhenRecalled), or raise the tolerance"
+            f"no pair of runs of equal budgets ({'; '.join(reasons[:2])}{others}), and none in which both became "
+            "certain: expected runs of two methods with the same rank, corpus, seed, steps and target tokens; train "
+            "both equally long, or until they recall (callbacks.StopWhenRecalled), or raise the tolerance"
         )
     return comparisons
 
@@ -169,7 +169,7 @@ def _comparison(
         methods=[_means(method, records, values) for method in (baseline, *others) if method in names],
         differences=differences,
         settings=_other_settings([(records[pair.first], records[pair.second]) for pair in every]),
-        # Of several methods, a run of the baseline may be left out for each.
+        # A run of the baseline may be left out once for each other method.
         left_out=list(dict.fromkeys(left_out)),
     )
 
@@ -177,7 +177,7 @@ def _comparison(
 def _difference(
     outcome: Outcome, method: str, pairs: list[Pair], values: Values, confidence: float
 ) -> Difference | None:
-    """Over the pairs of which both runs have the outcome; None where there is none."""
+    """The difference over pairs that have the outcome and, where it matters, equal budgets; None without such pairs."""
     chosen = [
         (pair, one, other)
         for pair in pairs
@@ -187,7 +187,7 @@ def _difference(
     ]
     if not chosen:
         return None
-    # Of one text, its seeds are all the evidence there is.
+    # With a single text, its seeds are all the evidence there is.
     by_text = len({pair.text for pair, _, _ in chosen}) > 1
     samples = [pair.text if by_text else pair.seed for pair, _, _ in chosen]
     first, second = [one for _, one, _ in chosen], [other for _, _, other in chosen]
@@ -223,7 +223,7 @@ def _baseline(asked: str | None, methods: list[str]) -> str:
 
 
 def _other_settings(runs: list[tuple[Record, Record]]) -> dict[str, list[str]]:
-    """Settings that both runs of a pair have, with different values; weighting and curriculum are the method."""
+    """Settings in which the runs of a pair differ, with all values; weighting and curriculum belong to the method."""
     found: dict[str, Iterable[str]] = {}
     for pair in runs:
         first, second = (record.method_settings | training_of(record) for record in pair)

@@ -1,4 +1,4 @@
-"""By how much one method differs from another over pairs of runs, with an interval and a verdict."""
+"""Mean difference between two methods over pairs of runs, with an interval and a verdict."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -17,20 +17,19 @@ Verdict = Literal["better", "worse", "undecided"]
 
 @dataclass(frozen=True)
 class Difference:
-    """A method minus the baseline in one outcome: the mean of the differences within pairs.
+    """Mean difference within pairs, method minus baseline, in one outcome.
 
     Attributes:
         method: The method.
-        outcome: What is compared; its unit is that of all numbers here.
-        pairs: Pairs of runs.
-        samples: Independent ones among them, over which the means and the interval are taken (see
-            `paired_difference`).
+        outcome: What is compared; all means and the interval have its unit.
+        pairs: Number of pairs of runs.
+        samples: Number of independent samples, over which means and interval are taken (see `paired_difference`).
         baseline_mean: Mean of the baseline.
         method_mean: Mean of the method.
         mean: Mean difference.
-        interval: Student's t interval of the mean difference; None with one sample, or where all differ by the same.
-        confidence: Its level.
-        by_text: Whether a sample is a text; else it is a seed of the one text that there is.
+        interval: Student's t interval of the mean difference; None with one sample, or if all samples differ equally.
+        confidence: Level of the interval.
+        by_text: Whether each sample is a text; otherwise each is a seed, all on one text.
     """
 
     method: str
@@ -46,9 +45,9 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """What is certain of the method at this confidence: undecided where zero lies in the interval.
+        """Better or worse at this confidence; undecided if the interval contains zero.
 
-        Samples that all differ by the same amount have no interval. All of one sign, they are decided by the sign test.
+        Samples that all differ by the same nonzero amount have no interval: the sign test decides.
         """
         if self.interval is None:
             decided = self.mean != 0 and 2 * 0.5**self.samples <= 1 - self.confidence
@@ -60,7 +59,7 @@ class Difference:
 
     @property
     def interval_shown(self) -> str:
-        """The interval as text, or a dash."""
+        """The interval as text; a dash if there is none."""
         return "-" if self.interval is None else " to ".join(self.outcome.show(end, "+") for end in self.interval)
 
 
@@ -74,21 +73,21 @@ def paired_difference(
     confidence: float = 0.95,
     by_text: bool = True,
 ) -> Difference:
-    """The mean difference over pairs of values; pairs of one sample are averaged first and count once.
+    """Mean difference over pairs of values; pairs of the same sample are averaged first and count once.
 
     Args:
-        outcome: What the values are.
+        outcome: What the values measure.
         baseline: Values of the baseline, at least one.
-        method: Those of the method, in the same order.
-        samples: What each pair is a sample of, such as its text; None is one of its own for every pair.
-        name: What the method is called.
+        method: Values of the method, in the same order.
+        samples: The sample that each pair belongs to, such as its text; None makes each pair a sample of its own.
+        name: Name of the method.
         confidence: Level of the interval.
-        by_text: Whether a sample is a text.
+        by_text: Whether each sample is a text.
     """
     of = range(len(baseline)) if samples is None else samples
     a, b = _by_sample(baseline, of), _by_sample(method, of)
     differences = b - a
-    # Equal differences of floats are equal but for rounding, which would make an interval of no width.
+    # Equal differences may still vary by rounding, which would give an interval of almost no width.
     rounding = 1e-12 * max(1.0, float(np.abs(a).max()), float(np.abs(b).max()))
     interval = None
     if len(differences) > 1 and differences.std(ddof=1) > rounding:
@@ -110,7 +109,7 @@ def paired_difference(
 
 
 def _by_sample(values: Sequence[float], samples: Sequence[Hashable]) -> npt.NDArray[np.float64]:
-    """The mean over the pairs of each sample, in the order in which samples appear."""
+    """Mean value of each sample, in order of first appearance."""
     groups: dict[Hashable, list[float]] = {}
     for value, sample in zip(values, samples, strict=True):
         groups.setdefault(sample, []).append(value)

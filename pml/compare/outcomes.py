@@ -1,4 +1,4 @@
-"""What runs are compared in: certain recall, recall as it is, and what either cost."""
+"""The numbers that runs are compared by: certain recall, actual recall, and their cost."""
 
 import logging
 from collections.abc import Callable
@@ -19,15 +19,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """One number that a run came to.
+    """One number that runs are compared by.
 
     Attributes:
         name: Its key in JSON.
         title: Its name in words.
         unit: `%`, `nats` (per target token), `tokens` or `steps`.
         better: Whether higher or lower is better.
-        of: It, from a run's folder, whose per-token results say how many targets are certain, and its record.
-        any_budget: Whether runs of different budgets may be compared in it: how long they trained is the outcome.
+        of: Computes it from a run's folder, which holds per-token results, and its record; None if not measured.
+        any_budget: Whether runs with different budgets may be compared: the outcome is how long they trained.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Outcome:
 
     @property
     def header(self) -> str:
-        """Its title with its unit."""
+        """Title with unit."""
         return self.title if self.unit in self.title else f"{self.title} ({self.unit})"
 
     def show(self, value: float | None, sign: str = "") -> str:
-        """A value, with its sign where it is a difference; a dash where there is none."""
+        """A value as text, a dash for None; `sign="+"` shows the sign of a difference."""
         return "-" if value is None else f"{value:{sign}.{3 if self.unit == 'nats' else 1}f}"
 
 
 def _targets_certain(folder: Path, _: Record) -> float | None:
     """Percentage of targets in which every token is certain."""
-    # From the file alone: where only some runs have it, those in which everything is certain are no fair sample.
+    # A record alone only tells when all targets are certain; means over just such runs would be biased.
     if not (folder / TOKENS_NAME).is_file():
         return None
     try:
@@ -70,9 +70,9 @@ OUTCOMES = (
     Outcome("steps_to_certain", "steps to all certain", "steps", "lower", lambda _, run: run.steps_to_recall, True),
     Outcome("harm", "harm to other text", "nats", "lower", lambda _, run: run.mean_harm),
 )
-"""Certain: p > 0.5 at every token, which greedy decoding cannot miss. Right: argmax under teacher forcing."""
+"""Certain: p > 0.5 at every token, so greedy decoding cannot miss it. Right: the argmax under teacher forcing."""
 
 
 def outcomes_of(folder: Path, record: Record) -> dict[str, float | None]:
-    """What a run came to, by the names of `OUTCOMES`; None where it was not measured."""
+    """Outcomes of a run by the names in `OUTCOMES`; None where not measured."""
     return {outcome.name: outcome.of(folder, record) for outcome in OUTCOMES}

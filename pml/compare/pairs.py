@@ -1,4 +1,4 @@
-"""Which runs of two methods are a pair, and whether they had the same budget."""
+"""Which runs of two methods form a pair, and whether their budgets are equal."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pml.records import Record
 __all__ = ["TOLERANCE", "LeftOut", "Pair", "find_pairs"]
 
 TOLERANCE = 0.05
-"""Largest difference between two budgets, as a share of the larger, at which they count as the same."""
+"""Largest difference between budgets that count as equal, as a share of the larger."""
 
 SAME = (
     *("backbone_hash", "dtype", "block", "placement", "init", "rank", "corpus_hash", "seed"),
@@ -20,14 +20,14 @@ SAME = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Two finished runs that differ in the method alone.
+    """Two finished runs of different methods with the same values of the fields in `SAME`.
 
     Attributes:
-        first: Folder of the run of the first method.
-        second: Folder of the run of the second.
-        text: Hash of the corpus of both.
-        seed: Seed of both.
-        budgets: How their budgets differ, in words; empty where they are the same.
+        first: Folder of the first method's run.
+        second: Folder of the second method's run.
+        text: Hash of the corpus of both runs.
+        seed: Seed of both runs.
+        budgets: How their budgets differ, in words; empty if they are equal.
     """
 
     first: Path
@@ -39,7 +39,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Runs that were not compared, by their folders, and why."""
+    """Folders of runs that were not compared, and the reason."""
 
     runs: tuple[str, ...]
     reason: str
@@ -48,13 +48,13 @@ class LeftOut:
 def find_pairs(
     records: Mapping[Path, Record], first: str, second: str, tolerance: float = TOLERANCE
 ) -> tuple[list[Pair], list[LeftOut]]:
-    """Pairs of runs with one backbone, place and initialisation of the adapter, rank, corpus and seed; and the others.
+    """Pairs of runs that agree in backbone, adapter placement, rank, corpus and seed, and the runs left out.
 
     Args:
-        records: Records by the folder of their run; those of other methods are passed over.
-        first: A method, as `method_name` writes it.
-        second: Another.
-        tolerance: Largest difference of equal budgets, as a share of the larger.
+        records: Records by run folder; runs of other methods are ignored.
+        first: Name of the first method, as `method_name` writes it.
+        second: Name of the second method.
+        tolerance: Largest difference between budgets that count as equal, as a share of the larger.
     """
     alike: dict[str, tuple[list[Path], list[Path]]] = {}
     left_out = []
@@ -75,7 +75,7 @@ def find_pairs(
         else:
             same = "with the same rank, corpus and seed"
             reason = (
-                f"several runs of one method {same}: which to compare is not clear"
+                f"several runs of one method {same}: it is not clear which to compare"
                 if ones and others
                 else f"no run of the other method {same}"
             )
@@ -84,7 +84,7 @@ def find_pairs(
 
 
 def _how_budgets_differ(a: Record, b: Record, tolerance: float) -> str:
-    """Steps that a method skipped, having nothing left to train, were in its budget too."""
+    """How two budgets differ, in words; steps skipped because nothing was left to train count too."""
     for unit, one, other in (
         ("optimiser steps", a.optimizer_steps + a.skipped_steps, b.optimizer_steps + b.skipped_steps),
         ("target tokens trained on", a.target_tokens_trained, b.target_tokens_trained),

@@ -1,4 +1,4 @@
-"""A comparison as tables, made once for the command and for the page."""
+"""A comparison as tables, shared by the command and the report page."""
 
 from pml.compare.comparison import Comparison
 from pml.compare.outcomes import OUTCOMES
@@ -9,7 +9,7 @@ __all__ = ["differences_tables", "means_table"]
 
 
 def means_table(comparison: Comparison) -> TextTable:
-    """What the runs of each method came to; what none has measured is left out."""
+    """Mean outcomes of each method; outcomes that no run has are left out."""
     methods = comparison.methods
     rows = [("runs", *(f"{method.runs:,}" for method in methods))]
     rows += [("in which everything is certain", *(f"{method.all_certain:,}" for method in methods))]
@@ -22,23 +22,23 @@ def means_table(comparison: Comparison) -> TextTable:
         "Means over runs" + "".join(f", {name} {value}" for name, value in comparison.where.items()),
         ("outcome", *short_method_names(method.method for method in methods).values()),
         rows,
-        note="Certain: p > 0.5, which greedy decoding cannot miss; match, accuracy, failure: argmax under teacher "
-        "forcing; loss per target token; steps: of the runs that got there.",
+        note="Certain: p > 0.5, so greedy decoding cannot miss it; match, accuracy, failure: argmax under teacher "
+        "forcing; loss: per target token; steps: over runs that got there.",
     )
 
 
 def differences_tables(comparison: Comparison) -> list[TextTable]:
-    """Each method minus the baseline, with intervals: a table a method, the last one with how to read them."""
+    """Each method minus the baseline, with intervals: one table per method, the last with a note on reading them."""
     short = short_method_names(means.method for means in comparison.methods)
     baseline = short.get(comparison.baseline, comparison.baseline)
     samples = "texts" if comparison.by_text else "seeds"
     methods = list(dict.fromkeys(found.method for found in comparison.differences))
-    one_text = "" if comparison.by_text else " All are on one text: of other texts the intervals say nothing."
+    one_text = "" if comparison.by_text else " All runs are on one text: the intervals say nothing about other texts."
     note = (
         "Pairs: runs of one rank, text and seed whose optimiser steps and target tokens differ by at most "
-        f"{100 * comparison.tolerance:g} %; steps are compared whatever the budget, where both got there. Pairs of one "
-        f"{samples[:-1]} are averaged first. Intervals: Student's t over {samples}, not adjusted for their number."
-        f"{one_text}"
+        f"{100 * comparison.tolerance:g} %; steps are compared whatever the budget, if both got there. Pairs of one "
+        f"{samples[:-1]} are averaged first. Intervals: Student's t over {samples}, not adjusted for multiple "
+        f"comparisons.{one_text}"
     )
     return [
         TextTable(

@@ -1,4 +1,4 @@
-"""Figures of laws, recall and training, one a function, in colours that all eyes can tell apart."""
+"""Figures of laws, recall and training, one function each, in colours that colour-blind readers can tell apart."""
 
 from pml.figures.law import agreement_figure, law_figure, map_figures, reduction_figure, residual_figure
 from pml.figures.recall import first_failure_figure, recall_figure

@@ -1,4 +1,4 @@
-"""A number over ranks and lengths, as a map with a cell for each grid point."""
+"""Heat maps of a number over ranks and lengths, one cell per grid point."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
@@ -14,10 +14,10 @@ from pml.law import Observation
 __all__ = ["Shade", "Values", "draw_heat_map", "is_grid", "over_grid"]
 
 Shade = Literal["loss", "share"]
-"""Whether a number is a loss, dark where it is high, or a share from 0 to 1, dark where it is low."""
+"""Kind of number: a loss, dark where high, or a share from 0 to 1, dark where low."""
 
 Values = Mapping[tuple[int, int], float]
-"""Numbers by rank and length."""
+"""Numbers by (rank, length)."""
 
 # Larger grids have no room for numbers.
 MOST_NUMBERS = 64
@@ -25,7 +25,7 @@ NOTHING = "#DDDDDD"
 
 
 def over_grid(runs: Iterable[Observation], value: Callable[[Observation], float | None]) -> Values:
-    """Means over the runs at each rank and length; runs without a value are passed over."""
+    """Mean value over the runs at each rank and length; runs without a value are ignored."""
     found: dict[tuple[int, int], list[float]] = {}
     for run in runs:
         if (number := value(run)) is not None:
@@ -34,12 +34,12 @@ def over_grid(runs: Iterable[Observation], value: Callable[[Observation], float 
 
 
 def is_grid(points: Iterable[tuple[int, int]]) -> bool:
-    """Whether these points, rank and length of each, have several ranks and several lengths."""
+    """Whether these (rank, length) points have several ranks and several lengths."""
     return sum(len(set(found)) > 1 for found in zip(*points, strict=True)) == 2
 
 
 def draw_heat_map(axes: Axes, values: Values, title: str, shade: Shade) -> None:
-    """Ranks from left to right, lengths from bottom to top, with numbers where there is room; grey: no run."""
+    """Draw ranks from left to right, lengths from bottom to top, and numbers if they fit; grey cells have no run."""
     ranks, lengths = (sorted(set(found)) for found in zip(*values, strict=True))
     table = np.full((len(lengths), len(ranks)), np.nan)
     for (rank, length), value in values.items():

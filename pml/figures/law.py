@@ -1,4 +1,4 @@
-"""The law against what was measured: loss reduction by rank and by length, agreement, residuals, and all in one."""
+"""Figures of a law against its runs: loss reduction by rank and by length, agreement, residuals, and all in one."""
 
 from typing import Literal
 
@@ -27,16 +27,16 @@ __all__ = ["agreement_figure", "law_figure", "map_figures", "reduction_figure", 
 
 By = Literal["rank", "length"]
 AXES: dict[By, tuple[str, str]] = {"rank": ("rank", "target_tokens"), "length": ("target_tokens", "rank")}
-"""What the horizontal axis is, and what each line has one value of, as fields of a run."""
+"""The field of a run on the horizontal axis, and the field that is constant along each line."""
 NAMES = {"rank": "LoRA rank", "target_tokens": "target tokens"}
 
 
 def law_figure(fit: LawFit) -> Figure:
-    """What Figure 2 of the paper shows, of a law's runs: the law above, what it comes to over ranks and lengths below.
+    """The law with its runs in one figure, like Figure 2 of the paper.
 
-    Above, loss reduction in nats per target token against rank and against length, and predicted against measured.
-    Below, heat maps of the final loss and of the token accuracy of free decoding, where runs are a grid. Saturated runs
-    are hollow.
+    Above: loss reduction in nats per target token against rank and against length. Below: predicted against measured,
+    and heat maps of the final loss and of the token accuracy of greedy decoding. Without a grid of runs there are no
+    maps, and all panels share one row. Saturated runs are hollow.
     """
     maps = _maps(fit)
     with canvas():
@@ -71,17 +71,17 @@ def law_figure(fit: LawFit) -> Figure:
 
 
 def _maps(fit: LawFit) -> list[tuple[str, Shade, Values]]:
-    """Titles, shades and values of the maps for which runs are a grid."""
+    """Titles, shades and values of the heat maps whose runs form a grid."""
     runs = fit.observations
     maps: list[tuple[str, Shade, Values]] = [
         ("final loss (nats per target token)", "loss", over_grid(runs, lambda run: run.final_loss)),
-        ("token accuracy, free decoding", "share", over_grid(runs, lambda run: run.generated_token_accuracy)),
+        ("token accuracy, greedy decoding", "share", over_grid(runs, lambda run: run.generated_token_accuracy)),
     ]
     return [found for found in maps if is_grid(found[2])]
 
 
 def map_figures(fit: LawFit) -> dict[str, Figure]:
-    """The maps of `law_figure` by their titles, each as wide as a page's column."""
+    """The heat maps of `law_figure` by title, each one page column wide."""
     figures = {}
     for title, shade, values in _maps(fit):
         with new_figure(4.4) as (figure, axes):
@@ -91,18 +91,18 @@ def map_figures(fit: LawFit) -> dict[str, Figure]:
 
 
 def agreement_figure(fit: LawFit) -> Figure:
-    """Predicted against measured loss reduction in nats per target token; saturated runs hollow."""
+    """Predicted against measured loss reduction in nats per target token; saturated runs are hollow."""
     with new_figure(4.9) as (figure, axes):
         legend_below(figure, _draw_agreement(axes, fit), title=NAMES["target_tokens"])
     return figure
 
 
 def reduction_figure(fit: LawFit, by: By) -> Figure:
-    """Loss reduction in nats per target token against rank or length, both logarithmic, with the fit and its band.
+    """Loss reduction in nats per target token against rank or length, on logarithmic axes, with the law and its band.
 
-    There is a line for each value of the other one, solid over the runs that the fit used (the saturated ones too
-    where the form knows the ceiling) and dotted beyond them. A law that does not know ranks has no lines, and the title
-    says so.
+    There is one line per value of the other variable: solid over the range of the runs that the fit used, dotted
+    beyond it. Forms with a ceiling use saturated runs too. If the law cannot predict from a rank, there are no lines
+    and the title says so.
     """
     with new_figure(4.4) as (figure, axes):
         legend_below(figure, _draw_reduction(axes, fit, by), title=NAMES[AXES[by][1]])
@@ -112,7 +112,7 @@ def reduction_figure(fit: LawFit, by: By) -> Figure:
 def residual_figure(fit: LawFit) -> Figure:
     """Measured minus predicted loss reduction in nats per target token, by rank and by length.
 
-    The shade is one root mean squared error on either side; a law that holds leaves no trend.
+    The shaded band is one root mean squared error on either side; a law that holds leaves no trend.
     """
     looks = looks_of(sorted({run.target_tokens for run, _ in fit.used}))
     with new_figure(5.2, rows=2, sharey=True) as (figure, panels):
@@ -128,11 +128,7 @@ def residual_figure(fit: LawFit) -> Figure:
 
 
 def _draw_reduction(axes: Axes, fit: LawFit, by: By) -> list[Line2D]:
-    """See `reduction_figure`.
-
-    Returns:
-        What the legend says.
-    """
+    """Draw `reduction_figure` and return the legend handles."""
     along, other = AXES[by]
     runs = fit.observations
     looks = looks_of(sorted({getattr(run, other) for run in runs}))
@@ -152,7 +148,7 @@ def _draw_reduction(axes: Axes, fit: LawFit, by: By) -> list[Line2D]:
         style = point(looks[getattr(run, other)], is_hollow=saturated(run), size=7)
         axes.plot(getattr(run, along), run.loss_reduction, **style)
     logarithmic(axes, at)
-    # A line may climb past what any run can reach, the frozen model's loss; the measured runs set the scale.
+    # A line may exceed what any run can reach, the frozen model's loss, so the measured runs set the scale.
     _logarithmic_losses(axes, [run.loss_reduction for run in runs])
     axes.set(xlabel=NAMES[along], ylabel="loss reduction (nats per target token)")
     if not fit.predicts_ranks:
@@ -161,18 +157,18 @@ def _draw_reduction(axes: Axes, fit: LawFit, by: By) -> list[Line2D]:
 
 
 def _handles(fit: LawFit, looks: Looks) -> list[Line2D]:
-    """Lines with their markers, and what hollow means where something is."""
+    """Legend handles: one per value, and one for hollow markers if any run is saturated."""
     lines = [Line2D([], [], color=c, marker=m, markersize=6, label=f"{value:,}") for value, (c, m) in looks.items()]
     hollow = Line2D([], [], **point((INK, "o"), is_hollow=True, size=7))
     return [*lines, hollow] if any(map(saturated, fit.observations)) else lines
 
 
 def _logarithmic_losses(axes: Axes, measured: list[float]) -> None:
-    """A logarithmic axis over the measured values, with numbers that people read at a glance."""
+    """Make the vertical axis logarithmic over the measured values, with round numbers as ticks."""
     axes.set_yscale("log")
     low, high = min(measured), max(measured)
     axes.set_ylim(low / (high / low) ** 0.08, high * (high / low) ** 0.08)
-    # Within a decade a logarithmic axis is nearly even: round numbers in even steps are easier to read.
+    # Within one decade a logarithmic axis is nearly linear, and round numbers in even steps are easier to read.
     even = FixedLocator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
     axes.yaxis.set_major_locator(even if high / low < 10 else LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -180,11 +176,11 @@ def _logarithmic_losses(axes: Axes, measured: list[float]) -> None:
 
 
 def _draw_agreement(axes: Axes, fit: LawFit) -> list[Line2D]:
-    """Predicted against measured, given each run's own initial loss, as for every other error; returns the legend."""
+    """Draw predicted (given each run's own initial loss) against measured, and return the legend handles."""
     looks = looks_of(sorted({run.target_tokens for run in fit.observations}))
     values = [run.loss_reduction for run in fit.observations] + [predicted for _, predicted in fit.used]
     span = max(values) - min(values)
-    # Without a ceiling, what the law says of saturated runs may be so large that the others would be squeezed.
+    # Without a ceiling, predictions for saturated runs may be so large that they would squeeze the other points.
     beyond_them = len(fit.used) < len(fit.observations)
     limits = (min(values) - 0.06 * span, max(values) + (0.3 if beyond_them else 0.06) * span)
     edge = limits[1] - 0.03 * span
@@ -203,7 +199,7 @@ def _draw_agreement(axes: Axes, fit: LawFit) -> list[Line2D]:
 
 
 def _setting(fit: LawFit) -> str:
-    """What the runs have in common and how many warnings the fit has, in one line."""
+    """What the runs have in common and the number of warnings, in one line."""
     setting = fit.setting
     caution = f"{len(fit.warnings)} warning{'s' if len(fit.warnings) > 1 else ''} with the fit" if fit.warnings else ""
     if "backbone" not in setting:

@@ -1,4 +1,4 @@
-"""Recall by rank and method, and where targets first fail."""
+"""Figures of recall by rank and method, and of where targets first fail."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -31,15 +31,14 @@ Measure = Literal["tokens_certain", "token_accuracy", "exact_match"]
 
 
 def recall_figure(methods: Mapping[str, Iterable[Record]], measure: Measure) -> Figure | None:
-    """Recall in percent under teacher forcing against rank, a panel for each length and a line for each method.
+    """Recall in percent under teacher forcing against rank, one panel per length and one line per method.
 
-    Lines go through the means over seeds; bars reach from the lowest to the highest seed. None with fewer than two
-    ranks.
+    Lines join the means over seeds; bars span the lowest to the highest seed. None with fewer than two ranks.
 
     Args:
-        methods: Finished runs by the name of their method.
-        measure: `tokens_certain`, share of target tokens with p > 0.5; `token_accuracy`, share of them that are right;
-            or `exact_match`, share of whole targets.
+        methods: Finished runs by method name.
+        measure: `tokens_certain`, the share of target tokens with p > 0.5; `token_accuracy`, the share that are right;
+            or `exact_match`, the share of targets that are right at every token.
     """
     runs = {method: list(records) for method, records in methods.items()}
     everything = [record for records in runs.values() for record in records]
@@ -78,11 +77,11 @@ def recall_figure(methods: Mapping[str, Iterable[Record]], measure: Measure) -> 
 def first_failure_figure(positions: FirstPositions, correlation: RankCorrelation) -> Figure:
     """First wrong token of a target against its first token with p <= 0.5, both counted from 1, on logarithmic axes.
 
-    The area of a point grows with the number of targets there.
+    The area of a point grows with the number of targets there. A target without a wrong token fails one past its end.
 
     Args:
-        positions: Of the targets of all runs; those without a token with p <= 0.5 are not drawn.
-        correlation: Spearman's rank correlation of what is drawn.
+        positions: First positions of the targets of all runs; targets without a token with p <= 0.5 are not drawn.
+        correlation: Spearman's rank correlation over the targets drawn.
     """
     shown = positions.sub_threshold < positions.length
     points, counts = np.unique(
@@ -128,7 +127,7 @@ def _draw_recall(axes: Axes, runs: Mapping[str, Sequence[Record]], length: int, 
         axes.errorbar(
             ranks,
             means,
-            # A mean of equal floats may differ from them by rounding, and bars have no negative length.
+            # The mean of equal floats may differ from them by rounding, and error bars cannot be negative.
             np.maximum([means - low, high - means], 0.0),
             color=colour,
             marker=marker,

@@ -1,4 +1,4 @@
-"""How figures look, and how they are written: colours, markers, axes, and files that are whole or not there."""
+"""Style and output of figures: colours, markers, axes, legends and files."""
 
 import base64
 import io
@@ -44,7 +44,7 @@ MARKERS = "os^DvPX<>ph"
 INK = "#333333"
 PAPER = "#FFFFFF"
 GRID = "#E4E4E4"
-# On a phone, where a figure is as wide as the page, this makes letters as high as those of the text around it.
+# On a phone, where a figure fills the width of the page, this makes its letters as large as the text around it.
 WIDTH_INCHES = 4.7
 
 Looks = dict[Any, tuple[str, str]]
@@ -53,7 +53,7 @@ Looks = dict[Any, tuple[str, str]]
 
 @contextmanager
 def canvas() -> Iterator[None]:
-    """Settings that hold for everything drawn inside."""
+    """Apply the style to everything drawn inside the context."""
     settings: dict[Any, Any] = {
         "font.size": 11.0,
         "axes.edgecolor": INK,
@@ -73,13 +73,13 @@ def canvas() -> Iterator[None]:
 
 @contextmanager
 def new_figure(height: float = 3.9, rows: int = 1, columns: int = 1, **options: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure of a page's column and its axes; draw inside the context.
+    """A figure one page column wide, and its axes; draw inside the context.
 
     Args:
-        height: In inches.
+        height: Height in inches.
         rows: Panels from top to bottom.
         columns: Panels from left to right.
-        options: What `Figure.subplots` takes beside them.
+        options: Further arguments of `Figure.subplots`.
     """
     with canvas():
         figure = Figure(figsize=(WIDTH_INCHES, height), dpi=160, layout="constrained", facecolor=PAPER)
@@ -87,7 +87,7 @@ def new_figure(height: float = 3.9, rows: int = 1, columns: int = 1, **options: 
 
 
 def looks_of(values: Iterable[Any]) -> Looks:
-    """A colour and a marker for each value, in their order."""
+    """A colour and a marker for each value, in order."""
     ordered = list(values)
     if len(ordered) <= len(FEW_COLOURS):
         colours = list(FEW_COLOURS[: len(ordered)])
@@ -102,7 +102,7 @@ def looks_of(values: Iterable[Any]) -> Looks:
 
 
 def point(look: tuple[str, str], *, is_hollow: bool = False, size: float = 8.0) -> dict[str, Any]:
-    """How one run is drawn: filled where the law used it, hollow where it is saturated."""
+    """Plot options for one run: hollow if it is saturated, otherwise filled."""
     colour, marker = look
     return {
         "linestyle": "none",
@@ -113,12 +113,12 @@ def point(look: tuple[str, str], *, is_hollow: bool = False, size: float = 8.0) 
         "markeredgewidth": 1.6 if is_hollow else 0.8,
         "zorder": 3 if is_hollow else 4,
         "clip_on": False,
-        "label": "saturated" if is_hollow else "used",
+        "label": "saturated" if is_hollow else "unsaturated",
     }
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], columns: int = 3, title: str | None = None) -> None:
-    """A legend under the axes, where it hides nothing."""
+    """Put a legend below the axes, where it hides nothing."""
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -133,7 +133,7 @@ def legend_below(figure: Figure, handles: Sequence[Any], columns: int = 3, title
 
 
 def logarithmic(axes: Axes, values: Iterable[int]) -> None:
-    """A logarithmic horizontal axis, ticked at these values alone; labels that would touch are left out."""
+    """Make the horizontal axis logarithmic, with ticks at these values only; labels that would touch are left out."""
     ticks = sorted(set(values))
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
@@ -141,30 +141,30 @@ def logarithmic(axes: Axes, values: Iterable[int]) -> None:
 
 
 def percent_axis(axes: Axes) -> None:
-    """A vertical axis of shares from 0 to 100 %."""
+    """Make the vertical axis one of shares, from 0 to 100 %."""
     axes.set_ylim(-0.03, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
 def dashes(i: int) -> Any:
-    """Another line for each method, for those who cannot see the colours."""
+    """Line style of the i-th method, for readers who cannot see the colours; the styles repeat after four."""
     return ("-", "--", ":", "-.")[i % 4]
 
 
 def literal(text: str) -> str:
-    """Text that a figure shows as it is: on one line, with nothing in it taken for mathematics."""
+    """Text that a figure shows as it is: on one line, with `$` escaped so that nothing is taken for mathematics."""
     return " ".join(text.split()).replace("$", r"\$")
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure so that the file is either whole or not there; the suffix says the format. Returns the path."""
+    """Write a figure atomically, in the format of the path's suffix, and return the path."""
     with whole_file(path) as file:
         figure.savefig(file, format=path.suffix.removeprefix("."))
     return path
 
 
 def settle(figure: Figure) -> None:
-    """Lay the figure out once and for all; otherwise every format in which it is written does it again."""
+    """Lay out the figure once, so that writing it in several formats does not repeat the work."""
     figure.draw_without_rendering()
     figure.set_layout_engine(None)
 
@@ -177,16 +177,16 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def svg_data_uri(figure: Figure) -> str:
-    """The figure as SVG inside a URI, sharp at every size, its letters drawn so that no font is needed."""
+    """The figure as an SVG data URI, with letters drawn as paths so that no font is needed."""
     buffer = io.BytesIO()
-    # Without a date and with ids that depend on the content alone, the same figure gives the same bytes.
+    # Without a date, and with ids that depend only on the content, the same figure gives the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "pml", "svg.fonttype": "path"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def thinned_labels(values: Sequence[int], *, even: bool = False) -> list[str]:
-    """Tick labels; empty where one would touch the one before it, on a logarithmic axis or one of even steps."""
+    """Tick labels on a logarithmic or evenly spaced axis; a label that would touch the one before it is empty."""
     if not values:
         return []
     places = np.arange(len(values)) if even else np.log(values)

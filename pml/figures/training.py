@@ -1,4 +1,4 @@
-"""What becomes of target tokens over the steps of a run: certain, right without being certain, or wrong."""
+"""Figures of target tokens over the steps of a run: certain, right but not certain, or wrong."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ PHASES = (("p > 0.5: certain", "#0072B2", ""), ("right, p <= 0.5", "#56B4E9", ".
 
 @dataclass(frozen=True)
 class Curves:
-    """A run at each of its looks, all of shape (looks,).
+    """Measurements at each look of a run, all of shape (looks,).
 
     Attributes:
         step: Optimiser steps taken.
         certain: Share of target tokens with p > 0.5.
-        right: Share of those that are the argmax without being certain.
+        right: Share of target tokens that are the argmax but not certain.
         loss: Mean loss in nats per target token.
     """
 
@@ -38,10 +38,10 @@ class Curves:
 
 
 def phases_figure(runs: Mapping[str, Curves]) -> Figure | None:
-    """Shares of target tokens that are certain, right without being certain, and wrong, over steps; None without runs.
+    """Shares of target tokens that are certain, right but not certain, and wrong, over steps; None without runs.
 
     Args:
-        runs: By what each panel is called; a few.
+        runs: A few runs, by the title of their panel.
     """
     if not runs:
         return None
@@ -65,11 +65,11 @@ def phases_figure(runs: Mapping[str, Curves]) -> Figure | None:
 
 
 def learning_figure(groups: Mapping[str, list[Curves]], title: str) -> Figure | None:
-    """Mean loss and the share of certain tokens over optimiser steps, a line for each run; None without runs.
+    """Mean loss and share of certain tokens over optimiser steps, one line per run; None without runs.
 
     Args:
-        groups: Runs by what their lines are called, such as their method or rank.
-        title: What the names are.
+        groups: Runs by the legend's label for them, such as their method or rank.
+        title: Title of the legend.
     """
     every = [run for runs in groups.values() for run in runs]
     if not every:
@@ -97,7 +97,7 @@ def learning_figure(groups: Mapping[str, list[Curves]], title: str) -> Figure | 
 
 
 def _step_axis(axes: Axes, last: int) -> None:
-    """Steps from 0, in their logarithm from 1 on: what is learnt early is learnt fast."""
+    """Make the step axis logarithmic above 1, since early steps change most; linear for fewer than 10 steps."""
     axes.set_xlim(0, max(last, 1))
     if last < 10:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -6,15 +6,15 @@ dL is the loss reduction in nats per target token, r the LoRA rank, and l the nu
 summed over the corpus. Read in this order:
 
     forms          the law as one function, and its forms as `lmfit.Parameters` on it
-    observations   what a run measured, and which runs belong to one law; `csv_file`: measurements from elsewhere
+    observations   what a run measured, and which runs a law can use; `csv_file` reads measurements from elsewhere
     data           runs as arrays, and the weights of their residuals
-    least_squares  the lmfit fit of one form, and many at once for the bootstrap
+    least_squares  the lmfit fit of one form, and batched fits for the bootstrap
     intervals      noise, standard errors, profile likelihood, wild bootstrap; `texts`: how texts differ
-    selection      whether runs determine a form; the choice by AICc and held-out prediction
-    fit            `fit_law`, which brings these together
-    prediction     predictions, by bootstrapped laws and for new runs
-    law_fit        `LawFit`, the content of `law.json` (`schema`, `equation`), and what one asks of it
-    diagnostics    warnings; `tables`: what commands and pages show
+    selection      whether the runs determine a form; the choice by AICc and held-out prediction
+    fit            `fit_law`, which combines these
+    prediction     predictions: the mean, by bootstrapped laws, and for new runs
+    law_fit        `LawFit`, the content of `law.json` (`schema`, `equation`), and its predictions
+    diagnostics    warnings; `tables`: what the commands and the report show
 """
 
 from pml.groups import shared_setting

@@ -1,4 +1,4 @@
-"""Measurements from anywhere: a CSV file with one run a row."""
+"""Measurements from any source, read from a CSV file with one run per row."""
 
 import csv
 from pathlib import Path
@@ -15,7 +15,7 @@ Count = Annotated[int, pydantic.Field(ge=1)]
 
 
 class _Row(pydantic.BaseModel):
-    """One run: its columns, their types and their ranges."""
+    """One row: the columns with their types and ranges."""
 
     model_config = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -30,21 +30,21 @@ class _Row(pydantic.BaseModel):
     text: str | None = None
 
 
-# A loss reduction may exceed the initial loss by this share of it.
+# A loss reduction may exceed the initial loss by this share of the initial loss.
 ROUNDING = 1e-6
 REQUIRED = ("rank", "target_tokens", "initial_loss")
 
 
 def read_csv(path: str | Path) -> list[Observation]:
-    """The runs of a CSV file.
+    """Read the runs of a CSV file.
 
-    Lines that begin with # are comments. Columns: rank, target_tokens, initial_loss, and final_loss or loss_reduction;
-    optional are effective_parameters, entropy_bits, seed and text, which identifies the text. Losses are in nats per
-    target token. Optional values may be empty, and so may final_loss where loss_reduction has a value; where both have
-    one, the final loss is taken.
+    Lines that begin with # are comments. Required columns: rank, target_tokens, initial_loss, and final_loss or
+    loss_reduction. Optional columns: effective_parameters, entropy_bits, seed, and text, which identifies the text.
+    Losses are in nats per target token. Optional values may be empty. A row needs one of final_loss and
+    loss_reduction; if it has both, final_loss is used.
 
     Raises:
-        InputError: If the file cannot be read, or a row is wrong; it names file, line and column.
+        InputError: If the file cannot be read or a row is invalid. The message names the file, line and column.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
@@ -52,8 +52,8 @@ def read_csv(path: str | Path) -> list[Observation]:
         raise InputError(f"{path}: cannot be read ({error}); expected a CSV file in UTF-8") from error
     numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip() and not line.startswith("#")]
     if len(numbered) < 2:
-        raise InputError(f"{path}: no rows; expected a header and one run a line, with {', '.join(REQUIRED)}")
-    # Line by line, so that an open quote is an error of its own line.
+        raise InputError(f"{path}: no rows; expected a header and one run per line, with {', '.join(REQUIRED)}")
+    # Parsed line by line, so that an unclosed quote does not swallow the lines after it.
     table = [next(csv.reader([line])) for _, line in numbered]
     header = [name.strip() for name in table[0]]
     _check_header(path, numbered[0][0], header)
@@ -76,7 +76,7 @@ def _check_header(path: str | Path, line: int, header: list[str]) -> None:
 def _observation(path: str | Path, line: int, header: list[str], values: list[str]) -> Observation:
     where = f"{path}, line {line}"
     if len(values) != len(header):
-        raise InputError(f"{where}: {len(values)} values for {len(header)} columns; write one value for each column")
+        raise InputError(f"{where}: {len(values)} values for {len(header)} columns; write one value per column")
     given: dict[str, Any] = {name: value.strip() for name, value in zip(header, values, strict=True) if value.strip()}
     try:
         row = _Row.model_validate(given)

@@ -12,22 +12,22 @@ from pml.law.observations import Observation, saturated
 
 __all__ = ["Data", "data_of", "weights"]
 
-# Losses are float32: a smaller variance of replicates, in nats squared, is rounding.
+# Losses are float32, so a smaller variance among replicates (in nats squared) is rounding.
 SMALLEST_VARIANCE = 1e-12
-# The spread over two or three seeds is itself uncertain: the pooled spread counts as this many further seeds.
+# The variance over two or three seeds is itself uncertain: the pooled variance counts as this many further seeds.
 PRIOR_DEGREES = 4
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a form is fitted to, one entry for each run.
+    """What a form is fitted to, with one entry per run.
 
     Attributes:
         runs: The runs.
-        points: Where the runs lie.
+        points: The size, length and losses of each run, at which a form is evaluated.
         measured: Loss reduction in nats per target token.
         root_weights: Square roots of the weights of the squared residuals.
-        unsaturated: Runs that the adapter limits, not the text.
+        unsaturated: Whether the adapter limits the run, not the text.
     """
 
     runs: Sequence[Observation]
@@ -37,19 +37,19 @@ class Data:
     unsaturated: npt.NDArray[np.bool_]
 
     def at(self, chosen: npt.NDArray[np.bool_]) -> "Data":
-        """Some of the runs."""
+        """The runs that a mask selects."""
         runs = [run for run, keep in zip(self.runs, chosen, strict=True) if keep]
         return Data(
             runs, self.points.at(chosen), self.measured[chosen], self.root_weights[chosen], self.unsaturated[chosen]
         )
 
     def used_by(self, form: Form) -> "Data":
-        """The runs that a form is fitted to: all of them if it is saturating, the unsaturated ones otherwise."""
+        """The runs that a form is fitted to: all of them for a saturating form, otherwise the unsaturated ones."""
         return self if form.saturating else self.at(self.unsaturated)
 
 
 def data_of(runs: Sequence[Observation], adapter_size: AdapterSize) -> Data:
-    """The runs as arrays."""
+    """Convert runs to arrays."""
     tokens = np.array([run.target_tokens for run in runs], dtype=np.float64)
     parameters = np.array([run.effective_parameters or math.nan for run in runs], dtype=np.float64)
     bits = np.array([math.nan if run.entropy_bits is None else run.entropy_bits for run in runs])
@@ -65,9 +65,9 @@ def data_of(runs: Sequence[Observation], adapter_size: AdapterSize) -> Data:
 
 
 def weights(runs: Sequence[Observation]) -> Array:
-    """Weights of the squared residuals: the inverse variance of replicates over the pooled one; 1 without replicates.
+    """Weights of the squared residuals: pooled variance over the variance of a run's replicates; 1 without replicates.
 
-    The variance of each grid point over its seeds is shrunk towards the pooled variance, an empirical Bayes estimate.
+    The variance of each grid point over its seeds is first shrunk towards the pooled variance (empirical Bayes).
     Saturated runs have weight 1, since their agreement says nothing about the noise.
     """
     found = np.ones(len(runs))
@@ -79,7 +79,7 @@ def weights(runs: Sequence[Observation]) -> Array:
     degrees = np.array([len(members) - 1 for members in replicated], dtype=np.float64)
     variances = np.array([np.var([runs[i].loss_reduction for i in members], ddof=1) for members in replicated])
     pooled = float(degrees @ variances) / max(degrees.sum(), 1.0)
-    # A single replicated grid point has nothing to compare its spread with.
+    # The spread of a single replicated grid point has nothing to be compared with.
     if len(replicated) < 2 or pooled <= SMALLEST_VARIANCE:
         return found
     for members, degree, variance in zip(replicated, degrees, variances, strict=True):

@@ -1,4 +1,4 @@
-"""Reasons in words to trust a fitted law less than its numbers suggest."""
+"""Warnings: reasons to trust a fitted law less than its numbers suggest."""
 
 from pml.law.forms import FORMS
 from pml.law.intervals import SPARE_TEXTS, texts_to_spare
@@ -9,12 +9,12 @@ from pml.law.texts import FEWEST_TEXTS
 
 __all__ = ["warnings_of"]
 
-# With fewer runs the standard errors themselves are guesses: they rest on fewer than four degrees of freedom.
+# With fewer runs the standard errors are themselves guesses: they rest on fewer than four degrees of freedom.
 FEW_RUNS = 8
 STRONG_CORRELATION = 0.98
 LARGE_MAPE_PERCENT = 10.0
 SMALL_R2 = 0.9
-# Exponents of converged runs lie between 0.4 and 1.1; at 5, doubling the rank would multiply the reduction by 32.
+# Converged runs give exponents between 0.4 and 1.1. At 5, doubling the rank would multiply the reduction by 32.
 STEEP_EXPONENT = 5.0
 
 
@@ -36,7 +36,7 @@ def _about_parameters(law: LawFit) -> list[str]:
     if unsaturated < FEW_RUNS:
         found.append(
             f"only {unsaturated} unsaturated runs for {len(fit.free)} parameters: the intervals are themselves "
-            f"uncertain; {FEW_RUNS} or more are better"
+            f"uncertain; measure {FEW_RUNS} or more"
         )
     if fit.correlation is not None and "b" in fit.free:
         row = dict(zip(fit.free, fit.correlation[fit.free.index("b")], strict=True))
@@ -59,12 +59,12 @@ def _about_parameters(law: LawFit) -> list[str]:
         if value <= 0:
             found.append(
                 f"{name} is not positive: the fitted loss reduction {effect}, which contradicts the law; "
-                "the larger runs may not have trained long enough"
+                "the larger runs may need longer training"
             )
         if abs(value) > STEEP_EXPONENT:
             found.append(
                 f"{name} is {value:.3g}: the loss reduction jumps between two ranks or lengths instead of following a "
-                "power; look at those runs"
+                "power law; check those runs"
             )
     return found
 
@@ -75,14 +75,14 @@ def _about_the_grid(law: LawFit) -> list[str]:
     for factor in law.factors:
         values, noun = {getattr(run, factor) for run in used}, FACTORS[factor]
         if len(values) == 1:
-            found.append(f"only one {noun}: how the loss reduction depends on it was not measured")
+            found.append(f"only one {noun}: how the loss reduction depends on it is not measured")
         elif len(values) == 2:
             found.append(f"only 2 {noun}s: the curvature of the law between them cannot be checked")
     nvarys = len(law.best.free)
     if texts_to_spare(used, nvarys) < SPARE_TEXTS:
         number = len({run.text_label for run in used})
         unknown = (
-            "; nor do they show how texts of one length differ (give pml plan the frozen model's loss, --initial_loss)"
+            "; nor can they show how texts of one length differ (give pml plan the frozen model's loss, --initial_loss)"
             if len({run.text_label for run in law.observations}) < FEWEST_TEXTS
             else ""
         )
@@ -95,27 +95,27 @@ def _about_the_grid(law: LawFit) -> list[str]:
     if law.best.text_effect != 0 and None not in drawn and len(drawn) < len(texts):
         found.append(
             f"the {len(texts)} texts were drawn from {len(drawn)} seed{'s' if len(drawn) > 1 else ''}, so longer ones "
-            "begin with shorter ones, and intervals that allow for another text are too narrow; give pml plan the "
+            "begin with shorter ones, and intervals that allow for a new text are too narrow; give pml plan the "
             "frozen model's loss (--initial_loss)"
         )
     corpora = law.setting.get("corpus", [])
     if len(corpora) > 1:
         found.append(
-            f"the runs are of different corpora ({', '.join(corpora)}): a law belongs to one kind of text, so keep one "
-            "of them (--where.corpus NAME) unless they are of one kind"
+            f"the runs used different corpora ({', '.join(corpora)}): a law describes one kind of text, so keep one "
+            "corpus (--where.corpus NAME) unless all are of one kind"
         )
     pooled = law.setting.get("pooled", {})
     if pooled:
         names = "; ".join(f"{name} ({', '.join(map(str, values))})" for name, values in pooled.items())
         found.append(
-            f"the runs differ in more than rank, length and seed: {names}; one law for them may mean nothing, so keep "
-            f"one value (--where.{next(iter(pooled))} VALUE) unless each was chosen for its size"
+            f"the runs differ in more than rank, length and seed: {names}; one law for all may be meaningless, so keep "
+            f"one value (--where.{next(iter(pooled))} VALUE) unless each value was tuned for its rank and length"
         )
     return found
 
 
 def _about_the_fit(law: LawFit) -> list[str]:
-    """How well it describes the runs, and whether these were still improving when they ended."""
+    """Warnings about the errors of the fit, and about runs that were still improving when they ended."""
     fit, found = law.best, []
     if fit.r2 < SMALL_R2 and not FORMS[fit.form].proportional:
         found.append(
@@ -132,6 +132,6 @@ def _about_the_fit(law: LawFit) -> list[str]:
         found.append(
             f"{len(drops)} of {sum(not saturated(run) for run in law.observations)} unsaturated runs had not "
             f"converged: their training loss still fell by up to {max(drops):.2g} nats over the last tenth of the "
-            "steps; the law holds for this budget, so train longer before comparing it with another"
+            "steps; the law holds for this budget only; train longer before comparing it with another law"
         )
     return found

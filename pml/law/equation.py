@@ -1,4 +1,4 @@
-"""A fitted form as an equation: plain text, HTML and TeX."""
+"""A fitted form as an equation in plain text, HTML and TeX."""
 
 import math
 import re
@@ -12,11 +12,11 @@ __all__ = ["Equation", "equation_of"]
 
 MINUS = "\N{MINUS SIGN}"
 Value = tuple[float, float | None]
-"""A parameter and its standard error, None where there is none."""
+"""The value of a parameter and its standard error, None where unknown."""
 
 
 class Equation(str):
-    """An equation as plain text, such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`; templates show it as HTML."""
+    """An equation as plain text, such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`; HTML templates render it."""
 
     __slots__ = ()
 
@@ -30,7 +30,7 @@ class Equation(str):
     def latex(self) -> str:
         """The equation in TeX, without dollar signs."""
         text = self.replace("stored bits", r"\mathrm{stored\ bits}").replace("dL", r"\Delta L").replace("L0", "L_0")
-        # As a word: under an operator the sharpness would touch the line below.
+        # A word, not an operator: the sharpness under an operator would touch the line below.
         text = re.sub(r"min_([\d.]+)", r"\\mathrm{min}_{\1}", text).replace("min(", r"\min(")
         text = re.sub(r"\^([^ ,]+)", r"^{\1}", re.sub(r"\bl\b", r"\\ell", text))
         text = re.sub(r" (?=(?:[rP]|\\ell)\^|P\b)", r"\\,", text)
@@ -38,13 +38,13 @@ class Equation(str):
 
 
 def equation_of(form: FormName, values: Mapping[str, Value], adapter_size: AdapterSize, errors: bool) -> Equation:
-    """A form with its numbers.
+    """Write a fitted form as an equation.
 
     Args:
-        form: Which.
+        form: The form.
         values: Its parameters with their standard errors.
-        adapter_size: What the law counts: the size is `r` or `P`.
-        errors: Show standard errors.
+        adapter_size: What the law counts as the adapter's size, written as `r` or `P`.
+        errors: Whether to show standard errors.
     """
     kind, show = FORMS[form], _with_error if errors else _number
     sharpness = values.get("sharpness", (math.inf, None))[0]
@@ -68,7 +68,7 @@ def equation_of(form: FormName, values: Mapping[str, Value], adapter_size: Adapt
 
 
 def _number(value: Value) -> str:
-    """Three significant digits, without an exponent where that is readable."""
+    """The value to three significant digits, with an exponent only for very small or large numbers."""
     # Rounded first, so that 0.9996 becomes 1.00.
     number = float(f"{value[0]:.3g}")
     if number == 0 or not 1e-5 <= abs(number) < 1e5:
@@ -77,7 +77,7 @@ def _number(value: Value) -> str:
 
 
 def _with_error(value: Value) -> str:
-    """Value and standard error in brackets, both to two digits of the error unless that is too many."""
+    """Value and standard error in brackets, rounded to two digits of the error unless the error is tiny."""
     number, error = value
     if error is None:
         return f"({_number(value)} ± ?)"

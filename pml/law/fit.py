@@ -1,4 +1,4 @@
-"""Fitting every form of the law that the runs determine, and choosing one."""
+"""Fit every form of the law that the runs determine, and choose one."""
 
 import math
 from collections import Counter
@@ -34,13 +34,13 @@ from pml.records import Record
 
 __all__ = ["fit_law", "law_of_records"]
 
-# If both exponents are this small, x^alpha is 1 + alpha ln x over a factor of 10 to 0.1 %, and dL = a0 + a1 ln s -
-# a2 ln l describes the runs as well. On the way to this limit C grows and b falls without end: where the search stopped
-# means nothing.
+# If both exponents are this small, x^alpha equals 1 + alpha ln x to 0.1 % over a factor of 10, so dL = a0 + a1 ln s -
+# a2 ln l describes the runs as well. Towards this limit C grows and b falls without bound, so the values at which the
+# search stops mean nothing.
 SMALL_EXPONENT = 0.02
-# A run is at the ceiling if less than this share of its deviation from the power law reaches its loss.
+# A run is at the ceiling if less than this share of a deviation in the power term reaches its loss.
 AT_CEILING = 0.05
-# Logarithms of the ends of an interval: beyond, a float is 0 or infinite.
+# Limits for the logarithm of an interval's ends, so that the ends are finite floats above 0.
 LOG_ENDS = (-300.0, 300.0)
 
 
@@ -52,28 +52,28 @@ def fit_law(
     adapter_size: AdapterSize = "rank",
     recall: RecallModel | None = None,
 ) -> LawFit:
-    """Fit the law in every form that the runs determine, by weighted least squares, and choose one.
+    """Fit the law by weighted least squares in every form that the runs determine, and choose one form.
 
-    Runs that diverged, were interrupted or learned nothing are left out. Saturated ones (final loss <= ln 2) are left
-    out of the forms without a ceiling, as published. Replicates are weighted by the inverse of their variance. See
-    `rank_forms` for the choice.
+    Runs that diverged, were interrupted or learned nothing are left out. As in the paper, forms without a ceiling also
+    leave out saturated runs (final loss <= ln 2). Replicates are weighted by the inverse of their variance.
+    `rank_forms` makes the choice.
 
     Args:
         runs: What the runs measured.
         setting: What the runs have in common (see `shared_setting`); kept with the fit.
-        form: The form to choose; None leaves it to AICc and held-out error.
+        form: The form to choose; None chooses by AICc and held-out error.
         adapter_size: What the law counts as the adapter's size.
-        recall: From loss to recall (see `pml.recall_model`); kept with the fit.
+        recall: The model from loss to recall (see `pml.recall_model`); kept with the fit.
 
     Raises:
-        InputError: If the runs cannot determine a law: too few that are not saturated, fewer than two ranks or
-            lengths, ranks and lengths that rise together, or a loss reduction that does not vary.
+        InputError: If the runs cannot determine a law: too few are unsaturated, they have fewer than two ranks or
+            lengths, ranks and lengths rise together, or the loss reduction does not vary.
     """
     if form is not None and form not in FORMS:
         raise InputError(f"form is {form!r}; expected one of {', '.join(FORMS)}")
     kept, left_out = usable(runs)
     if adapter_size == "effective_parameters" and any(run.effective_parameters is None for run in kept):
-        raise InputError("by effective_parameters: some runs do not say how many they have; count by rank")
+        raise InputError("by effective_parameters: some runs do not say how many they have; count by rank instead")
     counts = Counter[str](run.reason for run in left_out) + Counter({"saturated": sum(map(saturated, kept))})
     others = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none left out"
     context = f"of {len(kept) + len(left_out)} runs ({others})"
@@ -86,7 +86,7 @@ def fit_law(
         name: found for name in possible if (found := solve(FORMS[name], data.used_by(FORMS[name]))) is not None
     }
     if not solutions or (form is not None and form not in solutions):
-        raise InputError(f"no C above 0 fits {form or 'any form'}; check what the runs trained on, or the --form")
+        raise InputError(f"no C above 0 fits {form or 'any form'}; check what the runs trained on, or change --form")
     fits, reason = rank_forms([_form_fit(found, data, adapter_size) for found in solutions.values()], kept)
     if form is not None:
         fits, reason = sorted(fits, key=lambda fit: fit.form != form), "requested"
@@ -112,9 +112,9 @@ def fit_law(
 def law_of_records(
     records: Mapping[Path, Record], *, form: FormName | None = None, adapter_size: AdapterSize = "rank"
 ) -> LawFit:
-    """The law of finished runs with their recall model; runs whose token files are damaged give a warning.
+    """Fit the law to records, with the recall model of the finished runs; damaged token files give a warning.
 
-    Arguments as in `fit_law` and `observations_from_records`.
+    Takes the arguments of `fit_law` and `observations_from_records`.
     """
     recall, damaged = recall_of(path for path, record in records.items() if record.status == "finished")
     runs, setting = observations_from_records(records, adapter_size), shared_setting(records, adapter_size)
@@ -123,7 +123,7 @@ def law_of_records(
 
 
 def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -> FormFit:
-    """A solution with everything that is reported about it, but for the profile intervals."""
+    """A solution with all that is reported about it except the profile intervals."""
     form, data, residual, nvarys = solution.form, solution.data, solution.residual, len(solution.free)
     predicted = form.evaluate(solution.values, everything.points)
     grouped_by = choose_groups(solution)
@@ -134,9 +134,9 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
     below, of_run = data.unsaturated, texts.of_run[everything.unsaturated | form.saturating]
     effect = texts.effect(residual[below], sensitivity[below], of_run[below])
     beyond_text = residual - effect * sensitivity * texts.initial_loss_residuals[of_run]
-    # Residuals are of losses, which noise in the power term reaches by the sensitivity.
+    # Residuals are in the loss; noise in the power term reaches the loss scaled by the sensitivity.
     reach = max(math.sqrt(np.mean(sensitivity[below] ** 2)), AT_CEILING)
-    # Runs on the way to the ceiling scatter more; they count only if there are no others.
+    # Saturated runs still approaching the ceiling scatter more, so they count only if none has reached it.
     at_ceiling = residual[there if (there := ~below & (sensitivity < AT_CEILING)).any() else ~below]
     result = standard_errors(solution, noise) if is_power else None
     draws = bootstrap(solution, grouped_by) if is_power else None
@@ -166,7 +166,7 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
 def _estimates(
     solution: Solution, noise: Noise, result: lmfit.minimizer.MinimizerResult | None, draws: Array | None
 ) -> dict[str, Estimate]:
-    """The parameters with lmfit's standard errors, and bootstrap intervals widened for few degrees of freedom."""
+    """Parameters with lmfit's standard errors and bootstrap intervals, widened for few degrees of freedom."""
     theta, estimates = to_theta(solution.form, solution.values), {}
     for i, (name, value) in enumerate(solution.values.items()):
         if name not in solution.free:
@@ -186,7 +186,7 @@ def _estimates(
 
 
 def _with_profiles(fit: FormFit, solution: Solution) -> FormFit:
-    """The fit with profile-likelihood intervals, which take longer than all the rest."""
+    """Add profile-likelihood intervals, which take longer than the rest of the fit."""
     noise = noise_of(solution.residual, solution.data, fit.grouped_by, len(fit.free))
     profiles = profile_intervals(solution, noise) if fit.determined else {}
     parameters = {
@@ -196,7 +196,7 @@ def _with_profiles(fit: FormFit, solution: Solution) -> FormFit:
 
 
 def _correlation(result: lmfit.minimizer.MinimizerResult) -> list[list[float]]:
-    """Of the parameters that vary, in order."""
+    """Correlation matrix of the parameters that vary, in order."""
     names = result.var_names
     return [[1.0 if a == b else float(result.params[a].correl[b]) for b in names] for a in names]
 

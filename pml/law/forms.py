@@ -1,10 +1,10 @@
-"""The Parametric Memory Law as one function of named parameters, and its forms as `lmfit.Parameters` on it.
+"""The Parametric Memory Law as one function of named parameters, and its forms as `lmfit.Parameters` for it.
 
     dL(r, l) = b + min_p(C r^alpha l^(-beta), L0 - b)            min_p(x, c) = (x^-p + c^-p)^(-1/p)
 
-Every form is this equation with some parameters fixed (`Form.parameters`) or set by what a run is (`Form.arguments`).
-Without the minimum it is the paper's law (Eq. 6). `stored_bits` is `entropy_power` with C = kappa ln 2 and both
-exponents 1, counted in effective parameters: dL = L0 - H/l + min_p(kappa ln 2 P / l, H/l).
+Every form is this equation with some parameters fixed (`Form.parameters`) or computed from the run (`Form.arguments`).
+Without the minimum it is the paper's law (Eq. 6). `stored_bits` is `entropy_power` with C = kappa ln 2, both exponents
+1 and effective parameters as the size: dL = L0 - H/l + min_p(kappa ln 2 P / l, H/l).
 """
 
 import math
@@ -35,13 +35,13 @@ __all__ = [
 Array = npt.NDArray[np.float64]
 
 SHARPNESS_RANGE: Final = (0.5, 32.0)
-"""At 32 the soft minimum is the plain one to 2 %, so runs cannot distinguish larger values."""
+"""At 32 the soft minimum is within about 2 % of the plain one, so runs cannot distinguish larger values."""
 POSITIVE: Final = ("C", "bits_per_parameter", "sharpness")
-"""Parameters above 0. The bootstrap fits their logarithms, and their intervals are symmetric in the logarithm."""
-# Stands for no ceiling, and keeps squared residuals finite while a fit tries extreme exponents.
+"""Parameters above 0. The bootstrap fits their logarithms, and their intervals are widened in the logarithm."""
+# Stands in for an infinite ceiling, and keeps squared residuals finite while a fit tries extreme exponents.
 LARGEST_LOG: Final = 300.0
 SMALLEST_CEILING: Final = 1e-9
-# Stands for an infinite sharpness; by a power of 2 logarithms are scaled and back without rounding.
+# Stands in for an infinite sharpness. Scaling by a power of 2 and back does not round the logarithms.
 PLAIN_MINIMUM: Final = 2.0**40
 
 
@@ -58,18 +58,18 @@ def loss_reduction(
 ) -> Array:
     """Loss reduction in nats per target token, dL = b + min_p(C r^alpha l^(-beta), L0 - b).
 
-    All arguments broadcast.
+    The arguments broadcast.
 
     Args:
         rank: LoRA rank r, or the number of effective parameters, whichever the law counts as the adapter's size.
         target_tokens: Length l.
-        initial_loss: Loss of the frozen model L0, which no run can reduce by more than itself. Infinite leaves the
-            power law without a ceiling.
+        initial_loss: Loss of the frozen model L0, the most that a run can reduce it by. If infinite, the power law has
+            no ceiling.
         C: Power term at size 1 and one target token, in nats.
         alpha: Exponent of the size.
         beta: Exponent of the length.
         b: Offset in nats.
-        sharpness: p of the soft minimum; infinite is the plain minimum.
+        sharpness: p of the soft minimum; infinite for the plain minimum.
 
     Example:
         >>> round(float(loss_reduction(4, 100, C=40, alpha=0.5, beta=0.5, b=1)), 9)  # 40 * 2 / 10 + 1
@@ -91,12 +91,12 @@ def gradient(
     names: Collection[str] = ("b", "sharpness"),
     **parameters: npt.ArrayLike,
 ) -> dict[str, Array]:
-    """Derivatives of `loss_reduction` by ln C, alpha, beta, b and ln sharpness, under the parameters' names.
+    """Derivatives of `loss_reduction` by ln C, alpha, beta, b and ln sharpness, keyed by the parameters' names.
 
-    And by the power term itself, as `power`: from 1 to 0 as it rises past the ceiling, 2^-(1 + 1/p) where it is as
-    large. Noise in the power term is attenuated by this factor.
+    `power` is the derivative by the power term itself, the factor by which noise in that term is attenuated. It falls
+    from 1 to 0 as the term rises past the ceiling, and is 2^-(1 + 1/p) where the two are equal.
 
-    Those by b and ln sharpness take as long again, and are there only where `names` has them.
+    The derivatives by b and ln sharpness double the cost, and are computed only if `names` lists them.
     """
     log_power, log_ceiling = _log_terms(rank, target_tokens, initial_loss, **parameters)
     gap, p = log_power - log_ceiling, np.minimum(sharpness, PLAIN_MINIMUM)
@@ -128,18 +128,18 @@ def _log_terms(
 
 
 def _by_power(gap: Array, p: Any) -> Array:
-    """Derivative of min_p(x, c) with respect to x at ln(x / c)."""
+    """Derivative of min_p(x, c) with respect to x, where `gap` is ln(x / c)."""
     return np.asarray(np.exp(-(1.0 + 1.0 / p) * np.logaddexp(0.0, p * gap)))
 
 
 @dataclass(frozen=True)
 class Points:
-    """Where a law is evaluated: arrays that broadcast, one entry for each run.
+    """Where a law is evaluated: arrays that broadcast, with one entry per run.
 
     Attributes:
-        size: Rank or effective parameters, whichever the law counts.
-        target_tokens: Length.
-        effective_parameters: NaN where unknown.
+        size: Rank or effective parameters, whichever the law counts as the adapter's size.
+        target_tokens: Length in target tokens.
+        effective_parameters: Trainable parameters of the adapter; NaN where unknown.
         initial_loss: Loss of the frozen model in nats per target token.
         entropy: Information in the targets in nats per target token; NaN where unknown.
     """
@@ -151,7 +151,7 @@ class Points:
     entropy: Array
 
     def at(self, chosen: npt.NDArray[np.bool_]) -> "Points":
-        """Some of the points."""
+        """The points that a mask selects."""
         return Points(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
@@ -162,10 +162,10 @@ class Form:
     Attributes:
         name: Its name in `law.json` and on the command line.
         text: The equation, with s for the adapter's size.
-        meaning: When it applies.
-        offset: What b is: 0, a parameter that varies, or known for each run as L0 - H / l, the distance of the frozen
-            model from a uniform guess over a corpus of H nats.
-        saturating: Whether it has the ceiling L0, and so describes saturated runs too.
+        meaning: What it describes.
+        offset: What b is: zero, a parameter that varies, or a known value for each run, L0 - H / l: by how much the
+            frozen model is worse than a uniform guess over a corpus of H nats.
+        saturating: Whether it has the ceiling L0, and so also describes saturated runs.
         proportional: Whether the power term is `bits_per_parameter` times the effective parameters, in bits.
     """
 
@@ -177,10 +177,10 @@ class Form:
     proportional: bool = False
 
     def parameters(self, **values: float) -> lmfit.Parameters:
-        """The form as `lmfit.Parameters`: which vary, which are fixed, and their bounds; `arguments` has the ties.
+        """The form as `lmfit.Parameters`: which vary, which are fixed, and their bounds; see `arguments` for the rest.
 
         Args:
-            values: Initial values of those that vary.
+            values: Initial values that replace the defaults.
         """
         found = lmfit.Parameters()
         if self.proportional:
@@ -205,11 +205,11 @@ class Form:
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether the information in the corpus has to be known."""
+        """Whether the information in the corpus must be known."""
         return self.offset == "known"
 
     def arguments(self, values: Mapping[str, Any], points: Points) -> dict[str, Any]:
-        """Arguments of `loss_reduction` for values of the fitted parameters, which may be arrays that broadcast."""
+        """Arguments of `loss_reduction` at values of the fitted parameters, which may be arrays that broadcast."""
         if self.proportional:
             power = {"C": math.log(2) * values["bits_per_parameter"], "alpha": 1.0, "beta": 1.0}
         else:
@@ -231,7 +231,7 @@ class Form:
         return gradient(**self.arguments(values, points), names=())["power"]
 
     def gradient(self, values: Mapping[str, Any], points: Points, names: tuple[str, ...]) -> Array:
-        """Derivatives by these parameters, those in `POSITIVE` by their logarithm, stacked in the last axis."""
+        """Derivatives by these parameters (by the logarithm of those in `POSITIVE`), stacked along the last axis."""
         by_name = gradient(**self.arguments(values, points), names=names)
         by_name["bits_per_parameter"] = by_name["C"]
         return np.stack(np.broadcast_arrays(*(by_name[name] for name in names)), axis=-1)
@@ -240,7 +240,7 @@ class Form:
 FORMS: Final[dict[FormName, Form]] = {
     form.name: form
     for form in (
-        Form("power", "dL = C s^alpha l^-beta", "far below the ceiling, without offset"),
+        Form("power", "dL = C s^alpha l^-beta", "runs far below the ceiling, without offset"),
         Form("power_offset", "dL = C s^alpha l^-beta + b", "the paper's law (Eq. 6), unsaturated runs", "varies"),
         Form("ceiling", "dL = min(C s^alpha l^-beta, L0)", "`power` up to the frozen model's loss", "zero", True),
         Form(
@@ -267,4 +267,4 @@ FORMS: Final[dict[FormName, Form]] = {
         ),
     )
 }
-"""By name."""
+"""The forms of the law by name."""

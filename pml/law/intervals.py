@@ -1,4 +1,4 @@
-"""How far a fitted form can be trusted: noise, standard errors, profile likelihood and the bootstrap."""
+"""Uncertainty of a fitted form: noise, standard errors, profile-likelihood intervals and the bootstrap."""
 
 import functools
 import math
@@ -35,24 +35,24 @@ GroupedBy = Literal["grid_point", "text"]
 DRAWS = 500
 BOOTSTRAP_SEED = 0
 SPARE_TEXTS = 3
-"""With fewer texts to spare, the effect of a text cannot be separated from that of its length."""
-# Where the fit leaves less than this share of a group's residual, the rest is rounding.
+"""With fewer texts beyond the parameters, the effect of a text cannot be separated from that of its length."""
+# If the fit leaves less than this share of a group's error in its residual, the residual is rounding.
 LEAST_LEFT = 1e-3
-# The profile needs chi-squared to a few digits. Fits that take more steps belong to parameters without a limit.
+# The profile needs chi-squared to a few digits. Fits that take more steps belong to parameters without a bound.
 PROFILE_TOLERANCE, PROFILE_STEPS = 1e-6, 150
-# Parameters are indistinguishable in float64 if the Jacobian's condition number is larger.
+# If the Jacobian's condition number is larger, float64 cannot tell the parameters apart.
 LARGEST_CONDITION = 1e12
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Standard deviations around a form, in nats per target token; the weight of an ordinary run is 1.
+    """Standard deviations around a form, in nats per target token, for a run of weight 1.
 
     Attributes:
-        of_a_run: Of a single run.
+        of_a_run: Standard deviation of a single run.
         of_the_fit: Residual scale for the covariance matrix.
-        degrees_of_freedom: Groups with unsaturated runs minus fitted parameters, on which the latter rests; with no
-            more groups than parameters it is unsaturated runs minus parameters, and at least 1.
+        degrees_of_freedom: Degrees of freedom of `of_the_fit`: groups with unsaturated runs minus fitted parameters.
+            With no more groups than parameters, unsaturated runs minus parameters, but at least 1.
     """
 
     of_a_run: float
@@ -61,17 +61,17 @@ class Noise:
 
 
 def groups_of(runs: Sequence[Observation], grouped_by: GroupedBy) -> list[Hashable]:
-    """The group of each run. Runs of a group share an error: seeds of one grid point, or ranks on one text."""
+    """The group of each run. Runs in a group share an error: the seeds of one grid point, or the ranks on one text."""
     return [run.text_label if grouped_by == "text" else run.grid_point for run in runs]
 
 
 def texts_to_spare(runs: Sequence[Observation], nvarys: int) -> int:
-    """Texts of unsaturated runs minus fitted parameters."""
+    """Number of texts with unsaturated runs, minus fitted parameters."""
     return len({run.text_label for run in runs if not saturated(run)}) - nvarys
 
 
 def between_group_squares(residual: Array, data: Data, grouped_by: GroupedBy) -> tuple[float, int]:
-    """Sum of squares of the groups' mean residuals, weighted, and the number of groups; unsaturated runs only."""
+    """Weighted sum of squares of the groups' mean residuals, and the number of groups; unsaturated runs only."""
     weights = data.root_weights[data.unsaturated] ** 2
     of_run = numbered(groups_of(data.at(data.unsaturated).runs, grouped_by))
     sums = np.bincount(of_run, weights * residual[data.unsaturated])
@@ -81,10 +81,10 @@ def between_group_squares(residual: Array, data: Data, grouped_by: GroupedBy) ->
 def noise_of(residual: Array, data: Data, grouped_by: GroupedBy, nvarys: int) -> Noise:
     """The noise of the unsaturated runs around a form; runs at the ceiling say nothing about it.
 
-    Runs of one group share an error, so the parameters are known as well as there are groups, not runs: the covariance
-    is scaled by the mean square between groups, which counts the mean of n runs n times. The noise of a run has the
-    variance between and within groups (a one-way analysis of variance). With no more groups than parameters both are
-    the mean square over runs.
+    Runs of one group share an error, so the number of groups, not of runs, limits how well the parameters are known.
+    The covariance is therefore scaled by the mean square between groups, which counts the mean of n runs n times. The
+    noise of a run adds the variances between and within groups (a one-way analysis of variance). With no more groups
+    than parameters, both are the mean square over runs.
 
     Args:
         residual: Measured minus predicted loss reduction of each run.
@@ -106,17 +106,17 @@ def noise_of(residual: Array, data: Data, grouped_by: GroupedBy, nvarys: int) ->
 
 
 def t_quantile(degrees_of_freedom: int) -> float:
-    """Quantile of Student's t for a central 95 % interval; at least one degree of freedom is assumed."""
+    """Quantile of Student's t for a central 95 % interval, with at least one degree of freedom."""
     return float(t.ppf(0.975, max(degrees_of_freedom, 1)))
 
 
 def t_over_z(degrees_of_freedom: int) -> float:
-    """Ratio of the quantile of Student's t to the normal one, by which intervals from few runs are widened."""
+    """Ratio of the quantile of Student's t to the normal quantile, the factor that widens intervals from few runs."""
     return t_quantile(degrees_of_freedom) / float(norm.ppf(0.975))
 
 
 def standard_errors(solution: Solution, noise: Noise) -> lmfit.minimizer.MinimizerResult | None:
-    """lmfit's result with standard errors and correlations for this noise; None where it has no finite ones."""
+    """lmfit's result with standard errors and correlations for this noise; None unless they are finite."""
     data, jacobian = solution.data, solution.weighted_jacobian
     scale = np.linalg.norm(jacobian, axis=0)
     if len(jacobian) < len(solution.free) or not (np.isfinite(scale).all() and (scale > 0).all()):
@@ -130,7 +130,7 @@ def standard_errors(solution: Solution, noise: Noise) -> lmfit.minimizer.Minimiz
 
 
 def profile_intervals(solution: Solution, noise: Noise) -> dict[str, tuple[float, float]]:
-    """95 % profile-likelihood intervals from `lmfit.conf_interval`, where it finds both ends."""
+    """95 % profile-likelihood intervals from `lmfit.conf_interval`, of the parameters with two finite ends."""
     exact = noise.of_the_fit <= 1e-9 * float(np.abs(solution.data.measured).max())
     result = None if exact or len(solution.free) < 2 else standard_errors(solution, noise)
     if result is None:
@@ -155,9 +155,9 @@ def profile_intervals(solution: Solution, noise: Noise) -> dict[str, tuple[float
 
 
 def choose_groups(solution: Solution) -> GroupedBy:
-    """Whether errors are shared by grid point or by text: the grouping that leaves the law less certain.
+    """Choose whether errors are shared by grid point or by text: the grouping with the wider predictions.
 
-    Texts can decide only where there are enough of them.
+    Text is a candidate only if there are enough texts.
     """
     form, data, nvarys = solution.form, solution.data, len(solution.free)
     if texts_to_spare(data.runs, nvarys) < SPARE_TEXTS:
@@ -172,14 +172,14 @@ def choose_groups(solution: Solution) -> GroupedBy:
     return "text" if mean_prediction_variance("text") > mean_prediction_variance("grid_point") else "grid_point"
 
 
-@functools.lru_cache(maxsize=2)  # choosing the groups takes both kinds, of which one is then used
+@functools.lru_cache(maxsize=2)  # choose_groups computes both groupings; one is used afterwards
 def bootstrap(solution: Solution, grouped_by: GroupedBy) -> Array:
-    """Parameters refitted to resampled noise, `(draws, parameters)`, as `to_theta` orders them.
+    """Parameters refitted to resampled noise, `(draws, parameters)`, in the order of `to_theta`.
 
-    A wild cluster bootstrap with normal multipliers: every run stays in the grid, and the residuals of each group are
-    multiplied by a common standard normal factor. Residuals are first corrected for what the fit absorbed (the
-    jackknife CR3 of Bell and McCaffrey). With no more groups than parameters the fit goes through their means, and each
-    run is a group.
+    A wild cluster bootstrap with normal multipliers: every run stays in the grid, and each draw multiplies the
+    residuals of a group by one standard normal factor. Residuals are first corrected for what the fit absorbed (the
+    jackknife CR3 of Bell and McCaffrey). With no more groups than parameters, the fit would pass through the groups'
+    means, so each run is its own group.
     """
     form, data = solution.form, solution.data
     residual, basis = solution.residual * data.root_weights, np.linalg.qr(solution.weighted_jacobian)[0]
@@ -190,7 +190,7 @@ def bootstrap(solution: Solution, grouped_by: GroupedBy) -> Array:
     for i in range(number):
         members = np.flatnonzero(of_run == i)
         eigenvalues, vectors = np.linalg.eigh(np.eye(len(members)) - basis[members] @ basis[members].T)
-        # A run that alone determines a parameter has no residual to scale.
+        # A run that determines a parameter alone has no residual to scale.
         scale = np.where(eigenvalues > LEAST_LEFT, 1.0 / np.maximum(eigenvalues, LEAST_LEFT), 0.0)
         corrected[members] = vectors @ (scale * (vectors.T @ residual[members]))
     factors = np.random.default_rng(BOOTSTRAP_SEED).standard_normal((DRAWS, number))[:, of_run]

@@ -1,4 +1,4 @@
-"""A fitted law as `law.json` has it: what was measured, every form's fit, and the questions one asks of it."""
+"""A fitted law, the content of `law.json`: what was measured, the fit of every form, and predictions from it."""
 
 import json
 import math
@@ -36,20 +36,20 @@ class LawFit(Content):
     """The law fitted to runs in every form that they determine.
 
     Methods that predict take `initial_loss`, the frozen model's loss on the text in nats per target token. Without it
-    they assume the expected initial loss at the length, a line in ln l through the law's texts, and its uncertainty.
+    they use the loss expected at the length, a line in ln l through the law's texts, and its uncertainty.
 
     Attributes:
         schema_version: Version of this layout.
         form: The chosen form.
-        chosen_because: The reason in words.
+        chosen_because: Why it was chosen, in words.
         adapter_size: What the law counts as the adapter's size.
-        parameters_per_rank: Effective parameters of rank 1; None where they are unknown or differ between runs.
-        fits: Every form that the runs determine, the best first.
-        observations: What was measured, by length, rank and seed, saturated runs included.
+        parameters_per_rank: Effective parameters per rank; None if unknown or different between runs.
+        fits: The fits of every form that the runs determine, the chosen one first.
+        observations: What was measured, sorted by length, rank and seed, including saturated runs.
         left_out: Runs that no form can use.
-        recall: From loss to recall; None where no run left its per-token results.
+        recall: The model from loss to recall; None without enough per-token results (see `fit_recall`).
         setting: What all runs have in common.
-        warnings: In words, why to trust the chosen form less than its numbers suggest.
+        warnings: Reasons to trust the chosen form less than its numbers suggest.
     """
 
     schema_version: Literal[6] = LAW_SCHEMA_VERSION
@@ -79,49 +79,49 @@ class LawFit(Content):
         return self.fit_of(self.form)
 
     def fit_of(self, form: FormName | None) -> FormFit:
-        """The fit of a form; None is the chosen one.
+        """The fit of a form; None selects the chosen form.
 
         Raises:
-            InputError: If the runs do not determine it.
+            InputError: If the form was not fitted.
         """
         for fit in self.fits:
             if fit.form == (form or self.form):
                 return fit
         names = ", ".join(fit.form for fit in self.fits)
         raise InputError(
-            f"form {form} was not fitted; expected one of {names}; it may need more runs or the corpus' entropy"
+            f"form {form} was not fitted; expected one of {names}; it may need more runs or the entropy of the corpus"
         )
 
     @property
     def parameters(self) -> dict[str, Estimate]:
-        """Parameters of the chosen form."""
+        """The parameters of the chosen form."""
         return self.best.parameters
 
     @property
     def factors(self) -> tuple[Factor, Factor]:
-        """What the runs differ in: what the law counts as the adapter's size, and the length."""
+        """The two variables of the law: the adapter's size as it counts it, and the length."""
         return self.adapter_size, "target_tokens"
 
     @property
     def predicts_ranks(self) -> bool:
-        """Whether it can predict from a rank; not if it counts parameters and a rank has no one number of them."""
+        """Whether the law can predict from a rank: if it counts parameters, it needs one number of them per rank."""
         counts_parameters = self.adapter_size != "rank" or FORMS[self.form].proportional
         return self.parameters_per_rank is not None or not counts_parameters
 
     @property
     def bits_per_parameter(self) -> Estimate | None:
-        """Of the form with this one constant, kappa; None where the corpus has no known entropy."""
+        """kappa of the form `stored_bits`; None if that form was not fitted."""
         return next((fit.parameters["bits_per_parameter"] for fit in self.fits if fit.form == "stored_bits"), None)
 
     @property
     def used(self) -> list[tuple[Observation, float]]:
-        """The runs that the chosen form was fitted to, with its prediction in nats per target token."""
+        """The runs that the chosen form was fitted to, with predicted loss reductions in nats per target token."""
         pairs = zip(self.observations, self.best.predicted, strict=True)
         return [(run, predicted) for run, predicted in pairs if FORMS[self.form].saturating or not saturated(run)]
 
     @property
     def left_out_counts(self) -> dict[str, int]:
-        """How many runs the chosen form was not fitted to, by reason; saturated ones unless it is saturating."""
+        """Number of runs that the chosen form was not fitted to, by reason."""
         counts: dict[str, int] = dict(Counter(run.reason for run in self.left_out))
         if not FORMS[self.form].saturating and any(map(saturated, self.observations)):
             counts["saturated"] = sum(map(saturated, self.observations))
@@ -139,25 +139,25 @@ class LawFit(Content):
 
     @property
     def text_spread(self) -> float:
-        """Standard deviation of the frozen model's loss among texts of one length, in nats; 0 with fewer than 4."""
+        """Standard deviation of the frozen model's loss among texts of one length, in nats; 0 below 4 texts."""
         return self._predictor.texts.spread
 
     def equation(self, errors: bool = False, form: FormName | None = None) -> Equation:
-        """A form's equation, dL in nats per target token.
+        """The equation of a form, with dL in nats per target token.
 
-        Such as `dL = 3.21 r^0.47 l^-0.43 - 3.60`, or `dL = min_2.1(135 r^0.75 l^-0.60, L0)` with the sharpness of the
-        soft minimum behind `min` (see `pml.law.forms`). The size is `r` or `P`, whichever the law counts.
+        For example `dL = 3.21 r^0.47 l^-0.43 - 3.60`, or `dL = min_2.1(135 r^0.75 l^-0.60, L0)`, where 2.1 is the
+        sharpness of the soft minimum (see `pml.law.forms`). The size is `r` or `P`, whichever the law counts.
 
         Args:
-            errors: Show standard errors.
-            form: Which; None is the chosen form.
+            errors: Whether to show standard errors.
+            form: The form; None for the chosen one.
         """
         fit = self.fit_of(form)
         values = {name: (estimate.value, estimate.stderr) for name, estimate in fit.parameters.items()}
         return equation_of(fit.form, values, self.adapter_size, errors)
 
     def initial_loss(self, target_tokens: npt.ArrayLike, given: float | None = None) -> Array:
-        """The frozen model's loss in nats per target token: the given one, or that expected at the length.
+        """The frozen model's loss in nats per target token: the given one, or the one expected at the length.
 
         Raises:
             InputError: If the given loss is not a number above 0.
@@ -169,7 +169,7 @@ class LawFit(Content):
         return np.full(np.shape(target_tokens), float(given))
 
     def entropy(self, target_tokens: npt.ArrayLike) -> Array:
-        """Information in the targets in nats per target token, interpolated in ln l; NaN where it is unknown."""
+        """Information in the targets in nats per target token, interpolated in ln l; NaN if unknown."""
         known: dict[int, list[float]] = {}
         for run in self.observations:
             if run.entropy_bits is not None:
@@ -189,12 +189,12 @@ class LawFit(Content):
             initial_loss: The frozen model's loss on the text, if known.
 
         Returns:
-            An array of the broadcast shape, 0-d for scalars. A form without a ceiling may exceed the
-            frozen model's loss, which no run can.
+            An array of the broadcast shape, 0-d for scalars. A form without a ceiling may predict more than the
+            frozen model's loss, which no run can reach.
 
         Raises:
-            InputError: If a rank or a length is not positive, or the form counts parameters and the law's runs differ
-                in parameters per rank.
+            InputError: If a rank, a length or the loss is not positive, or the form counts parameters and the runs
+                differ in parameters per rank.
 
         Example:
             >>> from pml.law import Observation, fit_law
@@ -209,11 +209,11 @@ class LawFit(Content):
     def predict_draws(
         self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, *, initial_loss: float | None = None
     ) -> Array:
-        """Loss reduction by each bootstrapped law, whose percentiles are intervals; arguments as in `predict`.
+        """Loss reduction by each bootstrapped law, for confidence intervals; takes the arguments of `predict`.
 
         Returns:
-            `(laws, *broadcast shape)`, the same every time. Deviations from the law are widened by Student's t, since
-            the noise is estimated from few runs.
+            `(laws, *broadcast shape)`, the same on every call. Deviations from the law are widened by Student's t,
+            since the noise is estimated from few runs.
         """
         points, shape = self._points(rank, target_tokens, initial_loss)
         draws = self._predictor.draws(points, initial_loss is not None)
@@ -228,10 +228,10 @@ class LawFit(Content):
         laws: int | None = None,
         runs: int = 1,
     ) -> RunDraws:
-        """Simulated new runs by bootstrapped laws, each with a run's noise; without `initial_loss` on a new text each.
+        """Simulate new runs by bootstrapped laws, each with the noise of a run; without `initial_loss`, on a new text.
 
-        Arguments as in `predict`, and the number of bootstrapped laws (None is all of them) and of runs by each law.
-        Several runs are quantiles of the noise, the same for every law, so that few of them show rare outcomes.
+        Takes the arguments of `predict`, the number of laws (None for all) and of runs per law. Several runs use
+        quantiles of the noise, the same for every law, so that a few runs cover rare outcomes.
         """
         points, shape = self._points(rank, target_tokens, initial_loss)
         draws = self._predictor.new_runs(points, initial_loss is not None, laws, runs)
@@ -241,21 +241,21 @@ class LawFit(Content):
         return RunDraws(initial, reduction)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `law.json`: numbers, strings, lists and dictionaries only."""
+        """The content of `law.json` as plain numbers, strings, lists and dictionaries."""
         return self.model_dump(mode="json")
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any] | str | bytes) -> "LawFit":
-        """Read what `to_json` made, as a mapping or as the text of the file.
+        """Read what `to_json` returned, or the text of a `law.json`.
 
         Raises:
-            InputError: If it is not JSON or not a law of this schema version.
+            InputError: If the content is not JSON, or not a law of this schema version.
         """
         try:
             text = content if isinstance(content, str | bytes) else json.dumps(content)
             return cls.model_validate_json(text)
         except pydantic.ValidationError as error:
-            # An older file differs in many fields; its version says it best.
+            # A file of another version differs in many fields; the version is the problem to report.
             problems = sorted(error.errors(), key=lambda problem: problem["loc"] != ("schema_version",))
             where = ".".join(map(str, problems[0]["loc"])) or "law"
             raise InputError(
@@ -264,7 +264,7 @@ class LawFit(Content):
             ) from error
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with some fields replaced, which predicts by what it has now."""
+        """Copy with some fields replaced; the copy predicts from its own fields."""
         copy = super().model_copy(update=update, deep=deep)
         copy.__dict__.pop("_predictor", None)
         return copy
@@ -276,7 +276,7 @@ class LawFit(Content):
     def _points(
         self, rank: npt.ArrayLike, target_tokens: npt.ArrayLike, initial_loss: float | None
     ) -> tuple[Points, tuple[int, ...]]:
-        """Where to evaluate, flattened, and the broadcast shape."""
+        """Flattened points at which to evaluate, and the broadcast shape."""
         ranks, lengths = np.asarray(rank, dtype=np.float64), np.asarray(target_tokens, dtype=np.float64)
         for name, values in (("rank", ranks), ("target_tokens", lengths)):
             if not (values > 0).all():
@@ -298,7 +298,7 @@ def read_law(path: str | Path) -> LawFit:
     """Read a `law.json`.
 
     Raises:
-        InputError: If it cannot be read, is not JSON, or does not follow the schema.
+        InputError: If the file cannot be read, is not JSON, or does not follow the schema.
     """
     try:
         return LawFit.from_json(Path(path).read_bytes())

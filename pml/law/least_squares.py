@@ -1,4 +1,4 @@
-"""Least squares for one form: the lmfit fit, from several initial values, and batched fits for the bootstrap."""
+"""Least squares for one form: the lmfit fit from several initial values, and batched fits for the bootstrap."""
 
 import math
 import warnings
@@ -23,29 +23,29 @@ __all__ = [
     "to_theta",
 ]
 
-# Initial sharpness values: a wide bend, a narrow one, and none.
+# Initial sharpness: a wide bend, a narrow bend and almost none.
 INITIAL_SHARPNESS = (2.0, 6.0, 20.0)
 # Initial values of b, as shares of the smallest loss reduction (above 0) and of the mean (below 0).
 OFFSETS_ABOVE, OFFSETS_BELOW = (0.5, 0.9), (0.2, 1.0, 4.0)
 STARTS = 3
-# For batched fits, far below the spread of a bootstrap's draws.
+# Limits of batched fits. The relative fall of the squares at which a draw stops is far below the draws' spread.
 MOST_STEPS = 60
 SMALLEST_FALL = 1e-7
-# What is at least added to the diagonal, alone and as a share of the trace, so that no matrix is singular in float64.
+# The least damping, absolute and as a share of the trace, that keeps every matrix invertible in float64.
 SMALLEST_DAMPING, SMALLEST_SHARE = 1e-9, 1e-13
-# lmfit squares a value with a bound: this is still far from overflow, and far beyond any law.
+# lmfit squares values with a bound. This limit is far from overflow, and far beyond any law.
 LARGEST_START = 1e100
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A form fitted to data; equal to itself alone.
+    """A form fitted to data. Compares and hashes by identity.
 
     Attributes:
         form: The form.
-        data: What it was fitted to.
+        data: The data it was fitted to.
         values: The fitted parameters by name.
-        free: Those that vary; the others are held at the end of their range.
+        free: The parameters that vary; the others are held at an end of their range.
         converged: Whether lmfit reached a minimum.
     """
 
@@ -57,7 +57,7 @@ class Solution:
 
     @property
     def parameters(self) -> lmfit.Parameters:
-        """The same for lmfit."""
+        """The parameters for lmfit, of which only the free ones vary."""
         found = self.form.parameters(**self.values)
         for name in self.values:
             found[name].vary = name in self.free
@@ -65,7 +65,7 @@ class Solution:
 
     @cached_property
     def predicted(self) -> Array:
-        """Loss reduction of each run by the form, in nats per target token."""
+        """Predicted loss reduction of each run, in nats per target token."""
         return self.form.evaluate(self.values, self.data.points)
 
     @property
@@ -75,24 +75,24 @@ class Solution:
 
     @cached_property
     def weighted_jacobian(self) -> Array:
-        """Weighted derivatives by the free parameters, positive ones by their logarithm, `(runs, parameters)`."""
+        """Weighted derivatives by the free parameters (positive ones: by their logarithm), `(runs, parameters)`."""
         return _weighted_jacobian(self.form, self.data, self.values, self.free)
 
 
 def _weighted_residuals(form: Form, data: Data, values: Mapping[str, Any], measured: Array) -> Array:
-    """Predicted minus measured, weighted. Everywhere else it is the reverse; the sign does not matter."""
+    """Predicted minus measured, weighted. The sign is the reverse of `Solution.residual`, as the Jacobian needs."""
     return (form.evaluate(values, data.points) - measured) * data.root_weights
 
 
 def _weighted_jacobian(form: Form, data: Data, values: Mapping[str, Any], names: tuple[str, ...]) -> Array:
-    """Derivatives of the weighted residuals by these parameters, positive ones by their logarithm."""
+    """Derivatives of the weighted residuals by these parameters (positive ones: by their logarithm)."""
     return form.gradient(values, data.points, names) * data.root_weights[:, None]
 
 
 def minimizer(
     form: Form, data: Data, parameters: lmfit.Parameters, noise: float = 1.0, tolerance: float = 1e-13
 ) -> lmfit.Minimizer:
-    """The problem for lmfit, unsolved. In units of the noise the covariance needs no scaling by the residuals."""
+    """The lmfit problem. Residuals are in units of the noise, so the covariance needs no scaling."""
 
     def residuals(parameters: lmfit.Parameters) -> Array:
         return _weighted_residuals(form, data, parameters.valuesdict(), data.measured) / noise
@@ -119,16 +119,16 @@ def minimizer(
 def minimize(
     form: Form, data: Data, parameters: lmfit.Parameters, noise: float = 1.0
 ) -> lmfit.minimizer.MinimizerResult:
-    """The least-squares solution near these initial values, by Levenberg-Marquardt."""
+    """Solve by Levenberg-Marquardt from these initial values."""
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return minimizer(form, data, parameters, noise).leastsq()
 
 
 def solve(form: Form, data: Data) -> Solution | None:
-    """The least-squares solution by lmfit; None where C > 0 cannot be fitted.
+    """Fit a form by least squares; None if no C > 0 fits.
 
-    lmfit polishes the best of several starts, which `batched_least_squares` takes most of the way.
+    `batched_least_squares` takes several starts most of the way, and lmfit polishes the best of them.
     """
     starts = _starts(form, data)
     if not starts:
@@ -154,7 +154,7 @@ def solve(form: Form, data: Data) -> Solution | None:
 
 
 def _starts(form: Form, data: Data) -> list[dict[str, float]]:
-    """Initial values from the log-linear solution of the unsaturated runs, for several b and sharpness."""
+    """Initial values from log-linear fits to the unsaturated runs, for several values of b and of the sharpness."""
     points, measured = data.points.at(data.unsaturated), data.measured[data.unsaturated]
     bends: list[dict[str, float]] = [{"sharpness": p} for p in INITIAL_SHARPNESS] if form.saturating else [{}]
     if form.offset == "known":
@@ -183,12 +183,12 @@ def _starts(form: Form, data: Data) -> list[dict[str, float]]:
 
 
 def to_theta(form: Form, values: dict[str, float]) -> Array:
-    """The fitted parameters in order, positive ones as logarithms."""
+    """The fitted parameters as a vector, in order, positive ones as logarithms."""
     return np.array([math.log(values[name]) if name in POSITIVE else values[name] for name in form.fitted])
 
 
 def to_natural(form: Form, theta: Array) -> dict[str, Array]:
-    """The reverse for `(..., parameters)`, each parameter with an axis for runs."""
+    """Invert `to_theta` for `(..., parameters)`: arrays by name, each with a last axis for runs."""
     with np.errstate(over="ignore"):
         return {
             name: (np.exp(theta[..., i, None]) if name in POSITIVE else theta[..., i, None])
@@ -197,19 +197,19 @@ def to_natural(form: Form, theta: Array) -> dict[str, Array]:
 
 
 def batched_least_squares(form: Form, data: Data, measured: Array, start: Array, free: tuple[str, ...]) -> Array:
-    """Least-squares solutions for many sets of measurements, or from many initial values, at once.
+    """Solve least-squares problems for many sets of measurements, or from many initial values, at once.
 
-    Levenberg-Marquardt steps in coordinates in which the Jacobian at the first start is orthonormal.
+    Takes Levenberg-Marquardt steps in coordinates in which the Jacobian at the first start is orthonormal.
 
     Args:
         form: The form.
-        data: The runs; their own measurements are not used.
+        data: The runs; `data.measured` is not used.
         measured: Loss reductions in nats per target token, `(draws or 1, runs)`.
-        start: Initial values as `to_theta` orders them, `(draws or 1, parameters)`.
+        start: Initial values in the order of `to_theta`, `(draws or 1, parameters)`.
         free: Parameters that vary.
 
     Returns:
-        `(draws, parameters)`.
+        Solutions in the order of `to_theta`, `(draws, parameters)`.
     """
     index, draws = [form.fitted.index(name) for name in free], max(len(measured), len(start))
     measured = np.broadcast_to(measured, (draws, measured.shape[1]))
@@ -224,14 +224,14 @@ def batched_least_squares(form: Form, data: Data, measured: Array, start: Array,
     with np.errstate(all="ignore"):
         basis = np.linalg.pinv(np.linalg.qr(jacobian_at(theta[:1])[0])[1])
         unit = np.eye(len(index))
-        # Draws that have converged are left alone.
+        # Only draws that have not converged keep moving.
         moving, damping = np.arange(len(measured)), np.full(len(measured), 1e-3)
         residuals = residuals_at(theta, measured)
         squares = np.sum(residuals**2, axis=-1)
         for _ in range(MOST_STEPS):
             jacobian = jacobian_at(theta[moving]) @ basis
             gram = jacobian.swapaxes(1, 2) @ jacobian
-            # A draw whose Jacobian has grown without end must not stop the others: it is given up.
+            # A draw whose Jacobian has diverged is given up, so that it does not stop the others.
             lost = ~np.isfinite(gram).all(axis=(1, 2))
             gram[lost], damping[moving[lost]] = unit, math.inf
             floor = np.maximum(SMALLEST_SHARE * np.trace(gram, axis1=1, axis2=2), SMALLEST_DAMPING)

@@ -1,4 +1,4 @@
-"""What a law is fitted to: one observation for each run, which runs belong together, and which cannot be used."""
+"""What a law is fitted to: one observation per run, which runs are replicates, and which cannot be used."""
 
 import json
 import math
@@ -34,12 +34,12 @@ Reason = Literal["diverged", "interrupted", "not reduced"]
 CRITICAL_LOSS = math.log(2)
 """Loss in nats below which a token has p > 0.5, so that greedy decoding must produce it."""
 
-# A run had not converged if the last tenth of its steps still gave this share of its loss reduction: at that pace, ten
-# more tenths would change dL by a tenth.
+# A run had not converged if the last tenth of its steps still gave this share of its loss reduction: at that pace,
+# training twice as long would change dL by a tenth.
 LATE_DROP_SHARE = 0.01
-# Settings by which corpora of one seed differ in size alone.
+# Corpus settings that change only the size of a corpus drawn from one seed.
 SIZES = ("length", "count", "pairs", "people", "size", "target_tokens")
-# Stored bits of a record may differ from entropy minus loss by this share of the entropy: rounding.
+# Rounding: a record's stored bits may differ from entropy minus loss by this share of the entropy.
 ENTROPY_TOLERANCE = 1e-3
 
 
@@ -49,26 +49,26 @@ class Observation:
 
     Attributes:
         rank: LoRA rank r.
-        target_tokens: Length l, supervised tokens over the whole corpus.
+        target_tokens: Length l: supervised tokens over the whole corpus.
         initial_loss: Mean target loss of the frozen model, L0.
         final_loss: Mean target loss with the adapter.
         seed: Seed of the run.
         source: Where the numbers come from, such as the run's folder.
-        finished: False for a run that was stopped from outside, or that diverged.
+        finished: False for a run that was interrupted or diverged.
         effective_parameters: Trainable parameters of the adapter; None where unknown.
         entropy_bits: Information in the targets given the queries; None where unknown.
         pairs: Number of targets.
         late_loss_drop: By how much the training loss still fell at the end (see `pml.records.Record`).
         text: Identifies the text, such as the hash of its token ids; None where unknown.
-        generated_token_accuracy: Share of target tokens that greedy decoding puts in their place; None where unknown.
-        drawn_as: Equal for texts of which the longer may begin with the shorter, drawn from one seed; None where
+        generated_token_accuracy: Share of target tokens that greedy decoding gets right; None where unknown.
+        drawn_as: Equal for texts drawn from one seed, of which a longer one may begin with a shorter one; None where
             unknown.
 
     Raises:
-        InputError: If a number is none that a run can have measured.
+        InputError: If a count is not a whole number of at least 1.
     """
 
-    # Files of earlier versions say more of a run.
+    # Files of earlier versions have further fields.
     __pydantic_config__ = pydantic.ConfigDict(extra="ignore", allow_inf_nan=False)
 
     rank: int
@@ -87,7 +87,7 @@ class Observation:
     drawn_as: str | None = None
 
     def __post_init__(self) -> None:
-        # As plain Python, which arrays and data frames are not; a missing value of theirs is not a number.
+        # Values from arrays and data frames become plain Python; their missing values (NaN, NA) become None.
         for field in fields(self):
             value = getattr(self, field.name)
             value = value.item() if isinstance(value, np.generic) else value
@@ -111,24 +111,24 @@ class Observation:
 
     @property
     def text_label(self) -> tuple[int, str | float]:
-        """Equal for runs on one text. Where texts are not named, equal losses of the frozen model identify them."""
+        """Equal for runs on one text. Unnamed texts are identified by length and the frozen model's loss."""
         return self.target_tokens, self.text or round(self.initial_loss, 3)
 
     @property
     def grid_point(self) -> tuple[int, int | None, int]:
-        """Rank, effective parameters and length. Runs at one grid point are replicates."""
+        """Rank, effective parameters and length. Runs with the same grid point are replicates."""
         return self.rank, self.effective_parameters, self.target_tokens
 
     def size(self, adapter_size: AdapterSize) -> int:
-        """What a law counts as the adapter's size; 0 where it counts parameters and they are unknown."""
+        """The adapter's size as a law counts it; 0 if it counts parameters and they are unknown."""
         return self.rank if adapter_size == "rank" else self.effective_parameters or 0
 
     @property
     def stored_bits(self) -> float | None:
-        """Information about the corpus in the adapter, in bits: the entropy minus what is still missing.
+        """Information about the corpus in the adapter, in bits: the entropy minus the remaining loss.
 
-        Negative where the adapted model predicts the targets worse than a uniform guess. None where the entropy is
-        unknown or the final loss is not finite.
+        Negative if the adapted model predicts the targets worse than a uniform guess. None if the entropy is unknown
+        or the final loss is not finite.
         """
         if self.entropy_bits is None or not math.isfinite(self.final_loss):
             return None
@@ -143,30 +143,30 @@ class LeftOutRun(Content):
 
 
 def numbered(labels: Iterable[Hashable]) -> npt.NDArray[np.intp]:
-    """The number of each label, in the order in which they first appear."""
+    """The index of each label, counting distinct labels in the order in which they first appear."""
     numbers: dict[Hashable, int] = {}
     return np.array([numbers.setdefault(label, len(numbers)) for label in labels], dtype=np.intp)
 
 
 def saturated(run: Observation) -> bool:
-    """Whether the final loss is at most ln 2: the geometric mean of p is 0.5 or more, so the text limits the run."""
+    """Whether the final loss is at most ln 2. The geometric mean of p is then at least 0.5: the text limits the run."""
     return run.final_loss <= CRITICAL_LOSS
 
 
 def unconverged(run: Observation) -> bool:
-    """Whether an unsaturated run still gained a hundredth of its loss reduction in the last tenth of its steps.
+    """Whether an unsaturated run still gained over a hundredth of its loss reduction in the last tenth of its steps.
 
-    One that gained less may have stopped since its learning rate had fallen to 0.
+    A smaller gain does not prove convergence: the learning rate may have fallen to 0.
     """
     drop = run.late_loss_drop
     return not saturated(run) and drop is not None and drop > LATE_DROP_SHARE * run.loss_reduction
 
 
 def usable(runs: Iterable[Observation]) -> tuple[list[Observation], list[LeftOutRun]]:
-    """The runs that inform the law, sorted by length, rank and seed, and the others with the reason.
+    """Split runs into those that a law can use, sorted by length, rank and seed, and the others with the reason.
 
-    An interrupted run did not reach what its rank allows. A run whose loss did not fall learned nothing, and its loss
-    depends on the learning rate. A run whose loss is not finite diverged.
+    An interrupted run did not reach what its rank allows. A run whose loss did not fall learned nothing: its loss
+    says more about the learning rate than the rank. A run whose loss is not finite diverged.
     """
     kept, left_out = [], []
     for run in _sorted(runs):
@@ -185,14 +185,14 @@ def usable(runs: Iterable[Observation]) -> tuple[list[Observation], list[LeftOut
 
 
 def observations_from_records(records: Mapping[Path, Record], adapter_size: AdapterSize = "rank") -> list[Observation]:
-    """One observation for each run, sorted by length, rank and seed; losses in nats per target token.
+    """One observation per run, sorted by length, rank and seed; losses in nats per target token.
 
     Args:
-        records: Records by the folder of their run, as `read_records` gives them.
-        adapter_size: What the law counts, see `shared_setting`.
+        records: Records by the folder of their run, as `read_records` returns them.
+        adapter_size: What the law counts as the adapter's size (see `shared_setting`).
 
     Raises:
-        InputError: If there is no record, or they do not belong to one law (see `shared_setting`).
+        InputError: If there is no record, or the records do not belong to one law (see `shared_setting`).
     """
     shared_setting(records, adapter_size)
     return _sorted(
@@ -217,22 +217,22 @@ def observations_from_records(records: Mapping[Path, Record], adapter_size: Adap
 
 
 def _drawn_as(record: Record) -> str | None:
-    """What the corpus was drawn as, whatever its size; None where it was not drawn from a seed."""
-    several = record.corpus_settings.get("count", 1) > 1  # of which only the first begins alike at all lengths
+    """Corpus name and settings without the size; None if the corpus was not drawn from a seed."""
+    several = record.corpus_settings.get("count", 1) > 1  # only the first target begins alike at all lengths
     sizes = [name for name in SIZES if not (several and name == "length")]
     settings = {name: value for name, value in record.corpus_settings.items() if name not in sizes}
     return json.dumps([record.corpus, settings], sort_keys=True, default=str) if "seed" in settings else None
 
 
 def _entropy_bits(record: Record) -> float | None:
-    """Information in the targets; None too where facts are asked for in several ways, of which it counts one.
+    """Information in the targets in bits; None if unknown, or if several prompts ask for the same fact.
 
-    The loss counts them all, so that what is stored does not follow from the two.
+    The entropy then counts a fact once and the loss every time, so the two do not give the stored bits.
     """
     entropy, stored, loss = record.corpus_entropy_bits, record.memorized_bits, record.final_loss
     if entropy is None or record.corpus_settings.get("templates", 1) > 1:
         return None
-    # Facts of a corpus of one's own are told by what the run itself has counted, unless that is nothing.
+    # Settings of a user's own corpus need not say so: compare with the run's own count, unless that is 0.
     if stored and loss is not None:
         missing = loss * record.target_tokens / math.log(2)
         return entropy if abs(entropy - missing - stored) <= ENTROPY_TOLERANCE * entropy else None
@@ -240,7 +240,7 @@ def _entropy_bits(record: Record) -> float | None:
 
 
 def _number(loss: float | None) -> float:
-    """A loss of a record, where null stands for a number that is not finite."""
+    """A recorded loss; None stands for a loss that is not finite."""
     return math.nan if loss is None else loss
 
 

@@ -1,4 +1,4 @@
-"""What a fitted form predicts at new points: its mean, by bootstrapped laws, and for simulated new runs."""
+"""Predictions of a fitted form at new points: the mean, by bootstrapped laws, and for simulated new runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,21 +18,21 @@ from pml.law.texts import OTHER_KIND, Texts, texts_of
 
 __all__ = ["Predictor"]
 
-# Any fixed seed makes a law give the same prediction twice.
+# Fixed seeds make predictions reproducible.
 RUN_SEED, LINE_SEED = 1, 2
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A form with the runs that it was fitted to.
+    """A fitted form with the runs of its law.
 
-    Points have arrays of `(n,)`. Where the frozen model's loss on a text is not known, `points.initial_loss` is the one
-    that is expected at its length, and draws have its uncertainty.
+    Points hold arrays of `(n,)`. If the frozen model's loss on a text is unknown, `points.initial_loss` is the loss
+    expected at its length, and draws include its uncertainty.
 
     Attributes:
-        fit: The form's fit.
-        observations: The law's runs.
-        adapter_size: What the law counts.
+        fit: The fit of the form.
+        observations: The runs of the law.
+        adapter_size: What the law counts as the adapter's size.
     """
 
     fit: FormFit
@@ -49,25 +49,25 @@ class Predictor:
         return self._evaluate(self.fit.values, points)
 
     def draws(self, points: Points, known_text: bool) -> Array:
-        """Loss reduction by each bootstrapped law, `(laws, n)`, with deviations widened by Student's t."""
+        """Loss reduction predicted by each bootstrapped law, `(laws, n)`, with deviations widened by Student's t."""
         laws = len(self._laws[0])
         if not known_text:
             points = replace(points, initial_loss=self._initial_loss_draws(points, laws))
         return self._evaluate_draws(laws, points).reshape(laws, -1)
 
     def new_runs(self, points: Points, known_text: bool, laws: int | None, runs: int) -> RunDraws:
-        """New runs by bootstrapped laws, `(laws, runs, n)`, each with a run's noise, and on a new text if not known.
+        """Simulate new runs from bootstrapped laws, `(laws, runs, n)`, each with the noise of a run.
 
         Args:
-            points: Where.
-            known_text: Whether `points.initial_loss` is that of the text.
-            laws: How many; None is all of them.
-            runs: By each law. Several are quantiles of the noise, the same for every law, so that few of them show rare
-                outcomes.
+            points: Where to simulate.
+            known_text: Whether `points.initial_loss` is that of the text; otherwise each run has a new text.
+            laws: Number of laws; None for all.
+            runs: Runs per law. Several runs use quantiles of the noise, the same for every law, so that a few runs
+                cover rare outcomes.
         """
         fit = self.fit
         number, random = len(self._laws[0][:laws]), np.random.default_rng(RUN_SEED)
-        # All points share noise and text, so that two sizes differ in nothing but size.
+        # All points share noise and text, so that two sizes differ in size alone.
         if runs == 1:
             noise, text = random.normal(size=(2, number, 1, 1))
         else:
@@ -77,7 +77,7 @@ class Predictor:
             of_text = self.texts.spread_at(points.target_tokens) * self.texts.t_over_z * text
             points = replace(points, initial_loss=np.maximum(self._initial_loss_draws(points, number) + of_text, 0.0))
         sensitivity = FORMS[fit.form].sensitivity(fit.values, points)
-        # Noise in the power term reaches the loss by its sensitivity, noise at the ceiling by what is left of it.
+        # The sensitivity scales noise in the power term, and 1 minus the sensitivity scales noise at the ceiling.
         # Saturated runs are many, so the latter needs no widening.
         at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
         below = t_over_z(fit.degrees_of_freedom) * fit.noise_nats
@@ -88,11 +88,11 @@ class Predictor:
 
     @cached_property
     def _laws(self) -> tuple[Array, float]:
-        """Parameters of bootstrapped laws, `(laws, parameters)`, and by how much their deviations are to be widened.
+        """Parameters of bootstrapped laws, `(laws, parameters)`, and the factor that widens their deviations.
 
-        They are refitted to the observations. The effect of texts is removed first, since predictions add it for the
-        text in question. Where there is one, what is left may be shared by other groups than `fit.grouped_by`, to which
-        the parameters' intervals belong, and the groups are chosen anew.
+        The laws are refitted to the observations without the effect of their texts, since predictions add that of the
+        text in question. If texts have an effect, other groups than `fit.grouped_by` may share the remaining errors,
+        so the groups are chosen again.
         """
         form, fit = FORMS[self.fit.form], self.fit
         data = data_of(self.observations, self.adapter_size)
@@ -105,7 +105,7 @@ class Predictor:
         return bootstrap(solution, grouped_by), t_over_z(degrees)
 
     def _evaluate(self, values: Mapping[str, Any], points: Points) -> Array:
-        """Loss reduction at these points, with the effect of the texts."""
+        """Loss reduction at these points, including the effect of the texts."""
         form, text_effect = FORMS[self.fit.form], self.fit.text_effect
         found = form.evaluate(values, points)
         if text_effect == 0.0:
@@ -115,14 +115,14 @@ class Predictor:
         return np.asarray(found + text_effect * form.sensitivity(values, points) * residual)
 
     def _evaluate_draws(self, laws: int, points: Points) -> Array:
-        """The same by so many bootstrapped laws, `(laws, runs, n)`, with widened deviations."""
+        """Loss reduction by the first `laws` bootstrapped laws, `(laws, runs, n)`, with widened deviations."""
         theta, widening = self._laws
         value = self._evaluate(self.fit.values, points)
         of_laws = self._evaluate(to_natural(FORMS[self.fit.form], theta[:laws, None]), points)
         return np.asarray(value + widening * (of_laws - value))
 
     def _initial_loss_draws(self, points: Points, laws: int) -> Array:
-        """The expected initial loss with its uncertainty, `(laws, 1, n)`."""
+        """Draws of the expected initial loss, `(laws, 1, n)`."""
         normal = np.random.default_rng(LINE_SEED).normal(size=(laws, 1, 1))
         error = self.texts.standard_error(points.target_tokens)
         return np.maximum(points.initial_loss + self.texts.t_over_z * error * normal, 0.0)

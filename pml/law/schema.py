@@ -1,4 +1,4 @@
-"""The parts of a fitted law: parameters, held-out errors, one fitted form, and what it predicts."""
+"""The parts of a fitted law: parameters, held-out errors, the fit of one form, and simulated runs."""
 
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -29,16 +29,16 @@ FACTORS: Final[dict[Factor, str]] = {
     "effective_parameters": "adapter size",
     "target_tokens": "length",
 }
-"""What runs of a law differ in, with the words for it. A law counts one of the first two."""
+"""The variables of a law with their names in text. A law counts one of the first two as the adapter's size."""
 Interval = tuple[float, float]
 
 
 class Estimate(Content):
-    """A parameter with its uncertainty; None where there is none at the solution.
+    """A parameter with its uncertainty; None where the solution has none.
 
     Attributes:
-        value: Its value.
-        stderr: Standard error, from lmfit.
+        value: The fitted value.
+        stderr: Standard error from lmfit.
         profile: 95 % interval from the profile likelihood.
         bootstrap: 95 % interval from the bootstrap over groups of runs.
     """
@@ -50,7 +50,7 @@ class Estimate(Content):
 
     @property
     def interval(self) -> Interval | None:
-        """The 95 % interval to quote: the bootstrap's, which allows for noise that grows with dL, or the profile's."""
+        """The 95 % interval to quote: from the bootstrap, which allows for noise that grows with dL, or the profile."""
         return self.bootstrap or self.profile
 
 
@@ -58,10 +58,10 @@ class HeldOut(Content):
     """Held-out prediction of the largest rank or length from the smaller ones.
 
     Attributes:
-        factor: What was held out by.
-        value: The smallest rank, number of parameters or length that was held out: the largest with unsaturated runs.
-        runs: Number of unsaturated runs held out. Saturated runs from there on are held out too.
-        mape_percent: Mean error of their loss reduction in percent; None where the others do not determine the form.
+        factor: The variable whose largest value was held out.
+        value: That value: the largest rank, number of parameters or length with unsaturated runs.
+        runs: Number of unsaturated runs held out. Saturated runs at this value or above are held out too.
+        mape_percent: Mean absolute error of their loss reduction in percent; None if the rest determine no form.
     """
 
     factor: Factor
@@ -74,29 +74,29 @@ class FormFit(Content):
     """One fitted form of the law.
 
     Attributes:
-        form: Which.
-        parameters: By name. `C` and `b` are in nats per target token, `bits_per_parameter` in bits per effective
-            parameter, the others without a unit. C is the power term at size 1 and one token.
-        at_bound: Parameters held at the end of their range, such as a sharpness of 32, the plain minimum. They have no
+        form: Name of the form.
+        parameters: Estimates by name. `C` and `b` are in nats per target token, `bits_per_parameter` in bits per
+            effective parameter; the others have no unit. C is the power term at size 1 and one token.
+        at_bound: Parameters held at an end of their range, such as a sharpness of 32, the plain minimum. They have no
             interval and do not count as fitted.
-        correlation: Of the parameters without those in `at_bound`; None where there is no covariance.
-        determined: False where a logarithm describes the runs as well, so that C and b have no limit.
+        correlation: Correlation matrix of the other parameters; None if there is no covariance.
+        determined: False if a logarithm describes the runs as well, so that C and b have no limit.
         converged: Whether lmfit reached a minimum.
-        observations_used: Number of runs that it was fitted to: the unsaturated ones, and all if it is saturating.
+        observations_used: Number of runs that it was fitted to: all for a saturating form, else the unsaturated ones.
         grouped_by: Which runs share an error in the intervals: the seeds of one grid point, or the ranks on one text.
         degrees_of_freedom: Groups with unsaturated runs minus fitted parameters; with too few groups see `Noise`.
-        noise_nats: Standard deviation of a run around the law far below the ceiling, seed noise and what the form
-            misses together, in nats per target token.
-        noise_at_ceiling_nats: The same of saturated runs; None where there is none.
+        noise_nats: Standard deviation of a run around the law far below the ceiling, in nats per target token: seed
+            noise and the form's own error together.
+        noise_at_ceiling_nats: RMS residual of saturated runs; None if the form was fitted to none.
         text_effect: Slope of residuals on the initial-loss residual; 0 unless significant (see `Texts.effect`).
-        r2: Share of the variance of the used runs' loss reduction that it explains.
-        r2_all: The same over all runs, so that forms can be compared; predictions are cut at the frozen model's loss.
+        r2: R2 of the loss reduction over the used runs.
+        r2_all: R2 over all runs, to compare forms; predictions are capped at the frozen model's loss.
         mape_percent: Mean absolute error relative to the measured loss reduction, in percent, over the used runs.
-        rmse_nats: Root of the mean squared error in nats per target token, over the used runs.
+        rmse_nats: Root mean squared error in nats per target token, over the used runs.
         aicc: Akaike's criterion with the small-sample correction, over the means of the grid points with unsaturated
-            runs, which every form describes; None with too few of them.
-        held_out: Held-out predictions of the largest rank and the largest length.
-        predicted: Loss reduction in nats per target token for each of the law's observations.
+            runs, which every form describes; None with too few grid points.
+        held_out: Held-out predictions of the largest size and the largest length.
+        predicted: Predicted loss reduction in nats per target token, for each observation of the law.
     """
 
     form: FormName
@@ -133,16 +133,16 @@ class FormFit(Content):
 
     @property
     def values(self) -> dict[str, float]:
-        """The parameters by name."""
+        """The values of the parameters by name."""
         return {name: estimate.value for name, estimate in self.parameters.items()}
 
     @property
     def free(self) -> tuple[str, ...]:
-        """Names of the fitted parameters without those at a bound."""
+        """Names of the parameters that are not at a bound."""
         return tuple(name for name in self.parameters if name not in self.at_bound)
 
     def largest(self, factor: Factor) -> HeldOut | None:
-        """The held-out prediction of the largest rank or length; None with fewer than three of them."""
+        """The held-out prediction of the largest size or length; None with fewer than three of them."""
         return next((held for held in self.held_out if held.factor == factor), None)
 
 
@@ -152,7 +152,7 @@ class RunDraws:
 
     Attributes:
         initial_loss: The frozen model's loss on the text of each run.
-        loss_reduction: No more than that.
+        loss_reduction: Loss reduction, at most `initial_loss`.
     """
 
     initial_loss: Array
@@ -165,6 +165,6 @@ class RunDraws:
 
 
 def percentiles(draws: Array) -> tuple[float, float]:
-    """The central 95 % interval of draws."""
+    """The central 95 % interval of the draws."""
     low, high = np.percentile(draws, (2.5, 97.5)).tolist()
     return low, high

@@ -1,4 +1,4 @@
-"""Which forms runs determine, and which of these to choose: by AICc and held-out prediction of the largest size."""
+"""Which forms the runs determine, and which to choose: by AICc and held-out prediction of the largest sizes."""
 
 import math
 from collections.abc import Sequence
@@ -17,49 +17,47 @@ __all__ = ["PUBLISHED", "aicc", "held_out", "held_out_error", "rank_forms", "sho
 PUBLISHED: FormName = "power_offset"
 # Smallest spread of the loss reduction, in nats, that float32 losses can show.
 SMALLEST_SPREAD = 1e-6
-# One more than the four parameters of the published law, so that the residuals inform about the noise; in bits, two
-# more than the two.
+# One more than the four parameters of the published law, so that the residuals show the noise. `stored_bits` has two
+# parameters, and needs two more.
 FEWEST_RUNS, FEWEST_RUNS_IN_BITS = 5, 4
-# Forms whose AICc differs by less are chosen by held-out error (Burnham and Anderson's rule of thumb).
+# Held-out error decides between forms whose AICc differs by less (Burnham and Anderson's rule of thumb).
 CLOSE_AICC = 2.0
-# Held-out errors within this factor, or of fewer runs, do not separate forms.
+# Held-out errors within this factor, or over fewer runs, do not separate forms.
 CLOSE_FACTOR = 1.5
 FEWEST_HELD_OUT = 4
 
 
 def shortfall(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize, context: str = "") -> str | None:
-    """Why runs do not determine a form, and what to do: what they do not say, or are too few or too alike for.
+    """Why runs do not determine a form (a number is unknown, or they are too few or too alike), and what to do.
 
     Args:
         form: The form.
         runs: The runs.
-        adapter_size: What the law counts.
-        context: How many runs there are and why others are left out.
+        adapter_size: What the law counts as the adapter's size.
+        context: How many runs there are and why others are left out, for the message.
 
     Returns:
-        None where they determine it.
+        The reason, or None if the runs determine the form.
     """
     unknown = []
     if form.needs_entropy and any(run.entropy_bits is None for run in runs):
-        unknown.append("the information in their corpus")
+        unknown.append("the corpus entropy")
     if form.proportional and any(run.effective_parameters is None for run in runs):
-        unknown.append("the number of their effective parameters")
+        unknown.append("the number of effective parameters")
     if unknown:
-        return (
-            f"form {form.name}: of some runs {' and '.join(unknown)} is unknown; leave them out, or choose another form"
-        )
+        return f"form {form.name}: some runs lack {' and '.join(unknown)}; leave them out, or choose another form"
     used = [run for run in runs if not saturated(run)]
     fewest = FEWEST_RUNS_IN_BITS if form.proportional else FEWEST_RUNS
     if len(used) < fewest:
         return (
-            f"{len(used)} {context} can be used; saturated means a final loss <= ln 2: expected at least {fewest}; "
+            f"{len(used)} {context} can be used (saturated: final loss <= ln 2); expected at least {fewest}; "
             "add runs with longer targets or lower ranks"
         )
     reductions = [run.loss_reduction for run in used]
     if max(reductions) - min(reductions) < SMALLEST_SPREAD:
         return (
-            f"the loss reduction is {reductions[0]:.6g} nats in all {len(used)} runs: expected it to vary with rank "
-            "and length; check that the runs really differ"
+            f"the loss reduction is {reductions[0]:.6g} nats in all {len(used)} runs; expected it to vary with rank "
+            "and length; check that the runs differ"
         )
     if form.proportional:
         return None
@@ -68,25 +66,25 @@ def shortfall(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize
     for noun, values in ((size, {point[0] for point in grid}), (length, {point[1] for point in grid})):
         if len(values) < 2:
             return (
-                f"only {noun} {min(values)} among the {len(used)} {context} that can be used: expected at least 2 "
+                f"only {noun} {min(values)} among the {len(used)} {context} that can be used; expected at least 2 "
                 f"{noun}s; add runs with other {noun}s"
             )
     logs = np.array([[1.0, math.log(s), math.log(tokens)] for s, tokens in grid])
     if len(grid) < 4 or np.linalg.matrix_rank(logs, tol=1e-9 * len(grid)) < 3:
         return (
             f"the {len(grid)} ({size}, length) pairs of the {len(used)} {context} that can be used cannot separate the "
-            f"effect of {size} from that of length: expected at least 4 different pairs, not all on one line; add runs "
+            f"effect of {size} from that of length; expected at least 4 different pairs, not all on one line; add runs "
             f"that change the {size} at the same length"
         )
     return None
 
 
 def aicc(data: Data, predicted: Array, nvarys: int) -> float | None:
-    """AICc of normal noise of unknown variance over the means of the unsaturated grid points.
+    """AICc over the means of the unsaturated grid points, for normal noise of unknown variance.
 
-    These are the same for every form; forms with a ceiling are fitted to the saturated runs too, so theirs is, if
-    anything, too high. Saturated runs lie at the ceiling whatever the parameters, so their small
-    residuals are no evidence of small noise. Seeds of one grid point share the form's error there and count once.
+    These points are the same for every form. Forms with a ceiling are also fitted to saturated runs, so their AICc is,
+    if anything, too high. Saturated runs lie at the ceiling whatever the parameters, so their small residuals are no
+    evidence of small noise. Seeds of one grid point share the form's error there and count once.
     """
     squares, number = between_group_squares(data.measured - predicted, data, "grid_point")
     parameters = nvarys + 1
@@ -97,7 +95,7 @@ def aicc(data: Data, predicted: Array, nvarys: int) -> float | None:
 
 
 def held_out(form: Form, data: Data, adapter_size: AdapterSize) -> list[HeldOut]:
-    """Mean error in percent at the largest size and at the largest length, each predicted from the smaller ones."""
+    """Held-out errors at the largest size and at the largest length, each predicted from the smaller ones."""
     found = []
     factors: tuple[Factor, Factor] = (adapter_size, "target_tokens")
     for factor in factors:
@@ -106,8 +104,8 @@ def held_out(form: Form, data: Data, adapter_size: AdapterSize) -> list[HeldOut]
         if len(known) < 3:
             continue
         held = data.at((levels >= known[-1]) & data.unsaturated)
-        # A prediction must know nothing of what is held out: neither saturated runs beyond the largest, nor the spread
-        # of replicates there, which the weights of the others would be shrunk towards.
+        # Nothing held out may leak into the prediction: neither saturated runs at the largest level or beyond, nor the
+        # spread of replicates there, towards which the weights of the others would be shrunk.
         rest = [run for run, level in zip(data.runs, levels, strict=True) if level < known[-1]]
         kept = data_of(rest, adapter_size).used_by(form)
         error = math.nan
@@ -119,11 +117,11 @@ def held_out(form: Form, data: Data, adapter_size: AdapterSize) -> list[HeldOut]
 
 
 def rank_forms(fits: list[FormFit], runs: Sequence[Observation]) -> tuple[list[FormFit], str]:
-    """The fits, the chosen one first and the others by AICc, and the reason in words.
+    """Sort fits, the chosen one first and the others by AICc, and give the reason in words.
 
-    Where runs are saturated, only saturating forms are candidates, since the others say nothing about these runs. Of
-    the candidates within 2 of the smallest AICc, the simplest is chosen whose held-out error is within 1.5 times the
-    smallest; fewer than 4 held-out runs decide nothing.
+    If some runs are saturated, only saturating forms are candidates, since the others do not describe these runs. Of
+    the candidates within 2 of the smallest AICc, those with a held-out error within 1.5 times the smallest remain, and
+    the simplest of them is chosen. Fewer than 4 held-out runs decide nothing.
     """
     saturating = [fit for fit in fits if FORMS[fit.form].saturating] if any(map(saturated, runs)) else []
     candidates = saturating or fits
@@ -152,7 +150,7 @@ def rank_forms(fits: list[FormFit], runs: Sequence[Observation]) -> tuple[list[F
 
 
 def held_out_error(fit: FormFit) -> float:
-    """Mean error in percent over all held-out runs; infinite where these are too few to choose by."""
+    """Mean error in percent over all held-out runs; infinite if they are too few to choose by."""
     known = [(held.runs, held.mape_percent) for held in fit.held_out if held.mape_percent is not None]
     runs = sum(runs for runs, _ in known)
     return sum(runs * error for runs, error in known) / runs if runs >= FEWEST_HELD_OUT else math.inf

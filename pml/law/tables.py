@@ -1,4 +1,4 @@
-"""Tables about a fitted law, made once for the command and for the page."""
+"""Tables about a fitted law, shared by the command and the report."""
 
 from typing import Final
 
@@ -29,13 +29,13 @@ SYMBOLS: Final = {
     "sharpness": "p",
     "bits_per_parameter": "\N{GREEK SMALL LETTER KAPPA} (bits)",
 }
-"""Symbols of the parameters, with their units."""
+"""Symbols of the parameters with their units."""
 
 TOGETHER: dict[GroupedBy, str] = {"text": "the ranks on one text", "grid_point": "the seeds of one rank and length"}
 
 
 def parameters_table(law: LawFit, details: bool = True) -> TextTable:
-    """The chosen form's parameters with 95 % intervals; with details those of the paper's form too."""
+    """Parameters of the chosen form, and in detail of the paper's form too, with 95 % intervals."""
     fits = [law.best, *(fit for fit in law.fits if details and fit.form == PUBLISHED != law.form)]
     groupings: dict[GroupedBy, list[str]] = {}
     for fit in fits:
@@ -57,7 +57,7 @@ def parameters_table(law: LawFit, details: bool = True) -> TextTable:
         ("form", "parameter", "value", "standard error", "95 %, profile", "95 %, bootstrap"),
         rows,
         words=(0, 1),
-        note="p: sharpness of the soft minimum. Profile: from the likelihood. Bootstrap: over groups of runs, "
+        note="p: sharpness of the soft minimum. Profile: from the likelihood. Bootstrap: resamples groups of runs, "
         + " and ".join(
             TOGETHER[grouped_by] + (f" ({', '.join(forms)})" if len(groupings) > 1 else "")
             for grouped_by, forms in groupings.items()
@@ -67,7 +67,7 @@ def parameters_table(law: LawFit, details: bool = True) -> TextTable:
 
 
 def forms_table(law: LawFit) -> TextTable:
-    """Every form that the runs determine, the best first."""
+    """Every form that the runs determine, the chosen one first."""
     size, _ = law.factors
     rows = [
         (
@@ -95,14 +95,14 @@ def forms_table(law: LawFit) -> TextTable:
         rows,
         words=(0, 1),
         note="r: rank, P: adapter parameters, l: target tokens, L0: loss of the frozen model, H: bits (stored) or nats "
-        "(loss) in the corpus; the number at min is the sharpness of the soft minimum. R²: over all runs, predictions "
-        "cut at L0. AICc: over the unsaturated grid points, smaller is better. Held out: mean error of the loss "
-        "reduction of the unsaturated runs at the largest rank or length, predicted without any run from there on.",
+        "(loss) in the corpus; the number after min is the sharpness of the soft minimum. R²: over all runs, "
+        "predictions capped at L0. AICc: over the unsaturated grid points, smaller is better. Held out: mean error of "
+        "the loss reduction of unsaturated runs at the largest size or length, predicted from the runs below it.",
     )
 
 
 def recall_table(model: RecallModel) -> TextTable:
-    """Calibration of the recall model, each run predicted from the others."""
+    """Calibration of the recall model; each run is predicted from the others."""
     rows = [
         (f"{row.low:g} to {row.high:g}", f"{row.targets:,}", f"{row.predicted:.3f}", f"{row.observed:.3f}")
         for row in model.reliability
@@ -113,14 +113,14 @@ def recall_table(model: RecallModel) -> TextTable:
         rows,
         note=f"Half of the target tokens are right at a mean loss of {model.half_loss:.3g} nats. Predicted from the "
         f"other runs, token accuracy is off by {100 * model.token_accuracy_error:.1f} points and exact match by "
-        f"{100 * model.exact_match_error:.1f} on average; the Brier score is {model.brier:.3f}, that of the mean "
-        f"{model.brier_reference:.3f}. Rows: targets by their predicted probability of being right; {model.runs} runs, "
-        f"{model.targets:,} targets.",
+        f"{100 * model.exact_match_error:.1f} on average; the Brier score is {model.brier:.3f}, against "
+        f"{model.brier_reference:.3f} for the mean. Rows: targets by their predicted probability of being right; "
+        f"{model.runs} runs, {model.targets:,} targets.",
     )
 
 
 def observations_table(law: LawFit) -> TextTable:
-    """The runs that the chosen form was fitted to, with its prediction."""
+    """The runs that the chosen form was fitted to, with its predictions."""
     rows = [
         (
             f"{run.target_tokens}",
@@ -138,7 +138,7 @@ def observations_table(law: LawFit) -> TextTable:
 
 
 def sentences(law: LawFit) -> list[str]:
-    """Which form was chosen and why, how well it fits and to what, its held-out errors, and bits per parameter."""
+    """The chosen form and why, how well it fits which runs, its held-out errors, and the bits per parameter."""
     best = law.best
     left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(law.left_out_counts.items()))
     without = f" (left out: {left_out})" if left_out else ""
@@ -154,14 +154,14 @@ def sentences(law: LawFit) -> list[str]:
             f"{FACTORS[factor]} >= {held.value} off by {_percent(held.mape_percent)} ({_runs(held.runs)})"
             for factor, held in largest
         ]
-        found.append(f"held-out prediction from the smaller: {', '.join(parts)}")
+        found.append(f"held-out prediction from smaller runs: {', '.join(parts)}")
     if (kappa := law.bits_per_parameter) is not None:
         found.append(f"stored bits per parameter: {kappa.value:.3g} (95 % interval {show_interval(kappa.interval)})")
     return found
 
 
 def symbols_sentence(law: LawFit) -> str:
-    """What the letters of the equation mean."""
+    """Explain the symbols of the equation."""
     equation, form = law.equation(), FORMS[law.form]
     meanings = ["dL: loss reduction in nats per target token"]
     meanings += ["r: LoRA rank"] if " r^" in equation else []
@@ -174,7 +174,7 @@ def symbols_sentence(law: LawFit) -> str:
 
 
 def _held_out(fit: FormFit, factor: Factor) -> str:
-    """The held-out error, and over how many runs."""
+    """The held-out error and its number of runs."""
     held = fit.largest(factor)
     return "-" if held is None else f"{_percent(held.mape_percent)} ({_runs(held.runs)})"
 

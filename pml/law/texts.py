@@ -1,7 +1,7 @@
-"""Texts of one length differ in the frozen model's loss, and with it in how much a run can learn.
+"""How texts of one length differ in the frozen model's loss, and so in how much a run can learn.
 
-The frozen model's loss on a text is compared with a straight line in ln l through all texts of a law. The line is the
-expected initial loss; a text's distance from it is its initial-loss residual.
+A straight line in ln l through all texts of a law gives the expected initial loss. The frozen model's loss on a text
+minus this line is the text's initial-loss residual.
 """
 
 import math
@@ -20,12 +20,12 @@ from pml.law.observations import Observation, numbered
 __all__ = ["FEWEST_TEXTS", "OTHER_KIND", "Texts", "texts_of"]
 
 OTHER_KIND: Final = 0.1
-"""A text is of another kind if the frozen model's loss is off by a larger share.
+"""A text is of another kind if the frozen model's loss differs from the expected one by a larger share.
 
-Texts of one kind differ by less: random tokens of one length by up to a twentieth.
+Texts of one kind differ by less: texts of random tokens of one length by up to 5 %.
 """
 FEWEST_TEXTS: Final = 4
-"""With fewer texts the scatter around a line is unknown."""
+"""With fewer texts the scatter around the line is unknown."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Texts:
 
     Attributes:
         log_lengths: ln l of each text, `(texts,)`.
-        losses: The frozen model's loss on each in nats per target token, `(texts,)`.
+        losses: The frozen model's loss on each text in nats per target token, `(texts,)`.
         of_run: Index of each run's text, `(runs,)`.
     """
 
@@ -44,7 +44,7 @@ class Texts:
 
     @property
     def degrees_of_freedom(self) -> int:
-        """Number of texts minus the parameters of the line: its level, and its slope if there are several lengths."""
+        """Number of texts minus the parameters of the line: its level, and its slope with several lengths."""
         return len(self.losses) - self._order - 1
 
     @property
@@ -56,10 +56,10 @@ class Texts:
         return math.sqrt(float(residuals @ residuals) / self.degrees_of_freedom)
 
     def spread_at(self, lengths: npt.ArrayLike) -> Array:
-        """The same at these lengths, in nats: a mean over l tokens scatters as 1 / sqrt(l).
+        """Standard deviation of a new text's loss around the line at these lengths, in nats.
 
-        The line's standard error is of the texts as they are, this is of another one. As far as the texts reach: longer
-        ones, which may be of several kinds, are taken to scatter as the longest do.
+        A mean over l tokens scatters as 1 / sqrt(l). Beyond the longest text the scatter is held constant, since
+        longer texts may be of several kinds.
         """
         if len(self.losses) < FEWEST_TEXTS:
             return np.zeros(np.shape(lengths))
@@ -74,7 +74,7 @@ class Texts:
         return self.losses - self.expected_initial_loss(np.exp(self.log_lengths))
 
     def expected_initial_loss(self, lengths: npt.ArrayLike) -> Array:
-        """The line at these lengths, in nats per target token; constant beyond the measured lengths."""
+        """The line at these lengths, in nats per target token, constant beyond the measured lengths."""
         slope = linregress(self.log_lengths, self.losses).slope if self._order else 0.0
         return np.asarray(self.losses.mean() + slope * self._from_mean(lengths))
 
@@ -86,18 +86,18 @@ class Texts:
     def effect(self, residual: Array, sensitivity: Array, of_run: npt.NDArray[np.intp]) -> float:
         """Slope of the texts' mean residuals on their initial-loss residuals, through 0; 0 unless significant (95 %).
 
-        It says by how many nats more than the form predicts a run's loss falls for each nat of its text's residual.
+        For each nat of its text's residual, a run's loss falls by this many nats more than the form predicts.
 
         Args:
             residual: Measured minus predicted loss reduction of unsaturated runs in nats per target token, `(runs,)`.
-            sensitivity: Derivatives of their loss reduction by the power term, `(runs,)`.
-            of_run: Index of their texts, `(runs,)`.
+            sensitivity: Derivative of each run's loss reduction by the power term, `(runs,)`.
+            of_run: Index of each run's text, `(runs,)`.
         """
         present, of_run, number = np.unique(of_run, return_inverse=True, return_counts=True)
         left, reach = (np.bincount(of_run, values) / number for values in (residual, sensitivity))
         expected = reach * self.initial_loss_residuals[present]
         squares = float(expected @ expected)
-        # The law's level and length exponent have taken as many degrees of freedom as the line has.
+        # The law's level and length exponent take as many degrees of freedom as the line.
         degrees = len(present) - self._order - 2
         if degrees < 2 or squares <= 0:
             return 0.0
@@ -107,7 +107,7 @@ class Texts:
 
     @property
     def t_over_z(self) -> float:
-        """By how much an interval is wider for a spread that is known from few texts."""
+        """Factor that widens an interval whose spread is estimated from few texts."""
         return t_over_z(self.degrees_of_freedom)
 
     @property
@@ -120,10 +120,10 @@ class Texts:
 
 
 def texts_of(runs: Sequence[Observation]) -> Texts:
-    """The texts of runs."""
+    """Collect the texts of runs."""
     labels = [run.text_label for run in runs]
     of_run = numbered(labels)
     losses = np.bincount(of_run, [run.initial_loss for run in runs]) / np.bincount(of_run)
-    # Not a mean, whose last digit would depend on the number of runs and make one length look like several.
+    # Taken from the labels: rounding in a mean over runs could make one length look like several.
     logs = np.log([float(length) for length, _ in dict.fromkeys(labels)])
     return Texts(logs, losses, of_run)

@@ -1,4 +1,4 @@
-"""The report: one page about many runs, which needs nothing beside itself to be read."""
+"""The report: one self-contained page about many runs."""
 
 from pml.report.page import PAGE_NAME, Report, make_report, write_report
 

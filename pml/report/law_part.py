@@ -1,4 +1,4 @@
-"""What a page says about one law: its equation with intervals, how well it fits, and its figures."""
+"""The section of a page about one law: its equation with intervals, how well it fits, and its figures."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,24 +21,24 @@ __all__ = ["law_part"]
 
 MEASURES = (
     "R²: share of the variance of the loss reduction that the law explains; mean error: in percent of the measured "
-    "value; RMSE: root of the mean squared error; AICc: the information criterion, smaller is better."
+    "value; RMSE: root mean squared error; AICc: the information criterion, smaller is better."
 )
 
 
 def law_part(records: Mapping[Path, Record], title: str, name: str, of: str) -> tuple[LawFit, Section]:
-    """Fit the law to the runs of one group.
+    """Fit the law to the runs of one group and make its section.
 
     Args:
-        records: Records by folder: one backbone, adapter place, initialisation, corpus and method.
+        records: Records by run folder, which share backbone, adapter placement, initialisation and method.
         title: Heading of the section.
-        name: What the names of its figures begin with.
-        of: Whose law it is, for those who cannot see the figures.
+        name: Prefix of the figures' names.
+        of: Whose law it is, for the figures' alternative texts.
 
     Raises:
         InputError: If the runs do not determine a law.
     """
     fit = law_of_records(records)
-    # An equation too, so that its letters are set like those above it.
+    # Set as an equation too, so that its letters look like those above.
     symbols = Markup(Equation(symbols_sentence(fit).replace("^(-1/p)", "^-1/p"))) + "."
     return fit, Section(
         title,

@@ -1,4 +1,4 @@
-"""The page itself: filled in, and written with its figures beside it."""
+"""The page itself: rendered from records, and written with its figures beside it."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ __all__ = ["PAGE_NAME", "Report", "make_report", "write_report"]
 
 PAGE_NAME = "report.html"
 FIGURES = "figures"
-# By this a page is known as one that may be replaced, and its figures with it.
+# Figures of a replaced page are removed only if it has this tag, which marks a report.
 SIGNATURE = '<meta name="generator" content="pml report">'
 
 
@@ -31,7 +31,7 @@ class Report:
     """A page and its figures.
 
     Attributes:
-        html: The whole page, its figures inside.
+        html: The whole page, with its figures embedded.
         figures: The same figures as PNG, by file name.
     """
 
@@ -46,22 +46,22 @@ def make_report(
     by: Sequence[str] = (),
     join_corpora: bool = False,
 ) -> Report:
-    """Make a page about runs; runs of different settings and methods each have their part of it.
+    """Make a page about runs, with a part for each setting and a law for each method in it.
 
     Args:
-        records: Records by the folder of their run; per-token results are read from there.
+        records: Records by run folder; per-token results are read from these folders.
         title: Heading of the page.
-        by: Further fields of a record to tell laws apart by, see `pml.groups.group_runs`.
+        by: Further fields of a record to split laws by, see `pml.groups.group_runs`.
         join_corpora: Fit one law across corpora of different names, such as files of several lengths.
 
     Raises:
-        InputError: If there is no record, or no record has one of the fields of `by`.
+        InputError: If there is no record, or no record has a value for one of the fields in `by`.
     """
     if not records:
         raise InputError("no record: expected at least one run; give folders with finished runs")
     studies = make_studies(group_runs(records, by, join_corpora=join_corpora))
     environment = jinja2.Environment(
-        # What records say is text from elsewhere: it is escaped wherever it stands.
+        # Text in records comes from elsewhere, so it is escaped everywhere.
         autoescape=True,
         loader=jinja2.PackageLoader("pml.report"),
         undefined=jinja2.StrictUndefined,
@@ -85,17 +85,17 @@ def make_report(
 
 
 def write_report(report: Report, folder: Path, *, overwrite: bool = False) -> Path:
-    """Write `report.html` and the figures, and return the path of the page.
+    """Write `report.html` and its figures, and return the path of the page.
 
-    Figures of an earlier report that this one lacks are removed; no other file is.
+    Figures of the replaced report that this one lacks are removed; other files stay.
 
     Args:
-        report: What `make_report` made.
-        folder: Where to; made where there is none.
-        overwrite: Replace another report.
+        report: The report from `make_report`.
+        folder: Where to write; created if missing.
+        overwrite: Replace a page with other content.
 
     Raises:
-        InputError: If there is another page that may not be replaced, or the folder cannot be written to.
+        InputError: If the folder holds another page and `overwrite` is false, or cannot be written to.
     """
     path = folder / PAGE_NAME
     try:
@@ -107,7 +107,7 @@ def write_report(report: Report, folder: Path, *, overwrite: bool = False) -> Pa
             (folder / FIGURES / name).unlink(missing_ok=True)
         for name, content in report.figures.items():
             _write(folder / FIGURES / name, content)
-        # The page comes last: where there is one, everything is there.
+        # The page comes last: a folder that has one has all of its figures.
         _write(path, report.html.encode())
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); choose another folder") from error

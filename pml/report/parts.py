@@ -1,4 +1,4 @@
-"""What a page is put together from: sections, figures with their words, and words for numbers."""
+"""Building blocks of a page: sections, figures with captions, and values as text."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,12 +18,12 @@ class Panel:
     """A figure on the page.
 
     Attributes:
-        name: Name of its PNG without the suffix; unique on the page.
+        name: File name of the PNG without its suffix; unique on the page.
         title: What it shows.
         caption: How to read it.
-        alt: What someone who cannot see it should know.
+        alt: Alternative text for readers who cannot see it.
         svg: The figure as a data URI.
-        png: The same as PNG.
+        png: The figure as PNG.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with what stands below it, in this order.
+    """A heading and its content, which the page shows in this order.
 
     Attributes:
         title: The heading.
         equation: A law, which the page shows as HTML.
         sentences: Paragraphs.
-        warnings: Why to trust it less than its numbers suggest.
+        warnings: Reasons to trust the section less than its numbers suggest.
         panels: Figures.
         tables: Tables.
     """
@@ -60,7 +60,7 @@ class Section:
 
 
 def draw(name: str, title: str, caption: str, alt: str, figure: Figure | None) -> list[Panel]:
-    """A panel with this figure; an empty list where there is none, since the runs have nothing for it to show."""
+    """A list with the panel of this figure; an empty list for None, when the runs have nothing to show."""
     if figure is None:
         return []
     settle(figure)
@@ -68,7 +68,7 @@ def draw(name: str, title: str, caption: str, alt: str, figure: Figure | None) -
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things, such as `1 run` or `1,024 runs`."""
+    """A number with its noun, such as `1 run` or `1,024 runs`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -86,7 +86,7 @@ def shown(value: Any) -> str:
 
 
 def spans(values: Iterable[float], digits: int = 0) -> str:
-    """The smallest and the largest number, or the one that there is."""
+    """The smallest and the largest value, such as `1 to 8`; one number if both are shown alike."""
     known = sorted(values)
     low, high = f"{known[0]:,.{digits}f}", f"{known[-1]:,.{digits}f}"
     return low if low == high else f"{low} to {high}"

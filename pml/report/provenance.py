@@ -1,4 +1,4 @@
-"""How the runs were made: settings, versions, machines, and the hash of everything that went in."""
+"""How the runs were made: settings, versions, machines, and the hashes of corpora, backbones and records."""
 
 import hashlib
 from collections import Counter
@@ -16,7 +16,7 @@ SHORT_HASH = 12
 
 
 def provenance(records: Mapping[Path, Record]) -> list[TextTable]:
-    """Tables of what all runs share, of what they differ in, and of each run."""
+    """Tables of the settings that all runs share, those that differ, versions and machines, and each run."""
     runs = list(records.values())
     settings = [settings_of(record) for record in runs]
     names = list(dict.fromkeys(name for one in settings for name in one))
@@ -76,7 +76,7 @@ def _file_hash(path: Path) -> str:
 
 
 def _readable(name: str) -> str:
-    """A dotted name without what only machines need."""
+    """A dotted name of a setting, without the parts that only machines need."""
     name = name.removesuffix(".class_path").replace(".init_args", "")
     group, _, rest = name.partition(".")
     words = {"method_settings": "method", "corpus_settings": "corpus"}
@@ -84,7 +84,7 @@ def _readable(name: str) -> str:
 
 
 def _counted(counts: Mapping[str, int], runs: int) -> str:
-    """Values with how many runs have them, unless all runs have the same."""
+    """Each value with its number of runs; only the value if all runs share it."""
     if list(counts.values()) == [runs]:
         return next(iter(counts))
     return "; ".join(f"{value} ({count(number, 'run')})" for value, number in sorted(counts.items()))

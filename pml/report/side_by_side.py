@@ -12,10 +12,10 @@ __all__ = ["common_form", "side_by_side"]
 
 
 def common_form(laws: Mapping[str, LawFit]) -> FormName | None:
-    """The form in which laws are best compared: of those whose exponents all laws determine, with the smallest AICc.
+    """The form to compare laws in: of the forms with exponents that all laws determine, the one of smallest AICc.
 
-    The laws are of different runs, so their criteria add up; if some law has too few grid points for one, the simplest
-    is taken. Where there is no such form, it is the one of bits per parameter if all have that, and None otherwise.
+    AICc adds up over laws, since they are fitted to different runs. If every such form lacks it for some law, which has
+    too few grid points, the simplest is taken. Without such a form: `stored_bits` if all laws have it, otherwise None.
     """
     fits = [{fit.form: fit for fit in law.fits if fit.determined} for law in laws.values()]
     shared = [name for name, form in FORMS.items() if not form.proportional and all(name in found for found in fits)]
@@ -29,7 +29,7 @@ def common_form(laws: Mapping[str, LawFit]) -> FormName | None:
 
 
 def side_by_side(laws: Mapping[str, LawFit]) -> Section | None:
-    """The parameters of laws in one form, by what they are called; None if there is one law, or no form in common."""
+    """Parameters of laws, given by name, in one form; None with fewer than two laws or without a common form."""
     if len(laws) < 2 or (form := common_form(laws)) is None:
         return None
     names = [name for name in ("alpha", "beta") if name in FORMS[form].fitted]
@@ -37,11 +37,11 @@ def side_by_side(laws: Mapping[str, LawFit]) -> Section | None:
     for name in names:
         text = text.replace(name, SYMBOLS[name])
     if FORMS[form].proportional:
-        why = "No form with exponents is determined in all."
+        why = "No form with exponents is determined by the runs of all laws."
     elif any(law.fit_of(form).aicc is None for law in laws.values()):
-        why = "It is the simplest form with exponents that all determine; some have too few grid points for AICc."
+        why = "It is the simplest form with exponents that all can determine; some have too few grid points for AICc."
     else:
-        why = "Of the forms with exponents that all determine, it has the smallest total AICc."
+        why = "Of the forms with exponents that all can determine, it has the smallest total AICc."
     rows = []
     for label, law in laws.items():
         fit, bits = law.fit_of(form), law.bits_per_parameter

@@ -1,4 +1,4 @@
-"""Runs as a page tells of them: a study for each setting, and in it the law of each method, then what all share."""
+"""Studies of a page: one per setting, with the law of each method, then sections about all of its runs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,12 +32,12 @@ class Study:
     """What a page says about the runs of one setting.
 
     Attributes:
-        anchor: Its place on the page.
-        title: The corpus, and in what else the setting differs from the others of the page.
-        label: The same without what all settings of the page share; empty where there is one setting.
-        setting: Backbone, place and initialisation of the adapter in one line.
+        anchor: HTML id on the page.
+        title: The corpus, and the other settings in which the studies of the page differ.
+        label: Only the settings in which the studies differ; empty if there is one study.
+        setting: Runs, backbone, adapter, lengths and methods in one sentence.
         laws: The law of each method that has one.
-        sections: What is said about the runs; empty ones are left out.
+        sections: Sections about the runs, without empty ones.
     """
 
     anchor: str
@@ -49,13 +49,13 @@ class Study:
 
 
 def make_studies(groups: list[Group]) -> list[Study]:
-    """Put groups of the same setting together and say about each what its runs can show."""
+    """Make a study of the groups of each setting, ordered by the settings that differ."""
     settings: dict[str, list[Group]] = {}
     for group in groups:
         settings.setdefault(repr(group.setting), []).append(group)
     names = differing(groups)
     ordered = sorted(settings.values(), key=lambda same: [numbers_first(same[0].setting.get(name)) for name in names])
-    # The plain method before the others, which are measured against it.
+    # SFT comes first, since the other methods are compared with it.
     return [
         _study(i + 1, sorted(same, key=lambda group: (group.method != "SFT", group.method)), names)
         for i, same in enumerate(ordered)
@@ -63,7 +63,7 @@ def make_studies(groups: list[Group]) -> list[Study]:
 
 
 def laws_by_name(studies: list[Study]) -> dict[str, LawFit]:
-    """The laws of a page by what tells them apart: the setting of the study, and the method where there are several."""
+    """The laws of all studies by what tells them apart: the setting, and the method if there are several."""
     several = len({method for study in studies for method in study.laws}) > 1
     return {
         ", ".join(filter(None, (study.label, method if several else ""))) or study.title: law
@@ -89,7 +89,7 @@ def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
     }
     laws: dict[str, LawFit] = {}
     sections = []
-    # Of runs of one rank or one length a law has nothing to say.
+    # A law needs several ranks and several lengths.
     grids = [group for group in groups if is_grid((run.rank, run.target_tokens) for run in group.records.values())]
     for i, group in enumerate(grids):
         method, heading = group.method, "The law" if len(grids) == 1 else f"The law: {group.method}"
@@ -130,7 +130,7 @@ def _setting(groups: list[Group], records: Mapping[Path, Record]) -> str:
 
 
 def _comparison(records: Mapping[Path, Record]) -> Section:
-    """Methods against each other."""
+    """The section that compares the methods."""
     try:
         (found,) = compare(records)
     except InputError as error:
@@ -139,7 +139,7 @@ def _comparison(records: Mapping[Path, Record]) -> Section:
     if found.left_out:
         runs = {run for left in found.left_out for run in left.runs}
         reasons = "; ".join(list(dict.fromkeys(left.reason for left in found.left_out))[:3])
-        notes.append(f"Not compared, or in steps alone: {count(len(runs), 'run')} ({reasons}).")
+        notes.append(f"Not compared, or compared only in steps: {count(len(runs), 'run')} ({reasons}).")
     tables = [means_table(found), *differences_tables(found)]
     return Section("Methods", sentences=[*found.verdicts, *notes], tables=tables)
 
@@ -147,7 +147,7 @@ def _comparison(records: Mapping[Path, Record]) -> Section:
 def _recall_panels(anchor: str, methods: Mapping[str, list[Record]]) -> list[Panel]:
     seeds = max((len({record.seed for record in records}) for records in methods.values()), default=0)
     spread = (
-        f"Means over {seeds} seeds; bars reach from the lowest to the highest." if seeds > 1 else "One seed a point."
+        f"Means over {seeds} seeds; bars reach from the lowest to the highest." if seeds > 1 else "One seed per point."
     )
     return [
         panel
@@ -155,7 +155,7 @@ def _recall_panels(anchor: str, methods: Mapping[str, list[Record]]) -> list[Pan
         for panel in draw(
             f"{anchor}-{measure.replace('_', '-')}",
             title,
-            f"Under teacher forcing, that is given the true tokens before. {spread}",
+            f"Under teacher forcing, that is, given the true preceding tokens. {spread}",
             f"{title} for {', '.join(methods)}, a panel for each length.",
             recall_figure(methods, measure),
         )
@@ -166,7 +166,7 @@ def _recall_panels(anchor: str, methods: Mapping[str, list[Record]]) -> list[Pan
 
 
 def _runs(groups: list[Group], observations: Mapping[str, list[Observation]], laws: Mapping[str, LawFit]) -> TextTable:
-    """Every run with what was measured and what the law predicts; what no run has is left out."""
+    """Every run with its measurements and the law's prediction; columns that no run has are left out."""
     rows, short = [], short_method_names(group.method for group in groups)
     for group in groups:
         law = laws.get(group.method)
@@ -201,15 +201,15 @@ def _runs(groups: list[Group], observations: Mapping[str, list[Observation]], la
         names,
         [list(row.values()) for _, row in sorted(rows, key=lambda item: item[0])],
         words=(names.index("method"), names.index("note")),
-        note="Losses in nats per target token, shares in percent, certain after optimiser steps. Generated: targets "
-        "that greedy decoding gives back."
-        + (" Saturated: final loss at most ln 2, so that the text sets the limit, not the adapter." if laws else ""),
+        note="Losses in nats per target token, shares in percent, certain after: in optimiser steps. Generated: "
+        "targets that greedy decoding returns."
+        + (" Saturated: final loss at most ln 2, so that the text limits the run, not the adapter." if laws else ""),
         small=True,
     ).known()
 
 
 def _side_effects(groups: list[Group]) -> list[TextTable]:
-    """What memorising did to other text, and tokens put in at random apart from the others, where runs measured it."""
+    """Tables of the loss on other text and of random against other target tokens, where runs measured them."""
     retention, kinds, short = [], [], short_method_names(group.method for group in groups)
     for method, run in ((group.method, run) for group in groups for run in group.records.values()):
         if run.status == "interrupted":

@@ -1,7 +1,7 @@
-"""What the tokens of single runs went through: curves, phases and first failures, the targets, and stubborn tokens.
+"""The section about target tokens: learning curves, phases, first failures, targets one by one, and stubborn tokens.
 
-Histories are read one at a time, and of each only its curves and first positions are kept; of one run a method, the
-example, all of it.
+Histories are read one at a time. Of each, only curves and first positions are kept; one history per method, the
+example, is kept whole.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ from pml.token_results import FirstPositions, TokenResults, first_positions, ran
 __all__ = ["curves_of", "training_part"]
 
 THRESHOLD = 0.5
-# What float32 rounds to 0 is smaller: a loss of some 100 nats.
+# Stands for probabilities that float32 rounds to 0: a loss of about 100 nats.
 SMALLEST = 1e-44
 MOST_TARGETS, MOST_TOKENS, MOST_LETTERS = 12, 5, 60
 
@@ -44,37 +44,37 @@ class Example(NamedTuple):
 
 
 def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Record]]) -> Section:
-    """Read the histories of finished runs, and show what is in them.
+    """Read the histories of finished runs and make the section about their target tokens.
 
     Args:
-        anchor: What the names of figures begin with.
-        of: Whose tokens they are, for those who cannot see the figures.
-        methods: Finished runs by the name of their method and their folder.
+        anchor: Prefix of the figures' names.
+        of: Whose tokens they are, for the figures' alternative texts.
+        methods: Finished runs by method name and run folder.
     """
     examples: dict[str, Example] = {}
     curves: dict[Path, Curves] = {}
-    failures, steps, unread = [], [], []
+    failures, steps = [], []
+    unread: dict[Path, str] = {}
     for method, runs in methods.items():
-        chosen = _example(runs)
-        for path, record in runs.items():
+        for path, record in sorted(runs.items(), key=_as_example, reverse=True):
             at_look = None
             try:
-                history = read_history(path)
-            except InputError:
-                pass  # a run without looks has its end, in another file
-            else:
-                curves[path], at_look = curves_of(history), _first_positions(history)
-                if path == chosen:
-                    examples[method] = Example(record, path, history)
+                # Without a history there may still be the final tokens, in another file.
+                history = read_history(path) if (path / HISTORY_NAME).is_file() else None
+                if history is not None:
+                    examples.setdefault(method, Example(record, path, history))
+                    curves[path], at_look = curves_of(history), _first_positions(history)
+            except InputError as error:
+                unread[path] = str(error)
             try:
                 failures.append(at_look[1] if at_look else first_positions(read_tokens(path)))
             except InputError as error:
-                unread.append(str(error))
+                unread.setdefault(path, str(error))
             steps += [at_look[0]] if at_look else []
-    missing = f"Per-token results are missing for {count(len(unread), 'run')}, the first because of "
+    missing = f"Per-token results cannot be read for {count(len(unread), 'run')}; the first error: "
     return Section(
         "Target tokens",
-        warnings=[f"{missing}{unread[0]}."] if unread else [],
+        warnings=[f"{missing}{next(iter(unread.values()))}."] if unread else [],
         panels=[
             *_phase_panel(anchor, of, examples, curves),
             *_learning_panel(anchor, of, methods, curves),
@@ -84,18 +84,14 @@ def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Reco
     )
 
 
-def _example(runs: Mapping[Path, Record]) -> Path | None:
-    """Of the runs with a history the one with the longest text and, of these, the largest rank."""
-
-    def key(path: Path) -> tuple[bool, int, int, int]:
-        record = runs[path]
-        return (path / HISTORY_NAME).is_file(), record.target_tokens, record.rank, -record.seed
-
-    return max(runs, key=key, default=None)
+def _as_example(run: tuple[Path, Record]) -> tuple[int, int, int]:
+    """Sort key of a method's runs: the example is the largest, with the longest text and then the largest rank."""
+    record = run[1]
+    return record.target_tokens, record.rank, -record.seed
 
 
 def curves_of(history: History) -> Curves:
-    """Shares and mean loss at each look, over the tokens that had been scored."""
+    """Shares and mean loss at each look, over the tokens scored by then."""
     known = ~np.isnan(history.probability)
     tokens = known.sum(axis=1).clip(1)
     certain = history.correct & (history.probability > THRESHOLD)
@@ -109,9 +105,9 @@ def curves_of(history: History) -> Curves:
 
 
 def _first_positions(history: History) -> tuple[int, FirstPositions] | None:
-    """First sub-threshold and wrong tokens at the last look at which half of the targets had a wrong one, and its step.
+    """Step and first positions of the last look at which at least half of the targets had a wrong token.
 
-    Where there is no such look, those of the first one; None where no look has scored every token.
+    Only looks that have scored every token count. If none fits, the first of them is taken; None if there is none.
     """
     found = None
     for look in range(len(history.step) - 1, -1, -1):
@@ -135,8 +131,8 @@ def _phase_panel(anchor: str, of: str, examples: Mapping[str, Example], curves: 
     return draw(
         f"{anchor}-phases",
         "From wrong to certain",
-        "Certain: p > 0.5, so that greedy decoding cannot miss the token. Right: the most probable token all the same. "
-        "Between the first and the last look tokens are as training last scored them.",
+        "Certain: p > 0.5, so that greedy decoding cannot miss the token. Right: the most probable token even so. "
+        "Between the first and the last look, each token counts as training last scored it.",
         f"{of}: shares of target tokens that are wrong, right and certain over optimiser steps. {ends}.",
         phases_figure(runs),
     )
@@ -178,8 +174,8 @@ def _first_failure_panel(anchor: str, of: str, failures: list[FirstPositions], s
         f"{anchor}-first-failure",
         "Where targets first fail",
         f"First wrong token against first token with p <= 0.5, {count(found.targets, 'target')}; "
-        f"{rho}: Spearman's rank correlation. No point can lie below the line, so a part of it is there by "
-        f"construction; the paper reports 0.908.{remarks}",
+        f"{rho}: Spearman's rank correlation. No point can lie below the line, so part of the correlation is there "
+        f"by construction; the paper reports 0.908.{remarks}",
         f"{of}: first wrong token against first token with p <= 0.5: Spearman's rho {found.rho:.3f} over "
         f"{count(found.targets, 'target')}.",
         first_failure_figure(positions, found),
@@ -190,7 +186,7 @@ def _first_failure_panel(anchor: str, of: str, failures: list[FirstPositions], s
 
 
 def _target_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
-    """Targets one by one, the weakest first; methods on one corpus side by side."""
+    """Tables of targets one by one, the weakest first; methods on one corpus stand side by side."""
     by_corpus: dict[str, dict[str, Example]] = {}
     for method, run in examples.items():
         by_corpus.setdefault(run.record.corpus_hash, {})[method] = run
@@ -212,14 +208,19 @@ def _target_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
             rows.append((shortened(name, MOST_LETTERS), *chain.from_iterable(states)))
         short = short_method_names(runs)
         yield TextTable(
-            f"Targets, the {len(order)} weakest of {record.pairs:,}" if len(order) < record.pairs else "Targets",
+            f"Targets, the {len(order)} weakest of {len(ids):,}" if len(order) < len(ids) else "Targets",
             ("target", *chain.from_iterable((short[method], "margin") for method in runs)),
             rows,
             words=(0, *range(1, 2 * len(runs) + 1, 2)),
             note="At the end of the run. Margin: by how much the logit of the weakest token exceeds that of the best "
-            "other one.",
+            f"other one.{_sampled(len(ids), record.pairs)}",
             small=True,
         )
+
+
+def _sampled(kept: int, pairs: int) -> str:
+    """A remark about a history that keeps only some of the pairs."""
+    return f" A sample of {kept:,} of {pairs:,} targets was kept." if kept < pairs else ""
 
 
 def _target_state(history: History, tokens: slice) -> tuple[str, str]:
@@ -232,10 +233,11 @@ def _target_state(history: History, tokens: slice) -> tuple[str, str]:
 
 
 def _stubborn_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
-    """The most stubborn tokens of all methods in one table."""
-    short, rows = short_method_names(examples), []
+    """One table of the most stubborn tokens of all methods."""
+    short, rows, sampled = short_method_names(examples), [], ""
     for method, (record, _, history) in examples.items():
-        _, starts = np.unique(history.example_id, return_index=True)
+        ids, starts = np.unique(history.example_id, return_index=True)
+        sampled = sampled or _sampled(len(ids), record.pairs)
         last = Standing(
             probability=history.probability[-1],
             correct=history.correct[-1],
@@ -245,32 +247,32 @@ def _stubborn_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
         )
         targets = [part.tolist() for part in np.split(history.token_id, starts[1:])]
         table = stubborn_table(last, targets, _text_of(record.backbone), MOST_TOKENS)
-        # Without the number of the pair: of a long corpus a history keeps some pairs, and counts those.
+        # The pair number is dropped: a history of a long corpus keeps only some pairs and numbers those.
         rows += [(short[method], *row[1:]) for row in table.rows]
     if rows:
         columns, note = (
             ("method", *table.columns[1:]),
-            "The tokens with the smallest probability p at the end of the run.",
+            f"The tokens with the smallest probability p at the end of the run.{sampled}",
         )
         yield replace(table, columns=columns, rows=rows, words=(0, 1), note=note).known()
 
 
 def _first_right(history: History, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Step of the first look at which each target was right at every token; -1 where there was none."""
+    """Step of the first look at which each target was right at every token; -1 if there was none."""
     whole = np.logical_and.reduceat(history.correct, starts, axis=1)
     return np.where(whole.any(axis=0), history.step[whole.argmax(axis=0)], -1)
 
 
 @cache
 def _text_of(backbone: str) -> Callable[[Sequence[int]], str]:
-    """The text of token ids where the tokenizer is on this machine, else the ids: a page downloads nothing."""
+    """A decoder of token ids if the tokenizer is on this machine, else one that shows ids: a page downloads nothing."""
     # Imported here because they take seconds.
     from pml.backbone import load_tokenizer
     from pml.default_backbone import DEFAULT_BACKBONE, cache_folder
 
     folder = cache_folder() / DEFAULT_BACKBONE if backbone == DEFAULT_BACKBONE else Path(backbone)
     try:
-        # Other text than a path, such as a hub id, is no folder, or too long to be one.
+        # A hub id is no folder, and a name too long for a path raises OSError.
         tokenizer = load_tokenizer(str(folder)) if folder.is_dir() else None
     except (InputError, OSError):
         tokenizer = None

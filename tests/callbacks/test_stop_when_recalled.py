@@ -87,7 +87,7 @@ def test_target_tokens_that_cannot_become_certain_are_named_before_the_first_ste
             head.weight[other] = head.weight[target]
         fit(module, data, tmp_path / "after", StopWhenRecalled(), epochs=1)
     names = module.tokenizer.convert_ids_to_tokens([target, other])
-    assert f"so that their probability is 0.5 at most ({names[0]!r} and {names[1]!r})" in caplog.text
+    assert f"so their probability is at most 0.5 ({names[0]!r} and {names[1]!r})" in caplog.text
 
 
 def test_a_higher_margin_takes_longer_and_is_reached(sharp: Path, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_margin_as_large_as_rounding_does_not_survive_it() -> None:
     stop, module = StopWhenRecalled(), SimpleNamespace(dtype_name="bfloat16")
     for rounding, survives in ((2.9, True), (3.0, False), (3.1, False)):
         stop.rounding = Rounding(rounding, 2)
-        # Measured anew only while what was last known lets the margins be.
+        # Measured again only while the last measurement leaves the margins certain.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("callbacks.stop_when_recalled.rounding_of_corpus", lambda *_: Rounding(2.9, 2))
             assert stop._survives_rounding(module, [], scores) is survives  # type: ignore[arg-type]

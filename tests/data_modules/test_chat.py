@@ -122,7 +122,7 @@ SYSTEM = "leave it out of the rows and give its text once, by data.system"
         (messages(("user", "a"), ("assistant", "")), "the target is empty", "expected text"),
         (
             messages(("user", "\ud800"), ANSWER),
-            "'messages' turn 1 holds half of a surrogate pair, which is no character",
+            "'messages' turn 1 holds half a surrogate pair, which is not a character",
             "write the whole",
         ),
         (messages((["user"], "a"), ANSWER), "'messages' turn 1 has the role a list of 1", TO_WRITE),  # type: ignore[list-item]

@@ -75,8 +75,8 @@ def test_a_folder_is_read_in_the_order_of_names_without_what_is_hidden_or_no_tex
         ("a.txt", b"\xef\xbb\xbf", r"a\.txt: the file is empty"),
         ("a.html", b"<p> </p>", r"a\.html: no text is left without the markup"),
         ("a.txt", "text".encode("utf-16"), r"^a\.txt:1: not UTF-8 \(it looks like UTF-16\); save the file"),
-        ("a.jsonl", b'{"text": "x", "text": "y"}', r"^a\.jsonl:1: the key 'text' stands twice in one object; keep"),
-        ("a.jsonl", b'{"text": "x", "title": "\\ud800"}', r"^a\.jsonl:1: 'title' holds half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "x", "text": "y"}', r"^a\.jsonl:1: the key 'text' occurs twice in one object; keep"),
+        ("a.jsonl", b'{"text": "x", "title": "\\ud800"}', r"^a\.jsonl:1: 'title' holds half a surrogate pair"),
         ("a.csv", b"text,text\nx,y\n", r"^a\.csv:1: two columns have the name 'text'; give each a name of its own"),
         (
             "a.jsonl",

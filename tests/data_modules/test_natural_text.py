@@ -503,7 +503,7 @@ def test_a_target_longer_than_the_context_is_refused_with_both_numbers(
         ({"random_ratio": -0.1}, r"random_ratio is -0\.1; expected a share of the target tokens, 0 to 1"),
         ({"random_ratio": 20}, "random_ratio is 20; expected a share"),
         ({"random_ratio": math.nan}, "random_ratio is nan; expected a share"),
-        ({"path": "a.txt", "dataset": "b"}, "path and dataset are given; expected one of them"),
+        ({"path": "a.txt", "dataset": "b"}, "path and dataset are both given; expected one of them"),
         ({"path": []}, "path is an empty list"),
         ({"query": "name"}, "query is 'name'; expected 'prompt', 'title' or 'opening'"),
     ],

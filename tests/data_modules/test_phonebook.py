@@ -136,7 +136,7 @@ def test_pairs_before_a_broken_line_are_read_without_reading_the_rest(tmp_path: 
         ('{"query": null, "target": "2"}', "'query' is null; expected a string"),
         ('{"query": "b:", "target": ""}', "the target is empty"),
         ('{"query": "", "target": "2"}', "the query is empty"),
-        ('{"query": "b:", "target": "\\ud83d"}', "'target' holds half of a surrogate pair"),
+        ('{"query": "b:", "target": "\\ud83d"}', "'target' holds half a surrogate pair"),
         (b'{"query": "b\xfc:", "target": "2"}', r"not UTF-8 \(byte 13 is 0xfc\)"),
     ],
 )

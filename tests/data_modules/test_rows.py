@@ -79,11 +79,11 @@ def refused(path: Path) -> str:
     [
         (
             '{"query": "a", "target": "1", "target": "2"}',
-            "f.jsonl:1: the key 'target' stands twice in one object; keep",
+            "f.jsonl:1: the key 'target' occurs twice in one object; keep",
         ),
-        ('{"query": "a", "target": "1", "x": [{"y": 1, "y": 1}]}', "f.jsonl:1: the key 'y' stands twice"),
-        ('{"query": "a", "target": "1", "": 1, "": 2}', "f.jsonl:1: the key '' stands twice"),
-        ('{"\\ud800": 1, "\\ud800": 2}', r"f.jsonl:1: the key '\ud800' stands twice"),
+        ('{"query": "a", "target": "1", "x": [{"y": 1, "y": 1}]}', "f.jsonl:1: the key 'y' occurs twice"),
+        ('{"query": "a", "target": "1", "": 1, "": 2}', "f.jsonl:1: the key '' occurs twice"),
+        ('{"\\ud800": 1, "\\ud800": 2}', r"f.jsonl:1: the key '\ud800' occurs twice"),
         (f'{{"{"k" * 10_000}": 1, "{"k" * 10_000}": 2}}', "f.jsonl:1: the key 'kkk"),
         (
             f'{{"query": "a", "target": -{"3" * 4400}}}',
@@ -103,7 +103,7 @@ def refused(path: Path) -> str:
             "f.jsonl:1: 'target' is a list of 1; expected a string",
         ),
         ("[" * 100_000, "f.jsonl:1: a JSON list; expected an object, one a line, without brackets"),
-        ('{"a":' * 100_000, "f.jsonl:1: nested too deep to be read; expected text in columns"),
+        ('{"a":' * 100_000, "f.jsonl:1: nested too deeply to be read; expected text in columns"),
         (
             '[\n{"query": "a", "target": "1"}\n]',
             "f.jsonl:1: a JSON list; expected an object, one a line, without brackets",
@@ -157,17 +157,17 @@ LAUGHS = "".join(f"  l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in r
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("- query: a\n  target: '1'\n  target: '2'\n", "f.yaml:3: the key 'target' stands twice in one mapping; keep"),
-        ("- query: a\n  target: '1'\n  x: [{y: 1, 'y': 1}]\n", "f.yaml:3: the key 'y' stands twice in one mapping"),
+        ("- query: a\n  target: '1'\n  target: '2'\n", "f.yaml:3: the key 'target' occurs twice in one mapping; keep"),
+        ("- query: a\n  target: '1'\n  x: [{y: 1, 'y': 1}]\n", "f.yaml:3: the key 'y' occurs twice in one mapping"),
         ("- {query: a, target: '1', <<: {target: '2'}}\n", "f.yaml:1: a merge key (<<); write the keys out"),
-        ("- query: a\n  target: &a [*a]\n", "f.yaml:2: a list or mapping in itself, *a; write it out"),
-        ("- &a\n  query: a\n  target: *a\n", "f.yaml:3: a list or mapping in itself, *a; write it out"),
+        ("- query: a\n  target: &a [*a]\n", "f.yaml:2: a list or mapping inside itself, *a; write it out"),
+        ("- &a\n  query: a\n  target: *a\n", "f.yaml:3: a list or mapping inside itself, *a; write it out"),
         (
             f"- query: a\n  l0: &l0 [ha]\n{LAUGHS}  target: *l11\n",
             "f.yaml:1: 'target' is a list of 9; expected a string",
         ),
-        ("- query: a\n  target: " + "[" * 100_000, "f.yaml:2: more than 64 lists and mappings inside of each other"),
-        ("- query: a\n  target: " + "{a: " * 100_000, "f.yaml:2: more than 64 lists and mappings inside of each other"),
+        ("- query: a\n  target: " + "[" * 100_000, "f.yaml:2: more than 64 lists and mappings inside each other"),
+        ("- query: a\n  target: " + "{a: " * 100_000, "f.yaml:2: more than 64 lists and mappings inside each other"),
         ("- query: a\n  target: 7\n", "f.yaml:1: 'target' is 7; expected a string, in quotes"),
         ("- query: a\n  target: 007\n", "f.yaml:1: 'target' is 007; expected a string, in quotes"),
         ("- query: a\n  target: 2026-01-01\n", "f.yaml:1: 'target' is 2026-01-01; expected a string, in quotes"),
@@ -262,7 +262,7 @@ NOT_UTF8 = pa.Array.from_buffers(
             pa.StructArray.from_arrays([pa.array(["1", "2"])] * 2, names=["k", "k"]),
             "f.parquet row 1: 'target' is a 'struct<k: string, k: string>' that cannot be read",
         ),
-        (NOT_UTF8, "f.parquet row 2: 'target' is text that is not UTF-8; write the file anew"),
+        (NOT_UTF8, "f.parquet row 2: 'target' is text that is not UTF-8; write the file again"),
     ],
 )
 def test_parquet_values_that_are_no_text_are_refused_with_their_row(tmp_path: Path, target: Any, message: str) -> None:
@@ -332,10 +332,10 @@ def test_a_file_that_may_not_be_read_or_vanishes_is_named(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("f.jsonl", '{"query": "a", "target": "1", "target": "2"}', "f.jsonl:1: the key 'target' stands twice"),
+        ("f.jsonl", '{"query": "a", "target": "1", "target": "2"}', "f.jsonl:1: the key 'target' occurs twice"),
         ("f.jsonl", f'{{"query": "a", "target": {"3" * 4400}}}', "f.jsonl:1: a number of 4400 digits"),
         ("f.csv", "query,target,target\na,1,2\n", "f.csv:1: two columns have the name 'target'"),
-        ("f.yaml", "- {query: a, target: '1', target: '2'}", "f.yaml:1: the key 'target' stands twice"),
+        ("f.yaml", "- {query: a, target: '1', target: '2'}", "f.yaml:1: the key 'target' occurs twice"),
         ("f.parquet", "query,target", "malformed Parquet"),
     ],
 )
