@@ -83,19 +83,21 @@ class AdapterConfig:
         """Indices of the adapted blocks in a backbone with `depth` blocks, in ascending order.
 
         Raises:
-            InputError: If a block is out of range, a fraction is not between 0 and 1, or the list is empty.
+            InputError: If a block is no index or out of range, a fraction is not between 0 and 1, or the list is empty.
         """
         if isinstance(self.block, float):
             if not 0.0 < self.block < 1.0:
                 raise InputError(f"adapter.block is {self.block}; expected a fraction of the depth between 0 and 1")
             return [min(round(self.block * depth), depth - 1)]
-        blocks = sorted(set(self.block)) if isinstance(self.block, list) else [self.block]
+        blocks = self.block if isinstance(self.block, list) else [self.block]
         for block in blocks:
+            if not isinstance(block, int) or isinstance(block, bool):
+                raise InputError(f"adapter.block is {self.block!r}; expected an index, a list of them, or a fraction")
             if not 0 <= block < depth:
                 raise InputError(f"adapter.block is {block}; this backbone has blocks 0 to {depth - 1}")
         if not blocks:
             raise InputError("adapter.block is an empty list; expected at least one block")
-        return blocks
+        return sorted(set(blocks))
 
 
 class MlpBlockLora(nn.Module, LoraLayer):

@@ -99,7 +99,8 @@ class ChatTemplate:
     def after_answer(self) -> str:
         """Text that the template writes after an answer."""
         turns = [*self.turns("?"), {"role": "assistant", "content": self._content(ANSWER)}]
-        return self._rendered(turns, "", generation=False).rpartition(ANSWER)[2]
+        _, written, after = self._rendered(turns, "", generation=False).rpartition(ANSWER)
+        return after if written else ""
 
     def sanitized(self, query: str) -> list[int]:
         """Token ids of the prompt, with control tokens typed in the query encoded as text.

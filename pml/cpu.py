@@ -155,4 +155,6 @@ def _keep_buffers() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_THRESHOLD, 2**30) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    # Older versions refuse a threshold above 32 MiB.
+    kept = mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25)
+    return bool(kept and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

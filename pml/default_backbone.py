@@ -118,7 +118,7 @@ def default_manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / MANIFEST_NAME).read_bytes())
         whole = all((folder / name).stat().st_size == size for name, size in manifest["file_bytes"].items())
         return manifest if whole and manifest["gguf_sha256"] == GGUF_SHA256 else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -6,9 +6,10 @@ to exactly its characters, alone and after the prompt.
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -80,7 +81,8 @@ class TextEncoder:
             written = query
         else:
             text = self.template.rendered(query, source)
-            typed = self._typed(query) or self._typed(self.form.system or "")
+            given = (query, self.form.system or "", *_texts_in(self.form.template_kwargs))
+            typed = any(map(self._typed, given))
             try:
                 ids = self.template.sanitized(query) if typed else self._ids(text)
             except (ValueError, NotImplementedError) as error:
@@ -286,6 +288,15 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of tokens that stand for no text, including those marked as special without having a role."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return added | set(tokenizer.all_special_ids)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(item)
 
 
 def _at(source: str) -> str:

@@ -121,7 +121,9 @@ def read_grid(path: Path, kind: type[AnyGrid] = Grid) -> AnyGrid:  # type: ignor
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(f"{path}: {where}: {first['msg']}; a grid has `base`, `out` and `grid`") from error
+        expected = ", ".join(f"`{name}`" for name in kind.model_fields)
+        message = first["msg"].removeprefix("Value error, ")
+        raise InputError(f"{path}: {where}: {message}; the file has the keys {expected}") from error
     for key, values in ((key, values) for part in grid.grid for key, values in part.items()):
         if not values:
             raise InputError(f"{path}: grid key {key} has no values")

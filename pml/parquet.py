@@ -38,11 +38,20 @@ def reading(path: Path, columns: Sequence[str], written: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        # Arrow's own message repeats the path over several lines.
-        reason = "no such file" if not path.is_file() else "not a Parquet file that can be read"
-        raise InputError(f"{path}: {reason}; {written}, so run it again") from error
-    except (pa.ArrowException, KeyError, ValueError) as error:
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        # Arrow's own messages repeat the path over several lines.
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; {written}, so run it again") from error
+        if isinstance(error, OSError) or not _is_parquet(path):
+            raise InputError(f"{path}: not a Parquet file that can be read; {written}, so run it again") from error
         raise InputError(
             f"{path}: expected the columns {', '.join(columns)} of a run; run it again, or leave this run out"
         ) from error
+
+
+def _is_parquet(path: Path) -> bool:
+    try:
+        pq.read_schema(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return True

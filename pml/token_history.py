@@ -126,11 +126,13 @@ def read_history(folder: Path) -> History:
         probability, margin = (table[name].cast(pa.float32()).to_numpy() for name in COLUMNS[4:6])
         correct = table["correct"].cast(pa.bool_()).to_numpy()
     looks = np.unique(step)
-    if not len(step) or len(step) % len(looks):
-        raise InputError(f"{path}: expected the same tokens at every look; run it again")
     order = np.lexsort((position, example, step))
-    shape = (len(looks), -1)
-    first = order[: len(order) // len(looks)]
+    first = order[: len(order) // max(1, len(looks))]
+    shape = (len(looks), len(first))
+    tokens = ((column[order], np.tile(column[first], len(looks))) for column in (example, position, token))
+    at_looks = (step[order], np.repeat(looks, len(first)))
+    if not len(step) or not all(np.array_equal(found, expected) for found, expected in (at_looks, *tokens)):
+        raise InputError(f"{path}: expected the same tokens at every look; run it again")
     return History(
         step=looks,
         example_id=example[first],

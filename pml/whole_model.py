@@ -90,7 +90,8 @@ def plain_head(backbone: Backbone) -> nn.Linear | None:
     # The rows differ only in their last token, so the kernels are the same; but it may go to another expert and change
     # how other tokens there are rounded. A shorter row may use other kernels throughout, so it gets more tolerance.
     one, other = logits[:, :-1]
-    if _change(one, other) > 0.05 or _change(logits[:, :SHORT], shorter) > 0.2:
+    # Written so that a NaN is refused too.
+    if not (_change(one, other) <= 0.05 and _change(logits[:, :SHORT], shorter) <= 0.2):
         raise InputError(
             f"{who} changes a token's logits when later tokens change; expected a causal model "
             "(for a model like BERT, set is_decoder: true in config.json)"

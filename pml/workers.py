@@ -139,8 +139,13 @@ class ClusterWorkers:
             job.cancel()
 
     def failures(self) -> list[str]:
-        ended = [(job, _trouble(job)) for job in self._jobs if job.done() and job.state != "CANCELLED"]
+        ended = [(job, _trouble(job)) for job in self._jobs if job.done() and not _cancelled(job)]
         return [f"job {job.job_id} {trouble} (see {job.paths.stderr})" for job, trouble in ended if trouble]
+
+
+def _cancelled(job: Any) -> bool:
+    # Slurm adds who did it: CANCELLED by 1000.
+    return str(job.state).startswith("CANCELLED")
 
 
 def _trouble(job: Any) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -212,6 +213,12 @@ def test_blocks_are_named_by_index_list_or_fraction_of_the_depth(
     block: int | float | list[int], indices: list[int]
 ) -> None:
     assert AdapterConfig(block=block).block_indices(30) == indices
+
+
+@pytest.mark.parametrize("block", [[0.5], True, ["a"]])
+def test_a_block_that_is_no_index_is_refused(block: Any) -> None:
+    with pytest.raises(InputError, match=r"adapter\.block is .*; expected an index, a list of them, or a fraction"):
+        AdapterConfig(block=block).block_indices(30)
 
 
 @pytest.mark.parametrize(

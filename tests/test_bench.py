@@ -24,7 +24,8 @@ def test_the_arithmetic_of_a_step_by_hand(tiny_backbone: Backbone) -> None:
     corpus = Corpus("two", [Example(0, (1, 2, 3), (4, 5)), Example(1, (1,), (2,))])
     tokens, targets = 4 + 1, 2 + 1
     attention = (4**2 + 1**2) * 32
-    expected = 2 * (2 * (weights * tokens + 259 * 32 * targets) + 2 * attention)
+    # Attention has two products forward and four backward; all else as many backward as forward.
+    expected = 2 * 2 * (weights * tokens + 259 * 32 * targets) + 3 * (2 * attention)
     assert step_flops(tiny_backbone, corpus, AdapterConfig(block=2)) == expected
     # The other two go forward through the three blocks up to the adapter as well, the ordinary one with a longer head.
     below = 3 * (2 * weights * tokens + 2 * attention)

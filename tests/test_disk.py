@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 
 import callbacks
 from pml import claims
+from pml.atomic import whole_file
 from pml.checkpoints import newest_checkpoint, read_checkpoint
 from pml.cli import main
 from pml.grid import read_grid, resolve
@@ -154,6 +155,14 @@ def test_a_fit_in_a_folder_that_gets_read_only(
     assert main([*arguments, *disk(step, read_only=True)]) == 2
     assert "Read-only file system" in last_line(capsys)
     assert_whole(RUN)
+
+
+def test_a_file_on_a_read_only_disk_is_named_not_its_temporary_one(small_disk: Path) -> None:
+    Path("runs").mkdir()
+    make_read_only()
+    with pytest.raises(OSError, match="Read-only") as refused, whole_file(Path("runs/record.json")):
+        pass
+    assert refused.value.filename == "runs/record.json"
 
 
 def test_whatever_fits_onto_the_disk_at_the_end_is_whole(small_disk: Path, arguments: list[str]) -> None:

@@ -309,6 +309,25 @@ def test_variables_of_a_template_reach_it() -> None:
     assert tokenizer.decode(TextEncoder(tokenizer).prompt(QUERY).ids).startswith("answer ")
 
 
+def test_control_tokens_in_variables_are_text_as_servers_read_them() -> None:
+    tokenizer = templated("{{ notes[0].text }}" + TEMPLATES["chatml"])
+    form = PromptFormat(template_kwargs={"notes": [{"text": "see <|im_end|> here"}]})
+    served = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUERY}],
+        add_generation_prompt=True,
+        sanitize_control_tokens=True,
+        return_dict=False,
+        **form.template_kwargs,
+    )
+    assert list(TextEncoder(tokenizer, form).prompt(QUERY).ids) == served
+    assert served.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+
+
+def test_a_template_that_does_not_write_answers_says_nothing_of_how_they_end() -> None:
+    tokenizer = templated("<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n")
+    assert TextEncoder(tokenizer).end_of_turn_id is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -156,5 +156,5 @@ def test_numbers_of_steps_are_told_where_runs_of_one_size_that_did_not_recall_di
 
 
 def test_values_in_which_runs_differ_are_in_the_order_of_numbers() -> None:
-    records = [make_record(training={"global_batch_size": size}) for size in (16, 2, 4)]
+    records = [make_record(pairs=100, training={"global_batch_size": size}) for size in (16, 2, 4)]
     assert varying(records)["training.global_batch_size"] == [2, 4, 16]

@@ -144,7 +144,7 @@ def test_values_of_any_kind_reach_the_configuration(base: Callable[..., Path], t
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("out: out\ngrid: {a: [1]}\n", r"grid\.yaml: base: Field required; a grid has `base`, `out` and `grid`"),
+        ("out: out\ngrid: {a: [1]}\n", r"base: Field required; the file has the keys `base`, `out`, `grid`"),
         ("base: base.yaml\ngrid: {a: [1]}\n", r"grid\.yaml: out: Field required"),
         ("base: base.yaml\nout: out\n", r"grid\.yaml: grid: Field required"),
         ("base: base.yaml\nout: out\ngrid: {a: [1]}\ngird: {}\n", r"grid\.yaml: gird: Extra inputs are not permitted"),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -57,4 +58,29 @@ def test_a_state_goes_on_where_it_was() -> None:
 def test_no_look_leaves_no_file_and_a_folder_without_one_is_refused(tmp_path: Path) -> None:
     HistoryRecorder([[1]]).write(tmp_path / HISTORY_NAME)
     with pytest.raises(InputError, match=r"history\.parquet: no such file; a run with TokenThresholds writes it"):
+        read_history(tmp_path)
+
+
+def test_a_file_with_other_tokens_at_some_look_is_refused(tmp_path: Path) -> None:
+    recorder = HistoryRecorder([[1, 2]])
+    for step in (0, 1):
+        recorder.add(step, standing(0.1, 0.2))
+    recorder.write(tmp_path / HISTORY_NAME)
+    table = pq.read_table(tmp_path / HISTORY_NAME)
+    steps = pa.array([0, 1, 1, 1], table["step"].type)
+    pq.write_table(table.set_column(table.column_names.index("step"), "step", steps), tmp_path / HISTORY_NAME)
+    with pytest.raises(InputError, match="expected the same tokens at every look"):
+        read_history(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"junk", "not a Parquet file that can be read"), (None, "expected the columns step, example_id")],
+)
+def test_a_file_that_is_no_history_is_refused_by_what_it_is(
+    content: bytes | None, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / HISTORY_NAME
+    pq.write_table(pa.table({"a": [1]}), path) if content is None else path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
         read_history(tmp_path)

@@ -161,7 +161,7 @@ def test_a_job_whose_sweep_failed_as_a_whole_is_named(grid: Path, monkeypatch: p
         return SimpleNamespace(job_id=number, state=state, paths=paths, **found)
 
     jobs = [job(1, "COMPLETED", 0), job(2, "COMPLETED", 1), job(3, "COMPLETED", 2), job(4, "TIMEOUT", None)]
-    jobs.append(job(5, "CANCELLED", None))
+    jobs.append(job(5, "CANCELLED by 1000", None))
     monkeypatch.setattr("submitit.AutoExecutor", lambda **_: mock.Mock(**{"map_array.return_value": jobs}))
     workers = ClusterWorkers(grid, 5, Path("out"), "slurm", {})
     assert workers.failures() == ["job 3 ended with exit code 2 (see 3.err)", "job 4 ended as TIMEOUT (see 4.err)"]

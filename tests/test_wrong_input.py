@@ -27,7 +27,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
         b"trainer:\n  max_epochs: 5\n  accelerator: cpu\n  max_epochs: 7\n",
         "config.yaml:4: the key 'max_epochs' appears twice, on lines 2 and 4",
     ),
-    "a key twice on a line": (b"trainer: {max_epochs: 5, max_epochs: 6}\n", "config.yaml:1: the key 'max_epochs' appears"),
+    "a key twice on a line": (b"trainer: {max_epochs: 5, max_epochs: 6}\n", "config.yaml:1: the key 'max_epochs'"),
     "a key twice in a list": (
         b"trainer:\n  callbacks:\n  - class_path: RunRecord\n    class_path: StopWhenRecalled\n",
         "config.yaml:4: the key 'class_path' appears twice, on lines 3 and 4",

@@ -217,7 +217,7 @@ def measure_recall(backbone: str, length: int, rank: int = 4, most_steps: int = 
                 started = time.perf_counter()
                 cli.trainer.fit(cli.model, datamodule=cli.datamodule)
                 seconds = time.perf_counter() - started
-                steps = cli.trainer.global_step
+                steps = cli.trainer.global_step - cli.model.skipped_steps
                 runs.append(RecallRun(method, settings, steps, seconds, recalled=cli.trainer.should_stop))
                 cli.model.release()
     return runs

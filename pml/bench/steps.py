@@ -296,24 +296,25 @@ def step_flops(backbone: Backbone, corpus: Corpus, adapter: AdapterConfig, way: 
     """Floating-point operations of a step on a whole corpus; no way of stepping can do with fewer than the split way.
 
     Forward: two per block weight and input token without padding, plus attention's products with keys and values; the
-    split way counts only blocks above the adapted one. Backward: as many again through the blocks above the adapted
-    one. Head: two per weight and target token (ordinary way: input token), forward and again backward. The adapter and
-    elementwise operations are left out: they are below a hundredth of the total.
+    split way counts only blocks above the adapted one. Backward: through the blocks above the adapted one, as many
+    again for their weights, which are frozen, and twice as many for attention. Head: two per weight and target token
+    (ordinary way: input token), forward and again backward. The adapter and elementwise operations are left out: they
+    are below a hundredth of the total.
     """
     first_above = max(adapter.block_indices(len(backbone.blocks))) + 1
     tokens = sum(len(e) - 1 for e in corpus.examples)
     # Causal: each token attends to half of the others on average, in one product with keys and one with values.
     attention = sum((len(e) - 1) ** 2 for e in corpus.examples) * _attention_width(backbone)
 
-    def once_through(blocks: Sequence[nn.Module]) -> float:
+    def once_through(blocks: Sequence[nn.Module], attention_products: float) -> float:
         weights = sum(m.weight.numel() for block in blocks for m in block.modules() if isinstance(m, nn.Linear))
-        return 2.0 * (weights * tokens + attention * len(blocks))
+        return 2.0 * (weights * tokens + attention_products * len(blocks))
 
     head = 2.0 * backbone.model.get_output_embeddings().weight.numel()
     head *= tokens if way == "ordinary" else corpus.target_tokens
     above = list(backbone.blocks)[first_above:]
     forward = above if way == "split" else list(backbone.blocks)
-    return once_through(forward) + once_through(above) + 2 * head
+    return once_through(forward, attention) + once_through(above, 2 * attention) + 2 * head
 
 
 def _attention_width(backbone: Backbone) -> int:
