@@ -45,7 +45,7 @@ fetch: venv ## Download and convert the default backbone, unless it is in the ca
 	@pml fetch
 
 .PHONY: demo
-demo: venv ## Write a phone book into an adapter and recall it, then fit the law to a grid of runs
+demo: venv ## Memorise a phone book with three methods and recall it, then fit the law to a grid of runs
 	pml fetch
 	pml sweep configs/demo/phonebook.yaml
 	pml compare runs/demo/phonebook
@@ -56,7 +56,7 @@ demo: venv ## Write a phone book into an adapter and recall it, then fit the law
 	@echo "Every curve of every run:  .venv/bin/tensorboard --logdir runs/demo"
 
 .PHONY: test
-test: fetch ## Run all tests, on all cores with one thread each
+test: fetch ## Run all tests except the slow ones, on all cores with one thread each
 	@OMP_NUM_THREADS=1 pytest -q -n logical --dist worksteal
 
 .PHONY: slow
@@ -70,11 +70,11 @@ lint: venv ## Check format, lint and types
 	@mypy --no-error-summary pml data_modules callbacks
 
 .PHONY: format
-format: venv ## Format the code, and mend what lint can mend by itself
+format: venv ## Format the code, and fix what the linter can fix by itself
 	@ruff check --fix --quiet . || true
 	@ruff format --quiet .
 
 .PHONY: clean
-clean: ## Remove .venv and caches; runs/ and the default backbone stay
+clean: ## Remove .venv, caches and build folders; runs/ and the default backbone stay
 	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

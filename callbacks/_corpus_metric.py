@@ -5,6 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics import Metric
 
+from callbacks._several import last_of
+
 
 class CorpusMetricCallback(Callback):
     """Feeds the scores of every evaluated batch to one metric and logs the result at the end of the loop.
@@ -27,9 +29,11 @@ class CorpusMetricCallback(Callback):
         self.metric.update(outputs["scores"])
 
     def _log(self, pl_module: LightningModule, prefix: str) -> None:
-        # All ranks call `compute`, which gathers from all of them: the values agree and need no further reduction.
-        for name, value in self.metric.compute().items():
-            pl_module.log(f"{prefix}/{name}", value.float(), rank_zero_only=True)
+        # Lightning would log the mean of what several callbacks of one kind measure.
+        if last_of(pl_module.trainer, type(self)) is self:
+            # All ranks call `compute`, which gathers from all of them: the values agree and need no further reduction.
+            for name, value in self.metric.compute().items():
+                pl_module.log(f"{prefix}/{name}", value.float(), rank_zero_only=True)
         self.metric.reset()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -15,7 +15,8 @@ from pml.weighting import TokenScores
 
 __all__ = ["exact_scores", "log_everywhere", "log_settings"]
 
-_latest: WeakKeyDictionary[Memorization, tuple[Any, tuple[Any, ...], TokenScores]] = WeakKeyDictionary()
+# The datamodule leads to its trainer and so to the module: a strong reference would keep the key alive.
+_latest: WeakKeyDictionary[Memorization, tuple[ReferenceType[Any], tuple[Any, ...], TokenScores]] = WeakKeyDictionary()
 
 
 def log_everywhere(trainer: Trainer, values: Mapping[str, float], step: int | None = None) -> None:
@@ -46,14 +47,14 @@ def exact_scores(trainer: Trainer, module: Memorization, frozen: bool = False) -
     state = (frozen, trainer.global_step if not frozen else 0, *versions)
     if module in _latest:
         known_data, known_state, scores = _latest[module]
-        if known_data is datamodule and known_state == state:
+        if known_data() is datamodule and known_state == state:
             return scores
     if frozen:
         with module.frozen():
             scores = score_corpus(module, datamodule.val_dataloader())
     else:
         scores = score_corpus(module, datamodule.val_dataloader())
-    _latest[module] = (datamodule, state, scores)
+    _latest[module] = (ref(datamodule), state, scores)
     return scores
 
 

@@ -1,6 +1,5 @@
 """How target tokens stand against the recall threshold: which are certain, which are only right, which are wrong."""
 
-import math
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -18,6 +17,7 @@ from pml.last_seen import LastSeen, margins, shares
 from pml.looks import Looks
 from pml.modules import Memorization
 from pml.run_folder import recorded_folder
+from pml.schedule import total_steps
 from pml.token_history import HISTORY_NAME, HistoryRecorder
 from pml.weighting import TokenScores, critical_loss
 
@@ -72,8 +72,9 @@ class TokenThresholds(CorpusMetricCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         scores: TokenScores = outputs["scores"]
-        fraction = metrics.sub_threshold_fraction(scores, self.threshold)
-        pl_module.log("train/sub_threshold_fraction", fraction.float(), batch_size=len(scores.losses))
+        if last_of(trainer, TokenThresholds) is self:
+            fraction = metrics.sub_threshold_fraction(scores, self.threshold)
+            pl_module.log("train/sub_threshold_fraction", fraction.float(), batch_size=len(scores.losses))
         if self._seen is not None:
             self._seen.update(scores, self._before)
             # The last step is left to `on_train_end`, which scores it exactly.
@@ -124,8 +125,8 @@ class TokenThresholds(CorpusMetricCallback):
             self._history.load_state_dict(self._restored["history"])
             self._restored = {}
         self._folder = recorded_folder(trainer)
-        steps = trainer.estimated_stepping_batches
-        self._total = int(steps) if math.isfinite(steps) and steps > 0 else None
+        endless = trainer.max_epochs == -1 and trainer.max_steps == -1
+        self._total = None if endless else total_steps(trainer, module.curriculum) or None
         self._looks = Looks(self._total, self.looks, after=trainer.global_step)
 
     def _look_at_the_frozen_model(self, trainer: Trainer, module: Memorization) -> None:

@@ -51,6 +51,8 @@ class VerbatimRecall(CorpusMetricCallback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_end(trainer, pl_module)
+        if trainer.sanity_checking:
+            return
         self._validations += 1
         if self.generate_every and self._validations % self.generate_every == 0:
             self._generate(trainer, pl_module)
@@ -65,7 +67,8 @@ class VerbatimRecall(CorpusMetricCallback):
                 pl_module.log(f"test/{name}", value, rank_zero_only=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended = False
+        self._ended, self._validations = False, 0
+        self.generated = self.generated_at_step = None
         if trainer.global_step == 0 and (self.generate_at_end or self.generate_every):
             self._log_start(trainer, pl_module)
 

@@ -96,7 +96,7 @@ class _Loader(yaml.SafeLoader):
                     f"{_place(event.start_mark)}: a list or mapping inside itself, *{event.anchor}; write it out"
                 )
         self.depth += 1
-        if self.depth > MAX_NESTING:
+        if self.depth > MAX_NESTING and isinstance(event, yaml.CollectionStartEvent):
             raise InputError(
                 f"{_place(event.start_mark)}: more than {MAX_NESTING} lists and mappings inside each other; "
                 "expected text in columns"

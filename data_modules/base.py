@@ -78,10 +78,11 @@ class MemorizationDataModule(LightningDataModule, ABC):
             vocabulary: Number of token ids that the backbone knows.
         """
 
-    def make_held_out(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
+    def make_held_out(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
         """Make the held-out part, which is asked for but never trained on; None if the corpus has no such part.
 
         Args:
+            corpus: The part that is trained on.
             tokenizer: The backbone's tokenizer.
             vocabulary: Number of token ids that the backbone knows.
         """
@@ -133,7 +134,8 @@ class MemorizationDataModule(LightningDataModule, ABC):
             InputError: If an example does not fit or has ids that the backbone does not know, if examples with the same
                 prompt have different targets, or if the source of the corpus is invalid.
         """
-        corpus, held_out = self.make_corpus(tokenizer, vocab_size), self.make_held_out(tokenizer, vocab_size)
+        corpus = self.make_corpus(tokenizer, vocab_size)
+        held_out = self.make_held_out(corpus, tokenizer, vocab_size)
         for part in (corpus, held_out) if held_out is not None else (corpus,):
             _refuse_what_cannot_be_learnt(part, tokenizer, vocab_size, max_positions)
         self._corpus, self._held_out = corpus, held_out

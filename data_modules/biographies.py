@@ -109,7 +109,7 @@ class Biographies(MemorizationDataModule):
             )
         return Corpus("biographies", examples, bits, self.settings, fact_ids if repeated else None)
 
-    def make_held_out(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
+    def make_held_out(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
         if self.templates == MOST_TEMPLATES:
             return None
         # The first way that is not trained for anyone, so that it is equally new to people who are asked in one way.

@@ -100,16 +100,20 @@ class Facts(MemorizationDataModule):
         settings = {**self.settings, "merged_duplicates": duplicates}
         return Corpus(self._name, examples, settings=settings, fact_ids=fact_ids)
 
-    def make_held_out(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
+    def make_held_out(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
         """The wordings that are asked for but never trained on."""
         if not any(pair.paraphrases for pair in self._rows()):
             return None
-        corpus = self.make_corpus(tokenizer, vocabulary)
-        trained, prompts = ({e.source for e in corpus.examples}, {e.prompt_ids for e in corpus.examples})
         encoder = self.encoder(tokenizer)
-        rows = (w for pair in self._rows() if pair.source in trained for w in self._wordings(pair, held_out=True))
+        trained = {example.prompt_ids for example in corpus.examples}
+
+        def is_trained(pair: Pair) -> bool:
+            return encoder.prompt(pair.query, pair.source).ids in trained
+
+        # Only of facts that are trained on: `pairs` may leave some out.
+        rows = (w for pair in self._rows() if is_trained(pair) for w in self._wordings(pair, held_out=True))
         # A wording whose prompt equals one that is trained on is not held out.
-        rows = (pair for pair in rows if encoder.prompt(pair.query, pair.source).ids not in prompts)
+        rows = (pair for pair in rows if not is_trained(pair))
         examples = encode_pairs(rows, encoder, end_of_turn=self.end_of_turn).examples
         encoder.changed.clear()
         return Corpus(f"{self._name}_held_out", examples, settings=self.settings) if examples else None

@@ -68,7 +68,7 @@ class LinearRule(MemorizationDataModule):
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
         return self._encoded("linear_rule", self._split()[0], tokenizer)
 
-    def make_held_out(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
+    def make_held_out(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
         held_out = self._split()[1]
         return self._encoded("linear_rule_held_out", held_out, tokenizer) if held_out else None
 

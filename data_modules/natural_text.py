@@ -1,5 +1,6 @@
 """Natural text, which a model can partly predict but must recall exactly."""
 
+import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -126,21 +127,25 @@ class NaturalText(MemorizationDataModule):
         encoder = self.encoder(tokenizer)
         end = end_of_turn_ids(encoder, self.end_of_turn)
         source = self._source(encoder)
-        examples = []
+        examples, facts = [], source.facts
         for i, (query, piece) in enumerate(self._pieces(source, encoder)):
             prompt = encoder.prompt(query, piece.title)
             ids, text = _in_place(piece, prompt, encoder)
+            known = source.random_in(piece)
+            if known and ids != piece.ids:
+                # Encoded anew, the text has other tokens, so the published positions mean nothing.
+                known, facts = (), {**facts, "random_positions_known": False}
             ids, replaced = replace(ids, self.random_ratio, candidates, generator)
             target = None if replaced else text
-            examples.append(
-                Example(i, prompt.ids, ids + end, replaced or source.random_in(piece), query, target, piece.title)
-            )
+            examples.append(Example(i, prompt.ids, ids + end, replaced or known, query, target, piece.title))
+        if facts.get("random_positions_known") is False:
+            examples = [dataclasses.replace(example, replaced=()) for example in examples]
         encoder.warn_of_changes(source.name)
         self._refuse_equal_queries(examples)
         cut_tokens = sum(len(example.target_ids) for example in examples) - len(examples) * len(end)
         all_random = self.random_ratio > 0 and sum(len(example.replaced) for example in examples) == cut_tokens
         entropy_bits = cut_tokens * math.log2(len(candidates)) if all_random else None
-        return Corpus(source.name, examples, entropy_bits, {**self.settings, **source.facts})
+        return Corpus(source.name, examples, entropy_bits, {**self.settings, **facts})
 
     def _source(self, encoder: TextEncoder) -> "_Source":
         if self.dataset is not None:

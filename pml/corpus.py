@@ -120,6 +120,15 @@ class Corpus:
         return len(self.examples)
 
     @property
+    def facts(self) -> list[Example]:
+        """The first example of each fact; all examples if each asks for its own fact."""
+        ids = range(len(self)) if self.fact_ids is None else self.fact_ids
+        first: dict[int, Example] = {}
+        for fact, example in zip(ids, self.examples, strict=True):
+            first.setdefault(fact, example)
+        return list(first.values())
+
+    @property
     def target_tokens(self) -> int:
         """Length l of the corpus: the number of supervised target tokens over all examples."""
         return sum(len(e.target_ids) for e in self.examples)

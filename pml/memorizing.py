@@ -242,7 +242,7 @@ def _certified(module: Memorization, corpus: Corpus) -> list[PairCertificate]:
 
 def _planned(chosen: Settings, backbone: Backbone, corpus: Corpus, adapter: AdapterConfig) -> RankPlan | None:
     try:
-        return plan_rank(backbone, corpus.examples, adapter)
+        return plan_rank(backbone, corpus, adapter)
     except InputError as error:
         if chosen.rank is None:
             raise

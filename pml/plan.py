@@ -77,8 +77,8 @@ def outcome_of_rank(
         InputError: If a number is not positive, or there are more targets than target tokens.
     """
     corpus = _Corpus.of(law, target_tokens, pairs, initial_loss)
-    if rank < 1:
-        raise InputError(f"rank is {rank}; expected at least 1")
+    if rank < 1 or rank != int(rank):
+        raise InputError(f"rank is {rank}; expected a whole number of at least 1")
     return _plan(law, corpus, f"what rank {rank} does with {corpus}", rank)
 
 

@@ -16,7 +16,7 @@ import torch
 from pml.adapter import AdapterConfig, adapter_parameters, attach_adapter, detach_adapter, lora_layers
 from pml.backbone import Backbone
 from pml.content import Content
-from pml.corpus import Example
+from pml.corpus import Corpus
 from pml.errors import InputError
 from pml.storage_constants import Constant, constant_for, read_constants
 from pml.surprisal import CONTEXT, SAMPLE, sampled, surprisal_bits
@@ -113,13 +113,15 @@ def size_of_rank(backbone: Backbone, config: AdapterConfig) -> SizeOfRank:
 
 
 def plan_rank(
-    backbone: Backbone, examples: Sequence[Example], config: AdapterConfig, constants: Sequence[Constant] | None = None
+    backbone: Backbone, corpus: Corpus, config: AdapterConfig, constants: Sequence[Constant] | None = None
 ) -> RankPlan:
-    """Plan the smallest rank whose adapter holds the bits of the pairs when filled to `FILL`.
+    """Plan the smallest rank whose adapter holds the bits of the corpus when filled to `FILL`.
+
+    A fact with several prompts counts once.
 
     Args:
         backbone: The frozen model, without an adapter.
-        examples: The pairs.
+        corpus: The pairs.
         config: Placement, block and guard of the adapter.
         constants: What a parameter stores; the shipped constants by default.
 
@@ -128,12 +130,13 @@ def plan_rank(
     """
     constant, warnings = constant_for(config.placement, config.guard is not None, constants or read_constants())
     size = size_of_rank(backbone, config)
-    alone = surprisal_bits(backbone, examples)
-    measured = len(sampled(len(examples), SAMPLE))
-    if measured < len(examples):
+    facts = corpus.facts
+    alone = surprisal_bits(backbone, facts)
+    measured = len(sampled(len(facts), SAMPLE))
+    if measured < len(facts):
         warnings = [*warnings, f"surprisal was measured on {measured} of the pairs, evenly spaced"]
     # A single pair has no others to be given, and some contexts mislead.
-    bits = min(alone, surprisal_bits(backbone, examples, CONTEXT)) if len(examples) > 1 else alone
+    bits = min(alone, surprisal_bits(backbone, facts, CONTEXT)) if len(facts) > 1 else alone
 
     def enough(bits_per_parameter: float) -> int:
         return max(1, math.ceil(bits / (FILL * bits_per_parameter * size.trainable)))
@@ -144,14 +147,17 @@ def plan_rank(
             f"{bits:,.0f} bits need rank {rank} at {config.placement}, and no more than {size.largest_rank} fits; "
             "adapt more layers (adapter.placement) or blocks (adapter.block), or split the pairs"
         )
+    high = enough(constant.low)
+    if high > size.largest_rank:
+        warnings = [*warnings, f"the interval ends at rank {high}, and no more than {size.largest_rank} fits"]
     return RankPlan(
-        pairs=len(examples),
-        target_tokens=sum(len(e.target_ids) for e in examples),
+        pairs=len(corpus),
+        target_tokens=corpus.target_tokens,
         surprisal_bits=alone,
         bits_to_store=bits,
         placement=config.placement,
         rank=rank,
-        rank_interval=(enough(constant.high), enough(constant.low)),
+        rank_interval=(enough(constant.high), high),
         parameters=rank * size.trainable,
         megabytes=rank * size.saved * torch.float32.itemsize / 1e6,
         rests_on=constant,

@@ -214,7 +214,7 @@ class Released(Callback):
 class WithHeldOut(Ids):
     """One pair held out, so that the second of two ranks has none to score."""
 
-    def make_held_out(self, tokenizer: Any, vocabulary: int) -> Corpus:
+    def make_held_out(self, corpus: Corpus, tokenizer: Any, vocabulary: int) -> Corpus:
         return Corpus("held_out", [Example(0, (1, 2, 3), (4, 5))])
 
 

@@ -1,5 +1,6 @@
 """Measurements from a CSV file, and the paper's own: what is read, what is refused, and what a fit of them gives."""
 
+import csv
 import math
 from pathlib import Path
 
@@ -172,3 +173,14 @@ class TestCommand:
         command.configure(parser)
         with pytest.raises(InputError, match=r"figure2\.csv: a CSV file cannot be combined"):
             command.run(parser.parse_args([str(FIGURE_2), *others]))
+
+
+def test_a_line_ends_at_a_line_break_alone_and_a_field_without_end_is_one_line(tmp_path: Path) -> None:
+    # Readers of large tables raise it.
+    csv.field_size_limit(131_072)
+    path = tmp_path / "runs.csv"
+    path.write_text("rank,target_tokens,initial_loss,final_loss,text\r\n2,8,9,5,one\u2028text\r\n", newline="")
+    assert [run.text for run in read_csv(path)] == ["one\u2028text"]
+    path.write_text(f"rank,target_tokens,initial_loss,final_loss,text\n2,8,9,5,{'a' * 200_000}\n")
+    with pytest.raises(InputError, match="not CSV"):
+        read_csv(path)

@@ -255,7 +255,7 @@ def test_a_text_has_a_loss_above_zero(law: LawFit, loss: float) -> None:
 @pytest.mark.parametrize(
     ("question", "message"),
     [
-        (lambda law: outcome_of_rank(law, 0, 400), "rank is 0; expected at least 1"),
+        (lambda law: outcome_of_rank(law, 0, 400), "rank is 0; expected a whole number of at least 1"),
         (lambda law: outcome_of_rank(law, 1, 0), "length is 0; expected at least 1 target token"),
         (lambda law: outcome_of_rank(law, 1, 10, pairs=11), "pairs is 11; expected between 1 and the 10 target tokens"),
         (lambda law: rank_for_loss_reduction(law, 400, 13.0), "loss reduction is 13 nats; expected above 0 and below"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from pml.adapter import AdapterConfig, attach_adapter
 from pml.backbone import Backbone
 from pml.cli import main
-from pml.corpus import Example
+from pml.corpus import Corpus, Example
 from pml.errors import InputError
 from pml.guard import GuardConfig
 from pml.storage import FILL, plan_rank, size_of_rank
@@ -76,7 +77,7 @@ def test_the_size_of_a_rank_is_counted_on_the_adapter_itself(tiny_backbone: Back
 
 
 def test_the_rank_is_the_smallest_that_holds_the_bits(tiny_backbone: Backbone) -> None:
-    plan = plan_rank(tiny_backbone, TWO, AdapterConfig(block=1), [constant(bits=0.5)])
+    plan = plan_rank(tiny_backbone, Corpus("two", TWO), AdapterConfig(block=1), [constant(bits=0.5)])
     bits = min(surprisal_bits(tiny_backbone, TWO), surprisal_bits(tiny_backbone, TWO, others=6))
     assert plan.bits_to_store == pytest.approx(bits)
     # A rank has 64 parameters.
@@ -93,7 +94,7 @@ def test_the_rank_is_the_smallest_that_holds_the_bits(tiny_backbone: Backbone) -
 
 def test_what_is_saved_of_a_guarded_adapter_is_more_than_what_is_trained(tiny_backbone: Backbone) -> None:
     adapter = AdapterConfig(block=1, guard=GuardConfig(directions=12))
-    plan = plan_rank(tiny_backbone, TWO, adapter, [constant(guarded=True)])
+    plan = plan_rank(tiny_backbone, Corpus("two", TWO), adapter, [constant(guarded=True)])
     # Twenty of 32 directions are free; A and B are saved whole, in four bytes a number.
     assert plan.parameters == (20 + 32) * plan.rank
     assert plan.megabytes == pytest.approx((32 + 32) * plan.rank * 4 / 1e6)
@@ -106,17 +107,31 @@ def test_the_largest_rank_fits_and_as_many_pairs_as_are_measured_are_all_measure
     # Between 31 and 32 ranks of 64 parameters.
     needed = [constant(bits=bits / (FILL * 64 * 31.5))]
     monkeypatch.setattr("pml.storage.SAMPLE", 2)
-    plan = plan_rank(tiny_backbone, TWO, AdapterConfig(block=1), needed)
-    assert (plan.rank, plan.warnings) == (32, [])
+    plan = plan_rank(tiny_backbone, Corpus("two", TWO), AdapterConfig(block=1), needed)
+    # Half of the constant would take twice the rank.
+    too_large = "the interval ends at rank 63, and no more than 32 fits"
+    assert (plan.rank, plan.warnings) == (32, [too_large])
     monkeypatch.setattr("pml.storage.SAMPLE", 1)
-    assert plan_rank(tiny_backbone, TWO, AdapterConfig(block=1), needed).warnings == [
-        "surprisal was measured on 1 of the pairs, evenly spaced"
+    assert plan_rank(tiny_backbone, Corpus("two", TWO), AdapterConfig(block=1), needed).warnings == [
+        "surprisal was measured on 1 of the pairs, evenly spaced",
+        too_large,
     ]
+
+
+def test_a_fact_with_several_prompts_is_stored_once(tiny_backbone: Backbone) -> None:
+    first, second = TWO
+    worded = [first, replace(first, prompt_ids=(9, 9), example_id=1), replace(second, example_id=2)]
+    plans = [
+        plan_rank(tiny_backbone, corpus, AdapterConfig(block=1), [constant(bits=0.5)])
+        for corpus in (Corpus("two", TWO), Corpus("worded", worded, fact_ids=[0, 0, 1]))
+    ]
+    assert plans[0].bits_to_store == plans[1].bits_to_store
+    assert [plan.pairs for plan in plans] == [2, 3]
 
 
 def test_more_than_fits_is_refused(tiny_backbone: Backbone) -> None:
     with pytest.raises(InputError, match=r"bits need rank \d+ at mlp_block, and no more than 32 fits"):
-        plan_rank(tiny_backbone, TWO, AdapterConfig(block=1), [constant(bits=0.001)])
+        plan_rank(tiny_backbone, Corpus("two", TWO), AdapterConfig(block=1), [constant(bits=0.001)])
 
 
 def test_a_constant_from_elsewhere_comes_with_a_warning() -> None:

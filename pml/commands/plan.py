@@ -107,7 +107,7 @@ def _of_pairs(args: jsonargparse.Namespace) -> Any:
     facts, backbone = read_facts(args.what, name), load_backbone(name)
     block = args.block if args.block is not None else AdapterConfig.block
     adapter = adapter_for(backbone, args.placement, block, None if args.guard is False else GuardConfig())
-    return plan_rank(backbone, facts.corpus.examples, adapter, constants)
+    return plan_rank(backbone, facts.corpus, adapter, constants)
 
 
 def _of_law(args: jsonargparse.Namespace) -> Any:

@@ -47,14 +47,18 @@ def read_csv(path: str | Path) -> list[Observation]:
         InputError: If the file cannot be read or a row is invalid. The message names the file, line and column.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        # Not `splitlines`, which also splits at characters that a text's name may have.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a CSV file in UTF-8") from error
     numbered = [(i, line) for i, line in enumerate(lines, start=1) if line.strip() and not line.startswith("#")]
     if len(numbered) < 2:
         raise InputError(f"{path}: no rows; expected a header and one run per line, with {', '.join(REQUIRED)}")
     # Parsed line by line, so that an unclosed quote does not swallow the lines after it.
-    table = [next(csv.reader([line])) for _, line in numbered]
+    try:
+        table = [next(csv.reader([line])) for _, line in numbered]
+    except csv.Error as error:
+        raise InputError(f"{path}: not CSV ({error}); expected one run per line") from error
     header = [name.strip() for name in table[0]]
     _check_header(path, numbered[0][0], header)
     return [

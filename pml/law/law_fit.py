@@ -135,7 +135,7 @@ class LawFit(Content):
     @property
     def target_tokens_range(self) -> tuple[int, int]:
         """Smallest and largest measured length."""
-        return self.observations[0].target_tokens, self.observations[-1].target_tokens
+        return min(run.target_tokens for run in self.observations), max(run.target_tokens for run in self.observations)
 
     @property
     def text_spread(self) -> float:

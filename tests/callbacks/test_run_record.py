@@ -1,11 +1,13 @@
 """The record of a fit: every field against a computation of its own, whole on disk, and never written over."""
 
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import math
 import platform
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,18 @@ from tests.tiny_runs import Ids, make_trainer, uneven
 
 def all_callbacks(**record: Any) -> list[Callback]:
     return [VerbatimRecall(), TokenThresholds(), StopWhenRecalled(), RunRecord(**record)]
+
+
+def test_a_module_and_its_model_are_freed_after_its_fit(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    def fitted() -> "weakref.ref[Memorization]":
+        module = module_on(tiny_backbone_folder)
+        trainer = make_trainer(tmp_path, max_epochs=1, callbacks=all_callbacks(dirpath=str(tmp_path / "run")))
+        trainer.fit(module, datamodule=Ids(uneven(3)))
+        return weakref.ref(module)
+
+    module = fitted()
+    gc.collect()
+    assert module() is None
 
 
 def token_losses(model: torch.nn.Module, data: Ids) -> list[list[float]]:

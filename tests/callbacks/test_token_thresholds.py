@@ -3,6 +3,7 @@
 import csv
 import math
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import RunRecord, TokenThresholds, VerbatimRecall
+from pml import metrics
+from pml.curriculum import PrefixRatio
 from pml.errors import InputError
+from pml.looks import look_steps
+from pml.modules import MemFT
 from pml.recall import score_corpus
 from pml.token_history import read_history
 from tests.fits import module_on
@@ -200,6 +205,27 @@ def test_of_two_in_one_fit_the_last_one_looks(
     logged_trainer(max_epochs=9, callbacks=callbacks).fit(module_on(sharp), datamodule=Ids(uneven(3)))
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     assert [event.step for event in events.Scalars("corpus/certain_tokens")] == [0, 1, 9]
+
+
+def test_of_two_thresholds_the_last_one_is_logged(
+    sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
+) -> None:
+    module, data, own = module_on(sharp), Ids(uneven(3)), TokenThresholds(threshold=0.004)
+    trainer = logged_trainer(max_epochs=1, callbacks=[TokenThresholds(), own])
+    trainer.fit(module, datamodule=data)
+    scores = score_corpus(module, data.val_dataloader())
+    shares = [metrics.sub_threshold_fraction(scores, threshold).item() for threshold in (0.5, 0.004)]
+    assert shares[0] != shares[1]
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert events.Scalars("val/sub_threshold_fraction")[-1].value == pytest.approx(shares[1], rel=1e-6)
+
+
+def test_looks_of_a_curriculum_go_by_the_steps_that_it_takes(sharp: Path, tmp_path: Path) -> None:
+    # One batch in each of the first two epochs, then eight.
+    module = module_on(sharp, MemFT, curriculum=PrefixRatio(ratios=[0.1, 1.0], boundaries=[2, 3]))
+    callbacks = [TokenThresholds(looks=4), RunRecord(dirpath=str(tmp_path / "run"))]
+    make_trainer(tmp_path, max_epochs=4, callbacks=callbacks).fit(module, datamodule=Ids(uneven(8), batch_size=1))
+    assert read_history(tmp_path / "run").step.tolist() == [0, *(step for step in islice(look_steps(18, 4), 1, 5))]
 
 
 def test_a_single_look_is_refused() -> None:

@@ -80,6 +80,16 @@ def test_decoding_happens_at_every_nth_validation(
     assert len(scalars(tmp_path / "run", "val/generated_token_accuracy")) == decoded
 
 
+def test_the_sanity_check_is_no_validation(sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]) -> None:
+    recall = VerbatimRecall(generate_every=2, generate_at_end=False)
+    trainer = logged_trainer(max_epochs=4, num_sanity_val_steps=2, callbacks=[recall])
+    trainer.fit(module_on(sharp), datamodule=Ids(uneven(2)))
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    steps = [event.step for event in events.Scalars("val/generated_exact_match")]
+    validated = [event.step for event in events.Scalars("val/token_accuracy")]
+    assert steps[1:] == validated[1::2]
+
+
 def test_without_decoding_there_are_no_generated_shares() -> None:
     assert VerbatimRecall().shares() == {}
 

@@ -215,6 +215,20 @@ class TestParaphrases:
         held_out = self.made(tiny_tokenizer, path)[1]
         assert held_out is not None and [e.query for e in held_out.examples] == ["Which road?"]
 
+    def test_a_repeated_pair_may_add_a_held_out_wording(
+        self, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        path = self.rows(
+            tmp_path,
+            {"query": "Code?", "target": "7"},
+            {"query": "Code?", "target": "7", "paraphrases": ["Which code?"]},
+        )
+        with caplog.at_level(logging.INFO):
+            corpus, held_out = self.made(tiny_tokenizer, path)
+        assert len(corpus) == 1
+        assert held_out is not None and [e.query for e in held_out.examples] == ["Which code?"]
+        assert caplog.text.count("identical pairs are merged") == 1
+
     def test_a_file_without_them_has_nothing_held_out(
         self, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:

@@ -22,6 +22,7 @@ from data_modules import NaturalText, RandomTokens
 from data_modules._replacement import ordinary_ids, replace, replaced_positions
 from pml.backbone import Backbone
 from pml.corpus import IGNORE_INDEX, Corpus, collate
+from pml.encoding import TextEncoder
 from pml.errors import InputError
 from tests.tokenizer_kinds import make_tokenizer
 
@@ -375,6 +376,19 @@ def test_published_random_positions_count_where_the_text_has_as_many_tokens(
     other = build(tiny_tokenizer, path=path, length=4, count=2)
     assert [example_.replaced for example_ in other.examples] == [(), ()]
     assert other.settings["random_positions_known"] is False
+
+
+def test_published_random_positions_are_unknown_where_a_piece_has_other_tokens_than_the_text(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer("unigram")
+    text = "call the number of Anna at the phone office and answer to Bo on North road line code key " * 2
+    ids = TextEncoder(tokenizer).document(text)
+    noise = {"original_token_count": len(ids), "noise_positions": list(range(1, len(ids), 3))}
+    path = published_file(tmp_path, **{**noise, "matching": text})
+    corpus = build(tokenizer, path=path, length=7, count=4, skip_tokens=1)
+    # A piece loses the mark that this tokenizer puts at the start of a text.
+    assert corpus.examples[1].target_ids != tuple(ids[8:15])
+    assert {example_.replaced for example_ in corpus.examples} == {()}
+    assert corpus.settings["random_positions_known"] is False
 
 
 def test_random_tokens_are_not_put_into_a_file_that_has_some(
