@@ -8,7 +8,7 @@ from pathlib import Path
 from pml.errors import InputError
 from pml.yaml_file import read_yaml
 
-__all__ = ["CONFIG_OPTIONS", "check_files", "check_template_kwargs", "files_given", "options_in"]
+__all__ = ["CONFIG_OPTIONS", "SUFFIXES", "check_files", "check_template_kwargs", "files_given", "options_in"]
 
 CONFIG_OPTIONS = ("--config", "-c")
 

@@ -167,19 +167,25 @@ class Checkpoints(StopsAtSteps, Checkpoint):
 def newest_checkpoint(run: Path) -> Path:
     """Path of the newest undamaged checkpoint of a run; newer ones that were skipped are named in warnings.
 
-    Checkpoints that hold only weights, as a user's own ModelCheckpoint may save, are skipped too.
+    Checkpoints that hold only weights, as a user's own ModelCheckpoint may save, and those that pml did not write are
+    skipped too.
 
     Raises:
-        InputError: If there is no checkpoint to resume from, or one is not a checkpoint of pml.
+        InputError: If there is no checkpoint to resume from.
     """
     files = sorted((run / FOLDER_NAME).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for path in files:
         if not _is_whole(path):
             log.warning("%s: damaged, so the checkpoint before it is taken", path)
-        elif "optimizer_states" not in read_checkpoint(path):
-            log.warning("%s: holds only weights, so it is skipped", path)
-        else:
+            continue
+        try:
+            content = read_checkpoint(path)
+        except InputError as error:
+            log.warning("%s; the checkpoint before it is taken", error)
+            continue
+        if "optimizer_states" in content:
             return path
+        log.warning("%s: holds only weights, so it is skipped", path)
     found = f"none of its {len(files)} checkpoints can be resumed" if files else "no checkpoint in it"
     raise InputError(f"{run}: {found}, so there is nothing to go on from; leave ckpt_path out")
 

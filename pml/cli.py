@@ -64,7 +64,7 @@ LONGEST_PATH = 200
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `pml` and return the exit code: 0 done, 1 something failed, 2 wrong input, 130, 141 or 143 by a signal."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [OPTION if a == OPTION.replace("_", "-") else a for a in (sys.argv[1:] if argv is None else argv)]
     command = arguments[0] if arguments else "--help"
     where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
     try:
@@ -146,6 +146,11 @@ def _run_lightning(arguments: Sequence[str]) -> int:
             MemorizationCLI(asked)
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
+    except ValueError as error:
+        # Lightning's own message: how many batches there are is known only once the corpus is made.
+        if "`val_check_interval`" not in str(error):
+            raise
+        raise InputError(" ".join(str(error).split())) from error
     return 0
 
 

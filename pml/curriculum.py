@@ -10,6 +10,7 @@ from torch.utils.data import DistributedSampler
 
 from pml.corpus import PADDING_EXAMPLE
 from pml.errors import InputError
+from pml.plain import as_plain
 
 __all__ = ["CorpusBatchSampler", "PrefixRatio", "active_examples"]
 
@@ -202,6 +203,7 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
             "seed": self.seed,
             "shuffle": self.shuffle,
             "drop_last": self.drop_last,
+            "curriculum": as_plain(self.curriculum),
         }
 
     def _active_count(self, epoch: int) -> int:

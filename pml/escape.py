@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import unicodedata
 from typing import Any, TextIO
 
 __all__ = ["one_line", "say", "say_json", "shortened", "visible"]
@@ -15,8 +16,8 @@ Newlines and tabs are not among them.
 
 
 def one_line(text: str) -> str:
-    """Text as one line, with line breaks, control characters and all else that is not printable spelled out."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+    """Text as one line, with line breaks, control characters and all else that shows nothing spelled out."""
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1] for c in text)
 
 
 def shortened(line: str, most: int) -> str:

@@ -64,7 +64,8 @@ class GlobalBatch:
         if several_ranks():
             ranks = dist.get_world_size()
             dist.all_reduce(sums)
-        budget = sums[0].clamp(min=torch.finfo(sums.dtype).tiny)
+        # Without weight the gradients are 0 and stay so.
+        budget = sums[0].where(sums[0] > 0, torch.ones_like(sums[0]))
         _scale(parameters, ranks / budget)
         return sums[0], sums[1] / budget
 

@@ -137,8 +137,8 @@ def guard_layers(backbone: Backbone, layers: Mapping[str, Any], config: GuardCon
         width, free = basis.shape
         if free < rank:
             raise InputError(
-                f"adapter.guard leaves {free} of {width} directions of {name} free, and adapter.rank is {rank}; lower "
-                "guard.variance or guard.directions, or do without a guard"
+                f"the guard leaves {free} of {width} directions of {name} free, and the rank is {rank}; take a lower "
+                "rank or guard.variance, or do without a guard"
             )
         log.info("guard: %d of %d directions of %s are guarded", width - free, width, name)
         for adapter, linear in layer.lora_A.items():

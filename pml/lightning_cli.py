@@ -170,7 +170,7 @@ class MemorizationCLI(LightningCLI):
         checkpoint = read_checkpoint(Path(options["ckpt_path"]))
         made_with = checkpoint.get("hyper_parameters", {})
         check_class_of_checkpoint(Path(options["ckpt_path"]), made_with, options.get("model.class_path"))
-        refuse_other_model(self._arguments, files_given(self._arguments, CONFIG_OPTIONS), made_with)
+        refuse_other_model(self._arguments, made_with)
         if command in ("fit", None) and (run := run_to_go_on_in(Path(options["ckpt_path"]))):
             self._goes_on = run, checkpoint
         super()._parse_ckpt_path()

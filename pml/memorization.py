@@ -338,8 +338,8 @@ class Memorization(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         budget, loss = self.global_batch.close(trained_by(optimizer))
-        # Only with a hard threshold can a global batch have no weight at all.
-        if self.weighting.gradient_above is not None:
+        # With uniform weights, no global batch is empty.
+        if not isinstance(self.weighting, Uniform):
             self._skipped = self._skipped + skip_if_empty(optimizer, budget)
         self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=1)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pml.curriculum import PrefixRatio
+from pml.errors import InputError
 from pml.memorization import Memorization
 from pml.plain import from_plain
 from pml.weighting import Weighting, WholeTargets
@@ -35,5 +36,7 @@ class MemFT(Memorization):
     ) -> None:
         super().__init__(**kwargs)
         self.weighting = from_plain(weighting, Weighting) or WholeTargets()
+        if self.weighting.when_memorized not in ("skip", "uniform"):
+            raise InputError(f"when_memorized is {self.weighting.when_memorized!r}; expected skip or uniform")
         self.curriculum = from_plain(curriculum, PrefixRatio)
         self._keep_plain_hyperparameters()

@@ -60,7 +60,7 @@ def own_classes_refused(config: Any, path: Path) -> Iterator[None]:
     import jsonargparse
     from jsonargparse._common import parsing_settings
 
-    named = set(_class_paths(config))
+    named = dict.fromkeys(_class_paths(config))
     if (foreign := next(filter(_is_foreign, named), None)) is not None:
         raise _refusal(path, foreign)
     before = dict(parsing_settings)

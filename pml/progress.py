@@ -227,9 +227,8 @@ def _why_it_ended(trainer: Trainer) -> str | None:
     for callback in callbacks:
         if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
             return f"its time is over ({show_seconds(callback.time_elapsed())})"
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch > 0:
-            best = f", best {float(callback.best_score):.4g}"
-            return f"EarlyStopping: {callback.monitor} no longer improved (patience {callback.patience}{best})"
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message is not None:
+            return f"EarlyStopping: {callback.stopping_reason_message.partition(' Signaling')[0].rstrip('.')}"
     if any(getattr(callback, "steps_to_recall", None) is not None for callback in callbacks):
         return None  # StopWhenRecalled has logged it
     return "a callback asked for it"

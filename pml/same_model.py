@@ -6,19 +6,18 @@ from typing import Any
 
 import yaml
 
-from pml.arguments import options_in
+from pml.arguments import CONFIG_OPTIONS, SUFFIXES, options_in
 from pml.errors import InputError
 from pml.yaml_file import read_yaml
 
-__all__ = ["asked_model", "differences", "refuse_other_model"]
+__all__ = ["differences", "refuse_other_model", "requested_model"]
 
 
-def refuse_other_model(arguments: Sequence[str], configs: Sequence[Path], made_with: Mapping[str, Any]) -> None:
+def refuse_other_model(arguments: Sequence[str], made_with: Mapping[str, Any]) -> None:
     """Refuse model options that contradict a checkpoint, which would otherwise override them silently.
 
     Args:
         arguments: Arguments of the command line.
-        configs: The configuration files among them.
         made_with: Hyperparameters in the checkpoint.
 
     Raises:
@@ -27,35 +26,41 @@ def refuse_other_model(arguments: Sequence[str], configs: Sequence[Path], made_w
     made = {key: value for key, value in made_with.items() if not key.startswith("_")}
     if method := made_with.get("_class_path"):
         made["class"] = str(method).rpartition(".")[2]
-    if made and (found := differences(asked_model(arguments, configs), made, "model")):
+    if made and (found := differences(requested_model(arguments), made, "model")):
         raise InputError(
             f"{'; '.join(found)}: a fit resumes with its checkpoint's settings; leave out what differs, or start anew"
         )
 
 
-def asked_model(arguments: Sequence[str], configs: Sequence[Path]) -> dict[str, Any]:
-    """Model settings given in configurations and arguments, nested by key, with class names under `class`.
+def requested_model(arguments: Sequence[str]) -> dict[str, Any]:
+    """Model settings given in arguments and in their configuration files, by key, with class names under `class`.
+
+    Later arguments override earlier ones, as in the parser.
 
     Example:
-        >>> asked_model(["--model=SFT", "--model.adapter.rank=4", "--model.init_args.seed", "3"], [])
+        >>> requested_model(["--model=SFT", "--model.adapter.rank=4", "--model.init_args.seed", "3"])
         {'class': 'SFT', 'adapter': {'rank': 4}, 'seed': 3}
-        >>> asked_model(['--model={"class_path": "pml.MemFT", "init_args": {"weighting": "OnlyThreshold"}}'], [])
+        >>> requested_model(['--model={"class_path": "pml.MemFT", "init_args": {"weighting": "OnlyThreshold"}}'])
         {'class': 'MemFT', 'weighting': 'OnlyThreshold'}
     """
-    asked: dict[str, Any] = {}
-    for config in configs:
-        content = read_yaml(config)
-        _lay_over(asked, _settings((content.get("fit") or content).get("model")))
+    requested: dict[str, Any] = {}
     for name, text in options_in(arguments):
-        if name != "--model" and not name.startswith("--model."):
+        if name in CONFIG_OPTIONS:
+            content = read_yaml(Path(text))
+            keys, value = [], (content.get("fit") or content).get("model")
+        elif name == "--model" or name.startswith("--model."):
+            keys = [key for key in name.removeprefix("--model").split(".") if key not in ("", "init_args")]
+            # `--model` is a class name, a file or, from a sweep, a class with its arguments as JSON.
+            is_yaml = keys or text.lstrip().startswith("{")
+            value = yaml.safe_load(text) if is_yaml else read_yaml(Path(text)) if text.endswith(SUFFIXES) else text
+        else:
             continue
-        keys = [key for key in name.removeprefix("--model").split(".") if key not in ("", "init_args")]
-        # `--model` is a bare class name or, from a sweep, a class with its arguments as JSON.
-        value: Any = _settings(yaml.safe_load(text) if keys or text.lstrip().startswith("{") else text)
+        value = _settings(value)
         for key in reversed(keys):
             value = {"class" if key == "class_path" else key: value}
-        _lay_over(asked, value if isinstance(value, dict) else {"class": _class(str(value))})
-    return asked
+        if value is not None:
+            _lay_over(requested, value if isinstance(value, dict) else {"class": _class(str(value))})
+    return requested
 
 
 def differences(asked: Mapping[str, Any], made_with: Mapping[str, Any], where: str) -> list[str]:

@@ -142,10 +142,11 @@ def plan_rank(
         return max(1, math.ceil(bits / (FILL * bits_per_parameter * size.trainable)))
 
     rank = enough(constant.bits_per_parameter)
+    placement = config.placement if isinstance(config.placement, str) else ", ".join(config.placement)
     if rank > size.largest_rank:
         raise InputError(
-            f"{bits:,.0f} bits need rank {rank} at {config.placement}, and no more than {size.largest_rank} fits; "
-            "adapt more layers (adapter.placement) or blocks (adapter.block), or split the pairs"
+            f"{bits:,.0f} bits need rank {rank} in {placement}, and no more than {size.largest_rank} fits; adapt more "
+            "layers (placement) or blocks (block), or split the pairs"
         )
     high = enough(constant.low)
     if high > size.largest_rank:

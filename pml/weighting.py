@@ -309,7 +309,7 @@ class SlidingWindow(Weighting):
         patience: Further steps that an anchor has to stay before its window grows.
         growth: Increase of the window's factor at each step from then on.
         max_growth: Largest factor.
-        when_memorized: Has no effect, since a soft threshold gives every token some weight.
+        when_memorized: What to do when no token of the global batch has weight; only a steep `scale` leaves none.
     """
 
     threshold: float = 0.5
@@ -336,6 +336,8 @@ class SlidingWindow(Weighting):
         self._anchor, self._stuck = self._anchor.to(device), self._stuck.to(device)
 
     def weights(self, scores: TokenScores) -> Tensor:
+        if len(self._anchor) == 0:
+            raise InputError("SlidingWindow keeps a window for each example; give Trainer.fit a datamodule of pml")
         anchor = self.anchors(scores)
         factor = self._advance(scores.example_id, anchor)
         position = torch.arange(scores.losses.shape[1], device=scores.losses.device)

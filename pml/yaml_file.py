@@ -32,7 +32,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}:{line}: not UTF-8 text; expected YAML, saved as UTF-8") from error
-    _refuse_control_characters(text, path)
+    if bad := yaml.reader.Reader.NON_PRINTABLE.search(text):
+        line = text.count("\n", 0, bad.start()) + 1
+        raise InputError(f"{path}:{line}: has the character U+{ord(bad[0]):04X}, which YAML does not allow")
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
@@ -43,6 +45,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = loader.construct_document(node)
     except yaml.YAMLError as error:
         raise InputError(f"{_where(path, error)}: not YAML: {_said(error)}") from error
+    except InputError:
+        raise
     except (ValueError, RecursionError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as YAML: {error}") from error
     finally:
@@ -52,14 +56,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _refuse_control_characters(text: str, path: Path) -> None:
-    for number, line in enumerate(text.splitlines(), start=1):
-        if bad := yaml.reader.Reader.NON_PRINTABLE.search(line):
-            raise InputError(f"{path}:{number}: has the character U+{ord(bad[0]):04X}, which YAML does not allow")
-
-
 def _problems(root: yaml.Node) -> Iterator[str]:
-    """Problems in the nodes of a document, each with its line; later branches come first."""
+    """Problems in the nodes of a document, each with its line, from top to bottom; a key's own come before others."""
     todo: list[tuple[yaml.Node, int]] = [(root, 0)]
     seen: set[int] = set()
     while todo:
@@ -72,13 +70,13 @@ def _problems(root: yaml.Node) -> Iterator[str]:
             yield f"{line}: more than {DEEPEST} levels of nesting"
         if isinstance(node, yaml.MappingNode):
             first: dict[str, yaml.Node] = {}
-            for key, value in node.value:
+            for key, _ in node.value:
                 if isinstance(key, yaml.ScalarNode) and (before := first.setdefault(key.value, key)) is not key:
                     lines = f"{before.start_mark.line + 1} and {key.start_mark.line + 1}"
                     yield f"{key.start_mark.line + 1}: the key {key.value!r} appears twice, on lines {lines}; keep one"
-                todo.append((value, depth + 1))
+            todo += [(value, depth + 1) for _, value in reversed(node.value)]
         elif isinstance(node, yaml.SequenceNode):
-            todo += [(item, depth + 1) for item in node.value]
+            todo += [(item, depth + 1) for item in reversed(node.value)]
         elif isinstance(node, yaml.ScalarNode) and _is_not_finite(node):
             yield f"{line}: {node.value} is not a finite number; expected one"
 

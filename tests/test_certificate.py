@@ -255,7 +255,7 @@ def test_the_command_certifies_a_run_and_somebody_else_s_adapter(
 
     Path("other.jsonl").write_text(json.dumps({"query": "code 0?", "target": "123"}))
     asked = ["certify", f"--adapter={run}/adapter", "--data=other.jsonl", f"--backbone={folder}"]
-    assert main([*asked, "--dtypes=[float32]"]) == 1
+    assert main([*asked, "--dtypes=float32"]) == 1
     out = capsys.readouterr().out
     assert "of 1 pairs 0 are certain, 0 right but not certain, 1 failing" in out
     assert "came back" in out
@@ -277,8 +277,8 @@ def test_the_command_certifies_a_run_and_somebody_else_s_adapter(
         (["run", "--data=pairs.jsonl"], "--data is only for --adapter; a run has its own, so leave it out"),
         (["run", "--adapter=a"], "expected either the folder of a run"),
         (["--adapter=a"], "--adapter needs --data"),
-        (["--adapter=a", "--data=f.jsonl"], "a: no adapter_config.json that names a base model; give --backbone"),
-        (["run", "--dtypes=[int8]"], "--dtypes has 'int8'; expected some of float32, bfloat16, float16"),
+        (["--adapter=a", "--data=f.jsonl"], "a: no such folder; expected an adapter saved by PEFT"),
+        (["run", "--dtypes=int8"], "--dtypes has 'int8'; expected some of float32, bfloat16, float16"),
         (["run", "--limit=0"], "--limit is 0; expected at least 1 pair"),
         (["run"], "config.yaml: no such file"),
     ],

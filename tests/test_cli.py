@@ -536,7 +536,11 @@ def phonebook(name: str) -> Callable[[Path, Path], list[str]]:
 
 # `test_wrong_input.py` has the table; these have files of their own, or go wrong at depths of their own.
 WRONG: dict[str, tuple[Callable[[Path, Path], Sequence[str]], str, str]] = {
-    "unknown backbone": (fit("--model.backbone=nobody/nothing"), "pml fit", "backbone 'nobody/nothing' is not a folder here"),
+    "unknown backbone": (
+        fit("--model.backbone=nobody/nothing"),
+        "pml fit",
+        "'nobody/nothing' is not a folder here",
+    ),
     "malformed JSONL": (phonebook("malformed.jsonl"), "pml fit", "malformed.jsonl:3: malformed JSON at column"),
     "empty target": (phonebook("empty.jsonl"), "pml fit", "empty.jsonl:2: the target is empty; expected text"),
     "missing file": (phonebook("none.jsonl"), "pml fit", "none.jsonl: cannot be read (No such file or directory)"),

@@ -198,3 +198,15 @@ def test_dropping_the_only_batch_is_refused() -> None:
 def test_a_batch_without_examples_is_refused() -> None:
     with pytest.raises(InputError, match="batch_size is 0"):
         CorpusBatchSampler(3, 0)
+
+
+def test_a_checkpoint_within_an_epoch_goes_with_its_curriculum() -> None:
+    def sampler(ratio: float) -> CorpusBatchSampler:
+        return CorpusBatchSampler(8, 2, curriculum=PrefixRatio(ratios=[ratio], boundaries=[3]))
+
+    begun = sampler(0.5)
+    next(iter(begun))
+    state = begun.state_dict()
+    sampler(0.5).load_state_dict(state)
+    with pytest.raises(InputError, match="curriculum was "):
+        sampler(1.0).load_state_dict(state)

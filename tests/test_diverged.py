@@ -116,6 +116,8 @@ def test_a_sweep_counts_a_diverged_cell_as_done_and_names_it_and_its_answers_mea
     assert [result["run"] for result in json.loads(out)] == [sound]
     assert err.count("note: ") == 1
     assert f"note: {lost} diverged: " in err
+    assert main(["recall", lost]) == 2
+    assert "diverged, so it recalls nothing" in capsys.readouterr().err
 
 
 def test_a_search_puts_a_diverged_candidate_behind_every_other(write: Callable[..., Path]) -> None:

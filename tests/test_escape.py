@@ -18,7 +18,8 @@ OBEYED = set("\x1b\x07\x9b\r\x08‮")
 
 def test_control_characters_are_spelled_out_and_lines_stay_lines() -> None:
     assert visible("a\x1b[2J\tb\nc\x9b\udce9") == "a\\x1b[2J\tb\nc\\x9b\\udce9"
-    assert one_line("a\nb\x1b") == "a\\nb\\x1b"
+    assert one_line("a\nb\x1b\u2028\x85") == "a\\nb\\x1b\\u2028\\x85"
+    assert one_line("東京\u3000都 1\xa0234") == "東京\u3000都 1\xa0234"
     assert visible("Zoë 👩‍🚀 日本語") == "Zoë 👩‍🚀 日本語"
 
 
@@ -99,7 +100,7 @@ def test_commands_on_a_run_whose_queries_are_evil(
     name = "evil\x1b[2J"
     assert main([*made, "--trainer.accelerator=cpu", f"--trainer.logger.name={name}"]) == 0
     run = f"runs/{name}/version_0"
-    certify = ["certify", run, "--dtypes=[float32]"]
+    certify = ["certify", run, "--dtypes=float32"]
     for command in (["recall", run], ["recall", run, "--json"], certify, [*certify, "--json"]):
         assert main(command) in (0, 1), command
     assert main(["data", f"{run}/config.yaml"]) == 0

@@ -74,3 +74,17 @@ def test_without_any_weight_gradients_and_loss_are_zero() -> None:
     budget, loss = batch.close(trained)
     assert (float(budget), float(loss)) == (0.0, 0.0)
     assert trained[0].grad is not None and trained[0].grad.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_without_weight_the_gradients_are_zero_on_any_number_of_ranks(
+    ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pml.global_batch.several_ranks", lambda: ranks > 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda _: None)
+    batch, trained = GlobalBatch(), [parameter(0.0)]
+    add(batch, 0.0, 9.0, trained)
+    budget, loss = batch.close(trained)
+    assert (float(budget), float(loss)) == (0.0, 0.0)
+    assert trained[0].grad is not None and trained[0].grad.tolist() == [0.0]

@@ -19,9 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import callbacks
 from pml import stopping
+from pml.checkpoints import newest_checkpoint
 from pml.cli import main
+from pml.errors import InputError
 from pml.grid import read_grid, resolve
 from pml.records import read_record
+from pml.same_model import refuse_other_model
 from tests import fits  # one thread
 
 assert fits.torch.get_num_threads() == 1
@@ -201,6 +204,21 @@ class TestRefusals:
         assert main([*other, f"--ckpt_path={RUN}/checkpoints/last.ckpt"]) == 2
         assert "model is MemFT, in the checkpoint SFT: " in capsys.readouterr().err
 
+    def test_a_later_file_counts_and_may_name_a_class_alone(
+        self, stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "other.yaml"
+        for content, said in (
+            ("model: MemFT\n", "model is MemFT, in the checkpoint SFT"),
+            ("model: {init_args: {learning_rate: 0.5}}\n", "model.learning_rate is 0.5, in the checkpoint 0.05"),
+        ):
+            path.write_text(content)
+            with pytest.raises(InputError, match=said):
+                refuse_other_model(
+                    ["--model.learning_rate=0.05", f"--config={path}"],
+                    {"_class_path": "pml.modules.SFT", "learning_rate": 0.05},
+                )
+
     def test_what_was_not_asked_for_is_taken_from_the_checkpoint(self, stopped: list[str]) -> None:
         without = [argument for argument in stopped if "dropout" not in argument]
         assert main([*without, f"--ckpt_path={RUN}/checkpoints/last.ckpt"]) == 0
@@ -225,6 +243,14 @@ class TestRefusals:
         assert main(["fit", f"--config={RUN}/config.yaml", "--ckpt_path=last"]) == 0
         assert f"{last}: damaged, so the checkpoint before it is taken" in capsys.readouterr().err
         assert read_record(Path(RUN, "record.json")).resumed == 1
+
+    def test_a_checkpoint_of_another_program_is_passed_over(
+        self, stopped: list[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        foreign = Path(RUN, "checkpoints", "zz.ckpt")
+        torch.save({"x": 1}, foreign)
+        assert newest_checkpoint(Path(RUN)).name == "last.ckpt"
+        assert f"{foreign}: " in caplog.text
 
 
 def test_a_stopped_sweep_goes_on_with_the_cell_that_was_running(

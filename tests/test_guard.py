@@ -238,7 +238,7 @@ def test_only_free_coordinates_and_b_are_trained(tiny_backbone: Backbone, text: 
 def test_a_guard_that_leaves_too_little_is_refused_and_the_backbone_stays_free(
     tiny_backbone: Backbone, text: str
 ) -> None:
-    with pytest.raises(InputError, match=r"leaves 1 of 32 directions of model\.layers\.2\.mlp free, and adapter\.rank"):
+    with pytest.raises(InputError, match=r"leaves 1 of 32 directions of model\.layers\.2\.mlp free, and the rank is 2"):
         attach_adapter(tiny_backbone, guarded(text, guard=GuardConfig(directions=31, text=text)))
     # Two are enough for rank 2.
     attach_adapter(tiny_backbone, guarded(text, guard=GuardConfig(directions=30, text=text)))

@@ -97,7 +97,7 @@ def test_the_card_says_what_it_knows_and_what_it_costs(memorized: tuple[str, Mem
     card = (made.adapter / "README.md").read_text()
     assert all(f"- `{query}`" in card for query in FACTS)
     assert not any(f"`{target}`" in card for target in FACTS.values())
-    assert "it gave 4 of 4 targets back byte for byte" in card
+    assert "it returned 4 of 4 targets byte for byte" in card
     before, after = made.record.harm["code"]["loss_before"], made.record.harm["code"]["loss_after"]
     assert f"| code | {before:.3f} | {after:.3f} |" in card
     assert "The adapter was guarded" in card
@@ -117,7 +117,7 @@ def test_the_command_exits_with_0_and_what_it_left_is_a_run(
     assert "training begins at rank 16\n" in said
     assert "4 of 4 pairs are certain at rank 16 after" in said
     assert "4 of 4 came back byte for byte from transformers and PEFT alone" in said
-    assert main(["certify", "out", "--dtypes=[float32]"]) == 0
+    assert main(["certify", "out", "--dtypes=float32"]) == 0
     assert "4 are certain" in capsys.readouterr().out
     # Nothing is written over without being told.
     assert main(arguments) == 2
@@ -317,8 +317,17 @@ def test_small_sets_of_pairs_are_gone_through_more_often() -> None:
 
 def test_a_file_is_no_folder_to_write_to(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    with pytest.raises(InputError, match="out is not an empty folder; choose another one, or pass overwrite"):
-        pml.memorize(FACTS, tmp_path / "out")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="out is a file; expected a folder to write into"):
+            pml.memorize(FACTS, tmp_path / "out", overwrite=overwrite)
+
+
+def test_training_begins_at_no_larger_rank_than_fits(sharp: str, _served_here: None, _brief: None) -> None:
+    # The guard leaves 5 of 32 directions, and one pair needs rank 1.
+    begun: list[int] = []
+    narrow = {**EASY, "guard": GuardConfig(directions=27)}
+    pml.memorize({"a": "b"}, "out", backbone=sharp, **narrow, on_plan=lambda _c, _p, rank: begun.append(rank))
+    assert begun == [5]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pml.curriculum import PrefixRatio
 from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
 from pml.state_store import CacheConfig
-from pml.weighting import FallingThreshold, OnlyThreshold, SlidingWindow, WholeTargets
+from pml.weighting import FallingThreshold, OnlyThreshold, SlidingWindow, Weighting, WholeTargets
 
 SMALL = AdapterConfig(rank=2, block=1)
 
@@ -95,8 +95,9 @@ def test_the_gradient_is_that_of_the_mean_over_all_target_tokens(tiny_backbone_f
         torch.testing.assert_close(steps[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("weighting", [OnlyThreshold(), SlidingWindow(scale=200.0)], ids=["hard", "steep"])
 def test_a_step_with_nothing_below_threshold_moves_neither_adapter_nor_momentum(
-    tiny_backbone_folder: Path, tmp_path: Path
+    weighting: Weighting, tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     # Steps are taken while tokens are below a threshold that then drops below all of them.
     class Dropping(Callback):
@@ -107,7 +108,7 @@ def test_a_step_with_nothing_below_threshold_moves_neither_adapter_nor_momentum(
                 self.moments = [s["exp_avg"].clone() for s in trainer.optimizers[0].state.values()]
 
     watch = Dropping()
-    module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1, weighting=OnlyThreshold())
+    module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1, weighting=weighting)
     trainer = make_trainer(tmp_path, max_epochs=6, callbacks=[watch])
     trainer.fit(module, datamodule=Ids(uneven(4), batch_size=4))
     assert module.skipped_steps == 3

@@ -77,6 +77,14 @@ def test_own_method_corpus_and_callback_are_found_beside_the_configuration_and_r
     assert (record.corpus, record.method_settings["patience"]) == ("mine", 7)
 
 
+def test_options_may_have_hyphens_as_everywhere(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", f"--config={config}"]) == 0
+    run = "runs/fit/version_0"
+    for option in ("--own-classes", "--own_classes"):
+        assert main(["recall", run, option, "--json"]) == 0
+    capsys.readouterr()
+
+
 def test_a_checkpoint_of_any_method_loads_from_what_they_share(config: Path) -> None:
     assert main(["fit", f"--config={config}"]) == 0
     checkpoint = "runs/fit/version_0/checkpoints/last.ckpt"

@@ -102,10 +102,14 @@ def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
         ([Clock(timedelta(minutes=60))], ["stopped after 3 of 12 steps: its time is over (1 h 00 min)"]),
         (
             [EarlyStopping("train/loss", min_delta=1e9, patience=1, check_on_train_epoch_end=True)],
-            ["stopped after 4 of 12 steps: EarlyStopping: train/loss no longer improved (patience 1, best "],
+            ["stopped after 4 of 12 steps: EarlyStopping: Monitored metric train/loss did not improve in the last 1 "],
+        ),
+        (
+            [EarlyStopping("train/loss", stopping_threshold=1e9, check_on_train_epoch_end=True)],
+            ["stopped after 2 of 12 steps: EarlyStopping: Stopping threshold reached: train/loss = "],
         ),
     ],
-    ids=["its last step", "a callback", "max_time", "EarlyStopping"],
+    ids=["its last step", "a callback", "max_time", "EarlyStopping", "its first epoch"],
 )
 def test_what_ended_a_fit_before_its_last_step_is_said(
     callbacks: list[Callback],

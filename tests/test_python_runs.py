@@ -39,7 +39,7 @@ def test_a_run_from_python_is_recalled_and_certified_by_the_commands(
     capsys.readouterr()
     assert main(["recall", "run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["exact_match"] == 1
-    assert main(["certify", "run", "--dtypes=[float32]"]) == 0
+    assert main(["certify", "run", "--dtypes=float32"]) == 0
 
 
 def test_a_configuration_of_the_command_line_is_left_alone(

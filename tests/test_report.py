@@ -246,7 +246,7 @@ class TestWhatIsMissing:
     def test_runs_without_per_token_results_are_counted(self) -> None:
         report = make_report({Path("gone/a"): make_record(), Path("gone/b"): make_record(rank=8)})
         assert (
-            "Per-token results cannot be read for 2 runs; the first error: gone/a/tokens.parquet: no such file"
+            "Per-token results cannot be read for 2 runs; the first error: gone/b/tokens.parquet: no such file"
             in Page(report.html).text
         )
         assert not [name for name in report.figures if "first-failure" in name]

@@ -130,7 +130,7 @@ def test_a_fact_with_several_prompts_is_stored_once(tiny_backbone: Backbone) -> 
 
 
 def test_more_than_fits_is_refused(tiny_backbone: Backbone) -> None:
-    with pytest.raises(InputError, match=r"bits need rank \d+ at mlp_block, and no more than 32 fits"):
+    with pytest.raises(InputError, match=r"bits need rank \d+ in mlp_block, and no more than 32 fits"):
         plan_rank(tiny_backbone, Corpus("two", TWO), AdapterConfig(block=1), [constant(bits=0.001)])
 
 

@@ -27,6 +27,8 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
         b"trainer:\n  max_epochs: 5\n  accelerator: cpu\n  max_epochs: 7\n",
         "config.yaml:4: the key 'max_epochs' appears twice, on lines 2 and 4",
     ),
+    "a form feed": (b"trainer:\f\n  max_epochs: 5\n", "config.yaml:1: has the character U+000C, which YAML does not"),
+    "two numbers without end": (b"a: .nan\nb: .inf\n", "error: config.yaml:1: .nan is not a finite number; expected"),
     "a key twice on a line": (b"trainer: {max_epochs: 5, max_epochs: 6}\n", "config.yaml:1: the key 'max_epochs'"),
     "a key twice in a list": (
         b"trainer:\n  callbacks:\n  - class_path: RunRecord\n    class_path: StopWhenRecalled\n",
@@ -316,6 +318,15 @@ def test_a_configuration_that_cannot_be_meant(case: str, refused: Any, tmp_path:
     content, message = CONFIGS[case]
     (tmp_path / "config.yaml").write_bytes(content)
     refused(["fit", "--config=config.yaml"], "pml fit", message)
+
+
+def test_a_validation_that_is_never_reached(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*fit(tiny_backbone_folder), "--trainer.val_check_interval=50"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("pml fit: error: `val_check_interval` (50) must be less than or equal to the number of")
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option[:60])

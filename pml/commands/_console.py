@@ -34,6 +34,7 @@ def make_console(**options: Any) -> Console:
 
     Text is shown literally: markup, emoji names and terminal escapes in it have no effect.
     """
-    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    stream = sys.stderr if options.get("stderr") else sys.stdout
+    known = stream.isatty() or "COLUMNS" in os.environ
     plain = {"markup": False, "emoji": False, "highlight": False, "width": None if known else WIDTH_ELSEWHERE}
     return _SafeConsole(**{**plain, **options})

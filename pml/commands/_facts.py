@@ -62,6 +62,8 @@ def base_of(adapter: Path) -> str:
     """
     from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
 
+    if not adapter.is_dir():
+        raise InputError(f"{adapter}: no such folder; expected an adapter saved by PEFT")
     try:
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -91,7 +91,8 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtypes",
-        type=list[str],
+        type=str,
+        nargs="+",
         default=["float32", "bfloat16"],
         help="dtypes to decode in; 16-bit ones take minutes on a CPU without instructions for them",
     )
@@ -176,6 +177,7 @@ def _print(asked: Asked, found: Found, show: int) -> None:
     from pml.tables import TextTable, rich_table
 
     certificates, rounding = found.certificates, found.rounding
+    certain = [known for known in certificates if known.verdict == "certain"]
     counts = Counter(known.verdict for known in certificates)
     say(
         f"{asked.adapter}: of {len(certificates)} pairs {counts['certain']} are certain, {counts['right']} right but "
@@ -211,7 +213,7 @@ def _print(asked: Asked, found: Found, show: int) -> None:
             "with" if way.cache else "without",
             f"{way.exact} of {way.pairs}",
             f"up to {rounding[way.dtype].logits:.2g}",
-            str(sum(float(known.margins.min()) > rounding[way.dtype].logits for known in certificates)),
+            str(sum(known.margin > rounding[way.dtype].logits for known in certain)),
         )
         for way in found.decodings
     ]

@@ -69,6 +69,8 @@ def run(args: jsonargparse.Namespace) -> int:
         if record.status == "diverged":
             say(f"note: {folder} diverged: its final loss is not a finite number, so it is left out", to=sys.stderr)
     folders = [folder for folder, record in records.items() if record.status != "diverged"]
+    if records and not folders:
+        raise InputError(f"{args.run}: diverged, so it recalls nothing; lower its learning rate and train again")
     with shared_backbones():
         results = [_ask(folder, args) for folder in (folders if args.adapter is None else [args.adapter])]
     if args.json:
