@@ -49,6 +49,8 @@ demo: venv ## Memorise a phone book with three methods and recall it, then fit t
 	pml fetch
 	pml sweep configs/demo/phonebook.yaml
 	pml compare runs/demo/phonebook
+	@echo "Take MemFT for facts that must each be right as a whole, SFT where the adapter has room to spare."
+	@echo
 	pml recall runs/demo/phonebook --show 5
 	pml sweep configs/demo/law.yaml
 	pml law runs/demo/law --out runs/demo/fit
