@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics import Metric
 
-from callbacks._several import last_of
+from callbacks._several import last_acting
 
 
 class CorpusMetricCallback(Callback):
@@ -30,7 +30,7 @@ class CorpusMetricCallback(Callback):
 
     def _log(self, pl_module: LightningModule, prefix: str) -> None:
         # Lightning would log the mean of what several callbacks of one kind measure.
-        if last_of(pl_module.trainer, type(self)) is self:
+        if last_acting(pl_module.trainer, type(self)) is self:
             # All ranks call `compute`, which gathers from all of them: the values agree and need no further reduction.
             for name, value in self.metric.compute().items():
                 pl_module.log(f"{prefix}/{name}", value.float(), rank_zero_only=True)

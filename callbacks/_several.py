@@ -5,12 +5,12 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, Trainer
 
-__all__ = ["last_of"]
+__all__ = ["last_acting"]
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 
-def last_of(trainer: Trainer, kind: type[AnyCallback], acts: Callable[[Any], bool] = lambda _: True) -> AnyCallback:
+def last_acting(trainer: Trainer, kind: type[AnyCallback], acts: Callable[[Any], bool] = lambda _: True) -> AnyCallback:
     """Return the last callback of this kind that acts; a user's own is listed after the default one.
 
     Args:

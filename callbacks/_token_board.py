@@ -6,7 +6,7 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import PreTrainedTokenizerBase
 
-from pml.last_seen import Standing
+from pml.last_seen import TokenStates
 from pml.stubborn import stubborn_table
 from pml.tables import markdown_table
 from pml.token_history import History
@@ -21,7 +21,7 @@ MARGIN_BINS = np.linspace(-20.0, 20.0, 41)
 
 def show_look(
     logger: TensorBoardLogger,
-    standing: Standing,
+    standing: TokenStates,
     targets: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
     step: int,

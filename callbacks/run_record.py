@@ -19,9 +19,9 @@ from pml.convergence import LossHistory
 from pml.corpus import Corpus
 from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, write_corpus
 from pml.decoding import plain_decoding
-from pml.disk import disk_trouble
+from pml.disk import disk_failure
 from pml.errors import InputError
-from pml.measures import curve_ends, recall_measures
+from pml.measures import recall_measures, validation_point
 from pml.model_card import model_card
 from pml.modules import Memorization
 from pml.provenance import git_commit, hardware, run_settings, versions
@@ -97,7 +97,7 @@ class RunRecord(Callback):
         # All ranks must ask for the loggers' folder, so it is asked for once, here.
         self.folder = Path(self.dirpath) if self.dirpath else folder_of_loggers(trainer)
         path = self.folder / RECORD_NAME
-        goes_on = pl_module.goes_on_in is not None and pl_module.goes_on_in.resolve() == self.folder.resolve()
+        goes_on = pl_module.resume_folder is not None and pl_module.resume_folder.resolve() == self.folder.resolve()
         may_replace = self.overwrite or goes_on
         if trainer.is_global_zero and path.exists() and not may_replace:
             raise InputError(
@@ -131,7 +131,7 @@ class RunRecord(Callback):
             return
         assert isinstance(pl_module, Memorization)
         if trainer.is_global_zero:
-            start = curve_ends(self._initial, self.threshold) if trainer.global_step == 0 else {}
+            start = validation_point(self._initial, self.threshold) if trainer.global_step == 0 else {}
             log_settings(trainer, pl_module, start)
         # Restart the clock: other callbacks may have measured something since `on_fit_start`.
         self._clock.start()
@@ -157,7 +157,7 @@ class RunRecord(Callback):
             self._write(trainer, pl_module, ended=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if disk_trouble(exception) is not None and self._initial is not None and trainer.is_global_zero:
+        if disk_failure(exception) is not None and self._initial is not None and trainer.is_global_zero:
             # If the disk has room for anything, it should hold the adapter.
             with contextlib.suppress(OSError, SafetensorError):
                 save_adapter(pl_module.model, self.folder / "adapter")  # type: ignore[arg-type]
@@ -231,7 +231,7 @@ class RunRecord(Callback):
         write_tokens(self.folder / TOKENS_NAME, corpus, scores)
         # The record comes last: a folder that has one is complete.
         write_record(self.folder, self.record)
-        log_everywhere(trainer, curve_ends(scores, self.threshold, self.record.wall_seconds))
+        log_everywhere(trainer, validation_point(scores, self.threshold, self.record.wall_seconds))
 
     def _say(self, record: Record, module: Memorization) -> None:
         if record.generated_exact_match is not None and record.generated_exact_match != record.exact_match:

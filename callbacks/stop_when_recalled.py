@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from callbacks._logging import exact_scores
-from callbacks._several import last_of
+from callbacks._several import last_acting
 from pml.certificate import Rounding
 from pml.corpus import Example
 from pml.errors import InputError
@@ -152,7 +152,7 @@ class StopWhenRecalled(Callback):
 
     def _is_last(self, trainer: Trainer) -> bool:
         """Whether this is the last callback of its kind: of several, only that one decides."""
-        return last_of(trainer, StopWhenRecalled) is self
+        return last_acting(trainer, StopWhenRecalled) is self
 
     def _watched(self) -> Tensor:
         """Target tokens in this epoch's batches over all ranks: those not certain, and all. All ranks must call it."""

@@ -8,10 +8,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks._corpus_metric import CorpusMetricCallback
 from callbacks._logging import exact_scores, log_everywhere
-from callbacks._several import last_of
+from callbacks._several import last_acting
 from callbacks._token_board import show_history, show_look
 from pml import metrics
-from pml.disk import disk_trouble
+from pml.disk import disk_failure
 from pml.errors import InputError
 from pml.last_seen import LastSeen, margins, shares
 from pml.looks import Looks
@@ -72,7 +72,7 @@ class TokenThresholds(CorpusMetricCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         scores: TokenScores = outputs["scores"]
-        if last_of(trainer, TokenThresholds) is self:
+        if last_acting(trainer, TokenThresholds) is self:
             fraction = metrics.sub_threshold_fraction(scores, self.threshold)
             pl_module.log("train/sub_threshold_fraction", fraction.float(), batch_size=len(scores.losses))
         if self._seen is not None:
@@ -95,7 +95,7 @@ class TokenThresholds(CorpusMetricCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # A new look would need all ranks, and some may be gone: write the looks so far.
-        if self._seen is not None and disk_trouble(exception) is None:
+        if self._seen is not None and disk_failure(exception) is None:
             self._write(trainer)
 
     # Resuming --------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ class TokenThresholds(CorpusMetricCallback):
 
     def _is_last(self, trainer: Trainer) -> bool:
         """Whether this is the last callback of its kind that looks: of several, only that one does."""
-        return last_of(trainer, TokenThresholds, lambda one: bool(one.looks)) is self
+        return last_acting(trainer, TokenThresholds, lambda one: bool(one.looks)) is self
 
     def _prepare(self, trainer: Trainer, module: Memorization) -> None:
         examples = trainer.datamodule.corpus.examples  # type: ignore[attr-defined]

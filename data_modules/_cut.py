@@ -24,7 +24,7 @@ MARGIN_TOKENS = 16
 LOOK_BACK_TOKENS = 64
 """How far back to look for a cut whose text encodes to the same tokens again."""
 
-ALONE = Prompt((), "")
+EMPTY_PROMPT = Prompt((), "")
 """Empty prompt, for text that stands alone."""
 
 
@@ -92,7 +92,7 @@ class CutText:
         self._fill(None)
         if not self._buffer:
             raise InputError(_too_short(self._name, self._tokens, 0, None))
-        return self._buffer, list(self._encoder.target(ALONE, self._buffer, self._name))
+        return self._buffer, list(self._encoder.target(EMPTY_PROMPT, self._buffer, self._name))
 
     def _encoded(self, tokens: int) -> list[int]:
         """The next token ids, encoded together with the text that follows."""
@@ -186,7 +186,7 @@ class CutTokens:
 def _check_represented(encoder: TextEncoder, ids: list[int], text: str, name: str) -> None:
     # A cut inside a character leaves bytes at the end that decode to replacement characters.
     if not text.startswith(encoder.decode(ids).rstrip("\N{REPLACEMENT CHARACTER}")) or encoder.control_in(ids):
-        encoder.target(ALONE, text, name)  # raises if a character is lost, and names it
+        encoder.target(EMPTY_PROMPT, text, name)  # raises if a character is lost, and names it
         raise InputError(f"{name}: the tokenizer cannot represent this text in pieces; use a byte-level tokenizer")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_modules._chat import ADVICE, CHAT_COLUMNS, read_chat
-from data_modules._rows import Columns, Row, checked_text, fitting, read_rows, text_in
+from data_modules._rows import Columns, Row, checked_text, matching_columns, read_rows, text_in
 from data_modules._wording import shown
 from pml.corpus import Pair
 from pml.errors import InputError
@@ -66,7 +66,7 @@ def _is_blank(text: object) -> bool:
 
 
 def _columns_of(row: Row, alternatives: Sequence[Columns]) -> Columns:
-    found = fitting(row.where, row.values, alternatives)
+    found = matching_columns(row.where, row.values, alternatives)
     if len(found) > 1:
         raise InputError(f"{row.where}: has {', and also '.join(map(_names, found))}; {ADVICE}")
     return found[0]

@@ -16,7 +16,7 @@ from data_modules._wording import listed, one_line, quoted, shown
 from data_modules._yaml import yaml_entries
 from pml.errors import InputError
 
-__all__ = ["Columns", "Row", "checked_text", "fitting", "read_rows", "text_in"]
+__all__ = ["Columns", "Row", "checked_text", "matching_columns", "read_rows", "text_in"]
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -59,7 +59,7 @@ def read_rows(path: str | Path, *alternatives: Columns) -> Iterator[Row]:
     Args:
         path: The file; its suffix says what it is.
         alternatives: Each row must have the required columns of at least one of these, and may have others; see
-            `fitting`. Without alternatives, rows may have any columns.
+            `matching_columns`. Without alternatives, rows may have any columns.
 
     Raises:
         InputError: With file and line: if the file is unreadable, not a regular file, not UTF-8, malformed or without
@@ -71,14 +71,14 @@ def read_rows(path: str | Path, *alternatives: Columns) -> Iterator[Row]:
         raise InputError(f"{path}: {kind(path)} cannot be read as rows; expected one of {', '.join(ROW_READERS)}")
     empty = True
     for row in reader(path, alternatives):
-        fitting(row.where, row.values, alternatives)
+        matching_columns(row.where, row.values, alternatives)
         yield row
         empty = False
     if empty:
         raise InputError(f"{path}: the file is empty; expected rows with {_required(alternatives)}")
 
 
-def fitting(where: str, names: Collection[str], alternatives: Sequence[Columns]) -> Sequence[Columns]:
+def matching_columns(where: str, names: Collection[str], alternatives: Sequence[Columns]) -> Sequence[Columns]:
     """The alternatives whose required columns are all present; only the first, if it is among them.
 
     Raises:
@@ -214,7 +214,7 @@ def _csv_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
                 raise InputError(f"{where}: the columns are separated by {separator!r}; save the file with commas")
             if (name := _repeated(filter(None, header))) is not None:
                 raise InputError(f"{where}: two columns have the name {quoted(name)}; give each a name of its own")
-            fitting(where, header, alternatives)
+            matching_columns(where, header, alternatives)
         elif fields:
             if len(fields) != len(header):
                 raise InputError(
@@ -247,7 +247,7 @@ def _parquet_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
         names = table.schema_arrow.names
         if (name := _repeated(names)) is not None:
             raise InputError(f"{path.name}: two columns have the name {quoted(name)}; give each a name of its own")
-        found = fitting(path.name, names, alternatives)
+        found = matching_columns(path.name, names, alternatives)
         looked_at = {name for columns in found for name in (*columns.required, *columns.optional)}
         wanted = [name for name in names if not alternatives or name in looked_at]
         for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):

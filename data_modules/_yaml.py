@@ -9,7 +9,7 @@ import yaml
 from data_modules._wording import one_line, quoted
 from pml.errors import InputError
 
-__all__ = ["Unquoted", "yaml_entries"]
+__all__ = ["PlainScalar", "yaml_entries"]
 
 MAX_NESTING = 64
 """Most lists and mappings inside each other; rows have a handful, and Python's stack is limited."""
@@ -19,7 +19,7 @@ UNQUOTED = ("int", "float", "bool", "timestamp", "binary", "value", "merge")
 
 
 @dataclass(frozen=True)
-class Unquoted:
+class PlainScalar:
     """A scalar that YAML reads as a number, a date or the like, kept as it is written.
 
     Converting it could fail (`2026-13-45`) or lose how it is written (`007`).
@@ -37,7 +37,7 @@ class Unquoted:
 def yaml_entries(text: str, name: str) -> Iterator[tuple[str, Any]]:
     """Yield the entries of a YAML document that is a list, each after the place where it starts.
 
-    Strings become `str`, null becomes None, and other scalars become `Unquoted`.
+    Strings become `str`, null becomes None, and other scalars become `PlainScalar`.
 
     Args:
         text: The whole document.
@@ -123,7 +123,7 @@ def _value(node: yaml.Node, known: dict[int, Any]) -> Any:
         if tag == "null":
             return None
         if tag in UNQUOTED:
-            return Unquoted(node.value)
+            return PlainScalar(node.value)
     elif isinstance(node, yaml.SequenceNode) and tag == "seq":
         return known.setdefault(id(node), [_value(entry, known) for entry in node.value])
     elif isinstance(node, yaml.MappingNode) and tag == "map":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pml.corpus import Example
-from pml.decoding import CachedRows, of_one_prompt_length, plain_decoding, tokens_at_once, whole_distribution
+from pml.decoding import CachedRows, batches_by_prompt_length, plain_decoding, tokens_at_once, whole_distribution
 from pml.positions import max_positions
 from pml.served import decoded_together, padded
 
@@ -169,7 +169,7 @@ def measure_rounding(
             break
         chosen.append(replace(example, target_ids=example.target_ids[:left]))
         left -= len(example.target_ids)
-    batches = list(of_one_prompt_length(chosen, TOGETHER))
+    batches = list(batches_by_prompt_length(chosen, TOGETHER))
     # Some devices round differently when they decode a single row.
     batches += [[example] for example in chosen[:1]]
     largest = 0.0
@@ -266,7 +266,7 @@ def _forced(model: Any, example: Example) -> Iterator[Tensor]:
     start = len(example.prompt_ids)
     while done < tokens:
         together = tokens_at_once(model, 1)
-        end = min(done + (together if reader.several else 1), tokens)
+        end = min(done + (together if reader.can_read_several else 1), tokens)
         yield reader.read(ids[:, read : start + end - 1], end - done)[0]
         read, done = start + end - 1, end
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
-from pml.disk import disk_trouble, quiet_threads
+from pml.disk import disk_failure, quiet_threads
 from pml.errors import InputError, reason
 from pml.escape import one_line
 from pml.own_classes import OPTION, allowed
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return BROKEN_PIPE
     except Exception as error:
-        if not _is_wrong_input(error) and disk_trouble(error) is None:
+        if not _is_wrong_input(error) and disk_failure(error) is None:
             raise
         try:
             sys.stdout.flush()
@@ -96,7 +96,7 @@ def _drop_output() -> None:
 
 
 def _message(error: Exception) -> str:
-    if not isinstance(error, InputError) and (trouble := disk_trouble(error)) is not None:
+    if not isinstance(error, InputError) and (trouble := disk_failure(error)) is not None:
         return f"{trouble}; expected room to write; completed files are unchanged"
     if isinstance(error, OSError):
         return f"{str(error.filename)[:LONGEST_PATH]}: {error.strerror}; expected a usable file or folder"
@@ -190,8 +190,8 @@ def _run_command(name: str, arguments: Sequence[str]) -> int:
     )
     module.configure(parser)
     arguments = [_with_underscores(argument) for argument in arguments]
-    if hasattr(module, "separate"):  # the command also takes keys of `pml fit`
-        own, keys = module.separate(arguments)
+    if hasattr(module, "split_arguments"):  # the command also takes keys of `pml fit`
+        own, keys = module.split_arguments(arguments)
         return int(module.run(parser.parse_args(own), keys))
     return int(module.run(parser.parse_args(arguments)))
 

@@ -22,9 +22,9 @@ __all__ = [
     "CompiledDecoder",
     "Compiling",
     "FitSize",
-    "batches_to_earn_back",
-    "batches_to_wait",
+    "break_even_batches",
     "reason_not_to_compile",
+    "warmup_batches",
 ]
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def reason_not_to_compile(mode: CompileMode, fit: FitSize, device: torch.device)
         return "no block lies above the adapter"
     if fit.seconds < LEAST_SECONDS:
         return f"a limit of {fit.seconds:.0f} s is too short to earn it back"
-    enough = batches_to_wait(fit, device) + batches_to_earn_back(fit, device)
+    enough = warmup_batches(fit, device) + break_even_batches(fit, device)
     if fit.batches < enough:
         return f"{fit.batches:.0f} batches are too few to earn it back, {enough:.0f} would do"
     if len(set(fit.lengths)) > 1:
@@ -97,17 +97,17 @@ def reason_not_to_compile(mode: CompileMode, fit: FitSize, device: torch.device)
     return None
 
 
-def batches_to_earn_back(fit: FitSize, device: torch.device) -> int:
+def break_even_batches(fit: FitSize, device: torch.device) -> int:
     """Batches after which compiling has paid off."""
     return math.ceil(CPU_WORK / fit.work) if device.type == "cpu" else ACCELERATOR_BATCHES
 
 
-def batches_to_wait(fit: FitSize, device: torch.device) -> int:
+def warmup_batches(fit: FitSize, device: torch.device) -> int:
     """Batches to run before compiling: a fit that may end early is expected to last as long again as it has so far.
 
     Batches rather than seconds, so that two runs of the same fit are compiled at the same step and round alike.
     """
-    return batches_to_earn_back(fit, device) if fit.may_end_early else 0
+    return break_even_batches(fit, device) if fit.may_end_early else 0
 
 
 class Compiling:
@@ -128,7 +128,7 @@ class Compiling:
         if reason is not None:
             log.info("the blocks above the adapter are not compiled: %s", reason)
             return
-        self._first = 0 if mode == "always" else batches_to_wait(fit, device)
+        self._first = 0 if mode == "always" else warmup_batches(fit, device)
         log.info("the blocks above the adapter are compiled%s", f" after {self._first} batches" if self._first else "")
 
     def is_due(self, steps: int) -> bool:

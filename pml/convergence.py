@@ -11,7 +11,7 @@ from pml.ranks import is_first_rank, summed_over_ranks
 __all__ = ["LossHistory"]
 
 MOST_SEGMENTS = 1000
-FEWEST_STEPS = 20
+MIN_STEPS = 20
 
 
 class LossHistory:
@@ -73,7 +73,7 @@ class LossHistory:
         Returns:
             The fall, or None with fewer than 20 steps or without a target token in one of the tenths.
         """
-        if steps < FEWEST_STEPS:
+        if steps < MIN_STEPS:
             return None
         tenth = max(1, len(sums) // 10)
         before, last = sums[-2 * tenth : -tenth].sum(0), sums[-tenth:].sum(0)

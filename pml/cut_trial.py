@@ -27,7 +27,7 @@ from pml.adapter import lora_layers
 from pml.cpu import give_back_memory
 from pml.evaluating import evaluating
 
-__all__ = ["FAILURES", "CutModel", "fault", "in_float32", "narrow_windows", "plainly"]
+__all__ = ["FAILURES", "CutModel", "deterministic_eval", "find_mismatch", "in_float32", "narrow_windows"]
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class CutModel(Protocol):
         """Final hidden states from each row's kept tensors."""
 
 
-def fault(cut: CutModel, model: PeftModel) -> str | None:
+def find_mismatch(cut: CutModel, model: PeftModel) -> str | None:
     """What is wrong with a cut, as a phrase; None if it matches the whole model.
 
     Args:
@@ -79,7 +79,7 @@ def fault(cut: CutModel, model: PeftModel) -> str | None:
     vocabulary = int(base.config.get_text_config().vocab_size)
     input_ids = torch.randint(vocabulary, (len(LENGTHS), max(LENGTHS)), generator=generator).to(base.device)
     try:
-        with plainly(model), _random_adapter(model):
+        with deterministic_eval(model), _random_adapter(model):
             if _narrow_tensors(model) and _float32_fits(model):
                 # An overflow in the weights' own dtype would not show in float32.
                 alone = input_ids[:1]
@@ -164,7 +164,7 @@ def _as_large_as_states(model: PeftModel, cut: CutModel, kept: tuple[Tensor, ...
 
 
 @contextmanager
-def plainly(model: nn.Module) -> Iterator[None]:
+def deterministic_eval(model: nn.Module) -> Iterator[None]:
     """Context for comparisons: no dropout, autocast or gradients, and tensors that training can use afterwards."""
     device = next(model.parameters()).device.type
     with torch.inference_mode(False), torch.no_grad(), evaluating(model), torch.autocast(device, enabled=False):

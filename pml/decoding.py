@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pml.corpus import Example
-from pml.token_loss import against_the_rest, is_argmax
+from pml.token_loss import is_argmax, target_and_best_rival
 
 __all__ = [
     "CachedRows",
+    "batches_by_prompt_length",
     "generate_greedily",
     "greedy_tokens",
-    "of_one_prompt_length",
     "plain_decoding",
     "tokens_at_once",
     "whole_distribution",
@@ -113,7 +113,7 @@ class CachedRows:
         self._ids: Tensor | None = None
 
     @property
-    def several(self) -> bool:
+    def can_read_several(self) -> bool:
         """Whether several tokens can be read in the next call with the same result as one by one.
 
         This holds for the first call, and while all layers cache keys and values. Layers that keep a recurrent state
@@ -144,7 +144,7 @@ class CachedRows:
         return out.logits[:, -last:].float()
 
     def keep(self, rows: Tensor) -> None:
-        """Keep only the rows with these indices; requires `several`."""
+        """Keep only the rows with these indices; requires `can_read_several`."""
         self._cache.batch_select_indices(rows)
 
 
@@ -154,7 +154,7 @@ def tokens_at_once(model: Any, rows: int) -> int:
     return max(1, LOGITS_BYTES.get(model.device.type, LOGITS_BYTES_ELSEWHERE) // (4 * rows * vocabulary))
 
 
-def of_one_prompt_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
+def batches_by_prompt_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
     """Yield batches of examples with equally long prompts, so none are padded, and with targets of similar length."""
     groups: dict[int, list[Example]] = defaultdict(list)
     for example in examples:
@@ -198,8 +198,8 @@ def greedy_tokens(
     """
     answers: dict[int, tuple[int, ...]] = {}
     unfinished: dict[int, list[tuple[int, Example]]] = defaultdict(list)
-    for batch in of_one_prompt_length(examples, batch_size):
-        for example, (right, wrong) in zip(batch, _right_tokens(model, batch), strict=True):
+    for batch in batches_by_prompt_length(examples, batch_size):
+        for example, (right, wrong) in zip(batch, _matching_prefix(model, batch), strict=True):
             answers[example.example_id] = example.target_ids[:right]
             if right == len(example.target_ids):
                 continue
@@ -215,7 +215,7 @@ def greedy_tokens(
 
 
 @torch.no_grad()
-def _right_tokens(model: Any, batch: Sequence[Example]) -> list[tuple[int, int | None]]:
+def _matching_prefix(model: Any, batch: Sequence[Example]) -> list[tuple[int, int | None]]:
     """For each example, the number of leading target tokens that greedy decoding gives, and the wrong token after them.
 
     The wrong token is None if the whole target is right, or if decoding has to decide, because a margin is too small or
@@ -230,11 +230,11 @@ def _right_tokens(model: Any, batch: Sequence[Example]) -> list[tuple[int, int |
     ids = ids.to(device)
     found, wrong = torch.zeros_like(lengths), torch.full_like(lengths, -1)
     going, reader, read, done = torch.arange(len(batch), device=device), CachedRows(model), 0, 0
-    while len(going) and reader.several:
+    while len(going) and reader.can_read_several:
         end = min(done + tokens_at_once(model, len(going)), longest)
         logits = reader.read(ids[going, read : start + end - 1], end - done)
         targets = ids[going, start + done : start + end]
-        own, other, rival = (t.squeeze(-1) for t in against_the_rest(logits, targets[..., None]))
+        own, other, rival = (t.squeeze(-1) for t in target_and_best_rival(logits, targets[..., None]))
         certain = (own - other).abs() > doubt * torch.maximum(own.abs(), other.abs())
         right = is_argmax(own - other, rival, targets)
         here = torch.arange(done, end, device=device) < lengths[going, None]
@@ -246,7 +246,7 @@ def _right_tokens(model: Any, batch: Sequence[Example]) -> list[tuple[int, int |
         wrong[going] = torch.where(known, rival.gather(1, first), -1).squeeze(1)
         read, done = start + end - 1, end
         still = (~stopped & (lengths[going] > done)).nonzero().squeeze(1)
-        if 0 < len(still) < len(going) and reader.several:
+        if 0 < len(still) < len(going) and reader.can_read_several:
             reader.keep(still)
         going = going[still]
     return [(n, None if token < 0 else token) for n, token in zip(found.tolist(), wrong.tolist(), strict=True)]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from pml.errors import InputError
 
-__all__ = ["DiskError", "disk_trouble", "quiet_threads"]
+__all__ = ["DiskError", "disk_failure", "quiet_threads"]
 
 FAILING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
@@ -20,7 +20,7 @@ class DiskError(InputError):
     """Writing to disk failed; files that were whole before still are."""
 
 
-def disk_trouble(error: BaseException | None) -> str | None:
+def disk_failure(error: BaseException | None) -> str | None:
     """Disk failure behind an error, such as `run/record.json: No space left on device`; None for any other error."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FAILING:
@@ -38,7 +38,7 @@ def quiet_threads() -> Iterator[None]:
     before = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:
-        if disk_trouble(failed.exc_value) is None:
+        if disk_failure(failed.exc_value) is None:
             before(failed)
 
     threading.excepthook = hook

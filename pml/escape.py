@@ -8,7 +8,9 @@ from typing import Any, TextIO
 
 __all__ = ["one_line", "say", "say_json", "shortened", "visible"]
 
-OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+CONTROL_CHARACTERS = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 """Characters that move, colour or reverse text in a terminal, and surrogates of file names that are not text.
 
 Newlines and tabs are not among them.
@@ -32,7 +34,7 @@ def visible(text: str) -> str:
         >>> print(visible("a" + chr(27) + "[2Jb"))
         a\x1b[2Jb
     """
-    return OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
+    return CONTROL_CHARACTERS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def say(text: object, *, to: TextIO | None = None, end: str = "\n") -> None:
@@ -49,4 +51,4 @@ def say(text: object, *, to: TextIO | None = None, end: str = "\n") -> None:
 def say_json(content: Any) -> None:
     """Print JSON with every control character as a JSON escape."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    print(OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
+    print(CONTROL_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)

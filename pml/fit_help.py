@@ -100,7 +100,7 @@ def fit_help(command: str, width: int | None = None) -> str:
             for argument in _arguments(path, name):
                 page.argument("data", argument)
     page.heading("every corpus: --data")
-    for argument in _arguments(_room("data_modules") / "base.py", "MemorizationDataModule"):
+    for argument in _arguments(_package_folder("data_modules") / "base.py", "MemorizationDataModule"):
         page.argument("data", argument)
     own = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))["trainer"]
     default = {callback["class_path"].rpartition(".")[2] for callback in own["callbacks"]}
@@ -152,7 +152,7 @@ class _Page:
         self._lines += [" " * LEFT + line for line in lines]
 
 
-def _room(package: str) -> Path:
+def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     assert spec is not None and spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations)))
@@ -165,7 +165,7 @@ def _classes(path: Path) -> dict[str, ast.ClassDef]:
 
 def _exported(package: str) -> Iterator[tuple[Path, str, ast.ClassDef]]:
     """Yield file, name and syntax tree of each class that a package exports, in the order of its imports."""
-    folder = _room(package)
+    folder = _package_folder(package)
     for node in ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.module:
             path = folder.parent.joinpath(*node.module.split(".")).with_suffix(".py")
@@ -215,7 +215,7 @@ def _helps(doc: str) -> dict[str, str]:
 
 def _trainer_arguments(own: Mapping[str, Any]) -> list[Argument]:
     """Arguments of Lightning's Trainer with the first sentence of each description, and pml's defaults."""
-    path = _room("lightning") / "pytorch" / "trainer" / "trainer.py"
+    path = _package_folder("lightning") / "pytorch" / "trainer" / "trainer.py"
     init = next(
         node for node in _classes(path)["Trainer"].body if isinstance(node, ast.FunctionDef) and node.name == "__init__"
     )

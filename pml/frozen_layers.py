@@ -22,7 +22,7 @@ from pml.compiled import CompiledDecoder
 from pml.corpus import PADDING_EXAMPLE, Example, collate
 from pml.cpu import attention, give_back_memory
 from pml.cuda_graphs import ReplayedDecoder
-from pml.cut_trial import fault, narrow_windows
+from pml.cut_trial import find_mismatch, narrow_windows
 from pml.devices import has_graphs
 from pml.errors import InputError
 from pml.products import float32_products
@@ -312,7 +312,7 @@ class FrozenLayers:
         """Make a cut and compare it with the whole model; return what is wrong with it, else None."""
         with narrow_windows(self.backbone.decoder.config):
             self._use(cut)
-            problem = fault(self, self.model)
+            problem = find_mismatch(self, self.model)
         self._use(cut)
         return problem
 

@@ -9,7 +9,7 @@ from typing import Any
 from pml.errors import InputError
 from pml.names import AdapterSize
 from pml.records import Record
-from pml.tables import numbers_first, short_names
+from pml.tables import setting_order, short_names
 
 __all__ = [
     "SIZES",
@@ -159,7 +159,7 @@ def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
         having = [one for one in all_settings if name in one or not name.startswith("training.")]
         values = {repr(settings.get(name)): settings.get(name) for settings in having}
         if len(values) > 1:
-            found[name] = sorted(values.values(), key=numbers_first)
+            found[name] = sorted(values.values(), key=setting_order)
     steps: dict[tuple[int, int], set[int]] = {}
     for record in known:
         # A run may have stopped because it recalled; an interrupted run did not use its budget.

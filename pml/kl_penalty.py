@@ -21,7 +21,7 @@ from pml.frozen_layers import FrozenLayers, on_device
 from pml.ordinary_text import ordinary_passages, text_examples
 from pml.scoring import target_hidden, target_logits
 
-__all__ = ["KlPenalty", "KlPenaltyConfig", "kl_divergence", "turn_of"]
+__all__ = ["KlPenalty", "KlPenaltyConfig", "kl_divergence", "micro_batch_index"]
 
 
 @dataclass
@@ -87,7 +87,7 @@ def kl_divergence(frozen: Tensor, adapted: Tensor) -> Tensor:
     return divergence
 
 
-def turn_of(trainer: Trainer, batch_idx: int) -> int:
+def micro_batch_index(trainer: Trainer, batch_idx: int) -> int:
     """Number of a micro-batch, counted over steps and ranks. It follows from the step: checkpoints need not hold it."""
     per_step = trainer.accumulate_grad_batches
     turn = trainer.global_step * per_step + batch_idx % per_step
@@ -121,7 +121,7 @@ class KlPenalty:
         """The passages of a micro-batch, always in the same groups, since rounding depends on what shares a batch.
 
         Args:
-            turn: See `turn_of`; after the last group the first one follows again.
+            turn: See `micro_batch_index`; after the last group the first one follows again.
         """
         first = turn % (len(self.passages) // self._each) * self._each
         return self.passages[first : first + self._each]
@@ -132,7 +132,7 @@ class KlPenalty:
         Args:
             frozen_layers: The adapted model, split at the cut.
             model: The same model whole.
-            turn: See `turn_of`.
+            turn: See `micro_batch_index`.
         """
         passages = self.chosen(turn)
         batch = on_device(collate(passages), model.device)

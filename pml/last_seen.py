@@ -12,12 +12,12 @@ from torch import Tensor
 from pml.ranks import several_ranks
 from pml.weighting import TokenScores
 
-__all__ = ["LastSeen", "Standing", "margins", "shares"]
+__all__ = ["LastSeen", "TokenStates", "margins", "shares"]
 
 LOSS, CORRECT, MARGIN, RIVAL, STEP = range(5)
 
 
-class Standing(NamedTuple):
+class TokenStates(NamedTuple):
     """The target tokens of a corpus at one look, one entry per token, ordered by example and position.
 
     Attributes:
@@ -80,11 +80,11 @@ class LastSeen:
         first = torch.full_like(whole, step, dtype=torch.float32).where(whole, torch.full((), torch.inf, device=device))
         self.first_right.scatter_reduce_(0, rows, first, "amin")
 
-    def standing(self) -> Standing:
+    def standing(self) -> TokenStates:
         """The latest score of every token over all ranks. A collective: every rank must call it."""
         self._share()
         table, first = self.table[:-1].cpu().numpy(), self.first_right[:-1].cpu().numpy()
-        return Standing(
+        return TokenStates(
             probability=np.exp(-table[:, LOSS]),
             correct=table[:, CORRECT] == 1,
             margin=table[:, MARGIN].copy(),
@@ -113,7 +113,7 @@ class LastSeen:
         self.first_right.copy_(state["first_right"])
 
 
-def shares(standing: Standing, lengths: Sequence[int], threshold: float = 0.5) -> dict[str, float]:
+def shares(standing: TokenStates, lengths: Sequence[int], threshold: float = 0.5) -> dict[str, float]:
     """Shares of a corpus that are certain, right without being certain, and wrong.
 
     Args:
@@ -144,7 +144,7 @@ def shares(standing: Standing, lengths: Sequence[int], threshold: float = 0.5) -
     return {name: float(value) for name, value in values.items()}
 
 
-def margins(standing: Standing) -> dict[str, float]:
+def margins(standing: TokenStates) -> dict[str, float]:
     """`median` and `smallest` logit margin over all target tokens; empty if none is known."""
     known = standing.margin[~np.isnan(standing.margin)]
     return {"median": float(np.median(known)), "smallest": float(known.min())} if len(known) else {}

@@ -24,13 +24,13 @@ from pml.checkpoints import (
     read_checkpoint,
     stopping_at_steps,
 )
-from pml.disk import DiskError, disk_trouble
+from pml.disk import DiskError, disk_failure
 from pml.errors import InputError, reason
 from pml.fit_config import check_configuration
 from pml.frozen_layers import move_backbone
 from pml.modules import Memorization
 from pml.own_classes import check_class_of_checkpoint, make_importable
-from pml.parsing import keep_text, keep_whole_numbers_whole
+from pml.parsing import keep_whole_numbers_whole, patch_text_parsing
 from pml.progress import FitProgress, SayWhyItEnded, is_interactive
 from pml.quiet import keep_quiet
 from pml.recall import gather_scores
@@ -47,7 +47,7 @@ __all__ = ["MemorizationCLI", "make_run", "parse_run", "prepare"]
 SUFFIXES = (".yaml", ".yml", ".json")
 """Suffixes of files that hold a part of the configuration."""
 
-ROOMS = ("data_modules", "callbacks")
+CLASS_PACKAGES = ("data_modules", "callbacks")
 """Packages imported by name, so that short class names work on the command line; `pml` itself does not use them."""
 
 DEFAULTS = Path(__file__).with_name("fit_defaults.yaml")
@@ -72,7 +72,7 @@ class _SaveConfig(SaveConfigCallback):
         self.already_saved = True
 
 
-HOW_MUCH_AT_ONCE = ("batch_size", "shuffle", "drop_last")
+BATCHING_ARGUMENTS = ("batch_size", "shuffle", "drop_last")
 """Arguments of a data module that do not change its corpus."""
 
 
@@ -88,8 +88,8 @@ class MemorizationCLI(LightningCLI):
     """Parsers shared by all fits of a process, such as grid cells; making one takes a fifth of the time of parsing."""
 
     def __init__(self, args: Sequence[str] | None = None, run: bool = True) -> None:
-        self._fit_alone = not run
-        self._goes_on: tuple[Path, dict[str, Any]] | None = None
+        self._without_subcommand = not run
+        self._resumed_from: tuple[Path, dict[str, Any]] | None = None
         asked = str(args[0]) if args else ""
         # Making a parser is slow, so make only the one for the requested subcommand.
         self._commands = {n: skip for n, skip in LightningCLI.subcommands().items() if asked in (n, "")}
@@ -115,7 +115,7 @@ class MemorizationCLI(LightningCLI):
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         made = ("parser", "_subcommand_parsers", "_subcommand_method_arguments")
-        key = (self._fit_alone, *self._commands)
+        key = (self._without_subcommand, *self._commands)
         if key not in self._parsers:
             super().setup_parser(*args, **kwargs)
             self._parsers[key] = {name: getattr(self, name) for name in made if hasattr(self, name)}
@@ -132,14 +132,14 @@ class MemorizationCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         defaults = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
         parser.set_defaults({f"trainer.{name}": value for name, value in defaults["trainer"].items()})
-        if self._fit_alone:
+        if self._without_subcommand:
             # All keys of `pml fit`, so that a configuration that it printed or saved can be the base of a grid.
             parser.add_method_arguments(Trainer, "fit", skip=LightningCLI.subcommands()["fit"])
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self._arguments = list(args or ())
         data = [name for name, _ in options_in(args or ()) if name.startswith("--data")]
-        self._names_data = any(name.rpartition(".")[2] not in HOW_MUCH_AT_ONCE for name in data)
+        self._names_data = any(name.rpartition(".")[2] not in BATCHING_ARGUMENTS for name in data)
         make_importable([Path.cwd(), *(path.resolve().parent for path in files_given(args or (), CONFIG_OPTIONS))])
         try:
             super().parse_arguments(parser, args)
@@ -172,7 +172,7 @@ class MemorizationCLI(LightningCLI):
         check_class_of_checkpoint(Path(options["ckpt_path"]), made_with, options.get("model.class_path"))
         refuse_other_model(self._arguments, made_with)
         if command in ("fit", None) and (run := run_to_go_on_in(Path(options["ckpt_path"]))):
-            self._goes_on = run, checkpoint
+            self._resumed_from = run, checkpoint
         super()._parse_ckpt_path()
 
     def _dump_config(self) -> None:
@@ -186,13 +186,13 @@ class MemorizationCLI(LightningCLI):
         options = self.config.get(str(self.config.get("subcommand")), self.config)
         asked = options["trainer.logger"]
         # A cell always has a logger given, but its folder is also the one in which it resumes.
-        places = not self._fit_alone and any(str(a).startswith("--trainer.logger") for a in self._arguments)
+        places = not self._without_subcommand and any(str(a).startswith("--trainer.logger") for a in self._arguments)
         try:
-            if self._goes_on is not None and not places:
-                options["trainer.logger"] = logger_settings(_plain(asked), *self._goes_on)
+            if self._resumed_from is not None and not places:
+                options["trainer.logger"] = logger_settings(_plain(asked), *self._resumed_from)
             super().instantiate_classes()
-            if self._goes_on is not None:
-                self.model.goes_on_in = self._goes_on[0]
+            if self._resumed_from is not None:
+                self.model.resume_folder = self._resumed_from[0]
         except (TypeError, ValueError) as error:
             # Constructors only check their arguments, so an error is the user's.
             raise InputError(reason(error)) from error
@@ -216,10 +216,10 @@ class MemorizationCLI(LightningCLI):
             elif not any(isinstance(callback, Checkpoints) for callback in callbacks):
                 callbacks.append(Checkpoints())
         trainer = super().instantiate_trainer(**{**config, "callbacks": callbacks})
-        if self._goes_on is not None and trainer.is_global_zero:
+        if self._resumed_from is not None and trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger):
-                    keep_rows(logger, self._goes_on[1]["global_step"])
+                    keep_rows(logger, self._resumed_from[1]["global_step"])
         return trainer
 
     def make_ready(self) -> None:
@@ -303,7 +303,7 @@ class MemorizationCLI(LightningCLI):
         try:
             with stopping_at_steps(self.trainer):
                 self.trainer.fit(**{**options, "weights_only": True})
-            if self.model.goes_on_from:
+            if self.model.resume_state:
                 raise InputError(
                     f"the fit of {options['ckpt_path']} had taken all of its steps, so nothing was trained; raise "
                     "trainer.max_epochs or trainer.max_steps to train longer"
@@ -314,7 +314,7 @@ class MemorizationCLI(LightningCLI):
         except Exception as error:
             if str(error).startswith("Early stopping conditioned on metric"):
                 raise InputError(reason(error)) from error
-            if (trouble := disk_trouble(error)) is None:
+            if (trouble := disk_failure(error)) is None:
                 raise
             raise DiskError(f"{trouble}; mend that; {self._how_to_go_on()}") from error
 
@@ -379,7 +379,7 @@ def make_run(args: Sequence[str]) -> tuple[Memorization, Any]:
 def prepare() -> None:
     """Prepare for parsing: a quiet stderr, short class names, and corrections to jsonargparse."""
     keep_quiet()
-    for room in ROOMS:
+    for room in CLASS_PACKAGES:
         importlib.import_module(room)
-    keep_text()
+    patch_text_parsing()
     keep_whole_numbers_whole()

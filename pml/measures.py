@@ -7,7 +7,7 @@ from pml.corpus import Corpus
 from pml.token_results import replaced_tokens
 from pml.weighting import TokenScores
 
-__all__ = ["CERTAIN", "curve_ends", "memorized_bits", "recall_measures"]
+__all__ = ["CERTAIN", "memorized_bits", "recall_measures", "validation_point"]
 
 CERTAIN = 0.5
 """Probability above which a token is certain: no other can have a higher one."""
@@ -55,7 +55,7 @@ def memorized_bits(corpus: Corpus, scores: TokenScores) -> float | None:
     return metrics.memorized_bits(corpus.entropy_bits, loss, corpus.target_tokens)
 
 
-def curve_ends(scores: TokenScores, threshold: float = CERTAIN, wall_seconds: float = 0.0) -> dict[str, float]:
+def validation_point(scores: TokenScores, threshold: float = CERTAIN, wall_seconds: float = 0.0) -> dict[str, float]:
     """First or last point of the validation curves, by tag, and the wall time in seconds."""
     measures = {"loss": metrics.mean_loss(scores).item(), **_recall(scores, threshold)}
     return {**{f"val/{name}": value for name, value in measures.items()}, "run/wall_seconds": wall_seconds}

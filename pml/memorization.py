@@ -21,14 +21,14 @@ from pml.curriculum import PrefixRatio
 from pml.fit_config import check_precision
 from pml.frozen_layers import FrozenLayers, content_keys, split_for, stream_below
 from pml.global_batch import GlobalBatch
-from pml.kl_penalty import KlPenalty, KlPenaltyConfig, turn_of
-from pml.optimizer import make_adamw, skip_if_empty, trained_by
+from pml.kl_penalty import KlPenalty, KlPenaltyConfig, micro_batch_index
+from pml.optimizer import make_adamw, skip_step_without_weight, trained_by
 from pml.plain import as_plain, from_plain
 from pml.products import MatmulPrecision, check_matmul_precision, float32_products, highest_products
 from pml.schedule import OPTIMIZER_SETTINGS, check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
 from pml.state_store import CacheConfig
-from pml.training_state import copy_adapter, go_on, method_of, restore, seed_rank, training_state
+from pml.training_state import copy_adapter, method_of, restore, resume_training, seed_rank, training_state
 from pml.weighting import TokenScores, Uniform, Weighting
 
 __all__ = ["Memorization"]
@@ -116,9 +116,9 @@ class Memorization(LightningModule):
         self._backbone: Backbone | None = None
         self._peft_model: PeftModel | None = None
         self._frozen_layers: FrozenLayers | None = None
-        self.goes_on_from: dict[str, Any] = {}
+        self.resume_state: dict[str, Any] = {}
         """State of a loaded checkpoint, until training resumes from it."""
-        self.goes_on_in: Path | None = None
+        self.resume_folder: Path | None = None
         """Folder of the run that this fit resumes, whose unfinished results it may overwrite."""
         self._steps = 0
 
@@ -286,8 +286,8 @@ class Memorization(LightningModule):
 
     def on_train_start(self) -> None:
         seed_rank(self.global_rank)
-        go_on(self, self.goes_on_from)
-        self.goes_on_from = {}
+        resume_training(self, self.resume_state)
+        self.resume_state = {}
         if self.kl_penalty is not None:
             self._penalty = KlPenalty(self.kl_penalty, self.backbone, self.seed)
         self._release_frozen_layers()  # after the measurements that precede the first step
@@ -328,7 +328,7 @@ class Memorization(LightningModule):
         """KL divergence from the frozen model in nats per token, on the passages of this micro-batch and rank."""
         assert self._penalty is not None
         with float32_products(self.matmul_precision):
-            divergence = self._penalty.loss(self.frozen_layers, self.model, turn_of(self.trainer, batch_idx))
+            divergence = self._penalty.loss(self.frozen_layers, self.model, micro_batch_index(self.trainer, batch_idx))
         self.log("train/kl_divergence", divergence.detach(), batch_size=1)
         return divergence
 
@@ -340,7 +340,7 @@ class Memorization(LightningModule):
         budget, loss = self.global_batch.close(trained_by(optimizer))
         # With uniform weights, no global batch is empty.
         if not isinstance(self.weighting, Uniform):
-            self._skipped = self._skipped + skip_if_empty(optimizer, budget)
+            self._skipped = self._skipped + skip_step_without_weight(optimizer, budget)
         self.log("train/loss", loss, on_step=True, on_epoch=False, batch_size=1)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -61,17 +61,17 @@ LEARNING_RATE = 0.03
 EPOCHS = 60
 """Epochs of one attempt, over which the learning rate falls to 0; most attempts end long before."""
 
-FEWEST_STEPS = {"plain": 400, "falling": 960}
+MIN_STEPS = {"plain": 400, "falling": 960}
 """Least step budget of one attempt. Near the planned rank, a few tokens of keys and code need the larger one. With
 room, a longer decay takes more steps and does more harm: 32 facts took 320 of 480 steps and cost .015 nats, against 360
 of 960 and .021."""
 
 DOUBLINGS = 3
 
-LEAST_RANK = 8
+MIN_RANK = 8
 """Lowest rank that training begins at: a smaller adapter can hold a few pairs too, but takes more steps."""
 
-ROOM = 2.5
+PLAIN_LOSS_RANK_RATIO = 2.5
 """Multiple of the planned rank from which training uses the plain loss. On 32 facts at rank 8, with rank 3 planned, it
 took 312 steps and cost .014 nats; the falling threshold took 424 and cost .024. The plain loss left tokens below p = .6
 in six of ten sets at about half this room, and in two of three books of 100 numbers at full room and half the rate."""
@@ -217,7 +217,7 @@ def memorize(
             rank = chosen.rank
         else:
             assert plan is not None
-            rank = max(plan.rank, min(LEAST_RANK, size_of_rank(backbone, adapter).largest_rank))
+            rank = max(plan.rank, min(MIN_RANK, size_of_rank(backbone, adapter).largest_rank))
         if on_plan is not None:
             on_plan(corpus, plan, rank)
         module = _train(chosen, replace(adapter, rank=rank), plan, data, folder, on_progress)
@@ -255,9 +255,9 @@ def _planned(chosen: Settings, backbone: Backbone, corpus: Corpus, adapter: Adap
         return None
 
 
-def most_epochs(pairs: int, objective: Literal["plain", "falling"]) -> int:
+def epoch_limit(pairs: int, objective: Literal["plain", "falling"]) -> int:
     """Most epochs of one attempt on `pairs` pairs, with the plain loss or the falling threshold."""
-    return max(EPOCHS, math.ceil(FEWEST_STEPS[objective] / math.ceil(pairs / PER_STEP)))
+    return max(EPOCHS, math.ceil(MIN_STEPS[objective] / math.ceil(pairs / PER_STEP)))
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def _train(
             "kl_penalty": chosen.kl_penalty,
             "seed": chosen.seed + attempt,
         }
-        has_room = plan is not None and adapter.rank >= ROOM * plan.rank
+        has_room = plan is not None and adapter.rank >= PLAIN_LOSS_RANK_RATIO * plan.rank
         # Keep every token in the loss until it exceeds the margin at which training stops.
         falling = FallingThreshold(start=max(0.999, chosen.margin), end=max(0.6, chosen.margin))
         module = SFT(**settings) if has_room else MemFT(weighting=falling, **settings)
@@ -315,9 +315,9 @@ def _train(
         recorder.grown_from = smaller
         callbacks = [StopsAtSteps(), stop, observers.Generalization(), observers.Harm(), recorder]
         if on_progress is not None:
-            callbacks.append(_Watch(chosen.margin, adapter.rank, on_progress))
+            callbacks.append(_ProgressReporter(chosen.margin, adapter.rank, on_progress))
         trainer = bare_trainer(
-            max_epochs=most_epochs(len(data.corpus), "plain" if has_room else "falling"),
+            max_epochs=epoch_limit(len(data.corpus), "plain" if has_room else "falling"),
             callbacks=callbacks,
             default_root_dir=folder,
         )
@@ -341,7 +341,7 @@ def _train(
     raise AssertionError("the last attempt returns")
 
 
-class _Watch(Callback):
+class _ProgressReporter(Callback):
     """Reports the progress of training after each epoch."""
 
     def __init__(self, margin: float, rank: int, tell: Callable[[Progress], None]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["make_adamw", "skip_if_empty", "trained_by"]
+__all__ = ["make_adamw", "skip_step_without_weight", "trained_by"]
 
 FUSED = ("cuda", "mps", "xpu")
 """Device types that run AdamW as one fused kernel. The CPU's rounds differently from the default, so is not used."""
@@ -32,7 +32,7 @@ def trained_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def skip_if_empty(optimizer: torch.optim.Optimizer, budget: Tensor) -> Tensor | int:
+def skip_step_without_weight(optimizer: torch.optim.Optimizer, budget: Tensor) -> Tensor | int:
     """Make the next optimiser step leave parameters and momentum unchanged if no token of the global batch has weight.
 
     With zero gradients, AdamW would still move the parameters by its momentum. The fused kernel can skip a step on the

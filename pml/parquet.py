@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pml.atomic import whole_file
 from pml.errors import InputError
 
-__all__ = ["reading", "write_table"]
+__all__ = ["one_line_errors", "write_table"]
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -25,7 +25,7 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 @contextmanager
-def reading(path: Path, columns: Sequence[str], written: str) -> Iterator[None]:
+def one_line_errors(path: Path, columns: Sequence[str], written: str) -> Iterator[None]:
     """Turn every error from reading columns of a file into a one-line `InputError`.
 
     Args:

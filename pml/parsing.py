@@ -11,14 +11,14 @@ import yaml
 from jsonargparse import _typehints
 from lightning.pytorch import Trainer
 
-__all__ = ["keep_text", "keep_whole_numbers_whole"]
+__all__ = ["keep_whole_numbers_whole", "patch_text_parsing"]
 
 NULLS = ("", "~", "null", "Null", "NULL")
 """Texts that are meant as null in YAML."""
 
 
 @functools.cache
-def keep_text() -> None:
+def patch_text_parsing() -> None:
     """Keep text that YAML would read as a comment, an anchor, or a block of keys or items.
 
     jsonargparse parses every string as YAML, even one that was quoted in a file: a system text of `# Role: clerk` would

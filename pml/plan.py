@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pml.errors import InputError
-from pml.law import OTHER_KIND, LawFit, percentiles
+from pml.law import MAX_LOSS_DEVIATION, LawFit, percentiles
 from pml.law.forms import Array
 from pml.plan_answer import LARGEST_RANK, Plan, RankOutcome
 
@@ -102,7 +102,9 @@ def rank_for_loss_reduction(
     question = f"the smallest rank that reduces the loss of {corpus} by {reduction:g} nats"
     enough = law.predict(RANKS, target_tokens, initial_loss=initial_loss)[None] >= reduction
     of_laws = law.predict_draws(RANKS, target_tokens, initial_loss=initial_loss) >= reduction
-    return _plan(law, corpus, question, float(_first(enough, RANKS)[0]), _first(of_laws, RANKS))
+    return _plan(
+        law, corpus, question, float(_smallest_sufficient(enough, RANKS)[0]), _smallest_sufficient(of_laws, RANKS)
+    )
 
 
 def rank_for_recall(
@@ -146,9 +148,9 @@ def rank_for_recall(
     which = "all targets" if share == 1 else f"{100 * share:g} % of the targets"
     question = f"the smallest rank at which a run recalls {which} of {corpus} with probability {probability:g}"
     probabilities = by_law(FEWER_RANKS)
-    of_laws = _first(probabilities >= probability, FEWER_RANKS)
+    of_laws = _smallest_sufficient(probabilities >= probability, FEWER_RANKS)
     likely = probabilities.mean(axis=0)
-    rank = float(_first(likely[None] >= probability, FEWER_RANKS)[0])
+    rank = float(_smallest_sufficient(likely[None] >= probability, FEWER_RANKS)[0])
     if math.isinf(rank):
         enough = FEWER_RANKS[np.argmax(likely >= likely.max() - SAME_PROBABILITY)]
         none = (
@@ -158,7 +160,7 @@ def rank_for_recall(
         return _plan(law, corpus, question, rank, of_laws, none)
     # Refine: evaluate the ranks that were skipped below the one found.
     between = np.arange(FEWER_RANKS.compress(rank > FEWER_RANKS).max(initial=0.0) + 1, rank + 1)
-    rank = float(_first(by_law(between).mean(axis=0)[None] >= probability, between)[0])
+    rank = float(_smallest_sufficient(by_law(between).mean(axis=0)[None] >= probability, between)[0])
     return _plan(law, corpus, question, rank, of_laws)
 
 
@@ -193,7 +195,7 @@ def _plan(
     )
 
 
-def _first(holds: npt.NDArray[np.bool_], ranks: Array) -> Array:
+def _smallest_sufficient(holds: npt.NDArray[np.bool_], ranks: Array) -> Array:
     """For each row, the rank from which on all entries hold; infinite if the last does not."""
     beyond_last_miss = holds.shape[1] - np.argmax(~holds[:, ::-1], axis=1)
     beyond_last_miss[holds.all(axis=1)] = 0
@@ -248,7 +250,7 @@ def _beyond(law: LawFit, outcome: RankOutcome | None, corpus: _Corpus) -> list[s
             found.append(f"{name} {value} is {value / low:.2g} times the smallest measured ({low})")
     loss = float(law.initial_loss(corpus.target_tokens, corpus.initial_loss))
     measured = [run.initial_loss for run in law.observations]
-    if not min(measured) / (1 + OTHER_KIND) <= loss <= max(measured) * (1 + OTHER_KIND):
+    if not min(measured) / (1 + MAX_LOSS_DEVIATION) <= loss <= max(measured) * (1 + MAX_LOSS_DEVIATION):
         found.append(
             f"the frozen model's loss is {loss:.3g} nats per target token, but {min(measured):.3g} to "
             f"{max(measured):.3g} on the law's texts: the law does not cover this kind of text"

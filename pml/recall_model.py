@@ -30,7 +30,7 @@ from pml.content import Content
 from pml.errors import InputError
 from pml.token_results import TOKENS_NAME, TokenResults, read_tokens
 
-__all__ = ["RecallModel", "ReliabilityBin", "RunTokens", "fit_recall", "recall_of", "run_tokens"]
+__all__ = ["RecallModel", "ReliabilityBin", "RunTokens", "fit_recall", "fit_recall_from_folders", "run_tokens"]
 
 Array = npt.NDArray[np.float64]
 
@@ -159,7 +159,7 @@ def run_tokens(results: TokenResults) -> RunTokens:
     return RunTokens(float(results.loss.mean()), np.bincount(example), right.astype(np.int64))
 
 
-def recall_of(folders: Iterable[Path]) -> tuple[RecallModel | None, list[str]]:
+def fit_recall_from_folders(folders: Iterable[Path]) -> tuple[RecallModel | None, list[str]]:
     """Fit the recall model to the runs in these folders with `fit_recall`; return it with warnings.
 
     Runs without per-token results are skipped. Damaged results are skipped with a warning that names the file.

@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from pml.frozen_layers import FrozenLayers
-from pml.token_loss import TokenLosses, against_the_rest, is_argmax, token_losses
+from pml.token_loss import TokenLosses, is_argmax, target_and_best_rival, token_losses
 from pml.weighting import TokenScores
 
 __all__ = ["score_batch", "target_hidden", "target_logits"]
@@ -32,7 +32,7 @@ def score_batch(
     else:
         logits = target_logits(frozen_layers, model, batch).float()
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        own, other, rival = (t.squeeze(-1) for t in against_the_rest(logits.detach().clone(), targets[:, None]))
+        own, other, rival = (t.squeeze(-1) for t in target_and_best_rival(logits.detach().clone(), targets[:, None]))
         scored = TokenLosses(losses, is_argmax(own - other, rival, targets), own - other, rival)
 
     def table(values: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from pml.grid import Cell, Grid, expand, read_grid, resolve
 from pml.records import write_json
 from pml.sweep import Outcome, run_cells
 
-__all__ = ["SEARCH_NAME", "Candidate", "Choice", "SearchGrid", "budgets", "read_search", "run_search"]
+__all__ = ["SEARCH_NAME", "Candidate", "CellResult", "SearchGrid", "budgets", "read_search", "run_search"]
 
 SEARCH_NAME = "search.json"
 EPOCHS = "trainer.max_epochs"
@@ -62,7 +62,7 @@ class Candidate(Content):
         return math.inf if loss is None else loss
 
 
-class Choice(Content):
+class CellResult(Content):
     """Result of a search for one cell.
 
     Attributes:
@@ -82,13 +82,13 @@ class Choice(Content):
     candidates: list[Candidate]
 
 
-class Found(Content):
+class SearchResult(Content):
     """The content of `search.json`."""
 
     schema_version: Literal[1] = 1
     epochs: list[int]
     search: dict[str, list[Any]]
-    cells: list[Choice]
+    cells: list[CellResult]
 
 
 def read_search(path: Path) -> SearchGrid:
@@ -114,7 +114,7 @@ def budgets(candidates: int, epochs: Sequence[int]) -> list[tuple[int, int]]:
 
 def run_search(
     grid: SearchGrid, start: Callable[[str, list[Cell]], Callable[[Outcome], None]] = lambda *_: lambda _: None
-) -> list[Choice]:
+) -> list[CellResult]:
     """Run what has no record yet, choose the best settings for each cell, and write them to `search.json` in `out`.
 
     If the best candidate diverges with the last budget, the next best runs with it. Runs with the last budget are in
@@ -134,7 +134,9 @@ def run_search(
     def run(chosen: list[tuple[int, Candidate]], epochs: int) -> list[Outcome]:
         """Run candidates with one budget and record their final losses."""
         folder = grid.out / ("best" if epochs == last else f"{epochs}-epochs")
-        runs = resolve(_rung(grid, [cells[i] | candidate.settings for i, candidate in chosen], epochs, folder))
+        runs = resolve(
+            _grid_of_budget(grid, [cells[i] | candidate.settings for i, candidate in chosen], epochs, folder)
+        )
         outcomes = run_cells(runs, start(str(folder), runs))
         for (_, candidate), outcome in zip(chosen, outcomes, strict=True):
             candidate.final_loss[epochs] = outcome.record.final_loss if outcome.record is not None else None
@@ -161,7 +163,7 @@ def run_search(
     for cell, candidates, outcome in zip(cells, standing, outcomes, strict=True):
         chosen = candidates[0].settings if outcome.record is not None and not outcome.diverged else None
         choices.append(
-            Choice(
+            CellResult(
                 cell=cell,
                 chosen=chosen,
                 failed=outcome.record is None,
@@ -170,12 +172,12 @@ def run_search(
                 candidates=candidates,
             )
         )
-    content = Found(epochs=grid.epochs, search=grid.search, cells=choices)
+    content = SearchResult(epochs=grid.epochs, search=grid.search, cells=choices)
     write_json(grid.out / SEARCH_NAME, content.model_dump(mode="json"))
     return choices
 
 
-def _rung(grid: SearchGrid, settings: list[Setting], epochs: int, out: Path) -> Grid:
+def _grid_of_budget(grid: SearchGrid, settings: list[Setting], epochs: int, out: Path) -> Grid:
     one_value = [{key: [value] for key, value in (setting | {EPOCHS: epochs}).items()} for setting in settings]
     return Grid(base=grid.base, out=out, grid=one_value)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pml.escape import one_line
-from pml.last_seen import Standing
+from pml.last_seen import TokenStates
 from pml.tables import TextTable
 
 __all__ = ["stubborn_table", "visible_text"]
@@ -20,7 +20,7 @@ def visible_text(text: str) -> str:
 
 
 def stubborn_table(
-    standing: Standing, targets: Sequence[Sequence[int]], text: Callable[[Sequence[int]], str], most: int = 20
+    standing: TokenStates, targets: Sequence[Sequence[int]], text: Callable[[Sequence[int]], str], most: int = 20
 ) -> TextTable:
     """Table of the target tokens with the smallest probability, smallest first, each in brackets in its context.
 

@@ -13,7 +13,7 @@ from pml.backbone import load_config, load_tokenizer, shared_backbones
 from pml.checkpoints import newest_checkpoint
 from pml.claims import FOLDER_NAME, Claims
 from pml.corpus import Corpus
-from pml.disk import DiskError, disk_trouble
+from pml.disk import DiskError, disk_failure
 from pml.errors import InputError
 from pml.grid import ERROR_NAME, Cell
 from pml.lightning_cli import MemorizationCLI, make_run
@@ -194,7 +194,7 @@ def _run_cell(cell: Cell, checkpoint: Path | None = None) -> Outcome:
 
 def _failed(cell: Cell, error: Exception) -> Outcome:
     """Write the error of a cell to its folder; raise `DiskError` if the disk failed, which is no fault of the cell."""
-    trouble = disk_trouble(error)
+    trouble = disk_failure(error)
     if trouble is None:
         summary = " ".join(f"{type(error).__name__}: {error}".split())
         try:

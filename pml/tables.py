@@ -16,9 +16,9 @@ __all__ = [
     "TextTable",
     "markdown_table",
     "markdown_text",
-    "numbers_first",
     "records_table",
     "rich_table",
+    "setting_order",
     "short_names",
     "show_interval",
     "show_loss",
@@ -49,7 +49,7 @@ class TextTable:
     note: str = ""
     small: bool = False
 
-    def known(self) -> "TextTable":
+    def without_empty_columns(self) -> "TextTable":
         """The table without the columns in which every value is a dash."""
         kept = [i for i in range(len(self.columns)) if any(row[i] != "-" for row in self.rows)]
         return replace(
@@ -162,10 +162,10 @@ def records_table(records: Mapping[Path, Record]) -> TextTable:
         words=[i for i, name in enumerate(columns) if name in ("run", "corpus", "method")],
         note=" ".join(filter(None, note)),
         small=True,
-    ).known()
+    ).without_empty_columns()
 
 
-def numbers_first(value: Any) -> tuple[float, str]:
+def setting_order(value: Any) -> tuple[float, str]:
     """Sort key of a setting: numbers by size and before words, a list by its first element."""
     first = value[0] if isinstance(value, list) and value else value
     return (float(first), "") if isinstance(first, int | float) else (math.inf, str(first))

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import torch
 
 from pml.errors import InputError
-from pml.last_seen import Standing
-from pml.parquet import reading, write_table
+from pml.last_seen import TokenStates
+from pml.parquet import one_line_errors, write_table
 
 __all__ = ["HISTORY_NAME", "HISTORY_TOKENS", "History", "HistoryRecorder", "read_history"]
 
@@ -69,7 +69,7 @@ class HistoryRecorder:
         self._steps: list[int] = []
         self._looks: list[tuple[npt.NDArray[Any], ...]] = []
 
-    def add(self, step: int, standing: Standing) -> None:
+    def add(self, step: int, standing: TokenStates) -> None:
         """Add a look; it replaces the last one if that was at the same step."""
         if self._steps and self._steps[-1] == step:
             del self._steps[-1], self._looks[-1]
@@ -120,7 +120,7 @@ def read_history(folder: Path) -> History:
         InputError: If the file is missing or is not as a run writes it.
     """
     path = folder / HISTORY_NAME
-    with reading(path, COLUMNS, "a run with TokenThresholds writes it"):
+    with one_line_errors(path, COLUMNS, "a run with TokenThresholds writes it"):
         table = pq.read_table(path, columns=list(COLUMNS))
         step, example, position, token = (table[name].cast(pa.int64()).to_numpy() for name in COLUMNS[:4])
         probability, margin = (table[name].cast(pa.float32()).to_numpy() for name in COLUMNS[4:6])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pml.devices import runs_ahead
 
-__all__ = ["TokenLosses", "against_the_rest", "is_argmax", "token_losses"]
+__all__ = ["TokenLosses", "is_argmax", "target_and_best_rival", "token_losses"]
 
 PIECE_BYTES = 16 * 2**20
 """Size of a piece of float32 logits in the pass over the vocabulary. It fits a CPU's cache, so that the elementwise
@@ -75,7 +75,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         return (gradient * grad_losses[:, None]).to(gradient.dtype), None, None, None, None
 
 
-def against_the_rest(logits: Tensor, place: Tensor, here: Tensor | bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def target_and_best_rival(logits: Tensor, place: Tensor, here: Tensor | bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """The target's logit, the best other logit and its column, at the cost of a single argmax.
 
     Args:
@@ -115,7 +115,7 @@ def _by_vocabulary(
         logits = nn.functional.linear(hidden, piece, None if bias is None else bias[start : start + columns]).float()
         place = targets[:, None] - start
         here = (place >= 0) & (place < len(piece))
-        own, other, rival_here = against_the_rest(logits, place.clamp(0, len(piece) - 1), here)
+        own, other, rival_here = target_and_best_rival(logits, place.clamp(0, len(piece) - 1), here)
         rival = torch.where(other > best_other, rival_here + start, rival)
         target_logit, best_other = torch.maximum(target_logit, own), torch.maximum(best_other, other)
         before, highest = highest, torch.maximum(target_logit, best_other)
@@ -145,7 +145,7 @@ def _by_rows(
     for start in range(0, len(targets), rows):
         piece = slice(start, start + rows)
         logits = nn.functional.linear(hidden[piece], weight, bias).float()
-        target_logit, other, rival_here = against_the_rest(logits, targets[piece, None])
+        target_logit, other, rival_here = target_and_best_rival(logits, targets[piece, None])
         margin[piece], rival[piece] = (target_logit - other).squeeze(-1), rival_here.squeeze(-1)
         highest = torch.maximum(target_logit, other)
         target_logit = target_logit - highest

@@ -14,7 +14,7 @@ from scipy import stats
 
 from pml.corpus import Corpus
 from pml.errors import InputError
-from pml.parquet import reading, write_table
+from pml.parquet import one_line_errors, write_table
 from pml.weighting import TokenScores, critical_loss
 
 __all__ = [
@@ -149,7 +149,7 @@ def read_tokens(folder: Path) -> TokenResults:
         InputError: If the file is missing or is not as a run writes it.
     """
     path = folder / TOKENS_NAME
-    with reading(path, COLUMNS, "a run writes it beside its record"):
+    with one_line_errors(path, COLUMNS, "a run writes it beside its record"):
         table = pq.read_table(path, columns=list(COLUMNS))
         example, position = (table[name].cast(pa.int64()).to_numpy() for name in COLUMNS[:2])
         loss, correct = table["loss"].cast(pa.float64()).to_numpy(), table["correct"].cast(pa.bool_()).to_numpy()

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 __all__ = [
     "copy_adapter",
     "corpus_hash",
-    "go_on",
     "method_of",
     "restore",
+    "resume_training",
     "seed_rank",
     "training_state",
 ]
@@ -59,7 +59,7 @@ def seed_rank(rank: int) -> None:
 
 
 def restore(module: "Memorization", state: Mapping[str, Any]) -> None:
-    """Restore a module's counts and weighting; if training is to resume, `go_on` restores the rest.
+    """Restore a module's counts and weighting; if training is to resume, `resume_training` restores the rest.
 
     Args:
         module: The module, which may have no trainer.
@@ -76,10 +76,10 @@ def restore(module: "Memorization", state: Mapping[str, Any]) -> None:
         if module.cpu_choice is not None:  # a new timing might choose another product, which rounds differently
             module.cpu_choice = tune_cpu(module.cpu_config, state.get("onednn"))
         module.resumed += 1
-        module.goes_on_from = dict(state)
+        module.resume_state = dict(state)
 
 
-def go_on(module: "Memorization", state: Mapping[str, Any]) -> None:
+def resume_training(module: "Memorization", state: Mapping[str, Any]) -> None:
     """Restore generators, gradients and the position in the epoch, just before training starts or resumes.
 
     Args:

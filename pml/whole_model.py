@@ -11,7 +11,7 @@ from transformers import masking_utils
 
 from pml.backbone import Backbone
 from pml.cpu import attention
-from pml.cut_trial import FAILURES, plainly
+from pml.cut_trial import FAILURES, deterministic_eval
 from pml.errors import InputError
 
 __all__ = ["one_sequence_a_row", "plain_head", "run_decoder"]
@@ -19,7 +19,7 @@ __all__ = ["one_sequence_a_row", "plain_head", "run_decoder"]
 SHORT = 3
 """Tokens in the shorter rows that a model is tested on."""
 
-LOUD = 1000.0
+PROBE_LOGIT = 1000.0
 """Magnitude of the logits that replace a head's, larger than any cap lets through."""
 
 
@@ -65,9 +65,9 @@ def plain_head(backbone: Backbone) -> nn.Linear | None:
     who = f"backbone {backbone.name}: {type(backbone.model).__name__}"
     trained = any(parameter.requires_grad for parameter in backbone.model.parameters())
     probe = _probe(backbone)
-    with plainly(backbone.model), attention(probe.shape[1], probe.device):
+    with deterministic_eval(backbone.model), attention(probe.shape[1], probe.device):
         try:
-            with _loud(backbone) as seen, torch.set_grad_enabled(trained):
+            with _known_logits(backbone) as seen, torch.set_grad_enabled(trained):
                 output = backbone.model(input_ids=probe, use_cache=False).logits
             head = _if_plain(backbone, seen, output)
             logits, shorter = (output, None) if head is None else (seen.logits[0], _head_of_short(backbone, head))
@@ -109,7 +109,7 @@ class _Seen:
 
 
 @contextmanager
-def _loud(backbone: Backbone) -> Iterator[_Seen]:
+def _known_logits(backbone: Backbone) -> Iterator[_Seen]:
     """Replace the output of a linear head by known, large logits within this context."""
     seen = _Seen()
 
@@ -135,7 +135,11 @@ def _loud(backbone: Backbone) -> Iterator[_Seen]:
 
 
 def _known(logits: Tensor) -> Tensor:
-    return torch.linspace(-LOUD, LOUD, logits.shape[-1], device=logits.device).to(logits.dtype).expand_as(logits)
+    return (
+        torch.linspace(-PROBE_LOGIT, PROBE_LOGIT, logits.shape[-1], device=logits.device)
+        .to(logits.dtype)
+        .expand_as(logits)
+    )
 
 
 def _if_plain(backbone: Backbone, seen: _Seen, output: Tensor) -> nn.Linear | None:

@@ -44,7 +44,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}:{problem}")
         value = loader.construct_document(node)
     except yaml.YAMLError as error:
-        raise InputError(f"{_where(path, error)}: not YAML: {_said(error)}") from error
+        raise InputError(f"{_where(path, error)}: not YAML: {_problem_in(error)}") from error
     except InputError:
         raise
     except (ValueError, RecursionError, TypeError) as error:
@@ -98,7 +98,7 @@ def _where(path: Path, error: yaml.YAMLError) -> str:
     return f"{path}:{mark.line + 1}" if mark is not None else str(path)
 
 
-def _said(error: yaml.YAMLError) -> str:
+def _problem_in(error: yaml.YAMLError) -> str:
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
     context = getattr(error, "context", None)
     return " ".join(f"{problem} {context or ''}".split())

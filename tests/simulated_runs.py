@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from record_factory import make_record
 
-from pml.last_seen import Standing
+from pml.last_seen import TokenStates
 from pml.records import write_record
 from pml.token_history import HISTORY_NAME, HistoryRecorder
 
@@ -126,6 +126,6 @@ def write_history(folder: Path) -> Path:
         probability = np.where(certain, 0.9, 0.05).astype(np.float32)
         margin = np.where(certain, 2.0, -1.5).astype(np.float32)
         unknown = np.full(len(example), -1, np.int32)
-        recorder.add(step, Standing(probability, certain, margin, unknown, np.full(len(sizes), -1)))
+        recorder.add(step, TokenStates(probability, certain, margin, unknown, np.full(len(sizes), -1)))
     recorder.write(folder / HISTORY_NAME)
     return folder

@@ -16,7 +16,7 @@ from simulated_runs import write_simulated_run
 
 from pml.cli import main
 from pml.compare import OUTCOMES, Comparison, Difference, Outcome, compare, means_table, paired_difference
-from pml.compare.outcomes import outcomes_of
+from pml.compare.outcomes import measure_outcomes
 from pml.errors import InputError
 from pml.records import Record, read_record, write_record
 
@@ -120,7 +120,7 @@ class TestOutcomes:
     def test_a_run_is_measured_in_both_aims(self, tmp_path: Path) -> None:
         # Four targets of 16 tokens.
         folder = write_simulated_run(tmp_path, 6, 64, pairs=4, sub_threshold_fraction=0.25, steps_to_recall=9)
-        found = outcomes_of(folder, read_record(folder / "record.json"))
+        found = measure_outcomes(folder, read_record(folder / "record.json"))
         assert (found["tokens_certain"], found["steps_to_certain"], found["first_failure"]) == (75.0, 9.0, 12.0)
         assert found["targets_certain"] in (0.0, 25.0, 50.0, 75.0, 100.0)
         assert found["harm"] is None
@@ -131,24 +131,24 @@ class TestOutcomes:
         examples, positions, probabilities = zip(*tokens, strict=True)
         columns = {"example_id": examples, "position": positions, "loss": [-math.log(p) for p in probabilities]}
         pq.write_table(pa.table({**columns, "correct": [p > 0.5 for p in probabilities]}), tmp_path / "tokens.parquet")
-        assert outcomes_of(tmp_path, sft(pairs=4, target_tokens=7))["targets_certain"] == 50.0
+        assert measure_outcomes(tmp_path, sft(pairs=4, target_tokens=7))["targets_certain"] == 50.0
 
     def test_without_per_token_results_nobody_knows_how_many_targets_are_certain(self) -> None:
-        assert outcomes_of(Path("gone"), sft())["targets_certain"] is None
+        assert measure_outcomes(Path("gone"), sft())["targets_certain"] is None
         # Where only some runs have them, those in which all are certain are no fair sample.
-        assert outcomes_of(Path("gone"), sft(sub_threshold_fraction=0.0))["targets_certain"] is None
+        assert measure_outcomes(Path("gone"), sft(sub_threshold_fraction=0.0))["targets_certain"] is None
 
     def test_damaged_per_token_results_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         folder = write_simulated_run(tmp_path, 6, 64, pairs=4, sub_threshold_fraction=0.25)
         (folder / "tokens.parquet").write_bytes(b"no table")
-        assert outcomes_of(folder, read_record(folder / "record.json"))["targets_certain"] is None
+        assert measure_outcomes(folder, read_record(folder / "record.json"))["targets_certain"] is None
         assert f"{folder / 'tokens.parquet'}: " in caplog.text
         assert "how many targets are certain is not known" in caplog.text
 
     @pytest.mark.parametrize(("after", "nats"), [(3.25, 0.25), (None, None)])
     def test_harm_is_by_how_much_the_loss_on_ordinary_text_rose(self, after: float | None, nats: float | None) -> None:
         record = sft(harm={"prose": {"loss_after": 9.0}, "mean": {"loss_before": 3.0, "loss_after": after}})
-        assert outcomes_of(Path("gone"), record)["harm"] == nats
+        assert measure_outcomes(Path("gone"), record)["harm"] == nats
 
 
 class TestPairs:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import pml.compiled
 from callbacks import StopWhenRecalled
-from pml.compiled import ACCELERATOR_BATCHES, CompiledDecoder, FitSize, batches_to_wait, reason_not_to_compile
+from pml.compiled import ACCELERATOR_BATCHES, CompiledDecoder, FitSize, reason_not_to_compile, warmup_batches
 from tests.fits import module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -37,7 +37,7 @@ LONG = FitSize(batches=1000, lengths=[300], work=3e10)
 def test_long_fits_on_one_shape_are_compiled_by_themselves_from_the_start() -> None:
     for fit in (LONG, replace(LONG, batches=math.inf, lengths=[97, 97]), replace(LONG, seconds=700.0)):
         assert reason_not_to_compile("auto", fit, CPU) is None
-        assert batches_to_wait(fit, CPU) == 0
+        assert warmup_batches(fit, CPU) == 0
 
 
 @pytest.mark.usefixtures("with_compiler")
@@ -62,7 +62,7 @@ def test_other_fits_are_not_and_say_why(mode: Any, changes: dict[str, Any], reas
 def test_a_fit_that_may_end_early_is_compiled_once_it_has_lasted_as_long_as_that_takes_to_pay() -> None:
     fit = replace(LONG, batches=2000, may_end_early=True)
     assert reason_not_to_compile("auto", fit, CPU) is None
-    assert batches_to_wait(fit, CPU) == 1000
+    assert warmup_batches(fit, CPU) == 1000
 
 
 def test_on_an_accelerator_it_is_the_number_of_batches_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,11 +117,11 @@ def test_a_pair_that_comes_again_is_left_out_and_counted(tiny_tokenizer: PreTrai
 
 
 def test_no_more_pairs_are_read_than_asked_for(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
-    def reading() -> Iterator[Pair]:
+    def one_line_errors() -> Iterator[Pair]:
         yield from (Pair("a", "1"), Pair("a", "1"), Pair("b", "2"))
         raise AssertionError("read on")
 
-    encoded = encode_pairs(reading(), TextEncoder(tiny_tokenizer), limit=2)
+    encoded = encode_pairs(one_line_errors(), TextEncoder(tiny_tokenizer), limit=2)
     assert [e.query for e in encoded.examples] == ["a", "b"]
 
 

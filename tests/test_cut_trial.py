@@ -15,7 +15,7 @@ import pml.frozen_layers
 from pml.adapter import AdapterConfig, attach_adapter
 from pml.backbone import Backbone
 from pml.corpus import Example, collate
-from pml.cut_trial import _float32_fits, fault, in_float32, narrow_windows
+from pml.cut_trial import _float32_fits, find_mismatch, in_float32, narrow_windows
 from pml.frozen_layers import FrozenLayers
 from pml.modules import SFT
 
@@ -148,10 +148,10 @@ class Wrong:
 
 def test_a_padded_batch_that_comes_out_otherwise_than_its_rows_shows(dtype: torch.dtype) -> None:
     cut = prefix_on(backbone_of(LlamaConfig(**SIZES), dtype))
-    assert fault(cut, cut.model) is None
+    assert find_mismatch(cut, cut.model) is None
     # Each row by itself is right.
     wrong = Wrong(cut, above=lambda kept, steps: cut.above(kept, steps) * (1.0 if len(kept) == 1 else 1.25))
-    assert "hidden states of a padded batch differ by " in (fault(wrong, cut.model) or "")
+    assert "hidden states of a padded batch differ by " in (find_mismatch(wrong, cut.model) or "")
 
 
 def test_states_that_are_no_numbers_agree_with_nothing(dtype: torch.dtype) -> None:
@@ -160,10 +160,10 @@ def test_states_that_are_no_numbers_agree_with_nothing(dtype: torch.dtype) -> No
     def below(input_ids: torch.Tensor, adapted: bool = False) -> tuple[torch.Tensor, ...]:
         return tuple(states * (math.nan if adapted else 1.0) for states in cut.below(input_ids, adapted))
 
-    assert "the adapter's update reaches the cut changed" in (fault(Wrong(cut, below=below), cut.model) or "")
+    assert "the adapter's update reaches the cut changed" in (find_mismatch(Wrong(cut, below=below), cut.model) or "")
     # Of float32 weights alone is a padded batch compared with the whole model, and not with its rows.
     lone = Wrong(cut, above=lambda kept, steps: cut.above(kept, steps) * (math.nan if len(kept) == 1 else 1.0))
-    found = fault(lone, cut.model) or ""
+    found = find_mismatch(lone, cut.model) or ""
     assert "differ by nan" in found if dtype == torch.float32 else "nan" in found or "not finite" in found
 
 
@@ -174,7 +174,7 @@ def test_states_that_the_dtype_of_the_weights_has_no_room_for_show_although_floa
         states = cut.above(kept, steps)
         return states if states.dtype == torch.float32 else states * math.inf
 
-    assert fault(Wrong(cut, above=above), cut.model) == "hidden states are not finite in torch.bfloat16"
+    assert find_mismatch(Wrong(cut, above=above), cut.model) == "hidden states are not finite in torch.bfloat16"
 
 
 @pytest.mark.parametrize(("room", "fits"), [(1.01, True), (0.99, False)])

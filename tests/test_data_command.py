@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from data_modules import Biographies, LinearRule, PhoneBook
 from pml import backbone
 from pml.cli import main
-from pml.commands.data import _bins, _print_examples, separate
+from pml.commands.data import _bins, _print_examples, split_arguments
 from pml.corpus import Example
 from pml.records import read_record
 from tests import fits  # one thread
@@ -173,7 +173,7 @@ def test_it_shows_the_corpus_that_a_fit_with_the_same_arguments_memorises(
 def test_keys_of_a_fit_are_told_from_the_commands_own_arguments(
     arguments: list[str], own: list[str], keys: list[str]
 ) -> None:
-    assert separate(arguments) == (own, keys)
+    assert split_arguments(arguments) == (own, keys)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pml.escape import one_line, say, say_json, visible
 from tests.simulated_runs import write_simulated_grid
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x08‮"
-OBEYED = set("\x1b\x07\x9b\r\x08‮")
+CONTROL_CHARACTERS = set("\x1b\x07\x9b\r\x08‮")
 
 
 def test_control_characters_are_spelled_out_and_lines_stay_lines() -> None:
@@ -27,7 +27,7 @@ def test_what_is_said_is_visible_and_json_stays_the_same_json(capsys: pytest.Cap
     say(EVIL)
     say_json({"query": EVIL, "other": "é"})
     out = capsys.readouterr().out
-    assert not OBEYED & set(out)
+    assert not CONTROL_CHARACTERS & set(out)
     assert json.loads(out.partition("\n")[2]) == {"query": EVIL, "other": "é"}
     assert "é" in out
 
@@ -85,7 +85,7 @@ def test_commands_on_runs_of_evil_names(
     main(arguments)
     out, err = capsys.readouterr()
     assert out + err
-    assert not OBEYED & set(out + err)
+    assert not CONTROL_CHARACTERS & set(out + err)
 
 
 def test_commands_on_a_run_whose_queries_are_evil(
@@ -107,4 +107,4 @@ def test_commands_on_a_run_whose_queries_are_evil(
     assert main(["validate", run]) == 0
     out, err = capsys.readouterr()
     assert "owned" in out
-    assert not OBEYED & set(out + err)
+    assert not CONTROL_CHARACTERS & set(out + err)

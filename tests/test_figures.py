@@ -28,7 +28,7 @@ from pml.figures import (
     svg_data_uri,
 )
 from pml.figures.heat_map import draw_heat_map, is_grid, over_grid
-from pml.figures.style import FEW_COLOURS, literal, looks_of
+from pml.figures.style import FEW_COLOURS, literal, styles_of
 from pml.law import FormName, LawFit, Observation, fit_law, saturated
 from pml.records import Record
 from pml.token_results import FirstPositions, rank_correlation
@@ -457,7 +457,7 @@ class TestLooks:
 
     def test_cividis_takes_over_for_many_and_gets_lighter_all_the_way(self) -> None:
         for kind in ("none", "protanopia", "deuteranopia"):
-            lightness = [dichromatic(colour, kind)[0] for colour, _ in looks_of(range(12)).values()]
+            lightness = [dichromatic(colour, kind)[0] for colour, _ in styles_of(range(12)).values()]
             assert all(b > a for a, b in itertools.pairwise(lightness))
 
     def test_text_from_elsewhere_is_no_mathematics(self) -> None:

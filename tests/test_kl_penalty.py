@@ -12,7 +12,7 @@ from pml.adapter import adapter_parameters
 from pml.backbone import load_backbone
 from pml.corpus import Example, collate
 from pml.errors import InputError
-from pml.kl_penalty import KlPenalty, KlPenaltyConfig, kl_divergence, turn_of
+from pml.kl_penalty import KlPenalty, KlPenaltyConfig, kl_divergence, micro_batch_index
 from pml.modules import Memorization
 from pml.state_store import CacheConfig
 from pml.weighting import weighted_mean
@@ -102,7 +102,7 @@ def test_of_fewer_pieces_than_asked_for_all_are_drawn_every_time(sharp: Path, tm
 def test_turns_count_the_micro_batches_of_all_steps_and_ranks() -> None:
     # The second of four ranks, in the second micro-batch of the fourth step; the epoch began with an odd one.
     trainer: Any = SimpleNamespace(accumulate_grad_batches=2, global_step=3, world_size=4, global_rank=1)
-    assert turn_of(trainer, 5) == (3 * 2 + 1) * 4 + 1
+    assert micro_batch_index(trainer, 5) == (3 * 2 + 1) * 4 + 1
 
 
 def test_a_bias_of_the_head_is_in_the_logits_of_both_models(sharp: Path) -> None:

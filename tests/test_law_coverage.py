@@ -21,7 +21,7 @@ from simulated_laws import (
 )
 
 from pml.law import FORMS, FormName, Observation, percentiles, saturated
-from pml.law.data import data_of
+from pml.law.data import make_data
 from pml.law.forms import POSITIVE
 from pml.law.intervals import (
     GroupedBy,
@@ -39,7 +39,7 @@ def intervals(
     form: FormName, runs: list[Observation], grouped_by: GroupedBy | None = None
 ) -> dict[str, tuple[float, float]]:
     """Bootstrap intervals of a form, without everything else that `fit_law` does."""
-    kind, data = FORMS[form], data_of(runs, "rank")
+    kind, data = FORMS[form], make_data(runs, "rank")
     solution = solve(kind, data)
     assert solution is not None
     grouped_by = grouped_by or choose_groups(solution)
@@ -94,7 +94,7 @@ class TestCoverage:
         found: dict[str, list[list[float]]] = {name: [] for name in TRUTH}
         for _ in range(100):
             runs = grid(noise, ranks=(1, 2, 4, 8), seeds=3, of_point=0.05, of_seed=0.03)
-            data = data_of(runs, "rank")
+            data = make_data(runs, "rank")
             solution = solve(kind, data)
             assert solution is not None
             spread = noise_of(solution.residual, data, "grid_point", 4)

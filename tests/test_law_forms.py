@@ -13,7 +13,7 @@ from simulated_laws import fit_one
 
 from pml.errors import InputError
 from pml.law import FORMS, Equation, FormName, LawFit, Observation, fit_law, loss_reduction, saturated
-from pml.law.data import data_of
+from pml.law.data import make_data
 from pml.law.forms import POSITIVE, Form, Points, gradient
 from pml.law.intervals import Noise, standard_errors
 from pml.law.least_squares import batched_least_squares, solve, to_natural, to_theta
@@ -175,7 +175,7 @@ class TestRecovery:
     def test_batched_least_squares_agree_with_lmfit(self, name: FormName) -> None:
         form, truth = FORMS[name], {"C": 110.0, "alpha": 0.7, "beta": 0.55, "b": -2.0, "sharpness": 3.0}
         values = values_of(form, **truth, bits_per_parameter=0.8)
-        data = data_of(runs_of(form, 0.05, **values), "rank")
+        data = make_data(runs_of(form, 0.05, **values), "rank")
         solution = solve(form, data)
         assert solution is not None
         noise = 0.05 * np.random.default_rng(1).normal(size=(5, len(data.measured)))
@@ -225,7 +225,7 @@ def runs_with_losses(losses: Iterable[tuple[int, int, float, float]]) -> list[Ob
 class TestRunsThatHardlyDetermineAForm:
     def test_draws_without_limit_leave_the_others_as_they_are(self) -> None:
         form = FORMS["power_offset"]
-        data = data_of(runs_of(FORMS["power"], C=40.0, alpha=0.5, beta=0.6), "rank")
+        data = make_data(runs_of(FORMS["power"], C=40.0, alpha=0.5, beta=0.6), "rank")
         start = to_theta(form, {"C": 30.0, "alpha": 0.4, "beta": 0.5, "b": 0.0})
         alone = batched_least_squares(form, data, data.measured[None], start[None], form.fitted)
         # C to e^300: squares of derivatives to 1e260, beside which 1e-9 is lost.
@@ -240,7 +240,7 @@ class TestRunsThatHardlyDetermineAForm:
 
     def test_a_standard_error_that_is_infinite_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         form = FORMS["power"]
-        data = data_of(runs_of(form, C=40.0, alpha=0.5, beta=0.6), "rank")
+        data = make_data(runs_of(form, C=40.0, alpha=0.5, beta=0.6), "rank")
         solution = solve(form, data)
         assert solution is not None
         noise = Noise(0.1, 0.1, 17)

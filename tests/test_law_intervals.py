@@ -23,11 +23,11 @@ from simulated_laws import (
 from pml.errors import InputError
 from pml.figures import law_figure
 from pml.law import FORMS, FormName, LawFit, Observation, fit_law, saturated
-from pml.law.data import data_of, weights
+from pml.law.data import make_data, weights
 from pml.law.intervals import Noise, bootstrap, choose_groups, noise_of, standard_errors, t_quantile
 from pml.law.least_squares import solve, to_theta
 from pml.law.selection import aicc, held_out_error
-from pml.law.texts import texts_of
+from pml.law.texts import collect_texts
 from pml.plan import outcome_of_rank
 
 
@@ -38,7 +38,7 @@ class TestNoise:
     def of(by_point: list[list[float]], nvarys: int, saturated_runs: int = 0) -> tuple[float, float, int]:
         runs = [run(i + 1, 64, 1.0 + r, seed) for i, seeds in enumerate(by_point) for seed, r in enumerate(seeds)]
         runs += [Observation(9, 60 + n, 13.0, 0.01, 0, f"s{n}") for n in range(saturated_runs)]
-        data = replace(data_of(runs, "rank"), root_weights=np.ones(len(runs)))
+        data = replace(make_data(runs, "rank"), root_weights=np.ones(len(runs)))
         found = noise_of(data.measured - 1.0, data, "grid_point", nvarys)
         return found.of_a_run, found.of_the_fit, found.degrees_of_freedom
 
@@ -71,7 +71,7 @@ class TestNoise:
         assert len(below) < len(fit.observations)
         assert fit.best.degrees_of_freedom == len(below) - 4
         # Of the power term, of which a loss shows less the nearer it is to the ceiling.
-        form, points = FORMS["ceiling"], data_of(fit.observations, "rank").points
+        form, points = FORMS["ceiling"], make_data(fit.observations, "rank").points
         shown = form.sensitivity(fit.best.values, points)[[not saturated(run) for run in fit.observations]]
         of_losses = math.sqrt(sum(x * x for x in below) / (len(below) - 4))
         assert fit.best.noise_nats == pytest.approx(of_losses / math.sqrt(np.mean(shown**2)))
@@ -84,7 +84,7 @@ class TestNoise:
 
     def test_the_noise_at_the_ceiling_is_not_that_of_runs_on_the_way_to_it(self) -> None:
         fit = fit_one(saturating_runs(np.random.default_rng(0)), "ceiling")
-        reach = FORMS["ceiling"].sensitivity(fit.best.values, data_of(fit.observations, "rank").points)
+        reach = FORMS["ceiling"].sensitivity(fit.best.values, make_data(fit.observations, "rank").points)
         pairs = zip(fit.observations, fit.best.predicted, reach, strict=True)
         missed = [(run.loss_reduction - p, f) for run, p, f in pairs if saturated(run)]
         there = [error for error, f in missed if f < 0.05]
@@ -137,7 +137,7 @@ class TestIntervals:
             assert np.ptp(estimate.profile) == pytest.approx(2 * t_quantile(9 - 3) * estimate.stderr, rel=0.02)
 
     def test_weights_are_relative_so_twice_as_large_they_change_no_draw(self) -> None:
-        form, data = FORMS["power"], data_of(grid(np.random.default_rng(1), of_point=0.05), "rank")
+        form, data = FORMS["power"], make_data(grid(np.random.default_rng(1), of_point=0.05), "rank")
         solution = solve(form, data)
         assert solution is not None
         heavier = replace(solution, data=replace(data, root_weights=2 * data.root_weights))
@@ -147,7 +147,7 @@ class TestIntervals:
 
     def test_no_draw_has_a_sharpness_beyond_its_range(self) -> None:
         # A bend so narrow that runs with so much noise hardly show how narrow it is.
-        form, data = FORMS["ceiling"], data_of(saturating_runs(np.random.default_rng(1), 0.3, sharpness=24.0), "rank")
+        form, data = FORMS["ceiling"], make_data(saturating_runs(np.random.default_rng(1), 0.3, sharpness=24.0), "rank")
         solution = solve(form, data)
         assert solution is not None
         sharpness = np.exp(bootstrap(solution, "grid_point")[:, form.fitted.index("sharpness")])
@@ -160,7 +160,7 @@ class TestIntervals:
             replace(r, effective_parameters=1000 * r.rank, entropy_bits=13.0 / math.log(2) * r.target_tokens)
             for r in saturating_runs(np.random.default_rng(0))
         ]
-        form, data = FORMS["stored_bits"], data_of(runs, "rank")
+        form, data = FORMS["stored_bits"], make_data(runs, "rank")
         solution = solve(form, data)
         assert solution is not None
         result = standard_errors(solution, Noise(0.1, 0.1, 18))
@@ -203,7 +203,7 @@ class TestTexts:
         assert law.initial_loss([32, 64, 128, 4096]) == pytest.approx([13.0, 13.0, 13.5, 14.5])
 
     def test_texts_of_one_length_scatter_around_their_mean(self) -> None:
-        texts = texts_of([run(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
+        texts = collect_texts([run(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
         assert texts.spread == pytest.approx(math.sqrt(0.1 / 4))
         assert texts.t_over_z == pytest.approx(float(t.ppf(0.975, 4)) / 1.959964)
         assert texts.expected_initial_loss(640) == pytest.approx(13.2)
@@ -215,11 +215,11 @@ class TestTexts:
         runs = [
             replace(run(r, 100, 5.0, initial=13.0 + 0.1 * i), text=f"{i}") for i in range(4) for r in range(1, 6 - i)
         ]
-        assert texts_of(runs).degrees_of_freedom == 3
+        assert collect_texts(runs).degrees_of_freedom == 3
 
     def test_the_line_is_known_best_in_the_middle(self) -> None:
         signs = ((64, 1), (128, -1), (256, -1), (512, 1))
-        texts = texts_of([run(1, length, 5.0, initial=13.0 + 0.2 * sign) for length, sign in signs])
+        texts = collect_texts([run(1, length, 5.0, initial=13.0 + 0.2 * sign) for length, sign in signs])
         # In the middle of four texts half of their spread, and at the ends, 1.5 steps of root 5 away, more.
         middle, end, beyond = texts.standard_error([math.sqrt(64 * 512), 512, 4096])
         assert middle == pytest.approx(texts.spread / 2)
@@ -228,14 +228,14 @@ class TestTexts:
 
     def test_a_text_is_identified_by_its_hash_and_without_one_by_its_loss(self) -> None:
         same_loss = [run(rank, 64, 5.0, seed, initial=13.0) for rank in (1, 2) for seed in (0, 1)]
-        assert texts_of(same_loss).of_run.tolist() == [0, 0, 0, 0]
+        assert collect_texts(same_loss).of_run.tolist() == [0, 0, 0, 0]
         named = [replace(run, text=f"text {run.seed}") for run in same_loss]
-        assert texts_of(named).of_run.tolist() == [0, 1, 0, 1]
+        assert collect_texts(named).of_run.tolist() == [0, 1, 0, 1]
 
     def test_longer_texts_scatter_less_as_means_over_more_tokens_do(self) -> None:
         # At 64 tokens 0.2 from a line that is flat, at 256 half of that: 5.12 nats squared a token, of two degrees.
         scatter = ((64, 0.2), (64, -0.2), (256, 0.1), (256, -0.1))
-        texts = texts_of([run(1, length, 5.0, i, initial=13.0 + by) for i, (length, by) in enumerate(scatter)])
+        texts = collect_texts([run(1, length, 5.0, i, initial=13.0 + by) for i, (length, by) in enumerate(scatter)])
         # Beyond the longest nothing is known.
         assert texts.spread_at([16, 64, 256, 1024]) == pytest.approx(np.sqrt(5.12 / np.array([16, 64, 256, 256])))
 
@@ -257,13 +257,13 @@ class TestTexts:
 
     def test_the_effect_of_a_text_is_regressed_on_its_initial_loss_residual(self) -> None:
         # Five texts of one length, -0.2 to 0.2 from trend, of which 0.7 shows, by half in runs half-way to the ceiling.
-        texts = texts_of([run(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
+        texts = collect_texts([run(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
         reach = np.array([1.0, 0.5, 1.0, 0.5, 1.0])
         assert texts.effect(0.7 * reach * texts.initial_loss_residuals, reach, np.arange(5)) == pytest.approx(0.7)
 
     def test_an_effect_that_is_not_significant_is_none(self) -> None:
         # (-3, 1, 1, 1) / 4 from trend, slope 0.3: residuals (0, d, -d, 0) have a standard error of d sqrt(1 / 0.75).
-        texts = texts_of([replace(run(1, 64, 5.0, initial=13.0 + min(i, 1)), text=f"text {i}") for i in range(4)])
+        texts = collect_texts([replace(run(1, 64, 5.0, initial=13.0 + min(i, 1)), text=f"text {i}") for i in range(4)])
         pattern = np.array([0.0, 1.0, -1.0, 0.0])
         for size, expected in ((0.3 / 4.4, 0.0), (0.3 / 6.0, 0.3)):
             # Student's t of 2 degrees of freedom is 4.303, and 0.3 / (size / sqrt(0.75)) is 3.8 and 5.2.
@@ -288,7 +288,7 @@ class TestTexts:
         self, of_text: float, chosen: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # Draws of a variance of 2 or 2.5 by texts and 1 by grid points, whose few degrees widen deviations by 1.5.
-        solution = solve(FORMS["power"], data_of(runs_with_texts(np.random.default_rng(0), effect=1.0), "rank"))
+        solution = solve(FORMS["power"], make_data(runs_with_texts(np.random.default_rng(0), effect=1.0), "rank"))
         assert solution is not None
         at, step = to_theta(solution.form, solution.values), np.array([1e-6, 0.0, 0.0])
         draws = {"text": math.sqrt(of_text), "grid_point": 1.0}
@@ -325,7 +325,7 @@ class TestCriteria:
         assert fit.aicc == pytest.approx(expected, rel=1e-9)
 
     def test_a_form_that_goes_through_all_runs_has_an_aicc_as_if_it_missed_them_by_what_float32_shows(self) -> None:
-        data = data_of(grid(np.random.default_rng(0)), "rank")
+        data = make_data(grid(np.random.default_rng(0)), "rank")
         # Nine grid points, three parameters and the variance.
         expected = 9 * math.log(1e-12) + 2 * 4 + 2 * 4 * 5 / (9 - 4 - 1)
         assert aicc(data, data.measured, 3) == pytest.approx(expected)
@@ -348,7 +348,7 @@ class TestCriteria:
             empty = replace(run(rank, length, 0.0, seed, initial=13.0), effective_parameters=1000 * rank)
             empty = replace(empty, entropy_bits=15.0 * length)
             values = {"bits_per_parameter": 0.8, "sharpness": 4.0}
-            reduction = float(form.evaluate(values, data_of([empty], "rank").points)[0])
+            reduction = float(form.evaluate(values, make_data([empty], "rank").points)[0])
             spread = 0.05 if 13.0 - reduction > math.log(2) else 0.001
             runs.append(replace(empty, final_loss=13.0 - reduction + spread * noise.normal()))
         law = fit_law(runs)
@@ -408,7 +408,7 @@ class TestHeldOut:
         assert held.value == largest
         rest = fit_one([r for r in runs if r.rank < largest], "ceiling")
         there = [r for r in runs if r.rank == largest and not saturated(r)]
-        predicted = FORMS["ceiling"].evaluate(rest.best.values, data_of(there, "rank").points)
+        predicted = FORMS["ceiling"].evaluate(rest.best.values, make_data(there, "rank").points)
         missed = np.abs(predicted / [r.loss_reduction for r in there] - 1)
         assert held.runs == len(there)
         assert held.mape_percent == pytest.approx(100 * float(missed.mean()), rel=1e-4)

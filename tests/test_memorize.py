@@ -20,7 +20,7 @@ from pml.cli import main
 from pml.errors import InputError
 from pml.growing import grow, weights_of
 from pml.guard import GuardConfig
-from pml.memorizing import Memorized, most_epochs
+from pml.memorizing import Memorized, epoch_limit
 from pml.records import read_record
 from tests.fits import save_sharpened
 
@@ -50,7 +50,7 @@ def _served_here(monkeypatch: pytest.MonkeyPatch) -> None:
 def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attempts of one epoch."""
     monkeypatch.setattr("pml.memorizing.EPOCHS", 1)
-    monkeypatch.setattr("pml.memorizing.FEWEST_STEPS", {"plain": 1, "falling": 1})
+    monkeypatch.setattr("pml.memorizing.MIN_STEPS", {"plain": 1, "falling": 1})
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def test_training_begins_at_the_planned_rank_and_not_below_eight(
         raise Enough
 
     for least in (8, 1):
-        monkeypatch.setattr("pml.memorizing.LEAST_RANK", least)
+        monkeypatch.setattr("pml.memorizing.MIN_RANK", least)
         with pytest.raises(Enough):
             pml.memorize({"a?": "7"}, tmp_path / f"{least}", backbone=backbone, guard=None, on_plan=begin)
     planned = begun[0][0]
@@ -312,7 +312,7 @@ def test_answers_of_similar_lengths_are_decoded_together_as_far_as_they_fit() ->
 
 def test_small_sets_of_pairs_are_gone_through_more_often() -> None:
     # Five pairs are two steps an epoch, 400 pairs a hundred.
-    assert (most_epochs(5, "falling"), most_epochs(5, "plain"), most_epochs(400, "falling")) == (480, 200, 60)
+    assert (epoch_limit(5, "falling"), epoch_limit(5, "plain"), epoch_limit(400, "falling")) == (480, 200, 60)
 
 
 def test_a_file_is_no_folder_to_write_to(tmp_path: Path) -> None:

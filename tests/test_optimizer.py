@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pml.optimizer import make_adamw, skip_if_empty
+from pml.optimizer import make_adamw, skip_step_without_weight
 
 
 @pytest.mark.parametrize("one_kernel", [False, True])
@@ -19,7 +19,7 @@ def test_a_step_without_weight_is_counted_and_leaves_parameter_momentum_and_step
     seen = []
     for budget in (3.0, 0.0, 0.0, 2.0):
         parameter.grad = torch.tensor([1.0, -1.0]) * (budget > 0)
-        skipped = skipped + skip_if_empty(optimizer, torch.tensor(budget))
+        skipped = skipped + skip_step_without_weight(optimizer, torch.tensor(budget))
         optimizer.step()
         state = optimizer.state[parameter]
         seen.append([parameter.tolist(), state["exp_avg"].tolist(), float(state["step"])])

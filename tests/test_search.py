@@ -14,7 +14,7 @@ from pml.commands.search import _table
 from pml.errors import InputError
 from pml.grid import Cell
 from pml.records import read_record, read_records
-from pml.search import Candidate, Choice, SearchGrid, budgets, read_search, run_search
+from pml.search import Candidate, CellResult, SearchGrid, budgets, read_search, run_search
 from pml.sweep import Outcome
 from tests import fits  # one thread, which makes runs comparable bit for bit
 
@@ -131,7 +131,7 @@ def test_the_table_has_a_gap_for_a_budget_that_the_next_best_did_not_have() -> N
         {"base": "base.yaml", "out": "out", "grid": {RANK: [1]}, "search": {RATE: [0.1, 0.2]}, "epochs": [2, 4, 8]}
     )
     best = Candidate(settings={RATE: 0.1}, final_loss={2: 3.0, 8: 1.0})
-    choice = Choice(
+    choice = CellResult(
         cell={RANK: 1}, chosen={RATE: 0.1}, failed=False, at_the_edge=[], folder=Path("out"), candidates=[best]
     )
     assert list(_table(grid, [choice]).rows[0]) == ["1", "0.1", "3.000", "-", "1.000"]

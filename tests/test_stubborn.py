@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pml.last_seen import Standing
+from pml.last_seen import TokenStates
 from pml.stubborn import stubborn_table, visible_text
 from pml.tables import markdown_table, markdown_text
 
@@ -27,7 +27,7 @@ def test_text_is_data(text: str, shown: str) -> None:
 
 
 def test_the_weakest_come_first_with_neighbours_and_what_wins_instead() -> None:
-    standing = Standing(
+    standing = TokenStates(
         probability=np.array([0.9, 0.1, np.nan, 0.4], dtype=np.float32),
         correct=np.array([True, False, False, True]),
         margin=np.array([3.0, -1.5, np.nan, np.nan], dtype=np.float32),

@@ -132,7 +132,7 @@ def test_a_table_of_text_shows_its_title_its_values_and_its_note() -> None:
 
 
 def test_columns_that_nothing_is_known_of_are_left_out_and_words_stay_words() -> None:
-    table = TextTable("t", ("a", "b", "c"), [("1", "-", "x"), ("-", "-", "y")], words=(1, 2)).known()
+    table = TextTable("t", ("a", "b", "c"), [("1", "-", "x"), ("-", "-", "y")], words=(1, 2)).without_empty_columns()
     assert (table.columns, table.rows, table.words) == (["a", "c"], [["1", "x"], ["-", "y"]], [1])
 
 

@@ -8,15 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pml.errors import InputError
-from pml.last_seen import Standing
+from pml.last_seen import TokenStates
 from pml.token_history import HISTORY_NAME, HistoryRecorder, read_history
 
 
-def standing(*p: float) -> Standing:
+def standing(*p: float) -> TokenStates:
     probability = np.array(p, dtype=np.float32)
     margin = np.where(probability > 0.5, probability, np.nan).astype(np.float32)
     nobody = np.full(len(p), -1)
-    return Standing(probability, probability > 0.3, margin, nobody.astype(np.int32), nobody)
+    return TokenStates(probability, probability > 0.3, margin, nobody.astype(np.int32), nobody)
 
 
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ SHORT = 34
 
 
 @dataclass(frozen=True)
-class Asked:
+class CertifyRequest:
     """An adapter and the pairs to certify."""
 
     backbone: str
@@ -61,7 +61,7 @@ class Decoding:
 
 
 @dataclass
-class Found:
+class CertifyResult:
     """What was measured.
 
     Attributes:
@@ -119,7 +119,7 @@ def run(args: jsonargparse.Namespace) -> int:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}; expected at least 1 {what}")
     asked = _run_to_certify(args) if args.run is not None else _adapter_to_certify(args)
-    found = Found()
+    found = CertifyResult()
     for dtype in dict.fromkeys([asked.dtype, *args.dtypes]):
         model = load_adapter(load_backbone(asked.backbone, dtype), asked.adapter).eval().to(best_device())
         # The run's own dtype comes first; rounding in the others is measured against its margins.
@@ -138,7 +138,7 @@ def run(args: jsonargparse.Namespace) -> int:
     return 0 if all(known.verdict == "certain" for known in found.certificates) else 1
 
 
-def _run_to_certify(args: jsonargparse.Namespace) -> Asked:
+def _run_to_certify(args: jsonargparse.Namespace) -> CertifyRequest:
     from pml.run_folder import run_folder
     from pml.runs import open_run
 
@@ -147,13 +147,13 @@ def _run_to_certify(args: jsonargparse.Namespace) -> Asked:
     encoder = data.encoder(module.tokenizer)
     name, dtype, examples = module.backbone.name, module.dtype_name, data.corpus.examples[: args.limit]
     module.release()
-    return Asked(name, dtype, folder / "adapter", examples, encoder)
+    return CertifyRequest(name, dtype, folder / "adapter", examples, encoder)
 
 
-def _adapter_to_certify(args: jsonargparse.Namespace) -> Asked:
+def _adapter_to_certify(args: jsonargparse.Namespace) -> CertifyRequest:
     backbone = args.backbone or base_of(args.adapter)
     _, corpus, encoder = read_facts(args.data, backbone)
-    return Asked(backbone, "float32", args.adapter, corpus.examples[: args.limit], encoder)
+    return CertifyRequest(backbone, "float32", args.adapter, corpus.examples[: args.limit], encoder)
 
 
 def _least_certain(certificates: "Sequence[PairCertificate]", tokens: int) -> "list[Example]":
@@ -173,7 +173,7 @@ def _decoded(model: Any, examples: "Sequence[Example]", dtype: str) -> Iterator[
             yield Decoding(dtype, batch_size, cache, len(examples), exact)
 
 
-def _print(asked: Asked, found: Found, show: int) -> None:
+def _print(asked: CertifyRequest, found: CertifyResult, show: int) -> None:
     from pml.tables import TextTable, rich_table
 
     certificates, rounding = found.certificates, found.rounding
@@ -222,7 +222,7 @@ def _print(asked: Asked, found: Found, show: int) -> None:
     sys.stdout.flush()
 
 
-def _plain(asked: Asked, found: Found) -> dict[str, Any]:
+def _plain(asked: CertifyRequest, found: CertifyResult) -> dict[str, Any]:
     return {
         "adapter": str(asked.adapter),
         "backbone": asked.backbone,

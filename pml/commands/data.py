@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pml.corpus import Corpus, Example
     from pml.modules import Memorization
 
-__all__ = ["configure", "run", "separate"]
+__all__ = ["configure", "run", "split_arguments"]
 
 OWN_FLAGS = ("--loss", "--json", "--help", "-h")
 OWN_VALUES = ("--show",)
@@ -51,7 +51,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
 
 
-def separate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split arguments into the command's own and the keys of `pml fit`, each with their values."""
     own: list[str] = []
     keys: list[str] = []

@@ -17,7 +17,7 @@ from pml.escape import say, say_json
 
 if TYPE_CHECKING:
     from pml.grid import Cell
-    from pml.search import Choice, SearchGrid
+    from pml.search import CellResult, SearchGrid
     from pml.tables import TextTable
 
 __all__ = ["configure", "run"]
@@ -76,7 +76,7 @@ def run(args: jsonargparse.Namespace) -> int:
     return 1 if failed or diverged else 0
 
 
-def _table(grid: "SearchGrid", choices: "list[Choice]") -> "TextTable":
+def _table(grid: "SearchGrid", choices: "list[CellResult]") -> "TextTable":
     from pml.tables import TextTable, show_loss
 
     keys = list(dict.fromkeys(key for part in grid.grid for key in part))

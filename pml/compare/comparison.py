@@ -8,12 +8,12 @@ from typing import Any, Final
 import numpy as np
 
 from pml.compare.difference import Difference, paired_difference
-from pml.compare.outcomes import OUTCOMES, Outcome, outcomes_of
+from pml.compare.outcomes import OUTCOMES, Outcome, measure_outcomes
 from pml.compare.pairs import TOLERANCE, LeftOut, Pair, find_pairs
 from pml.errors import InputError
 from pml.groups import method_name, setting_of, training_of
 from pml.records import Record
-from pml.tables import numbers_first
+from pml.tables import setting_order
 
 __all__ = ["Comparison", "MethodMeans", "compare"]
 
@@ -129,9 +129,9 @@ def compare(
     parts: dict[str, dict[Path, Record]] = {}
     for path, record in records.items():
         parts.setdefault(repr(setting_of(record, by)) if by else "", {})[path] = record
-    values = {path: outcomes_of(path, record) for path, record in records.items() if record.status == "finished"}
+    values = {path: measure_outcomes(path, record) for path, record in records.items() if record.status == "finished"}
     comparisons = [_comparison(part, values, first, by, tolerance, confidence) for part in parts.values()]
-    comparisons.sort(key=lambda comparison: [numbers_first(value) for value in comparison.where.values()])
+    comparisons.sort(key=lambda comparison: [setting_order(value) for value in comparison.where.values()])
     if not any(comparison.differences for comparison in comparisons):
         reasons = sorted({left.reason for comparison in comparisons for left in comparison.left_out})
         others = f"; and {len(reasons) - 2} more" if len(reasons) > 2 else ""

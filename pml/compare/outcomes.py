@@ -12,7 +12,7 @@ from pml.errors import InputError
 from pml.records import Record
 from pml.token_results import TOKENS_NAME, first_positions, read_tokens
 
-__all__ = ["OUTCOMES", "Outcome", "outcomes_of"]
+__all__ = ["OUTCOMES", "Outcome", "measure_outcomes"]
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,6 @@ OUTCOMES = (
 """Certain: p > 0.5 at every token, so greedy decoding cannot miss it. Right: the argmax under teacher forcing."""
 
 
-def outcomes_of(folder: Path, record: Record) -> dict[str, float | None]:
+def measure_outcomes(folder: Path, record: Record) -> dict[str, float | None]:
     """Outcomes of a run by the names in `OUTCOMES`; None where not measured."""
     return {outcome.name: outcome.of(folder, record) for outcome in OUTCOMES}

@@ -2,13 +2,14 @@
 
 from pml.figures.law import agreement_figure, law_figure, map_figures, reduction_figure, residual_figure
 from pml.figures.recall import first_failure_figure, recall_figure
-from pml.figures.style import png_bytes, save_figure, settle, svg_data_uri
+from pml.figures.style import freeze_layout, png_bytes, save_figure, svg_data_uri
 from pml.figures.training import Curves, learning_figure, phases_figure
 
 __all__ = [
     "Curves",
     "agreement_figure",
     "first_failure_figure",
+    "freeze_layout",
     "law_figure",
     "learning_figure",
     "map_figures",
@@ -18,6 +19,5 @@ __all__ = [
     "reduction_figure",
     "residual_figure",
     "save_figure",
-    "settle",
     "svg_data_uri",
 ]

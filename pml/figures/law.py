@@ -12,14 +12,14 @@ from pml.figures.heat_map import Shade, Values, draw_heat_map, is_grid, over_gri
 from pml.figures.style import (
     INK,
     PAPER,
-    Looks,
+    Styles,
     canvas,
     legend_below,
     literal,
     logarithmic,
-    looks_of,
     new_figure,
     point,
+    styles_of,
 )
 from pml.law import LawFit, saturated
 
@@ -114,7 +114,7 @@ def residual_figure(fit: LawFit) -> Figure:
 
     The shaded band is one root mean squared error on either side; a law that holds leaves no trend.
     """
-    looks = looks_of(sorted({run.target_tokens for run, _ in fit.used}))
+    looks = styles_of(sorted({run.target_tokens for run, _ in fit.used}))
     with new_figure(5.2, rows=2, sharey=True) as (figure, panels):
         for axes, field in zip(panels, NAMES, strict=True):
             axes.axhspan(-fit.best.rmse_nats, fit.best.rmse_nats, color="#EEEEEE", zorder=0)
@@ -131,7 +131,7 @@ def _draw_reduction(axes: Axes, fit: LawFit, by: By) -> list[Line2D]:
     """Draw `reduction_figure` and return the legend handles."""
     along, other = AXES[by]
     runs = fit.observations
-    looks = looks_of(sorted({getattr(run, other) for run in runs}))
+    looks = styles_of(sorted({getattr(run, other) for run in runs}))
     at = sorted({getattr(run, along) for run in runs})
     everywhere = np.geomspace(at[0], at[-1], 200)
     for value, (colour, _) in looks.items() if fit.predicts_ranks else ():
@@ -156,7 +156,7 @@ def _draw_reduction(axes: Axes, fit: LawFit, by: By) -> list[Line2D]:
     return _handles(fit, looks)
 
 
-def _handles(fit: LawFit, looks: Looks) -> list[Line2D]:
+def _handles(fit: LawFit, looks: Styles) -> list[Line2D]:
     """Legend handles: one per value, and one for hollow markers if any run is saturated."""
     lines = [Line2D([], [], color=c, marker=m, markersize=6, label=f"{value:,}") for value, (c, m) in looks.items()]
     hollow = Line2D([], [], **point((INK, "o"), is_hollow=True, size=7))
@@ -177,7 +177,7 @@ def _logarithmic_losses(axes: Axes, measured: list[float]) -> None:
 
 def _draw_agreement(axes: Axes, fit: LawFit) -> list[Line2D]:
     """Draw predicted (given each run's own initial loss) against measured, and return the legend handles."""
-    looks = looks_of(sorted({run.target_tokens for run in fit.observations}))
+    looks = styles_of(sorted({run.target_tokens for run in fit.observations}))
     values = [run.loss_reduction for run in fit.observations] + [predicted for _, predicted in fit.used]
     span = max(values) - min(values)
     # Without a ceiling, predictions for saturated runs may be so large that they would squeeze the other points.

@@ -12,14 +12,14 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from pml.figures.style import (
     INK,
     PAPER,
-    Looks,
+    Styles,
     dashes,
     legend_below,
     literal,
     logarithmic,
-    looks_of,
     new_figure,
     percent_axis,
+    styles_of,
 )
 from pml.records import Record
 from pml.token_results import FirstPositions, RankCorrelation
@@ -46,7 +46,7 @@ def recall_figure(methods: Mapping[str, Iterable[Record]], measure: Measure) -> 
     ranks = sorted({record.rank for record in everything})
     if len(ranks) < 2:
         return None
-    looks = looks_of(runs)
+    looks = styles_of(runs)
     columns = min(2, len(lengths))
     rows = -(-len(lengths) // columns)
     height = 3.6 if columns == 1 else 1.0 + 1.8 * rows
@@ -112,7 +112,9 @@ def first_failure_figure(positions: FirstPositions, correlation: RankCorrelation
     return figure
 
 
-def _draw_recall(axes: Axes, runs: Mapping[str, Sequence[Record]], length: int, measure: Measure, looks: Looks) -> None:
+def _draw_recall(
+    axes: Axes, runs: Mapping[str, Sequence[Record]], length: int, measure: Measure, looks: Styles
+) -> None:
     for i, (method, records) in enumerate(runs.items()):
         colour, marker = looks[method]
         values: dict[int, list[float]] = {}

@@ -21,19 +21,19 @@ __all__ = [
     "INK",
     "MARKERS",
     "PAPER",
-    "Looks",
+    "Styles",
     "canvas",
     "dashes",
+    "freeze_layout",
     "legend_below",
     "literal",
     "logarithmic",
-    "looks_of",
     "new_figure",
     "percent_axis",
     "png_bytes",
     "point",
     "save_figure",
-    "settle",
+    "styles_of",
     "svg_data_uri",
     "thinned_labels",
 ]
@@ -47,7 +47,7 @@ GRID = "#E4E4E4"
 # On a phone, where a figure fills the width of the page, this makes its letters as large as the text around it.
 WIDTH_INCHES = 4.7
 
-Looks = dict[Any, tuple[str, str]]
+Styles = dict[Any, tuple[str, str]]
 """A colour and a marker for each value that a figure tells apart."""
 
 
@@ -86,7 +86,7 @@ def new_figure(height: float = 3.9, rows: int = 1, columns: int = 1, **options: 
         yield figure, figure.subplots(rows, columns, **options)
 
 
-def looks_of(values: Iterable[Any]) -> Looks:
+def styles_of(values: Iterable[Any]) -> Styles:
     """A colour and a marker for each value, in order."""
     ordered = list(values)
     if len(ordered) <= len(FEW_COLOURS):
@@ -163,7 +163,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def settle(figure: Figure) -> None:
+def freeze_layout(figure: Figure) -> None:
     """Lay out the figure once, so that writing it in several formats does not repeat the work."""
     figure.draw_without_rendering()
     figure.set_layout_engine(None)

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter, SymmetricalLogLocator
 
-from pml.figures.style import PAPER, dashes, legend_below, literal, looks_of, new_figure, percent_axis
+from pml.figures.style import PAPER, dashes, legend_below, literal, new_figure, percent_axis, styles_of
 
 __all__ = ["Curves", "learning_figure", "phases_figure"]
 
@@ -74,7 +74,7 @@ def learning_figure(groups: Mapping[str, list[Curves]], title: str) -> Figure | 
     every = [run for runs in groups.values() for run in runs]
     if not every:
         return None
-    looks = looks_of(groups)
+    looks = styles_of(groups)
     faint = 1.0 if len(every) <= len(groups) else 0.6
     with new_figure(5.3, rows=2, sharex=True) as (figure, (above, below)):
         for i, (name, runs) in enumerate(groups.items()):

@@ -32,13 +32,13 @@ from pml.law.observations import (
     unconverged,
 )
 from pml.law.schema import Estimate, FormFit, HeldOut, RunDraws, percentiles
-from pml.law.texts import OTHER_KIND
+from pml.law.texts import MAX_LOSS_DEVIATION
 
 __all__ = [
     "CRITICAL_LOSS",
     "FORMS",
     "LAW_NAME",
-    "OTHER_KIND",
+    "MAX_LOSS_DEVIATION",
     "Equation",
     "Estimate",
     "FormFit",

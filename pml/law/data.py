@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pml.law.forms import AdapterSize, Array, Form, Points
 from pml.law.observations import Observation, saturated
 
-__all__ = ["Data", "data_of", "weights"]
+__all__ = ["Data", "make_data", "weights"]
 
 # Losses are float32, so a smaller variance among replicates (in nats squared) is rounding.
 SMALLEST_VARIANCE = 1e-12
@@ -48,7 +48,7 @@ class Data:
         return self if form.saturating else self.at(self.unsaturated)
 
 
-def data_of(runs: Sequence[Observation], adapter_size: AdapterSize) -> Data:
+def make_data(runs: Sequence[Observation], adapter_size: AdapterSize) -> Data:
     """Convert runs to arrays."""
     tokens = np.array([run.target_tokens for run in runs], dtype=np.float64)
     parameters = np.array([run.effective_parameters or math.nan for run in runs], dtype=np.float64)

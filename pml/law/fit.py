@@ -11,7 +11,7 @@ import numpy as np
 
 from pml.errors import InputError
 from pml.groups import shared_setting
-from pml.law.data import Data, data_of
+from pml.law.data import Data, make_data
 from pml.law.diagnostics import warnings_of
 from pml.law.forms import FORMS, POSITIVE, SHARPNESS_RANGE, AdapterSize, Array, FormName
 from pml.law.intervals import (
@@ -27,9 +27,9 @@ from pml.law.law_fit import LawFit
 from pml.law.least_squares import Solution, solve, to_theta
 from pml.law.observations import Observation, observations_from_records, saturated, usable
 from pml.law.schema import Estimate, FormFit, percentiles
-from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms, shortfall
-from pml.law.texts import texts_of
-from pml.recall_model import RecallModel, recall_of
+from pml.law.selection import PUBLISHED, aicc, held_out, rank_forms, why_undetermined
+from pml.law.texts import collect_texts
+from pml.recall_model import RecallModel, fit_recall_from_folders
 from pml.records import Record
 
 __all__ = ["fit_law", "law_of_records"]
@@ -77,11 +77,11 @@ def fit_law(
     counts = Counter[str](run.reason for run in left_out) + Counter({"saturated": sum(map(saturated, kept))})
     others = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "none left out"
     context = f"of {len(kept) + len(left_out)} runs ({others})"
-    missing = {name: shortfall(kind, kept, adapter_size, context) for name, kind in FORMS.items()}
+    missing = {name: why_undetermined(kind, kept, adapter_size, context) for name, kind in FORMS.items()}
     possible = [name for name, reason in missing.items() if reason is None]
     if not possible or (form is not None and form not in possible):
         raise InputError(missing[form or PUBLISHED] or "")
-    data = data_of(kept, adapter_size)
+    data = make_data(kept, adapter_size)
     solutions = {
         name: found for name in possible if (found := solve(FORMS[name], data.used_by(FORMS[name]))) is not None
     }
@@ -116,7 +116,7 @@ def law_of_records(
 
     Takes the arguments of `fit_law` and `observations_from_records`.
     """
-    recall, damaged = recall_of(path for path, record in records.items() if record.status == "finished")
+    recall, damaged = fit_recall_from_folders(path for path, record in records.items() if record.status == "finished")
     runs, setting = observations_from_records(records, adapter_size), shared_setting(records, adapter_size)
     law = fit_law(runs, setting, form=form, adapter_size=adapter_size, recall=recall)
     return law.model_copy(update={"warnings": [*law.warnings, *damaged]})
@@ -130,7 +130,7 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
     noise = noise_of(residual, data, grouped_by, nvarys)
     is_power = form.offset != "varies" or any(abs(solution.values[x]) >= SMALL_EXPONENT for x in ("alpha", "beta"))
 
-    texts, sensitivity = texts_of(everything.runs), form.sensitivity(solution.values, data.points)
+    texts, sensitivity = collect_texts(everything.runs), form.sensitivity(solution.values, data.points)
     below, of_run = data.unsaturated, texts.of_run[everything.unsaturated | form.saturating]
     effect = texts.effect(residual[below], sensitivity[below], of_run[below])
     beyond_text = residual - effect * sensitivity * texts.initial_loss_residuals[of_run]

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from scipy.stats import norm
 
-from pml.law.data import data_of
+from pml.law.data import make_data
 from pml.law.forms import FORMS, AdapterSize, Array, Points
 from pml.law.intervals import bootstrap, choose_groups, noise_of, t_over_z
 from pml.law.least_squares import Solution, to_natural
 from pml.law.observations import Observation
 from pml.law.schema import FormFit, RunDraws
-from pml.law.texts import OTHER_KIND, Texts, texts_of
+from pml.law.texts import MAX_LOSS_DEVIATION, Texts, collect_texts
 
 __all__ = ["Predictor"]
 
@@ -42,7 +42,7 @@ class Predictor:
     @cached_property
     def texts(self) -> Texts:
         """The texts of the runs."""
-        return texts_of(self.observations)
+        return collect_texts(self.observations)
 
     def mean(self, points: Points) -> Array:
         """Loss reduction in nats per target token, `(n,)`."""
@@ -95,7 +95,7 @@ class Predictor:
         so the groups are chosen again.
         """
         form, fit = FORMS[self.fit.form], self.fit
-        data = data_of(self.observations, self.adapter_size)
+        data = make_data(self.observations, self.adapter_size)
         residuals = self.texts.initial_loss_residuals[self.texts.of_run]
         effect = fit.text_effect * form.sensitivity(fit.values, data.points) * residuals
         data = replace(data, measured=data.measured - effect).used_by(form)
@@ -111,7 +111,9 @@ class Predictor:
         if text_effect == 0.0:
             return found
         expected = self.texts.expected_initial_loss(points.target_tokens)
-        residual = np.clip(points.initial_loss - expected, -OTHER_KIND * expected, OTHER_KIND * expected)
+        residual = np.clip(
+            points.initial_loss - expected, -MAX_LOSS_DEVIATION * expected, MAX_LOSS_DEVIATION * expected
+        )
         return np.asarray(found + text_effect * form.sensitivity(values, points) * residual)
 
     def _evaluate_draws(self, laws: int, points: Points) -> Array:

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pml.law.data import Data, data_of
+from pml.law.data import Data, make_data
 from pml.law.forms import FORMS, AdapterSize, Array, Form, FormName
 from pml.law.intervals import between_group_squares
 from pml.law.least_squares import solve
 from pml.law.observations import Observation, saturated
 from pml.law.schema import FACTORS, Factor, FormFit, HeldOut
 
-__all__ = ["PUBLISHED", "aicc", "held_out", "held_out_error", "rank_forms", "shortfall"]
+__all__ = ["PUBLISHED", "aicc", "held_out", "held_out_error", "rank_forms", "why_undetermined"]
 
 PUBLISHED: FormName = "power_offset"
 # Smallest spread of the loss reduction, in nats, that float32 losses can show.
@@ -27,7 +27,9 @@ CLOSE_FACTOR = 1.5
 FEWEST_HELD_OUT = 4
 
 
-def shortfall(form: Form, runs: Sequence[Observation], adapter_size: AdapterSize, context: str = "") -> str | None:
+def why_undetermined(
+    form: Form, runs: Sequence[Observation], adapter_size: AdapterSize, context: str = ""
+) -> str | None:
     """Why runs do not determine a form (a number is unknown, or they are too few or too alike), and what to do.
 
     Args:
@@ -107,9 +109,9 @@ def held_out(form: Form, data: Data, adapter_size: AdapterSize) -> list[HeldOut]
         # Nothing held out may leak into the prediction: neither saturated runs at the largest level or beyond, nor the
         # spread of replicates there, towards which the weights of the others would be shrunk.
         rest = [run for run, level in zip(data.runs, levels, strict=True) if level < known[-1]]
-        kept = data_of(rest, adapter_size).used_by(form)
+        kept = make_data(rest, adapter_size).used_by(form)
         error = math.nan
-        if shortfall(form, kept.runs, adapter_size) is None and (solution := solve(form, kept)) is not None:
+        if why_undetermined(form, kept.runs, adapter_size) is None and (solution := solve(form, kept)) is not None:
             error = 100.0 * float(np.mean(np.abs(form.evaluate(solution.values, held.points) / held.measured - 1.0)))
         mape = error if math.isfinite(error) else None
         found.append(HeldOut(factor=factor, value=int(known[-1]), runs=len(held.runs), mape_percent=mape))

@@ -17,9 +17,9 @@ from pml.law.forms import Array
 from pml.law.intervals import t_over_z, t_quantile
 from pml.law.observations import Observation, numbered
 
-__all__ = ["FEWEST_TEXTS", "OTHER_KIND", "Texts", "texts_of"]
+__all__ = ["FEWEST_TEXTS", "MAX_LOSS_DEVIATION", "Texts", "collect_texts"]
 
-OTHER_KIND: Final = 0.1
+MAX_LOSS_DEVIATION: Final = 0.1
 """A text is of another kind if the frozen model's loss differs from the expected one by a larger share.
 
 Texts of one kind differ by less: texts of random tokens of one length by up to 5 %.
@@ -119,7 +119,7 @@ class Texts:
         return np.asarray(np.clip(logs, self.log_lengths.min(), self.log_lengths.max()) - self.log_lengths.mean())
 
 
-def texts_of(runs: Sequence[Observation]) -> Texts:
+def collect_texts(runs: Sequence[Observation]) -> Texts:
     """Collect the texts of runs."""
     labels = [run.text_label for run in runs]
     of_run = numbered(labels)

@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from pml.figures import png_bytes, settle, svg_data_uri
+from pml.figures import freeze_layout, png_bytes, svg_data_uri
 from pml.law import Equation
 from pml.tables import TextTable
 
@@ -63,7 +63,7 @@ def draw(name: str, title: str, caption: str, alt: str, figure: Figure | None) -
     """A list with the panel of this figure; an empty list for None, when the runs have nothing to show."""
     if figure is None:
         return []
-    settle(figure)
+    freeze_layout(figure)
     return [Panel(name, title, caption, alt, svg_data_uri(figure), png_bytes(figure))]
 
 

@@ -15,7 +15,7 @@ from pml.records import Record
 from pml.report.law_part import law_part
 from pml.report.parts import Panel, Section, count, draw, shown, spans
 from pml.report.training import training_part
-from pml.tables import TextTable, numbers_first, show_loss, show_percent
+from pml.tables import TextTable, setting_order, show_loss, show_percent
 
 __all__ = ["Study", "laws_by_name", "make_studies"]
 
@@ -54,7 +54,7 @@ def make_studies(groups: list[Group]) -> list[Study]:
     for group in groups:
         settings.setdefault(repr(group.setting), []).append(group)
     names = differing(groups)
-    ordered = sorted(settings.values(), key=lambda same: [numbers_first(same[0].setting.get(name)) for name in names])
+    ordered = sorted(settings.values(), key=lambda same: [setting_order(same[0].setting.get(name)) for name in names])
     # SFT comes first, since the other methods are compared with it.
     return [
         _study(i + 1, sorted(same, key=lambda group: (group.method != "SFT", group.method)), names)
@@ -205,7 +205,7 @@ def _runs(groups: list[Group], observations: Mapping[str, list[Observation]], la
         "targets that greedy decoding returns."
         + (" Saturated: final loss at most ln 2, so that the text limits the run, not the adapter." if laws else ""),
         small=True,
-    ).known()
+    ).without_empty_columns()
 
 
 def _side_effects(groups: list[Group]) -> list[TextTable]:

@@ -19,7 +19,7 @@ from pml.errors import InputError
 from pml.escape import shortened
 from pml.figures import Curves, first_failure_figure, learning_figure, phases_figure
 from pml.groups import short_method_names
-from pml.last_seen import Standing
+from pml.last_seen import TokenStates
 from pml.records import Record
 from pml.report.parts import Panel, Section, count, draw, spans
 from pml.stubborn import stubborn_table, visible_text
@@ -238,7 +238,7 @@ def _stubborn_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
     for method, (record, _, history) in examples.items():
         ids, starts = np.unique(history.example_id, return_index=True)
         sampled = sampled or _sampled(len(ids), record.pairs)
-        last = Standing(
+        last = TokenStates(
             probability=history.probability[-1],
             correct=history.correct[-1],
             margin=history.margin[-1],
@@ -254,7 +254,7 @@ def _stubborn_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
             ("method", *table.columns[1:]),
             f"The tokens with the smallest probability p at the end of the run.{sampled}",
         )
-        yield replace(table, columns=columns, rows=rows, words=(0, 1), note=note).known()
+        yield replace(table, columns=columns, rows=rows, words=(0, 1), note=note).without_empty_columns()
 
 
 def _first_right(history: History, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -23,7 +23,7 @@ from pml.adapter import AdapterConfig, adapter_for
 from pml.backbone import load_backbone
 from pml.devices import best_device
 from pml.guard import GuardConfig
-from pml.memorizing import most_epochs
+from pml.memorizing import epoch_limit
 from pml.storage import plan_rank
 from pml.storage_constants import read_constants
 
@@ -102,7 +102,7 @@ def main(folder: Path, constants: Path | None, draw: int, own_names: bool) -> No
         path.write_text("".join(json.dumps({"query": q, "target": t}) + "\n" for q, t in rows))
         corpus = Facts(str(path)).build(backbone.tokenizer, backbone.vocab_size)
         adapter = adapter_for(backbone, None, AdapterConfig.block, GuardConfig())
-        plan = plan_rank(backbone, corpus.examples, adapter, read_constants(constants))
+        plan = plan_rank(backbone, corpus, adapter, read_constants(constants))
         plans[name] = plan.model_dump(mode="json")
         print(f"{name}: {plan.target_tokens} tokens, {plan.bits_to_store:.0f} bits: rank {plan.rank}")
         ranks = sorted({plan.rank, max(1, plan.rank // 2)}, reverse=True)
@@ -110,7 +110,7 @@ def main(folder: Path, constants: Path | None, draw: int, own_names: bool) -> No
             {
                 "data.init_args.path": [str(path)],
                 "model.init_args.adapter.rank": ranks,
-                "trainer.max_epochs": [most_epochs(plan.pairs, "falling")],
+                "trainer.max_epochs": [epoch_limit(plan.pairs, "falling")],
             }
         )
     (folder / "plans.json").write_text(json.dumps(plans, indent=1))
