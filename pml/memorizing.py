@@ -9,7 +9,6 @@ If some token is not certain after the steps of one attempt, the rank doubles. T
 smaller one: A gets fresh rows, and B gets columns of zeros.
 """
 
-import json
 import logging
 import math
 import time
@@ -34,6 +33,7 @@ from pml.decoding import plain_decoding
 from pml.default_backbone import DEFAULT_BACKBONE
 from pml.devices import best_device
 from pml.errors import InputError
+from pml.given_pairs import checked_pairs, file_with
 from pml.growing import grow, largest_rank, weights_of
 from pml.guard import GuardConfig
 from pml.kl_penalty import KlPenaltyConfig
@@ -49,8 +49,6 @@ from pml.weighting import FallingThreshold
 __all__ = ["Memorized", "Settings", "memorize"]
 
 log = logging.getLogger(__name__)
-
-PAIRS_NAME = "pairs.jsonl"
 
 PER_STEP = 4
 """Pairs per optimiser step: many small steps beat few large ones."""
@@ -199,25 +197,22 @@ def memorize(
         raise InputError(f"{folder} is a file; expected a folder to write into")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise InputError(f"{folder} is not an empty folder; choose another one, or pass overwrite")
-    path = _file_of(pairs, folder)
+    given = checked_pairs(pairs)
     with shared_backbones():
         backbone = load_backbone(chosen.backbone, chosen.dtype)
         backbone.model.to(best_device())  # type: ignore[arg-type]  # the wrapper has lost its signature
-        data = import_module("data_modules").Facts(
-            str(path),
-            query_column=chosen.query_column,
-            target_column=chosen.target_column,
-            batch_size=PER_STEP,
-            seed=chosen.seed,
-        )
-        corpus = data.build(backbone.tokenizer, backbone.vocab_size, backbone.max_positions)
-        adapter = adapter_for(backbone, chosen.placement, chosen.block, chosen.guard)
-        plan = _planned(chosen, backbone, corpus, adapter)
-        if chosen.rank is not None:
-            rank = chosen.rank
-        else:
-            assert plan is not None
-            rank = max(plan.rank, min(MIN_RANK, size_of_rank(backbone, adapter).largest_rank))
+        with file_with(given, folder) as path:
+            data = import_module("data_modules").Facts(
+                str(path),
+                query_column=chosen.query_column,
+                target_column=chosen.target_column,
+                batch_size=PER_STEP,
+                seed=chosen.seed,
+            )
+            corpus = data.build(backbone.tokenizer, backbone.vocab_size, backbone.max_positions)
+            adapter = adapter_for(backbone, chosen.placement, chosen.block, chosen.guard)
+            plan = _planned(chosen, backbone, corpus, adapter)
+        rank = _first_rank(chosen, plan, backbone, adapter)
         if on_plan is not None:
             on_plan(corpus, plan, rank)
         module = _train(chosen, replace(adapter, rank=rank), plan, data, folder, on_progress)
@@ -233,6 +228,14 @@ def memorize(
     with whole_file(made.adapter / CARD_NAME) as file:
         file.write(model_card(record, corpus, encoder, plain, served).encode())
     return made
+
+
+def _first_rank(chosen: Settings, plan: RankPlan | None, backbone: Backbone, adapter: AdapterConfig) -> int:
+    """The rank that training begins at."""
+    if chosen.rank is not None:
+        return chosen.rank
+    assert plan is not None
+    return max(plan.rank, min(MIN_RANK, size_of_rank(backbone, adapter).largest_rank))
 
 
 def _certified(module: Memorization, corpus: Corpus) -> list[PairCertificate]:
@@ -362,22 +365,3 @@ class _ProgressReporter(Callback):
         self._parts.clear()
         steps = int(trainer.estimated_stepping_batches)
         self._tell(Progress(self._rank, trainer.global_step, steps, certain / tokens, loss / tokens))
-
-
-def _file_of(pairs: Any, folder: Path) -> Path:
-    """Path of the file with the pairs; pairs given in Python are written into the folder first."""
-    if isinstance(pairs, (str, Path)):
-        return Path(pairs)
-    rows = list(pairs.items() if isinstance(pairs, Mapping) else pairs)
-    if not rows:
-        raise InputError("pairs is empty; expected at least one query with its target")
-    for row in rows:
-        if not (isinstance(row, (tuple, list)) and len(row) == 2):
-            raise InputError(f"pairs has {row!r}; expected tuples of a query and a target")
-        for text in row:
-            if not isinstance(text, str) or not text or text != text.encode(errors="ignore").decode():
-                raise InputError(f"pairs has {row!r}; expected text that is not empty and has no lone surrogate")
-    with whole_file(folder / PAIRS_NAME) as file:
-        for query, target in rows:
-            file.write(json.dumps({"query": query, "target": target}, ensure_ascii=False).encode() + b"\n")
-    return folder / PAIRS_NAME
