@@ -165,8 +165,8 @@ def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
         # A run may have stopped because it recalled; an interrupted run did not use its budget.
         if record.steps_to_recall is None and record.status == "finished":
             steps.setdefault((record.target_tokens, record.pairs), set()).add(record.optimizer_steps)
-    if any(len(of_size) > 1 for of_size in steps.values()):
-        found["optimizer_steps"] = sorted(set().union(*steps.values()))
+    if differing_steps := [of_size for of_size in steps.values() if len(of_size) > 1]:
+        found["optimizer_steps"] = sorted(set().union(*differing_steps))
     return found
 
 

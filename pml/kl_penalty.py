@@ -103,7 +103,7 @@ class KlPenalty:
         seed: Seed of the order of the passages.
 
     Attributes:
-        passages: All passages in their order; a last group smaller than `config.passages` is never drawn.
+        passages: All passages in their order; of several groups, a last one below `config.passages` is never drawn.
     """
 
     def __init__(self, config: KlPenaltyConfig, backbone: Backbone, seed: int) -> None:

@@ -109,8 +109,8 @@ class StateStore:
             self._closed = before
 
     def put(self, key: bytes, tensors: tuple[Tensor, ...]) -> None:
-        """Keep tensors in the first place that has room; if none has, drop them and warn once."""
-        if self._closed:
+        """Keep tensors in the first place that has room; if none has, drop them and warn once. A kept key stays."""
+        if self._closed or key in self._entries:
             return
         size = sum(t.numel() * t.element_size() for t in tensors)
         for place, room in self._room.items():
