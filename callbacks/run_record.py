@@ -255,6 +255,8 @@ class RunRecord(Callback):
             # They belong to an earlier run, whose corpus is overwritten below.
             for name in (HELD_OUT_NAME, HISTORY_NAME):
                 (self.folder / name).unlink(missing_ok=True)
+            if self.grown_from is None:
+                (self.folder / RECORD_NAME).unlink(missing_ok=True)
         by_command = any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         write_configuration(self.folder, pl_module, datamodule, replace=self.overwrite and not by_command)
         write_corpus(self.folder / CORPUS_NAME, datamodule.corpus)

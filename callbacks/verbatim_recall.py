@@ -18,6 +18,7 @@ __all__ = ["VerbatimRecall"]
 
 log = logging.getLogger(__name__)
 
+CHECKPOINT_KEY = "pml_verbatim_recall"
 GENERATED_AT_ENDS = ("generated_exact_match",)
 
 
@@ -46,7 +47,7 @@ class VerbatimRecall(CorpusMetricCallback):
         """Result of the last greedy decoding; None before the first."""
         self.generated_at_step: int | None = None
         """The trainer's `global_step` at that time."""
-        self._validations = 0
+        self._validations = self._restored = 0
         self._ended = False
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -67,13 +68,20 @@ class VerbatimRecall(CorpusMetricCallback):
                 pl_module.log(f"test/{name}", value, rank_zero_only=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ended, self._validations = False, 0
+        self._ended, self._validations, self._restored = False, self._restored, 0
         self.generated = self.generated_at_step = None
         if trainer.global_step == 0 and (self.generate_at_end or self.generate_every):
             self._log_start(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._generate_at_end(trainer, pl_module)
+
+    # Not `state_dict`: with it, Lightning would refuse a second callback of this class beside the default one.
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CHECKPOINT_KEY] = self._validations
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._restored = checkpoint.get(CHECKPOINT_KEY, 0)
 
     def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
         """Measures by greedy decoding, if the current weights were decoded; see `pml.records.MeasuresForRecord`."""

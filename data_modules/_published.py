@@ -61,4 +61,10 @@ def read_long_context(path: Path, column: str) -> LongContextFile | None:
     if not isinstance(positions, list) or not all(type(position) is int for position in positions):
         raise InputError(f"{row.where}: 'noise_positions' is {short_repr(positions)}; expected a list of whole numbers")
     tokens = row.values.get("original_token_count")
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise InputError(
+            f"{row.where}: 'original_token_count' is {short_repr(tokens)}; expected a whole number above 0"
+        )
+    if len(set(positions)) < len(positions) or any(p < 0 or (tokens is not None and p >= tokens) for p in positions):
+        raise InputError(f"{row.where}: 'noise_positions' has a position twice or outside the text's tokens")
     return LongContextFile(text_in(row, "question"), text_in(row, "matching"), tokens, tuple(sorted(positions)))

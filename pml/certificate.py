@@ -161,7 +161,7 @@ def measure_rounding(
         margins: (tokens,) for each pair, from teacher forcing.
         most_tokens: Limit on the number of target tokens to decode.
     """
-    order = sorted(range(len(examples)), key=lambda i: float(margins[i].min()))
+    order = sorted(range(len(examples)), key=lambda i: float(margins[i].nan_to_num(nan=-math.inf).min()))
     known = dict(zip((e.example_id for e in examples), margins, strict=True))
     chosen, left = list[Example](), most_tokens
     for example in (examples[i] for i in order):

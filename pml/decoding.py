@@ -235,7 +235,8 @@ def _matching_prefix(model: Any, batch: Sequence[Example]) -> list[tuple[int, in
         logits = reader.read(ids[going, read : start + end - 1], end - done)
         targets = ids[going, start + done : start + end]
         own, other, rival = (t.squeeze(-1) for t in target_and_best_rival(logits, targets[..., None]))
-        certain = (own - other).abs() > doubt * torch.maximum(own.abs(), other.abs())
+        # Rounding goes by the largest logit of the row: the two compared may both be near 0.
+        certain = (own - other).abs() > doubt * torch.maximum(logits.amax(-1), -logits.amin(-1)).float()
         right = is_argmax(own - other, rival, targets)
         here = torch.arange(done, end, device=device) < lengths[going, None]
         stops = here & ~(right & certain)

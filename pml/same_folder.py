@@ -66,13 +66,21 @@ def logger_settings(asked: Any, run: Path, checkpoint: Mapping[str, Any]) -> Any
         run: Folder of the run.
         checkpoint: The checkpoint to resume from.
     """
+    known = list(checkpoint.get("pml_loggers", []))
     if isinstance(asked, list):
-        return [logger_settings(one, run, checkpoint) for one in asked]
+        return [_settings_of_one(one, run, checkpoint, known) for one in asked]
+    return _settings_of_one(asked, run, checkpoint, known)
+
+
+def _settings_of_one(asked: Any, run: Path, checkpoint: Mapping[str, Any], known: list[Mapping[str, Any]]) -> Any:
+    """Settings of one logger, which takes the first logger of its class from those that the checkpoint knows."""
     if not asked:
         return asked
     settings: dict[str, Any] = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger"} if asked is True else asked
     kind = str(settings["class_path"]).rpartition(".")[2]
-    before = next((one for one in checkpoint.get("pml_loggers", []) if one["class"] == kind), None)
+    before = next((one for one in known if one["class"] == kind), None)
+    if before is not None:
+        known.remove(before)
     arguments: dict[str, Any] = {}
     if kind in WITH_FOLDERS:
         given = (settings.get("init_args") or {}).get("save_dir")

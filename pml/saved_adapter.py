@@ -151,7 +151,8 @@ def _check_settings(folder: Path, config: LoraConfig) -> None:
         "lora_alpha": isinstance(config.lora_alpha, int | float) and 0 < config.lora_alpha < math.inf,
         "target_modules": isinstance(config.target_modules, str | set | list | None),
         "rank_pattern": isinstance(config.rank_pattern, dict | None),
-        "alpha_pattern": isinstance(config.alpha_pattern, dict | None),
+        "alpha_pattern": isinstance(config.alpha_pattern, dict | None)
+        and all(isinstance(a, int | float) and 0 < a < math.inf for a in (config.alpha_pattern or {}).values()),
     }
     for name, fits in expected.items():
         if not fits:
@@ -176,6 +177,8 @@ def _check_record(folder: Path, config: LoraConfig, weights: Mapping[str, Tensor
         "rank": (config.r, rank),
         "blocks": (sorted({int(match[1]) for name in weights if (match := BLOCK.search(name))}), blocks),
         "alpha": (config.lora_alpha, alpha),
+        "alpha_pattern": (config.alpha_pattern or {}, {}),
+        "rank_pattern": (config.rank_pattern or {}, {}),
         "use_rslora": (bool(config.use_rslora), False),
     }
     for name, (here, there) in found.items():

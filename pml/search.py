@@ -188,10 +188,14 @@ def _next_best(found: Sequence[Candidate], last: int) -> Candidate | None:
 
 
 def _at_the_edge(search: dict[str, list[Any]], chosen: Setting) -> list[str]:
-    return [
-        key
-        for key, values in search.items()
-        if len(values) > 1
-        and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-        and chosen[key] in (min(values), max(values))
-    ]
+    """Keys whose chosen number is the smallest or the largest of those tried."""
+    found = []
+    for key, values in search.items():
+        try:
+            # YAML reads 1e-3 as text.
+            numbers = [float(value) for value in values if not isinstance(value, bool)]
+        except (TypeError, ValueError):
+            continue
+        if len(numbers) == len(values) > 1 and float(chosen[key]) in (min(numbers), max(numbers)):
+            found.append(key)
+    return found

@@ -41,15 +41,18 @@ def serve(
         dtype: Floating-point type of the backbone's weights.
 
     Raises:
-        RuntimeError: If the process fails, with the last line of its stderr.
+        InputError: If the process fails, with the last line of its stderr.
     """
     import subprocess
+
+    from pml.errors import InputError  # only here, since the process that serves imports nothing of pml
 
     command = [sys.executable, "-P", __file__]
     job = json.dumps(_job(base, adapter, examples, encoder, plain, dtype))
     done = subprocess.run(command, input=job, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"transformers and PEFT do not serve {adapter}: {done.stderr.strip().splitlines()[-1:]}")
+        last = done.stderr.strip().rpartition("\n")[2] or f"exit code {done.returncode}"
+        raise InputError(f"{adapter}: transformers and PEFT cannot serve it ({last}); expected an adapter of both")
     answers: list[str] = json.loads(done.stdout.splitlines()[-1])
     return answers
 

@@ -96,7 +96,8 @@ def constant_for(
     if same:
         return same[0], [f"bits per parameter were measured {'with' if same[0].guarded else 'without'} the guard"]
     # For a placement that was not measured, assume the lowest constant: better too high a rank than too low.
-    least = min(constants, key=lambda known: known.bits_per_parameter)
+    alike = [known for known in constants if known.guarded == guarded] or constants
+    least = min(alike, key=lambda known: known.bits_per_parameter)
     where = least.placement if isinstance(least.placement, str) else ", ".join(least.placement)
     return least, [f"nothing was measured at this placement; the plan assumes what {where} stores, the least of all"]
 

@@ -14,6 +14,7 @@ from pml.records import Record
 __all__ = [
     "PAPER_WIDTH",
     "TextTable",
+    "count",
     "markdown_table",
     "markdown_text",
     "records_table",
@@ -178,6 +179,11 @@ def short_names(paths: list[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [path.as_posix() for path in paths]
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun, such as `1 run` or `1,024 runs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def show_percent(share: float | None) -> str:

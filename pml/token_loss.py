@@ -154,7 +154,8 @@ def _by_rows(
         total = exponentials.sum(dim=-1, keepdim=True)
         losses[piece] = (total.log() - target_logit).squeeze(-1)
         chosen: Tensor | slice = slice(None)
-        active = (losses[piece] > gradient_above).nonzero().squeeze(-1)
+        # Written so that a NaN is active: it must reach the adapter, whichever path a device takes.
+        active = (~(losses[piece] <= gradient_above)).nonzero().squeeze(-1)
         # Selecting rows copies them; if most are active, the copy costs more than it saves.
         if len(active) < 0.75 * len(exponentials):
             chosen = active

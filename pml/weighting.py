@@ -172,6 +172,8 @@ class OnlyThreshold(Weighting):
 
     def __post_init__(self) -> None:
         self._critical = critical_loss(self.threshold)
+        if self.position_decay is not None:
+            _positive(self, "position_decay")
 
     @property
     def gradient_above(self) -> float | None:
@@ -325,6 +327,7 @@ class SlidingWindow(Weighting):
     def __post_init__(self) -> None:
         self._critical = critical_loss(self.threshold)
         _positive(self, "scale", "window", "tau", "max_growth")
+        _share(self, "floor")
         self._anchor = torch.empty(0, dtype=torch.long)
         self._stuck = torch.empty(0, dtype=torch.long)
 
@@ -385,10 +388,8 @@ class SlidingWindow(Weighting):
 
 def _positive(weighting: Weighting, *names: str) -> None:
     for name in names:
-        if not getattr(weighting, name) > 0:
-            raise InputError(
-                f"{type(weighting).__name__}: {name} is {getattr(weighting, name)}; expected a number above 0"
-            )
+        if not (value := getattr(weighting, name)) > 0:
+            raise InputError(f"{type(weighting).__name__}: {name} is {value}; expected a number above 0")
 
 
 def _share(weighting: Weighting, name: str) -> None:

@@ -1,9 +1,9 @@
-"""What the tests share: tiny backbones made from configurations, the default one, and a seed for every test.
+"""Shared fixtures: tiny backbones made from configurations, the default backbone, and a fixed seed for every test.
 
 Tests run offline. Those marked `backbone` need the default backbone, which `pml fetch` puts into the cache folder.
 
-What takes seconds to import is imported where it is used: the process that hands out the tests to others uses none of
-it, and they start when it has read this.
+Slow imports are inside the functions that need them: the controller of pytest-xdist needs none of them, and its workers
+start only after it has loaded this file.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     from pml.backbone import Backbone
 
-# Read when the hub's client is imported.
+# huggingface_hub reads these when it is imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# As wide as the commands print into a pipe, whatever runs the tests.
+# The width of the commands' output in a pipe, whatever the terminal that runs the tests.
 os.environ["COLUMNS"] = "120"
 
 CHAT_TEMPLATE = (
@@ -34,10 +34,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Importing all that a process needs takes seconds; those of a fork server are forked from one that has done so.
+# The imports of a process take seconds, so the fork server does them once, before it forks.
 multiprocessing.set_forkserver_preload(["pml.bench.steps", "tests.ddp_cases", "transformers.models.llama"])
 
-# Wide enough that predictions are far from flat: tests that compare losses or argmaxes can then fail.
+# Large enough that predictions are far from uniform, so that tests that compare losses or argmaxes can fail.
 INIT_STD = 0.2
 
 
@@ -53,7 +53,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, so any text comes back as it was, and three special tokens."""
+    """A tokenizer with one token per byte, so that any text round-trips, and three special tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -74,7 +74,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """Four blocks of width 32."""
+    """Return a configuration of four blocks with hidden size 32."""
     from transformers import Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -95,7 +95,7 @@ def tiny_config(architecture: str, tokenizer: PreTrainedTokenizerFast) -> Pretra
 
 @pytest.fixture(scope="session")
 def make_tiny_backbone(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Backbone]:
-    """Makes a new backbone of the architecture `llama`, `qwen3`, `gpt_neox`, `gemma3` or `gpt2`; weights are seeded."""
+    """A function that makes a new `llama`, `qwen3`, `gpt_neox`, `gemma3` or `gpt2` backbone with seeded weights."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -112,7 +112,7 @@ def make_tiny_backbone(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[[str
 
 @pytest.fixture
 def tiny_backbone(make_tiny_backbone: Callable[[str], Backbone]) -> Backbone:
-    """A tiny Llama of the test's own."""
+    """A tiny Llama that belongs to the test, which may change it."""
     return make_tiny_backbone("llama")
 
 
@@ -120,7 +120,7 @@ def tiny_backbone(make_tiny_backbone: Callable[[str], Backbone]) -> Backbone:
 def tiny_backbone_folder(
     make_tiny_backbone: Callable[[str], Backbone], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The tiny Llama as a folder, which `load_backbone` and the command line take; not to be written to."""
+    """The tiny Llama saved in a folder, for `load_backbone` and the command line; tests must not write to it."""
     folder = tmp_path_factory.mktemp("backbones") / "tiny-llama"
     backbone = make_tiny_backbone("llama")
     backbone.model.save_pretrained(folder)
@@ -130,7 +130,7 @@ def tiny_backbone_folder(
 
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
-    """`shared/` beside the repository: the published numbers and corpora."""
+    """The folder `shared/` beside the repository, with the published numbers and corpora."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip("no folder named shared beside the repository, which has the published numbers and corpora")
@@ -139,9 +139,9 @@ def shared_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def default_backbone() -> Backbone:
-    """The default backbone in float32, loaded once: a test that changes it changes it back. Mark such tests backbone.
+    """The default backbone in float32, loaded once; tests with it are marked `backbone` and undo their changes.
 
-    On CI a backbone that cannot be fetched is a failure; elsewhere there may just be no network.
+    On CI, a failed download is an error; elsewhere the tests are skipped, since there may be no network.
     """
     from pml.backbone import load_backbone
     from pml.default_backbone import fetch_default
@@ -158,13 +158,13 @@ def default_backbone() -> Backbone:
 
 @pytest.fixture
 def no_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Laws without profile intervals, which take most of a fit's time, for tests of hundreds of fits."""
+    """Fit laws without profile intervals, which take most of the time, for tests of hundreds of fits."""
     monkeypatch.setattr("pml.law.fit.profile_intervals", lambda *_: {})
 
 
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages without figures, which take most of their time, for tests of what they say."""
+    """Build report pages without figures, which take most of the time, for tests of the text."""
 
     def draw(*_: Any) -> list[Any]:
         return []

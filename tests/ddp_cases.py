@@ -1,4 +1,4 @@
-"""Fits that `test_ddp` runs on one rank and on several: what a rank does, and what it leaves for comparison."""
+"""Fits that `test_ddp` runs on one rank and on several: what each rank runs, and what it saves for comparison."""
 
 import contextlib
 import os
@@ -51,7 +51,7 @@ WEIGHTINGS: dict[str, Callable[[float], Weighting | None]] = {
     "whole targets": lambda threshold: WholeTargets(reach_start=4.0),
     "sliding window": lambda threshold: SlidingWindow(window=2, floor=0.01),
 }
-# Weighting, examples, examples in a global batch, micro-batches that a step accumulates.
+# Weighting, number of examples, examples in a global batch, micro-batches accumulated per optimiser step.
 GRADIENT_CASES = [
     (name, examples, per_batch, accumulate)
     for name in WEIGHTINGS
@@ -64,17 +64,17 @@ METHODS: dict[str, Callable[[Path], Memorization]] = {
     "sliding window": lambda folder: module_on(folder, MemFT, weighting=SlidingWindow(window=2, patience=2)),
     "whole targets": lambda folder: module_on(folder, MemFT, weighting=WholeTargets(reach_start=4.0)),
     "curriculum": lambda folder: module_on(folder, MemFT, curriculum=PrefixRatio([0.3, 0.6, 1.0], [1, 3, 9])),
-    # Of a single piece of five tokens and the one before, so that all micro-batches draw the same.
+    # The text yields a single piece, of five tokens and the one before them, so all micro-batches draw the same one.
     "penalty": lambda folder: module_on(
         folder, kl_penalty=KlPenaltyConfig(weight=3.0, passages=1, tokens=5, text=str(folder / "ordinary.txt"))
     ),
 }
 GLOBAL_BATCH, STEPS, EXAMPLES = 8, 10, 11
-"""Eleven examples: the second step of an epoch has three, and of four ranks with two each, the last two have none."""
+"""With eleven examples, the second step of an epoch has three, so the last two of four ranks have none."""
 
 
 class Gradients(Callback):
-    """Keeps the gradients that each optimiser step was taken with; none of them where a step was skipped."""
+    """Keeps the gradients that each optimiser step used, which are None if the step was skipped."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor | None]] = []
@@ -86,7 +86,7 @@ class Gradients(Callback):
 
 
 def kicked(module: Memorization) -> Memorization:
-    """The module with a random B: with B = 0 no gradient reaches A."""
+    """The module with a random B, since no gradient reaches A while B is 0."""
     module.configure_model()
     generator = torch.Generator().manual_seed(6)
     for name, parameter in adapter_parameters(module.model).items():
@@ -98,7 +98,7 @@ def kicked(module: Memorization) -> Memorization:
 def gradients(
     folder: Path, tmp_path: Path, ranks: int, case: tuple[str, int, int, int], threshold: float
 ) -> list[dict[str, torch.Tensor | None]]:
-    """The gradients of all steps of one epoch, in which weights hardly move: all steps are then comparable."""
+    """The gradients of all steps of one epoch, in which weights hardly move, so that every step is comparable."""
     name, examples, per_batch, accumulate = case
     weighting = WEIGHTINGS[name](threshold)
     settings: dict[str, Any] = {"learning_rate": 1e-9}
@@ -113,7 +113,7 @@ def gradients(
 def trained(
     folder: Path, tmp_path: Path, ranks: int, method: str, accumulate: int = 1
 ) -> tuple[list[dict[str, torch.Tensor | None]], dict[str, torch.Tensor]]:
-    """Ten shuffled steps with global batches of eight: the gradients of each, and the weights at their end."""
+    """Ten shuffled steps with global batches of eight: the gradients of each step, and the final weights."""
     module, watch = METHODS[method](folder), Gradients()
     data = Ids(uneven(EXAMPLES), batch_size=GLOBAL_BATCH // ranks // accumulate)
     options = {"max_epochs": -1, "max_steps": STEPS, "accumulate_grad_batches": accumulate}
@@ -122,7 +122,7 @@ def trained(
 
 
 def skipped_fit(folder: Path, tmp_path: Path, ranks: int) -> tuple[int, int, list[dict[str, torch.Tensor | None]]]:
-    """A fit in which no token is below threshold."""
+    """A fit in which no token is below the threshold: skipped steps, all steps and the gradients of each."""
     module, watch = kicked(module_on(folder, MemFT, weighting=OnlyThreshold(1e-12))), Gradients()
     data = Ids(uneven(5), batch_size=4 // ranks)
     trainer = fit(module, data, tmp_path, ranks, callbacks=[watch], max_epochs=2)
@@ -130,7 +130,7 @@ def skipped_fit(folder: Path, tmp_path: Path, ranks: int) -> tuple[int, int, lis
 
 
 def window_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, torch.Tensor]:
-    """Window states after epochs in which shuffling hands examples from rank to rank."""
+    """Window states after epochs in which shuffling moves examples from rank to rank."""
     weighting = SlidingWindow(window=2, patience=1)
     module = kicked(module_on(folder, MemFT, weighting=weighting, learning_rate=1e-3))
     fit(module, Ids(uneven(5), batch_size=2 // ranks), tmp_path, ranks, max_epochs=4)
@@ -138,7 +138,7 @@ def window_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, torch.Tens
 
 
 def guarded_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, torch.Tensor]:
-    """What a guarded adapter ends with on this rank; the second rank starts with other free directions."""
+    """Final state of a guarded adapter on this rank; the second rank starts with other free directions."""
     adapter = AdapterConfig(rank=2, block=2, guard=GuardConfig(directions=8))
     module = kicked(module_on(folder, adapter=adapter, learning_rate=1e-2))
     state = adapter_state(module.model)
@@ -150,7 +150,7 @@ def guarded_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, torch.Ten
 
 
 class StopAt(Callback):
-    """Asks for a stop, as a signal does that only the last rank has got."""
+    """Requests a stop on the last rank alone, as if only that rank had received a signal."""
 
     def __init__(self, step: int | None) -> None:
         self.step = step
@@ -161,7 +161,7 @@ class StopAt(Callback):
 
 
 def resumed_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, list[Any]]:
-    """A fit with dropout and windows, whole, and in two parts: adapters and generators that they end with."""
+    """A fit with dropout and windows, uninterrupted and in two parts: adapter and random state at each end."""
     ends: dict[str, list[Any]] = {"adapter": [], "generator": []}
     for part, (stop, checkpoint) in enumerate(((None, None), (3, None), (None, tmp_path / "part1"))):
         torch.manual_seed(4)
@@ -185,14 +185,14 @@ def resumed_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, list[Any]
 
 
 def released_fit(folder: Path, tmp_path: Path, ranks: int) -> tuple[int, list[bool]]:
-    """How often freed layers were loaded, and whether they were freed at each epoch, in a fit that shuffles."""
+    """How often freed layers were restored, and whether they were freed at each epoch, in a shuffled fit."""
     module, watch = module_on(folder, frozen_prefix=CacheConfig(release=True)), Released()
     fit(module, Ids(uneven(7), batch_size=2 // ranks), tmp_path, ranks, callbacks=[watch], max_epochs=4)
     return watch.loads, watch.released
 
 
 class Released(Callback):
-    """Notes at the start of every epoch whether the lower blocks are freed, and counts how often they come back."""
+    """Records at the start of each epoch whether the lower blocks are freed, and counts how often they are restored."""
 
     def __init__(self) -> None:
         self.released: list[bool] = []
@@ -212,14 +212,14 @@ class Released(Callback):
 
 
 class WithHeldOut(Ids):
-    """One pair held out, so that the second of two ranks has none to score."""
+    """Data with one held-out pair, so that the second of two ranks has none to score."""
 
     def make_held_out(self, corpus: Corpus, tokenizer: Any, vocabulary: int) -> Corpus:
         return Corpus("held_out", [Example(0, (1, 2, 3), (4, 5))])
 
 
 def recorded_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, Any]:
-    """A fit with all callbacks and curves over seven examples, until they are recalled."""
+    """A fit with all callbacks and curves on seven examples, until they are recalled."""
     callbacks = [VerbatimRecall(generate_every=2), TokenThresholds(), StopWhenRecalled()]
     callbacks += [Generalization(), Retention(examples=3), Harm(passages=1), RunRecord()]
     logger = TensorBoardLogger(tmp_path, name="run", version="", default_hp_metric=False)
@@ -257,8 +257,8 @@ def fit(module: Memorization, data: Ids, tmp_path: Path, ranks: int, **options: 
 
 
 def many_ranks(rank: int, ranks: int, port: int, folder: Path, tmp_path: Path, threshold: float) -> None:
-    """All cases, as one of two ranks, or ten steps as one of more; each rank leaves what it saw in `rank0.pt` ..."""
-    # As a launcher such as torchrun would set it: Lightning then starts no processes of its own.
+    """Run all cases as one of two ranks, or ten steps as one of more; each rank saves its results as `rank0.pt` ..."""
+    # What a launcher such as torchrun sets, so that Lightning starts no processes of its own.
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
     os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}

@@ -1,4 +1,4 @@
-"""What tests of whole fits share: a tiny backbone that can be certain of a token, and corpora that it can learn."""
+"""Helpers for tests of whole fits: a tiny backbone that can become certain of a token, and modules that learn fast."""
 
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pml.adapter import AdapterConfig
 from pml.modules import SFT, MemFT, Memorization
 
-# Matrices this small gain nothing from threads, which on a busy machine wait for each other longer than they work.
+# Matrices this small gain nothing from threads, which on a busy machine wait longer than they compute.
 torch.set_num_threads(1)
 
 __all__ = ["ADAPTER", "module_on", "save_sharpened"]
 
 ADAPTER = AdapterConfig(rank=16, block=2)
-"""Enough parameters for every corpus that `tests.tiny_runs.uneven` gives up to eight examples of."""
+"""An adapter with enough parameters for corpora of up to eight examples from `tests.tiny_runs.uneven`."""
 
 
 def save_sharpened(folder: Path, to: Path) -> Path:
-    """Save a backbone with an LM head three times as large, and return where.
+    """Save a copy of a backbone with the weights of its LM head multiplied by 3, and return its folder.
 
-    The final norm limits how long a hidden state can be, and with it how large a logit: as it is, the tiny backbone
-    gives some tokens no more than p = 0.3 whatever its adapter does.
+    The final norm limits the length of a hidden state and so the size of a logit: without the factor, the tiny backbone
+    gives some tokens at most p = 0.3, whatever its adapter does.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -33,6 +33,6 @@ def save_sharpened(folder: Path, to: Path) -> Path:
 
 
 def module_on(folder: Path, method: type[Memorization] = SFT, **settings: Any) -> SFT | MemFT:
-    """A module whose short fits recall small corpora, unless told otherwise."""
+    """Return a module that, by default, recalls small corpora after a short fit."""
     defaults: dict[str, Any] = {"adapter": ADAPTER, "seed": 1, "learning_rate": 0.02, "schedule": "constant"}
     return method(backbone=str(folder), **{**defaults, **settings})  # type: ignore[return-value]

@@ -10,9 +10,10 @@ __all__ = ["make_record", "write_run"]
 
 
 def make_record(**fields: Any) -> Record:
-    """A run of 64 random tokens at rank 4, finished unless its final loss is not a finite number.
+    """The record of a run on 64 random tokens at rank 4.
 
-    `status`, `loss_reduction` and stored bits follow from the other fields unless they are given.
+    `status`, `loss_reduction` and the stored bits follow from the other fields unless they are given; a run whose final
+    loss is not finite has diverged.
     """
     base: dict[str, Any] = {
         "backbone": "smollm2-135m",

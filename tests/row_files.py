@@ -1,4 +1,4 @@
-"""Files of rows in every format, as the tests of what reads them write them."""
+"""Writers of row files in every supported format, for tests of the code that reads them."""
 
 import json
 from collections.abc import Callable

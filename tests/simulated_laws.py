@@ -1,4 +1,4 @@
-"""Runs of known laws, for tests of what a fit of them says: noise in nats, of each run, grid point or text."""
+"""Runs of known laws, to test what a fit concludes from them: noise in nats, per run, grid point or text."""
 
 import itertools
 from collections.abc import Iterable
@@ -44,7 +44,7 @@ def grid(
     of_point: float = 0.0,
     of_seed: float = 0.0,
 ) -> list[Observation]:
-    """Runs of the paper's law; each grid point has an error that its seeds share, each seed one of its own, in nats."""
+    """Runs of the paper's law, with an error per grid point, shared by its seeds, and one per seed, both in nats."""
     runs = []
     for rank, length in itertools.product(ranks, lengths):
         shared = law_of(rank, length) + of_point * noise.normal()
@@ -55,7 +55,7 @@ def grid(
 def saturating_runs(
     noise: np.random.Generator, spread: float = 0.1, relative: float = 0.0, sharpness: float = 4.0
 ) -> list[Observation]:
-    """Runs of a law that ends at 13 nats; below the ceiling they scatter, at it they hardly do."""
+    """Runs of a law with a ceiling of 13 nats; they scatter below the ceiling, but hardly at it."""
     runs = []
     for rank, length in itertools.product((1, 2, 3, 4, 6), (64, 96, 144, 216)):
         power = 110.0 * rank**0.7 / length**0.6 * (1 + relative * noise.normal())
@@ -66,7 +66,7 @@ def saturating_runs(
 
 
 def runs_with_texts(noise: np.random.Generator, effect: float, seeds: int = 2) -> list[Observation]:
-    """Texts whose frozen losses differ by 0.3 nats, of which a share is learned away by every rank."""
+    """Runs on texts whose frozen losses vary by 0.3 nats, of which every rank learns away the share `effect`."""
     runs = []
     for length, seed in itertools.product((64, 96, 144, 216), range(seeds)):
         excess = 0.3 * noise.normal()
@@ -77,11 +77,11 @@ def runs_with_texts(noise: np.random.Generator, effect: float, seeds: int = 2) -
 
 
 def fit_one(runs: Iterable[Observation], form: FormName, **options: Any) -> LawFit:
-    """A law in one form, without the others, which take most of the time of hundreds of fits."""
+    """A law fitted in one form only, since the other forms would take most of the time of hundreds of fits."""
     with mock.patch("pml.law.fit.FORMS", {form: FORMS[form]}):
         return fit_law(runs, form=form, **options)
 
 
 def published(runs: Iterable[Observation], **options: Any) -> LawFit:
-    """A law in the paper's form."""
+    """A law fitted in the paper's form."""
     return fit_one(runs, "power_offset", **options)

@@ -1,4 +1,4 @@
-"""Run folders for tests of what many runs show: records and per-token results that agree with each other."""
+"""Simulated run folders with consistent records and per-token results, for tests that evaluate many runs."""
 
 import math
 from pathlib import Path
@@ -27,10 +27,10 @@ METHODS: dict[str, dict[str, Any]] = {
 def write_simulated_run(
     folder: Path, rank: int, length: int, seed: int = 0, method: str = "sft", pairs: int = 1, **fields: Any
 ) -> Path:
-    """A finished run whose loss follows dL = 60 (r / l)^0.5 + 0.5, with 2 % noise, down to nearly nothing.
+    """Write a finished run whose loss falls by 60 (r / l)^0.5 + 0.5 with 2 % noise, but not below 0.05.
 
-    Token losses are drawn around the mean, a token is right where its loss is below ln 2, and half of the
-    time up to 1.5.
+    Token losses scatter around the mean. A token is right if its loss is below ln 2, and half of the time if it is
+    below 1.5.
     """
     rng = np.random.default_rng([rank, length, seed, len(method)])
     reduction = (60 * (rank / length) ** 0.5 + 0.5) * math.exp(0.02 * rng.standard_normal())
@@ -81,7 +81,7 @@ def write_simulated_run(
 
 
 def write_diverged_run(folder: Path, rank: int, length: int, **fields: Any) -> Path:
-    """A run whose adapter gives no numbers any more: it has no loss, nor has any of its tokens."""
+    """Write a diverged run: its adapter yields only NaN, so neither the run nor any of its tokens has a loss."""
     lost = ("final_loss", "loss_reduction", "min_target_probability", "memorized_bits", "bits_per_parameter")
     shares = {"token_accuracy": 0.0, "exact_match": 0.0, "sub_threshold_fraction": 1.0}
     without = {**dict.fromkeys(lost), "late_loss_drop": None, **shares, "status": "diverged"}
@@ -101,7 +101,7 @@ def write_simulated_grid(
     methods: tuple[str, ...] = ("sft",),
     **fields: Any,
 ) -> Path:
-    """A run for every rank, length, seed and method."""
+    """Write a run for every combination of rank, length, seed and method."""
     for method in methods:
         for rank in ranks:
             for length in lengths:
@@ -112,9 +112,10 @@ def write_simulated_grid(
 
 
 def write_history(folder: Path) -> Path:
-    """A history of three looks beside a run's tokens: at the first everything is wrong, then half of each target.
+    """Write a history of three looks beside a run's tokens: all tokens wrong, then the first half of each target right.
 
-    At the last look the first target fails at its second token, the next one at its third, ..., and the last nowhere.
+    At the last look the first target fails at its second token, the next one at its third, and so on; the last target
+    does not fail.
     """
     tokens = pq.read_table(folder / "tokens.parquet")
     example, position = (tokens[name].to_numpy() for name in ("example_id", "position"))

@@ -1,4 +1,4 @@
-"""LoRA through PEFT: placement, initialisation, saving, and a backbone that stays what it was."""
+"""LoRA through PEFT: placement, initialisation, saving, and a backbone that stays unchanged."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model(input_ids=IDS).logits
 
 
-def test_mlp_block_adds_the_low_rank_path_to_the_output_of_the_mlp(tiny_backbone: Backbone) -> None:
+def test_an_mlp_block_adapter_adds_its_low_rank_path_to_the_output_of_the_mlp(tiny_backbone: Backbone) -> None:
     attach_adapter(tiny_backbone, AdapterConfig(rank=2, block=1))
     layer = tiny_backbone.blocks[1].mlp
     assert isinstance(layer, MlpBlockLora)
@@ -48,14 +48,14 @@ def test_mlp_block_adds_the_low_rank_path_to_the_output_of_the_mlp(tiny_backbone
     torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ a.T @ b.T)
 
 
-def test_an_mlp_block_adapter_has_two_d_r_parameters_and_only_they_learn(tiny_backbone: Backbone) -> None:
+def test_an_mlp_block_adapter_has_2dr_parameters_and_only_they_are_trainable(tiny_backbone: Backbone) -> None:
     model = attach_adapter(tiny_backbone, AdapterConfig(rank=5, block=1))
     assert sum(p.numel() for p in adapter_parameters(model).values()) == 2 * 32 * 5
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
     assert learning == adapter_parameters(model).keys()
 
 
-def test_an_mlp_that_gives_more_than_its_output_or_in_another_shape_is_added_to_all_the_same(
+def test_an_mlp_that_returns_a_tuple_and_flattens_its_input_can_be_adapted(
     tiny_backbone: Backbone,
 ) -> None:
     class Routed(torch.nn.Module):
@@ -79,7 +79,7 @@ def test_an_mlp_that_gives_more_than_its_output_or_in_another_shape_is_added_to_
     torch.testing.assert_close(output, (layer.base_layer.expert(x) + delta).view(10, 32))
 
 
-def test_a_layer_that_peft_refuses_is_named_and_the_backbone_stays_what_it_was() -> None:
+def test_a_layer_that_peft_refuses_is_named_and_the_backbone_is_left_unchanged() -> None:
     backbone = Backbone(tiny_model("mamba"), None, "tiny-mamba", "tiny-mamba")  # type: ignore[arg-type]
     names = [name for name, _ in backbone.model.named_modules()]
     with pytest.raises(InputError, match=r"adapter\.placement: .*'out_proj' is incompatible with Mamba"):
@@ -89,26 +89,26 @@ def test_a_layer_that_peft_refuses_is_named_and_the_backbone_stays_what_it_was()
 
 
 @pytest.mark.parametrize("placement", BOTH)
-def test_a_fresh_adapter_changes_nothing(placement: str, tiny_backbone: Backbone) -> None:
+def test_a_fresh_adapter_leaves_the_logits_unchanged(placement: str, tiny_backbone: Backbone) -> None:
     before = logits(tiny_backbone.model)
     model = attach_adapter(tiny_backbone, AdapterConfig(placement=BOTH[placement]))
     assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize(("init", "bound"), [("published", 1 / math.sqrt(8)), ("peft", 1 / math.sqrt(32))])
-def test_a_is_uniform_within_the_bounds_of_its_initialisation_and_b_is_zero(
+def test_matrix_a_is_uniform_within_the_bounds_of_its_initialisation_and_b_is_zero(
     init: str, bound: float, tiny_backbone: Backbone
 ) -> None:
     attach_adapter(tiny_backbone, AdapterConfig(rank=8, init=init))  # type: ignore[arg-type]
     (layer,) = lora_layers(tiny_backbone.model)
     a = layer.lora_A["default"].weight
     assert 0.95 * bound < a.abs().max() <= bound
-    # Variance of a uniform distribution; 256 values put its estimate within a few per cent.
+    # Standard deviation of a uniform distribution; 256 values estimate it to within a few per cent.
     assert a.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
     assert not layer.lora_B["default"].weight.any()
 
 
-def test_a_seed_gives_one_adapter_whatever_was_drawn_before(tiny_backbone: Backbone) -> None:
+def test_the_initial_adapter_depends_on_the_seed_but_not_on_earlier_random_draws(tiny_backbone: Backbone) -> None:
     weights = []
     for seed in (1, 1, 2):
         torch.rand(7)
@@ -129,7 +129,7 @@ def test_alpha_over_rank_scales_the_update(tiny_backbone: Backbone) -> None:
     torch.testing.assert_close(layer.delta(x), 3.0 * low_rank)
 
 
-def test_dropout_of_an_mlp_block_falls_on_its_output(tiny_backbone: Backbone) -> None:
+def test_dropout_of_an_mlp_block_adapter_applies_to_the_output_of_its_low_rank_path(tiny_backbone: Backbone) -> None:
     attach_adapter(tiny_backbone, AdapterConfig(rank=4, dropout=0.5))
     (layer,) = lora_layers(tiny_backbone.model)
     assert isinstance(layer, MlpBlockLora)
@@ -147,7 +147,9 @@ def test_dropout_of_an_mlp_block_falls_on_its_output(tiny_backbone: Backbone) ->
 
 
 @pytest.mark.parametrize("placement", BOTH)
-def test_adapters_come_and_go_and_leave_the_backbone_bit_for_bit(placement: str, tiny_backbone: Backbone) -> None:
+def test_attaching_and_detaching_adapters_leaves_the_backbone_bit_for_bit_unchanged(
+    placement: str, tiny_backbone: Backbone
+) -> None:
     before = {name: value.clone() for name, value in tiny_backbone.model.state_dict().items()}
     reference = logits(tiny_backbone.model)
     for rank in (1, 3, 8):
@@ -163,7 +165,7 @@ def test_adapters_come_and_go_and_leave_the_backbone_bit_for_bit(placement: str,
 
 
 @pytest.mark.parametrize("placement", BOTH)
-def test_a_saved_adapter_holds_nothing_of_the_base_and_loads_again(
+def test_a_saved_adapter_holds_only_lora_weights_and_gives_the_same_logits_when_loaded(
     placement: str, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     model = attach_adapter(tiny_backbone, AdapterConfig(rank=3, block=1, placement=BOTH[placement]))
@@ -178,7 +180,7 @@ def test_a_saved_adapter_holds_nothing_of_the_base_and_loads_again(
 
 
 @pytest.mark.parametrize("placement", BOTH)
-def test_an_adapter_on_so_many_blocks_that_peft_shortens_their_names_loads_again(
+def test_an_adapter_on_so_many_blocks_that_peft_shortens_their_names_can_be_loaded(
     placement: str, tmp_path: Path, tiny_backbone: Backbone
 ) -> None:
     backbone = Backbone(tiny_model("llama", num_hidden_layers=21), tiny_backbone.tokenizer, "deep", "hash")
@@ -190,7 +192,7 @@ def test_an_adapter_on_so_many_blocks_that_peft_shortens_their_names_loads_again
     assert torch.equal(logits(load_adapter(backbone, tmp_path / "adapter")), expected)
 
 
-def test_the_list_form_loads_in_plain_peft(tiny_backbone: Backbone, tmp_path: Path) -> None:
+def test_an_adapter_placed_on_a_list_of_layers_loads_in_plain_peft(tiny_backbone: Backbone, tmp_path: Path) -> None:
     model = attach_adapter(tiny_backbone, AdapterConfig(rank=3, placement=["down_proj"]))
     randomise(model)
     expected = logits(model)
@@ -209,14 +211,14 @@ def test_a_bfloat16_backbone_has_a_float32_adapter(tiny_backbone: Backbone) -> N
 @pytest.mark.parametrize(
     ("block", "indices"), [(0, [0]), (29, [29]), (2 / 3, [20]), (0.5, [15]), (0.999, [29]), ([3, 1, 3], [1, 3])]
 )
-def test_blocks_are_named_by_index_list_or_fraction_of_the_depth(
+def test_blocks_are_given_as_an_index_a_list_or_a_fraction_of_the_depth(
     block: int | float | list[int], indices: list[int]
 ) -> None:
     assert AdapterConfig(block=block).block_indices(30) == indices
 
 
 @pytest.mark.parametrize("block", [[0.5], True, ["a"]])
-def test_a_block_that_is_no_index_is_refused(block: Any) -> None:
+def test_a_block_that_is_neither_an_index_nor_a_fraction_is_refused(block: Any) -> None:
     with pytest.raises(InputError, match=r"adapter\.block is .*; expected an index, a list of them, or a fraction"):
         AdapterConfig(block=block).block_indices(30)
 
@@ -238,7 +240,7 @@ def test_a_block_that_is_no_index_is_refused(block: Any) -> None:
         ({"init": "zeros"}, "init is 'zeros'; expected 'published' or 'peft'"),
     ],
 )
-def test_wrong_settings_are_refused(arguments: dict, message: str, tiny_backbone: Backbone) -> None:
+def test_invalid_settings_are_refused(arguments: dict, message: str, tiny_backbone: Backbone) -> None:
     with pytest.raises(InputError, match=message):
         attach_adapter(tiny_backbone, AdapterConfig(**arguments))
 

@@ -1,7 +1,8 @@
-"""The model that trains is the model that answers, on every architecture that transformers has a causal LM of.
+"""On every causal LM architecture of transformers, training computes the losses that plain transformers computes.
 
-Those in `BY_DEFAULT` are always tried; the others, marked slow, with `pytest -m "slow or not slow"`. Each is made tiny
-by `tests.tiny_architectures`, trained for a few steps, and compared with plain transformers and PEFT.
+The architectures in `BY_DEFAULT` are always tested; the others, marked slow, with `pytest -m "slow or not slow"`. Each
+gets a tiny model from `tests.tiny_architectures`, which is trained for a few steps and compared with plain transformers
+and PEFT.
 """
 
 import re
@@ -20,7 +21,7 @@ from pml.errors import InputError
 from pml.modules import SFT
 from tests.tiny_architectures import BLOCKS, tiny_model
 
-# Matrices this small gain nothing from threads, which on a busy machine wait for each other longer than they work.
+# Matrices this small gain nothing from threads, which on a busy machine wait longer than they compute.
 torch.set_num_threads(1)
 
 
@@ -67,7 +68,7 @@ SKIPPED = {
         }.items()
     },
 }
-"""What is not tried, and why."""
+"""Architectures that are not tested, and why."""
 
 NOT_CAUSAL = "changes a token's logits when later tokens change; expected a causal model"
 REFUSED = {
@@ -77,14 +78,14 @@ REFUSED = {
     "reformer": "hides its blocks from autograd, so an adapter in them gets no gradient; use another backbone",
     "xlnet": NOT_CAUSAL,
 }
-"""What cannot be trained, and what the user is told."""
+"""Architectures that cannot be trained, and the error that users see."""
 
 REFUSED_IN_BFLOAT16 = {
     "inkling2_text": "Inkling2ForCausalLM does not run here on token ids alone (RuntimeError: expected m1 and m2",
 }
 
 WHOLE = set(
-    # Positions or norms are added to the input embeddings.
+    # Positions are added to the input embeddings, or a norm is applied to them.
     names("""
     bart bigbird_pegasus biogpt blenderbot blenderbot-small bloom ctrl gpt-sw3 gpt2 gpt_bigcode gpt_neo marian mbart
     modernbert-decoder mvp nanochat openai-gpt opt pegasus plbart trocr whisper xglm xlm
@@ -95,13 +96,13 @@ WHOLE = set(
     gemma3n_text inkling2_text inkling_text megatron-bert minicpm3 recurrent_gemma rembert roberta roberta-prelayernorm
     roc_bert roformer vaultgemma xlm-roberta xlm-roberta-xl xlstm xmod
     """)
-    # Blocks pass on more than one state, or take in what lies below others.
+    # Blocks pass on more than one state, or also read states from below other blocks.
     + names("deepseek_v4 gemma4_text hy_v4 qwen4_exp_text zamba zamba2 zaya")
 )
-"""What is trained without the split."""
+"""Architectures that run as a whole in every step, without a cut above the frozen layers."""
 
 WHOLE_IN_BFLOAT16 = {"falcon_mamba", "mamba", "mamba2"}
-"""Their final hidden states are float32, and are cast for the head."""
+"""Architectures that also run as a whole in bfloat16: their final hidden states are float32, cast for the LM head."""
 
 
 def cases() -> list[object]:
@@ -114,7 +115,7 @@ def cases() -> list[object]:
 
 
 def linear_layers(block: nn.Module) -> list[str]:
-    """Names of a block's linear layers, less those whose weights a state-space mixer reads without calling them."""
+    """Names of a block's linear layers, except those whose weights a state-space mixer reads without calling them."""
     names = [
         name
         for name, module in block.named_modules()
@@ -124,7 +125,7 @@ def linear_layers(block: nn.Module) -> list[str]:
 
 
 def module_on(model: PreTrainedModel, name: str) -> SFT:
-    """A module with a new adapter in one block: in parallel to its MLP where it has one, else on its linear layers."""
+    """A module with a new adapter in one block: in parallel to its MLP if it has one, else on its linear layers."""
     backbone = Backbone(model, None, name, name)  # type: ignore[arg-type]
     block = backbone.blocks[BLOCK]
     has_mlp = any(isinstance(getattr(block, name, None), nn.Module) for name in MLP_NAMES)
@@ -142,7 +143,7 @@ def ours(module: SFT) -> torch.Tensor:
 
 @torch.no_grad()
 def plain(model: nn.Module) -> torch.Tensor:
-    """The same losses by nothing but the model, each example by itself."""
+    """The same losses from the model alone, one example at a time."""
     losses = []
     for example in EXAMPLES:
         ids = torch.tensor([[*example.prompt_ids, *example.target_ids]])
@@ -166,7 +167,8 @@ def size(values: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", cases())
-def test_losses_before_and_after_training_are_those_of_plain_transformers(name: str) -> None:
+def test_losses_equal_those_of_plain_transformers_before_and_after_training(name: str) -> None:
+    """Losses equal those of plain transformers, or the architecture is refused with the error in `REFUSED`."""
     model = tiny_model(name)
     if name in REFUSED:
         with pytest.raises(InputError) as refusal:
@@ -186,7 +188,8 @@ def test_losses_before_and_after_training_are_those_of_plain_transformers(name: 
 
 
 @pytest.mark.parametrize("name", [case for case in cases() if case.values[0] not in REFUSED])  # type: ignore[attr-defined]
-def test_in_bfloat16_they_are_those_of_plain_transformers_but_for_rounding(name: str) -> None:
+def test_bfloat16_losses_equal_those_of_plain_transformers_up_to_rounding(name: str) -> None:
+    """Losses differ by rounding only, or the architecture is refused with the error in `REFUSED_IN_BFLOAT16`."""
     model = tiny_model(name, torch.bfloat16)
     if name in REFUSED_IN_BFLOAT16:
         with pytest.raises(InputError) as refusal:
@@ -202,19 +205,19 @@ def test_in_bfloat16_they_are_those_of_plain_transformers_but_for_rounding(name:
             torch.testing.assert_close(rounded, untouched, rtol=0, atol=0)
         with in_float32(module.model):
             exact = plain(module.model)
-        # Each of the two is as far from what the weights say as rounding takes it.
+        # Rounding moves each of the two away from the exact losses, so they may differ by twice as much.
         assert size(ours(module).detach() - rounded) <= 2 * size(rounded - exact) + 1e-4
     assert (module.frozen_layers.cut == "whole") is (name in WHOLE | WHOLE_IN_BFLOAT16)
 
 
-def test_every_architecture_is_tried_or_skipped_for_a_reason() -> None:
+def test_every_architecture_listed_here_is_known_to_transformers() -> None:
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     named = set(BY_DEFAULT) | SKIPPED.keys() | REFUSED.keys() | REFUSED_IN_BFLOAT16.keys() | WHOLE | WHOLE_IN_BFLOAT16
     assert named <= known
     assert BLOCKS > BLOCK
 
 
-def test_a_model_of_the_bert_kind_is_refused_unless_it_is_a_decoder() -> None:
+def test_a_bert_model_without_is_decoder_is_refused() -> None:
     model = tiny_model("bert", is_decoder=False)
     with pytest.raises(
         InputError, match=r"BertLMHeadModel changes a token's logits .* is_decoder: true in config.json"

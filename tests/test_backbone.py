@@ -1,4 +1,4 @@
-"""Backbones: what is accepted, what comes back, and how the default one gets into the cache folder."""
+"""Backbones: which names are accepted, what loading them returns, and downloads from the hub."""
 
 import dataclasses
 import http.server
@@ -41,11 +41,11 @@ ARCHITECTURES = {
 }
 
 
-# What comes back
+# What loading returns
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_blocks_are_found_in_every_architecture(
+def test_decoder_blocks_are_found_in_every_architecture(
     architecture: str, make_tiny_backbone: Callable[[str], Backbone]
 ) -> None:
     backbone = make_tiny_backbone(architecture)
@@ -56,7 +56,7 @@ def test_blocks_are_found_in_every_architecture(
     assert (backbone.hidden_size, backbone.vocab_size, backbone.max_positions) == (32, 259, 1024)
 
 
-def test_blocks_are_found_beside_an_image_encoder_of_the_same_depth(
+def test_decoder_blocks_are_found_beside_an_image_encoder_of_the_same_depth(
     make_tiny_backbone: Callable[[str], Backbone],
 ) -> None:
     model = make_tiny_backbone("llama").model
@@ -74,12 +74,12 @@ def test_a_model_without_decoder_blocks_is_refused(tiny_backbone: Backbone) -> N
         dataclasses.replace(tiny_backbone)
 
 
-def test_max_positions_is_none_where_the_configuration_names_none(tiny_backbone: Backbone) -> None:
+def test_max_positions_is_none_if_the_configuration_states_no_limit(tiny_backbone: Backbone) -> None:
     tiny_backbone.model.config = transformers.BloomConfig()
     assert tiny_backbone.max_positions is None
 
 
-def test_a_folder_gives_the_model_that_was_saved_frozen_and_in_eval_mode(
+def test_a_model_loaded_from_a_folder_is_the_saved_one_frozen_and_in_eval_mode(
     tiny_backbone_folder: Path, tiny_backbone: Backbone
 ) -> None:
     loaded = load_backbone(str(tiny_backbone_folder))
@@ -94,12 +94,12 @@ def test_a_folder_gives_the_model_that_was_saved_frozen_and_in_eval_mode(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_have_the_dtype_that_was_asked_for(dtype: torch.dtype, tiny_backbone_folder: Path) -> None:
+def test_weights_have_the_requested_dtype(dtype: torch.dtype, tiny_backbone_folder: Path) -> None:
     backbone = load_backbone(str(tiny_backbone_folder), str(dtype).removeprefix("torch."))
     assert {p.dtype for p in backbone.model.parameters()} == {dtype}
 
 
-def test_the_tokenizer_of_a_folder_has_its_chat_template_and_ids(
+def test_a_tokenizer_loaded_from_a_folder_has_the_saved_chat_template_and_token_ids(
     tiny_backbone_folder: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tokenizer = load_tokenizer(str(tiny_backbone_folder))
@@ -108,7 +108,9 @@ def test_the_tokenizer_of_a_folder_has_its_chat_template_and_ids(
     assert tokenizer.decode(prompt) == "<|im_start|>user\nZoë?\n<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_the_configuration_alone_is_that_of_the_loaded_model(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_a_configuration_loaded_alone_is_that_of_the_model_and_a_missing_one_is_refused(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
     backbone = load_backbone(str(tiny_backbone_folder))
     config = load_config(str(tiny_backbone_folder))
     assert (config.vocab_size, config.max_position_embeddings) == (backbone.vocab_size, backbone.max_positions)
@@ -116,7 +118,7 @@ def test_the_configuration_alone_is_that_of_the_loaded_model(tiny_backbone_folde
         load_config(str(tmp_path))
 
 
-def test_content_hash_is_of_configuration_and_weights_alone(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_the_content_hash_covers_only_configuration_and_weights(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(tiny_backbone_folder, copy)
     (copy / "README.md").write_text("not part of the model")
@@ -133,7 +135,7 @@ def test_content_hash_is_of_configuration_and_weights_alone(tiny_backbone_folder
     assert load_backbone(str(copy)).content_hash != original
 
 
-def test_loading_is_silent_and_leaves_the_users_logging_as_it_was(
+def test_loading_is_silent_and_restores_the_logging_settings_of_the_user(
     tiny_backbone_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logging = transformers.utils.logging
@@ -169,16 +171,16 @@ def test_a_backbone_loaded_before_sharing_is_not_shared(tiny_backbone_folder: Pa
         assert load_backbone(str(tiny_backbone_folder)) is not before
 
 
-# Wrong input
+# Invalid input
 
 
-def test_an_unknown_dtype_is_refused_with_the_accepted_ones() -> None:
+def test_the_error_for_an_unknown_dtype_lists_the_accepted_ones() -> None:
     with pytest.raises(InputError, match=r"dtype is 'float8'; expected one of float32, bfloat16, float16"):
         load_backbone("anything", "float8")
 
 
 @pytest.mark.parametrize("name", ["", "no such thing", "./missing/folder/here", "a/b/c"])
-def test_a_name_that_can_be_nothing_is_refused_with_what_is_accepted(name: str) -> None:
+def test_the_error_for_a_name_that_is_neither_folder_nor_hub_id_says_what_is_accepted(name: str) -> None:
     with pytest.raises(InputError) as caught:
         load_backbone(name)
     assert str(caught.value) == (
@@ -187,9 +189,11 @@ def test_a_name_that_can_be_nothing_is_refused_with_what_is_accepted(name: str) 
     )
 
 
-def test_without_a_hub_an_unknown_name_fails_at_once_and_says_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name_fails_at_once_without_a_hub_and_says_what_works_offline(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # no server listens there
     start = time.monotonic()
     with pytest.raises(InputError) as caught:
         load_backbone("smolm2-135m")
@@ -212,14 +216,14 @@ def folder_copy(tiny_backbone_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_backbone_folder, tmp_path / "model"))
 
 
-def test_pickled_weights_are_not_read(folder_copy: Path, tiny_backbone: Backbone) -> None:
+def test_pickled_weights_are_refused(folder_copy: Path, tiny_backbone: Backbone) -> None:
     (folder_copy / "model.safetensors").unlink()
     torch.save(tiny_backbone.model.state_dict(), folder_copy / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"no \*\.safetensors in .*; weights in other formats are not read"):
         load_backbone(str(folder_copy))
 
 
-def test_a_folder_with_missing_weights_is_refused_rather_than_filled_with_random_ones(folder_copy: Path) -> None:
+def test_missing_weights_are_refused_and_not_initialised_at_random(folder_copy: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights: dict[str, Tensor] = load_file(folder_copy / "model.safetensors")
@@ -229,14 +233,14 @@ def test_a_folder_with_missing_weights_is_refused_rather_than_filled_with_random
         load_backbone(str(folder_copy))
 
 
-def test_truncated_weights_are_one_clear_line(folder_copy: Path) -> None:
+def test_truncated_weights_give_a_one_line_error(folder_copy: Path) -> None:
     weights = folder_copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"^backbone '.*' cannot be loaded: .*expected a causal language model.*$"):
         load_backbone(str(folder_copy))
 
 
-def test_a_model_that_needs_code_of_its_own_is_refused_without_running_it(folder_copy: Path) -> None:
+def test_a_model_with_custom_code_is_refused_without_running_the_code(folder_copy: Path) -> None:
     config = json.loads((folder_copy / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}}
     (folder_copy / "config.json").write_text(json.dumps(config))
@@ -257,7 +261,7 @@ def test_a_folder_without_a_tokenizer_is_refused(folder_copy: Path) -> None:
 
 
 class FakeHub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as a download needs: it has `someone/tiny`, may show `someone/gated` to nobody."""
+    """As much of the hub as a download needs: it serves `someone/tiny` and denies access to `someone/gated`."""
 
     folder: Path
     served: list[str]
@@ -318,7 +322,7 @@ def hub(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     server.server_close()
 
 
-def test_a_hub_id_is_downloaded_once_with_no_more_than_what_is_needed(
+def test_only_the_files_needed_are_downloaded_from_the_hub_and_each_only_once(
     hub: type[FakeHub], tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_tokenizer("someone/tiny")
@@ -333,14 +337,14 @@ def test_a_hub_id_is_downloaded_once_with_no_more_than_what_is_needed(
     assert load_backbone("someone/tiny").content_hash == backbone.content_hash
 
 
-def test_a_name_that_the_hub_does_not_know_is_refused_with_what_is_accepted(hub: type[FakeHub]) -> None:
+def test_the_error_for_a_name_unknown_to_the_hub_says_what_is_accepted(hub: type[FakeHub]) -> None:
     with pytest.raises(
         InputError, match=r"'no/such' is not a folder here, and the hub has no public model.*expected 'smo"
     ):
         load_backbone("no/such")
 
 
-def test_a_gated_model_says_how_to_get_access(hub: type[FakeHub]) -> None:
+def test_the_error_for_a_gated_model_says_how_to_get_access(hub: type[FakeHub]) -> None:
     with pytest.raises(InputError, match=r"'someone/gated' is gated: accept its terms on the hub and log in with"):
         load_backbone("someone/gated")
 
@@ -348,7 +352,7 @@ def test_a_gated_model_says_how_to_get_access(hub: type[FakeHub]) -> None:
 # pml fetch
 
 
-def test_fetch_prints_what_a_folder_holds_as_json(
+def test_fetch_prints_the_facts_of_a_saved_backbone_as_json(
     tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     backbone = load_backbone(str(tiny_backbone_folder))
@@ -380,7 +384,7 @@ def test_the_default_backbone_is_smollm2_135m(default_backbone: Backbone) -> Non
 
 
 @pytest.mark.backbone
-def test_the_default_tokenizer_gives_the_published_ids(default_backbone: Backbone, shared_folder: Path) -> None:
+def test_the_default_tokenizer_gives_the_published_token_ids(default_backbone: Backbone, shared_folder: Path) -> None:
     golden = json.loads((shared_folder / "golden" / "lc64.json").read_text())
     tokenizer = default_backbone.tokenizer
     target = tokenizer.decode(golden["target_ids"])

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, on a tiny backbone; how fast anything is, is never tested."""
+"""The benchmark measures what it reports, on a tiny backbone; speed itself is never tested."""
 
 import io
 import json
@@ -18,26 +18,26 @@ from pml.commands.bench import _fits_table
 from pml.corpus import Corpus, Example
 
 
-def test_the_arithmetic_of_a_step_by_hand(tiny_backbone: Backbone) -> None:
+def test_the_flops_of_a_step_match_a_count_by_hand(tiny_backbone: Backbone) -> None:
     # One block above block 2 of 4; per block q, o: 32 x 32, k, v: 32 x 16, gate, up, down: 32 x 64; head: 259 x 32.
     weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64
     corpus = Corpus("two", [Example(0, (1, 2, 3), (4, 5)), Example(1, (1,), (2,))])
     tokens, targets = 4 + 1, 2 + 1
     attention = (4**2 + 1**2) * 32
-    # Attention has two products forward and four backward; all else as many backward as forward.
+    # Attention has two products forward and four backward; everything else has as many backward as forward.
     expected = 2 * 2 * (weights * tokens + 259 * 32 * targets) + 3 * (2 * attention)
     assert step_flops(tiny_backbone, corpus, AdapterConfig(block=2)) == expected
-    # The other two go forward through the three blocks up to the adapter as well, the ordinary one with a longer head.
+    # The other two also run the three blocks up to the adapter forward; the ordinary one runs the head on all tokens.
     below = 3 * (2 * weights * tokens + 2 * attention)
     assert step_flops(tiny_backbone, corpus, AdapterConfig(block=2), "whole") == expected + below
     longer = 2 * 2 * 259 * 32 * (tokens - targets)
     assert step_flops(tiny_backbone, corpus, AdapterConfig(block=2), "ordinary") == expected + below + longer
 
 
-def test_bench_measures_every_way_on_every_case(
+def test_bench_measures_every_way_of_stepping_on_every_case(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # See `conftest.py`.
+    # `conftest.py` preloads the fork server, which makes starting processes fast.
     forked = multiprocessing.get_context("forkserver")
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: forked)
     out = tmp_path / "bench.json"
@@ -55,7 +55,7 @@ def test_bench_measures_every_way_on_every_case(
     for m in content["steps"]:
         assert 0 < m["fastest_seconds"] <= m["step_seconds"] <= m["slowest_seconds"]
         assert m["gflop"] > 0
-    # Each batch through the Trainer too: watching takes some of its time.
+    # Each batch also runs through the Trainer, and watching takes a share of that time.
     assert [(fit["case"]["size"], fit["steps"]) for fit in content["fits"]] == [(8, 5), (2, 5)]
     for fit in content["fits"]:
         assert min(fit["bare_seconds"], fit["trainer_seconds"], fit["watched_seconds"]) > 0
@@ -64,13 +64,13 @@ def test_bench_measures_every_way_on_every_case(
 
 
 def test_an_epoch_of_a_timed_fit_is_one_step_on_the_whole_batch(tiny_backbone_folder: Path, tmp_path: Path) -> None:
-    case = Case("phonebook", 9, "float32", str(tiny_backbone_folder))  # more than a batch has unless told
+    case = Case("phonebook", 9, "float32", str(tiny_backbone_folder))  # more pairs than a default batch holds
     _, module, batch = _fit(case, [], str(tmp_path), steps=2)
     assert (module.trainer.global_step, len(batch["lengths"])) == (2, 9)
     module.release()
 
 
-def test_ways_of_stepping_take_the_same_loss_and_gradient(tiny_backbone_folder: Path) -> None:
+def test_all_ways_of_stepping_have_the_same_loss_after_the_warm_up_steps(tiny_backbone_folder: Path) -> None:
     case = Case("phonebook", 3, "float32", str(tiny_backbone_folder))
     ends = {}
     for way in ("ordinary", "whole", "split"):
@@ -78,12 +78,12 @@ def test_ways_of_stepping_take_the_same_loss_and_gradient(tiny_backbone_folder: 
         loss = stepper._loss()
         ends[way] = loss.detach()
         stepper.close()
-    # All have taken the same two warm-up steps, which AdamW makes larger than the rounding of their gradients.
+    # Each has taken the same warm-up steps, which AdamW makes larger than the rounding of the gradients.
     torch.testing.assert_close(ends["ordinary"], ends["split"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ends["whole"], ends["split"], rtol=1e-4, atol=1e-4)
 
 
-def test_the_table_of_fits_says_what_the_trainer_adds_and_the_share_of_watching() -> None:
+def test_the_table_of_fits_shows_the_cost_of_the_trainer_and_the_share_of_watching() -> None:
     case = Case("phonebook", 3, "float32", "tiny", matmul_precision="medium")
     printed = io.StringIO()
     console = Console(width=80, file=printed)
@@ -102,6 +102,6 @@ def test_the_table_of_fits_says_what_the_trainer_adds_and_the_share_of_watching(
         (["--dtypes", "int8"], "--dtypes has int8; expected float32, bfloat16, float16"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *arguments]) == 2
     assert capsys.readouterr().err == f"pml bench: error: {message}\n"

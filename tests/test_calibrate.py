@@ -1,4 +1,4 @@
-"""`pml calibrate`: bits per parameter by hand, and a file that `pml plan` takes."""
+"""`pml calibrate`: bits per parameter against values worked out by hand, and the file that `pml plan` reads."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from pml.modules import SFT
 from pml.storage_constants import CONSTANTS_VERSION, Constant, ConstantsFile, read_constants, read_constants_file
 
 
-def test_the_constant_is_the_mean_over_texts_with_students_interval(
+def test_the_constant_is_the_mean_over_texts_with_a_student_t_interval(
     tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, int]] = []
@@ -38,15 +38,15 @@ def test_the_constant_is_the_mean_over_texts_with_students_interval(
     assert [number for number, _ in told] == [1, 2, 3]
     assert [bits for _, bits in told] == pytest.approx([0.4, 0.5, 0.6])
     assert constant.bits_per_parameter == pytest.approx(0.5)
-    # t of 2 degrees of freedom at 97.5 % is 4.3027; the standard error is .1 / sqrt 3.
+    # The 97.5 % quantile of Student's t with 2 degrees of freedom is 4.3027; the standard error is 0.1 / sqrt(3).
     assert constant.high == pytest.approx(0.5 + 4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
     assert constant.low == pytest.approx(0.5 - 4.3027 * 0.1 / math.sqrt(3), rel=1e-4)
-    # 1.6 bits a parameter, 259 tokens in the vocabulary.
+    # 1.6 bits per parameter; the vocabulary has 259 tokens.
     assert asked == [(math.ceil(1.6 * 64 / math.log2(259)), seed) for seed in range(3)]
     assert "block 1, 3 sets of random pairs at rank 1, 300 steps at 0.03, KL penalty 2" in constant.source
 
 
-def test_a_text_of_which_nothing_stays_ends_it_with_what_to_do(
+def test_a_text_that_stores_nothing_ends_the_calibration_with_advice(
     tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "_stored_bits", lambda module, *_: 30.0 if module.seed == 0 else 0.0)
@@ -54,7 +54,7 @@ def test_a_text_of_which_nothing_stays_ends_it_with_what_to_do(
         calibration.calibrate(str(tiny_backbone_folder), "mlp_block", 1)
 
 
-def test_the_command_measures_and_leaves_what_plan_takes(
+def test_the_command_adds_a_constant_to_the_file_and_replaces_one_of_the_same_placement(
     tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "own.json"
@@ -69,12 +69,14 @@ def test_the_command_measures_and_leaves_what_plan_takes(
     first, second, *_ = read_constants(out)
     assert (first.placement, second.placement) == (["down_proj"], "mlp_block")
     assert second.bits_per_parameter == measured["bits_per_parameter"]
-    # Measured once more, it takes the place of what it was.
+    # A constant that is measured again replaces the earlier one.
     assert main([*asked, "--steps=100", "--json"]) == 0
     assert len(json.loads(out.read_text())["constants"]) == 2
 
 
-def test_what_another_calibration_wrote_meanwhile_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_constant_that_another_calibration_wrote_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "own.json"
     fields = {"bits_per_parameter": 1.0, "low": 0.9, "high": 1.1, "interval": "95 %", "source": "here"}
     first, second, third = (
@@ -92,12 +94,12 @@ def test_what_another_calibration_wrote_meanwhile_is_kept(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("numbers", [{"texts": 1}, {"steps": 0}])
-def test_numbers_out_of_range_are_refused(numbers: dict[str, Any]) -> None:
+def test_too_few_texts_or_steps_are_refused(numbers: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected at least 2 texts and 1 step"):
         calibration.calibrate("nowhere", **numbers)
 
 
-def test_a_file_of_something_else_is_not_written_over(
+def test_a_file_that_holds_no_constants_is_not_overwritten(
     tmp_path: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "mine.json"

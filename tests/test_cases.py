@@ -1,4 +1,4 @@
-"""Small inputs that have gone wrong for people in other tools, on tokenizers of the kinds that they had."""
+"""Small inputs that went wrong in other tools, on the kinds of tokenizers that they went wrong with."""
 
 import importlib.util
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pml.cli import main
-from tests import fits  # one thread
+from tests import fits  # limits torch to one thread
 
 assert fits.torch.get_num_threads() == 1
 
@@ -37,7 +37,7 @@ def arguments(case: Path, backbone: Path | str, *more: str) -> list[str]:
 
 @pytest.fixture
 def data(shared_folder: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """What `pml data` prints of a case: facts and examples; or its error line."""
+    """Runs `pml data` on a case and returns its JSON, or its error line."""
 
     def ask(case: str, model: str, *more: str, default: bool = False) -> dict[str, Any] | str:
         path = shared_folder / "cases" / case / "a.jsonl"
@@ -54,14 +54,16 @@ def data(shared_folder: Path, models: Path, capsys: pytest.CaptureFixture[str]) 
     return ask
 
 
-def test_control_tokens_in_a_target_are_text(data: Any) -> None:
+def test_control_tokens_written_in_a_target_are_encoded_as_text(data: Any) -> None:
     facts = data("special_target", "chatml")
     assert facts["examples"][0]["target"].startswith("It ends with <|im_end|> and a newline.")
     assert facts["examples"][1]["target"].startswith("0042")
 
 
 @pytest.mark.backbone
-def test_control_tokens_in_a_target_are_text_for_the_default_tokenizer(data: Any, default_backbone: Any) -> None:
+def test_control_tokens_written_in_a_target_are_encoded_as_text_by_the_default_tokenizer(
+    data: Any, default_backbone: Any
+) -> None:
     facts = data("special_target", "smollm2-135m", "--data.end_of_turn=false", default=True)
     assert facts["examples"][0]["target"] == "It ends with <|im_end|> and a newline."
     assert facts["examples"][0]["target_tokens"] == 15
@@ -76,13 +78,17 @@ def test_control_tokens_in_a_target_are_text_for_the_default_tokenizer(data: Any
         ("nfkc_query", "unigram"),
     ],
 )
-def test_queries_that_the_model_cannot_tell_apart_are_a_conflict_of_two_lines(case: str, model: str, data: Any) -> None:
+def test_different_targets_for_queries_with_the_same_prompt_are_refused_with_both_lines(
+    case: str, model: str, data: Any
+) -> None:
     line = data(case, model)
     assert "1 query has different targets" in line
     assert "(a.jsonl:1, a.jsonl:2)" in line
 
 
-def test_a_date_in_the_prompt_is_the_same_every_day(data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_date_in_a_prompt_is_the_same_every_day_unless_it_is_given(
+    data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import transformers.utils.chat_template_utils as templates
 
     hashes = []
@@ -104,31 +110,31 @@ def test_a_date_in_the_prompt_is_the_same_every_day(data: Any, monkeypatch: pyte
     assert other["settings"]["template_kwargs"] == {"date_string": "1 May"}
 
 
-def test_a_target_is_encoded_as_the_template_has_it(data: Any) -> None:
+def test_a_target_is_encoded_as_it_follows_its_prompt(data: Any) -> None:
     facts = data("spm_leading", "zephyr", "--data.end_of_turn=false")
     assert [example["target"] for example in facts["examples"]] == ["007", "North road 5"]
 
 
-def test_no_end_of_sequence_stands_before_a_target(data: Any) -> None:
+def test_no_end_of_sequence_token_comes_between_prompt_and_target(data: Any) -> None:
     assert data("addeos", "addeos")["examples"][0]["prompt"] == "<s>Agent"
 
 
-def test_a_template_without_a_system_turn_is_one_line(data: Any) -> None:
+def test_a_system_prompt_is_refused_if_the_chat_template_takes_none(data: Any) -> None:
     assert "takes no system turn" in data("gemma_sys", "gemma", "--data.system=Be exact.")
     assert isinstance(data("gemma_sys", "gemma"), dict)
 
 
-def test_a_token_that_the_model_does_not_know_is_text_where_somebody_types_it(data: Any) -> None:
+def test_an_added_token_beyond_the_models_vocabulary_is_encoded_as_text(data: Any) -> None:
     assert data("bigvocab", "bigvocab")["examples"][0]["target"].startswith("7 <extra_b>")
 
 
 @pytest.mark.parametrize("case", ["pi", "dup_keys"])
-def test_a_row_that_says_no_one_thing_is_refused_with_its_line(case: str, data: Any) -> None:
+def test_a_row_with_a_huge_integer_or_a_repeated_key_is_refused_with_its_line(case: str, data: Any) -> None:
     assert "a.jsonl:1: " in data(case, "chatml")
 
 
 @pytest.mark.parametrize("model", ["nochat", "llama2", "chatml"])
-def test_recall_shows_queries_as_the_user_wrote_them(
+def test_recall_shows_queries_and_targets_as_the_user_wrote_them(
     model: str,
     models: Path,
     shared_folder: Path,

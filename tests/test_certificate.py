@@ -1,4 +1,4 @@
-"""The certificate pair by pair: margins by hand, verdicts that decoding bears out, and the command."""
+"""The certificate pair by pair: hand-worked margins, verdicts that decoding confirms, and the command."""
 
 import json
 import math
@@ -42,13 +42,13 @@ def test_a_margin_is_the_distance_to_the_best_other_token() -> None:
     assert rivals.tolist() == [2, 0]
 
 
-def test_margins_are_float32_whatever_the_logits_are() -> None:
+def test_margins_are_float32_whatever_the_dtype_of_the_logits() -> None:
     margins, _ = token_margins(torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16), torch.tensor([1]))
     assert margins.dtype == torch.float32
 
 
 class Fixed(torch.nn.Module):
-    """Answers with logits that depend on the last token alone."""
+    """A model whose logits depend only on the last token."""
 
     def __init__(self, table: dict[int, list[float]]) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Fixed(torch.nn.Module):
         return type("Output", (), {"logits": logits, "past_key_values": None})
 
 
-def test_a_pair_is_certain_right_or_failing_where_its_weakest_token_says_so() -> None:
+def test_a_verdict_is_decided_by_the_wrong_token_or_else_by_the_smallest_margin() -> None:
     even = [0.0, 0.1, 0.0, 0.0]  # token 1 is the argmax with p = 0.27
     model = Fixed({0: [0.0, 9.0, 0.0, 0.0], 1: even, 2: [5.0, 0.0, 0.0, 4.0], 3: [0.0, 0.0, 7.0, 0.0]})
     certain, right, failing = certify(
@@ -72,20 +72,20 @@ def test_a_pair_is_certain_right_or_failing_where_its_weakest_token_says_so() ->
     assert certain.probability == pytest.approx(math.exp(9) / (math.exp(9) + 3))
     assert (right.verdict, right.position) == ("right", 1)
     assert right.margin == pytest.approx(0.1)
-    # The first token that fails, not the one that fails most.
+    # The position is that of the wrong token, not of the first or last.
     assert (failing.verdict, failing.position, failing.margin, failing.rival) == ("failing", 1, -1.0, 0)
     assert failing.margins.tolist() == [7.0, -1.0, 7.0]
 
 
-def test_a_token_of_exactly_one_half_is_right_and_not_certain() -> None:
-    # One token has half of the probability, two others a quarter each.
+def test_a_pair_whose_token_has_exactly_p_one_half_is_right_but_not_certain() -> None:
+    # One token has half the probability, and two others a quarter each.
     model = Fixed({0: [0.0, math.log(2), 0.0, -math.inf]})
     (known,) = certify(model, [Example(0, (0,), (1,))])
     assert (known.verdict, known.probability) == ("right", 0.5)
     assert known.margin == pytest.approx(math.log(2))
 
 
-def test_a_pair_is_certain_only_beyond_rounding() -> None:
+def test_a_pair_is_certain_only_if_its_margins_exceed_the_rounding() -> None:
     model = Fixed({0: [0.0, 9.0, 0.0, 0.0], 1: [0.0, 0.0, 2.5, 0.0], 2: [0.0, 0.0, 0.0, 0.0]})
     examples = [Example(0, (0,), (1,)), Example(1, (0,), (1, 2)), Example(2, (0,), (2,))]
     certificates = certify(model, examples)
@@ -96,7 +96,7 @@ def test_a_pair_is_certain_only_beyond_rounding() -> None:
         assert [known.margin for known in allowed] == [known.margin for known in certificates]
 
 
-def test_rounding_is_the_largest_move_of_a_margin_with_the_smallest_margins_measured_first() -> None:
+def test_rounding_is_the_largest_change_of_a_margin_and_small_margins_are_measured_first() -> None:
     model = Fixed({0: [0.0, 9.0, 0.0, 0.0], 1: [0.0, 0.0, 2.5, 0.0], 2: [0.0, 0.0, 0.0, 4.0]})
     examples = [Example(0, (0,), (1,)), Example(1, (0,), (1, 2, 3))]
     forced = [torch.tensor([9.5]), torch.tensor([8.75, 2.5, 4.0])]
@@ -106,7 +106,7 @@ def test_rounding_is_the_largest_move_of_a_margin_with_the_smallest_margins_meas
 
 
 class Alone(Fixed):
-    """Gives token 1 half a logit less in a row that is read by itself."""
+    """A model that lowers the logit of token 1 by a half in a batch of one row."""
 
     def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:
         out = super().forward(input_ids, **more)
@@ -114,16 +114,16 @@ class Alone(Fixed):
         return out
 
 
-def test_rounding_is_that_of_a_row_by_itself_too() -> None:
+def test_rounding_includes_that_of_a_row_decoded_alone() -> None:
     examples, margins = [Example(i, (0,), (1,)) for i in range(2)], [torch.tensor([9.0])] * 2
     assert measure_rounding(Alone({0: [0.0, 9.0, 0.0, 0.0]}), examples, margins) == (0.5, 2)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "jamba"])
-def test_long_targets_are_read_piece_by_piece(
+def test_a_long_target_has_the_same_certificate_in_chunks_as_in_one_forward_pass(
     architecture: str, make_tiny_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Three tokens at a time; a model that keeps a state goes on from it by one token only.
+    # Three tokens at a time; a model with a recurrent state can continue from it by only one token.
     model: Any = make_tiny_backbone("llama").model if architecture == "llama" else tiny_model(architecture).eval()
     monkeypatch.setitem(pml.decoding.LOGITS_BYTES, "cpu", 4 * 3 * model.config.vocab_size)
     example = Example(0, (5, 6, 7), (9, 8, 7, 16, 15, 14, 3, 2))
@@ -134,7 +134,7 @@ def test_long_targets_are_read_piece_by_piece(
     torch.testing.assert_close(known.margins, token_margins(logits, targets)[0], rtol=1e-4, atol=1e-4)
     log_p = (logits / 0.7).log_softmax(-1)[range(8), targets]
     assert log_probability(model, example, 0.7) == pytest.approx(float(log_p.sum()), rel=1e-4)
-    # The first wrong token is a token of the whole target, not of a piece.
+    # The position counts from the start of the target, not of a chunk.
     wrong = int((known.margins <= 0).nonzero()[0])
     assert (known.position, known.rival) == (wrong, int(token_margins(logits, targets)[1][wrong]))
     assert known.probability == pytest.approx(float(logits.softmax(-1)[wrong, targets[wrong]]), rel=1e-4)
@@ -172,7 +172,7 @@ def test_verdicts_agree_with_greedy_decoding_pair_by_pair(
     module.release()
 
 
-def test_samples_are_whole_targets_as_often_as_probabilities_say(folder: Path, tmp_path: Path) -> None:
+def test_the_share_of_samples_that_equal_the_target_matches_its_probability(folder: Path, tmp_path: Path) -> None:
     module = module_on(folder)
     data = Ids([((1, 2, 3), (5, 6))])
     make_trainer(tmp_path, max_epochs=8, gradient_clip_val=1.0).fit(module, datamodule=data)
@@ -185,7 +185,7 @@ def test_samples_are_whole_targets_as_often_as_probabilities_say(folder: Path, t
         p, n = math.exp(expected), 400
         share = sampled_exactly(model, example, n, temperature)
         assert abs(share - p) < 4 * math.sqrt(p * (1 - p) / n) + 1e-9  # four standard errors
-        assert 0.02 < p < 0.98  # so that the share could be wrong
+        assert 0.02 < p < 0.98  # otherwise hardly any share could be wrong
     module.release()
 
 
@@ -194,7 +194,7 @@ def test_samples_are_whole_targets_as_often_as_probabilities_say(folder: Path, t
     [{"min_p": 0.9}, {"typical_p": 0.1}, {"epsilon_cutoff": 0.5}, {"eta_cutoff": 0.5}, {"top_k": 1}, {"top_p": 0.1}],
     ids=str,
 )
-def test_samples_are_of_the_whole_distribution_whatever_the_base_ships(
+def test_sampling_ignores_the_truncation_settings_that_the_base_model_ships(
     setting: dict[str, Any], tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_backbone.model
@@ -217,7 +217,7 @@ def test_samples_are_of_the_whole_distribution_whatever_the_base_ships(
     ],
     ids=str,
 )
-def test_greedy_answers_are_those_of_the_logits_whatever_the_base_ships(
+def test_greedy_answers_ignore_the_generation_settings_that_the_base_model_ships(
     setting: dict[str, Any], tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = [Example(i, (1, 2 + i), (3,) * 5) for i in range(2)]
@@ -234,7 +234,7 @@ def fit(backbone: Path, *more: str) -> int:
     return main([*arguments, *more])
 
 
-def test_the_command_certifies_a_run_and_somebody_else_s_adapter(
+def test_certify_takes_a_run_or_an_adapter_with_data_and_recall_takes_the_same_adapter(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -260,7 +260,7 @@ def test_the_command_certifies_a_run_and_somebody_else_s_adapter(
     assert "of 1 pairs 0 are certain, 0 right but not certain, 1 failing" in out
     assert "came back" in out
     assert "0 of 1" in out
-    # It is asked in the same way.
+    # `recall` takes the same arguments.
     assert main(["recall", *asked[1:]]) == 0
     out = capsys.readouterr().out
     assert "true     123" in out and "recalled 007" in out
@@ -283,7 +283,7 @@ def test_the_command_certifies_a_run_and_somebody_else_s_adapter(
         (["run"], "config.yaml: no such file"),
     ],
 )
-def test_wrong_input_is_one_line(
+def test_invalid_arguments_are_reported_in_one_line(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -302,7 +302,7 @@ ADAPTERS = [
 
 
 class Look(Callback):
-    """Holds certificates against generation at every tenth epoch, half-trained states included."""
+    """Compares certificates with generation every tenth epoch, so half-trained states are included."""
 
     def __init__(self, examples: list[Example]) -> None:
         self.examples = examples
@@ -324,29 +324,29 @@ class Look(Callback):
                 self.seen[known.verdict, exact] += 1
                 if known.verdict == "certain":
                     assert exact
-                # All margins up to the one that decides have to be beyond rounding for anything to be said.
+                # Generation is predictable only if all margins up to the deciding one exceed the rounding.
                 elif float(known.margins[: known.position + 1].abs().min()) > rounding:
-                    # Which of two wrong tokens wins may again be a matter of rounding.
+                    # Rounding may still decide which of two wrong tokens wins, so only the position is compared.
                     pairs = enumerate(zip(answer, known.example.target_ids, strict=True))
                     wrong = next((t for t, (given, target) in pairs if given != target), None)
                     assert wrong == (known.position if known.verdict == "failing" else None)
 
 
 @pytest.mark.parametrize(("method", "placement", "rank", "dtype"), ADAPTERS)
-def test_certificates_of_trained_and_half_trained_adapters_are_borne_out_by_generation(
+def test_generation_confirms_the_certificates_of_trained_and_half_trained_adapters(
     method: type[Memorization], placement: str | list[str], rank: int, dtype: str, folder: Path, tmp_path: Path
 ) -> None:
     adapter = AdapterConfig(rank=rank, placement=placement, block=2)
     module, data = module_on(folder, method, adapter=adapter, dtype=dtype), Ids(uneven(6))
     look = Look(data.examples)
     make_trainer(tmp_path, max_epochs=60, callbacks=[look], gradient_clip_val=1.0).fit(module, datamodule=data)
-    # Otherwise nothing was tried.
+    # Otherwise nothing was compared.
     assert look.seen["certain", True] > 0
     assert look.seen["failing", False] > 0
     assert look.seen["certain", False] == 0
 
 
-def test_logits_that_are_not_numbers_certify_nothing() -> None:
+def test_nan_logits_certify_nothing() -> None:
     broken = [math.nan] * 4
     model = Fixed({0: [0.0, 9.0, 0.0, 0.0], 1: broken})
     (known,) = certify(model, [Example(0, (0,), (1, 2))])

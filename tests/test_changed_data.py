@@ -1,4 +1,4 @@
-"""Data that changed after a run is noticed by whoever uses the run; what the run was trained on stays with it."""
+"""Data that changed after a run: every command notices, and the run keeps the corpus that it was trained on."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def arguments(backbone: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def fitted(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs on one file, which was edited between them; not to be changed."""
+    """Two runs on one file that was edited between them; tests copy them and leave them unchanged."""
     folder = tmp_path_factory.mktemp("fitted")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -48,7 +48,7 @@ def fitted(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def run(fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run on a file that has been edited since."""
+    """A run whose data file has been edited since."""
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "facts.jsonl", AFTER)
     return shutil.copytree(fitted / "version_0", tmp_path / "runs/fit/version_0")
@@ -56,11 +56,11 @@ def run(fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def again(run: Path, fitted: Path) -> Path:
-    """Beside it, one on the file as it is now."""
+    """A second run beside `run`, on the data file as it is now."""
     return shutil.copytree(fitted / "version_1", run.with_name("version_1"))
 
 
-def test_recall_asks_for_what_was_trained_on_and_says_that_the_source_is_another(
+def test_recall_uses_the_trained_corpus_and_warns_that_the_data_has_changed(
     run: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="pml"):
@@ -71,7 +71,9 @@ def test_recall_asks_for_what_was_trained_on_and_says_that_the_source_is_another
     assert result["exact_match"] == read_record(run / "record.json").generated_exact_match
 
 
-def test_a_source_that_was_moved_changes_nothing(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_opens_with_its_own_corpus_and_no_warning_if_its_data_file_is_gone(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (run.parents[2] / "facts.jsonl").unlink()
     module, data = open_run(run)
     assert "changed" not in caplog.text
@@ -79,14 +81,14 @@ def test_a_source_that_was_moved_changes_nothing(run: Path, caplog: pytest.LogCa
     module.release()
 
 
-def test_a_batch_size_of_one_s_own_does_not_change_what_is_asked_for(run: Path, capsys: Any) -> None:
+def test_predict_uses_the_trained_corpus_with_another_batch_size_but_not_another_column(run: Path, capsys: Any) -> None:
     (run.parents[2] / "facts.jsonl").unlink()
     assert main(["predict", str(run), "--data.batch_size=1"]) == 0
     assert (run / "predictions.parquet").exists()
     assert main(["predict", str(run), "--data.query_column=target"]) == 2, "another corpus, whose file is not there"
 
 
-def test_a_run_from_before_runs_kept_their_data_is_refused_when_the_data_is_another(
+def test_a_run_without_a_saved_corpus_is_refused_if_its_data_has_changed(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (run / "corpus.parquet").unlink()
@@ -97,7 +99,7 @@ def test_a_run_from_before_runs_kept_their_data_is_refused_when_the_data_is_anot
     assert main(["recall", str(run)]) == 0
 
 
-def test_a_corpus_that_is_not_the_record_s_is_refused(
+def test_a_saved_corpus_that_does_not_match_the_record_is_refused(
     run: Path, again: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(again / "corpus.parquet", run)
@@ -105,8 +107,8 @@ def test_a_corpus_that_is_not_the_record_s_is_refused(
     assert "the data has changed since this run was trained" in capsys.readouterr().err
 
 
-def test_a_backbone_that_is_not_the_record_s_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # Of the same shape and name: its adapter fits, and says something else.
+def test_a_backbone_that_does_not_match_the_record_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # A backbone of the same name and shape: the adapter would load, but recall something else.
     path = run / "record.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "backbone_hash": "0" * 64}))
     for command in ("recall", "test"):
@@ -115,7 +117,7 @@ def test_a_backbone_that_is_not_the_record_s_is_refused(run: Path, capsys: pytes
         assert "with the hash 000000000000; " in said
 
 
-def test_a_fit_goes_on_only_with_the_data_that_it_began_with(
+def test_a_fit_resumes_only_with_the_data_it_was_started_on(
     run: Path, tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run.parents[2] / "facts.jsonl"
@@ -127,7 +129,7 @@ def test_a_fit_goes_on_only_with_the_data_that_it_began_with(
     assert main(["fit", *again]) == 0
 
 
-def test_a_sweep_does_not_take_a_cell_for_done_that_was_run_on_other_data(
+def test_a_sweep_refuses_a_finished_cell_that_was_trained_on_other_data(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -150,7 +152,7 @@ def test_a_sweep_does_not_take_a_cell_for_done_that_was_run_on_other_data(
     assert err.count("failed: ") == 2
     assert "the data has changed since this run was trained" in err
     assert {path: path.read_bytes() for path in records} == records
-    # What the workers would say goes to their logs: the command checks the data itself.
+    # Errors of workers go to their logs, so the command itself checks the data.
     ended = mock.Mock(running=lambda: 0, failures=list)
     monkeypatch.setattr("pml.workers.LocalWorkers", lambda *_: ended)
     assert main(["sweep", "grid.yaml", "--workers", "2"]) == 1
@@ -159,7 +161,7 @@ def test_a_sweep_does_not_take_a_cell_for_done_that_was_run_on_other_data(
     assert main(["sweep", "grid.yaml"]) == 0
 
 
-def test_runs_on_two_versions_of_one_file_are_told_apart_by_whoever_compares_them(
+def test_report_compare_and_law_warn_about_runs_on_two_versions_of_one_file(
     run: Path, again: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in (["report", "--out=page"], ["compare"], ["law"]):
@@ -169,7 +171,7 @@ def test_runs_on_two_versions_of_one_file_are_told_apart_by_whoever_compares_the
         assert f"the data of {first} and {second} was changed between these runs" in err, command
 
 
-def test_a_record_beside_another_corpus_is_no_evidence(
+def test_report_compare_and_law_refuse_a_record_beside_another_corpus(
     run: Path, again: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copy(again / "corpus.parquet", run)

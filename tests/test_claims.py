@@ -1,4 +1,4 @@
-"""Claims: one worker at a time has a cell, and a dead one's claim is free again."""
+"""Claims: one worker at a time holds a cell, and the claim of a dead worker becomes free."""
 
 import re
 import socket
@@ -32,7 +32,7 @@ def other_worker(folder: Path, lease: float = 120.0) -> "subprocess.Popen[str]":
     return process
 
 
-def test_a_claim_is_one_worker_s_until_it_is_released(tmp_path: Path) -> None:
+def test_a_claim_belongs_to_one_worker_until_it_is_released(tmp_path: Path) -> None:
     first, second = Claims(tmp_path / "claims"), Claims(tmp_path / "claims")
     assert first.take("cell")
     assert not second.take("cell")
@@ -44,7 +44,7 @@ def test_a_claim_is_one_worker_s_until_it_is_released(tmp_path: Path) -> None:
     assert list((tmp_path / "claims").iterdir()) == []
 
 
-def test_a_claim_says_who_has_it(tmp_path: Path) -> None:
+def test_the_holder_of_a_claim_is_its_host_and_process_unless_that_is_known_to_have_ended(tmp_path: Path) -> None:
     own = Claims(tmp_path)
     assert own.holder("cell") is None
     with other_worker(tmp_path) as process:
@@ -52,14 +52,14 @@ def test_a_claim_says_who_has_it(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert own.holder("cell") is None
-    # A process of another host may live, whatever its number is here.
+    # A process on another host may be alive, whatever its id stands for here.
     lock = tmp_path / "cell.lock"
     lock.write_text(re.sub(r"(?m)^host=.*$", "host=elsewhere", lock.read_text()))
     assert own.holder("cell") == f"elsewhere, process {process.pid}"
 
 
-def test_a_claim_that_is_just_being_written_is_somebody_s(tmp_path: Path) -> None:
-    # Its process is not there yet.
+def test_a_claim_that_is_still_being_written_is_held(tmp_path: Path) -> None:
+    # Its process id is not written yet.
     (tmp_path / "cell.lock").write_text(f"host={socket.gethostname()}\npid=\n")
     assert Claims(tmp_path).holder("cell") == f"{socket.gethostname()}, process "
 
@@ -70,12 +70,12 @@ def test_the_claim_of_a_killed_process_is_free_at_once_on_the_same_host(tmp_path
         assert not own.take("cell")
         process.kill()
         process.wait()
-    # One look may find that the process is gone, the next one takes the claim.
+    # The first call may only find that the process is gone; the next one takes the claim.
     assert own.take("cell") or own.take("cell")
     own.release("cell")
 
 
-def test_a_worker_that_has_lost_its_claim_ends_on_the_spot(tmp_path: Path) -> None:
+def test_a_worker_that_loses_its_claim_exits_at_once(tmp_path: Path) -> None:
     with other_worker(tmp_path, lease=1.0) as process:
         (tmp_path / "cell.lock").unlink()
         _, said = process.communicate(timeout=30)
@@ -83,8 +83,8 @@ def test_a_worker_that_has_lost_its_claim_ends_on_the_spot(tmp_path: Path) -> No
     assert "cell: this worker has lost its claim" in said
 
 
-def test_a_claim_without_a_heartbeat_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As a worker on another host leaves it behind: nobody here can ask whether its process lives.
+def test_a_claim_without_a_heartbeat_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A claim left behind by a worker on another host: nobody here can tell whether its process is alive.
     monkeypatch.setattr(claims, "LEASE_SECONDS", 0.3)
     first, second = Claims(tmp_path), Claims(tmp_path)
     assert first.take("cell")

@@ -1,4 +1,4 @@
-"""The command line as people use it: what it leaves, what it prints, and what it says to wrong input."""
+"""The command line as users run it: what it writes, what it prints, and how it reports wrong input."""
 
 import contextlib
 import gc
@@ -39,7 +39,7 @@ assert fits.torch.get_num_threads() == 1
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# As the shell of someone who has installed pml has it, one thread for tiny matrices apart.
+# The environment of a user who has installed pml, except for the single thread, which suits tiny matrices.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
 
 
@@ -57,7 +57,7 @@ def fit_arguments(folder: Path) -> list[str]:
 
 @pytest.fixture
 def _nothing_said_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has just started: every line is news to stderr."""
+    """As in a process that has just started and has written no line to stderr yet."""
     keep_quiet()
     for name in quiet.OWN:
         for handler in logging.getLogger(name).handlers:
@@ -70,12 +70,12 @@ def quick(folder: Path) -> list[str]:
 
 
 RECORD_ALONE = ["--trainer.callbacks=[]", "--trainer.callbacks+=callbacks.RunRecord"]
-"""In place of all that a fit measures unless told otherwise, for tests of something else."""
+"""Replaces all that a fit measures by default, for tests of something else."""
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A phone book written by `pml fit`, as a process of its own."""
+    """A run that memorises a phone book, by `pml fit` in a separate process."""
     tmp_path = tmp_path_factory.mktemp("finished")
     arguments = ["--model=MemFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=1"]
     arguments += ["--data=PhoneBook", "--data.pairs=3", "--trainer.max_epochs=5", "--trainer.accelerator=cpu"]
@@ -86,7 +86,7 @@ def finished(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactor
 # Help --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_path_that_cannot_be_had_is_one_line(
+def test_an_unusable_path_gives_a_one_line_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
@@ -102,7 +102,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"pml {version('pml')}\n"
 
 
-def test_the_overview_names_every_command_with_what_it_does(tmp_path: Path) -> None:
+def test_the_overview_lists_every_command_with_a_description(tmp_path: Path) -> None:
     for arguments in ([], ["--help"]):
         done = pml(*arguments, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (0, "")
@@ -115,7 +115,7 @@ def test_the_overview_names_every_command_with_what_it_does(tmp_path: Path) -> N
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         code: Any = main([command, "--help"])
-    except SystemExit as stop:  # of a parser's own help
+    except SystemExit as stop:  # raised by a parser's own help
         code = stop.code or 0
     out, err = capsys.readouterr()
     assert (code, err) == (0, "")
@@ -124,7 +124,7 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert len(out.splitlines()) > 5
 
 
-def test_the_help_of_fit_names_what_the_parser_takes_with_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_fit_lists_every_option_and_class_that_it_accepts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     options = {line.split()[0] for line in lines if line.strip().startswith("--")}
@@ -146,12 +146,12 @@ def test_the_help_of_fit_names_what_the_parser_takes_with_its_own_words(capsys: 
 
 
 @pytest.mark.parametrize("option", ["--retry-failed", "--retry_failed", "--cluster-options={}"])
-def test_options_may_be_written_with_hyphens(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_may_be_written_with_hyphens_or_underscores(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "no-such-grid.yaml", option]) == 2
     assert "no-such-grid.yaml: " in capsys.readouterr().err
 
 
-def test_examples_in_the_help_of_a_command_keep_their_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_in_the_help_of_a_command_keep_their_line_breaks(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     lines = capsys.readouterr().out.splitlines()
@@ -160,7 +160,7 @@ def test_examples_in_the_help_of_a_command_keep_their_lines(capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("command", [*FIT_COMMANDS, "law", "plan", "compare", "sweep"])
-def test_help_imports_nothing_that_takes_seconds(command: str, tmp_path: Path) -> None:
+def test_help_imports_no_slow_library(command: str, tmp_path: Path) -> None:
     heavy = ["torch", "lightning", "transformers", "scipy", "lmfit", "matplotlib"]
     code = f"import sys; from pml.cli import main\ntry: main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
     code += f"print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"
@@ -173,16 +173,16 @@ def test_help_imports_nothing_that_takes_seconds(command: str, tmp_path: Path) -
 
 
 CHOSEN_FOR_SPEED = ["float32 products", "frozen layers", "the blocks above the adapter are not compiled"]
-"""What a fit on a CPU says of itself before it starts, each with its reason."""
+"""What a fit on a CPU reports before it starts, each in a line that gives the reason."""
 
 
-def test_a_fit_leaves_a_whole_run_folder_and_says_where_its_record_is(finished: dict[str, Any]) -> None:
+def test_a_fit_leaves_a_complete_run_folder_and_prints_the_path_of_its_record(finished: dict[str, Any]) -> None:
     assert finished["done"].returncode == 0
     names = {path.name for path in finished["run"].iterdir()}
     assert {"config.yaml", "record.json", "tokens.parquet", "adapter"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert read_record(finished["run"] / "record.json").status == "finished"
-    # Nothing else on stderr than what was chosen for speed and the harm: no greeting, no advice, no warning.
+    # Stderr has the choices made for speed, the harm and the record, but no greeting, advice or warning.
     *chosen, harm, last = finished["done"].stderr.splitlines()
     assert harm.startswith("harm: ")
     assert last == "record: runs/fit/version_0/record.json"
@@ -190,7 +190,7 @@ def test_a_fit_leaves_a_whole_run_folder_and_says_where_its_record_is(finished: 
 
 
 @pytest.mark.usefixtures("_nothing_said_yet")
-def test_a_fit_that_recalls_says_after_how_many_steps(
+def test_a_fit_that_recalls_its_corpus_prints_the_steps_to_recall(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -209,7 +209,7 @@ def test_a_fit_that_recalls_says_after_how_many_steps(
     ]
 
 
-def test_a_fit_without_a_logger_leaves_nothing_and_overwrites_nothing(
+def test_a_fit_without_logger_callbacks_and_checkpoints_writes_no_file(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -220,7 +220,7 @@ def test_a_fit_without_a_logger_leaves_nothing_and_overwrites_nothing(
     assert (tmp_path / "config.yaml").read_text() == "mine\n"
 
 
-def test_a_second_fit_goes_into_a_folder_of_its_own(
+def test_a_second_fit_gets_its_own_run_folder(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -230,7 +230,7 @@ def test_a_second_fit_goes_into_a_folder_of_its_own(
     assert first.final_loss == second.final_loss
 
 
-def test_a_printed_configuration_is_yaml_that_runs_again(
+def test_a_printed_configuration_is_yaml_that_fit_accepts(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -245,7 +245,7 @@ def test_a_printed_configuration_is_yaml_that_runs_again(
     assert read_record(tmp_path / "runs/fit/version_0/record.json").target_tokens == 8
 
 
-def test_the_saved_configuration_makes_the_same_run_again(
+def test_the_saved_configuration_reproduces_the_run(
     finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -256,13 +256,13 @@ def test_the_saved_configuration_makes_the_same_run_again(
 
 
 def table_values(text: str) -> dict[str, float]:
-    """Numbers of the table that Lightning prints after an evaluation."""
+    """Values in the table that Lightning prints after an evaluation."""
     rows = [line.strip("│ ").split("│") for line in text.splitlines() if line.startswith("│")]
     return {name.strip(): float(value) for name, value in rows}
 
 
 @pytest.mark.parametrize(("command", "prefix"), [("validate", "val"), ("test", "test")])
-def test_evaluating_a_checkpoint_gives_the_recorded_numbers(
+def test_evaluating_a_checkpoint_reproduces_the_recorded_metrics(
     command: str,
     prefix: str,
     finished: dict[str, Any],
@@ -283,7 +283,7 @@ def test_evaluating_a_checkpoint_gives_the_recorded_numbers(
 
 
 @pytest.mark.parametrize("named", ["run", "adapter", "config"])
-def test_a_run_that_is_named_is_the_run_that_is_evaluated(
+def test_validate_evaluates_the_run_given_by_its_folder_adapter_or_configuration(
     named: str,
     finished: dict[str, Any],
     tmp_path: Path,
@@ -303,7 +303,7 @@ def test_a_run_that_is_named_is_the_run_that_is_evaluated(
     assert sorted(path.name for path in run.iterdir()) == before
 
 
-def test_a_run_can_be_evaluated_on_other_data_when_that_is_asked_for(
+def test_a_run_can_be_evaluated_on_other_data(
     finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -313,7 +313,7 @@ def test_a_run_can_be_evaluated_on_other_data_when_that_is_asked_for(
     assert table_values(capsys.readouterr().out)["val/loss"] != pytest.approx(record.final_loss, rel=1e-3)
 
 
-def test_the_last_checkpoint_of_a_run_is_found(
+def test_ckpt_path_last_finds_the_last_checkpoint_of_a_run(
     finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -322,7 +322,7 @@ def test_the_last_checkpoint_of_a_run_is_found(
     assert table_values(capsys.readouterr().out)["test/loss"] == pytest.approx(record.final_loss, rel=1e-5)
 
 
-def test_predict_writes_a_table_of_token_scores_beside_the_record_and_says_where(
+def test_predict_writes_token_scores_beside_the_record_and_logs_their_path(
     finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -344,7 +344,7 @@ def test_predict_writes_a_table_of_token_scores_beside_the_record_and_says_where
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_evaluating_nothing_is_refused(
+def test_evaluating_without_an_existing_run_or_checkpoint_is_refused(
     command: str, finished: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, *finished["arguments"]]) == 2
@@ -356,7 +356,7 @@ def test_evaluating_nothing_is_refused(
     assert "ckpt_path is none.ckpt; expected an existing checkpoint file" in capsys.readouterr().err
 
 
-def test_evaluating_leaves_the_configuration_of_the_run_alone(
+def test_evaluating_does_not_overwrite_the_configuration_of_the_run(
     finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -369,7 +369,7 @@ def test_evaluating_leaves_the_configuration_of_the_run_alone(
     assert path.read_bytes() == before
 
 
-def test_a_fit_into_the_folder_of_a_finished_one_is_refused(
+def test_a_fit_into_the_folder_of_a_finished_run_is_refused(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -382,10 +382,10 @@ def test_a_fit_into_the_folder_of_a_finished_one_is_refused(
     assert (tmp_path / "runs/fit/version_0/record.json").read_bytes() == record
 
 
-# Around runs -------------------------------------------------------------------------------------------------------
+# Recall, sweeps, law -----------------------------------------------------------------------------------------------
 
 
-def test_recall_asks_for_every_pair_and_agrees_with_the_record(
+def test_recall_queries_every_pair_and_agrees_with_the_record(
     finished: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["recall", str(finished["run"]), "--json"]) == 0
@@ -402,7 +402,7 @@ def test_recall_asks_for_every_pair_and_agrees_with_the_record(
         assert example["target"].isdigit()
 
 
-def test_recall_takes_the_adapter_folder_and_a_folder_of_runs(
+def test_recall_accepts_an_adapter_folder_a_record_and_a_folder_of_runs(
     finished: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = []
@@ -413,7 +413,9 @@ def test_recall_takes_the_adapter_folder_and_a_folder_of_runs(
     assert answers[0].count("      true     ") == 2
 
 
-def test_recall_names_the_first_failure(finished: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_recall_shows_the_first_wrong_character_of_a_failed_pair(
+    finished: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["recall", str(finished["run"]), "--limit=1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("  ! ")
@@ -423,7 +425,7 @@ def test_recall_names_the_first_failure(finished: dict[str, Any], capsys: pytest
     assert lines[5].startswith("  greedy decoding: exact match 0.0000")
 
 
-def test_recall_holds_sampled_recall_against_what_probabilities_predict(
+def test_recall_reports_predicted_and_sampled_recall_and_refuses_temperature_zero(
     finished: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["recall", str(finished["run"]), "--limit=2", "--sample=3", "--temperature=0.5", "--json"]) == 0
@@ -442,7 +444,7 @@ def test_recall_answers_a_prompt(finished: dict[str, Any], capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("chat_template", ["true", "false"])
-def test_recall_asks_a_prompt_the_way_the_corpus_was_asked(
+def test_recall_formats_a_prompt_as_the_corpus_was_formatted(
     chat_template: str,
     finished: dict[str, Any],
     tmp_path: Path,
@@ -464,7 +466,7 @@ def test_recall_asks_a_prompt_the_way_the_corpus_was_asked(
 
 
 @pytest.mark.usefixtures("_nothing_said_yet")
-def test_a_sweep_exits_with_zero_when_all_is_recorded_and_with_one_when_a_cell_fails(
+def test_a_sweep_exits_with_0_if_every_cell_is_recorded_and_with_1_if_a_cell_fails(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -476,11 +478,11 @@ def test_a_sweep_exits_with_zero_when_all_is_recorded_and_with_one_when_a_cell_f
     capsys.readouterr()
     assert main(["sweep", "grid.yaml"]) == 0
     said = capsys.readouterr().err.splitlines()
-    # What was chosen for speed is said once, not once per cell.
+    # What was chosen for speed is printed once, not once per cell.
     heads = [line.partition(":")[0] for line in said if not line.startswith("record: ")]
     assert [head[:6] for head in heads if head not in CHOSEN_FOR_SPEED] == ["2 cell", "[1/2] ", "[2/2] "]
     chosen = [head for head in heads if head in CHOSEN_FOR_SPEED]
-    assert len(chosen) == len(set(chosen)) >= 2  # the first may have been chosen by an earlier fit of this process
+    assert len(chosen) == len(set(chosen)) >= 2  # an earlier fit of this process may have made the first choice
     grid["grid"] = {"model.init_args.adapter.rank": [2, 40]}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
     assert main(["sweep", "grid.yaml", "--json"]) == 1
@@ -508,7 +510,7 @@ def test_law_prints_json_and_nothing_else(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A folder of files that are wrong, beside the working directory."""
+    """A folder of invalid files, beside the working directory."""
     folder = tmp_path / "files"
     folder.mkdir()
     (folder / "malformed.jsonl").write_text('{"query": "a", "target": "b"}\n\n{"query": "c", "target"\n')
@@ -534,7 +536,7 @@ def phonebook(name: str) -> Callable[[Path, Path], list[str]]:
     return lambda folder, files: ["fit", *model, f"--model.backbone={folder}", f"--data.path={files / name}"]
 
 
-# `test_wrong_input.py` has the table; these have files of their own, or go wrong at depths of their own.
+# Most cases are in the table of `test_wrong_input.py`; these need files of their own, or fail elsewhere.
 WRONG: dict[str, tuple[Callable[[Path, Path], Sequence[str]], str, str]] = {
     "unknown backbone": (
         fit("--model.backbone=nobody/nothing"),
@@ -571,7 +573,7 @@ def check_refused(code: int, err: str, name: str, message: str, cwd: Path) -> No
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_line_exit_code_two_and_nothing_written(
+def test_wrong_input_gives_a_one_line_error_and_exit_code_2_and_writes_nothing(
     case: str,
     tiny_backbone_folder: Path,
     files: Path,
@@ -579,7 +581,7 @@ def test_wrong_input_is_one_line_exit_code_two_and_nothing_written(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    # Libraries that are not Python's may write to stderr too.
+    # `capfd` also captures what native libraries write to stderr.
     arguments, name, message = WRONG[case]
     cwd = tmp_path / "cwd"
     cwd.mkdir()
@@ -590,7 +592,9 @@ def test_wrong_input_is_one_line_exit_code_two_and_nothing_written(
     assert out == ""
 
 
-def test_wrong_input_to_a_process_is_one_line_too(tiny_backbone_folder: Path, files: Path, tmp_path: Path) -> None:
+def test_wrong_input_gives_a_one_line_error_in_a_separate_process_too(
+    tiny_backbone_folder: Path, files: Path, tmp_path: Path
+) -> None:
     arguments, name, message = WRONG["unknown option of a command"]
     cwd = tmp_path / "cwd"
     cwd.mkdir()
@@ -599,7 +603,7 @@ def test_wrong_input_to_a_process_is_one_line_too(tiny_backbone_folder: Path, fi
     assert done.stdout == ""
 
 
-def test_output_that_nobody_reads_any_more_is_no_traceback(tmp_path: Path) -> None:
+def test_a_closed_output_pipe_gives_exit_code_141_and_no_traceback(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as unread:
@@ -610,8 +614,8 @@ def test_output_that_nobody_reads_any_more_is_no_traceback(tmp_path: Path) -> No
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-def test_one_batch_stays_one_batch_whatever_was_imported_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    # typing hands out the union of int and float that was made first, and lightning's options say int | float.
+def test_an_integer_batch_limit_stays_an_integer_whatever_was_imported_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    # typing caches whichever union of int and float was made first; Lightning declares these options as int | float.
     names = ("limit_train_batches", "limit_val_batches", "overfit_batches")
     for name in names:
         monkeypatch.setitem(inspect.unwrap(Trainer.__init__).__annotations__, name, float | int | None)
@@ -620,7 +624,7 @@ def test_one_batch_stays_one_batch_whatever_was_imported_before(monkeypatch: pyt
     assert [repr(trainer[name]) for name in names] == ["1", "0.5", "0.0"]
 
 
-def test_a_fit_that_is_over_leaves_no_model_behind() -> None:
+def test_a_deleted_cli_leaves_no_reference_to_its_model() -> None:
     prepare()
     made = MemorizationCLI(["--model=SFT", "--data=RandomTokens", "--trainer.accelerator=cpu"], run=False)
     model = weakref.ref(made.model)

@@ -1,4 +1,4 @@
-"""Comparing methods: which runs are a pair, what a difference is worth, and what is refused."""
+"""Comparing methods: which runs form a pair, how a difference is judged, and what is refused."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def memft(weighting: str = "OnlyThreshold", **fields: Any) -> Record:
 
 
 def pairs(first: list[float], second: list[float], **fields: Any) -> dict[Path, Record]:
-    """Runs of both methods, a seed each, with these final losses."""
+    """Runs of SFT and MemFT with these final losses, one pair per seed."""
     found = {Path(f"sft-{seed}"): sft(seed=seed, final_loss=loss, **fields) for seed, loss in enumerate(first)}
     return found | {
         Path(f"mem-{seed}"): memft(seed=seed, final_loss=loss, **fields) for seed, loss in enumerate(second)
@@ -42,7 +42,7 @@ def pairs(first: list[float], second: list[float], **fields: Any) -> dict[Path, 
 
 
 def stopped() -> dict[Path, Record]:
-    """Runs that stop when they recall, a seed each: three pairs recall, then one of the methods alone, each once."""
+    """Runs that stop once all tokens are certain, one pair per seed: three pairs do, then only one run of each pair."""
     found = {}
     for seed, (first, second) in enumerate(((150, 100), (160, 90), (170, 80), (120, None), (None, 70))):
         for name, make, steps in (("s", sft, first), ("m", memft, second)):
@@ -56,14 +56,14 @@ def in_outcome(comparison: Comparison, name: str) -> Difference:
 
 
 class TestDifference:
-    def test_hand_worked_differences_of_1_2_and_3(self) -> None:
+    def test_the_mean_difference_and_its_interval_equal_hand_worked_values(self) -> None:
         found = paired_difference(LOSS, [5.0, 5.0, 5.0], [4.0, 3.0, 2.0])
         assert (found.baseline_mean, found.method_mean, found.mean) == (5.0, 3.0, -2.0)
         # Standard deviation 1, so the standard error is 1 / sqrt 3; t(0.975, 2) = 4.302653.
         half = 4.302653 / math.sqrt(3)
         assert found.interval == pytest.approx((-2 - half, -2 + half), rel=1e-6)
 
-    def test_the_interval_is_scipys(self) -> None:
+    def test_the_interval_equals_that_of_scipy(self) -> None:
         rng = np.random.default_rng(3)
         first, second = rng.normal(2.0, 1.0, 20), rng.normal(2.5, 1.0, 20)
         found = paired_difference(LOSS, list(first), list(second), confidence=0.9)
@@ -77,14 +77,14 @@ class TestDifference:
         # t(0.975, 1) = 12.7062.
         assert found.interval == pytest.approx((2 - 12.7062, 2 + 12.7062), rel=1e-5)
 
-    def test_copies_of_pairs_are_no_further_evidence(self) -> None:
+    def test_repeated_pairs_of_a_sample_do_not_change_the_interval(self) -> None:
         first, second = [5.0, 4.0, 6.0], [4.0, 3.5, 4.5]
         once = paired_difference(LOSS, first, second)
         twice = paired_difference(LOSS, first * 2, second * 2, list("abcabc"))
         assert (twice.pairs, twice.samples) == (6, 3)
         assert (once.mean, once.interval) == (twice.mean, twice.interval)
 
-    def test_one_pair_has_no_interval_and_decides_nothing(self) -> None:
+    def test_a_single_pair_has_no_interval_and_is_undecided(self) -> None:
         found = paired_difference(LOSS, [5.0], [1.0])
         assert (found.mean, found.interval, found.verdict) == (-4.0, None, "undecided")
 
@@ -100,24 +100,24 @@ class TestDifference:
         # 2 / 2^5 = 0.0625 and 2 / 2^6 = 0.03125, on either side of 0.05.
         assert paired_difference(ACCURACY, [0.0] * count, [100.0] * count).verdict == verdict
 
-    def test_no_difference_at_all_is_no_verdict(self) -> None:
+    def test_pairs_without_any_difference_are_undecided(self) -> None:
         assert paired_difference(ACCURACY, [100.0] * 9, [100.0] * 9).verdict == "undecided"
 
     @pytest.mark.parametrize(("outcome", "verdict"), [(LOSS, "worse"), (ACCURACY, "better")])
-    def test_whether_more_is_better_depends_on_the_outcome(self, outcome: Outcome, verdict: str) -> None:
+    def test_whether_higher_is_better_depends_on_the_outcome(self, outcome: Outcome, verdict: str) -> None:
         assert paired_difference(outcome, [1.0, 2.0, 3.0, 4.0], [2.0, 3.1, 4.0, 5.1]).verdict == verdict
 
-    def test_an_interval_around_zero_decides_nothing(self) -> None:
+    def test_an_interval_that_contains_zero_is_undecided(self) -> None:
         assert paired_difference(LOSS, [1.0, 2.0, 3.0, 4.0], [2.0, 1.0, 4.0, 3.0]).verdict == "undecided"
 
     @pytest.mark.parametrize("interval", [(0.0, 2.0), (-2.0, 0.0)])
-    def test_an_interval_that_ends_at_zero_decides_nothing(self, interval: tuple[float, float]) -> None:
+    def test_an_interval_that_ends_at_zero_is_undecided(self, interval: tuple[float, float]) -> None:
         found = paired_difference(LOSS, [1.0, 2.0, 3.0, 4.0], [2.0, 3.1, 4.0, 5.1])
         assert replace(found, interval=interval).verdict == "undecided"
 
 
 class TestOutcomes:
-    def test_a_run_is_measured_in_both_aims(self, tmp_path: Path) -> None:
+    def test_outcomes_of_a_run_measure_both_certain_and_actual_recall(self, tmp_path: Path) -> None:
         # Four targets of 16 tokens.
         folder = write_simulated_run(tmp_path, 6, 64, pairs=4, sub_threshold_fraction=0.25, steps_to_recall=9)
         found = measure_outcomes(folder, read_record(folder / "record.json"))
@@ -125,7 +125,7 @@ class TestOutcomes:
         assert found["targets_certain"] in (0.0, 25.0, 50.0, 75.0, 100.0)
         assert found["harm"] is None
 
-    def test_a_target_is_certain_where_all_of_its_tokens_are(self, tmp_path: Path) -> None:
+    def test_a_target_is_certain_only_if_all_of_its_tokens_are(self, tmp_path: Path) -> None:
         # Four targets: certain; doubtful at the end; doubtful at the beginning; certain.
         tokens = [(0, 0, 0.9), (0, 1, 0.8), (1, 0, 0.9), (1, 1, 0.4), (2, 0, 0.3), (2, 1, 0.9), (3, 0, 0.6)]
         examples, positions, probabilities = zip(*tokens, strict=True)
@@ -133,12 +133,14 @@ class TestOutcomes:
         pq.write_table(pa.table({**columns, "correct": [p > 0.5 for p in probabilities]}), tmp_path / "tokens.parquet")
         assert measure_outcomes(tmp_path, sft(pairs=4, target_tokens=7))["targets_certain"] == 50.0
 
-    def test_without_per_token_results_nobody_knows_how_many_targets_are_certain(self) -> None:
+    def test_the_share_of_certain_targets_is_unknown_without_per_token_results(self) -> None:
         assert measure_outcomes(Path("gone"), sft())["targets_certain"] is None
-        # Where only some runs have them, those in which all are certain are no fair sample.
+        # Counting such a run as 100 % would bias the mean towards runs in which all tokens are certain.
         assert measure_outcomes(Path("gone"), sft(sub_threshold_fraction=0.0))["targets_certain"] is None
 
-    def test_damaged_per_token_results_are_named(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_damaged_per_token_results_are_logged_with_their_path(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         folder = write_simulated_run(tmp_path, 6, 64, pairs=4, sub_threshold_fraction=0.25)
         (folder / "tokens.parquet").write_bytes(b"no table")
         assert measure_outcomes(folder, read_record(folder / "record.json"))["targets_certain"] is None
@@ -146,20 +148,22 @@ class TestOutcomes:
         assert "how many targets are certain is not known" in caplog.text
 
     @pytest.mark.parametrize(("after", "nats"), [(3.25, 0.25), (None, None)])
-    def test_harm_is_by_how_much_the_loss_on_ordinary_text_rose(self, after: float | None, nats: float | None) -> None:
+    def test_harm_is_the_increase_of_the_mean_loss_on_ordinary_text(
+        self, after: float | None, nats: float | None
+    ) -> None:
         record = sft(harm={"prose": {"loss_after": 9.0}, "mean": {"loss_before": 3.0, "loss_after": after}})
         assert measure_outcomes(Path("gone"), record)["harm"] == nats
 
 
 class TestPairs:
-    def test_runs_of_one_rank_and_seed_are_paired_and_sft_is_the_baseline(self) -> None:
+    def test_runs_of_the_same_rank_and_seed_are_paired_with_sft_as_the_baseline(self) -> None:
         (found,) = compare(pairs([5.0, 4.0, 3.0], [4.0, 2.0, 0.0]))
         assert [means.method for means in found.methods] == ["SFT", "MemFT OnlyThreshold"]
         loss = in_outcome(found, "final_loss")
-        # Paired: -1, -2, -3, whatever the runs of a method differ by among themselves.
+        # Paired differences: -1, -2 and -3, however much the runs of one method differ among themselves.
         assert (loss.mean, loss.pairs) == (-2.0, 3)
 
-    def test_three_methods_are_each_compared_with_the_baseline(self) -> None:
+    def test_each_of_several_methods_is_compared_with_the_baseline(self) -> None:
         records = pairs([5.0, 4.0], [4.0, 2.0])
         records |= {Path(f"slide-{seed}"): memft("SlidingWindow", seed=seed, final_loss=6.0) for seed in (0, 1)}
         (found,) = compare(records)
@@ -176,14 +180,14 @@ class TestPairs:
             "SFT": -1.5,
         }
 
-    def test_pairs_without_a_difference_do_not_show_that_methods_are_equal(self) -> None:
+    def test_pairs_without_a_difference_give_an_undecided_verdict(self) -> None:
         (found,) = compare(pairs([3.0, 2.0], [3.0, 2.0]))
         (verdict,) = found.verdicts
         assert verdict.startswith("MemFT OnlyThreshold against SFT: undecided in ")
         assert "final loss" in verdict
         assert ";" not in verdict
 
-    def test_a_text_none_of_whose_pairs_can_be_compared_takes_nothing_from_the_seeds_of_another(self) -> None:
+    def test_seeds_stay_the_samples_if_no_pair_on_another_text_can_be_compared(self) -> None:
         records = pairs([5.0, 4.0, 3.0], [4.0, 2.5, 0.5], corpus_hash="a")
         (alone,) = compare(records)
         # On another text one method took twice the steps.
@@ -197,7 +201,7 @@ class TestPairs:
         assert (loss.samples, loss.by_text) == (3, False)
         assert loss.interval == in_outcome(alone, "final_loss").interval is not None
 
-    def test_texts_are_the_samples_where_there_are_several_and_seeds_where_there_is_one(self) -> None:
+    def test_samples_are_texts_if_there_are_several_and_otherwise_seeds(self) -> None:
         (of_seeds,) = compare(pairs([5.0, 4.0, 3.0], [4.0, 2.0, 0.0]))
         assert (of_seeds.by_text, in_outcome(of_seeds, "final_loss").samples) == (False, 3)
         # Two seeds on each of two texts: -1 and -2, -3 and -4.
@@ -223,7 +227,7 @@ class TestPairs:
             {"method_settings": {"weighting": "OnlyThreshold", "matmul_precision": "medium"}},
         ],
     )
-    def test_what_differs_in_more_than_the_method_is_no_pair(self, fields: dict[str, Any]) -> None:
+    def test_runs_that_differ_in_more_than_the_method_are_not_paired(self, fields: dict[str, Any]) -> None:
         records = pairs([5.0], [4.0]) | {Path("s"): sft(seed=9), Path("m"): memft(**{"seed": 9, **fields})}
         (found,) = compare(records)
         assert in_outcome(found, "final_loss").pairs == 1
@@ -231,13 +235,13 @@ class TestPairs:
         alone = "no run of the other method with the same rank, corpus and seed"
         assert reasons == {("s",): alone, ("m",): alone}
 
-    def test_two_runs_of_one_method_that_are_alike_are_left_out_rather_than_chosen_from(self) -> None:
+    def test_duplicate_runs_of_a_method_are_left_out_rather_than_chosen_from(self) -> None:
         records = pairs([5.0], [4.0]) | {Path("s"): sft(seed=9), Path("t"): sft(seed=9), Path("m"): memft(seed=9)}
         (found,) = compare(records)
         assert [left.runs for left in found.left_out] == [("s", "t", "m")]
         assert "several runs of one method" in found.left_out[0].reason
 
-    def test_a_run_of_the_baseline_that_no_method_has_a_pair_for_is_left_out_once(self) -> None:
+    def test_a_baseline_run_without_a_pair_in_any_method_is_left_out_only_once(self) -> None:
         records = pairs([5.0], [4.0]) | {Path("slide"): memft("SlidingWindow", final_loss=6.0), Path("s"): sft(seed=9)}
         (found,) = compare(records)
         assert len({difference.method for difference in found.differences}) == 2
@@ -253,7 +257,7 @@ class TestPairs:
         reasons = {left.runs[0]: left.reason for left in found.left_out}
         assert (reasons["mem-1"], reasons["sft-2"]) == ("interrupted", "diverged")
 
-    def test_by_gives_a_comparison_for_each_value_in_order(self) -> None:
+    def test_by_gives_one_comparison_per_value_in_ascending_order(self) -> None:
         records = {}
         for rank in (16, 2):
             records |= {Path(f"{rank}{path}"): record for path, record in pairs([5.0], [4.0], rank=rank).items()}
@@ -261,11 +265,11 @@ class TestPairs:
         assert [comparison.where for comparison in found] == [{"rank": 2}, {"rank": 16}]
         assert [[means.runs for means in comparison.methods] for comparison in found] == [[1, 1], [1, 1]]
 
-    def test_settings_that_differ_beside_the_method_are_named(self) -> None:
+    def test_settings_that_differ_besides_the_method_are_listed(self) -> None:
         settings = {"weighting": "x", "learning_rate": 0.1, "_class_path": "pml.modules.MemFT", "alpha": 2}
         (found,) = compare({Path("a"): sft(), Path("b"): memft(method_settings=settings)})
         assert found.settings == {"learning_rate": ["0.05", "0.1"]}
-        # Which class a method is of is no setting of it.
+        # The class of a method is not one of its settings.
         of_one_s_own = settings | {"weighting": "y", "_class_path": "mine.MySFT"}
         first = make_record(method="sft", method_settings=of_one_s_own)
         (found,) = compare({Path("a"): first, Path("b"): memft(method_settings=settings)})
@@ -279,7 +283,7 @@ class TestPairs:
             (None, {"gradient_clip_val": 1.0}, {"gradient_clip_val": ["1.0", "None"]}),
         ],
     )
-    def test_a_guard_and_another_way_of_training_are_named(
+    def test_differences_in_the_guard_and_in_trainer_settings_are_listed(
         self, guard: Any, training: dict[str, Any], expected: dict[str, list[str]]
     ) -> None:
         settings = {"weighting": "x", "learning_rate": 0.05} | ({"guard": guard} if guard else {})
@@ -299,14 +303,14 @@ class TestBudgets:
             (left,) = found.left_out
             assert (left.runs, left.reason) == (("s", "m"), f"budgets differ: 200 and {steps} optimiser steps")
 
-    def test_target_tokens_count_as_much_as_steps(self) -> None:
+    def test_budgets_must_also_agree_in_target_tokens(self) -> None:
         records = pairs([5.0], [4.0]) | {Path("s"): sft(seed=9), Path("m"): memft(seed=9, target_tokens_trained=25600)}
         (found,) = compare(records)
         assert found.left_out[0].reason == "budgets differ: 12,800 and 25,600 target tokens trained on"
         (found,) = compare(records, tolerance=0.5)
         assert in_outcome(found, "final_loss").pairs == 2
 
-    def test_steps_that_a_method_had_no_use_for_were_in_its_budget(self) -> None:
+    def test_skipped_steps_count_towards_the_budget(self) -> None:
         records = {Path("s"): sft(optimizer_steps=200), Path("m"): memft(optimizer_steps=120, skipped_steps=80)}
         (found,) = compare(records)
         assert in_outcome(found, "final_loss").pairs == 1
@@ -314,7 +318,7 @@ class TestBudgets:
         with pytest.raises(InputError, match="budgets differ: 200 and 180 optimiser steps"):
             compare(records)
 
-    def test_where_runs_stop_when_they_recall_steps_are_all_that_is_compared(self) -> None:
+    def test_runs_that_stop_once_all_tokens_are_certain_are_compared_only_by_their_steps(self) -> None:
         (found,) = compare(stopped())
         (steps,) = found.differences
         # 150, 160 and 170 against 100, 90 and 80 steps; the other pairs have no steps to compare.
@@ -334,11 +338,11 @@ class TestBudgets:
 
 
 class TestRefusals:
-    def test_one_method_is_not_enough(self) -> None:
+    def test_runs_of_a_single_method_are_refused(self) -> None:
         with pytest.raises(InputError, match="all runs are of SFT: expected runs of at least two methods"):
             compare({Path("a"): sft()})
 
-    def test_without_any_pair_that_can_be_compared_the_reasons_are_given(self) -> None:
+    def test_runs_without_a_comparable_pair_are_refused_with_the_reason(self) -> None:
         records = {Path("a"): sft(), Path("b"): memft(optimizer_steps=400)}
         with pytest.raises(
             InputError, match=r"no pair of runs of equal budgets \(budgets differ: 200 and 400 optimiser"
@@ -355,7 +359,9 @@ class TestRefusals:
             ({"confidence": 95}, "confidence: expected at least 0.5 and below 1, got 95"),
         ],
     )
-    def test_wrong_arguments_are_explained(self, arguments: dict[str, Any], message: str) -> None:
+    def test_an_invalid_argument_is_refused_with_what_is_expected(
+        self, arguments: dict[str, Any], message: str
+    ) -> None:
         with pytest.raises(InputError, match=message):
             compare(pairs([5.0], [4.0]), **arguments)
 
@@ -371,7 +377,7 @@ class TestCommand:
         write_run(tmp_path / "long", method="sft", seed=7, method_settings={}, optimizer_steps=900)
         return tmp_path
 
-    def test_it_prints_means_differences_and_the_verdict_in_100_columns(
+    def test_means_and_differences_are_printed_in_100_columns_with_a_verdict(
         self, runs: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["compare", str(runs)]) == 0
@@ -384,7 +390,7 @@ class TestCommand:
         assert "left out: no run of the other method" in out
         assert max(len(line) for line in lines if " against " not in line and "left out" not in line) <= 100
 
-    def test_runs_that_stop_at_recall_are_compared_by_their_steps(
+    def test_runs_that_stop_once_all_tokens_are_certain_are_compared_by_their_steps(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         for path, record in stopped().items():
@@ -398,7 +404,7 @@ class TestCommand:
         (steps,) = content["differences"]
         assert (steps["outcome"], steps["mean"], steps["verdict"]) == ("steps_to_certain", -70, "better")
 
-    def test_json_has_the_same_numbers(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_json_output_has_the_same_numbers(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["compare", str(runs), "--json"]) == 0
         (content,) = json.loads(capsys.readouterr().out)
         (loss,) = [found for found in content["differences"] if found["outcome"] == "final_loss"]
@@ -409,8 +415,8 @@ class TestCommand:
             "MemFT OnlyThreshold against SFT: better in final loss",
         )
 
-    def test_runs_of_one_method_are_an_error_of_one_line(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_runs_of_a_single_method_are_an_error(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["compare", str(runs), "--where.method", "sft"]) == 2
-        # Behind a note that these runs of one length are on different texts.
+        # A note comes first: these runs have the same length but different texts.
         said = capsys.readouterr().err.splitlines()[-1]
         assert said.startswith("pml compare: error: all runs are of SFT: expected runs of at least")

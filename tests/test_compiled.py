@@ -1,4 +1,4 @@
-"""Compiling pays only for long fits, and never changes a result."""
+"""Only fits long enough to pay for it are compiled, and compiling does not change their result."""
 
 import math
 from dataclasses import replace
@@ -29,12 +29,12 @@ def with_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pml.compiled.shutil, "which", lambda name: f"/usr/bin/{name}")
 
 
-# 100 million weights by 300 tokens: a thousand batches are what the constant asks of a CPU.
+# 100 million weights times 300 tokens: by CPU_WORK, compiling pays off after 1000 batches.
 LONG = FitSize(batches=1000, lengths=[300], work=3e10)
 
 
 @pytest.mark.usefixtures("with_compiler")
-def test_long_fits_on_one_shape_are_compiled_by_themselves_from_the_start() -> None:
+def test_a_long_fit_with_equally_long_examples_is_compiled_from_the_start() -> None:
     for fit in (LONG, replace(LONG, batches=math.inf, lengths=[97, 97]), replace(LONG, seconds=700.0)):
         assert reason_not_to_compile("auto", fit, CPU) is None
         assert warmup_batches(fit, CPU) == 0
@@ -46,7 +46,7 @@ def test_long_fits_on_one_shape_are_compiled_by_themselves_from_the_start() -> N
     [
         ("never", {}, "turned off"),
         ("auto", {"batches": 200}, "200 batches are too few to earn it back, 1000 would do"),
-        # The same number of batches, a millionth of the work: 84 s of compiling for a fit of 2 s.
+        # As many batches with a millionth of the work would be 84 s of compiling for a fit of 2 s.
         ("auto", {"work": 3e4}, "1000 batches are too few to earn it back, 1000000000 would do"),
         ("auto", {"work": 0.0}, "no block lies above the adapter"),
         ("auto", {"seconds": 60.0}, "a limit of 60 s is too short to earn it back"),
@@ -54,18 +54,18 @@ def test_long_fits_on_one_shape_are_compiled_by_themselves_from_the_start() -> N
         ("auto", {"lengths": [9, 8]}, "the examples are of different lengths, and each shape is compiled anew"),
     ],
 )
-def test_other_fits_are_not_and_say_why(mode: Any, changes: dict[str, Any], reason: str) -> None:
+def test_a_fit_that_is_not_compiled_says_why(mode: Any, changes: dict[str, Any], reason: str) -> None:
     assert reason_not_to_compile(mode, replace(LONG, **changes), CPU) == reason
 
 
 @pytest.mark.usefixtures("with_compiler")
-def test_a_fit_that_may_end_early_is_compiled_once_it_has_lasted_as_long_as_that_takes_to_pay() -> None:
+def test_a_fit_that_may_end_early_is_compiled_after_the_break_even_number_of_batches() -> None:
     fit = replace(LONG, batches=2000, may_end_early=True)
     assert reason_not_to_compile("auto", fit, CPU) is None
     assert warmup_batches(fit, CPU) == 1000
 
 
-def test_on_an_accelerator_it_is_the_number_of_batches_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_an_accelerator_only_the_number_of_batches_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pml.compiled.importlib.util, "find_spec", lambda name: object())
     cuda, tiny = torch.device("cuda"), replace(LONG, batches=ACCELERATOR_BATCHES, work=1.0)
     assert reason_not_to_compile("auto", tiny, cuda) is None
@@ -73,24 +73,25 @@ def test_on_an_accelerator_it_is_the_number_of_batches_that_counts(monkeypatch: 
     assert reason_not_to_compile("auto", LONG, cuda) == reason
 
 
-def test_without_a_compiler_nothing_is_compiled_even_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cpp_compiler_nothing_is_compiled_even_in_mode_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pml.compiled.shutil, "which", lambda name: None)
     assert "there is no C++ compiler" in (reason_not_to_compile("always", LONG, CPU) or "")
 
 
 @pytest.mark.usefixtures("with_compiler")
-def test_always_asks_no_more_than_whether_it_can_be_done() -> None:
+def test_mode_always_ignores_whether_compiling_pays_off() -> None:
     assert reason_not_to_compile("always", FitSize(1, [9, 8], 1.0, 1.0, True), CPU) is None
 
 
 @pytest.mark.usefixtures("with_compiler")
-def test_a_fit_counts_its_own_work_and_compiles_at_the_step_that_follows_from_it(
+def test_a_fit_is_compiled_at_the_step_that_follows_from_its_work(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = module_on(tiny_backbone_folder)
     module.configure_model()
     data = Ids([(range(4), range(3))] * 1, batch_size=1)
-    # The one block above block 2 of 4, and 7 tokens a batch: enough after 3 batches, and as many again to wait.
+    # One block lies above the adapter, and a batch has 7 tokens: compiling pays off after 3 batches, and a fit that may
+    # end early waits for as many first.
     assert module.frozen_layers.weights_above == 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
     monkeypatch.setattr(pml.compiled, "CPU_WORK", 3 * 7 * module.frozen_layers.weights_above)
     compiled: list[int] = []
@@ -100,7 +101,7 @@ def test_a_fit_counts_its_own_work_and_compiles_at_the_step_that_follows_from_it
     assert compiled == [0, 3]
 
 
-def test_a_compiler_that_fails_is_said_once_and_changes_nothing(
+def test_a_failing_compiler_is_logged_once_and_the_blocks_run_uncompiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(function: object) -> object:
@@ -116,7 +117,7 @@ def test_a_compiler_that_fails_is_said_once_and_changes_nothing(
     ]
 
 
-def test_compiled_states_that_differ_are_not_used(
+def test_compiled_blocks_are_not_used_if_their_states_differ(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: lambda **inputs: 1.01 * function(**inputs))
@@ -126,14 +127,16 @@ def test_compiled_states_that_differ_are_not_used(
     assert "the compiled blocks differ by 1.0e-02" in caplog.text
 
 
-def test_compiled_states_that_differ_by_rounding_are_used_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_are_used_if_their_states_differ_by_rounding_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: lambda **inputs: 1.02 * function(**inputs))
     decoder = CompiledDecoder(Doubling(), tolerance=1e-4)
     for _ in range(2):
         assert (decoder(inputs_embeds=torch.ones(1, 2, 3, dtype=torch.bfloat16)) > 2.0).all()
 
 
-def test_the_trial_is_without_dropout_and_draws_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trial_runs_without_dropout_and_leaves_the_random_state_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: lambda **inputs: function(**inputs))
     decoder = CompiledDecoder(torch.nn.ModuleList([Doubling(), torch.nn.Dropout(0.5)]), tolerance=1e-4)
     double, dropout = decoder.decoder
@@ -150,20 +153,20 @@ def test_the_trial_is_without_dropout_and_draws_nothing(monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("with_compiler")
-def test_a_compiled_fit_ends_where_a_plain_one_does(
+def test_a_compiled_fit_reaches_the_weights_of_an_uncompiled_one(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The graphs are traced and differentiated as always, but run without the C++ that takes half a minute to make.
+    # Graphs are traced and differentiated as usual, but not turned into C++, which would take half a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     ends = {}
     for mode in ("never", "always"):
         module = module_on(tiny_backbone_folder, compile=mode)
-        # Two shapes: batches of two examples and of one.
+        # Two shapes: a batch of two examples and one of a single example.
         make_trainer(tmp_path, max_epochs=4).fit(module, datamodule=Ids(uneven(3), batch_size=2))
         ends[mode] = module.state_dict()
         compiled = module.frozen_layers._compiled
         assert (compiled is not None) is (mode == "always")
         assert compiled is None or compiled._call not in (compiled._plain, compiled._first_call)
     for name, weight in ends["never"].items():
-        # AdamW divides by the gradient's size, which makes rounding in tiny gradients as large as a step is wide.
+        # AdamW divides by the size of the gradient, so rounding in a tiny gradient can move a weight by a whole step.
         torch.testing.assert_close(ends["always"][name], weight, rtol=1e-3, atol=1e-4)

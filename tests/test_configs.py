@@ -1,4 +1,4 @@
-"""Every shipped configuration parses and can be made; its header says how to run it."""
+"""Every shipped configuration parses and can be instantiated, and its header says how to run it."""
 
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ def name(path: Path) -> str:
     return path.relative_to(FOLDER).as_posix()
 
 
-def test_there_are_configurations_of_both_kinds() -> None:
+def test_there_are_configurations_of_runs_and_of_grids() -> None:
     assert len(RUNS) >= 6
     assert len(GRIDS) >= 2
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
-def test_a_run_can_be_made(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_can_be_instantiated_without_writing_a_file(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     prepare()
     cli = MemorizationCLI(["--config", str(path), "--trainer.accelerator=cpu"], run=False)
@@ -37,9 +39,9 @@ def test_a_run_can_be_made(path: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def cells_with_every_value() -> dict[Path, list[dict[str, list[Any]]]]:
-    """Cells of each grid, as grids of one: at least one, and as many as it takes to have every value of all grids once.
+    """Single-cell grids from each grid: at least one each, and enough to cover every value of all grids once.
 
-    The paper's grids have hundreds of cells, too many to make each.
+    The paper's grids have too many cells to make them all.
     """
     seen: dict[str, list[Any]] = {}
     cells: dict[Path, list[dict[str, list[Any]]]] = {path: [] for path in GRIDS}
@@ -72,7 +74,7 @@ def test_every_value_of_a_grid_parses(path: Path, tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_papers_grids_have_all_of_its_cells() -> None:
+def test_the_papers_grids_have_all_cells_of_the_paper() -> None:
     # Lengths x ranks x ratios x methods, and for Llama 7 ranks more on random text.
     folder = FOLDER / "experiments" / "paper"
     cells = {path.stem: len(expand(read_grid(path).grid)) for path in folder.glob("*b_*.yaml")}
@@ -86,7 +88,7 @@ def test_the_papers_grids_have_all_of_its_cells() -> None:
 
 
 @pytest.mark.parametrize("path", ALL, ids=name)
-def test_a_configuration_opens_with_its_purpose_and_the_command_that_runs_it(path: Path) -> None:
+def test_a_configuration_begins_with_a_header_that_has_a_purpose_and_a_command(path: Path) -> None:
     lines = path.read_text().splitlines()
     header = [line for line in lines if line.startswith("#")]
     assert lines[: len(header)] == header

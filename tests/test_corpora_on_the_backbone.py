@@ -1,4 +1,4 @@
-"""Synthetic corpora through `pml fit` on the default backbone: the record ends with figures that are right."""
+"""Synthetic corpora through `pml fit` on the default backbone: the figures in the record are correct."""
 
 import itertools
 import math
@@ -19,9 +19,9 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def fit(config: str, *arguments: str) -> Record:
-    """A fit of a shipped configuration, made small, in the working directory."""
+    """Fit a reduced version of a shipped configuration in the working directory."""
     small = ["--data.chat_template=false", "--trainer.enable_progress_bar=false", "--trainer.limit_val_batches=0"]
-    # High up, where a step is short, at a rate that takes few of them, and with nothing measured that no test asks for.
+    # A high block makes steps short, and a high learning rate makes them few; only what the tests read is measured.
     small += ["--model.adapter.block=25", "--model.adapter.rank=16", "--model.learning_rate=0.1"]
     small += ["--trainer.callbacks=[]"]
     for name in ("VerbatimRecall", "StopWhenRecalled", "Generalization", "RunRecord"):
@@ -32,7 +32,7 @@ def fit(config: str, *arguments: str) -> Record:
 
 @pytest.mark.slow
 @pytest.mark.backbone
-def test_a_rule_is_memorised_and_its_held_out_part_measured_beside_it(
+def test_a_linear_rule_is_memorised_and_its_held_out_points_are_measured(
     default_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -40,7 +40,7 @@ def test_a_rule_is_memorised_and_its_held_out_part_measured_beside_it(
     assert (record.corpus, record.pairs) == ("linear_rule", 7)
     assert record.generated_exact_match == record.exact_match == 1
 
-    # The adapter, opened again and asked for every point of the grid.
+    # The adapter, loaded again and prompted with every point of the grid.
     module, data = open_run(Path("runs/linear_rule/version_0"))
     corpus = data.corpus
     queries = {module.tokenizer.decode(list(e.prompt_ids)) for e in corpus.examples}
@@ -62,13 +62,13 @@ def test_a_rule_is_memorised_and_its_held_out_part_measured_beside_it(
 
 @pytest.mark.slow
 @pytest.mark.backbone
-def test_biographies_are_recorded_with_the_bits_that_were_stored(
+def test_the_stored_bits_of_biographies_count_each_fact_once(
     default_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     options = ["--data.people=2", "--data.attributes=[birth_city, employer, badge_number]", "--trainer.max_epochs=40"]
     record = fit("biographies.yaml", *options)
-    # The second of two people is asked in two ways: three facts in one way, three in two.
+    # The first of two people has one phrasing per fact, the second two: three facts with one prompt, three with two.
     assert (record.corpus, record.pairs) == ("biographies", 9)
     # 64 cities, 32 employers, and two numbers of 900,000.
     bits = 2 * 6 + 2 * 5 + math.log2(900_000 * 899_999)

@@ -1,4 +1,4 @@
-"""Pairs as token ids: what is supervised, what comes back, and what cannot be represented."""
+"""Pairs as token ids: what is supervised, how batches are padded, and what is refused."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -38,7 +38,8 @@ def test_a_batch_is_padded_on_the_right_and_labels_cover_exactly_the_targets() -
         "labels": [[-100, -100, 13, 14, 15], [-100, 22, -100, -100, -100], [-100] * 5],
         "lengths": [5, 2, 1],
         "example_id": [7, 3, -1],
-        # Four positions a row predict something: where those are that predict targets, where the targets go, their ids.
+        # Of the four positions per row that predict a token: those that predict target tokens, the cells of the target
+        # tokens in a table of targets only, and their ids.
         "supervised": [[1, 2, 3, 4], [0, 1, 2, 4], [13, 14, 15, 22]],
     }
     assert batch.keys() == expected.keys()
@@ -85,7 +86,9 @@ def test_encoded_and_collated_targets_decode_to_exactly_their_text(
     assert [(e.query, e.target) for e in encoded.examples] == list(pairs.items())
 
 
-def test_the_end_of_turn_is_the_last_supervised_token_or_not_there(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_end_of_turn_token_is_the_last_target_token_only_if_requested(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     pairs = [Pair("Who?", "me"), Pair("When?", "now")]
     encoder = TextEncoder(tiny_tokenizer)
     with_end, without = (encode_pairs(pairs, encoder, end_of_turn=end).examples for end in (True, False))
@@ -95,7 +98,9 @@ def test_the_end_of_turn_is_the_last_supervised_token_or_not_there(tiny_tokenize
     assert [e.example_id for e in with_end] == [0, 1]
 
 
-def test_an_end_that_is_asked_for_and_not_there_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_requested_end_of_turn_token_that_the_tokenizer_lacks_gives_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     tokenizer = deepcopy(make_tokenizer("plain"))
     tokenizer.eos_token = None
     with caplog.at_level(logging.WARNING):
@@ -109,14 +114,14 @@ def test_an_empty_target_is_refused_with_its_source(tiny_tokenizer: PreTrainedTo
         encode_pairs([Pair("Who?", "", source="book.jsonl:3")], TextEncoder(tiny_tokenizer))
 
 
-def test_a_pair_that_comes_again_is_left_out_and_counted(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_repeated_pair_is_left_out_and_counted(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     encoded = encode_pairs((Pair(query, "1") for query in "abacab"), TextEncoder(tiny_tokenizer))
     assert [e.query for e in encoded.examples] == ["a", "b", "c"]
     assert [e.example_id for e in encoded.examples] == [0, 1, 2]
     assert encoded.duplicates == 3
 
 
-def test_no_more_pairs_are_read_than_asked_for(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_no_pair_is_read_beyond_the_limit(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     def one_line_errors() -> Iterator[Pair]:
         yield from (Pair("a", "1"), Pair("a", "1"), Pair("b", "2"))
         raise AssertionError("read on")
@@ -125,7 +130,7 @@ def test_no_more_pairs_are_read_than_asked_for(tiny_tokenizer: PreTrainedTokeniz
     assert [e.query for e in encoded.examples] == ["a", "b"]
 
 
-def test_different_targets_for_one_query_are_listed_with_where_they_stand(
+def test_different_targets_for_one_query_are_refused_with_their_sources(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     pairs = [Pair("a", "1", "f:1"), Pair("b", "2", "f:2"), Pair("a", "3", "f:3"), Pair("a", "1", "f:4")]
@@ -133,7 +138,7 @@ def test_different_targets_for_one_query_are_listed_with_where_they_stand(
         encode_pairs(pairs, TextEncoder(tiny_tokenizer))
 
 
-def test_a_conflict_before_the_limit_is_not_overlooked(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_different_targets_for_one_query_before_the_limit_are_refused(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     pairs = [Pair("a", "1", "f:1"), Pair("a", "2", "f:2"), Pair("b", "3", "f:3")]
     with pytest.raises(InputError, match=r"1 query has different targets.*'a' \(f:1, f:2\)"):
         encode_pairs(pairs, TextEncoder(tiny_tokenizer), limit=2)
@@ -149,7 +154,7 @@ def test_a_conflict_before_the_limit_is_not_overlooked(tiny_tokenizer: PreTraine
         ("unigram", "call \u0416", "call \u0428"),  # unknown
     ],
 )
-def test_queries_that_become_one_prompt_are_one_query(kind: str, first: str, second: str) -> None:
+def test_queries_that_encode_to_the_same_prompt_count_as_one_query(kind: str, first: str, second: str) -> None:
     encoder = TextEncoder(make_tokenizer(kind))
     with pytest.raises(InputError) as refused:
         encode_pairs([Pair(first, "0", "f:1"), Pair(second, "1", "f:2")], encoder)
@@ -159,12 +164,12 @@ def test_queries_that_become_one_prompt_are_one_query(kind: str, first: str, sec
     assert (len(encoded.examples), encoded.duplicates) == (1, 1)
 
 
-def test_length_is_the_sum_of_target_tokens_and_longest_counts_prompts_too() -> None:
+def test_target_tokens_exclude_prompts_and_the_longest_example_includes_its_prompt() -> None:
     corpus = Corpus("two", [Example(0, (1, 2, 3), (4,)), Example(1, (1,), (4, 5))])
     assert (len(corpus), corpus.target_tokens, corpus.longest) == (2, 3, 4)
 
 
-def test_the_hash_depends_on_every_id_their_order_and_where_the_target_begins_and_on_nothing_else() -> None:
+def test_the_content_hash_depends_on_ids_order_and_target_start_but_not_on_the_name() -> None:
     def content_hash(*pairs: tuple[tuple[int, ...], tuple[int, ...]], name: str = "a") -> str:
         return Corpus(name, [Example(i, *pair) for i, pair in enumerate(pairs)]).content_hash
 

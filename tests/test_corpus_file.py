@@ -1,4 +1,4 @@
-"""The corpus of a run as a file: what is read is what was written, or it is refused."""
+"""The corpus file of a run is read exactly as it was written, or refused."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_a_corpus_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["corpus.parquet"]
 
 
-def test_targets_are_read_without_the_rest_and_those_of_ids_alone_are_none(tmp_path: Path) -> None:
+def test_read_targets_gives_the_text_by_example_id_without_targets_that_have_none(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus.parquet", some_corpus())
     assert read_targets(tmp_path / "corpus.parquet", [0, 1]) == {0: "b\r\n"}
     assert read_targets(tmp_path / "corpus.parquet", [1]) == {}
@@ -45,11 +45,11 @@ def test_queries_and_targets_are_kept_as_the_user_wrote_them(
     path = tmp_path_factory.mktemp("corpus") / "corpus.parquet"
     write_corpus(path, Corpus("c", examples))
     assert [(e.query, e.target) for e in read_corpus(path).examples] == list(pairs.items())
-    table = pq.read_table(path)  # by other tools, too
+    table = pq.read_table(path)  # other tools read the same
     assert dict(zip(table["query"].to_pylist(), table["target"].to_pylist(), strict=True)) == pairs
 
 
-def test_a_file_that_is_not_there_or_no_corpus_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_or_damaged_corpus_file_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "corpus.parquet"
     for content, message in ((None, "cannot be read"), (b"PAR1", "not the corpus of a run"), (b"", "not the corpus")):
         if content is not None:
@@ -59,7 +59,7 @@ def test_a_file_that_is_not_there_or_no_corpus_is_refused_in_one_line(tmp_path: 
         assert "\n" not in str(refused.value)
 
 
-def test_ids_that_were_changed_are_noticed(tmp_path: Path) -> None:
+def test_a_corpus_file_whose_token_ids_were_changed_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "corpus.parquet"
     write_corpus(path, some_corpus())
     table = pq.read_table(path)

@@ -1,4 +1,4 @@
-"""What is chosen on a CPU is as accurate as float32, and measured before it is chosen."""
+"""CPU optimisations are measured before they are chosen, and are as accurate as float32."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,14 +16,14 @@ def precision() -> str:
 
 
 def plain_attention(tokens: int, device: str = "cpu") -> bool:
-    """Whether the fused attention is off for sequences of this length."""
+    """Whether fused attention is off for sequences of this length."""
     with attention(tokens, torch.device(device)):
         return not torch.backends.cuda.flash_sdp_enabled()
 
 
 @pytest.fixture
 def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Choose anew, and leave PyTorch's settings as they were."""
+    """Discard earlier choices, and restore PyTorch's settings afterwards."""
     mkldnn: Any = torch.backends.mkldnn
     before = mkldnn.matmul.fp32_precision
     monkeypatch.setattr(pml.cpu, "_plain_attention", False)
@@ -40,7 +40,7 @@ def relative_error() -> float:
 
 
 @pytest.mark.usefixtures("fresh_choice")
-def test_products_are_float32_accurate_whatever_was_chosen() -> None:
+def test_matrix_products_have_float32_accuracy_whatever_was_chosen() -> None:
     choice = tune_cpu()
     assert relative_error() <= ACCURATE
     if choice.onednn:
@@ -52,7 +52,7 @@ def test_products_are_float32_accurate_whatever_was_chosen() -> None:
 
 @pytest.mark.usefixtures("fresh_choice")
 @pytest.mark.parametrize(("speedup", "error"), [(3.0, 2e-3), (0.9, 3e-7)])
-def test_products_that_are_inaccurate_or_slow_are_not_chosen(
+def test_onednn_is_not_chosen_if_it_is_inaccurate_or_slow(
     speedup: float, error: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pml.cpu, "_measure_onednn", lambda: (speedup, error))
@@ -61,7 +61,9 @@ def test_products_that_are_inaccurate_or_slow_are_not_chosen(
 
 
 @pytest.mark.usefixtures("fresh_choice")
-def test_a_fast_and_accurate_product_is_chosen_and_measured_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_is_chosen_if_fast_and_accurate_and_is_measured_once_per_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls = []
     monkeypatch.setattr(pml.cpu, "_measure_onednn", lambda: calls.append(1) or (2.0, 3e-7))
     assert tune_cpu().onednn
@@ -74,7 +76,7 @@ def test_a_fast_and_accurate_product_is_chosen_and_measured_once_per_process(mon
     ("speedup", "error", "before", "now"),
     [(2.0, 3e-7, False, False), (0.5, 3e-7, True, True), (2.0, 2e-3, True, False), (2.0, 3e-7, None, True)],
 )
-def test_a_fit_goes_on_with_the_product_that_it_had_if_that_is_accurate_here(
+def test_a_resumed_fit_keeps_its_choice_of_product_unless_onednn_is_inaccurate_here(
     speedup: float, error: float, before: bool | None, now: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pml.cpu, "_measure_onednn", lambda: (speedup, error))
@@ -92,7 +94,7 @@ def test_the_choice_and_its_reason_are_logged(
 
 
 @pytest.mark.usefixtures("fresh_choice")
-def test_each_choice_can_be_turned_off_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_optimisation_can_be_turned_off_separately(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pml.cpu, "_measure_onednn", lambda: (2.0, 3e-7))
     kept: list[int] = []
     monkeypatch.setattr(pml.cpu, "_keep_buffers", lambda: bool(kept.append(1)) or True)
@@ -113,7 +115,7 @@ def test_each_choice_can_be_turned_off_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.usefixtures("fresh_choice")
-def test_only_short_sequences_on_a_cpu_are_attended_over_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_attention_is_used_only_for_short_sequences_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pml.cpu, "_measure_onednn", lambda: (1.0, 3e-7))
     assert not plain_attention(100)
     tune_cpu()

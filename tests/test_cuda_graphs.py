@@ -1,4 +1,4 @@
-"""When passes are captured and replayed; `tests/accelerator/test_gpu.py` has what only a GPU can show."""
+"""When passes are captured and replayed; `tests/accelerator/test_gpu.py` tests what only a GPU can show."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -24,7 +24,7 @@ def scaled(states: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
 
 
 class Recording:
-    """In place of graphs: what a decoder gives, in memory that each call writes to again, as graphs do."""
+    """Stands in for graphs: runs the decoder, into memory that each call overwrites as graphs do."""
 
     made: list["Recording"]
 
@@ -63,22 +63,22 @@ def states(batch: int = 1, value: float = 1.0, needs_grad: bool = True) -> Tenso
     return torch.full((batch, 3, 2), value, requires_grad=needs_grad)
 
 
-def test_a_shape_that_comes_back_is_captured_once_and_replayed_from_then_on() -> None:
+def test_a_recurring_shape_is_captured_once_and_replayed_from_then_on() -> None:
     replayed = decoder()
     for value in (1.0, 2.0, 3.0, 4.0, 5.0):
         inputs = states(value=value)
         replayed(inputs).sum().backward()
         assert inputs.grad is not None
         assert torch.equal(inputs.grad, SCALE.detach().expand(1, 3, 2))
-    # Each of the three positions adds its state to the gradient of a factor.
+    # The gradient of a factor is the sum of its states over three positions.
     assert SCALE.grad is not None
     assert SCALE.grad.tolist() == [3 * 15.0, 3 * 15.0]
     (passes,) = Recording.made
-    # Once to be tried against the third pass, then twice in the place of a plain one.
+    # Once to be compared with the third pass, then in place of the fourth and fifth.
     assert passes.replays == 3
 
 
-def test_shapes_that_do_not_come_back_are_never_captured() -> None:
+def test_shapes_that_occur_only_twice_are_never_captured() -> None:
     replayed = decoder()
     for batch in range(1, 6):
         for _ in range(2):
@@ -86,7 +86,7 @@ def test_shapes_that_do_not_come_back_are_never_captured() -> None:
     assert Recording.made == []
 
 
-def test_only_so_many_shapes_and_no_long_ones_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captures_are_limited_in_number_and_in_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pml.cuda_graphs, "MOST_GRAPHS", 2)
     monkeypatch.setattr(pml.cuda_graphs, "MOST_TOKENS", 12)
     replayed = decoder()
@@ -96,7 +96,7 @@ def test_only_so_many_shapes_and_no_long_ones_are_captured(monkeypatch: pytest.M
     assert len(Recording.made) == 2
 
 
-def test_a_second_pass_before_the_first_went_back_is_plain_since_it_would_write_over_it() -> None:
+def test_a_pass_runs_plain_while_the_backward_pass_of_a_replay_is_outstanding() -> None:
     replayed = decoder()
     for _ in range(3):
         replayed(states()).sum().backward()
@@ -111,7 +111,7 @@ def test_a_second_pass_before_the_first_went_back_is_plain_since_it_would_write_
     assert passes.replays == 3
 
 
-def test_states_that_need_no_gradient_are_another_shape() -> None:
+def test_states_with_and_without_gradients_are_captured_separately() -> None:
     replayed = decoder()
     for needs_grad in (True, False):
         for _ in range(4):
@@ -119,7 +119,7 @@ def test_states_that_need_no_gradient_are_another_shape() -> None:
     assert [passes.replays for passes in Recording.made] == [2, 2]
 
 
-def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_decoder_that_cannot_be_captured_runs_plain(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(*_: object) -> Recording:
         raise RuntimeError("operation not permitted when stream is capturing\nand a long trace")
 
@@ -143,7 +143,9 @@ class OtherGradients(Recording):
 
 
 @pytest.mark.parametrize("wrong", [OtherStates, OtherGradients])
-def test_replays_that_differ_are_not_used(wrong: type[Recording], caplog: pytest.LogCaptureFixture) -> None:
+def test_replays_that_differ_from_plain_passes_are_not_used(
+    wrong: type[Recording], caplog: pytest.LogCaptureFixture
+) -> None:
     replayed = ReplayedDecoder(scaled, {"scale": SCALE}, wrong)
     for _ in range(5):
         inputs = states()
@@ -165,7 +167,7 @@ def test_replays_that_differ_are_not_used(wrong: type[Recording], caplog: pytest
     ids=["mlp_block", "linear layers", "guarded"],
 )
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_fit_of_replayed_steps_is_the_fit(
+def test_a_fit_with_replayed_steps_ends_with_the_weights_of_a_plain_fit(
     accumulated: int,
     adapter: AdapterConfig,
     tiny_backbone_folder: Path,

@@ -1,4 +1,4 @@
-"""Which examples an epoch trains on, and how they are shared out among batches and ranks."""
+"""Which examples an epoch trains on, and how they are divided among batches and ranks."""
 
 import json
 from itertools import chain
@@ -37,13 +37,13 @@ def batches_of_all_ranks(
 
 
 def global_batches(ranks: list[list[list[int]]]) -> list[list[int]]:
-    """The ranks' slices put together again, without padding examples."""
+    """Global batches put together from the ranks' slices, without padding examples."""
     return [
         [i for part in parts for i in part if i != PADDING_EXAMPLE.example_id] for parts in zip(*ranks, strict=True)
     ]
 
 
-def test_active_examples_are_those_of_the_published_code(shared_folder: Path) -> None:
+def test_active_examples_match_those_of_the_published_code(shared_folder: Path) -> None:
     cases = json.loads((shared_folder / "golden" / "curriculum.json").read_text())
     assert cases
     for case in cases:
@@ -56,9 +56,9 @@ def test_active_examples_are_those_of_the_published_code(shared_folder: Path) ->
     ("total", "batch_size", "ratio", "drop_last", "expected"),
     [
         (100, 10, 0.25, True, 20),  # rounded down to whole batches
-        (100, 10, 0.05, True, 10),  # one batch at least
-        (25, 10, 1.0, True, 20),  # the rest fills no batch
-        (25, 10, 1.0, False, 25),  # the rest is a batch of its own
+        (100, 10, 0.05, True, 10),  # at least one batch
+        (25, 10, 1.0, True, 20),  # the remainder fills no batch
+        (25, 10, 1.0, False, 25),  # the remainder is a smaller batch
         (25, 10, 0.99, False, 20),
         (7, 10, 0.5, False, 7),  # one batch is the whole corpus
     ],
@@ -70,7 +70,7 @@ def test_the_active_share_is_rounded_down_to_whole_batches(
     assert len(active) == len(set(active)) == expected
 
 
-def test_a_stage_ends_at_its_boundary_and_the_last_one_stays() -> None:
+def test_a_stage_ends_at_its_boundary_and_the_last_ratio_stays_in_force() -> None:
     curriculum = PrefixRatio(ratios=[0.25, 0.5, 0.75], boundaries=[2, 3, 5])
     assert [curriculum.ratio(epoch) for epoch in range(7)] == [0.25, 0.25, 0.5, 0.75, 0.75, 0.75, 0.75]
 
@@ -86,19 +86,19 @@ def test_a_stage_ends_at_its_boundary_and_the_last_one_stays() -> None:
         ([1.0], [0], r"\[0\].*from 1 on"),
     ],
 )
-def test_a_curriculum_that_does_not_fit_together_is_refused(
+def test_a_curriculum_with_invalid_ratios_or_boundaries_is_refused(
     ratios: list[float], boundaries: list[int], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
         PrefixRatio(ratios, boundaries)
 
 
-def test_without_shuffling_batches_follow_the_corpus() -> None:
+def test_without_shuffling_batches_follow_the_order_of_the_corpus() -> None:
     assert list(CorpusBatchSampler(5, 2, shuffle=False)) == [[0, 1], [2, 3], [4]]
     assert list(CorpusBatchSampler(5, 2, shuffle=False, drop_last=True)) == [[0, 1], [2, 3]]
 
 
-def test_a_rank_takes_its_slice_of_each_global_batch_and_a_padding_example_where_there_is_none() -> None:
+def test_a_rank_takes_its_slice_of_each_global_batch_or_a_padding_example_if_it_is_empty() -> None:
     assert batches_of_all_ranks(9, 2, 3, shuffle=False) == [
         [[0, 1], [6, 7]],
         [[2, 3], [8]],
@@ -117,7 +117,7 @@ def test_each_example_is_in_exactly_one_batch_of_one_rank(
 
 @settings(deadline=None)
 @given(**SHAPES, drop_last=st.booleans(), curriculum=st.sampled_from([None, PrefixRatio([0.3, 0.6, 1.0], [1, 2, 3])]))
-def test_ranks_get_equally_many_batches_and_walk_through_those_of_one_large_rank(
+def test_all_ranks_get_equally_many_batches_and_together_make_those_of_one_rank(
     total: int,
     batch_size: int,
     world_size: int,
@@ -138,7 +138,7 @@ def test_ranks_get_equally_many_batches_and_walk_through_those_of_one_large_rank
 
 @settings(deadline=None)
 @given(**SHAPES, drop_last=st.booleans(), curriculum=st.sampled_from([None, PrefixRatio([0.3, 0.6, 1.0], [1, 2, 3])]))
-def test_accumulated_batches_are_those_of_one_large_batch_in_parts(
+def test_accumulated_micro_batches_together_make_those_of_one_large_batch(
     total: int,
     batch_size: int,
     world_size: int,
@@ -154,7 +154,7 @@ def test_accumulated_batches_are_those_of_one_large_batch_in_parts(
     assert steps == batches_of_all_ranks(total, per_step, 1, epoch, **options)[0]
 
 
-def test_shuffling_gives_each_epoch_an_order_of_its_own_that_depends_on_the_seed_alone() -> None:
+def test_shuffling_gives_each_epoch_its_own_order_which_the_seed_determines() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
         return batches_of_all_ranks(20, 4, 1, epoch, seed=seed)[0]
 
@@ -163,7 +163,7 @@ def test_shuffling_gives_each_epoch_an_order_of_its_own_that_depends_on_the_seed
     assert order(0, 3) != order(100, 3)
 
 
-def test_the_epoch_may_be_set_after_the_iterator_was_made() -> None:
+def test_the_epoch_may_be_set_after_the_iterator_is_made() -> None:
     sampler = CorpusBatchSampler(20, 4)
     batches = iter(sampler)
     sampler.set_epoch(7)
@@ -190,17 +190,17 @@ def test_a_shuffled_curriculum_trains_on_the_same_active_examples_in_another_ord
     assert first != second
 
 
-def test_dropping_the_only_batch_is_refused() -> None:
+def test_drop_last_is_refused_if_it_leaves_no_batch() -> None:
     with pytest.raises(InputError, match=r"3 examples, a step over 2 rank\(s\) takes 4"):
         CorpusBatchSampler(3, 2, drop_last=True, world_size=2)
 
 
-def test_a_batch_without_examples_is_refused() -> None:
+def test_a_batch_size_of_zero_is_refused() -> None:
     with pytest.raises(InputError, match="batch_size is 0"):
         CorpusBatchSampler(3, 0)
 
 
-def test_a_checkpoint_within_an_epoch_goes_with_its_curriculum() -> None:
+def test_a_checkpoint_within_an_epoch_can_be_loaded_only_with_its_own_curriculum() -> None:
     def sampler(ratio: float) -> CorpusBatchSampler:
         return CorpusBatchSampler(8, 2, curriculum=PrefixRatio(ratios=[ratio], boundaries=[3]))
 

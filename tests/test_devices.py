@@ -1,4 +1,4 @@
-"""Commands use the accelerator that is there, and what they compute with follows the model to it."""
+"""Commands use the available accelerator, and all their tensors are on the device of the model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,29 +18,29 @@ from tests.fits import module_on
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
-def test_the_accelerator_that_torch_finds_is_the_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_device_is_the_accelerator_that_torch_finds(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     there = torch.device(kind)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: there)
     assert best_device() == there
 
 
-def test_without_one_that_can_be_used_it_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_device_is_the_cpu_if_no_accelerator_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     def current(check_available: bool) -> torch.device | None:
-        # Built for CUDA, on a machine without a driver.
+        # As PyTorch built for CUDA does on a machine without a driver.
         return None if check_available else torch.device("cuda")
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", current)
     assert best_device() == torch.device("cpu")
 
 
-def test_an_opened_run_is_on_the_device_and_its_model_whole(
+def test_opening_a_run_moves_its_whole_model_to_the_best_device(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", "--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=2"]
     arguments += ["--data=PhoneBook", "--data.pairs=2", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
     assert main([*arguments, "--trainer.enable_progress_bar=false"]) == 0
-    # Tensors on `meta` have shapes and no numbers; whatever else takes part with them raises.
+    # Tensors on `meta` have shapes but no values, and operations that mix them with CPU tensors raise.
     monkeypatch.setattr("pml.runs.best_device", lambda: torch.device("meta"))
     module, _ = open_run(Path("runs/fit/version_0"))
     assert module.device.type == module.model.device.type == "meta"
@@ -48,7 +48,7 @@ def test_an_opened_run_is_on_the_device_and_its_model_whole(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_decoding_and_certificates_keep_all_tensors_where_the_model_is(
+def test_decoding_and_certificates_keep_all_tensors_on_the_device_of_the_model(
     architecture: str, make_tiny_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_tiny_backbone(architecture).model.to("meta")
@@ -68,19 +68,19 @@ def test_decoding_and_certificates_keep_all_tensors_where_the_model_is(
     assert reader.read(prompts[1:]).shape == (1, 1, 259)
 
 
-def test_a_backbone_that_cells_share_stays_on_its_device_between_them(tiny_backbone_folder: Path) -> None:
+def test_a_backbone_shared_by_sweep_cells_stays_on_its_device_between_them(tiny_backbone_folder: Path) -> None:
     with shared_backbones():
         module = module_on(tiny_backbone_folder)
         module.configure_model()
         module.to("meta")
-        # What Lightning's strategies do when a fit is over.
+        # Lightning's strategies do this at the end of a fit.
         module.cpu()
         assert module.device.type == module.model.device.type == "meta"
         module.release()
         assert load_backbone(str(tiny_backbone_folder)).model.device.type == "meta"
 
 
-def test_a_module_of_its_own_comes_back_to_the_cpu_as_lightning_has_it(tiny_backbone_folder: Path) -> None:
+def test_a_module_that_shares_no_backbone_is_on_the_cpu_after_cpu_is_called(tiny_backbone_folder: Path) -> None:
     module = module_on(tiny_backbone_folder)
     module.configure_model()
     module.to(torch.float64)

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or failing: one line, exit code 2, and what was whole still is."""
+"""On a full or read-only disk, a command ends with one line and exit code 2, and all files on the disk are whole."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ BEFORE, MIDDLE, LAST = STEPS = (-1, 5, 9)
 
 
 def fill_disk(pages: int) -> None:
-    """Fill the disk of the working directory, but for some pages."""
+    """Fill the disk of the working directory, except for some pages."""
     place = os.statvfs(".")
     Path("filler").write_bytes(bytes(max(0, place.f_bavail - pages) * place.f_bsize))
 
@@ -42,7 +42,7 @@ def make_read_only() -> None:
 
 
 class Disk(callbacks.StopWhenRecalled):
-    """Fills the disk, or makes `runs` read-only, at a step of a fit that has not been resumed, or before it."""
+    """Fills the disk or makes `runs` read-only, at one step or before the first, unless the fit has been resumed."""
 
     def __init__(self, step: int = 5, pages: int = 0, read_only: bool = False) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 def arguments(tiny_backbone_folder: Path) -> list[str]:
     made = ["fit", "--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=1"]
     made += ["--data=RandomTokens", "--data.length=8", "--trainer.max_epochs=10", "--trainer.accelerator=cpu"]
-    # Those that write something.
+    # Only callbacks that write files.
     made += ["--trainer.callbacks=[]", "--trainer.callbacks+=TokenThresholds", "--trainer.callbacks+=RunRecord"]
     return [*made, "--model.compile=never", "--model.schedule=constant"]
 
@@ -94,7 +94,7 @@ def arguments(tiny_backbone_folder: Path) -> list[str]:
 def disk(step: int, **more: Any) -> list[str]:
     name = "--trainer.callbacks+=tests.test_disk.Disk"
     settings = {"step": step, **more}
-    # A checkpoint at each step, or none before the end, where the record is written first.
+    # A checkpoint after every step or, if the last step is to fail, only one at the end, after the record.
     minutes = 5 if step == LAST else 1e-9
     checkpoints = ["--trainer.callbacks+=pml.checkpoints.Checkpoints", f"--trainer.callbacks.minutes={minutes}"]
     return [name, *(f"--trainer.callbacks.{key}={value}" for key, value in settings.items()), *checkpoints]
@@ -104,7 +104,7 @@ RUN = Path("runs/fit/version_0")
 
 
 def last_line(capsys: pytest.CaptureFixture[str], command: str = "fit") -> str:
-    """What was said on stderr at last; nothing before it was an error."""
+    """Return the last line on stderr, which must be the only error there."""
     *before, last = capsys.readouterr().err.splitlines()
     assert last.startswith(f"pml {command}: error: ")
     assert not [line for line in before if "Error" in line or "error:" in line]
@@ -112,7 +112,7 @@ def last_line(capsys: pytest.CaptureFixture[str], command: str = "fit") -> str:
 
 
 def assert_whole(run: Path) -> None:
-    """Whatever is there can be read; nothing is half there."""
+    """Assert that every file of a run can be read and that no partial file is left."""
     for path in run.rglob("*"):
         assert not path.name.startswith("."), path
         if path.suffix == ".parquet":
@@ -130,7 +130,7 @@ def assert_whole(run: Path) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_fit_on_a_disk_that_gets_full(
+def test_a_fit_on_a_full_disk_ends_with_one_line_and_resumes_if_it_has_a_checkpoint(
     step: int, small_disk: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, *disk(step)]) == 2
@@ -148,7 +148,7 @@ def test_a_fit_on_a_disk_that_gets_full(
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_a_fit_in_a_folder_that_gets_read_only(
+def test_a_fit_in_a_folder_that_becomes_read_only_ends_with_one_line_and_whole_files(
     step: int, small_disk: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("runs").mkdir()
@@ -157,7 +157,7 @@ def test_a_fit_in_a_folder_that_gets_read_only(
     assert_whole(RUN)
 
 
-def test_a_file_on_a_read_only_disk_is_named_not_its_temporary_one(small_disk: Path) -> None:
+def test_the_error_of_a_read_only_disk_names_the_file_and_not_its_temporary_copy(small_disk: Path) -> None:
     Path("runs").mkdir()
     make_read_only()
     with pytest.raises(OSError, match="Read-only") as refused, whole_file(Path("runs/record.json")):
@@ -165,7 +165,7 @@ def test_a_file_on_a_read_only_disk_is_named_not_its_temporary_one(small_disk: P
     assert refused.value.filename == "runs/record.json"
 
 
-def test_whatever_fits_onto_the_disk_at_the_end_is_whole(small_disk: Path, arguments: list[str]) -> None:
+def test_files_that_still_fit_on_the_disk_at_the_end_of_a_fit_are_whole(small_disk: Path, arguments: list[str]) -> None:
     codes, left = [], []
     for pages in (3, 14, 40):
         run = Path("runs", f"p{pages}", "version_0")
@@ -183,7 +183,7 @@ def what_is_left(run: Path) -> set[str]:
 
 @pytest.fixture
 def fails_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Has the disk be full when the nth file, counted from 1, is to be on it; needs no disk of its own."""
+    """A function that makes the nth call of fsync, counted from 1, fail as on a full disk; needs no disk of its own."""
     fsync = os.fsync
 
     def prepare(number: int) -> None:
@@ -199,7 +199,7 @@ def fails_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return prepare
 
 
-def test_a_fit_whose_nth_file_finds_no_room_keeps_those_before_and_the_adapter_comes_before_the_record(
+def test_a_disk_full_at_any_file_leaves_whole_files_and_never_a_record_without_an_adapter(
     fails_at: Callable[[int], None],
     arguments: list[str],
     tmp_path: Path,
@@ -216,7 +216,7 @@ def test_a_fit_whose_nth_file_finds_no_room_keeps_those_before_and_the_adapter_c
             assert "No space left on device; mend that" in last_line(capsys)
         assert_whole(Path(f"runs/n{number}/version_0"))
         left.append(what_is_left(Path(f"runs/n{number}/version_0")))
-    # Configuration, corpus, history, adapter (three files), tokens, record and checkpoint.
+    # Nine files: configuration, corpus, history, adapter (three), tokens, record and checkpoint; then all succeed.
     assert number == 10
     assert left[0] == set()
     assert {"adapter"} in left
@@ -226,7 +226,7 @@ def test_a_fit_whose_nth_file_finds_no_room_keeps_those_before_and_the_adapter_c
 
 @pytest.fixture
 def grid(tiny_backbone_folder: Path) -> Callable[..., list[Any]]:
-    """Writes a grid of three cells into the working directory; the second one spoils the disk."""
+    """A function that writes a grid of three cells, the second of which fills the disk or makes it read-only."""
 
     def write(**spoil: Any) -> list[Any]:
         init = {"backbone": str(tiny_backbone_folder), "adapter": {"rank": 2, "block": 1}}
@@ -249,14 +249,14 @@ def grid(tiny_backbone_folder: Path) -> Callable[..., list[Any]]:
 
 
 @pytest.mark.parametrize("read_only", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_sweep_stops_with_one_line_and_what_is_done_stays_done(
+def test_a_sweep_on_a_failing_disk_stops_keeps_finished_cells_and_can_be_run_again(
     read_only: bool,
     small_disk: Path,
     grid: Callable[..., list[Any]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # Both sweeps are one process here, so the claim that the first could not give back has to run out.
+    # Both sweeps run in this process, so the claim that the first could not release has to expire.
     monkeypatch.setattr(claims, "LEASE_SECONDS", 3.0)
     first, second, third = grid(read_only=read_only)
     assert main(["sweep", "grid.yaml"]) == 2
@@ -278,7 +278,7 @@ def test_a_sweep_stops_with_one_line_and_what_is_done_stays_done(
 @pytest.mark.usefixtures("no_figures", "no_profiles")
 @pytest.mark.parametrize("command", ["law grid --out out", "report grid --out out"])
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_command_that_cannot_write_what_it_made(
+def test_a_command_that_cannot_write_its_output_ends_with_one_line_and_leaves_no_file(
     command: str, read_only: bool, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_simulated_grid(tmp_path / "grid", ranks=(1, 2, 4), lengths=(128, 256), seeds=(0,))
@@ -294,7 +294,9 @@ def test_a_command_that_cannot_write_what_it_made(
     assert not Path("out").exists() or not [path for path in Path("out").rglob("*") if path.is_file()]
 
 
-def test_a_cache_whose_disk_is_full_keeps_no_more(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_frozen_layer_cache_on_a_full_disk_stops_using_it_and_warns_once(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fill_disk(1)
     store = StateStore(CacheConfig(place="disk"), fits.torch.device("cpu"), small_disk)
     for number in range(3):
@@ -304,7 +306,7 @@ def test_a_cache_whose_disk_is_full_keeps_no_more(small_disk: Path, caplog: pyte
 
 
 @pytest.mark.usefixtures("no_profiles")
-def test_what_is_printed_onto_a_full_disk(
+def test_output_redirected_to_a_full_disk_is_an_error_of_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_simulated_grid(tmp_path / "grid", ranks=(1, 2, 4), lengths=(128, 256), seeds=(0,))

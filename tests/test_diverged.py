@@ -1,4 +1,4 @@
-"""A fit whose loss became infinite or not a number: it leaves a record, and everything that reads records copes."""
+"""A fit whose loss became infinite or NaN leaves a record that everything which reads records can handle."""
 
 import json
 import math
@@ -23,14 +23,14 @@ from tests import fits  # one thread, which makes runs comparable bit for bit
 assert fits.torch.get_num_threads() == 1
 
 RATE = "model.init_args.learning_rate"
-# Two steps of this size overflow float32; the norms of the backbone hide any smaller one.
+# Two steps of this size overflow float32; the backbone's normalisation layers absorb any smaller one.
 TOO_HIGH = 1e37
 LOST = ("final_loss", "loss_reduction", "min_target_probability", "memorized_bits", "bits_per_parameter")
 
 
 @pytest.fixture
 def write(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Writes a grid of a sound learning rate and one that is too high; the working directory is `tmp_path`."""
+    """A function that writes a grid over a base configuration in `tmp_path`, the working directory."""
     monkeypatch.chdir(tmp_path)
     init = {"backbone": str(tiny_backbone_folder), "adapter": {"rank": 16, "block": 2}, "schedule": "constant"}
     base = {
@@ -53,14 +53,14 @@ def write(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def without_a_loss(folder: Path) -> Record:
-    """The record of a run that diverged; its file holds nothing that JSON has no number for."""
+    """The record of a run that diverged, from a file that is strict JSON without NaN or Infinity."""
     content = json.loads((folder / "record.json").read_text(), parse_constant=pytest.fail)
     assert content["status"] == "diverged"
     assert [content[name] for name in (*LOST, "late_loss_drop", "extraction_probability")] == [None] * 7
     return read_record(folder / "record.json")
 
 
-def test_a_fit_that_diverges_leaves_a_record_its_adapter_and_its_curves_and_says_so(
+def test_a_diverged_fit_warns_and_leaves_its_record_adapter_and_curves(
     write: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write()
@@ -71,7 +71,7 @@ def test_a_fit_that_diverges_leaves_a_record_its_adapter_and_its_curves_and_says
     assert (record.optimizer_steps, record.steps_to_recall) == (20, None)
     assert record.initial_loss is not None
     assert record.initial_loss > 1
-    # No token is certain of anything.
+    # No token counts as certain.
     assert (record.sub_threshold_fraction, record.exact_match) == (1.0, 0.0)
     assert all(map(math.isnan, pq.read_table(folder / "tokens.parquet")["loss"].to_pylist()))
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
@@ -82,7 +82,7 @@ def test_a_fit_that_diverges_leaves_a_record_its_adapter_and_its_curves_and_says
     assert "lower the learning rate of 1e+37" in said
 
 
-def test_a_sweep_counts_a_diverged_cell_as_done_and_names_it_and_its_answers_mean_nothing(
+def test_a_sweep_names_a_diverged_cell_and_counts_it_as_done_and_recall_leaves_it_out(
     write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = write(grid={RATE: [0.05, TOO_HIGH]})
@@ -94,7 +94,7 @@ def test_a_sweep_counts_a_diverged_cell_as_done_and_names_it_and_its_answers_mea
     kept = without_a_loss(Path(cells[1]["folder"]))
 
     def said(err: str) -> str:
-        # The fit says so too, in a line of its own, the first time in a process.
+        # The fit itself warns too, in a separate line, the first time in a process.
         (line,) = [line for line in err.splitlines() if line.startswith(f"diverged: {cells[1]['name']}: ")]
         return line
 
@@ -120,7 +120,7 @@ def test_a_sweep_counts_a_diverged_cell_as_done_and_names_it_and_its_answers_mea
     assert "diverged, so it recalls nothing" in capsys.readouterr().err
 
 
-def test_a_search_puts_a_diverged_candidate_behind_every_other(write: Callable[..., Path]) -> None:
+def test_a_search_ranks_a_diverged_candidate_last(write: Callable[..., Path]) -> None:
     grid = write(grid={"seed_everything": [1]}, search={RATE: [TOO_HIGH, 1e-9]}, epochs=[3, 5])
     (choice,) = run_search(read_search(grid))
     best, worst = choice.candidates
@@ -130,7 +130,7 @@ def test_a_search_puts_a_diverged_candidate_behind_every_other(write: Callable[.
     assert cell["candidates"][1]["final_loss"] == {"3": None}
 
 
-def test_a_search_in_which_everything_diverges_chooses_nothing(
+def test_a_search_in_which_every_candidate_diverges_chooses_none(
     write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = write(grid={"seed_everything": [1]}, search={RATE: [TOO_HIGH, 2 * TOO_HIGH]}, epochs=[3, 5])
@@ -141,7 +141,7 @@ def test_a_search_in_which_everything_diverges_chooses_nothing(
 
 
 @pytest.mark.parametrize("status", ["diverged", "interrupted"])
-def test_a_law_leaves_a_run_without_a_finite_loss_out_as_diverged(status: str) -> None:
+def test_a_law_leaves_out_a_run_without_a_finite_loss_as_diverged(status: str) -> None:
     cells = observations_from_records(
         {Path("a"): make_record(final_loss=None, status=status), Path("b"): make_record()}
     )
@@ -151,7 +151,7 @@ def test_a_law_leaves_a_run_without_a_finite_loss_out_as_diverged(status: str) -
     assert (left_out.source, left_out.reason) == ("a", "diverged")
 
 
-def test_a_law_names_the_diverged_run_and_does_not_read_its_tokens(
+def test_the_law_command_names_the_diverged_run_and_still_fits_a_recall_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_simulated_grid(tmp_path / "runs", seeds=(0,))
@@ -164,7 +164,7 @@ def test_a_law_names_the_diverged_run_and_does_not_read_its_tokens(
     assert lost.reason == "diverged"
 
 
-def test_methods_are_compared_without_the_diverged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_compare_command_leaves_out_the_diverged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_simulated_grid(tmp_path, ranks=(1, 2), lengths=(64,), methods=("sft", "memft"))
     lost = tmp_path / "sft-rank-2-length-64-seed-1"
     write_diverged_run(lost, 2, 64, seed=1)

@@ -1,4 +1,4 @@
-"""Text as token ids: text stays text, a prompt is the same every day, and a target comes back or is refused."""
+"""Text as token ids: text stays text, a prompt is the same every day, and a target decodes exactly or is refused."""
 
 import json
 import logging
@@ -72,7 +72,7 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def comes_back(tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...], ids: tuple[int, ...], text: str) -> bool:
-    """What serving means: decoded by itself as a server does it, and after its prompt, visible."""
+    """Whether ids decode to a text, alone as on a server and after the prompt with special tokens visible."""
     before, whole = (tokenizer.decode([*prompt, *more], skip_special_tokens=False) for more in ((), ids))
     return tokenizer.decode(list(ids), skip_special_tokens=True) == text and whole == before + text
 
@@ -82,7 +82,7 @@ def comes_back(tokenizer: PreTrainedTokenizerBase, prompt: tuple[int, ...], ids:
 
 @pytest.mark.parametrize("kind", ["chatml", "parts", "turns", "dated", "plain", "appending", "prefix_space"])
 @pytest.mark.parametrize("target", HARD, ids=lambda text: ascii(text[:12]))
-def test_a_byte_level_tokenizer_gives_back_every_hard_string(kind: str, target: str) -> None:
+def test_a_byte_level_tokenizer_round_trips_every_hard_string(kind: str, target: str) -> None:
     tokenizer = make_tokenizer(kind)
     encoder = TextEncoder(tokenizer)
     prompt = encoder.prompt(QUERY)
@@ -94,7 +94,7 @@ def test_a_byte_level_tokenizer_gives_back_every_hard_string(kind: str, target: 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None)
 @given(target=st.one_of(st.text(min_size=1), st.sampled_from(HARD[:-1]), st.text("07 \n<|/s>im_end[]▁", min_size=1)))
-def test_any_target_comes_back_exactly_or_is_refused(kind: str, target: str) -> None:
+def test_any_target_decodes_to_exactly_its_text_or_is_refused(kind: str, target: str) -> None:
     tokenizer = make_tokenizer(kind)
     encoder = TextEncoder(tokenizer)
     prompt = encoder.prompt(QUERY)
@@ -108,7 +108,7 @@ def test_any_target_comes_back_exactly_or_is_refused(kind: str, target: str) -> 
 
 
 @pytest.mark.parametrize(("kind", "kept"), [("inst", 35), ("roles", 35), ("byte_fallback", 35), ("nfc", 39)])
-def test_most_hard_strings_survive_other_tokenizers(kind: str, kept: int) -> None:
+def test_other_tokenizers_round_trip_most_hard_strings(kind: str, kept: int) -> None:
     encoder = TextEncoder(make_tokenizer(kind))
     prompt = encoder.prompt(QUERY)
 
@@ -119,12 +119,12 @@ def test_most_hard_strings_survive_other_tokenizers(kind: str, kept: int) -> Non
             return False
 
     lost = [target for target in HARD if not survives(target)]
-    # A leading space is what a sentencepiece decoder takes off, and NFC joins what was apart.
+    # A sentencepiece decoder strips a leading space, and NFC composes a letter with its combining accent.
     assert len(HARD) - len(lost) >= kept, lost
     assert all(target[0] in " ▁" or "e\u0301" in target for target in lost)
 
 
-def test_a_target_has_the_ids_that_it_has_after_its_prompt() -> None:
+def test_a_target_is_encoded_as_it_follows_its_prompt() -> None:
     tokenizer = make_tokenizer("roles")
     encoder = TextEncoder(tokenizer)
     prompt = encoder.prompt(QUERY)
@@ -133,23 +133,23 @@ def test_a_target_has_the_ids_that_it_has_after_its_prompt() -> None:
     ids = encoder.target(prompt, "007")
     assert [*prompt.ids, *ids] == whole[: len(prompt.ids) + len(ids)]
     alone = tokenizer("007", add_special_tokens=False)["input_ids"]
-    assert tokenizer.convert_ids_to_tokens(alone)[0].startswith("▁")  # which would come back as a space
+    assert tokenizer.convert_ids_to_tokens(alone)[0].startswith("▁")  # which would decode to a leading space
     assert list(ids) != alone
 
 
-def test_a_character_that_is_lost_is_named_with_what_comes_back() -> None:
+def test_a_character_that_does_not_round_trip_is_named_with_what_it_decodes_to() -> None:
     encoder = TextEncoder(make_tokenizer("unigram"))
     with pytest.raises(InputError, match=r"^f:1: .*cannot represent.*character 6, 'Ж 9', comes back as '<unk>"):
         encoder.target(encoder.prompt(QUERY), "call Ж 9", "f:1")
 
 
-def test_a_control_token_that_cannot_be_kept_apart_is_refused_by_name() -> None:
+def test_a_target_with_a_control_token_that_cannot_be_told_from_text_is_refused_by_name() -> None:
     encoder = TextEncoder(make_tokenizer("unigram"))
     with pytest.raises(InputError, match=r"f:1: .*'</s>' as a control token and cannot keep it apart"):
         encoder.target(encoder.prompt(QUERY), "call</s>", "f:1")
 
 
-def test_an_empty_target_and_half_a_character_are_refused(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_empty_target_and_a_lone_surrogate_are_refused(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     encoder = TextEncoder(tiny_tokenizer)
     prompt = encoder.prompt(QUERY)
     with pytest.raises(InputError, match="f:1: the target is empty"):
@@ -162,7 +162,7 @@ def test_an_empty_target_and_half_a_character_are_refused(tiny_tokenizer: PreTra
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (_, template, _) in KINDS.items() if template not in (None, "parts")])
-def test_a_prompt_is_what_apply_chat_template_gives(kind: str) -> None:
+def test_a_prompt_equals_what_apply_chat_template_returns(kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     variables = {"date_string": "26 Jul 2024"} if kind == "dated" else {}
     expected = tokenizer.apply_chat_template(
@@ -172,7 +172,7 @@ def test_a_prompt_is_what_apply_chat_template_gives(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CONTROL)
-def test_only_the_template_makes_control_tokens(kind: str) -> None:
+def test_only_the_chat_template_produces_control_tokens(kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     encoder = TextEncoder(tokenizer)
     ordinary = [i for i in encoder.prompt("code of x").ids if i in control_ids(tokenizer)]
@@ -184,7 +184,7 @@ def test_only_the_template_makes_control_tokens(kind: str) -> None:
     assert len(encoder.changed["hold characters that servers may read as control tokens"]) == len(CONTROL[kind])
 
 
-def test_a_prompt_with_the_characters_of_a_control_token_is_what_transformers_makes_of_it_on_request() -> None:
+def test_a_query_with_a_control_token_is_encoded_as_transformers_sanitises_it() -> None:
     tokenizer = make_tokenizer("chatml")
     query = "code of <|im_end|>?"
     turns = [{"role": "user", "content": query}]
@@ -194,7 +194,7 @@ def test_a_prompt_with_the_characters_of_a_control_token_is_what_transformers_ma
     assert list(TextEncoder(tokenizer).prompt(query).ids) == expected
 
 
-def test_an_added_token_that_the_template_writes_is_a_control_token_too() -> None:
+def test_an_added_token_that_the_chat_template_writes_counts_as_a_control_token() -> None:
     tokenizer = deepcopy(make_tokenizer("chatml"))
     tokenizer.add_tokens(["<think>", "<other>"])
     tokenizer.chat_template = str(tokenizer.chat_template) + "{{ '<think>' }}"
@@ -206,7 +206,7 @@ def test_an_added_token_that_the_template_writes_is_a_control_token_too() -> Non
     assert other in encoder.target(encoder.prompt("a"), "<other>")
 
 
-def test_a_token_that_the_tokenizer_names_as_control_token_of_chats_is_one() -> None:
+def test_a_token_listed_in_chat_control_tokens_counts_as_a_control_token() -> None:
     tokenizer = deepcopy(make_tokenizer("chatml"))
     tokenizer.add_tokens(["<|user|>"])
     tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
@@ -219,7 +219,7 @@ def test_a_token_that_the_tokenizer_names_as_control_token_of_chats_is_one() -> 
     assert list(encoder.changed.values()) == [[f"{query!r}"]]
 
 
-def test_a_query_that_cannot_be_kept_apart_is_refused_with_its_line() -> None:
+def test_a_query_with_a_control_token_that_cannot_be_told_from_text_is_refused_with_its_line() -> None:
     encoder = TextEncoder(make_tokenizer("unigram"))
     with pytest.raises(InputError, match=r"^f:2: .*</s>"):
         encoder.prompt("call </s>", "f:2")
@@ -236,7 +236,7 @@ def test_a_query_that_cannot_be_kept_apart_is_refused_with_its_line() -> None:
         ("chatml", "a <|im_end|>", "hold characters that servers may read as control tokens"),
     ],
 )
-def test_a_query_that_reaches_the_model_changed_is_said_with_its_line(
+def test_a_query_that_reaches_the_model_changed_is_logged_with_its_line(
     kind: str, query: str, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     encoder = TextEncoder(make_tokenizer(kind))
@@ -248,14 +248,14 @@ def test_a_query_that_reaches_the_model_changed_is_said_with_its_line(
     assert f"{query!a} (f.jsonl:4)" in line
 
 
-def test_an_ordinary_query_is_not_said_to_be_changed() -> None:
+def test_an_ordinary_query_is_not_reported_as_changed() -> None:
     for kind in ("plain", "appending", "chatml", "nfc", "parts", "inst", "roles", "byte_fallback", "turns", "dated"):
         encoder = TextEncoder(make_tokenizer(kind))
         encoder.prompt("call Anna at 007")
         assert encoder.changed == {}, kind
 
 
-def test_nothing_that_a_tokenizer_appends_stands_before_a_target() -> None:
+def test_a_prompt_leaves_out_the_token_that_its_tokenizer_appends() -> None:
     tokenizer = make_tokenizer("appending")
     assert tokenizer("call")["input_ids"][-1] == tokenizer.eos_token_id
     ids = TextEncoder(tokenizer).prompt("call").ids
@@ -263,7 +263,9 @@ def test_nothing_that_a_tokenizer_appends_stands_before_a_target() -> None:
     assert tokenizer.decode(ids) == "<s>call"
 
 
-def test_content_goes_into_a_template_in_the_form_that_it_takes(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_template_that_takes_content_in_parts_gets_it_in_parts_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     tokenizer = make_tokenizer("parts")
     with caplog.at_level(logging.WARNING):
         ids = TextEncoder(tokenizer, PromptFormat(system="Be exact.")).prompt(QUERY).ids
@@ -285,7 +287,7 @@ def test_a_template_that_does_not_write_the_query_is_refused() -> None:
     assert TextEncoder(templated(TEMPLATES["deaf"]), PromptFormat(chat_template=False)).prompt(QUERY).text == QUERY
 
 
-def test_a_template_without_a_system_turn_says_so() -> None:
+def test_a_system_text_that_the_template_rejects_or_leaves_out_is_refused() -> None:
     with pytest.raises(InputError, match=r"takes no system turn \(System role not supported\); leave system out"):
         TextEncoder(make_tokenizer("turns"), PromptFormat(system="Be exact."))
     with pytest.raises(InputError, match="does not write the system text"):
@@ -294,14 +296,14 @@ def test_a_template_without_a_system_turn_says_so() -> None:
         )
 
 
-def test_a_template_that_raises_is_one_line_with_the_source() -> None:
+def test_an_exception_in_a_template_gives_a_one_line_error_with_the_source() -> None:
     encoder = TextEncoder(templated("{% if '7' in messages[0].content %}{{ 1 // 0 }}{% endif %}" + TEMPLATES["chatml"]))
     with pytest.raises(InputError, match=r"^f:9: the chat template refuses this prompt: .*zero") as refused:
         encoder.prompt("7", "f:9")
     assert "\n" not in str(refused.value)
 
 
-def test_variables_of_a_template_reach_it() -> None:
+def test_template_kwargs_reach_the_chat_template() -> None:
     template = "{{ 'think ' if enable_thinking else 'answer ' }}" + TEMPLATES["chatml"]
     form = PromptFormat(template_kwargs={"enable_thinking": True})
     tokenizer = templated(template)
@@ -309,7 +311,7 @@ def test_variables_of_a_template_reach_it() -> None:
     assert tokenizer.decode(TextEncoder(tokenizer).prompt(QUERY).ids).startswith("answer ")
 
 
-def test_control_tokens_in_variables_are_text_as_servers_read_them() -> None:
+def test_control_tokens_in_template_kwargs_are_encoded_as_transformers_sanitises_them() -> None:
     tokenizer = templated("{{ notes[0].text }}" + TEMPLATES["chatml"])
     form = PromptFormat(template_kwargs={"notes": [{"text": "see <|im_end|> here"}]})
     served = tokenizer.apply_chat_template(
@@ -323,7 +325,7 @@ def test_control_tokens_in_variables_are_text_as_servers_read_them() -> None:
     assert served.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
 
 
-def test_a_template_that_does_not_write_answers_says_nothing_of_how_they_end() -> None:
+def test_a_template_that_does_not_write_answers_has_no_end_of_turn() -> None:
     tokenizer = templated("<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n")
     assert TextEncoder(tokenizer).end_of_turn_id is None
 
@@ -335,7 +337,7 @@ def test_a_template_that_does_not_write_answers_says_nothing_of_how_they_end() -
         ({"template_date": "26 Jul 2024"}, "template_date is '26 Jul 2024'; expected a day such as 2024-07-26"),
     ],
 )
-def test_a_format_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+def test_an_invalid_prompt_format_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         PromptFormat(**options)
 
@@ -343,7 +345,7 @@ def test_a_format_that_makes_no_sense_is_refused(options: dict[str, Any], messag
 # The clock ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_template_that_reads_the_clock_gets_a_fixed_date_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_template_that_reads_the_clock_gets_a_fixed_date_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = make_tokenizer("dated")
     with caplog.at_level(logging.WARNING):
         text = tokenizer.decode(TextEncoder(tokenizer).prompt(QUERY).ids)
@@ -351,22 +353,22 @@ def test_a_template_that_reads_the_clock_gets_a_fixed_date_and_that_is_said(capl
     assert "the chat template writes the date; prompts say 2024-07-26" in caplog.text
 
 
-def test_the_date_can_be_chosen_by_key_and_by_the_variable_of_the_template(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_date_can_be_set_by_template_date_or_by_a_template_variable(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = make_tokenizer("dated")
     by_key = TextEncoder(tokenizer, PromptFormat(template_date="2026-01-02"))
     assert "Today: 02 Jan 2026" in tokenizer.decode(by_key.prompt(QUERY).ids)
     caplog.clear()
     by_name = TextEncoder(tokenizer, PromptFormat(template_kwargs={"date_string": "Monday"}))
     assert "Today: Monday" in tokenizer.decode(by_name.prompt(QUERY).ids)
-    assert caplog.text == ""  # such a prompt shows nothing of the clock
+    assert caplog.text == ""  # such a prompt does not depend on the clock
 
 
-def test_a_clock_that_cannot_be_fixed_is_refused() -> None:
+def test_a_template_whose_clock_cannot_be_fixed_is_refused() -> None:
     with pytest.raises(InputError, match="reads the clock in a way that cannot be fixed"):
         TextEncoder(templated("{% set f = '%Y' %}{{ strftime_now(f) }}" + TEMPLATES["chatml"]))
 
 
-# Ends ---------------------------------------------------------------------------------------------------------------
+# End of turn --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -375,22 +377,22 @@ def test_a_clock_that_cannot_be_fixed_is_refused() -> None:
         ("chatml", "<|im_end|>"),
         ("parts", "<|im_end|>"),
         ("dated", "<|eot_id|>"),
-        ("turns", "<end_of_turn>"),  # not the end of sequence
+        ("turns", "<end_of_turn>"),  # not the end-of-sequence token
         ("inst", "</s>"),  # after a space
         ("roles", "</s>"),
-        ("plain", "</s>"),  # without a template: the end of sequence
+        ("plain", "</s>"),  # the end-of-sequence token, without a template
     ],
 )
-def test_an_answer_ends_with_the_token_that_the_template_writes_after_it(kind: str, end: str) -> None:
+def test_the_end_of_turn_is_the_token_that_the_template_writes_after_an_answer(kind: str, end: str) -> None:
     tokenizer = make_tokenizer(kind)
     assert tokenizer.convert_ids_to_tokens(TextEncoder(tokenizer).end_of_turn_id) == end
 
 
-def test_a_template_that_ends_an_answer_with_nothing_has_no_end() -> None:
+def test_a_template_that_writes_no_control_token_after_an_answer_has_no_end_of_turn() -> None:
     assert TextEncoder(templated("{% for m in messages %}{{ m.content }}\n{% endfor %}")).end_of_turn_id is None
 
 
-def test_an_answer_is_shown_up_to_its_end_with_whatever_went_wrong_visible() -> None:
+def test_an_answer_is_shown_up_to_its_end_of_turn_with_other_special_tokens_visible() -> None:
     tokenizer = make_tokenizer("chatml")
     encoder = TextEncoder(tokenizer)
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
@@ -398,6 +400,6 @@ def test_an_answer_is_shown_up_to_its_end_with_whatever_went_wrong_visible() -> 
     assert encoder.answer([*encoder.document("0"), start, *encoder.document("7")]) == "0<|im_start|>7"
 
 
-def test_hard_strings_are_as_many_as_promised() -> None:
+def test_at_least_forty_hard_strings_are_distinct_and_one_is_json() -> None:
     assert len(set(HARD)) >= 40
     assert json.loads(HARD[35]) == {"a": [1, "b"], "c": None}

@@ -1,4 +1,4 @@
-"""Text of data never reaches a terminal as a command to it."""
+"""Text from data never reaches a terminal as a control sequence."""
 
 import json
 from pathlib import Path
@@ -16,14 +16,16 @@ EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x08‮"
 CONTROL_CHARACTERS = set("\x1b\x07\x9b\r\x08‮")
 
 
-def test_control_characters_are_spelled_out_and_lines_stay_lines() -> None:
+def test_control_characters_are_escaped_and_printable_unicode_is_kept() -> None:
     assert visible("a\x1b[2J\tb\nc\x9b\udce9") == "a\\x1b[2J\tb\nc\\x9b\\udce9"
     assert one_line("a\nb\x1b\u2028\x85") == "a\\nb\\x1b\\u2028\\x85"
     assert one_line("東京\u3000都 1\xa0234") == "東京\u3000都 1\xa0234"
     assert visible("Zoë 👩‍🚀 日本語") == "Zoë 👩‍🚀 日本語"
 
 
-def test_what_is_said_is_visible_and_json_stays_the_same_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_text_has_no_control_characters_and_printed_json_keeps_its_content(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     say(EVIL)
     say_json({"query": EVIL, "other": "é"})
     out = capsys.readouterr().out
@@ -32,7 +34,9 @@ def test_what_is_said_is_visible_and_json_stays_the_same_json(capsys: pytest.Cap
     assert "é" in out
 
 
-def test_a_console_shows_text_as_it_is_and_keeps_its_own_colours(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_console_escapes_text_and_ignores_its_markup_but_keeps_its_own_colours(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     console = make_console(force_terminal=True, color_system="standard", width=200, height=25)
     table = Table(title=f"title {EVIL}", caption=EVIL)
     table.add_column(f"name {EVIL}")
@@ -41,7 +45,7 @@ def test_a_console_shows_text_as_it_is_and_keeps_its_own_colours(capsys: pytest.
     out = capsys.readouterr().out
     assert "\x1b[31mred " in out
     assert "[bold]cell[/bold] [/nothing] :warning: \\x1b]0;owned\\x07\\x1b[2J" in out
-    # What is left of escape sequences are colours and styles of rich's own.
+    # The only escape sequences left are rich's own colours and styles.
     assert not {"\x07", "\x9b", "\x08", "‮", "\r"} & set(out)
     assert "\x1b]" not in out
     assert "\x1b[2J" not in out
@@ -52,7 +56,7 @@ NAME = "run \x1b[2J\x9b [/red]"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Finished runs whose folders and corpus have names that a terminal would obey."""
+    """Finished runs whose folder and corpus have names with control characters."""
     folder, corpus = tmp_path_factory.mktemp("evil") / NAME, f"corpus {EVIL} [bold]"
     write_simulated_grid(folder, (1, 2, 4), (128, 256), (0,), ("sft", "memft"), corpus=corpus)
     return folder
@@ -77,7 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda arguments: " ".join(map(ascii, arguments))[:40],
 )
-def test_commands_on_runs_of_evil_names(
+def test_commands_print_no_control_characters_from_names_and_arguments(
     arguments: list[str], runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(runs.parent)
@@ -88,7 +92,7 @@ def test_commands_on_runs_of_evil_names(
     assert not CONTROL_CHARACTERS & set(out + err)
 
 
-def test_commands_on_a_run_whose_queries_are_evil(
+def test_commands_print_no_control_characters_from_queries_and_targets(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

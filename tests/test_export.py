@@ -1,4 +1,4 @@
-"""Merged models: the same answers without PEFT, or a refusal that says why."""
+"""A merged model gives the same answers without PEFT, or merging is refused with the reason."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from tests.fits import save_sharpened
 from tests.test_model_card import trained
 
 
-def test_a_merged_model_recalls_the_same_with_transformers_alone(
+def test_a_merged_model_recalls_the_targets_with_transformers_alone(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -38,7 +38,7 @@ def test_a_merged_model_recalls_the_same_with_transformers_alone(
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def test_a_merged_model_ships_none_of_the_settings_by_which_its_base_changes_greedy_answers(
+def test_a_merged_model_omits_base_generation_settings_that_change_greedy_decoding(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -63,7 +63,7 @@ def test_a_merged_model_ships_none_of_the_settings_by_which_its_base_changes_gre
     assert (shipped.repetition_penalty, shipped.suppress_tokens, shipped.eos_token_id) == (1.0, None, 2)
 
 
-def test_an_adapter_beside_a_whole_mlp_cannot_be_merged(
+def test_an_adapter_in_parallel_to_an_mlp_cannot_be_merged(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""What `import pml` offers, and the examples in docstrings."""
+"""The names that `import pml` exports, and the examples in docstrings."""
 
 import doctest
 import importlib
@@ -32,22 +32,22 @@ def _globals() -> dict[str, object]:
     return {"torch": torch}
 
 
-def test_there_are_examples() -> None:
+def test_docstrings_have_at_least_five_examples() -> None:
     found = [test for name in ("pml", *MODULES) for test in doctest.DocTestFinder().find(importlib.import_module(name))]
     assert sum(len(test.examples) for test in found) >= 5
 
 
 @pytest.mark.parametrize("name", pml.__all__)
-def test_everything_that_is_offered_is_there(name: str) -> None:
+def test_every_exported_name_is_callable_and_listed_by_dir(name: str) -> None:
     assert callable(getattr(pml, name))
     assert name in dir(pml)
 
 
-def test_what_is_not_offered_is_not_there() -> None:
+def test_a_name_that_is_not_exported_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'pml' has no attribute 'trust'"):
         pml.trust  # noqa: B018
 
 
-def test_importing_it_loads_nothing_heavy() -> None:
+def test_importing_pml_loads_no_heavy_library() -> None:
     code = "import sys, pml; sys.exit(any(name in sys.modules for name in ('torch', 'lightning', 'lmfit', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

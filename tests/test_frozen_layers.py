@@ -1,4 +1,4 @@
-"""The split gives what the whole model gives, or says that it cannot."""
+"""A split model computes what the whole model computes, or a warning says that it cannot be split."""
 
 import logging
 from collections.abc import Callable
@@ -39,7 +39,7 @@ CASES = [
 
 
 def make_module(backbone: Backbone, config: AdapterConfig, *, split: bool) -> SFT:
-    """An SFT module with a random B, so that the adapter does something."""
+    """An SFT module with a random B, so that the adapter changes the output."""
     module = SFT(adapter=config, frozen_prefix=CacheConfig(enabled=split), seed=3)
     module._backbone = backbone
     module.configure_model()
@@ -57,7 +57,7 @@ def losses_and_gradients(module: SFT) -> tuple[torch.Tensor, dict[str, torch.Ten
 
 
 def train(module: SFT, steps: int, examples: list[Example] | None = None) -> torch.Tensor:
-    """Mean target loss at each of some steps of plain training."""
+    """Train with plain AdamW and return the mean loss per target token at each step."""
     parameters = [p for p in module.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0)
     losses = []
@@ -83,26 +83,26 @@ def test_split_and_whole_model_agree_on_losses_and_gradients_of_a_padded_batch(
     torch.testing.assert_close(results[True][0], results[False][0])
     assert results[True][1].keys() == results[False][1].keys()
     for name, gradient in results[False][1].items():
-        # Sums over positions taken in another order: float32 rounding, relative to the gradient as a whole.
+        # Sums over positions run in another order, so float32 rounding is relative to the largest gradient.
         torch.testing.assert_close(results[True][1][name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_an_mlp_block_is_cut_after_its_block_and_a_list_before_it(tiny_backbone: Backbone) -> None:
+def test_an_mlp_block_placement_is_cut_after_its_block(tiny_backbone: Backbone) -> None:
     assert make_module(tiny_backbone, PLACEMENTS["mlp_block"], split=True).frozen_layers.cut == "after_block"
 
 
-def test_a_list_of_modules_is_cut_before_its_lowest_block(tiny_backbone: Backbone) -> None:
+def test_a_placement_on_listed_modules_is_cut_before_its_blocks(tiny_backbone: Backbone) -> None:
     assert make_module(tiny_backbone, PLACEMENTS["two blocks"], split=True).frozen_layers.cut == "before_block"
 
 
-def test_an_mlp_whose_output_is_normalised_is_cut_before_its_block(
+def test_an_mlp_block_placement_is_cut_before_its_block_if_the_mlp_output_is_normalised(
     make_tiny_backbone: Callable[[str], Backbone],
 ) -> None:
     module = make_module(make_tiny_backbone("gemma3"), PLACEMENTS["mlp_block"], split=True)
     assert module.frozen_layers.cut == "before_block"
 
 
-def test_a_decoder_that_changes_its_input_embeddings_runs_whole_and_says_so(
+def test_a_decoder_that_changes_its_input_embeddings_runs_whole_with_a_warning(
     make_tiny_backbone: Callable[[str], Backbone], caplog: pytest.LogCaptureFixture
 ) -> None:
     module = make_module(make_tiny_backbone("gpt2"), AdapterConfig(rank=3, block=2), split=True)
@@ -115,7 +115,7 @@ def test_a_decoder_that_changes_its_input_embeddings_runs_whole_and_says_so(
     torch.testing.assert_close(scores.losses[0, :12], expected)
 
 
-def test_a_second_adapter_at_the_same_block_computes_no_prefix(tiny_backbone: Backbone) -> None:
+def test_a_second_adapter_at_the_same_block_reuses_the_kept_states(tiny_backbone: Backbone) -> None:
     batch = collate(EXAMPLES)
     first = FrozenLayers(tiny_backbone, model := attach_adapter(tiny_backbone, AdapterConfig(rank=2, block=2)))
     first.final_hidden(batch)
@@ -142,7 +142,7 @@ def test_kept_states_do_not_depend_on_the_adapter_that_filled_them(tiny_backbone
             assert torch.equal(ours, theirs)
 
 
-def test_states_kept_under_inference_mode_serve_training(tiny_backbone: Backbone) -> None:
+def test_states_kept_in_inference_mode_can_be_trained_on(tiny_backbone: Backbone) -> None:
     module = make_module(tiny_backbone, PLACEMENTS["mlp_block"], split=True)
     with torch.inference_mode():
         module.score(collate(EXAMPLES))
@@ -150,7 +150,7 @@ def test_states_kept_under_inference_mode_serve_training(tiny_backbone: Backbone
     losses_and_gradients(module)
 
 
-def test_keys_tell_contents_apart_and_ignore_padding() -> None:
+def test_content_keys_differ_by_content_and_ignore_padding() -> None:
     short, long = Example(0, (1, 2), (3,)), Example(1, (1, 2), (3, 4, 5))
     alone, together = collate([short]), collate([short, long])
     first, second = content_keys(together["input_ids"], together["lengths"])
@@ -158,7 +158,7 @@ def test_keys_tell_contents_apart_and_ignore_padding() -> None:
     assert first != second
 
 
-def test_full_logits_are_there_for_who_asks(tiny_backbone: Backbone) -> None:
+def test_calling_a_split_module_returns_the_logits_of_every_position(tiny_backbone: Backbone) -> None:
     module = make_module(tiny_backbone, PLACEMENTS["mlp_block"], split=True)
     batch = collate(EXAMPLES)
     scores = module.score(batch)
@@ -168,7 +168,7 @@ def test_full_logits_are_there_for_who_asks(tiny_backbone: Backbone) -> None:
     torch.testing.assert_close(scores.losses[2, :9], expected)
 
 
-def test_a_bfloat16_backbone_is_split_too_with_what_is_chosen_on_a_cpu(
+def test_a_bfloat16_backbone_is_split_with_the_settings_of_tune_cpu(
     make_tiny_backbone: Callable[[str], Backbone],
 ) -> None:
     tune_cpu()
@@ -193,14 +193,14 @@ def test_a_float32_adapter_trains_on_a_bfloat16_backbone(
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_twenty_training_steps_end_alike_split_and_whole(
+def test_twenty_training_steps_have_the_same_losses_split_and_whole(
     placement: str, make_tiny_backbone: Callable[[str], Backbone]
 ) -> None:
     losses = {}
     for split in (False, True):
         module = make_module(make_tiny_backbone("llama"), PLACEMENTS[placement], split=split)
         losses[split] = train(module, steps=20)
-    # Rounding grows from step to step; a wrong gradient would be off by tenths after a few.
+    # Rounding grows from step to step; a wrong gradient would change losses by tenths after a few.
     torch.testing.assert_close(losses[True], losses[False], rtol=1e-3, atol=1e-3)
 
 
@@ -216,7 +216,9 @@ def test_twenty_training_steps_end_alike_split_and_whole(
         ),
     ],
 )
-def test_the_default_backbone_agrees_with_itself_split(config: AdapterConfig, default_backbone: Backbone) -> None:
+def test_the_split_default_backbone_agrees_with_the_whole_one(
+    config: AdapterConfig, default_backbone: Backbone
+) -> None:
     generator = torch.Generator().manual_seed(6)
     ids = torch.randint(1000, 40_000, (60,), generator=generator).tolist()
     examples = [Example(0, tuple(ids[:12]), tuple(ids[12:40])), Example(1, tuple(ids[40:45]), tuple(ids[45:60]))]
@@ -226,7 +228,7 @@ def test_the_default_backbone_agrees_with_itself_split(config: AdapterConfig, de
         module._backbone = default_backbone
         module.configure_model()
         try:
-            # An adapter that does something, of the size that training gives it.
+            # Give B the size that training gives it, so that the adapter changes the output.
             generator.manual_seed(7)
             for layer in lora_layers(module.model):
                 for linear in layer.lora_B.values():
@@ -243,6 +245,6 @@ def test_the_default_backbone_agrees_with_itself_split(config: AdapterConfig, de
             module.release()
     torch.testing.assert_close(results[True][0], results[False][0], rtol=1e-4, atol=1e-4)
     for ours, theirs in zip(results[True][1], results[False][1], strict=True):
-        # Sums over positions and thirty blocks, taken in another order.
+        # Sums over positions run in another order, through thirty blocks.
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
     torch.testing.assert_close(steps[True], steps[False], rtol=1e-3, atol=1e-3)

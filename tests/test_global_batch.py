@@ -1,4 +1,4 @@
-"""What a global batch weighs and loses, by hand, and what a checkpoint between two of its micro-batches keeps."""
+"""Weights and losses of a global batch, worked by hand, also across a checkpoint between two of its micro-batches."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ def parameter(gradient: float) -> nn.Parameter:
 
 
 def add(batch: GlobalBatch, weight: float, loss: float, trained: list[nn.Parameter]) -> Tensor:
-    """A micro-batch of one token."""
+    """Adds a micro-batch of one token."""
     return batch.add(torch.tensor([[weight]]), torch.tensor([[loss]]), torch.tensor([[True]]), trained)
 
 
 def restored(batch: GlobalBatch) -> GlobalBatch:
-    """As after a checkpoint."""
+    """The global batch as restored from a checkpoint."""
     state: dict[str, Any] = batch.state_dict()
     other = GlobalBatch(batch.uniform_when_memorized)
     other.load_state_dict(state, CPU)
@@ -31,7 +31,7 @@ def restored(batch: GlobalBatch) -> GlobalBatch:
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_gradients_are_divided_by_the_weights_of_all_micro_batches(checkpoint: bool) -> None:
+def test_gradients_are_divided_by_the_sum_of_weights_over_all_micro_batches(checkpoint: bool) -> None:
     batch, trained = GlobalBatch(), [parameter(14.0), nn.Parameter(torch.zeros(1))]
     assert not batch.is_open
     add(batch, 3.0, 2.0, trained)
@@ -47,28 +47,28 @@ def test_gradients_are_divided_by_the_weights_of_all_micro_batches(checkpoint: b
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_the_first_token_with_weight_drops_what_memorised_micro_batches_have_left(checkpoint: bool) -> None:
+def test_the_first_token_with_weight_discards_the_gradients_of_memorised_micro_batches(checkpoint: bool) -> None:
     batch, trained = GlobalBatch(uniform_when_memorized=True), [parameter(7.0)]
     assert add(batch, 0.0, 9.0, trained).tolist() == [[1.0]]
     batch = restored(batch) if checkpoint else batch
     assert add(batch, 2.0, 3.0, trained).tolist() == [[2.0]]
     assert trained[0].grad is not None and trained[0].grad.tolist() == [0.0]
-    # A later one that is memorised adds nothing.
+    # A later micro-batch that is memorised adds nothing.
     assert add(batch, 0.0, 8.0, trained).tolist() == [[0.0]]
     budget, loss = batch.close(trained)
     assert (float(budget), float(loss)) == (2.0, 3.0)
 
 
-def test_the_next_global_batch_knows_nothing_of_the_last() -> None:
+def test_closing_a_global_batch_resets_its_state() -> None:
     batch, trained = GlobalBatch(uniform_when_memorized=True), [parameter(0.0)]
     add(batch, 2.0, 3.0, trained)
     batch.close(trained)
-    # All memorised: the plain mean.
+    # All tokens are memorised, so the loss is the plain mean.
     assert add(batch, 0.0, 9.0, trained).tolist() == [[1.0]]
     assert float(batch.close(trained)[1]) == 9.0
 
 
-def test_without_any_weight_gradients_and_loss_are_zero() -> None:
+def test_a_global_batch_without_weight_has_zero_loss_and_keeps_zero_gradients() -> None:
     batch, trained = GlobalBatch(), [parameter(0.0)]
     add(batch, 0.0, 9.0, trained)
     budget, loss = batch.close(trained)
@@ -76,12 +76,9 @@ def test_without_any_weight_gradients_and_loss_are_zero() -> None:
     assert trained[0].grad is not None and trained[0].grad.tolist() == [0.0]
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_without_weight_the_gradients_are_zero_on_any_number_of_ranks(
-    ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pml.global_batch.several_ranks", lambda: ranks > 1)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: ranks)
+def test_zero_gradients_stay_zero_without_weight_on_four_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pml.global_batch.several_ranks", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
     monkeypatch.setattr("torch.distributed.all_reduce", lambda _: None)
     batch, trained = GlobalBatch(), [parameter(0.0)]
     add(batch, 0.0, 9.0, trained)

@@ -1,4 +1,4 @@
-"""Stopping and going on at the command line: what is said, what is left, what is refused, and the exit codes."""
+"""Stopping and resuming on the command line: messages, files, refusals and exit codes."""
 
 import csv
 import os
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class StopAt(callbacks.StopWhenRecalled):
-    """Asks for a stop, as a signal does, after so many steps of a fit that has not been resumed."""
+    """Requests a stop, as a signal does, at a given step of a fit that has not been resumed."""
 
     def __init__(self, step: int = 3, signum: int = 15, times: int = 1) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class StopAt(callbacks.StopWhenRecalled):
 
 @pytest.fixture
 def arguments(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A fit of ten steps whose callbacks a test adds to."""
+    """Arguments of a fit of ten steps, to which a test can add callbacks."""
     monkeypatch.chdir(tmp_path)
     return ten_steps(tiny_backbone_folder)
 
@@ -74,7 +74,7 @@ RUN = "runs/fit/version_0"
 
 
 @pytest.mark.parametrize(("signum", "name", "code"), [(15, "SIGTERM", 143), (2, "Ctrl-C", 130)])
-def test_a_stopped_fit_says_how_to_go_on_and_goes_on_as_if_it_had_not_stopped(
+def test_a_stopped_fit_prints_a_command_that_resumes_it_as_if_it_had_not_stopped(
     signum: int, name: str, code: int, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*arguments, "--trainer.callbacks+=callbacks.TokenThresholds"]
@@ -94,7 +94,7 @@ def test_a_stopped_fit_says_how_to_go_on_and_goes_on_as_if_it_had_not_stopped(
     assert main([*arguments, "--trainer.logger.name=whole"]) == 0
     whole = adapter("runs/whole/version_0")
     assert all(torch.equal(values, whole[key]) for key, values in adapter(RUN).items())
-    # The curves are those of one run, and the configuration is still one of a run of its own.
+    # The curves are those of an uninterrupted run, and the configuration is still that of a new run.
     curves, expected = (EventAccumulator(run).Reload() for run in (RUN, "runs/whole/version_0"))
     assert curves.Tags()["scalars"] == expected.Tags()["scalars"]
     theirs, ours = ([(e.step, e.value) for e in events.Scalars("train/loss")] for events in (expected, curves))
@@ -102,7 +102,7 @@ def test_a_stopped_fit_says_how_to_go_on_and_goes_on_as_if_it_had_not_stopped(
     assert yaml.safe_load(Path(RUN, "config.yaml").read_text())["trainer"]["logger"]["init_args"]["name"] == "fit"
 
 
-def test_a_signal_in_the_last_step_lets_the_fit_end_and_there_is_nothing_to_go_on_with(
+def test_a_fit_that_gets_a_signal_in_its_last_step_finishes_and_cannot_be_resumed(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, *stop_at(step=9)]) == 0
@@ -111,7 +111,7 @@ def test_a_signal_in_the_last_step_lets_the_fit_end_and_there_is_nothing_to_go_o
     assert "had taken all of its steps, so nothing was trained; raise trainer.max_epochs" in capsys.readouterr().err
 
 
-def test_a_second_signal_ends_at_once_and_leaves_no_record(
+def test_a_second_signal_ends_a_fit_at_once_without_a_record(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, *stop_at(times=2, signum=2)]) == 130
@@ -122,7 +122,7 @@ def test_a_second_signal_ends_at_once_and_leaves_no_record(
     assert [path for path in Path(RUN).rglob("*") if "partial" in path.name] == []
 
 
-def test_without_checkpoints_a_signal_leaves_the_adapter_and_the_record(
+def test_a_fit_stopped_without_checkpoints_leaves_a_record_and_says_it_cannot_be_resumed(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, *stop_at(), "--trainer.enable_checkpointing=false"]) == 143
@@ -131,7 +131,7 @@ def test_without_checkpoints_a_signal_leaves_the_adapter_and_the_record(
     assert not Path(RUN, "checkpoints").exists()
 
 
-def test_a_finished_fit_goes_on_for_longer(arguments: list[str]) -> None:
+def test_a_finished_fit_resumes_with_more_epochs(arguments: list[str]) -> None:
     assert main([*arguments, "--model.schedule=constant"]) == 0
     longer = ["fit", f"--config={RUN}/config.yaml", "--ckpt_path=last", "--trainer.max_epochs=14"]
     assert main(longer) == 0
@@ -145,7 +145,7 @@ def losses(path: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("logger", ["lightning.pytorch.loggers.CSVLogger", "false"])
-def test_other_loggers_go_on_where_they_were(
+def test_a_fit_with_another_logger_or_none_resumes_in_the_same_folder(
     logger: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = [f"--trainer.logger={logger}", "--trainer.default_root_dir=here"]
@@ -163,7 +163,7 @@ def test_other_loggers_go_on_where_they_were(
 
 @pytest.fixture(scope="module")
 def stopped_once(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The working directory of a stopped fit; not to be changed."""
+    """Working directory of a stopped fit, which tests must not change."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -171,10 +171,10 @@ def stopped_once(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFa
     return folder
 
 
-class TestRefusals:
+class TestResuming:
     @pytest.fixture
     def stopped(self, arguments: list[str], stopped_once: Path) -> list[str]:
-        """A stopped fit of one's own in the working directory, by its arguments."""
+        """Arguments of a stopped fit, of which the test has a copy in its working directory."""
         shutil.copytree(stopped_once, Path.cwd(), dirs_exist_ok=True)
         return arguments
 
@@ -191,7 +191,7 @@ class TestRefusals:
             (["--weights_only=false"], "weights_only is false; checkpoints are read as data alone"),
         ],
     )
-    def test_what_a_checkpoint_would_overrule_is_refused(
+    def test_an_option_that_contradicts_the_checkpoint_is_refused(
         self, options: list[str], message: str, stopped: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main(["fit", f"--config={RUN}/config.yaml", "--ckpt_path=last", *options]) == 2
@@ -199,12 +199,14 @@ class TestRefusals:
         assert err.startswith("pml fit: error: ")
         assert message in err
 
-    def test_another_method_is_refused(self, stopped: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_method_other_than_that_of_the_checkpoint_is_refused(
+        self, stopped: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
         other = ["--model=MemFT" if argument == "--model=SFT" else argument for argument in stopped]
         assert main([*other, f"--ckpt_path={RUN}/checkpoints/last.ckpt"]) == 2
         assert "model is MemFT, in the checkpoint SFT: " in capsys.readouterr().err
 
-    def test_a_later_file_counts_and_may_name_a_class_alone(
+    def test_a_later_configuration_file_is_checked_even_if_it_names_only_a_class(
         self, stopped: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = tmp_path / "other.yaml"
@@ -219,12 +221,12 @@ class TestRefusals:
                     {"_class_path": "pml.modules.SFT", "learning_rate": 0.05},
                 )
 
-    def test_what_was_not_asked_for_is_taken_from_the_checkpoint(self, stopped: list[str]) -> None:
+    def test_a_setting_that_is_not_given_is_taken_from_the_checkpoint(self, stopped: list[str]) -> None:
         without = [argument for argument in stopped if "dropout" not in argument]
         assert main([*without, f"--ckpt_path={RUN}/checkpoints/last.ckpt"]) == 0
         assert read_record(Path(RUN, "record.json")).method_settings["dropout"] == 0.2
 
-    def test_last_without_a_run_or_without_a_checkpoint_is_an_error(
+    def test_ckpt_path_last_without_a_run_or_without_a_checkpoint_is_an_error(
         self, arguments: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert main([*arguments, "--ckpt_path=last"]) == 2
@@ -234,7 +236,7 @@ class TestRefusals:
         assert "no checkpoint in it, so there is nothing to go on from" in capsys.readouterr().err
         assert not Path("runs").exists()
 
-    def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(
         self, stopped: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         last = Path(RUN, "checkpoints", "last.ckpt")
@@ -244,7 +246,7 @@ class TestRefusals:
         assert f"{last}: damaged, so the checkpoint before it is taken" in capsys.readouterr().err
         assert read_record(Path(RUN, "record.json")).resumed == 1
 
-    def test_a_checkpoint_of_another_program_is_passed_over(
+    def test_a_checkpoint_of_another_program_is_named_and_skipped(
         self, stopped: list[str], caplog: pytest.LogCaptureFixture
     ) -> None:
         foreign = Path(RUN, "checkpoints", "zz.ckpt")
@@ -253,7 +255,7 @@ class TestRefusals:
         assert f"{foreign}: " in caplog.text
 
 
-def test_a_stopped_sweep_goes_on_with_the_cell_that_was_running(
+def test_a_stopped_sweep_resumes_the_cell_that_was_running(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -291,7 +293,7 @@ def test_a_stopped_sweep_goes_on_with_the_cell_that_was_running(
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_while_libraries_are_loading_is_one_line(signum: int, code: int, tmp_path: Path) -> None:
+def test_a_signal_while_libraries_are_loading_prints_one_line(signum: int, code: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pml", "fit", "--model=SFT", "--data=RandomTokens"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
@@ -319,7 +321,7 @@ class SignalMidway(Callback):
 
 
 @pytest.mark.parametrize("where", ["validation", "micro-batch"])
-def test_a_signal_in_a_validation_or_between_micro_batches_waits_for_the_step_and_leaves_all_that_goes_on(
+def test_a_signal_in_validation_or_between_micro_batches_leaves_a_checkpoint_to_resume_from(
     where: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     midway = ["--trainer.callbacks+=tests.test_going_on.SignalMidway", f"--trainer.callbacks.where={where}"]
@@ -336,26 +338,28 @@ def test_a_signal_in_a_validation_or_between_micro_batches_waits_for_the_step_an
 
 
 class Enough(Callback):
-    """Asks for an end after two steps, as a callback does that sees no more to gain."""
+    """Requests the end of the fit from the second step on, as an early-stopping callback does."""
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         trainer.should_stop = trainer.global_step >= 2
 
 
-def test_a_signal_is_heard_where_a_fit_that_might_end_has_to_go_on(arguments: list[str]) -> None:
+def test_a_signal_stops_a_fit_that_only_min_epochs_keeps_running(arguments: list[str]) -> None:
     enough = ["--trainer.callbacks+=tests.test_going_on.Enough", "--trainer.min_epochs=9"]
     assert main([*arguments, *enough, *stop_at(step=7)]) == 143
     assert read_record(Path(RUN, "record.json")).optimizer_steps == 8
 
 
-def test_sigterm_that_a_launcher_passes_on_as_well_is_one_signal() -> None:
+def test_a_sigterm_that_a_launcher_repeats_counts_as_one_signal() -> None:
     with stopping.listening(), stopping.at_step_ends():
         for _ in range(2):
             stopping.request(signal.SIGTERM)
         assert stopping.requested() == signal.SIGTERM
 
 
-def test_a_monitor_that_is_never_logged_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_monitored_metric_that_is_never_logged_is_a_one_line_error(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/lss"]
     assert main([*arguments, *stop, "--trainer.callbacks.check_on_train_epoch_end=true"]) == 2
     err = capsys.readouterr().err

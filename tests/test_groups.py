@@ -1,4 +1,4 @@
-"""Which runs belong to one law, and what runs of one group still differ in."""
+"""Which runs belong to one law, and in which settings the runs of one group still differ."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ ONLY_THRESHOLD = {"class_path": "pml.weighting.OnlyThreshold", "init_args": {}}
         ("other", {"weighting": 3, "curriculum": [1]}, "other"),
     ],
 )
-def test_a_method_is_named_with_what_it_can_be_chosen_with(method: str, settings: dict[str, Any], name: str) -> None:
+def test_the_name_of_a_method_includes_its_weighting_and_curriculum(
+    method: str, settings: dict[str, Any], name: str
+) -> None:
     assert method_name(make_record(method=method, method_settings=settings)) == name
 
 
@@ -41,17 +43,17 @@ def test_a_method_is_named_with_what_it_can_be_chosen_with(method: str, settings
         {"method": "sft"},
     ],
 )
-def test_runs_of_different_settings_are_different_groups(fields: dict[str, Any]) -> None:
+def test_runs_with_different_settings_form_different_groups(fields: dict[str, Any]) -> None:
     groups = group_runs({Path("a"): make_record(), Path("b"): make_record(**fields), Path("c"): make_record()})
     assert [list(group.records) for group in groups] == [[Path("a"), Path("c")], [Path("b")]]
 
 
-def test_ranks_lengths_and_seeds_are_one_group() -> None:
+def test_runs_that_differ_only_in_rank_length_and_seed_form_one_group() -> None:
     runs = [make_record(rank=rank, target_tokens=length, seed=rank) for rank in (1, 2) for length in (8, 16)]
     assert len(group_runs({Path(str(i)): run for i, run in enumerate(runs)})) == 1
 
 
-def test_sweeps_are_told_apart_by_the_folder_that_their_runs_lie_in() -> None:
+def test_grouping_by_folder_separates_sweeps() -> None:
     runs = {Path(f"runs/{sweep}/rank={rank}"): make_record(rank=rank) for sweep in ("old", "new") for rank in (1, 2)}
     groups = group_runs(runs, ["folder"])
     assert [group.setting["folder"] for group in groups] == ["old", "new"]
@@ -59,18 +61,18 @@ def test_sweeps_are_told_apart_by_the_folder_that_their_runs_lie_in() -> None:
     assert differing(groups) == ["folder"]
 
 
-def test_folders_of_the_same_name_are_told_apart_by_what_they_lie_in() -> None:
+def test_folders_of_the_same_name_are_distinguished_by_their_parent_folders() -> None:
     runs = {Path(f"{search}/best/rank={rank}"): make_record(rank=rank) for search in ("a", "b") for rank in (1, 2)}
     assert [group.setting["folder"] for group in group_runs(runs, ["folder"])] == ["a/best", "b/best"]
 
 
-def test_what_groups_have_in_common_does_not_tell_them_apart() -> None:
+def test_differing_lists_only_settings_that_vary_between_groups() -> None:
     groups = group_runs({Path("a"): make_record(), Path("b"): make_record(block=[10]), Path("c"): make_record()})
     assert differing(groups) == ["block"]
     assert differing(groups[:1]) == []
 
 
-def test_by_splits_further_and_joining_puts_corpora_together() -> None:
+def test_by_splits_groups_and_join_corpora_merges_them() -> None:
     runs = {
         Path("a"): make_record(corpus="a.jsonl", method_settings={"learning_rate": 0.1}),
         Path("b"): make_record(corpus="b.jsonl", method_settings={"learning_rate": 0.2}),
@@ -96,19 +98,19 @@ def test_a_field_that_no_run_has_is_refused() -> None:
         ("block", [20]),
     ],
 )
-def test_a_dotted_name_reaches_into_settings(name: str, value: object) -> None:
+def test_a_dotted_name_looks_up_a_nested_setting(name: str, value: object) -> None:
     assert setting_of(make_record(), name) == value
 
 
-def test_settings_have_dotted_names() -> None:
+def test_nested_settings_are_flattened_to_dotted_names() -> None:
     found = settings_of(make_record(method_settings={"weighting": ONLY_THRESHOLD, "learning_rate": 0.1}))
     assert found["method_settings.weighting.class_path"] == "pml.weighting.OnlyThreshold"
-    # A class without arguments is said by its name alone.
+    # A class without arguments is described by its path alone.
     assert not [name for name in found if "init_args" in name]
     assert found["corpus_settings.length"] == 64
 
 
-def test_what_runs_differ_in_leaves_out_rank_length_and_seed() -> None:
+def test_varying_settings_exclude_rank_length_and_seed() -> None:
     runs = [
         make_record(rank=1, seed=1, corpus_settings={"length": 8, "seed": 1}, method_settings={"learning_rate": 0.2}),
         make_record(rank=2, seed=2, corpus_settings={"length": 9, "seed": 2}, method_settings={"learning_rate": 0.1}),
@@ -122,14 +124,14 @@ def test_what_runs_differ_in_leaves_out_rank_length_and_seed() -> None:
     [
         ({"precision": "32-true"}, {"precision": "bf16-mixed"}, {"training.precision": ["32-true", "bf16-mixed"]}),
         ({"global_batch_size": 2}, {"global_batch_size": 4}, {"training.global_batch_size": [2, 4]}),
-        # The whole corpus, as large as it may be.
+        # A batch of the whole corpus has the size of the corpus.
         ({"global_batch_size": 10}, {"global_batch_size": 12}, {}),
-        # A record of an earlier version.
+        # A record of an earlier version lacks training settings.
         ({"precision": "32-true", "gradient_clip_val": 1.0}, {}, {}),
         ({"max_epochs": 3}, {"max_epochs": 4}, {}),
     ],
 )
-def test_runs_may_differ_in_how_they_were_trained(
+def test_varying_settings_include_training_settings_that_change_the_result(
     first: dict[str, Any], second: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     assert varying([make_record(pairs=10, training=first), make_record(pairs=12, training=second)]) == expected
@@ -139,13 +141,14 @@ def test_runs_may_differ_in_how_they_were_trained(
     ("fields", "steps"),
     [
         ({}, {"optimizer_steps": [50, 200]}),
-        # Where a run recalled it may have stopped for that, and another size may want other steps.
+        # A run that recalled everything may have stopped early, and runs of another size may need other steps.
         ({"steps_to_recall": 50}, {}),
         ({"status": "interrupted"}, {}),
         ({"target_tokens": 96}, {}),
+        ({"target_tokens": 96, "optimizer_steps": 7777}, {}),
     ],
 )
-def test_numbers_of_steps_are_told_where_runs_of_one_size_that_did_not_recall_differ_in_them(
+def test_optimiser_steps_are_compared_only_between_unrecalled_finished_runs_of_one_size(
     fields: dict[str, Any], steps: dict[str, list[int]]
 ) -> None:
     runs = [
@@ -155,6 +158,14 @@ def test_numbers_of_steps_are_told_where_runs_of_one_size_that_did_not_recall_di
     assert varying(runs) == steps
 
 
-def test_values_in_which_runs_differ_are_in_the_order_of_numbers() -> None:
+def test_varying_numbers_are_sorted_by_value() -> None:
     records = [make_record(pairs=100, training={"global_batch_size": size}) for size in (16, 2, 4)]
     assert varying(records)["training.global_batch_size"] == [2, 4, 16]
+
+
+def test_steps_that_differ_are_listed_for_the_sizes_that_differ_in_them() -> None:
+    of_two_sizes = [(64, 50), (64, 200), (96, 7777)]
+    runs = [
+        make_record(target_tokens=tokens, optimizer_steps=steps, steps_to_recall=None) for tokens, steps in of_two_sizes
+    ]
+    assert varying(runs) == {"optimizer_steps": [50, 200]}

@@ -37,8 +37,8 @@ def guarded(text: str | None = None, **settings: Any) -> AdapterConfig:
     return AdapterConfig(**{"rank": 2, "block": 2, "guard": GuardConfig(directions=12, text=text), **settings})
 
 
-def test_free_directions_are_orthogonal_to_the_largest_principal_ones() -> None:
-    # x = (3, 4, 0) once and (0, 0, 2) once: principal directions (.6, .8, 0) with 25 and (0, 0, 1) with 4.
+def test_free_directions_are_orthogonal_to_the_largest_principal_directions() -> None:
+    # Inputs (3, 4, 0) and (0, 0, 2): principal directions (.6, .8, 0) with 25 and (0, 0, 1) with 4.
     moment = torch.tensor([[9.0, 12.0, 0.0], [12.0, 16.0, 0.0], [0.0, 0.0, 4.0]])
     plane = free_directions(moment, variance=0.8)  # 25 / 29 is .86
     assert plane.shape == (3, 2)
@@ -47,18 +47,18 @@ def test_free_directions_are_orthogonal_to_the_largest_principal_ones() -> None:
     torch.testing.assert_close(line.abs(), torch.tensor([[0.8], [0.6], [0.0]]))
     torch.testing.assert_close(free_directions(moment, 0.5, directions=2).abs(), line.abs())
     torch.testing.assert_close(plane.T @ plane, torch.eye(2))
-    # No direction is left by as many guarded ones as there are, or more.
+    # Guarding as many directions as there are, or more, leaves none.
     for directions in (3, 4):
         assert free_directions(moment, 0.5, directions=directions).shape == (3, 0)
 
 
-def test_the_mean_is_guarded_too() -> None:
-    # Every token has the input (2, 0): without its mean the text would have no direction at all.
+def test_the_mean_of_the_inputs_is_guarded_too() -> None:
+    # Every input is (2, 0): with the mean subtracted, there would be no principal direction at all.
     free = free_directions(torch.tensor([[4.0, 0.0], [0.0, 0.0]]), variance=0.5)
     torch.testing.assert_close(free.abs(), torch.tensor([[0.0], [1.0]]))
 
 
-def test_a_guarded_a_is_a_linear_layer_of_the_weight_that_it_saves() -> None:
+def test_a_guarded_a_acts_as_a_linear_layer_with_the_weight_that_it_saves() -> None:
     basis = torch.tensor([[1.0, 0.0], [0.0, 0.6], [0.0, 0.8]])
     a = GuardedA(torch.tensor([[1.0, 2.0, 3.0]]), basis)
     # (1, 2, 3) Q = (1, 3.6); times Q^T it is (1, 2.16, 2.88).
@@ -74,7 +74,7 @@ def test_a_guarded_a_is_a_linear_layer_of_the_weight_that_it_saves() -> None:
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_trained_adapter_stays_orthogonal_to_the_inputs_of_ordinary_text(
+def test_a_trained_adapter_stays_orthogonal_to_the_guarded_directions_of_ordinary_text(
     tiny_backbone_folder: Path, text: str, tmp_path: Path, placement: Any
 ) -> None:
     module = SFT(
@@ -93,7 +93,7 @@ def test_a_trained_adapter_stays_orthogonal_to_the_inputs_of_ordinary_text(
         assert (a @ top).norm() / a.norm() < 1e-5
 
 
-def test_moments_are_of_the_inputs_of_the_adapted_layer(tiny_backbone: Backbone, text: str) -> None:
+def test_moments_are_those_of_the_inputs_of_the_adapted_layer(tiny_backbone: Backbone, text: str) -> None:
     model = attach_adapter(tiny_backbone, guarded(text, placement=["down_proj"]))
     (layer,) = lora_layers(model)
     seen: list[torch.Tensor] = []
@@ -107,13 +107,13 @@ def test_moments_are_of_the_inputs_of_the_adapted_layer(tiny_backbone: Backbone,
     one = seen[0].T @ seen[0]
     total = input_moments(tiny_backbone, ["model.layers.2.mlp.down_proj"], GuardConfig(text=text))
     (moment,) = total.values()
-    # The text repeats itself, so each passage gives about what the first gives.
+    # The text repeats itself, so each of the three passages contributes about as much as the first.
     assert moment.trace() / one.trace() == pytest.approx(3, rel=0.2)
     shares = torch.linalg.eigvalsh(moment - one)
     assert shares.min() > -1e-3 * shares.max()
 
 
-def test_dropout_of_a_fit_is_the_same_whether_the_moments_were_known_or_not(
+def test_the_dropout_of_a_fit_does_not_depend_on_whether_the_moments_are_cached(
     text: str, tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     ends = []
@@ -127,7 +127,7 @@ def test_dropout_of_a_fit_is_the_same_whether_the_moments_were_known_or_not(
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
 
-def test_moments_are_computed_once_and_kept_on_disk(
+def test_moments_are_computed_once_and_cached_on_disk(
     tiny_backbone: Backbone, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names, config = ["model.layers.1.mlp"], GuardConfig(text=text)
@@ -144,7 +144,7 @@ def test_moments_are_computed_once_and_kept_on_disk(
     assert len(list((tmp_path / "cache" / "guard").iterdir())) == 2
 
 
-def test_moments_are_kept_by_the_weights_and_the_dtype_that_they_are_of(
+def test_moments_are_cached_separately_for_each_content_hash_and_dtype(
     tiny_backbone: Backbone, text: str, tmp_path: Path
 ) -> None:
     for change in (
@@ -157,7 +157,7 @@ def test_moments_are_kept_by_the_weights_and_the_dtype_that_they_are_of(
     assert len(list((tmp_path / "cache" / "guard").iterdir())) == 3
 
 
-def test_moments_of_a_backbone_whose_lower_blocks_are_freed_are_those_of_the_whole_one(
+def test_a_backbone_with_released_lower_blocks_gives_the_moments_of_the_whole_one(
     tiny_backbone_folder: Path, text: str, tmp_path: Path
 ) -> None:
     names, config = ["model.layers.1.mlp"], GuardConfig(text=text)
@@ -176,13 +176,13 @@ def test_blocks_above_the_highest_guarded_layer_are_not_run(tiny_backbone: Backb
     assert set(ran) == {0, 1}
 
 
-def test_the_text_that_ships_has_prose_code_and_chats(tiny_backbone: Backbone) -> None:
+def test_the_packaged_text_spans_all_input_directions_of_a_layer(tiny_backbone: Backbone) -> None:
     moment = input_moments(tiny_backbone, ["model.layers.0.mlp"], GuardConfig())
     assert torch.linalg.matrix_rank(moment["model.layers.0.mlp"]) == 32
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_the_saved_adapter_is_an_ordinary_lora(
+def test_a_guarded_adapter_is_saved_as_an_ordinary_lora(
     tiny_backbone_folder: Path, text: str, tmp_path: Path, placement: Any
 ) -> None:
     module = SFT(backbone=str(tiny_backbone_folder), adapter=guarded(text, placement=placement), seed=1)
@@ -203,10 +203,10 @@ def test_the_saved_adapter_is_an_ordinary_lora(
     merged = module.model.merge_and_unload() if isinstance(placement, list) else None
     if merged is not None:
         ids = torch.tensor([data.examples[0].prompt_ids])
-        torch.testing.assert_close(merged(ids).logits, loaded(ids).logits, rtol=1e-3, atol=1e-3)  # merged weights round
+        torch.testing.assert_close(merged(ids).logits, loaded(ids).logits, rtol=1e-3, atol=1e-3)  # merging rounds
 
 
-def test_a_guarded_run_that_is_resumed_ends_like_one_that_was_not_stopped_even_without_the_text(
+def test_a_resumed_guarded_fit_equals_an_uninterrupted_one_even_if_the_text_has_changed(
     tiny_backbone_folder: Path, text: str, tmp_path: Path
 ) -> None:
     def run(epochs: int, checkpoint: str | None = None) -> tuple[SFT, str]:
@@ -218,7 +218,7 @@ def test_a_guarded_run_that_is_resumed_ends_like_one_that_was_not_stopped_even_w
 
     whole, _ = run(6)
     _, stopped = run(3)
-    # Other text has other directions: the moments of AdamW only fit those that the checkpoint was made with.
+    # Other text gives other directions, but AdamW's moments in the checkpoint only fit the original ones.
     Path(text).write_text("Something else entirely, and at some length. " * 9, encoding="utf-8")
     resumed, _ = run(6, stopped)
     assert {"coordinates", "basis"} <= {name.rsplit(".", 1)[-1] for name in adapter_state(whole.model)}
@@ -229,18 +229,18 @@ def test_a_guarded_run_that_is_resumed_ends_like_one_that_was_not_stopped_even_w
     loaded.eval().score(collate(Ids(uneven(2)).examples))
 
 
-def test_only_free_coordinates_and_b_are_trained(tiny_backbone: Backbone, text: str) -> None:
+def test_only_b_and_the_free_coordinates_of_a_are_trained(tiny_backbone: Backbone, text: str) -> None:
     model = attach_adapter(tiny_backbone, guarded(text))
     assert sum(p.numel() for p in adapter_parameters(model).values()) == 2 * (32 - 12) + 2 * 32
     assert {n for n, p in model.named_parameters() if p.requires_grad} == adapter_parameters(model).keys()
 
 
-def test_a_guard_that_leaves_too_little_is_refused_and_the_backbone_stays_free(
+def test_a_guard_with_too_few_free_directions_is_refused_and_the_backbone_stays_usable(
     tiny_backbone: Backbone, text: str
 ) -> None:
     with pytest.raises(InputError, match=r"leaves 1 of 32 directions of model\.layers\.2\.mlp free, and the rank is 2"):
         attach_adapter(tiny_backbone, guarded(text, guard=GuardConfig(directions=31, text=text)))
-    # Two are enough for rank 2.
+    # Two free directions are enough for rank 2.
     attach_adapter(tiny_backbone, guarded(text, guard=GuardConfig(directions=30, text=text)))
 
 

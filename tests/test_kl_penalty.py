@@ -1,3 +1,5 @@
+"""The KL penalty: its value and gradient, the passages it draws, and what it does in a fit."""
+
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -29,13 +31,13 @@ def sharp(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def whole_logits(module: Memorization, example: Example) -> Tensor:
-    """Logits in float64 of the positions that predict a target."""
+    """Float64 logits at the positions that predict target tokens."""
     ids = torch.tensor([example.prompt_ids + example.target_ids])
     return module.model(input_ids=ids).logits[0, len(example.prompt_ids) - 1 : -1].double()
 
 
 def divergence_by_hand(module: Memorization, examples: list[Example]) -> Tensor:
-    """The sum over the vocabulary of p (ln p - ln q), token by token."""
+    """Mean over target tokens of the sum over the vocabulary of p (ln p - ln q)."""
     tokens = []
     for example in examples:
         with torch.no_grad(), module.model.disable_adapter():
@@ -45,13 +47,13 @@ def divergence_by_hand(module: Memorization, examples: list[Example]) -> Tensor:
     return torch.cat(tokens).mean()
 
 
-def test_the_divergence_is_that_of_the_distributions() -> None:
+def test_the_divergence_is_the_mean_over_tokens_whatever_the_offset_of_the_logits() -> None:
     frozen, adapted = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log() + 7, torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
     expected = 0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75)
     assert kl_divergence(frozen, adapted).item() == pytest.approx(expected / 2, rel=1e-5)
 
 
-def test_its_gradient_is_the_one_that_autograd_finds() -> None:
+def test_the_gradient_of_the_divergence_matches_autograd() -> None:
     generator = torch.Generator().manual_seed(2)
     frozen, adapted = (8 * torch.randn(5, 40, generator=generator) for _ in range(2))
     adapted.requires_grad_()
@@ -64,14 +66,14 @@ def test_its_gradient_is_the_one_that_autograd_finds() -> None:
     torch.testing.assert_close(adapted.grad, exact.grad.float(), rtol=1e-5, atol=1e-7)
 
 
-def test_the_divergence_of_bfloat16_logits_is_taken_in_float32() -> None:
+def test_the_divergence_of_bfloat16_logits_is_computed_in_float32() -> None:
     frozen, adapted = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     taken = kl_divergence(frozen, adapted)
     assert taken.dtype == torch.float32
     assert torch.equal(taken, kl_divergence(frozen.float(), adapted.float()))
 
 
-def test_passages_come_in_turn_and_from_the_start_again(sharp: Path) -> None:
+def test_passages_are_drawn_in_turn_and_repeat_in_the_order_that_the_seed_determines(sharp: Path) -> None:
     penalty = KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=3)
     turns = len(penalty.passages) // 2
     first_round = [e.example_id for turn in range(turns) for e in penalty.chosen(turn)]
@@ -81,17 +83,17 @@ def test_passages_come_in_turn_and_from_the_start_again(sharp: Path) -> None:
     assert KlPenalty(PASSAGES, load_backbone(str(sharp)), seed=4).chosen(1) != penalty.chosen(1)
 
 
-def test_longer_text_is_cut_into_pieces_that_follow_the_token_before_them(sharp: Path, tmp_path: Path) -> None:
+def test_longer_text_is_cut_into_pieces_each_prompted_by_the_token_before_it(sharp: Path, tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("abcdefghijklm")
     penalty = KlPenalty(replace(PASSAGES, text=str(tmp_path / "own.txt")), load_backbone(str(sharp)), seed=3)
-    # One token a byte; the first one is the prompt.
+    # The tokenizer has one token per byte; the first token is the prompt.
     decode = load_backbone(str(sharp)).tokenizer.decode
     pieces = {(decode(e.prompt_ids), decode(e.target_ids)) for e in penalty.passages}
     assert pieces == {("a", "bcdef"), ("f", "ghijk"), ("k", "lm")}
     assert sorted(e.example_id for e in penalty.passages) == [0, 1, 2]
 
 
-def test_of_fewer_pieces_than_asked_for_all_are_drawn_every_time(sharp: Path, tmp_path: Path) -> None:
+def test_every_micro_batch_draws_all_pieces_if_there_are_fewer_than_requested(sharp: Path, tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("abcdefghijklm")
     config = replace(PASSAGES, passages=5, text=str(tmp_path / "own.txt"))
     penalty = KlPenalty(config, load_backbone(str(sharp)), seed=3)
@@ -99,13 +101,13 @@ def test_of_fewer_pieces_than_asked_for_all_are_drawn_every_time(sharp: Path, tm
     assert penalty.chosen(0) == penalty.chosen(1) == penalty.passages
 
 
-def test_turns_count_the_micro_batches_of_all_steps_and_ranks() -> None:
-    # The second of four ranks, in the second micro-batch of the fourth step; the epoch began with an odd one.
+def test_the_micro_batch_index_counts_the_micro_batches_of_all_steps_and_processes() -> None:
+    # The second of four processes, in the second micro-batch of the fourth step, the third step of its epoch.
     trainer: Any = SimpleNamespace(accumulate_grad_batches=2, global_step=3, world_size=4, global_rank=1)
     assert micro_batch_index(trainer, 5) == (3 * 2 + 1) * 4 + 1
 
 
-def test_a_bias_of_the_head_is_in_the_logits_of_both_models(sharp: Path) -> None:
+def test_a_bias_of_the_head_is_part_of_the_logits_of_both_models(sharp: Path) -> None:
     module = module_on(sharp)
     bias = torch.randn(module.vocab_size, generator=torch.Generator().manual_seed(4))
     module.backbone.model.get_output_embeddings().bias = torch.nn.Parameter(bias, requires_grad=False)
@@ -116,7 +118,7 @@ def test_a_bias_of_the_head_is_in_the_logits_of_both_models(sharp: Path) -> None
     torch.testing.assert_close(ours.double(), divergence_by_hand(module, penalty.chosen(1)), rtol=1e-4, atol=1e-6)
 
 
-def test_where_more_than_a_head_follows_the_whole_model_is_asked_frozen_and_adapted(
+def test_the_divergence_is_that_of_whole_models_if_the_head_is_not_linear(
     sharp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = kicked(module_on(sharp))
@@ -127,7 +129,7 @@ def test_where_more_than_a_head_follows_the_whole_model_is_asked_frozen_and_adap
     torch.testing.assert_close(ours.double(), divergence_by_hand(module, penalty.chosen(1)), rtol=1e-4, atol=1e-6)
 
 
-def test_what_the_frozen_model_says_is_computed_once(sharp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hidden_states_of_the_frozen_model_are_computed_once(sharp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = module_on(sharp)
     module.configure_model()
     penalty = KlPenalty(PASSAGES, module.backbone, seed=1)
@@ -140,7 +142,7 @@ def test_what_the_frozen_model_says_is_computed_once(sharp: Path, monkeypatch: p
     assert len(calls) == 1
 
 
-def test_a_fresh_adapter_has_no_divergence_and_a_trained_one_that_of_the_whole_models(sharp: Path) -> None:
+def test_the_divergence_is_zero_for_a_fresh_adapter_and_that_of_whole_models_for_another(sharp: Path) -> None:
     module = module_on(sharp)
     module.configure_model()
     penalty = KlPenalty(PASSAGES, module.backbone, seed=1)
@@ -150,8 +152,8 @@ def test_a_fresh_adapter_has_no_divergence_and_a_trained_one_that_of_the_whole_m
     torch.testing.assert_close(ours.double(), divergence_by_hand(module, penalty.chosen(1)), rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_is_taken_with_the_gradient_of_the_loss_and_the_weighted_divergence(sharp: Path, tmp_path: Path) -> None:
-    """Of two accumulated micro-batches, which have three and two examples, each counts by the tokens that it has."""
+def test_a_step_uses_the_gradient_of_the_loss_plus_the_weighted_divergence(sharp: Path, tmp_path: Path) -> None:
+    """Two accumulated micro-batches, of three and two examples, count in proportion to their target tokens."""
     examples = [Example(i, tuple(prompt), tuple(target)) for i, (prompt, target) in enumerate(uneven(5))]
     module, watch = kicked(module_on(sharp, kl_penalty=PASSAGES, learning_rate=1e-9)), Gradients()
     trainer = make_trainer(tmp_path, callbacks=[watch], accumulate_grad_batches=2)
@@ -165,12 +167,12 @@ def test_a_step_is_taken_with_the_gradient_of_the_loss_and_the_weighted_divergen
     divergence = sum(s * divergence_by_hand(reference, penalty.chosen(turn)) for turn, s in enumerate(shares))
     (weighted_mean(scores.losses, scores.mask.float()) + 3.0 * divergence).backward()
     for name, parameter in adapter_parameters(reference.model).items():
-        # Relative to the gradient as a whole: the reference divergence is float64.
+        # The tolerance is relative to the largest gradient, since the reference divergence is float64.
         scale = float(parameter.grad.abs().max())
         torch.testing.assert_close(watch.steps[0][name], parameter.grad, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_a_fit_with_the_penalty_changes_text_less_that_it_has_not_seen(sharp: Path, tmp_path: Path) -> None:
+def test_the_penalty_halves_the_divergence_on_unseen_text_at_a_similar_loss(sharp: Path, tmp_path: Path) -> None:
     def fitted(penalty: KlPenaltyConfig | None) -> tuple[float, float]:
         module = module_on(sharp, kl_penalty=penalty)
         make_trainer(tmp_path, max_epochs=80).fit(module, datamodule=Ids(uneven(4), batch_size=4))
@@ -188,8 +190,8 @@ def test_a_fit_with_the_penalty_changes_text_less_that_it_has_not_seen(sharp: Pa
 WHOLE = KlPenaltyConfig(tokens=64)
 
 
-def test_passages_are_kept_before_the_layers_below_are_freed(sharp: Path, tmp_path: Path) -> None:
-    # Of a few pieces: all that the penalty may ever draw goes through the layers below.
+def test_states_of_all_passages_are_cached_before_the_lower_blocks_are_freed(sharp: Path, tmp_path: Path) -> None:
+    # A short text, since every piece that the penalty may draw passes through the lower blocks.
     (tmp_path / "own.txt").write_text("a bridge over a river")
     penalty, watch = replace(PASSAGES, text=str(tmp_path / "own.txt")), Released()
     module = module_on(sharp, kl_penalty=penalty, frozen_prefix=CacheConfig(release=True))
@@ -197,7 +199,7 @@ def test_passages_are_kept_before_the_layers_below_are_freed(sharp: Path, tmp_pa
     assert (watch.loads, watch.released) == (0, [True] * 3)
 
 
-def test_the_penalty_is_among_the_settings_of_a_run(sharp: Path) -> None:
+def test_the_settings_of_a_module_include_its_penalty(sharp: Path) -> None:
     assert module_on(sharp, kl_penalty=PASSAGES).settings()["kl_penalty"] == {
         "weight": 3.0,
         "passages": 2,
@@ -216,6 +218,6 @@ def test_the_penalty_is_among_the_settings_of_a_run(sharp: Path) -> None:
         ({"tokens": 0}, "kl_penalty.tokens is 0; expected at least 1"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
+def test_penalty_settings_out_of_range_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         KlPenaltyConfig(**settings)

@@ -1,4 +1,4 @@
-"""What is known of every token after batches."""
+"""The latest scores of every target token, updated batch by batch."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def batch(ids: list[int], p: list[list[float]], right: list[list[int]], margin: 
     return TokenScores(losses, torch.tensor(right).bool() & mask, mask, torch.tensor(ids), known, rival)
 
 
-def test_the_last_scores_of_each_token_stand_whatever_the_order_of_examples_and_padding_examples() -> None:
+def test_the_latest_scores_of_each_token_are_kept_and_padding_examples_are_ignored() -> None:
     seen = LastSeen([2, 1, 3])
     seen.update(batch([2, 0], [[0.1, 0.2, 0.3], [0.9, 0.4, 0]], [[0, 0, 0], [1, 1, 0]]), step=0)
     seen.update(batch([-1, 2], [[0.5, 0.5, 0.5], [0.6, 0.7, 0.45]], [[1, 1, 1], [1, 1, 1]], margin=2.0), step=5)
@@ -42,14 +42,14 @@ def test_the_last_scores_of_each_token_stand_whatever_the_order_of_examples_and_
     assert margins(now) == {"median": 2, "smallest": 2}
 
 
-def test_the_step_of_first_recall_stays_when_a_pair_is_forgotten() -> None:
+def test_the_step_of_first_recall_is_kept_when_a_pair_is_forgotten() -> None:
     seen = LastSeen([1])
     for step, right in enumerate([0, 1, 0, 1]):
         seen.update(batch([0], [[0.6]], [[right]]), step)
     assert seen.standing().first_right.tolist() == [1]
 
 
-def test_a_state_goes_on_where_it_was() -> None:
+def test_a_restored_state_keeps_its_scores_and_takes_new_ones() -> None:
     first, second = LastSeen([1, 1]), LastSeen([1, 1])
     first.update(batch([0], [[0.6]], [[1]]), 3)
     second.load_state_dict(first.state_dict())
@@ -58,5 +58,5 @@ def test_a_state_goes_on_where_it_was() -> None:
     np.testing.assert_allclose(second.standing().probability, [0.6, 0.2], rtol=1e-6)
 
 
-def test_margins_that_nobody_knows_give_no_numbers() -> None:
+def test_margins_are_empty_if_none_is_known() -> None:
     assert margins(LastSeen([2]).standing()) == {}

@@ -1,4 +1,4 @@
-"""The Parametric Memory Law: what a fit recovers, refuses and warns of, the choice of form, records and the command."""
+"""The Parametric Memory Law: what a fit recovers, refuses and warns about, choice of form, records and command."""
 
 import itertools
 import json
@@ -53,7 +53,7 @@ def reduction(rank: float, length: float, C: float, alpha: float, beta: float, b
 def grid(
     ranks: tuple[int, ...] = RANKS, lengths: tuple[int, ...] = LENGTHS, initial: float = HIGH_LOSS, **truth: float
 ) -> list[Observation]:
-    """Noise-free runs of a known law; a reduction that would pass the initial loss ends at a saturated 0.01 nats."""
+    """Noise-free runs of a known law; a reduction above the initial loss leaves a saturated final loss of 0.01 nats."""
     values = TRUTH | truth
     return [
         Observation(r, n, initial, max(initial - reduction(r, n, **values), 0.01), seed=0, source=f"r{r}-l{n}")
@@ -66,7 +66,7 @@ def law_grid(truth: dict[str, float], initial: float = HIGH_LOSS) -> list[Observ
 
 
 def shifted(runs: list[Observation], noise: np.ndarray) -> list[Observation]:
-    """The runs with noise in nats added to their loss reductions."""
+    """The runs, with noise in nats added to their loss reductions."""
     return [
         Observation(c.rank, c.target_tokens, c.initial_loss, c.final_loss - float(e), c.seed, c.source)
         for c, e in zip(runs, noise, strict=True)
@@ -74,7 +74,7 @@ def shifted(runs: list[Observation], noise: np.ndarray) -> list[Observation]:
 
 
 def published(runs: Iterable[Observation], setting: dict[str, Any] | None = None) -> LawFit:
-    """The paper's form."""
+    """A fit of the paper's form."""
     return fit_one(runs, "power_offset", setting=setting)
 
 
@@ -92,7 +92,7 @@ class TestSaturation:
     @pytest.mark.parametrize(
         ("final", "expected"), [(0.0, True), (math.log(2), True), (0.6932, False), (0.7, False), (math.nan, False)]
     )
-    def test_a_run_is_saturated_up_to_and_including_ln_2(self, final: float, expected: bool) -> None:
+    def test_a_run_is_saturated_if_its_final_loss_is_at_most_ln_2(self, final: float, expected: bool) -> None:
         assert saturated(Observation(1, 64, 13.6, final, 0, "x")) is expected
 
     def test_the_critical_loss_is_the_loss_of_a_token_with_probability_one_half(self) -> None:
@@ -106,15 +106,15 @@ class TestConvergence:
     @pytest.mark.parametrize(
         ("final", "drop", "expected"),
         [
-            # A hundredth of the 12 nats that it reduced the loss by is 0.12.
+            # A hundredth of its loss reduction of 12 nats is 0.12 nats.
             (1.0, 0.13, True),
             (1.0, 0.11, False),
             (1.0, None, False),
-            # The text limits it.
+            # A saturated run is limited by its text.
             (0.5, 1.0, False),
         ],
     )
-    def test_a_run_that_still_gained_a_hundredth_of_its_reduction_had_not_converged(
+    def test_a_run_whose_late_loss_drop_exceeds_a_hundredth_of_its_reduction_had_not_converged(
         self, final: float, drop: float | None, expected: bool
     ) -> None:
         assert unconverged(Observation(1, 64, 13.0, final, 0, "x", late_loss_drop=drop)) is expected
@@ -131,14 +131,14 @@ class TestRecovery:
             {"C": 2.0, "alpha": 0.1, "beta": 0.15, "b": 4.0},
         ],
     )
-    def test_a_noise_free_grid_gives_back_its_parameters(self, truth: dict[str, float]) -> None:
+    def test_a_fit_of_a_noise_free_grid_recovers_its_parameters(self, truth: dict[str, float]) -> None:
         fit = published(law_grid(truth))
         assert values(fit) == pytest.approx(TRUTH | truth, rel=1e-9, abs=1e-9)
         assert fit.best.r2 == pytest.approx(1.0, abs=1e-14)
         assert fit.best.mape_percent < 1e-9
         assert fit.best.rmse_nats < 1e-10
 
-    # alpha and beta well away from 0, where C and b stop being two numbers and digits are lost.
+    # alpha and beta stay well away from 0, where C and b cannot be told apart and digits are lost.
     @settings(max_examples=25, deadline=None)
     @given(size=st.floats(3.0, 20.0), alpha=st.floats(0.25, 1.5), beta=st.floats(0.25, 1.3), b=st.floats(-2.0, 2.0))
     def test_any_law_is_recovered_from_noise_free_runs(self, size: float, alpha: float, beta: float, b: float) -> None:
@@ -146,25 +146,25 @@ class TestRecovery:
         assume(reduction(1, 512, **truth) > 0.01)
         assert values(published(law_grid(truth))) == pytest.approx(truth, rel=1e-7, abs=1e-7)
 
-    def test_with_2_percent_noise_the_truth_lies_within_3_standard_errors(self) -> None:
+    def test_the_truth_lies_within_3_standard_errors_under_2_percent_noise(self) -> None:
         runs = grid()
         noise = 0.02 * np.array([c.loss_reduction for c in runs]) * np.random.default_rng(5).normal(size=16)
         fit = published(shifted(runs, noise))
         for name, error in stderrs(fit).items():
             assert abs(fit.parameters[name].value - TRUTH[name]) < 3 * error
         assert 0.99 < fit.best.r2 < 1
-        # Noise of 2 % standard deviation has a mean absolute error of 1.6 %; four parameters take some of it up.
+        # Noise of 2 % standard deviation has a mean absolute error of 1.6 %, part of which the four parameters absorb.
         assert 0.8 < fit.best.mape_percent < 2.4
 
     @pytest.mark.usefixtures("no_profiles")
-    def test_standard_errors_cover_the_truth_as_often_as_they_say(self) -> None:
+    def test_intervals_from_standard_errors_cover_the_truth_as_often_as_they_claim(self) -> None:
         runs, generator, draws = grid(), np.random.default_rng(0), 100
         inside = dict.fromkeys(PARAMETERS, 0)
         for _ in range(draws):
             fit = published(shifted(runs, generator.normal(scale=0.05, size=16)))
             for name, error in stderrs(fit).items():
                 inside[name] += abs(fit.parameters[name].value - TRUTH[name]) < 2.179 * error
-        # 2.179 is Student's 97.5 % point for 12 degrees of freedom; 95 expected, 88 and 100 are 3 deviations away.
+        # 2.179 is Student's 97.5 % point for 12 degrees of freedom. 95 are expected, with a standard deviation of 2.2.
         assert all(88 <= count <= 100 for count in inside.values()), inside
 
     @pytest.mark.usefixtures("no_profiles")
@@ -178,11 +178,11 @@ class TestRecovery:
                 interval = fit.parameters[name].bootstrap
                 assert interval is not None
                 inside[name] += interval[0] <= TRUTH[name] <= interval[1]
-        # 95 expected, with a standard deviation of 2.2.
+        # 95 are expected, with a standard deviation of 2.2.
         assert all(89 <= count <= 100 for count in inside.values()), inside
 
-    def test_as_many_sizes_as_parameters_have_bootstrap_intervals_from_the_spread_of_their_seeds(self) -> None:
-        # The fit goes through the mean of both seeds of each size, so no size has an error of its own to resample.
+    def test_seeds_give_bootstrap_intervals_if_there_are_as_many_parameters_as_grid_points(self) -> None:
+        # The fit passes through the mean of both seeds of each grid point, so no grid point has a residual to resample.
         first = grid((1, 2), (64, 128))
         noise = np.array([0.04, -0.03, 0.05, -0.02])
         fit = published([*shifted(first, noise), *(replace(c, seed=1) for c in shifted(first, -noise))])
@@ -192,8 +192,8 @@ class TestRecovery:
             assert interval[1] - interval[0] > 0.01 * abs(TRUTH[name])
 
     @pytest.mark.usefixtures("no_profiles")
-    def test_saturated_runs_change_nothing_but_their_count(self) -> None:
-        # With 13.6 nats to lose, rank 8 would take more than there is from the shortest target.
+    def test_saturated_runs_change_only_the_counts_of_the_published_form(self) -> None:
+        # With an initial loss of 13.6 nats, high ranks would reduce the loss on short targets by more than that.
         truth = {"C": 90.0, "alpha": 0.5, "beta": 0.6}
         mixed = law_grid(truth, initial=13.6)
         without = [run for run in mixed if not saturated(run)]
@@ -206,13 +206,13 @@ class TestRecovery:
         assert fit.best.observations_used == clean.best.observations_used == 13
 
     @pytest.mark.usefixtures("no_profiles")
-    def test_a_saturated_run_would_have_biased_the_fit(self) -> None:
+    def test_including_saturated_runs_would_bias_the_published_form(self) -> None:
         mixed = grid(initial=13.6, C=90.0)
         # The same reductions, but nothing marks the runs at the ceiling as saturated.
         unmarked = [Observation(c.rank, c.target_tokens, 20.0, 20.0 - c.loss_reduction, 0, c.source) for c in mixed]
         assert abs(published(unmarked).parameters["alpha"].value - 0.5) > 0.05
 
-    def test_lengths_in_another_unit_only_change_c(self) -> None:
+    def test_another_unit_of_length_changes_only_c(self) -> None:
         noise = np.random.default_rng(1).normal(scale=0.05, size=16)
         fit = published(shifted(grid(), noise))
         runs = [
@@ -265,34 +265,34 @@ class TestRecovery:
         assert fit.best.rmse_nats == pytest.approx(math.sqrt(((y - p) ** 2).mean()), rel=1e-12)
         assert p == pytest.approx(fit.predict([c.rank for c, _ in fit.used], [c.target_tokens for c, _ in fit.used]))
 
-    def test_the_measured_range_has_the_saturated_runs_and_not_those_that_no_form_can_use(self) -> None:
+    def test_the_measured_range_includes_saturated_runs_but_no_unusable_ones(self) -> None:
         saturated_run, diverged = Observation(64, 32, 13.6, 0.1, 0, "far"), Observation(128, 16, 13.6, 20.0, 0, "worse")
         fit = published([*grid(), saturated_run, diverged])
         assert (fit.rank_range, fit.target_tokens_range) == ((1, 64), (32, 512))
 
 
 class TestPrediction:
-    def test_hand_worked_values_of_known_parameters(self) -> None:
+    def test_a_prediction_matches_the_value_worked_out_by_hand(self) -> None:
         fit = published(grid(C=40.0, alpha=0.5, beta=0.5, b=1.0))
         # 40 * sqrt(4) / sqrt(100) + 1 = 9
         assert float(fit.predict(4, 100)) == pytest.approx(9.0, rel=1e-9)
 
-    def test_a_changed_copy_predicts_by_its_own_parameters(self) -> None:
+    def test_a_changed_copy_predicts_from_its_own_parameters(self) -> None:
         fit, other = (published(grid(C=40.0, alpha=0.5, beta=0.5, b=b)) for b in (1.0, 2.0))
-        # Predicted from once, so that there is something to keep.
+        # One prediction first, so that there is a cache that the copy could keep.
         before = float(fit.predict_draws(4, 100).mean())
         changed = fit.model_copy(update={"fits": other.fits, "observations": other.observations})
         assert float(changed.predict_draws(4, 100).mean()) == pytest.approx(before + 1.0)
         assert float(fit.predict(4, 100)) == pytest.approx(9.0)
 
-    def test_arrays_broadcast(self) -> None:
+    def test_predictions_broadcast_over_arrays(self) -> None:
         fit = published(grid(C=40.0, alpha=0.5, beta=0.5, b=1.0))
         table = fit.predict(np.array([[1], [4]]), np.array([100, 400, 1600]))
         np.testing.assert_allclose(table, [[5.0, 3.0, 2.0], [9.0, 5.0, 3.0]], rtol=1e-9)
         assert table.dtype == np.float64
 
     @pytest.mark.parametrize(("rank", "length", "name"), [(0, 64, "rank"), (4, [64, -1], "target_tokens")])
-    def test_what_is_not_positive_is_refused(self, rank: Any, length: Any, name: str) -> None:
+    def test_predicting_for_a_non_positive_rank_or_length_is_refused(self, rank: Any, length: Any, name: str) -> None:
         with pytest.raises(InputError, match=f"{name}: expected values above 0"):
             published(grid()).predict(rank, length)
 
@@ -304,10 +304,12 @@ class TestPrediction:
             ({"C": 2e6, "alpha": 0.5, "beta": 1.75}, "dL = 2.00e+06 r^0.500 l^-1.75 + 0.300"),
         ],
     )
-    def test_the_equation_reads_as_one(self, truth: dict[str, float], text: str) -> None:
+    def test_the_equation_has_three_digits_per_number_and_the_sign_of_b(
+        self, truth: dict[str, float], text: str
+    ) -> None:
         assert published(law_grid(truth)).equation() == text
 
-    def test_the_equation_with_errors_shows_both_to_two_digits_of_the_error(self) -> None:
+    def test_the_equation_with_errors_rounds_numbers_to_two_digits_of_the_error(self) -> None:
         content = published(grid()).to_json()
         numbers = {"C": (3.2123, 0.4), "alpha": (0.4712, 0.021), "beta": (0.43, 0.02), "b": (-3.6, 4.1)}
         content["fits"][0]["parameters"] = {name: {"value": v, "stderr": s} for name, (v, s) in numbers.items()}
@@ -317,10 +319,10 @@ class TestPrediction:
 
 
 @pytest.mark.usefixtures("no_profiles")
-class TestChoice:
+class TestChoiceOfForm:
     @staticmethod
     def ranked(*forms: tuple[FormName, float, float], held: int = 4, saturated: int = 0) -> list[str]:
-        """Names in order of choice, from (form, AICc, error in percent of the largest rank held out)."""
+        """Names in order of choice, from (form, AICc, held-out error in percent at the largest rank)."""
         fits = []
         for form, aicc, error in forms:
             out = HeldOut(factor="rank", value=8, runs=held, mape_percent=error)
@@ -331,29 +333,29 @@ class TestChoice:
         runs = [*grid(), *[Observation(9, 64, 13.0, 0.1, seed, "saturated") for seed in range(saturated)]]
         return [fit.form for fit in rank_forms(fits, runs)[0]]
 
-    def test_an_aicc_smaller_by_more_than_2_wins_whatever_the_held_out_error(self) -> None:
+    def test_a_form_with_an_aicc_smaller_by_over_2_is_chosen_whatever_its_held_out_error(self) -> None:
         assert self.ranked(("power", -60.0, 1.0), ("ceiling_offset", -62.5, 9.0)) == ["ceiling_offset", "power"]
 
-    def test_within_2_the_smaller_held_out_error_wins(self) -> None:
+    def test_the_smaller_held_out_error_decides_between_forms_with_an_aicc_within_2(self) -> None:
         assert self.ranked(("ceiling", -62.0, 3.0), ("ceiling_offset", -60.5, 1.9)) == ["ceiling_offset", "ceiling"]
 
-    def test_with_similar_held_out_errors_the_simpler_form_wins(self) -> None:
+    def test_the_simpler_form_is_chosen_if_held_out_errors_are_similar(self) -> None:
         assert self.ranked(("ceiling_offset", -62.0, 0.6), ("ceiling", -60.5, 0.8)) == ["ceiling", "ceiling_offset"]
 
-    def test_three_held_out_runs_are_too_few_to_choose_by(self) -> None:
+    def test_three_held_out_runs_are_too_few_to_choose_a_form(self) -> None:
         forms: tuple[tuple[FormName, float, float], ...] = (("ceiling", -62.0, 3.0), ("ceiling_offset", -60.5, 1.0))
         assert self.ranked(*forms, held=4) == ["ceiling_offset", "ceiling"]
         assert self.ranked(*forms, held=3) == ["ceiling", "ceiling_offset"]
 
-    def test_with_saturated_runs_only_saturating_forms_are_candidates(self) -> None:
+    def test_only_saturating_forms_are_candidates_if_some_runs_are_saturated(self) -> None:
         forms: tuple[tuple[FormName, float, float], ...] = (("power", -70.0, 1.0), ("ceiling", -60.0, 3.0))
         assert self.ranked(*forms) == ["power", "ceiling"]
         assert self.ranked(*forms, saturated=1) == ["ceiling", "power"]
 
 
 @pytest.mark.usefixtures("no_profiles")
-class TestLeavingOut:
-    def test_each_run_is_left_out_for_the_reason_that_fits(self) -> None:
+class TestRunsLeftOut:
+    def test_each_unusable_run_is_left_out_with_its_reason(self) -> None:
         odd = [
             Observation(2, 96, 13.6, 0.2, 0, "learned all"),
             Observation(2, 96, 13.6, 15.0, 0, "got worse"),
@@ -380,52 +382,52 @@ class TestRefusals:
         assert "\n" not in message
         return message
 
-    def test_no_run(self) -> None:
+    def test_a_fit_without_runs_is_refused(self) -> None:
         assert self.refused([]) == (
             "0 of 0 runs (none left out) can be used (saturated: final loss <= ln 2); expected at least 5; "
             "add runs with longer targets or lower ranks"
         )
 
-    def test_fewer_than_5_runs_that_are_not_saturated(self) -> None:
+    def test_fewer_than_5_unsaturated_runs_are_refused(self) -> None:
         runs = [*grid((1, 2), (64, 128)), Observation(8, 64, 13.6, 0.1, 0, "a"), Observation(8, 32, 13.6, 20.0, 0, "b")]
         assert self.refused(runs) == (
             "4 of 6 runs (1 not reduced, 1 saturated) can be used (saturated: final loss <= ln 2); "
             "expected at least 5; add runs with longer targets or lower ranks"
         )
 
-    def test_a_single_rank(self) -> None:
+    def test_runs_of_a_single_rank_are_refused(self) -> None:
         message = self.refused(grid((4,), (64, 96, 128, 192, 256)))
         assert message.startswith("only rank 4 among the 5 of 5 runs (none left out) that can be used")
 
-    def test_a_single_length_among_the_unsaturated(self) -> None:
+    def test_unsaturated_runs_of_a_single_length_are_refused(self) -> None:
         message = self.refused([*grid((1, 2, 4, 8, 16), (64,)), Observation(4, 32, 13.6, 0.1, 0, "s")])
         assert message.startswith("only length 64 among the 5 of 6 runs (1 saturated) that can be used")
 
-    def test_ranks_and_lengths_that_rise_together(self) -> None:
+    def test_ranks_and_lengths_that_rise_together_are_refused(self) -> None:
         runs = [run for n in range(5) for run in grid((2**n,), (64 * 2**n,))]
         assert "cannot separate the effect of rank from that of length" in self.refused(runs)
 
-    def test_fewer_different_pairs_than_parameters(self) -> None:
+    def test_fewer_pairs_of_rank_and_length_than_parameters_are_refused(self) -> None:
         runs = [run for run in grid((1, 2), (64, 128)) if run.source != "r2-l128"]
         assert "expected at least 4 different pairs" in self.refused(runs * 3)
 
-    def test_a_loss_reduction_that_does_not_vary(self) -> None:
+    def test_a_loss_reduction_that_does_not_vary_is_refused(self) -> None:
         runs = [Observation(c.rank, c.target_tokens, 13.6, 11.1, 0, c.source) for c in grid()]
         assert self.refused(runs).startswith("the loss reduction is 2.5 nats in all 16 runs")
 
 
 class TestWarnings:
-    def test_a_clean_fit_has_no_warnings(self) -> None:
+    def test_a_good_fit_has_no_warnings_unless_there_are_too_few_texts(self) -> None:
         runs = shifted(grid(), np.random.default_rng(0).normal(scale=0.02, size=16))
-        # With a text for each run, no effect of a text can look like an effect of length.
+        # With a text for each run, the effect of a text cannot be mistaken for an effect of length.
         assert published(replace(run, text=run.source) for run in runs).warnings == []
         (only,) = published(runs).warnings
         assert only.startswith(
             "only 4 texts for 4 parameters: the effect of a text cannot be separated from that of its length"
         )
 
-    def test_data_that_follow_a_logarithm_get_no_standard_errors_and_no_intervals(self) -> None:
-        # The limit of the law for small exponents: every smaller alpha with a larger C fits better still.
+    def test_a_fit_of_runs_that_follow_a_logarithm_has_no_standard_errors_and_no_intervals(self) -> None:
+        # A logarithm is the limit of the law for small exponents: a smaller alpha with a larger C always fits better.
         runs = [
             Observation(
                 c.rank, c.target_tokens, 20.0, 12.0 - 1.5 * math.log(c.rank) + 1.0 * math.log(c.target_tokens), 0, ""
@@ -441,17 +443,17 @@ class TestWarnings:
         assert float(fit.predict(4, 128)) == pytest.approx(8 + 1.5 * math.log(4) - math.log(128), abs=0.05)
         assert LawFit.from_json(fit.to_json()) == fit
 
-    def test_few_runs(self) -> None:
+    def test_few_runs_for_the_number_of_parameters_cause_a_warning(self) -> None:
         runs = grid((1, 2, 4), (64, 128))
         assert any(w.startswith("only 6 unsaturated runs for 4 parameters") for w in published(runs).warnings)
         assert not any("runs for 4 parameters" in w for w in published(grid((1, 2, 4, 8), (64, 128))).warnings)
 
-    def test_two_lengths(self) -> None:
+    def test_runs_of_only_two_lengths_cause_a_warning(self) -> None:
         found = published(grid((1, 2, 4, 8), (64, 128))).warnings
         assert any(w.startswith("only 2 lengths") for w in found)
         assert not any(w.startswith("only 2 ranks") for w in found)
 
-    def test_parameters_that_trade_off(self) -> None:
+    def test_parameters_that_trade_off_cause_a_warning(self) -> None:
         # A flat law on a narrow grid: the curvature that separates alpha from b hardly shows.
         noise = np.random.default_rng(0).normal(scale=0.005, size=9)
         fit = published(shifted(grid((2, 3, 4), (100, 150, 200), C=20.0, alpha=0.3, beta=0.3), noise))
@@ -460,7 +462,7 @@ class TestWarnings:
         assert abs(alpha_b) > 0.98
         assert any("b trades off" in w and f"alpha {alpha_b:+.3f}" in w for w in fit.warnings)
 
-    def test_a_standard_error_larger_than_the_value(self) -> None:
+    def test_a_standard_error_larger_than_the_value_causes_a_warning(self) -> None:
         noise = np.random.default_rng(0).normal(scale=0.1, size=16)
         # This noise puts b 0.108 nats too high; a standard error is 0.09.
         fit = published(shifted(grid(b=-0.1), noise))
@@ -468,30 +470,30 @@ class TestWarnings:
         assert any(w.startswith("b is not determined") for w in fit.warnings)
 
     @pytest.mark.usefixtures("no_profiles")
-    def test_runs_that_follow_no_law(self) -> None:
+    def test_runs_that_follow_no_law_cause_warnings(self) -> None:
         noise = np.random.default_rng(0).normal(scale=1.0, size=16)
         found = published(shifted(grid(C=0.001, b=5.0), noise)).warnings
         assert any("explains only part of the variation" in w for w in found)
         assert any("misses the measured loss reduction by" in w for w in found)
 
-    def test_exponents_of_the_wrong_sign(self) -> None:
+    def test_an_exponent_of_the_wrong_sign_causes_a_warning(self) -> None:
         found = published(grid(alpha=-0.5, beta=0.6)).warnings
         assert any(w.startswith("alpha is not positive") for w in found)
         assert not any(w.startswith("beta is not positive") for w in found)
 
     @pytest.mark.usefixtures("no_profiles")
-    def test_a_jump_is_not_taken_for_a_power(self) -> None:
+    def test_a_jump_between_two_ranks_causes_a_warning(self) -> None:
         runs = [Observation(c.rank, c.target_tokens, 20.0, 14.0 if c.rank == 8 else 18.0, 0, c.source) for c in grid()]
         assert any("jumps between two ranks or lengths" in w for w in published(runs).warnings)
         assert not any("jumps" in w for w in published(grid()).warnings)
 
-    def test_several_corpora(self) -> None:
+    def test_runs_on_several_corpora_cause_a_warning(self) -> None:
         fit = published(grid(), {"corpus": ["phonebook", "random_tokens"]})
         assert any("different corpora (phonebook, random_tokens)" in w for w in fit.warnings)
 
 
 class TestJson:
-    def test_a_fit_survives_the_round_trip(self) -> None:
+    def test_a_fit_survives_a_round_trip_through_json(self) -> None:
         fit = published(
             [
                 *shifted(grid(), np.random.default_rng(0).normal(scale=0.05, size=16)),
@@ -504,7 +506,7 @@ class TestJson:
         assert again == fit == LawFit.from_json(fit.to_json())
         assert again.predict(3, 100) == fit.predict(3, 100)
 
-    def test_the_content_names_what_a_reader_needs(self) -> None:
+    def test_the_content_lists_form_parameters_observations_and_runs_left_out(self) -> None:
         content = published([*grid(), Observation(8, 32, 13.6, 20.0, 3, "runs/s")]).to_json()
         assert content["schema_version"] == 6
         (form,) = content["fits"]
@@ -524,12 +526,12 @@ class TestJson:
             ({"observations": []}, "power_offset: 16 predictions for 0 runs"),
         ],
     )
-    def test_what_is_not_a_law_is_named(self, change: dict[str, Any], named: str) -> None:
+    def test_the_error_for_an_invalid_law_names_the_invalid_part(self, change: dict[str, Any], named: str) -> None:
         with pytest.raises(InputError, match="not a law of schema version 6") as caught:
             LawFit.from_json(published(grid()).to_json() | change)
         assert named in str(caught.value)
 
-    def test_what_earlier_versions_said_of_a_run_is_passed_over(self) -> None:
+    def test_a_field_of_observations_that_earlier_versions_wrote_is_ignored(self) -> None:
         content = published(grid()).to_json()
         content["observations"][0]["learning_rate_left"] = 0.005
         assert LawFit.from_json(content) == published(grid())
@@ -542,14 +544,14 @@ class TestJson:
             ({"correlation": [[1.0]]}, "correlation: expected 4 rows of 4 numbers"),
         ],
     )
-    def test_what_is_not_a_form_is_named(self, change: dict[str, Any], named: str) -> None:
+    def test_the_error_for_an_invalid_form_names_the_invalid_part(self, change: dict[str, Any], named: str) -> None:
         content = published(grid()).to_json()
         content["fits"][0] |= change
         with pytest.raises(InputError, match="not a law of schema version 6") as caught:
             LawFit.from_json(content)
         assert named in str(caught.value)
 
-    def test_a_file_that_is_no_law_is_named(self, tmp_path: Path) -> None:
+    def test_the_error_for_an_unreadable_file_names_it(self, tmp_path: Path) -> None:
         (tmp_path / "law.json").write_text("{")
         with pytest.raises(InputError, match=r"law\.json: not a law of schema version 6"):
             read_law(tmp_path / "law.json")
@@ -558,7 +560,7 @@ class TestJson:
 
 
 class TestNotebooks:
-    def test_numbers_of_arrays_and_data_frames_are_kept_as_plain_ones(self) -> None:
+    def test_numpy_numbers_are_kept_as_plain_python_values(self) -> None:
         grid = [(r, tokens) for r in (1, 2, 4, 8) for tokens in (100, 200, 400)]
         runs = [
             Observation(
@@ -580,19 +582,19 @@ class TestNotebooks:
     @pytest.mark.parametrize(
         "fields", [{"rank": 0}, {"rank": math.nan}, {"target_tokens": 2.5}, {"effective_parameters": -1}], ids=str
     )
-    def test_sizes_that_no_run_has_are_refused(self, fields: dict[str, Any]) -> None:
+    def test_a_size_that_is_not_a_positive_whole_number_is_refused(self, fields: dict[str, Any]) -> None:
         known = {"rank": 1, "target_tokens": 64, "initial_loss": 13.0, "final_loss": 1.0, "seed": 0, "source": "here"}
         (name,) = fields
         with pytest.raises(InputError, match=f"here: {name} is .*; expected a whole number of at least 1"):
             Observation(**{**known, **fields})  # type: ignore[arg-type]
 
-    def test_a_form_that_does_not_exist_is_refused(self) -> None:
+    def test_an_unknown_form_is_refused(self) -> None:
         with pytest.raises(InputError, match="form is 'cubic'; expected one of power, power_offset"):
             fit_law([], form="cubic")  # type: ignore[arg-type]
 
 
 class TestRecords:
-    def test_runs_carry_what_the_records_say(self) -> None:
+    def test_observations_have_the_values_of_their_records(self) -> None:
         record = make_record(rank=2, target_tokens=96, initial_loss=13.0, final_loss=4.0, seed=7, status="interrupted")
         runs = observations_from_records({Path("runs/a"): record, Path("runs/b"): make_record(target_tokens=32)})
         assert runs[1] == Observation(
@@ -621,7 +623,9 @@ class TestRecords:
             ("backbone_hash", "ffff", "b179c952 of smollm2-135m (2 runs), ffff of smollm2-135m (1 run)"),
         ],
     )
-    def test_runs_of_different_settings_make_no_law(self, field: str, other: Any, shown: str) -> None:
+    def test_records_of_different_settings_are_refused_until_one_setting_is_selected(
+        self, field: str, other: Any, shown: str
+    ) -> None:
         records = {Path("a"): make_record(), Path("b"): make_record(), Path("c"): make_record(**{field: other})}
         with pytest.raises(InputError) as caught:
             observations_from_records(records)
@@ -633,7 +637,7 @@ class TestRecords:
         records = {Path("a"): make_record(), Path("b"): make_record(backbone="models/smollm2")}
         assert len(observations_from_records(records)) == 2
 
-    def test_the_setting_is_what_the_runs_share(self) -> None:
+    def test_the_setting_of_a_law_is_what_its_runs_share(self) -> None:
         records = {Path("a"): make_record(corpus="z"), Path("b"): make_record(rank=1, corpus="a")}
         assert shared_setting(records) == {
             "backbone": "smollm2-135m",
@@ -651,25 +655,25 @@ class TestRecords:
             ({}, True),
             ({"corpus_settings": {"templates": 1}}, True),
             ({"corpus_settings": {"templates": 2}}, False),
-            # 1000 bits less 100 tokens of 1 bit.
+            # 1000 bits minus 1 bit for each of 100 tokens.
             ({"memorized_bits": 900.5}, True),
             ({"memorized_bits": 901.5}, False),
             ({"memorized_bits": 0.0}, True),
             ({"memorized_bits": None}, True),
         ],
     )
-    def test_information_that_counts_a_fact_once_is_not_set_against_the_loss_of_all_phrasings(
+    def test_stored_bits_are_unknown_if_several_prompts_ask_for_the_same_fact(
         self, fields: dict[str, Any], known: bool
     ) -> None:
         record = make_record(corpus_entropy_bits=1000.0, target_tokens=100, final_loss=math.log(2), **fields)
         (run,) = observations_from_records({Path("a"): record})
         assert run.stored_bits == (pytest.approx(900.0) if known else None)
 
-    def test_no_record_is_an_error(self) -> None:
+    def test_an_empty_set_of_records_is_refused(self) -> None:
         with pytest.raises(InputError, match="no record: expected the records of at least 5 runs"):
             observations_from_records({})
 
-    def test_where_names_fields_and_values_that_exist(self) -> None:
+    def test_where_selects_by_field_and_its_errors_list_the_existing_fields_and_values(self) -> None:
         records = {Path("a"): make_record(), Path("b"): make_record(block=[24])}
         assert list(select_records(records, {"block": 24})) == [Path("b")]
         assert list(select_records(records)) == [Path("a"), Path("b")]
@@ -678,7 +682,7 @@ class TestRecords:
         with pytest.raises(InputError, match=r"no record has block 3; there are \[20\] \(1 run\), \[24\] \(1 run\)"):
             select_records(records, {"block": 3})
 
-    def test_where_reaches_into_settings(self) -> None:
+    def test_where_selects_by_the_dotted_name_of_a_setting(self) -> None:
         records = {Path(str(r)): make_record(method_settings={"learning_rate": r}) for r in (0.1, 0.2)}
         assert list(select_records(records, {"method_settings.learning_rate": 0.2})) == [Path("0.2")]
         with pytest.raises(InputError, match=r"no record has method_settings.learning_rate 3; there are 0.1 \(1 run\)"):
@@ -689,10 +693,10 @@ class TestRecords:
         with pytest.raises(InputError, match=missing):
             select_records(records, {"method_settings.lr": 3})
 
-    def test_what_runs_differ_in_beside_their_size_is_kept_with_the_law(self) -> None:
+    def test_the_setting_of_a_law_lists_pooled_settings_other_than_the_size(self) -> None:
         settings = [{"learning_rate": 0.1}, {"learning_rate": 0.2}]
         records = {Path(str(i)): make_record(method_settings=settings[i], block=[i]) for i in range(2)}
-        # By parameters, blocks are meant to differ.
+        # The blocks of a law by effective parameters are meant to differ.
         shared = shared_setting(records, "effective_parameters")
         assert shared["pooled"] == {"method_settings.learning_rate": [0.1, 0.2]}
         alike = {path: make_record(rank=i + 1) for i, path in enumerate(records)}
@@ -728,7 +732,7 @@ def law(*arguments: object) -> int:
 
 @pytest.mark.usefixtures("no_profiles")
 class TestCommand:
-    def test_it_prints_the_law_and_writes_it(
+    def test_law_prints_the_law_and_writes_it_with_a_figure(
         self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert law(runs, "--form", "power_offset", "--out", tmp_path / "out") == 0
@@ -743,7 +747,7 @@ class TestCommand:
         assert fit.setting["method"] == "memft"
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["law.json", "law.png"]
 
-    def test_runs_of_different_placements_have_a_law_and_a_figure_by_their_parameters(self, tmp_path: Path) -> None:
+    def test_runs_of_different_placements_have_one_law_by_effective_parameters(self, tmp_path: Path) -> None:
         for placement, per_rank in ("mlp_block", 1152), (["down_proj"], 2112):
             for rank in (1, 2, 3):
                 for length in (256, 512):
@@ -762,7 +766,7 @@ class TestCommand:
         law(runs)
         assert "warning: the runs used different corpora" in capsys.readouterr().out
 
-    def test_damaged_per_token_results_are_named_and_left_out(
+    def test_a_run_with_damaged_per_token_results_is_named_and_left_out_of_the_recall_model(
         self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         damaged = runs / "r1-l64" / "tokens.parquet"
@@ -772,7 +776,7 @@ class TestCommand:
         assert f"warning: {said}" in capsys.readouterr().out
         assert [warning for warning in read_law(tmp_path / "out" / "law.json").warnings if warning.startswith(said)]
 
-    def test_runs_of_several_learning_rates_are_pointed_out_and_told_apart(
+    def test_runs_of_several_learning_rates_cause_a_warning_until_one_is_selected(
         self, runs: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         settings = make_record().method_settings
@@ -786,7 +790,7 @@ class TestCommand:
         law(runs, "--where.method_settings.lr", 0.1)
         assert "differ in more than" not in capsys.readouterr().out
 
-    def test_it_fits_one_screen_and_details_print_the_rest(
+    def test_the_output_fits_on_one_screen_and_details_adds_forms_and_runs(
         self, runs: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         law(runs)
@@ -802,7 +806,7 @@ class TestCommand:
         assert float(observed[0][3]) == pytest.approx(90 * 64**-0.6 + 0.3, abs=0.05)
         assert float(observed[0][4]) == pytest.approx(90 * 64**-0.6 + 0.3, abs=0.05)
 
-    def test_without_out_nothing_is_written(
+    def test_nothing_is_written_without_out(
         self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "here").mkdir()
@@ -812,7 +816,7 @@ class TestCommand:
         assert sorted(tmp_path.rglob("*")) == before
         assert "written" not in capsys.readouterr().out
 
-    def test_json_prints_the_file_and_nothing_else_and_another_law_is_not_overwritten_unless_told(
+    def test_json_prints_only_the_file_and_another_law_is_overwritten_only_with_overwrite(
         self, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         out = tmp_path / "out"
@@ -830,19 +834,19 @@ class TestCommand:
         assert law(runs, "--out", out, "--overwrite") == 0
         assert len(read_law(out / "law.json").observations) == 17
 
-    def test_where_chooses_the_runs(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_where_selects_the_runs(self, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_run(runs / "sft", method="sft")
         with pytest.raises(InputError, match="records of different method"):
             law(runs)
         assert law(runs, "--where.method", "memft", "--json") == 0
         assert len(json.loads(capsys.readouterr().out)["observations"]) == 16
 
-    def test_an_out_that_is_a_file_is_an_error(self, runs: Path, tmp_path: Path) -> None:
+    def test_an_out_that_is_a_file_is_refused(self, runs: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("x")
         with pytest.raises(InputError, match=r"--out .*file: cannot be written .*choose another folder"):
             law(runs, "--out", tmp_path / "file")
 
-    def test_too_few_runs_write_nothing(self, runs: Path, tmp_path: Path) -> None:
+    def test_nothing_is_written_for_too_few_runs(self, runs: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"1 of 1 runs \(none left out\) can be used"):
             law(runs / "r1-l64", "--out", tmp_path / "out")
         assert not (tmp_path / "out").exists()

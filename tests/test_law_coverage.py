@@ -1,4 +1,4 @@
-"""How often 95 % intervals cover the truth, over simulated grids: with noise, saturated runs, replicates and texts."""
+"""How often 95 % intervals cover the truth in simulated grids with noise, saturated runs, replicates and texts."""
 
 import itertools
 import math
@@ -38,7 +38,7 @@ from pml.law.least_squares import solve, to_theta
 def intervals(
     form: FormName, runs: list[Observation], grouped_by: GroupedBy | None = None
 ) -> dict[str, tuple[float, float]]:
-    """Bootstrap intervals of a form, without everything else that `fit_law` does."""
+    """Bootstrap intervals of a form, without the other steps of `fit_law`."""
     kind, data = FORMS[form], make_data(runs, "rank")
     solution = solve(kind, data)
     assert solution is not None
@@ -52,9 +52,9 @@ def intervals(
 
 @pytest.mark.usefixtures("no_profiles")
 class TestCoverage:
-    """Shares of simulated grids whose 95 % interval contains the truth: 90 to 99 %, of 100 grids 90 to 99."""
+    """Intervals of 95 % contain the truth in about 95 % of the simulated grids, up to the noise of the count."""
 
-    def test_of_saturated_grids_with_2_percent_noise(self) -> None:
+    def test_intervals_cover_the_parameters_of_saturated_grids_with_2_percent_noise(self) -> None:
         noise, inside = np.random.default_rng(0), dict.fromkeys(("C", "alpha", "beta"), 0)
         for _ in range(100):
             runs = saturating_runs(noise, spread=0.0, relative=0.02)
@@ -66,8 +66,10 @@ class TestCoverage:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("of_point", "of_text"), [(0.05, 0.0), (0.0, 0.1)])
-    def test_the_grouping_of_runs_has_to_follow_what_they_share(self, of_point: float, of_text: float) -> None:
-        # Seeds on texts of their own, with errors that a grid point shares, or the ranks on a text.
+    def test_the_interval_of_c_covers_only_if_runs_are_grouped_by_the_noise_they_share(
+        self, of_point: float, of_text: float
+    ) -> None:
+        # Each seed has texts of its own; the runs of a grid point or all ranks on a text share an error.
         noise, inside = np.random.default_rng(0), {"chosen": 0, "grid_point": 0, "text": 0}
         for _ in range(60):
             points = {s: of_point * noise.normal() for s in itertools.product((1, 2, 4, 8), (64, 96, 144, 216))}
@@ -84,11 +86,11 @@ class TestCoverage:
             for grouped_by in inside:
                 low, high = intervals("power_offset", runs, None if grouped_by == "chosen" else grouped_by)["C"]
                 inside[grouped_by] += low <= TRUTH["C"] <= high
-        # The choice is needed: the wrong one of the two covers the level of the law less than 90 % of the time.
+        # The choice matters: with the wrong grouping, the interval of C covers less than 90 % of the time.
         assert 54 <= inside["chosen"] <= 60, inside
         assert inside["text" if of_point else "grid_point"] < 54, inside
 
-    def test_of_replicated_runs_and_of_lmfit_s_standard_errors(self) -> None:
+    def test_bootstrap_intervals_and_lmfit_standard_errors_cover_with_replicated_runs(self) -> None:
         noise, kind = np.random.default_rng(0), FORMS["power_offset"]
         by_bootstrap, by_error = dict.fromkeys(TRUTH, 0), dict.fromkeys(TRUTH, 0)
         found: dict[str, list[list[float]]] = {name: [] for name in TRUTH}
@@ -106,19 +108,19 @@ class TestCoverage:
                 by_bootstrap[name] += ends[name][0] <= truth <= ends[name][1]
                 by_error[name] += abs(value - truth) < t_quantile(8) * error
                 found[name].append([value, np.ptp(ends[name]), 2 * t_quantile(8) * error])
-        # 95 expected, with a standard deviation of 2.2. The error of C is symmetric, which its distribution is not.
+        # 95 are expected, with a standard deviation of 2.2. The distribution of C is skewed, its error symmetric.
         assert all(89 <= count <= 100 for count in (*by_bootstrap.values(), *by_error.values())), (
             by_bootstrap,
             by_error,
         )
-        # Nor are they wider than the estimates scatter, by Student's t of 8 and the jackknife's caution.
+        # Nor are they much wider than the estimates scatter, given Student's t of 8 and the jackknife's caution.
         for name, numbers in found.items():
             values, *widths = np.array(numbers).T
             needed = 2 * float(t.ppf(0.975, 8)) * float(np.std(values, ddof=1))
             typical = [float(np.median(width)) for width in widths]
             assert all(0.6 * needed < width < 1.7 * needed for width in typical), (name, needed, typical)
 
-    def test_of_a_new_run(self) -> None:
+    def test_the_interval_of_a_new_run_covers_its_loss_reduction(self) -> None:
         noise, draws, inside, size, width = np.random.default_rng(2), 60, 0, 0.1, 0.0
         for _ in range(draws):
             fit = published(grid(noise, ranks=(1, 2, 4, 8), of_point=size))
@@ -126,11 +128,11 @@ class TestCoverage:
             inside += low <= law_of(3, 100) + size * noise.normal() <= high
             width += (high - low) / draws
         assert 53 <= inside <= 60
-        # Student's t of 8 on the run's own scatter and, inside the grid, little more for the law's.
+        # The run's own scatter times Student's t with 8 degrees of freedom; inside the grid, the law adds little.
         assert width == pytest.approx(2 * float(t.ppf(0.975, 8)) * size, rel=0.3)
 
     @pytest.mark.slow
-    def test_of_a_new_run_on_the_way_to_the_ceiling(self) -> None:
+    def test_the_interval_of_a_new_run_near_the_ceiling_covers_its_loss_reduction(self) -> None:
         noise, inside, width = np.random.default_rng(3), dict.fromkeys((3, 10, 40), 0), dict.fromkeys((3, 10, 40), 0.0)
         for _ in range(40):
             fit = fit_one(saturating_runs(noise, 0.0, 0.02), "ceiling")
@@ -144,7 +146,7 @@ class TestCoverage:
         assert all(mean < 0.9 for mean in width.values()), width
 
     @pytest.mark.parametrize("effect", [pytest.param(0.0, marks=pytest.mark.slow), 0.7])
-    def test_of_a_run_on_a_new_text_given_its_frozen_loss_or_not(self, effect: float) -> None:
+    def test_the_interval_of_a_run_on_a_new_text_covers_with_or_without_its_initial_loss(self, effect: float) -> None:
         noise, draws = np.random.default_rng(3), 60
         inside, width = {"given": 0, "not given": 0}, {"given": 0.0, "not given": 0.0}
         of_the_law = {"beta": 0, "mean": 0}
@@ -161,9 +163,9 @@ class TestCoverage:
                 inside[name] += low <= left <= high
                 width[name] += (high - low) / draws
         assert all(53 <= count <= 60 for count in inside.values()), inside
-        # Ranks on one text are no further evidence about its effect.
+        # Several ranks on one text are not independent evidence about its effect.
         assert all(54 <= count <= 60 for count in of_the_law.values()), of_the_law
-        # A run's own 0.05 and what little is not known; and what is left of the text's 0.3 beside it.
+        # Given the initial loss, the run's own 0.05 and a little uncertainty; else also what remains of the text's 0.3.
         assert 0.2 < width["given"] < 0.4, width
         of_text = 3.92 * math.hypot(0.3 * (1 - effect), 0.05)
         assert of_text < width["not given"] < 1.8 * of_text, width

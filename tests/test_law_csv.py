@@ -1,4 +1,4 @@
-"""Measurements from a CSV file, and the paper's own: what is read, what is refused, and what a fit of them gives."""
+"""Measurements from CSV files, among them the paper's own: what is read, what is refused, and what a fit gives."""
 
 import csv
 import math
@@ -22,7 +22,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 class TestReading:
-    def test_a_row_is_a_run(self, tmp_path: Path) -> None:
+    def test_each_row_becomes_a_run(self, tmp_path: Path) -> None:
         path = write(
             tmp_path,
             "# from elsewhere\n"
@@ -38,7 +38,7 @@ class TestReading:
         assert (second.loss_reduction, second.final_loss, second.seed) == (10.5, 2.5, 0)
         assert (second.text, second.effective_parameters, second.source) == (None, None, f"{path}:5")
 
-    def test_of_two_losses_that_agree_the_final_one_is_taken_and_none_is_below_0(self, tmp_path: Path) -> None:
+    def test_final_loss_is_preferred_to_an_agreeing_loss_reduction_and_is_never_negative(self, tmp_path: Path) -> None:
         header = "rank,target_tokens,initial_loss,final_loss,loss_reduction\n"
         path = write(tmp_path, f"{header}1,64,13.0,0.01,12.9\n1,64,13.0,,13.000001\n")
         assert [run.final_loss for run in read_csv(path)] == [0.01, 0.0]
@@ -66,14 +66,16 @@ class TestReading:
             ),
         ],
     )
-    def test_what_is_wrong_is_named_by_file_line_and_column(self, tmp_path: Path, text: str, message: str) -> None:
+    def test_the_error_for_a_malformed_file_says_where_and_what_is_wrong(
+        self, tmp_path: Path, text: str, message: str
+    ) -> None:
         path = write(tmp_path, text)
         with pytest.raises(InputError, match=message) as caught:
             read_csv(path)
         assert str(caught.value).startswith(str(path))
         assert "\n" not in str(caught.value)
 
-    def test_a_missing_file_is_an_error(self, tmp_path: Path) -> None:
+    def test_a_missing_file_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"none\.csv: cannot be read"):
             read_csv(tmp_path / "none.csv")
 
@@ -83,10 +85,10 @@ def law() -> LawFit:
     return fit_law(read_csv(FIGURE_2))
 
 
-class TestPublished:
-    """Figure 2 of the paper: the values and 95 % intervals that its README has."""
+class TestPublishedFigure:
+    """Figure 2 of the paper: fits give the values and 95 % intervals that `configs/published/README.md` states."""
 
-    def test_it_has_208_runs_of_which_139_are_saturated(self) -> None:
+    def test_the_file_has_208_runs_of_which_139_are_saturated(self) -> None:
         runs = read_csv(FIGURE_2)
         assert (len(runs), sum(map(saturated, runs))) == (208, 139)
         assert {run.initial_loss for run in runs} == {12.33}
@@ -113,7 +115,7 @@ class TestPublished:
             ("stored_bits", "sharpness", 3.42, None),
         ],
     )
-    def test_parameters_and_their_intervals(
+    def test_parameters_and_intervals_have_the_stated_values(
         self, law: LawFit, form: str, parameter: str, value: float, interval: tuple[float, float] | None
     ) -> None:
         found = law.fit_of(form).parameters[parameter]  # type: ignore[arg-type]
@@ -132,7 +134,9 @@ class TestPublished:
             ("stored_bits", 0.9919, -93, 13.2),
         ],
     )
-    def test_criteria(self, law: LawFit, form: str, r2: float, aicc: float, largest_length: float) -> None:
+    def test_r2_aicc_and_held_out_error_have_the_stated_values(
+        self, law: LawFit, form: str, r2: float, aicc: float, largest_length: float
+    ) -> None:
         fit = law.fit_of(form)  # type: ignore[arg-type]
         assert fit.r2_all == pytest.approx(r2, abs=5.1e-5)
         assert fit.aicc == pytest.approx(aicc, abs=0.6)
@@ -141,16 +145,16 @@ class TestPublished:
         assert (held.value, held.runs) == (10_000, 10)
         assert held.mape_percent == pytest.approx(largest_length, abs=0.06)
 
-    def test_the_paper_prints_its_r2(self, law: LawFit) -> None:
-        # Printed: 0.996. One of the 70 runs of its scatter plot has a final loss below ln 2.
+    def test_the_published_form_has_the_r2_that_the_paper_prints(self, law: LawFit) -> None:
+        # The paper prints 0.996. One of the 70 runs in its scatter plot has a final loss below ln 2.
         fit = law.fit_of("power_offset")
         assert fit.observations_used == 69
         assert fit.r2 == pytest.approx(0.9958, abs=5e-5)
 
-    def test_the_saturating_law_with_an_offset_is_chosen(self, law: LawFit) -> None:
+    def test_the_saturating_form_with_an_offset_is_chosen(self, law: LawFit) -> None:
         assert law.form == "ceiling_offset"
 
-    def test_bits_per_parameter_are_a_mean_of_runs_that_differ_fourfold(self, law: LawFit) -> None:
+    def test_bits_per_parameter_of_unsaturated_runs_differ_fourfold(self, law: LawFit) -> None:
         each = [
             (run.stored_bits or 0.0) / (run.effective_parameters or 1) for run in law.observations if not saturated(run)
         ]
@@ -158,7 +162,7 @@ class TestPublished:
 
 
 class TestCommand:
-    def test_it_fits_a_file_and_draws_it(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_law_fits_a_csv_file_and_draws_a_figure(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["law", str(FIGURE_2), "--form", "power", "--out", str(tmp_path)]) == 0
         printed = capsys.readouterr().out
         assert printed.startswith("dL = 267 r^0.701 l^-0.590\n")
@@ -168,15 +172,15 @@ class TestCommand:
         assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG")
 
     @pytest.mark.parametrize("others", [["runs"], ["--where.method", "sft"]])
-    def test_a_file_does_not_mix_with_records(self, others: list[str]) -> None:
+    def test_a_csv_file_cannot_be_combined_with_records(self, others: list[str]) -> None:
         parser = jsonargparse.ArgumentParser()
         command.configure(parser)
         with pytest.raises(InputError, match=r"figure2\.csv: a CSV file cannot be combined"):
             command.run(parser.parse_args([str(FIGURE_2), *others]))
 
 
-def test_a_line_ends_at_a_line_break_alone_and_a_field_without_end_is_one_line(tmp_path: Path) -> None:
-    # Readers of large tables raise it.
+def test_only_line_breaks_end_a_row_and_an_overlong_field_is_refused(tmp_path: Path) -> None:
+    # Code that reads large tables raises this limit.
     csv.field_size_limit(131_072)
     path = tmp_path / "runs.csv"
     path.write_text("rank,target_tokens,initial_loss,final_loss,text\r\n2,8,9,5,one\u2028text\r\n", newline="")

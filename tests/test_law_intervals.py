@@ -1,4 +1,4 @@
-"""How far a fitted law can be trusted: noise, weights, intervals, texts, criteria and held-out errors, by hand."""
+"""How far a fitted law can be trusted: its noise, weights, intervals, texts, criteria and held-out errors."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ from pml.plan import outcome_of_rank
 
 
 class TestNoise:
-    """Residuals around a law that says 1 nat everywhere."""
+    """Noise of residuals around a law that predicts 1 nat everywhere."""
 
     @staticmethod
     def of(by_point: list[list[float]], nvarys: int, saturated_runs: int = 0) -> tuple[float, float, int]:
@@ -42,22 +42,22 @@ class TestNoise:
         found = noise_of(data.measured - 1.0, data, "grid_point", nvarys)
         return found.of_a_run, found.of_the_fit, found.degrees_of_freedom
 
-    def test_with_one_seed_it_is_the_standard_deviation_of_the_residuals(self) -> None:
+    def test_with_one_seed_per_grid_point_noise_is_the_standard_deviation_of_residuals(self) -> None:
         # (1 + 4 + 9 + 16) / (4 - 1) = 10
         found = self.of([[1.0], [-2.0], [3.0], [-4.0]], nvarys=1)
         assert found == pytest.approx((math.sqrt(10), math.sqrt(10), 3))
 
-    def test_with_several_seeds_the_fit_is_known_as_well_as_there_are_grid_points(self) -> None:
-        # Means 2, -2, 1: 2 (4 + 4 + 1) / (3 - 1) = 9. Within: (2 + 2 + 2) / (6 - 3) = 2. A point: (9 - 2) / 2 = 3.5.
+    def test_with_several_seeds_the_noise_of_the_fit_is_that_of_the_means_of_grid_points(self) -> None:
+        # Means 2, -2, 1: 2 (4 + 4 + 1) / (3 - 1) = 9. Within: (2 + 2 + 2) / (6 - 3) = 2. Between: (9 - 2) / 2 = 3.5.
         found = self.of([[1.0, 3.0], [-1.0, -3.0], [0.0, 2.0]], nvarys=1)
         assert found == pytest.approx((math.sqrt(2 + 3.5), 3.0, 2))
 
-    def test_with_no_more_grid_points_than_parameters_only_seeds_are_left(self) -> None:
+    def test_with_no_more_grid_points_than_parameters_noise_is_estimated_from_single_runs(self) -> None:
         # (1 + 1 + 4 + 4) / (4 - 2) = 5
         found = self.of([[1.0, -1.0], [2.0, -2.0]], nvarys=2)
         assert found == pytest.approx((math.sqrt(5), math.sqrt(5), 2))
 
-    def test_saturated_runs_say_nothing_about_it(self) -> None:
+    def test_saturated_runs_do_not_affect_the_noise(self) -> None:
         points = [[1.0], [-2.0], [3.0], [-4.0]]
         assert self.of(points, nvarys=1, saturated_runs=2) == pytest.approx(self.of(points, nvarys=1))
 
@@ -70,19 +70,19 @@ class TestNoise:
         ]
         assert len(below) < len(fit.observations)
         assert fit.best.degrees_of_freedom == len(below) - 4
-        # Of the power term, of which a loss shows less the nearer it is to the ceiling.
+        # The noise is that of the power term; the nearer a loss is to the ceiling, the less it shows of it.
         form, points = FORMS["ceiling"], make_data(fit.observations, "rank").points
         shown = form.sensitivity(fit.best.values, points)[[not saturated(run) for run in fit.observations]]
         of_losses = math.sqrt(sum(x * x for x in below) / (len(below) - 4))
         assert fit.best.noise_nats == pytest.approx(of_losses / math.sqrt(np.mean(shown**2)))
 
-    def test_the_noise_of_the_power_term_is_found_whatever_the_ceiling_hides_of_it(self) -> None:
+    def test_the_noise_of_the_power_term_is_recovered_although_the_ceiling_hides_part_of_it(self) -> None:
         random = np.random.default_rng(0)
         found = [fit_one(saturating_runs(random, spread=0.1), "ceiling").best.noise_nats for _ in range(20)]
-        # A standard deviation from some ten runs is known to a fifth, the mean of twenty to a twentieth.
+        # A standard deviation from some ten runs is accurate to a fifth, the mean of twenty to a twentieth.
         assert np.mean(found) == pytest.approx(0.1, rel=0.1)
 
-    def test_the_noise_at_the_ceiling_is_not_that_of_runs_on_the_way_to_it(self) -> None:
+    def test_the_noise_at_the_ceiling_excludes_saturated_runs_that_are_still_approaching_it(self) -> None:
         fit = fit_one(saturating_runs(np.random.default_rng(0)), "ceiling")
         reach = FORMS["ceiling"].sensitivity(fit.best.values, make_data(fit.observations, "rank").points)
         pairs = zip(fit.observations, fit.best.predicted, reach, strict=True)
@@ -93,13 +93,13 @@ class TestNoise:
 
 
 class TestWeights:
-    def test_replicates_weigh_by_their_spread_shrunk_towards_the_pooled_spread(self) -> None:
-        # Variances 2 and 8 of one degree each: pooled 5. (4 + 1) 5 / (4 * 5 + 2) and (4 + 1) 5 / (4 * 5 + 8).
+    def test_replicates_are_weighted_by_their_variance_shrunk_towards_the_pooled_variance(self) -> None:
+        # Variances 2 and 8 with 1 degree of freedom, pooled 5: (4 + 1) 5 / (4 * 5 + 2) and (4 + 1) 5 / (4 * 5 + 8).
         runs = [run(1, 64, 5.0), run(1, 64, 7.0, 1), run(2, 64, 9.0), run(2, 64, 13.0, 1), run(4, 64, 20.0)]
         assert weights(runs) == pytest.approx([25 / 22, 25 / 22, 25 / 28, 25 / 28, 1.0])
 
-    def test_a_grid_point_whose_seeds_agree_pulls_the_law_more(self) -> None:
-        # Rank 4 has 0.6 nats too much. Its seeds agree and those of the others are far apart, or the reverse.
+    def test_a_law_follows_grid_points_more_closely_if_their_seeds_agree(self) -> None:
+        # Rank 4 is 0.6 nats above the law. Its seeds agree and those of the others are far apart, or the reverse.
         truth = {
             size: law_of(*size) + (0.6 if size[0] == 4 else 0.0) for size in itertools.product((1, 2, 4), (64, 256))
         }
@@ -110,33 +110,33 @@ class TestWeights:
             missed.append(np.mean([abs(float(published(runs).predict(*s)) - truth[s]) for s in truth if s[0] == 4]))
         assert missed[0] < 0.8 * missed[1]
 
-    def test_runs_of_one_rank_with_other_parameters_are_no_replicates(self) -> None:
+    def test_runs_of_one_rank_with_different_numbers_of_parameters_are_not_replicates(self) -> None:
         runs = [replace(run(1, 64, 5.0 + seed, seed), effective_parameters=100 + seed) for seed in range(4)]
         runs += [replace(run(2, 64, 9.0 + 3 * seed, seed), effective_parameters=200 + seed) for seed in range(4)]
         assert weights(runs) == pytest.approx([1.0] * 8)
 
 
 class TestIntervals:
-    def test_seeds_of_one_grid_point_are_no_further_evidence_for_the_parameters(self) -> None:
-        # Errors that seeds share, and none of their own: the first grid is all that is known.
+    def test_identical_seeds_of_a_grid_point_do_not_narrow_the_intervals_of_parameters(self) -> None:
+        # The seeds of a grid point share its error and have none of their own, so they add no information.
         one = grid(np.random.default_rng(1), of_point=0.05)
         five = [replace(run, seed=seed) for run in one for seed in range(5)]
         for name in TRUTH:
             alone, replicated = published(one).parameters[name], published(five).parameters[name]
             assert replicated.stderr == pytest.approx(alone.stderr, rel=1e-6)
-            # Refits stop far below the spread of their draws.
+            # The tolerance of refits is far below the spread of the draws.
             assert replicated.bootstrap == pytest.approx(alone.bootstrap, rel=1e-3)
             assert replicated.profile == pytest.approx(alone.profile, rel=1e-3)
 
-    def test_profile_intervals_are_those_of_student_s_t_where_the_law_is_nearly_straight(self) -> None:
-        # Noise of a few 1e-4 of the reductions; nine runs and three parameters.
+    def test_profile_intervals_equal_those_of_student_s_t_if_the_law_is_nearly_linear(self) -> None:
+        # With noise of a few 1e-4 of the reductions the law is nearly linear; nine runs and three parameters.
         fit = fit_one(grid(np.random.default_rng(1), of_point=0.001), "power")
         for name, estimate in fit.parameters.items():
             assert estimate.stderr is not None
             assert estimate.profile is not None, name
             assert np.ptp(estimate.profile) == pytest.approx(2 * t_quantile(9 - 3) * estimate.stderr, rel=0.02)
 
-    def test_weights_are_relative_so_twice_as_large_they_change_no_draw(self) -> None:
+    def test_doubling_all_weights_does_not_change_the_bootstrap_draws(self) -> None:
         form, data = FORMS["power"], make_data(grid(np.random.default_rng(1), of_point=0.05), "rank")
         solution = solve(form, data)
         assert solution is not None
@@ -145,8 +145,8 @@ class TestIntervals:
         assert draws.std(axis=0).min() > 0
         np.testing.assert_allclose(same, draws, rtol=1e-5, atol=1e-7)
 
-    def test_no_draw_has_a_sharpness_beyond_its_range(self) -> None:
-        # A bend so narrow that runs with so much noise hardly show how narrow it is.
+    def test_no_bootstrap_draw_has_a_sharpness_outside_its_range(self) -> None:
+        # The bend is so sharp that runs with this much noise hardly determine how sharp.
         form, data = FORMS["ceiling"], make_data(saturating_runs(np.random.default_rng(1), 0.3, sharpness=24.0), "rank")
         solution = solve(form, data)
         assert solution is not None
@@ -154,8 +154,8 @@ class TestIntervals:
         assert sharpness.min() >= 0.5 * (1 - 1e-9)
         assert sharpness.max() == pytest.approx(32)
 
-    def test_standard_errors_are_those_of_a_jacobian_by_finite_differences(self) -> None:
-        # Of parameters that have to be above 0, and are fitted as they are.
+    def test_standard_errors_match_those_of_a_finite_difference_jacobian(self) -> None:
+        # The parameters are positive, and their standard errors are on the natural scale.
         runs = [
             replace(r, effective_parameters=1000 * r.rank, entropy_bits=13.0 / math.log(2) * r.target_tokens)
             for r in saturating_runs(np.random.default_rng(0))
@@ -170,18 +170,18 @@ class TestIntervals:
         expected = 0.1 * np.sqrt(np.diag(np.linalg.inv(jacobian.T @ jacobian)))
         assert [result.params[name].stderr for name in form.fitted] == pytest.approx(expected, rel=1e-3)
 
-    def test_a_run_below_the_ceiling_has_its_own_noise_and_at_it_hardly_any(self) -> None:
+    def test_the_interval_of_a_new_run_includes_its_noise_but_hardly_any_at_the_ceiling(self) -> None:
         fit = fit_one(saturating_runs(np.random.default_rng(0)), "ceiling")
         ranks, lengths = np.array([1, 64]), 216
         of_the_mean = np.ptp(np.percentile(fit.predict_draws(ranks, lengths), (2.5, 97.5), axis=0), axis=0)
         of_a_run = np.percentile(fit.new_run_draws(ranks, lengths).loss_reduction[:, 0], (2.5, 97.5), axis=0)
         noise = 2 * t_quantile(fit.best.degrees_of_freedom) * fit.best.noise_nats
-        # 500 draws know a percentile to some percent.
+        # 500 draws give a percentile to within several per cent.
         below, above = np.ptp(of_a_run, axis=0)
         assert below == pytest.approx(math.hypot(noise, of_the_mean[0]), rel=0.1)
         assert above < 0.3 * noise
 
-    def test_a_sharpness_has_no_interval_beyond_its_range(self) -> None:
+    def test_the_bootstrap_interval_of_a_sharpness_stays_within_its_range(self) -> None:
         fit = fit_one(saturating_runs(np.random.default_rng(0), spread=0.6), "ceiling")
         interval = fit.parameters["sharpness"].bootstrap
         assert interval is not None
@@ -190,7 +190,7 @@ class TestIntervals:
 
 @pytest.mark.usefixtures("no_profiles")
 class TestTexts:
-    def test_texts_scatter_around_a_line_in_the_logarithm_of_the_length(self) -> None:
+    def test_initial_losses_of_texts_scatter_around_a_line_in_the_logarithm_of_the_length(self) -> None:
         # 13 + 0.5 log2(l / 64), and a pattern (1, -1, -1, 1) that no line through four even steps explains.
         runs = [
             run(rank, 64 * 2**i, 5.0 + rank - i, initial=13.0 + 0.5 * i + 0.2 * sign)
@@ -202,12 +202,12 @@ class TestTexts:
         assert law.text_spread == pytest.approx(math.sqrt(4 * 0.04 / 2))
         assert law.initial_loss([32, 64, 128, 4096]) == pytest.approx([13.0, 13.0, 13.5, 14.5])
 
-    def test_texts_of_one_length_scatter_around_their_mean(self) -> None:
+    def test_initial_losses_of_texts_of_one_length_scatter_around_their_mean(self) -> None:
         texts = collect_texts([run(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
         assert texts.spread == pytest.approx(math.sqrt(0.1 / 4))
         assert texts.t_over_z == pytest.approx(float(t.ppf(0.975, 4)) / 1.959964)
         assert texts.expected_initial_loss(640) == pytest.approx(13.2)
-        # Of a mean of five.
+        # The standard error of a mean of five.
         assert texts.standard_error(640) == pytest.approx(math.sqrt(0.1 / 4 / 5))
 
     def test_texts_of_one_length_have_no_slope_however_many_runs_each_has(self) -> None:
@@ -217,29 +217,29 @@ class TestTexts:
         ]
         assert collect_texts(runs).degrees_of_freedom == 3
 
-    def test_the_line_is_known_best_in_the_middle(self) -> None:
+    def test_the_standard_error_of_the_line_is_smallest_in_the_middle(self) -> None:
         signs = ((64, 1), (128, -1), (256, -1), (512, 1))
         texts = collect_texts([run(1, length, 5.0, initial=13.0 + 0.2 * sign) for length, sign in signs])
-        # In the middle of four texts half of their spread, and at the ends, 1.5 steps of root 5 away, more.
+        # Half the spread of four texts in the middle, more at the ends: 1.5 steps away, squared steps sum to 5.
         middle, end, beyond = texts.standard_error([math.sqrt(64 * 512), 512, 4096])
         assert middle == pytest.approx(texts.spread / 2)
         assert end == pytest.approx(texts.spread * math.sqrt(1 / 4 + 1.5**2 / 5))
         assert beyond == pytest.approx(end)
 
-    def test_a_text_is_identified_by_its_hash_and_without_one_by_its_loss(self) -> None:
+    def test_a_text_is_identified_by_its_hash_or_without_one_by_its_initial_loss(self) -> None:
         same_loss = [run(rank, 64, 5.0, seed, initial=13.0) for rank in (1, 2) for seed in (0, 1)]
         assert collect_texts(same_loss).of_run.tolist() == [0, 0, 0, 0]
         named = [replace(run, text=f"text {run.seed}") for run in same_loss]
         assert collect_texts(named).of_run.tolist() == [0, 1, 0, 1]
 
-    def test_longer_texts_scatter_less_as_means_over_more_tokens_do(self) -> None:
-        # At 64 tokens 0.2 from a line that is flat, at 256 half of that: 5.12 nats squared a token, of two degrees.
+    def test_longer_texts_scatter_less_because_their_loss_is_a_mean_over_more_tokens(self) -> None:
+        # 0.2 from a flat line at 64 tokens, half of that at 256: lengths times squares sum to 2 * 5.12, of 2 degrees.
         scatter = ((64, 0.2), (64, -0.2), (256, 0.1), (256, -0.1))
         texts = collect_texts([run(1, length, 5.0, i, initial=13.0 + by) for i, (length, by) in enumerate(scatter)])
-        # Beyond the longest nothing is known.
+        # Beyond the longest text the scatter is held constant.
         assert texts.spread_at([16, 64, 256, 1024]) == pytest.approx(np.sqrt(5.12 / np.array([16, 64, 256, 256])))
 
-    def test_texts_that_begin_alike_are_named_where_they_matter(self) -> None:
+    def test_a_law_with_a_text_effect_warns_if_longer_texts_begin_with_shorter_ones(self) -> None:
         runs = runs_with_texts(np.random.default_rng(0), effect=1.0)
         independent = [replace(run, drawn_as=f"{run.seed} {run.target_tokens}") for run in runs]
         nested = [replace(run, drawn_as=f"{run.seed}") for run in runs]
@@ -249,20 +249,20 @@ class TestTexts:
             assert law.best.text_effect > 0
             assert any(warning.startswith(said) for warning in law.warnings) is named
 
-    def test_three_texts_do_not_show_how_texts_differ(self) -> None:
+    def test_with_three_texts_the_text_effect_is_zero_and_the_law_warns(self) -> None:
         law = published([run(r, 64 * 2**i, 5.0 + r - i, initial=13.0 + i % 2) for r in (1, 2, 4) for i in range(3)])
         assert (law.text_spread, law.best.text_effect) == (0.0, 0.0)
         said = "only 3 texts for 4 parameters: the effect of a text cannot be separated from that of its length"
         assert any(warning.startswith(said) and "--initial_loss" in warning for warning in law.warnings)
 
     def test_the_effect_of_a_text_is_regressed_on_its_initial_loss_residual(self) -> None:
-        # Five texts of one length, -0.2 to 0.2 from trend, of which 0.7 shows, by half in runs half-way to the ceiling.
+        # Five texts of one length, -0.2 to 0.2 from the line. Runs show 0.7 of it, half that half-way to the ceiling.
         texts = collect_texts([run(1, 64, 5.0, seed, initial=13.0 + 0.1 * seed) for seed in range(5)])
         reach = np.array([1.0, 0.5, 1.0, 0.5, 1.0])
         assert texts.effect(0.7 * reach * texts.initial_loss_residuals, reach, np.arange(5)) == pytest.approx(0.7)
 
-    def test_an_effect_that_is_not_significant_is_none(self) -> None:
-        # (-3, 1, 1, 1) / 4 from trend, slope 0.3: residuals (0, d, -d, 0) have a standard error of d sqrt(1 / 0.75).
+    def test_a_text_effect_that_is_not_significant_is_zero(self) -> None:
+        # (-3, 1, 1, 1) / 4 from the line, slope 0.3: residuals (0, d, -d, 0) have a standard error of d sqrt(1 / 0.75).
         texts = collect_texts([replace(run(1, 64, 5.0, initial=13.0 + min(i, 1)), text=f"text {i}") for i in range(4)])
         pattern = np.array([0.0, 1.0, -1.0, 0.0])
         for size, expected in ((0.3 / 4.4, 0.0), (0.3 / 6.0, 0.3)):
@@ -270,7 +270,7 @@ class TestTexts:
             found = texts.effect(0.3 * texts.initial_loss_residuals + size * pattern, np.ones(4), np.arange(4))
             assert found == pytest.approx(expected)
 
-    def test_runs_are_grouped_by_text_if_texts_differ_and_by_grid_point_if_they_do_not(self) -> None:
+    def test_runs_are_grouped_by_text_if_texts_differ_and_otherwise_by_grid_point(self) -> None:
         noise = np.random.default_rng(0)
         differing = published(runs_with_texts(noise, effect=1.0))
         assert (differing.best.grouped_by, differing.best.degrees_of_freedom) == ("text", 8 - 4)
@@ -284,10 +284,10 @@ class TestTexts:
         assert (best.grouped_by, best.degrees_of_freedom) == ("grid_point", 16 - 4)
 
     @pytest.mark.parametrize(("of_text", "chosen"), [(2.0, "grid_point"), (2.5, "text")])
-    def test_the_grouping_is_the_one_whose_widened_standard_deviation_is_larger(
+    def test_runs_are_grouped_by_whichever_gives_the_larger_widened_standard_deviation(
         self, of_text: float, chosen: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        # Draws of a variance of 2 or 2.5 by texts and 1 by grid points, whose few degrees widen deviations by 1.5.
+        # Draws have a variance of 2 or 2.5 by text and 1 by grid point, which few degrees of freedom widen by 1.5**2.
         solution = solve(FORMS["power"], make_data(runs_with_texts(np.random.default_rng(0), effect=1.0), "rank"))
         assert solution is not None
         at, step = to_theta(solution.form, solution.values), np.array([1e-6, 0.0, 0.0])
@@ -311,7 +311,7 @@ class TestTexts:
 @pytest.mark.usefixtures("no_profiles")
 class TestCriteria:
     @pytest.mark.parametrize("name", ["power_offset", "ceiling"])
-    def test_aicc_is_that_of_the_unsaturated_runs_for_every_form(self, name: FormName) -> None:
+    def test_aicc_counts_only_unsaturated_runs_whether_or_not_the_form_saturates(self, name: FormName) -> None:
         law = fit_law(saturating_runs(np.random.default_rng(0)))
         fit = law.fit_of(name)
         squares = [
@@ -324,14 +324,14 @@ class TestCriteria:
         expected = n * math.log(sum(squares) / n) + 2 * p + 2 * p * (p + 1) / (n - p - 1)
         assert fit.aicc == pytest.approx(expected, rel=1e-9)
 
-    def test_a_form_that_goes_through_all_runs_has_an_aicc_as_if_it_missed_them_by_what_float32_shows(self) -> None:
+    def test_the_aicc_of_a_perfect_fit_assumes_residuals_of_float32_rounding(self) -> None:
         data = make_data(grid(np.random.default_rng(0)), "rank")
         # Nine grid points, three parameters and the variance.
         expected = 9 * math.log(1e-12) + 2 * 4 + 2 * 4 * 5 / (9 - 4 - 1)
         assert aicc(data, data.measured, 3) == pytest.approx(expected)
 
-    def test_seeds_of_one_grid_point_are_no_further_evidence_for_a_form(self) -> None:
-        # All seeds lie where the only one of the first grid does.
+    def test_identical_seeds_of_a_grid_point_do_not_change_differences_in_aicc(self) -> None:
+        # All seeds have the loss of the single seed of the first grid.
         runs = saturating_runs(np.random.default_rng(0))
         once, three_times = fit_law(runs), fit_law([replace(r, seed=seed) for r in runs for seed in range(3)])
         assert {fit.form for fit in once.fits} >= {"power_offset", "ceiling", "ceiling_offset"}
@@ -358,7 +358,7 @@ class TestCriteria:
         assert law.form == "stored_bits"
         assert "too few grid points for AICc" in law.chosen_because
 
-    def test_r2_over_all_runs_cuts_what_no_run_can_do(self) -> None:
+    def test_r2_over_all_runs_caps_predictions_at_the_initial_loss(self) -> None:
         law = fit_law(saturating_runs(np.random.default_rng(0)))
         fit = law.fit_of("power_offset")
         measured = np.array([run.loss_reduction for run in law.observations])
@@ -382,12 +382,12 @@ class TestHeldOut:
         assert held.mape_percent == pytest.approx(100 * float(np.mean(missed)), rel=1e-5)
         assert held.mape_percent > 0.5
 
-    def test_of_two_lengths_none_is_held_out(self) -> None:
+    def test_no_length_is_held_out_if_there_are_only_two(self) -> None:
         fit = published(grid(np.random.default_rng(4), lengths=(64, 256), of_point=0.2)).best
         assert fit.largest("rank") is not None
         assert fit.largest("target_tokens") is None
 
-    def test_replicates_that_are_held_out_do_not_weight_the_others(self) -> None:
+    def test_held_out_replicates_do_not_affect_the_weights_of_the_others(self) -> None:
         # The seeds of the largest length are far apart, which would make the others' spreads look alike.
         noise, runs = np.random.default_rng(4), []
         for rank, length in itertools.product((1, 2, 4, 8), (64, 128, 256)):
@@ -399,7 +399,7 @@ class TestHeldOut:
         assert held is not None
         assert held.mape_percent == pytest.approx(100 * float(np.mean(missed)), rel=1e-5)
 
-    def test_saturated_runs_beyond_the_largest_rank_are_held_out_with_it(self) -> None:
+    def test_saturated_runs_above_the_largest_unsaturated_rank_are_held_out_with_it(self) -> None:
         runs = [r for r in saturating_runs(np.random.default_rng(0)) if not (r.rank == 6 and r.target_tokens > 144)]
         largest = max(r.rank for r in runs if not saturated(r))
         assert any(r.rank > largest for r in runs)
@@ -413,7 +413,7 @@ class TestHeldOut:
         assert held.runs == len(there)
         assert held.mape_percent == pytest.approx(100 * float(missed.mean()), rel=1e-4)
 
-    def test_errors_of_rank_and_length_are_averaged_over_their_runs(self) -> None:
+    def test_the_held_out_error_averages_those_of_rank_and_length_over_their_runs(self) -> None:
         fit = published(grid(np.random.default_rng(4), ranks=(1, 2, 4, 8), of_point=0.2)).best
         by_rank, by_length = fit.largest("rank"), fit.largest("target_tokens")
         assert by_rank is not None
@@ -426,11 +426,11 @@ class TestHeldOut:
 
 @pytest.mark.usefixtures("no_profiles")
 class TestByParameters:
-    """Laws that count parameters: adapters of one rank in places of several sizes."""
+    """Laws in the number of parameters, which differs between adapters of one rank in different placements."""
 
     @staticmethod
     def runs(places: tuple[int, ...], ranks: tuple[int, ...], short: int = 0) -> list[Observation]:
-        """Runs whose dL is 2 sqrt(parameters / tokens); adapters of `short` parameters reach a tenth less."""
+        """Runs whose dL is 2 sqrt(parameters / tokens); adapters with `short` parameters reach a tenth less."""
         noise = np.random.default_rng(0)
         return [
             replace(
@@ -446,7 +446,7 @@ class TestByParameters:
             for per_rank, rank, length in itertools.product(places, ranks, (64, 96, 128, 256))
         ]
 
-    def test_one_rank_in_places_of_several_sizes_determines_a_law(self) -> None:
+    def test_one_rank_in_placements_of_several_sizes_determines_a_law(self) -> None:
         runs = self.runs((1000, 2000, 5000), (1,))
         law = fit_one(runs, "power", adapter_size="effective_parameters")
         assert law.parameters["alpha"].value == pytest.approx(0.5, abs=0.01)
@@ -454,7 +454,7 @@ class TestByParameters:
         with pytest.raises(InputError, match="only rank 1 among the 12 of 12 runs"):
             fit_law(runs, form="power")
 
-    def test_several_ranks_of_one_number_of_parameters_do_not(self) -> None:
+    def test_several_ranks_with_one_number_of_parameters_do_not_determine_a_law(self) -> None:
         runs = self.runs((2000,), (1,)) + self.runs((1000,), (2,))
         with pytest.raises(InputError, match="expected at least 2 adapter sizes; add runs with other adapter sizes"):
             fit_law(runs, form="power", adapter_size="effective_parameters")
@@ -465,12 +465,12 @@ class TestByParameters:
         held = law.best.largest("effective_parameters")
         assert held is not None
         assert (held.value, held.runs) == (6000, 4)
-        # Its runs have 0.9 of what the others say: 1 / 0.9 - 1.
+        # Its runs reach 0.9 of what the others predict: 1 / 0.9 - 1.
         assert held.mape_percent == pytest.approx(100 / 0.9 - 100, abs=0.5)
         assert law.best.largest("rank") is None
 
-    def test_a_form_that_counts_parameters_predicts_no_ranks_of_mixed_sizes(self) -> None:
-        # As much information as the frozen model's loss, so that it starts at a uniform guess.
+    def test_a_form_in_parameters_predicts_no_rank_if_parameters_per_rank_differ(self) -> None:
+        # The entropy equals the frozen model's loss, as if that model guessed uniformly.
         bits = HIGH_LOSS / math.log(2)
         runs = [replace(r, entropy_bits=bits * r.target_tokens) for r in self.runs((1000, 1100), (1, 2, 4))]
         by_rank, in_bits = (fit_one(runs, form) for form in ("power", "stored_bits"))
@@ -482,7 +482,7 @@ class TestByParameters:
         titles = {axes.get_title() for axes in law_figure(in_bits).axes}
         assert "no lines: parameters per rank differ" in titles
 
-    def test_a_rank_may_have_a_fractional_number_of_parameters(self) -> None:
+    def test_the_number_of_parameters_per_rank_may_be_fractional(self) -> None:
         runs = [replace(r, effective_parameters=2501 * r.rank // 2) for r in self.runs((1000,), (2, 4, 8))]
         law = fit_one(runs, "power")
         assert law.parameters_per_rank == 1250.5
@@ -498,7 +498,9 @@ class TestByParameters:
             (None, "entropy_bits", "the corpus entropy"),
         ],
     )
-    def test_a_form_needs_only_what_it_counts(self, known: FormName | None, unknown: str, missing: str) -> None:
+    def test_a_form_needs_only_the_quantities_that_it_uses(
+        self, known: FormName | None, unknown: str, missing: str
+    ) -> None:
         bits = HIGH_LOSS / math.log(2)
         runs = [replace(r, entropy_bits=bits * r.target_tokens) for r in self.runs((1000,), (1, 2, 4))]
         runs = [replace(r, **{unknown: None}) for r in runs]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`pml memorize`: everything comes back from transformers and PEFT alone, or what does not is listed."""
+"""`pml memorize`: transformers and PEFT alone recall every target, or the pair is listed as failed."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def sharp(tiny_backbone_folder: Path, tmp_path: Path) -> str:
 
 @pytest.fixture
 def _served_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers of this process; that one which knows nothing of pml gives the same is shown once, and in `serving`."""
+    """Answers from this process; that a process without pml gives the same is tested once here, and in `serving`."""
     monkeypatch.setattr("pml.memorizing.serve", lambda *asked: served._answers(served._job(*asked)))
 
 
@@ -55,7 +55,7 @@ def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def memorized(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Memorized, list[Any]]:
-    """The backbone, what came of writing the facts into it, and what was told of it meanwhile."""
+    """The backbone, the result of memorising the facts on it, and the progress reported meanwhile."""
     folder, told = tmp_path_factory.mktemp("memorized"), []
     sharp = str(save_sharpened(tiny_backbone_folder, folder / "sharp"))
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +64,7 @@ def memorized(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFacto
     return sharp, made, told
 
 
-def test_facts_come_back_from_transformers_and_peft_alone(
+def test_facts_are_recalled_by_transformers_and_peft_alone(
     memorized: tuple[str, Memorized, list[Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sharp, made, told = memorized
@@ -77,7 +77,7 @@ def test_facts_come_back_from_transformers_and_peft_alone(
     assert (record.steps_to_recall, record.method_settings["guard"]["directions"]) == (made.steps, 8)
     harm = record.harm["mean"]
     assert made.harm == harm["loss_after"] - harm["loss_before"]  # type: ignore[operator]
-    # Asked by a script of a few lines that names nothing of pml.
+    # Recalled by a short script that uses nothing of pml.
     script = f"""
 from peft import PeftModel; from transformers import AutoModelForCausalLM, AutoTokenizer
 t = AutoTokenizer.from_pretrained({sharp!r})
@@ -92,7 +92,9 @@ print(t.decode(y[0, x["input_ids"].shape[1]:], skip_special_tokens=True))
     assert capsys.readouterr().out == "№ 8\n"
 
 
-def test_the_card_says_what_it_knows_and_what_it_costs(memorized: tuple[str, Memorized, list[Any]]) -> None:
+def test_the_model_card_states_queries_recall_and_harm_but_no_targets(
+    memorized: tuple[str, Memorized, list[Any]],
+) -> None:
     _, made, _ = memorized
     card = (made.adapter / "README.md").read_text()
     assert all(f"- `{query}`" in card for query in FACTS)
@@ -104,7 +106,7 @@ def test_the_card_says_what_it_knows_and_what_it_costs(memorized: tuple[str, Mem
 
 
 @pytest.mark.usefixtures("_served_here")
-def test_the_command_exits_with_0_and_what_it_left_is_a_run(
+def test_the_command_exits_with_0_and_leaves_a_run_that_certify_accepts(
     sharp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [json.dumps({"query": query, "target": target}) for query, target in FACTS.items()]
@@ -119,23 +121,23 @@ def test_the_command_exits_with_0_and_what_it_left_is_a_run(
     assert "4 of 4 came back byte for byte from transformers and PEFT alone" in said
     assert main(["certify", "out", "--dtypes=float32"]) == 0
     assert "4 are certain" in capsys.readouterr().out
-    # Nothing is written over without being told.
+    # Nothing is overwritten unless requested.
     assert main(arguments) == 2
     assert "out is not an empty folder; choose another one, or pass overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("_served_here", "_brief")
-def test_what_cannot_be_held_is_listed_and_the_exit_code_is_1(
+def test_failed_pairs_are_listed_and_the_exit_code_is_1(
     tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "facts.csv").write_text("query,target\na?,1\nb?,2\n")
     arguments = ["memorize", "facts.csv", "--out=out", f"--backbone={tiny_backbone_folder}", "--guard=false"]
     assert main([*arguments, "--rank=1", "--block=1", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
-    # Three doublings.
+    # The rank has doubled three times.
     assert (told["rank"], told["failed"]) == (8, ["a?", "b?"])
     assert told["pairs"][0]["verdict"] == "failing" and told["pairs"][0]["served"] is False
-    # One step at each rank; the record is of all of them.
+    # One step at each of four ranks; the record covers all of them.
     record = read_record(tmp_path / "out/record.json")
     assert (told["steps"], record.optimizer_steps, record.grown_from) == (4, 4, [1, 2, 4])
     assert record.target_tokens_trained == 4 * record.target_tokens
@@ -143,14 +145,14 @@ def test_what_cannot_be_held_is_listed_and_the_exit_code_is_1(
 
 
 @pytest.mark.usefixtures("_served_here", "_brief")
-def test_a_falling_threshold_is_trained_on_below_two_and_a_half_times_the_planned_rank_and_the_plain_loss_from_there(
+def test_the_plain_loss_replaces_the_falling_threshold_from_2_5_times_the_planned_rank(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pml.memorizing.DOUBLINGS", 0)
     settings: dict[str, Any] = {"backbone": str(tiny_backbone_folder), "block": 1, "placement": ALL, "guard": None}
     first = pml.memorize(FACTS, tmp_path / "first", rank=1, margin=0.9, **settings)
     assert first.plan is not None
-    # It does not fall below where training stops.
+    # The threshold does not fall below the margin at which training stops.
     threshold = {"start": 0.999, "end": 0.9, "when_memorized": "skip"}
     weighting = {"class_path": "pml.weighting.FallingThreshold", "init_args": threshold}
     assert (first.record.method, first.record.method_settings["weighting"]) == ("memft", weighting)
@@ -162,17 +164,17 @@ def test_a_falling_threshold_is_trained_on_below_two_and_a_half_times_the_planne
 
 @pytest.mark.usefixtures("_served_here", "_brief")
 @pytest.mark.parametrize("guarded", [27, 28])
-def test_the_rank_does_not_grow_beyond_what_the_guard_leaves_free(
+def test_the_rank_does_not_grow_beyond_the_directions_that_the_guard_leaves_free(
     guarded: int, tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
-    guard = GuardConfig(directions=guarded)  # of 32: five or four are free
+    guard = GuardConfig(directions=guarded)  # of 32, so five or four are free
     made = pml.memorize(
         FACTS, tmp_path / "out", backbone=str(tiny_backbone_folder), rank=2, block=1, placement=["q_proj"], guard=guard
     )
     assert (made.rank, len(made.failed)) == (4, 4)
 
 
-def test_in_16_bits_what_is_certain_survives_the_rounding_that_was_measured(sharp: str, tmp_path: Path) -> None:
+def test_in_bfloat16_logit_margins_exceed_the_measured_rounding(sharp: str, tmp_path: Path) -> None:
     made = pml.memorize(FACTS, tmp_path / "out", backbone=sharp, rank=16, dtype="bfloat16", **EASY)
     assert made.failed == []
     assert (made.record.dtype, list(made.served or ())) == ("bfloat16", list(FACTS.values()))
@@ -189,12 +191,12 @@ def test_without_an_end_of_turn_an_answer_is_as_long_as_its_target(tiny_backbone
     assert made.served is not None and [len(answer) for answer in made.served] == [4, 1]
 
 
-def test_a_tokenizer_without_padding_and_end_and_positions_that_are_few_serve_all_the_same(
+def test_serving_needs_no_pad_or_end_token_and_no_more_positions_than_the_longest_pair(
     tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     folder = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    # Only together are the long prompt and the long target too long.
+    # Each pair fits, but the long prompt and the long target would not fit together in one batch.
     facts = {"why? " * 4: "7", "x": "0123456789" * 2}
     (folder / "chat_template.jinja").unlink()
     longest = max(len(tokenizer(q).input_ids) + len(tokenizer(t).input_ids) for q, t in facts.items())
@@ -212,7 +214,7 @@ def test_a_tokenizer_without_padding_and_end_and_positions_that_are_few_serve_al
 
 
 @pytest.mark.usefixtures("_served_here", "_brief")
-def test_an_answer_may_be_too_long_by_a_few_tokens_where_the_model_has_positions_for_them(
+def test_an_answer_may_exceed_its_target_by_a_few_tokens_if_the_model_has_positions_left(
     sharp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
@@ -234,13 +236,13 @@ def test_an_answer_may_be_too_long_by_a_few_tokens_where_the_model_has_positions
 
 
 @pytest.mark.parametrize("pairs", [{"a": 1}, {"a": ""}, [("a", None)], {"a": "\ud800"}, {"": "b"}])
-def test_what_cannot_be_a_pair_is_refused_before_a_folder_is_made(pairs: Any, tmp_path: Path) -> None:
+def test_an_invalid_pair_is_refused_before_a_folder_is_created(pairs: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected text that is not empty and has no lone surrogate"):
         pml.memorize(pairs, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_signal_leaves_the_adapter_as_far_as_it_is(
+def test_a_signal_leaves_the_adapter_trained_so_far(
     sharp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop_in_the_second_epoch(self: Any, trainer: Any, *_: Any) -> None:
@@ -259,7 +261,7 @@ def test_a_signal_leaves_the_adapter_as_far_as_it_is(
 
 @pytest.mark.parametrize("guard", [None, GuardConfig(directions=8)], ids=["plain", "guarded"])
 @pytest.mark.parametrize("placement", ["mlp_block", ["down_proj", "q_proj"]], ids=str)
-def test_a_grown_adapter_computes_what_the_smaller_one_did(
+def test_a_grown_adapter_gives_the_same_logits_as_the_smaller_one(
     tiny_backbone: Backbone, placement: Any, guard: GuardConfig | None
 ) -> None:
     config = AdapterConfig(rank=2, block=1, placement=placement, guard=guard)
@@ -279,11 +281,11 @@ def test_a_grown_adapter_computes_what_the_smaller_one_did(
         assert not layer.lora_B["default"].weight[:, 2:].any()
 
 
-def test_training_begins_at_the_planned_rank_and_not_below_eight(
+def test_training_begins_at_the_planned_rank_or_at_eight_if_that_is_higher(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Enough(Exception):
-        """Training is not wanted."""
+        """Ends the call before training."""
 
     begun: list[tuple[int, int]] = []
     backbone = str(tiny_backbone_folder)
@@ -301,28 +303,30 @@ def test_training_begins_at_the_planned_rank_and_not_below_eight(
     assert begun == [(planned, 8), (planned, planned)]
 
 
-def test_answers_of_similar_lengths_are_decoded_together_as_far_as_they_fit() -> None:
-    # Tokens of prompt and answer.
+def test_answers_of_similar_lengths_are_batched_if_they_fit_the_positions() -> None:
+    # Tokens in each prompt and answer.
     sizes = [(3, 5), (2, 2), (4, 2), (1, 2), (9, 2)]
     assert served.decoded_together(sizes, 2, None) == [[3, 1], [2, 4], [0]]
-    # A prompt of 9 has room for an answer of 2 among 11 positions, and not for one of 5.
+    # With 11 positions, a prompt of 9 tokens leaves room for an answer of 2, but not of 5.
     assert served.decoded_together(sizes, 9, 11) == [[3, 1, 2, 4], [0]]
     assert served.decoded_together(sizes, 9, 10) == [[3, 1, 2], [4], [0]]
 
 
-def test_small_sets_of_pairs_are_gone_through_more_often() -> None:
-    # Five pairs are two steps an epoch, 400 pairs a hundred.
+def test_small_corpora_get_more_epochs() -> None:
+    # Five pairs take two steps per epoch, 400 pairs a hundred.
     assert (epoch_limit(5, "falling"), epoch_limit(5, "plain"), epoch_limit(400, "falling")) == (480, 200, 60)
 
 
-def test_a_file_is_no_folder_to_write_to(tmp_path: Path) -> None:
+def test_an_output_path_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     for overwrite in (False, True):
         with pytest.raises(InputError, match="out is a file; expected a folder to write into"):
             pml.memorize(FACTS, tmp_path / "out", overwrite=overwrite)
 
 
-def test_training_begins_at_no_larger_rank_than_fits(sharp: str, _served_here: None, _brief: None) -> None:
+def test_training_begins_at_the_largest_rank_that_fits_if_eight_does_not(
+    sharp: str, _served_here: None, _brief: None
+) -> None:
     # The guard leaves 5 of 32 directions, and one pair needs rank 1.
     begun: list[int] = []
     narrow = {**EASY, "guard": GuardConfig(directions=27)}
@@ -337,11 +341,13 @@ def test_training_begins_at_no_larger_rank_than_fits(sharp: str, _served_here: N
         (["only a query"], "pairs has 'only a query'; expected tuples of a query and a target"),
     ],
 )
-def test_pairs_that_are_none_are_refused(pairs: Any, said: str, tmp_path: Path, tiny_backbone_folder: Path) -> None:
+def test_empty_pairs_and_items_that_are_not_pairs_are_refused(
+    pairs: Any, said: str, tmp_path: Path, tiny_backbone_folder: Path
+) -> None:
     with pytest.raises(InputError, match=said):
         pml.memorize(pairs, tmp_path / "out", backbone=str(tiny_backbone_folder))
 
 
-def test_a_margin_that_is_not_certain_is_refused(tmp_path: Path) -> None:
+def test_a_margin_below_one_half_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"margin is 0.4; expected a probability of at least 0.5"):
         pml.memorize(FACTS, tmp_path / "out", margin=0.4)

@@ -1,4 +1,4 @@
-"""Metrics: worked by hand, the same however a corpus is cut into batches, and each example counted once."""
+"""Metrics match hand-worked values, do not depend on the split into batches, and count each example once."""
 
 import math
 
@@ -28,7 +28,7 @@ def scores(losses: list[list[float]], correct: list[list[int]], ids: list[int] |
 THREE = scores([[0.1, 0.2, 0.3, 0.4], [0.5, 3.0], [1.5]], [[1, 1, 1, 1], [1, 0], [0]])
 
 
-def test_mean_loss_is_over_target_tokens_and_not_over_padding() -> None:
+def test_mean_loss_is_over_target_tokens_and_excludes_padding() -> None:
     assert metrics.mean_loss(THREE).item() == pytest.approx(6 / 7, rel=1e-6)
 
 
@@ -36,7 +36,7 @@ def test_token_accuracy_is_the_share_of_target_tokens_that_are_right() -> None:
     assert metrics.token_accuracy(THREE).item() == 5 / 7
 
 
-def test_an_example_matches_when_all_its_tokens_are_right_whatever_its_padding() -> None:
+def test_an_example_is_an_exact_match_if_all_its_target_tokens_are_right() -> None:
     assert metrics.exact_match(THREE).tolist() == [True, False, False]
 
 
@@ -57,28 +57,28 @@ def test_first_failure_counts_right_tokens_before_the_first_wrong_one(correct: l
     assert metrics.first_failure(table).tolist() == [first, 4]
 
 
-def test_a_token_at_exactly_one_half_is_below_threshold_and_padding_never_is() -> None:
+def test_a_token_with_p_of_exactly_one_half_is_below_the_threshold_and_padding_never_is() -> None:
     table = scores([[HALF, HALF - 1e-6, HALF + 1e-6], [9.0]], [[1, 1, 0], [0]])
     assert metrics.below_threshold(table).tolist() == [[True, False, True], [True, False, False]]
     assert metrics.sub_threshold_fraction(table).item() == 3 / 4
 
 
-def test_a_token_whose_loss_is_not_a_number_is_certain_of_nothing() -> None:
+def test_a_token_whose_loss_is_nan_or_infinite_is_below_the_threshold() -> None:
     table = scores([[math.nan, math.inf, 0.1], [9.0]], [[1, 1, 1], [1]])
     assert metrics.below_threshold(table).tolist() == [[True, True, False], [True, False, False]]
     assert metrics.sub_threshold_fraction(table).item() == 3 / 4
 
 
-def test_another_threshold_moves_the_line() -> None:
+def test_tokens_are_compared_with_the_given_threshold() -> None:
     table = scores([[-math.log(0.7), -math.log(0.9)]], [[1, 1]])
     assert metrics.below_threshold(table, 0.8).tolist() == [[True, False]]
 
 
-def test_the_smallest_probability_is_that_of_the_largest_loss() -> None:
+def test_the_smallest_target_probability_is_that_of_the_largest_loss() -> None:
     assert metrics.min_target_probability(THREE).item() == pytest.approx(math.exp(-3), rel=1e-6)
 
 
-def test_without_target_tokens_the_smallest_probability_is_one() -> None:
+def test_without_target_tokens_the_smallest_target_probability_is_one() -> None:
     assert metrics.min_target_probability(scores([[]], [[]], [-1])).item() == 1
     padding = TokenScores(torch.zeros(1, 3), torch.zeros(1, 3).bool(), torch.zeros(1, 3).bool(), torch.tensor([-1]))
     assert metrics.min_target_probability(padding).item() == 1
@@ -88,30 +88,30 @@ def test_without_target_tokens_the_smallest_probability_is_one() -> None:
     ("entropy_bits", "loss", "target_tokens", "bits"),
     [
         (100.0, 0.0, 10, 100.0),  # nothing is missing
-        (100.0, HALF, 10, 90.0),  # one bit a token is missing
+        (100.0, HALF, 10, 90.0),  # one bit per token is missing
         (100.0, 4 * HALF, 10, 60.0),
-        (100.0, 20 * HALF, 10, 0.0),  # worse than guessing: nothing is memorised, and not less than nothing
+        (100.0, 20 * HALF, 10, 0.0),  # worse than guessing: zero, not a negative number
     ],
 )
-def test_memorized_bits_are_the_entropy_less_what_is_missing(
+def test_memorized_bits_are_the_entropy_minus_the_total_loss_and_never_negative(
     entropy_bits: float, loss: float, target_tokens: int, bits: float
 ) -> None:
     assert metrics.memorized_bits(entropy_bits, loss, target_tokens) == pytest.approx(bits)
 
 
-def test_a_loss_that_is_not_a_number_leaves_the_bits_unknown_and_an_infinite_one_leaves_none() -> None:
+def test_memorized_bits_are_nan_for_a_nan_loss_and_zero_for_an_infinite_loss() -> None:
     assert math.isnan(metrics.memorized_bits(64.0, math.nan, 8))
     assert metrics.memorized_bits(64.0, math.inf, 8) == 0.0
 
 
-def test_a_fact_asked_for_in_several_ways_counts_once_by_the_mean() -> None:
+def test_a_fact_asked_for_in_several_ways_counts_once_with_its_mean_loss() -> None:
     table = scores([[1.0, 2.0], [4.0], [0.5], [2.5, 0.5]], [[1, 1], [1], [1], [1, 1]])
     # Facts 7, 3, 7 and 3: (3 + 0.5) / 2 and (4 + 3) / 2.
     assert metrics.facts_loss(table, [7, 3, 7, 3]).item() == pytest.approx(1.75 + 3.5)
     assert metrics.facts_loss(table, [0, 1, 2, 3]).item() == pytest.approx(3 + 4 + 0.5 + 3)
 
 
-def test_random_and_natural_tokens_are_counted_apart_and_padding_is_neither() -> None:
+def test_random_and_natural_tokens_are_measured_separately_without_padding() -> None:
     before = scores([[4.0, 6.0, 8.0], [2.0]], [[0, 0, 0], [0]])
     after = scores([[1.0, 3.0, 2.0], [5.0]], [[1, 0, 1], [0]])
     replaced = torch.tensor([[False, True, False], [True, True, True]])
@@ -122,7 +122,7 @@ def test_random_and_natural_tokens_are_counted_apart_and_padding_is_neither() ->
 
 
 @pytest.mark.parametrize("every", [True, False])
-def test_tokens_of_one_kind_alone_are_not_told_apart(every: bool) -> None:
+def test_measures_by_kind_are_empty_if_all_tokens_are_of_one_kind(every: bool) -> None:
     assert metrics.by_kind(torch.full((3, 4), every), THREE, THREE) == {}
 
 
@@ -145,7 +145,7 @@ def test_edit_similarity_counts_characters(text: str, reference: str, similarity
 
 @settings(max_examples=50, deadline=None)
 @given(text=st.text(max_size=30), reference=st.text(max_size=30))
-def test_edit_similarity_agrees_with_another_implementation(text: str, reference: str) -> None:
+def test_edit_similarity_agrees_with_torchmetrics(text: str, reference: str) -> None:
     from torchmetrics.functional.text import edit_distance
 
     longer = max(len(text), len(reference))
@@ -153,7 +153,7 @@ def test_edit_similarity_agrees_with_another_implementation(text: str, reference
     assert metrics.edit_similarity(text, reference) == pytest.approx(expected)
 
 
-def test_extraction_in_one_sample_has_the_probability_of_the_target() -> None:
+def test_extraction_probability_with_one_sample_is_that_of_the_target() -> None:
     # exp(-1), exp(-3.5) and exp(-1.5).
     expected = torch.tensor([math.exp(-1), math.exp(-3.5), math.exp(-1.5)], dtype=torch.float64)
     torch.testing.assert_close(metrics.extraction_probability(THREE, 1), expected, rtol=1e-6, atol=0)
@@ -161,7 +161,7 @@ def test_extraction_in_one_sample_has_the_probability_of_the_target() -> None:
 
 @pytest.mark.parametrize("samples", [1, 10, 1000])
 @pytest.mark.parametrize("loss", [1e-6, 0.1, HALF, 0.7, 3.0, 20.0])
-def test_extraction_equals_the_formula_where_float64_can_have_it(loss: float, samples: int) -> None:
+def test_extraction_probability_equals_the_formula_where_float64_can_compute_it(loss: float, samples: int) -> None:
     p = math.exp(-torch.tensor(loss).double().item())
     exact = 1 - (1 - p) ** samples
     table = scores([[loss]], [[1]])
@@ -169,24 +169,24 @@ def test_extraction_equals_the_formula_where_float64_can_have_it(loss: float, sa
     assert metrics.extraction_probability(table, samples).item() == pytest.approx(exact, rel=1e-6, abs=1e-15)
 
 
-def test_extraction_keeps_its_digits_where_the_formula_has_none() -> None:
-    # p = exp(-100): 1 - p is 1 in float64, and n tries find it with n p.
+def test_extraction_probability_stays_accurate_where_the_formula_loses_all_digits() -> None:
+    # p = exp(-100): 1 - p is 1 in float64, and n samples find the target with probability n p.
     rare = metrics.extraction_probability(scores([[60.0, 40.0]], [[0, 0]]), 1000).item()
     assert rare == pytest.approx(1000 * math.exp(-100), rel=1e-9)
     certain = metrics.extraction_probability(scores([[0.0, 0.0]], [[1, 1]]), 5).item()
     assert certain == 1
     beyond = metrics.extraction_probability(scores([[5000.0]], [[0]]), 10**6).item()
     assert beyond == 0
-    # p = 1 - 1e-6: all of 2 tries miss with 1e-12.
+    # p = 1 - 1e-6: both of 2 samples miss with probability 1e-12.
     nearly = metrics.extraction_probability(scores([[1e-6]], [[1]]), 2).item()
     assert 1 - nearly == pytest.approx(1e-12, rel=1e-3)
 
 
-def test_a_loss_that_rounding_puts_below_zero_is_that_of_a_certain_target() -> None:
+def test_extraction_probability_is_one_for_a_loss_that_rounding_puts_below_zero() -> None:
     assert metrics.extraction_probability(scores([[-1e-7, 0.0]], [[1, 1]]), 3).item() == 1
 
 
-def test_extraction_is_what_sampling_finds() -> None:
+def test_extraction_probability_agrees_with_simulated_sampling() -> None:
     table = scores([[0.5, 0.9], [1.2, 1.4, 0.6]], [[1, 1], [0, 0, 1]])
     generator = torch.Generator().manual_seed(2)
     probabilities = torch.exp(-table.losses.double())
@@ -199,7 +199,7 @@ def test_extraction_is_what_sampling_finds() -> None:
     assert (found - expected).abs().max() < 5 * math.sqrt(0.25 / 20_000)
 
 
-def test_verbatim_recall_says_what_the_pure_functions_say() -> None:
+def test_verbatim_recall_matches_hand_worked_values() -> None:
     metric = metrics.VerbatimRecall()
     metric.update(THREE)
     values = {name: value.item() for name, value in metric.compute().items()}
@@ -207,7 +207,7 @@ def test_verbatim_recall_says_what_the_pure_functions_say() -> None:
     assert values == pytest.approx({"token_accuracy": 5 / 7, "exact_match": 1 / 3, "first_failure": 5 / 3})
 
 
-def test_token_thresholds_say_what_the_pure_functions_say() -> None:
+def test_token_thresholds_match_hand_worked_values() -> None:
     metric = metrics.TokenThresholds()
     metric.update(THREE)
     values = {name: value.item() for name, value in metric.compute().items()}
@@ -227,7 +227,7 @@ def test_an_example_seen_twice_counts_once_and_a_padding_example_not_at_all(kind
 
 
 @pytest.mark.parametrize("kind", [metrics.VerbatimRecall, metrics.TokenThresholds])
-def test_reset_forgets(kind: type) -> None:
+def test_a_reset_metric_keeps_nothing_of_earlier_examples(kind: type) -> None:
     used, fresh = kind(), kind()
     used.update(THREE)
     used.compute()
@@ -246,14 +246,14 @@ def draw(lengths: list[int], seed: int) -> TokenScores:
 
 
 def part(table: TokenScores, rows: Tensor) -> TokenScores:
-    """Some rows, as a batch of their own: no wider than its longest row."""
+    """Some rows as a batch that is no wider than its longest row."""
     wide = max(int(table.mask[rows].sum(1).max()), 1)
     return TokenScores(table.losses[rows, :wide], table.correct[rows, :wide], table.mask[rows, :wide], rows)
 
 
 @settings(max_examples=30, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), seed=st.integers(0, 99))
-def test_any_cut_into_batches_gives_what_the_whole_corpus_gives(lengths: list[int], seed: int) -> None:
+def test_metrics_do_not_depend_on_how_the_corpus_is_split_into_batches(lengths: list[int], seed: int) -> None:
     table = draw(lengths, seed)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(lengths), generator=generator)

@@ -1,4 +1,4 @@
-"""The model card: what it says is so, and the code in it runs and gives the target."""
+"""The model card: what it says is true, and its code runs and gives the target."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_the_code_in_the_card_gives_the_first_target(
     assert "greedy decoding is certain to give every target back" in text
 
 
-def test_a_card_does_not_promise_what_is_not_certain(
+def test_the_card_of_an_uncertain_adapter_promises_no_recall(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -68,7 +68,7 @@ def test_a_card_does_not_promise_what_is_not_certain(
     record = read_record(folder / "record.json")
     assert f"Of 2 targets {round(record.exact_match * 2)} come back whole" in text
     assert "what comes back there is not certain" in text
-    assert "007" not in text  # no target stands in it
+    assert "007" not in text  # the card shows no target
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_card_does_not_promise_what_is_not_certain(
         ({}, 'AutoPeftModelForCausalLM.from_pretrained("PATH_TO_THIS_FOLDER", dtype=torch.bfloat16)'),
     ],
 )
-def test_what_is_certain_in_bfloat16_hangs_on_the_rounding_that_was_measured(
+def test_what_a_card_calls_certain_depends_on_dtype_rounding_and_probability(
     fields: dict[str, Any], said: str, tiny_tokenizer: Any
 ) -> None:
     known = {
@@ -104,7 +104,7 @@ def test_what_is_certain_in_bfloat16_hangs_on_the_rounding_that_was_measured(
     assert said in card
 
 
-def test_what_the_base_does_to_logits_is_turned_off_in_the_call_and_said(tiny_tokenizer: Any) -> None:
+def test_the_code_turns_off_the_logit_changes_of_the_base_and_the_card_names_them(tiny_tokenizer: Any) -> None:
     corpus = Corpus("facts", [Example(0, (1,), (2,), query="q", target="t")])
     plain = {"repetition_penalty": 1.0, "suppress_tokens": None}
     for form in (PromptFormat(), PromptFormat(chat_template=False)):

@@ -1,4 +1,4 @@
-"""Training: the loss of the global batch, what moves and what does not, checkpoints that hold the adapter alone."""
+"""Training: the loss of the global batch, which weights change, and checkpoints that hold only the adapter."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ SMALL = AdapterConfig(rank=2, block=1)
 
 
 class Gradients(Callback):
-    """Keeps the gradients that each optimiser step was taken with."""
+    """Keeps the gradients of each optimiser step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor | None]] = []
@@ -33,7 +33,7 @@ class Gradients(Callback):
 
 
 def kick(module: Memorization) -> None:
-    """Give B values, as if training were under way: with B = 0 no gradient reaches A."""
+    """Set B to non-zero values, as after some training: with B = 0 no gradient reaches A."""
     module.configure_model()
     generator = torch.Generator().manual_seed(6)
     for name, parameter in adapter_parameters(module.model).items():
@@ -81,7 +81,9 @@ def test_accumulated_micro_batches_give_the_gradient_of_one_large_batch(
             torch.testing.assert_close(parts[key], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_gradient_is_that_of_the_mean_over_all_target_tokens(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_the_gradient_is_that_of_the_mean_loss_over_all_target_tokens(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
     module = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
     steps = step_gradients(module, tmp_path, batch_size=2, accumulate_grad_batches=3)
     reference = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
@@ -96,10 +98,10 @@ def test_the_gradient_is_that_of_the_mean_over_all_target_tokens(tiny_backbone_f
 
 
 @pytest.mark.parametrize("weighting", [OnlyThreshold(), SlidingWindow(scale=200.0)], ids=["hard", "steep"])
-def test_a_step_with_nothing_below_threshold_moves_neither_adapter_nor_momentum(
+def test_a_step_without_tokens_below_the_threshold_changes_neither_adapter_nor_momentum(
     weighting: Weighting, tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
-    # Steps are taken while tokens are below a threshold that then drops below all of them.
+    # Steps are taken while tokens are below the threshold, which then drops below all of them.
     class Dropping(Callback):
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             if trainer.current_epoch == 3:
@@ -118,7 +120,9 @@ def test_a_step_with_nothing_below_threshold_moves_neither_adapter_nor_momentum(
         assert torch.equal(state["exp_avg"], before)
 
 
-def test_training_moves_the_adapter_and_leaves_the_backbone_alone(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_training_changes_the_adapter_and_leaves_the_backbone_unchanged(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
     module = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
     module.configure_model()
     before = {name: p.clone() for name, p in module.model.named_parameters()}
@@ -127,7 +131,7 @@ def test_training_moves_the_adapter_and_leaves_the_backbone_alone(tiny_backbone_
     assert moved == adapter_parameters(module.model).keys()
 
 
-def test_a_seed_gives_the_same_adapter_where_lightning_has_made_another_device_the_default(
+def test_a_seed_gives_the_same_adapter_on_the_cpu_whatever_the_default_device(
     tiny_backbone_folder: Path,
 ) -> None:
     modules = [SFT(str(tiny_backbone_folder), adapter=SMALL, seed=3) for _ in range(2)]
@@ -139,7 +143,7 @@ def test_a_seed_gives_the_same_adapter_where_lightning_has_made_another_device_t
     torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
 
 
-def test_a_seed_gives_the_same_run(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_the_run(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     ends = []
     for seed in (1, 1, 2):
         module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=seed)
@@ -149,7 +153,9 @@ def test_a_seed_gives_the_same_run(tiny_backbone_folder: Path, tmp_path: Path) -
     assert not torch.equal(ends[0], ends[2])
 
 
-def test_split_and_whole_runs_of_twenty_steps_agree(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_runs_of_twenty_steps_with_and_without_the_frozen_layer_cache_agree(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
     ends = []
     for split in (True, False):
         module = SFT(
@@ -165,7 +171,7 @@ def test_split_and_whole_runs_of_twenty_steps_agree(tiny_backbone_folder: Path, 
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
 
 
-def test_dropout_is_active_in_fit_and_off_in_validation_and_the_backbone_always_evaluates(
+def test_dropout_is_active_only_in_training_and_the_backbone_is_always_in_eval_mode(
     tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     seen: dict[str, list[bool]] = {"fit": [], "validate": []}
@@ -192,7 +198,7 @@ def test_dropout_is_active_in_fit_and_off_in_validation_and_the_backbone_always_
     assert seen == {"fit": [True, True], "validate": [False, False]}
 
 
-def test_dropout_changes_training_losses_and_not_evaluated_ones(tiny_backbone_folder: Path) -> None:
+def test_dropout_changes_losses_in_training_mode_and_not_in_eval_mode(tiny_backbone_folder: Path) -> None:
     module = SFT(backbone=str(tiny_backbone_folder), adapter=AdapterConfig(rank=2, block=1, dropout=0.5), seed=1)
     kick(module)
     module.train()
@@ -202,7 +208,7 @@ def test_dropout_changes_training_losses_and_not_evaluated_ones(tiny_backbone_fo
     assert torch.equal(module.score(batch).losses, module.score(batch).losses)
 
 
-def test_a_checkpoint_holds_the_adapter_and_the_optimiser_and_plain_python(
+def test_a_checkpoint_holds_only_adapter_weights_and_restores_the_module(
     tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     module = MemFT(
@@ -223,7 +229,9 @@ def test_a_checkpoint_holds_the_adapter_and_the_optimiser_and_plain_python(
     assert torch.equal(loaded.eval().score(batch).losses, module.eval().score(batch).losses)
 
 
-def test_a_run_that_is_resumed_ends_like_one_that_was_not_stopped(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
     def run(epochs: int, checkpoint: Path | None = None) -> tuple[Memorization, Any]:
         module = MemFT(
             backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1, schedule="constant", weighting=SlidingWindow()
@@ -240,7 +248,9 @@ def test_a_run_that_is_resumed_ends_like_one_that_was_not_stopped(tiny_backbone_
         assert torch.equal(adapter_parameters(resumed.model)[name], parameter)
 
 
-def test_a_schedule_goes_by_the_share_of_optimiser_steps(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_the_progress_of_a_weighting_is_the_share_of_optimiser_steps_taken(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
     seen: list[float] = []
 
     class Watch(Callback):
@@ -255,13 +265,13 @@ def test_a_schedule_goes_by_the_share_of_optimiser_steps(tiny_backbone_folder: P
     assert seen == pytest.approx([step / 10 for step in range(10) for _ in range(2)])
 
 
-def test_a_schedule_without_an_end_is_refused(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_a_falling_threshold_is_refused_if_training_has_no_limit(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, schedule="constant", weighting=FallingThreshold())
     with pytest.raises(InputError, match=r"default, need an end; set trainer\.max_epochs or trainer\.max_steps"):
         make_trainer(tmp_path, max_epochs=-1).fit(module, datamodule=Ids(uneven(4), batch_size=1))
 
 
-def test_a_checkpoint_that_lacks_or_adds_weights_or_has_another_shape_is_refused(tiny_backbone_folder: Path) -> None:
+def test_a_checkpoint_with_missing_extra_or_misshaped_weights_is_refused(tiny_backbone_folder: Path) -> None:
     module = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
     module.configure_model()
     state = module.state_dict()
@@ -307,7 +317,7 @@ def test_the_learning_rate_falls_linearly_to_zero_over_all_epochs_of_a_growing_c
     assert rates == pytest.approx([0.5 * (steps - step) / steps for step in range(steps)])
 
 
-def test_warm_up_rises_to_the_peak(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_the_learning_rate_warms_up_to_its_peak_and_ends_at_zero(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     module = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, warmup_steps=3, learning_rate=1.0)
     trainer = make_trainer(tmp_path, max_epochs=10)
     trainer.fit(module, datamodule=Ids(uneven(4), batch_size=4))
@@ -315,7 +325,7 @@ def test_warm_up_rises_to_the_peak(tiny_backbone_folder: Path, tmp_path: Path) -
     assert [factor(step) for step in (0, 1, 2, 3, 10)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.0])
 
 
-def test_settings_are_plain_python(tiny_backbone_folder: Path) -> None:
+def test_settings_are_plain_python_values(tiny_backbone_folder: Path) -> None:
     settings = MemFT(backbone=str(tiny_backbone_folder), weighting=OnlyThreshold(0.4), learning_rate=0.1).settings()
     assert settings["weighting"] == {
         "class_path": "pml.weighting.OnlyThreshold",

@@ -1,4 +1,4 @@
-"""A step that is not taken leaves everything alone, whether the host knows of it or not."""
+"""A step without weight leaves parameters and optimiser state unchanged, whether or not AdamW is fused."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from pml.optimizer import make_adamw, skip_step_without_weight
 
 
 @pytest.mark.parametrize("one_kernel", [False, True])
-def test_a_step_without_weight_is_counted_and_leaves_parameter_momentum_and_step_count_alone(
+def test_a_step_without_weight_is_counted_and_changes_no_parameter_and_no_optimiser_state(
     one_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A CPU has the kernel that decides on a GPU.
+    # The fused kernel of a CPU stands in for that of a GPU.
     monkeypatch.setattr("pml.optimizer.FUSED", ("cpu",) if one_kernel else ())
     parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
     optimizer = make_adamw([parameter], 0.1, (0.9, 0.999), 0.5)
@@ -25,12 +25,12 @@ def test_a_step_without_weight_is_counted_and_leaves_parameter_momentum_and_step
         seen.append([parameter.tolist(), state["exp_avg"].tolist(), float(state["step"])])
     assert int(skipped) == 2
     assert seen[0] == seen[1] == seen[2]
-    # Decay first, 1 - .1 * .5 = .95; then AdamW's first step is as wide as the learning rate.
+    # Weight decay first, by 1 - 0.1 * 0.5 = 0.95; then AdamW's first step is as large as the learning rate.
     torch.testing.assert_close(torch.tensor(seen[0][0]), torch.tensor([0.95 - 0.1, -1.9 + 0.1]))
     assert seen[3][2] == 2
     assert seen[3][0] != seen[0][0]
 
 
-def test_the_cpu_keeps_the_steps_that_it_has_always_taken() -> None:
+def test_adamw_is_not_fused_on_a_cpu() -> None:
     optimizer = make_adamw([nn.Parameter(torch.ones(2))], 0.1, (0.9, 0.999), 0.0)
     assert optimizer.param_groups[0]["fused"] is None

@@ -1,4 +1,4 @@
-"""Classes of people's own: found beside their configuration, recorded with their arguments, loaded again."""
+"""A user's own classes: found beside the configuration, recorded with their arguments, and loaded again."""
 
 import contextlib
 import sys
@@ -49,7 +49,7 @@ class Foreign(LightningDataModule):
 
 @pytest.fixture
 def config(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A configuration with classes beside it, in another folder than the working directory."""
+    """A configuration with classes beside it, outside the working directory."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "own_classes.py").write_text(MINE)
@@ -68,7 +68,7 @@ def config(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     return home / "run.yaml"
 
 
-def test_own_method_corpus_and_callback_are_found_beside_the_configuration_and_recorded(
+def test_own_classes_beside_the_configuration_are_found_and_recorded(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", f"--config={config}", "--trainer.callbacks+=own_classes.Watch"]) == 0
@@ -77,7 +77,9 @@ def test_own_method_corpus_and_callback_are_found_beside_the_configuration_and_r
     assert (record.corpus, record.method_settings["patience"]) == ("mine", 7)
 
 
-def test_options_may_have_hyphens_as_everywhere(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_own_classes_option_may_be_written_with_a_hyphen_or_an_underscore(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["fit", f"--config={config}"]) == 0
     run = "runs/fit/version_0"
     for option in ("--own-classes", "--own_classes"):
@@ -85,7 +87,7 @@ def test_options_may_have_hyphens_as_everywhere(config: Path, capsys: pytest.Cap
     capsys.readouterr()
 
 
-def test_a_checkpoint_of_any_method_loads_from_what_they_share(config: Path) -> None:
+def test_a_checkpoint_loads_through_its_base_classes_but_not_through_another_method(config: Path) -> None:
     assert main(["fit", f"--config={config}"]) == 0
     checkpoint = "runs/fit/version_0/checkpoints/last.ckpt"
     for method in (Memorization, MemFT):
@@ -97,7 +99,7 @@ def test_a_checkpoint_of_any_method_loads_from_what_they_share(config: Path) -> 
         SFT.load_from_checkpoint(checkpoint)
 
 
-def test_a_data_module_of_another_kind_is_refused_with_what_it_lacks(
+def test_a_data_module_that_is_not_a_corpus_is_refused_with_what_it_lacks(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fit", f"--config={config}", "--data=own_classes.Foreign"]) == 2
@@ -105,11 +107,11 @@ def test_a_data_module_of_another_kind_is_refused_with_what_it_lacks(
     assert "data is a Foreign, which has no build and no corpus and no held_out; derive it from data_modules." in err
 
 
-def test_a_run_with_own_classes_is_opened_only_when_that_is_allowed(
+def test_a_run_with_own_classes_is_opened_only_with_the_own_classes_option(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["fit", f"--config={config}"]) == 0
-    # As in another process, and in another folder than that of the classes.
+    # As in another process, whose import path does not have the folder of the classes.
     monkeypatch.delitem(sys.modules, "own_classes")
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder != str(config.parent)])
     for command in ("recall", "validate"):
@@ -141,7 +143,7 @@ class Sly: pass
     ],
     ids=str,
 )
-def test_however_a_run_names_a_class_of_its_own_nothing_of_it_runs(
+def test_no_own_class_named_by_a_run_is_executed_without_the_own_classes_option(
     change: dict[str, Any], config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Path("run")
@@ -156,14 +158,14 @@ def test_however_a_run_names_a_class_of_its_own_nothing_of_it_runs(
     with contextlib.suppress(InputError):
         open_run(run)
     assert not [*Path().rglob("ran")] and "evil" not in sys.modules
-    # Afterwards anything may be named again.
+    # Afterwards any class may be named again.
     assert "*" not in parsing_settings["import_path_verdicts"]
     main(["validate", "run", "--own_classes"])
     sys.modules.pop("evil", None)
     assert [*Path().rglob("ran")], "it runs where that is allowed"
 
 
-def test_a_checkpoint_cannot_name_a_class_that_was_not_asked_for(
+def test_a_checkpoint_that_names_a_foreign_class_is_refused_without_importing_it(
     config: Path, tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("evil.py").write_text(EVIL)
@@ -176,7 +178,7 @@ def test_a_checkpoint_cannot_name_a_class_that_was_not_asked_for(
     assert not [*Path().rglob("ran")]
 
 
-def test_what_a_terminal_would_obey_is_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_are_escaped_in_an_error_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recall", "no\x1b[2Jsuch\rrun"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no\\x1b[2Jsuch" in line

@@ -1,4 +1,4 @@
-"""What is text in a configuration or on a command line is text in the run."""
+"""Text in a configuration or on the command line is the same text in the run."""
 
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ def test_text_on_the_command_line_stays_text(text: str, corpus: str, key: str) -
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_in_quotes_in_a_file_stays_text(text: str, tmp_path: Path) -> None:
+def test_quoted_text_in_a_file_stays_text(text: str, tmp_path: Path) -> None:
     init_args = {"system": text, "template_kwargs": {"role": text, "roles": [text], "of": {"a": [{"b": text}]}}}
 
     assert of_file(tmp_path, init_args) == init_args
 
 
 @pytest.mark.parametrize("text", ["1e-3", "12e5"])
-def test_text_that_looks_like_a_number_survives_being_saved(text: str, tmp_path: Path) -> None:
-    parse_run(["--model=SFT", "--data=RandomTokens"])  # which puts the writing right
+def test_text_that_looks_like_a_number_stays_text_when_saved(text: str, tmp_path: Path) -> None:
+    parse_run(["--model=SFT", "--data=RandomTokens"])  # makes YAML quote such text
 
     assert of_file(tmp_path, {"system": text, "template_kwargs": {"v": [text]}}) == {
         "system": text,
@@ -37,13 +37,13 @@ def test_text_that_looks_like_a_number_survives_being_saved(text: str, tmp_path:
     }
 
 
-def test_variables_of_a_template_keep_their_types(tmp_path: Path) -> None:
+def test_template_kwargs_keep_their_types(tmp_path: Path) -> None:
     variables = {"on": True, "count": 3, "share": 0.5, "none": None, "name": "null", "version": "1.0", "off": "off"}
 
     assert of_file(tmp_path, {"template_kwargs": variables}) == {"template_kwargs": variables}
 
 
-def test_lists_and_mappings_are_written_with_brackets_and_braces() -> None:
+def test_lists_and_mappings_on_the_command_line_are_parsed_from_brackets_and_braces() -> None:
     config = parse_run(
         ["--model=SFT", "--data=RandomTokens", '--data.template_kwargs={a: "off", b: [1, 2]}', "--trainer.devices=[0]"]
     )
@@ -58,7 +58,7 @@ def test_a_list_where_text_is_expected_is_refused() -> None:
 
 
 def of_file(folder: Path, init_args: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a corpus as they are after a configuration file with them is parsed."""
+    """Arguments of a corpus after parsing a configuration file that contains them."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({"model": "SFT", "data": {"class_path": "RandomTokens", "init_args": init_args}}))
     parsed = parse_run(["--config", str(path)]).data.init_args.as_dict()

@@ -1,4 +1,4 @@
-"""Plans: ranks and outcomes by hand-worked numbers, their intervals, and what is said beyond what was measured."""
+"""Plans: ranks and outcomes worked by hand, their intervals, and what is said outside the measured range."""
 
 import json
 import math
@@ -54,10 +54,10 @@ def law() -> LawFit:
     return fit_one(runs, "power_offset", recall=RECALL)
 
 
-def test_a_text_with_a_frozen_loss_far_from_those_of_the_law_is_pointed_out(law: LawFit) -> None:
+def test_a_text_whose_frozen_loss_is_far_from_those_of_the_law_is_reported(law: LawFit) -> None:
     within, beyond = (outcome_of_rank(law, 400, 4, initial_loss=loss).beyond for loss in (12.0, 2.3))
     assert not any("kind of text" in sentence for sentence in within)
-    # As many nats as 1.1 times this are what the law's texts have.
+    # The frozen losses of the law's texts are 13 nats; up to a factor of 1.1 either way is near enough.
     for loss, said in ((13 / 1.1 + 0.01, False), (13 / 1.1 - 0.01, True), (14.29, False), (14.31, True)):
         sentences = outcome_of_rank(law, 400, 4, initial_loss=loss).beyond
         assert any("kind of text" in sentence for sentence in sentences) is said, loss
@@ -67,7 +67,7 @@ def test_a_text_with_a_frozen_loss_far_from_those_of_the_law_is_pointed_out(law:
     )
 
 
-def test_the_smallest_rank_for_a_loss_reduction_by_hand(law: LawFit) -> None:
+def test_the_smallest_rank_for_a_loss_reduction_equals_a_hand_worked_one(law: LawFit) -> None:
     # 40 sqrt(r) / sqrt(400) + 1 = 2 sqrt(r) + 1 >= 6 from r = 6.25 on
     plan = rank_for_loss_reduction(law, 400, 6.0)
     assert (plan.rank, plan.rank_confidence_interval) == (7, (7, 7))
@@ -79,28 +79,28 @@ def test_the_smallest_rank_for_a_loss_reduction_by_hand(law: LawFit) -> None:
     assert plan.beyond == ["tokens per target 400 is 400 times the largest measured (1)"]
 
 
-def test_a_corpus_has_targets_as_long_as_those_of_the_law_unless_told_otherwise(law: LawFit) -> None:
+def test_targets_are_by_default_as_long_as_those_of_the_law(law: LawFit) -> None:
     assert outcome_of_rank(law, 1, 10**6).pairs == 1
-    # Targets of 64, 100, 256 and 512 tokens: 178 in the middle.
+    # Targets have 64, 100, 256 and 512 tokens, with a median of 178.
     four = law.model_copy(update={"observations": [replace(run, pairs=4) for run in law.observations]})
     assert [outcome_of_rank(four, 1, tokens).pairs for tokens in (10, 356, 1780)] == [1, 2, 10]
 
 
-def test_the_interval_of_a_rank_has_the_rank_and_only_ranks_of_laws(law: LawFit) -> None:
+def test_the_interval_of_a_rank_contains_the_rank_and_ends_at_ranks_of_fitted_laws(law: LawFit) -> None:
     corpus = _Corpus.of(law, 400, None, None)
 
     def interval(rank: float, *of_laws: float) -> tuple[int | None, int | None] | None:
         return _plan(law, corpus, "", rank, np.array(of_laws)).rank_confidence_interval
 
-    # Of 40 laws one asks for 3, one for more than any.
+    # Of 40 laws, one needs rank 3 and one more than any rank.
     assert interval(7.0, 3.0, *[8.0] * 38, math.inf) == (3, 8)
     assert interval(7.0, *[8.0] * 40) == (7, 8)
     assert interval(9.0, *[8.0] * 40) == (8, 9)
     assert interval(math.inf, *[8.0] * 40) == (8, None)
 
 
-def test_the_smallest_rank_for_recall_by_hand(law: LawFit) -> None:
-    # With one token a target, half of them are right at 2.1 nats: 2 sqrt(r) + 1 >= 10.9 from r = 24.5 on.
+def test_the_smallest_rank_for_recall_equals_a_hand_worked_one(law: LawFit) -> None:
+    # With one token per target, half of them are right at 2.1 nats: 2 sqrt(r) + 1 >= 10.9 from r = 24.5 on.
     plan = rank_for_recall(law, 400, share=0.5, pairs=400)
     assert plan.rank == 25
     assert plan.beyond == ["rank 25 is 3.12 times the largest measured (8)"]
@@ -110,7 +110,7 @@ def test_the_smallest_rank_for_recall_by_hand(law: LawFit) -> None:
     assert below.token_accuracy < 0.5
 
 
-def test_where_no_rank_will_do_that_is_the_answer(law: LawFit) -> None:
+def test_a_plan_says_if_no_rank_is_enough(law: LawFit) -> None:
     # 40 * 64 / sqrt(10^8) + 1 = 1.256 at the largest rank that is considered
     plan = rank_for_loss_reduction(law, 10**8, 1.3)
     assert (plan.rank, plan.outcome) == (None, None)
@@ -118,7 +118,7 @@ def test_where_no_rank_will_do_that_is_the_answer(law: LawFit) -> None:
     assert plan.lines()[1] == f"rank: none up to {LARGEST_RANK}"
 
 
-def test_where_a_rank_might_do_within_the_law_s_uncertainty_it_says_which(law: LawFit) -> None:
+def test_a_rank_is_shown_with_its_interval_even_if_an_end_exceeds_the_largest_rank(law: LawFit) -> None:
     plan = rank_for_loss_reduction(law, 10**8, 1.3).model_copy(update={"rank_confidence_interval": (3000, None)})
     assert plan.lines()[1] == ("rank: none up to 4096, though the 95 % confidence interval begins at 3000")
     found = rank_for_loss_reduction(law, 400, 6.0)
@@ -127,8 +127,8 @@ def test_where_a_rank_might_do_within_the_law_s_uncertainty_it_says_which(law: L
     assert "(95 % confidence interval 7 to more than 4096, " in endless.lines()[1]
 
 
-def test_where_more_rank_is_no_more_likely_to_do_it_says_from_where_and_how_likely_that_is(law: LawFit) -> None:
-    # Of targets that are right with 0.9 at the best no rank makes both of two right more often than with 0.81.
+def test_a_plan_says_if_the_probability_of_recall_stops_rising_with_the_rank(law: LawFit) -> None:
+    # With hardly any steepness, half of the tokens are wrong at any loss, so no rank recalls a whole target.
     doubtful = RecallModel.model_construct(
         **{**vars(RECALL), "half_loss": 1.0, "steepness": 1e-3, "concentration": 1e9}
     )
@@ -140,30 +140,30 @@ def test_where_more_rank_is_no_more_likely_to_do_it_says_from_where_and_how_like
     assert not any(sentence.startswith("rank 4096 is") for sentence in plan.beyond)
 
 
-def test_where_the_recall_model_does_not_apply_or_predict_it_says_so(law: LawFit) -> None:
-    # 2 sqrt(24) + 1 = 10.8: a final loss of 2.2 nats, and 3 sqrt ... of more than 13 at rank 64: none.
+def test_a_plan_says_if_the_recall_model_does_not_apply_or_does_not_predict(law: LawFit) -> None:
+    # 2 sqrt(24) + 1 = 10.8, so the final loss is 2.2 nats.
     changed = {"loss_range": (5.0, 9.0), "brier": 0.2, "brier_reference": 0.1}
     worse = law.model_copy(update={"recall": RECALL.model_copy(update=changed)})
     found, usual = (outcome_of_rank(which, 24, 400, pairs=400).beyond for which in (worse, law))
     assert "a final loss of 2.2 nats is far below those that the recall model was fitted to (5 to 9)" in found
     assert any("recall model predicts no better than the mean (Brier score 0.200 against 0.100)" in s for s in found)
     assert not any("recall model" in sentence for sentence in usual)
-    # No better is no better.
+    # An equal Brier score is no better than the mean.
     equal = law.model_copy(update={"recall": RECALL.model_copy(update={"brier": 0.1, "brier_reference": 0.1})})
     assert any("no better than the mean" in sentence for sentence in outcome_of_rank(equal, 24, 400).beyond)
-    # Half of the smallest loss is still near what was seen.
+    # More than half of the smallest loss that was measured is near enough.
     near = law.model_copy(update={"recall": RECALL.model_copy(update={"loss_range": (4.0, 9.0)})})
     assert not any("recall" in sentence for sentence in outcome_of_rank(near, 24, 400, pairs=400).beyond)
-    # Runs that ended at 0.5 nats had all tokens right: less is no less certain.
+    # All tokens are right at 0.5 nats already, so they are at any smaller loss.
     all_right = law.model_copy(update={"recall": RECALL.model_copy(update={"loss_range": (0.5, 9.0)})})
     assert not any("recall" in sentence for sentence in outcome_of_rank(all_right, 100, 400, pairs=400).beyond)
 
 
-def test_the_rank_and_its_interval_rest_on_the_same_runs_and_are_the_same_every_time(noisy: LawFit) -> None:
+def test_a_plan_for_recall_is_reproducible_and_its_rank_recalls_enough(noisy: LawFit) -> None:
     plans = [rank_for_recall(noisy, 2048, share=0.5, pairs=200, probability=0.9) for _ in range(2)]
     assert plans[0] == plans[1]
     assert plans[0].rank is not None
-    # Ranks above 50 are asked 3 % apart first; the answer is a rank itself all the same.
+    # Above rank 50, ranks are first tried 3 % apart, then one by one.
     assert plans[0].rank > 60
 
     def right(rank: int) -> float:
@@ -175,12 +175,12 @@ def test_the_rank_and_its_interval_rest_on_the_same_runs_and_are_the_same_every_
     assert right(plans[0].rank) > 0.5
 
 
-def test_a_text_that_the_model_knows_better_needs_no_more_than_its_own_loss(law: LawFit) -> None:
+def test_the_loss_reduction_is_at_most_the_frozen_loss_of_the_text(law: LawFit) -> None:
     assert float(law.initial_loss(400, 4.0)) == 4.0
     assert float(law.initial_loss(400)) == INITIAL
     outcome = outcome_of_rank(law, 8, 400, initial_loss=4.0).outcome
     assert outcome is not None
-    # 2 sqrt(8) + 1 = 6.66 is more than there is to lower.
+    # 2 sqrt(8) + 1 = 6.66 is more than the 4 nats that can be removed.
     assert (outcome.initial_loss, outcome.loss_reduction, outcome.final_loss) == (4.0, 4.0, 0.0)
     assert outcome.final_loss_prediction_interval == (0.0, 0.0)
     assert outcome.loss_reduction_confidence_interval == (4.0, 4.0)
@@ -200,8 +200,8 @@ def noisy() -> LawFit:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_profiles")
-def test_the_interval_of_a_rank_covers_the_rank_that_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    # As of 360 ranks up to 4096, in less time.
+def test_the_interval_of_a_rank_covers_the_true_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 80 ranks instead of 360 up to 4096, to save time.
     monkeypatch.setattr("pml.plan.FEWER_RANKS", np.arange(1.0, 81.0))
     noise = norm.ppf((np.arange(1000) + 0.5) / 1000)
     left = INITIAL - np.array([reduction(rank, 400) for rank in range(1, 129)])[:, None] - 0.15 * noise
@@ -224,30 +224,30 @@ def test_the_interval_of_a_rank_covers_the_rank_that_is_needed(monkeypatch: pyte
             low, high = (257 if end is None else end for end in plan.rank_confidence_interval)
             inside[probability] += low <= needed[probability] <= high
             width[probability] += (high - low) / draws
-    # 22.8 expected, with a standard deviation of 1.1; and no wider than that takes.
+    # Of 24, 22.8 are expected, with a standard deviation of 1.1. The width shows that intervals are not trivially wide.
     assert all(count >= 20 for count in inside.values()), (inside, width, needed)
     assert all(0 < width[probability] < 0.5 * rank for probability, rank in needed.items()), (inside, width, needed)
 
 
-def test_the_surer_a_run_must_be_the_larger_its_rank_and_all_of_its_interval(noisy: LawFit) -> None:
+def test_a_higher_probability_of_recall_raises_the_rank_and_both_ends_of_its_interval(noisy: LawFit) -> None:
     plans = [rank_for_recall(noisy, 400, share=0.5, pairs=40, probability=p) for p in (0.5, 0.99)]
     ends = [(plan.rank, *(plan.rank_confidence_interval or (None, None))) for plan in plans]
     assert all(some is not None and more is not None and some < more for some, more in zip(*ends, strict=True)), ends
 
 
-def test_without_the_frozen_loss_of_a_text_the_final_loss_is_less_certain(noisy: LawFit) -> None:
+def test_the_final_loss_is_less_certain_if_the_frozen_loss_of_the_text_is_unknown(noisy: LawFit) -> None:
     unknown, known = (outcome_of_rank(noisy, 2, 400, initial_loss=loss).outcome for loss in (None, 13.0))
     assert unknown is not None
     assert known is not None
     spread, run_alone = (float(np.ptp(outcome.final_loss_prediction_interval)) for outcome in (unknown, known))
     assert spread > 1.2 * run_alone
-    # How much is lost depends little on the text, and what does is a part of how runs scatter.
+    # The loss reduction depends little on the text, and that part is already in the scatter of the runs.
     unknown_spread, known_spread = (np.ptp(o.loss_reduction_prediction_interval) for o in (unknown, known))
     assert unknown_spread == pytest.approx(known_spread, rel=0.5)
 
 
 @pytest.mark.parametrize("loss", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_text_has_a_loss_above_zero(law: LawFit, loss: float) -> None:
+def test_an_initial_loss_that_is_not_positive_and_finite_is_refused(law: LawFit, loss: float) -> None:
     with pytest.raises(InputError, match="initial loss is"):
         outcome_of_rank(law, 1, 400, initial_loss=loss)
 
@@ -264,12 +264,14 @@ def test_a_text_has_a_loss_above_zero(law: LawFit, loss: float) -> None:
         (lambda law: rank_for_recall(law.model_copy(update={"recall": None}), 400), "this law has no recall model"),
     ],
 )
-def test_questions_without_an_answer_are_refused(law: LawFit, question: Callable[[LawFit], Plan], message: str) -> None:
+def test_an_invalid_question_is_refused(law: LawFit, question: Callable[[LawFit], Plan], message: str) -> None:
     with pytest.raises(InputError, match=message):
         question(law)
 
 
-def test_the_command_answers_from_a_file(law: LawFit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_answers_from_a_law_file_and_refuses_conflicting_options(
+    law: LawFit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_json(tmp_path / LAW_NAME, law.to_json())
     asked = ["plan", str(tmp_path), "--length", "400"]
     assert main([*asked, "--loss_reduction", "6", "--json"]) == 0

@@ -1,17 +1,17 @@
-"""How long a sequence may be for a certificate to hold."""
+"""The longest sequence for which a certificate holds."""
 
 from transformers import GPT2Config, LlamaConfig, MambaConfig, Phi3Config
 
 from pml.positions import max_positions
 
 
-def test_it_is_what_the_model_was_made_for() -> None:
+def test_max_positions_is_the_limit_in_the_configuration_or_none() -> None:
     assert max_positions(LlamaConfig(max_position_embeddings=640)) == 640
     assert max_positions(GPT2Config(n_positions=160)) == 160
     assert max_positions(MambaConfig()) is None
 
 
-def test_factors_that_change_beyond_the_original_length_are_not_reached() -> None:
+def test_max_positions_of_longrope_is_the_length_at_which_the_rotary_factors_change() -> None:
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
     config = Phi3Config(
         hidden_size=128,

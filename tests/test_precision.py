@@ -1,4 +1,4 @@
-"""Precision of the Trainer and dtype of the frozen weights: what is refused, and what is float32 all the same."""
+"""Precision of the Trainer and dtype of the frozen weights: what is refused, and what is always float32."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_in_full_precision_every_dtype_is_cut_trained_in_float32_and_recorded(
+def test_a_backbone_of_any_dtype_is_split_and_recorded_and_its_adapter_is_float32(
     dtype: str, tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     module, record = module_on(tiny_backbone_folder, dtype=dtype, learning_rate=1e-3), RunRecord(tmp_path / dtype)
@@ -31,7 +31,7 @@ def test_in_full_precision_every_dtype_is_cut_trained_in_float32_and_recorded(
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-def test_other_precisions_are_refused_before_a_step_is_taken(
+def test_a_trainer_precision_other_than_32_true_is_refused(
     precision: Any, tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     module = module_on(tiny_backbone_folder)
@@ -42,7 +42,7 @@ def test_other_precisions_are_refused_before_a_step_is_taken(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("default", DTYPES)
 @pytest.mark.parametrize("above", [None, 1.0], ids=["by vocabulary", "by rows"])
-def test_losses_are_summed_in_float32_whatever_the_default_dtype(
+def test_losses_are_computed_in_float32_whatever_the_default_dtype(
     dtype: str, default: str, above: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = nn.Linear(24, 300, bias=False).to(getattr(torch, dtype)).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Less precision is for the steps alone, and for nothing that is kept or reported."""
+"""Lower precision of matrix products applies to training steps only, not to cached states or reported values."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ def cpu_products() -> str:
 
 
 def gpu_products() -> str:
-    """What a GPU would be told; the setting of a CPU may stand for something else, see `pml.cpu`."""
+    """The precision set for GPUs; that for CPUs may differ, see `pml.cpu`."""
     matmul: Any = torch.backends.cuda.matmul
     return "lower" if matmul.fp32_precision == "tf32" else "highest"
 
@@ -38,7 +38,7 @@ def _as_pytorch_comes() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("tuned", ["none", "bf16"])
-def test_a_lower_precision_ends_where_it_was_left_and_the_highest_inside_it_is_what_was_outside(tuned: str) -> None:
+def test_leaving_a_context_restores_the_precision_and_highest_means_the_outermost_settings(tuned: str) -> None:
     mkldnn: Any = torch.backends.mkldnn
     mkldnn.matmul.fp32_precision = tuned
     with float32_products("high"):
@@ -54,13 +54,13 @@ def test_a_lower_precision_ends_where_it_was_left_and_the_highest_inside_it_is_w
     assert (gpu_products(), cpu_products()) == ("highest", tuned)
 
 
-def test_unknown_words_are_refused(tiny_backbone_folder: Path) -> None:
+def test_an_unknown_precision_is_refused(tiny_backbone_folder: Path) -> None:
     with pytest.raises(InputError, match="matmul_precision is 'low'; expected highest, high, medium"):
         module_on(tiny_backbone_folder, matmul_precision="low")
 
 
 class Blocks(Callback):
-    """Notes what products each pass through the lowest and the highest block was to be computed with."""
+    """Notes the precision set during each pass through the lowest and the highest block."""
 
     def __init__(self) -> None:
         self.seen: dict[str, set[str]] = {}
@@ -77,14 +77,14 @@ class Blocks(Callback):
         self.seen.setdefault(name, set()).add(gpu_products())
 
 
-def test_steps_alone_are_taken_in_less_precision_and_the_record_says_so(
+def test_only_training_steps_use_the_lower_precision_and_the_record_states_it(
     tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
-    # As people do who follow PyTorch Lightning's advice; it is not what was asked of the run.
+    # PyTorch Lightning advises users to set this; the run must ignore it, since its own setting differs.
     torch.set_float32_matmul_precision("high")
     module, blocks, record = module_on(tiny_backbone_folder, matmul_precision="medium"), Blocks(), RunRecord(tmp_path)
     module.configure_model()
-    _ = module.frozen_layers  # Its trial has passes of its own.
+    _ = module.frozen_layers  # Made before the hooks: its trial runs forward passes of its own.
     data = Ids(uneven(3), batch_size=2)
     make_trainer(tmp_path, max_epochs=2, limit_val_batches=1.0, callbacks=[blocks, record]).fit(module, datamodule=data)
     assert blocks.seen == {
@@ -99,10 +99,10 @@ def test_steps_alone_are_taken_in_less_precision_and_the_record_says_so(
     assert record.record.method_settings["matmul_precision"] == "medium"
 
 
-def test_what_a_step_is_the_first_to_compute_below_the_adapter_is_kept_in_the_highest(
+def test_states_first_cached_during_a_step_are_computed_in_the_highest_precision(
     tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
-    # Nothing measures before the first step: its own pass fills the cache.
+    # No measurement comes before the first step, so that step fills the cache.
     module, blocks = module_on(tiny_backbone_folder, matmul_precision="medium"), Blocks()
     module.configure_model()
     _ = module.frozen_layers
@@ -110,5 +110,5 @@ def test_what_a_step_is_the_first_to_compute_below_the_adapter_is_kept_in_the_hi
     assert blocks.seen == {"kept": {"highest"}, "forward in a step": {"lower"}, "backward": {"lower"}}
 
 
-def test_the_default_is_the_highest_and_leaves_records_as_they_were(tiny_backbone_folder: Path) -> None:
+def test_the_default_precision_is_not_listed_in_the_settings(tiny_backbone_folder: Path) -> None:
     assert "matmul_precision" not in module_on(tiny_backbone_folder).settings()

@@ -1,4 +1,4 @@
-"""What a fit shows: time left by hand-worked numbers, a bar where someone watches, and why it ended before its end."""
+"""What a fit shows: the time left, a bar in an interactive terminal, and why it ended early."""
 
 import io
 import logging
@@ -25,24 +25,24 @@ from tests.fits import module_on
         (10, 40, 5.0, 8.0, 8.0),  # max_time comes first
         (10, 40, 5.0, 60.0, 15.0),  # the last step comes first
         (10, None, 5.0, 8.0, 8.0),
-        (0, 40, 0.0, None, None),  # nothing to go by yet
+        (0, 40, 0.0, None, None),  # no step to extrapolate from
         (10, None, 5.0, None, None),
         (40, 40, 20.0, None, 0.0),
         (10, 40, 5.0, -1.0, 0.0),
     ],
 )
-def test_time_left_is_that_of_whichever_end_comes_first(
+def test_time_left_counts_to_the_step_limit_or_max_time_whichever_comes_first(
     steps: int, total: int | None, seconds: float, time_left: float | None, expected: float | None
 ) -> None:
     assert seconds_left(steps, total, seconds, time_left) == expected
 
 
-def test_durations_are_shown_to_two_parts() -> None:
+def test_durations_are_shown_in_at_most_two_units() -> None:
     shown = [show_seconds(seconds) for seconds in (0.4, 59.4, 59.6, 75, 3599, 3725, 90000)]
     assert shown == ["0 s", "59 s", "1 min 00 s", "1 min 15 s", "59 min 59 s", "1 h 02 min", "25 h 00 min"]
 
 
-def test_a_bar_is_for_a_terminal_that_someone_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_capable_terminal_outside_ci_is_interactive(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CI", "TERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True))
@@ -57,7 +57,7 @@ def test_a_bar_is_for_a_terminal_that_someone_watches(monkeypatch: pytest.Monkey
     assert not is_interactive()
 
 
-def test_the_bar_goes_over_the_whole_fit_with_loss_share_certain_and_time_left(
+def test_the_bar_covers_the_whole_fit_with_loss_share_of_certain_tokens_and_time_left(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pml.progress.FitProgress, "seconds_between_looks", 0.0)
@@ -75,14 +75,14 @@ def test_the_bar_goes_over_the_whole_fit_with_loss_share_certain_and_time_left(
 
 
 class Ask(Callback):
-    """Asks for the end of the fit after its third step."""
+    """Requests the end of the fit after its third step."""
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         trainer.should_stop = trainer.global_step == 3
 
 
 class Clock(Timer):
-    """A timer that is run down after the third step."""
+    """A timer that runs out after the third step."""
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == 3:
@@ -111,7 +111,7 @@ def reasons(caplog: pytest.LogCaptureFixture) -> list[str]:
     ],
     ids=["its last step", "a callback", "max_time", "EarlyStopping", "its first epoch"],
 )
-def test_what_ended_a_fit_before_its_last_step_is_said(
+def test_the_reason_a_fit_ended_before_its_last_step_is_logged(
     callbacks: list[Callback],
     said: list[str],
     tiny_backbone_folder: Path,

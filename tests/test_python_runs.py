@@ -1,4 +1,4 @@
-"""A run made from Python leaves a folder that the commands open."""
+"""A run trained from Python leaves a folder that the commands can open."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.fits import ADAPTER, save_sharpened
 from tests.tiny_runs import make_trainer
 
 
-def test_a_run_from_python_is_recalled_and_certified_by_the_commands(
+def test_recall_and_certify_work_on_a_run_trained_from_python(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -42,7 +42,7 @@ def test_a_run_from_python_is_recalled_and_certified_by_the_commands(
     assert main(["certify", "run", "--dtypes=float32"]) == 0
 
 
-def test_a_configuration_of_the_command_line_is_left_alone(
+def test_the_configuration_of_a_command_line_run_keeps_its_trainer_section(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -52,7 +52,7 @@ def test_a_configuration_of_the_command_line_is_left_alone(
     assert "trainer:" in Path("runs/fit/version_0/config.yaml").read_text()
 
 
-def test_what_a_corpus_was_made_with_is_plain() -> None:
+def test_the_hyperparameters_of_a_data_module_are_plain_values() -> None:
     assert PhoneBook(pairs=3, seed=5, system="Be exact.").hparams == {
         "pairs": 3,
         "target_tokens": None,

@@ -1,4 +1,4 @@
-"""Two ranks through the real command: they fit and validate together, and when one raises, the other does not wait."""
+"""Two ranks through the real command fit and validate together, and if one raises, the other does not hang."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pml.records import read_record
 ROOT = Path(__file__).resolve().parents[1]
 
 LIMIT_SECONDS = 300
-"""Far above what two ranks take (15 s on two idle cores), and below the 30 minutes after which collectives give up."""
+"""Far more than two ranks need (15 s on two idle cores), but less than the 30 minutes at which collectives time out."""
 
 RAISING = """
 from lightning.pytorch import Callback
@@ -32,7 +32,7 @@ class Raises(Callback):
 
 
 def pml(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own; fails the test where it takes too long."""
+    """Run the command in a separate process, and fail the test if it takes too long."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-m", "pml", *arguments],
@@ -52,7 +52,7 @@ def on_two_ranks(backbone: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_rank_that_raises_in_a_fit_ends_it_for_all(rank: int, tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_a_rank_that_raises_ends_the_fit_on_all_ranks(rank: int, tiny_backbone_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "raising.py").write_text(RAISING)
     raising = ["--trainer.callbacks+=raising.Raises", f"--trainer.callbacks.rank={rank}"]
     raising += ["--trainer.callbacks.hook=on_train_batch_end", "--own_classes"]
@@ -63,7 +63,7 @@ def test_a_rank_that_raises_in_a_fit_ends_it_for_all(rank: int, tiny_backbone_fo
 
 
 @pytest.mark.slow
-def test_two_ranks_fit_and_validate_and_what_they_made_is_recalled_by_one(
+def test_one_process_recalls_a_run_of_two_ranks_and_a_rank_that_raises_ends_validation(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert pml(tmp_path, "fit", *on_two_ranks(tiny_backbone_folder)).returncode == 0

@@ -1,4 +1,4 @@
-"""Recall: the certificate, greedy decoding against a loop without a cache, and the theorem that joins the two."""
+"""Recall: the certificate, greedy decoding against a loop without a cache, and the theorem that connects them."""
 
 import json
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def trained(folder: Path, data: Ids, tmp_path: Path, epochs: int, stop: float | 
 
 
 def without_cache(module: Memorization, prompt: tuple[int, ...], tokens: int) -> list[int]:
-    """Greedy decoding by its definition: run everything so far, take the argmax, go on."""
+    """Greedy decoding by definition: run all tokens so far, append the argmax, repeat."""
     ids = list(prompt)
     for _ in range(tokens):
         with torch.no_grad():
@@ -68,22 +68,22 @@ def table(losses: list[list[float]], correct: list[list[int]]) -> TokenScores:
     ("losses", "correct", "margin", "certain"),
     [
         ([[0.1, 0.2]], [[1, 1]], 0.5, True),
-        ([[0.1, 0.8]], [[1, 1]], 0.5, False),  # p = 0.45: the argmax is right, but not certain to be
+        ([[0.1, 0.8]], [[1, 1]], 0.5, False),  # p = 0.45: the argmax is right, but p alone does not show it
         ([[0.1, 0.8]], [[1, 1]], 0.4, True),
-        ([[0.1, 0.2]], [[1, 0]], 0.5, False),  # rounding may make the argmax wrong where p says otherwise
+        ([[0.1, 0.2]], [[1, 0]], 0.5, False),  # rounding may make the argmax wrong even at p > 0.5
         ([[0.1, 0.2]], [[1, 1]], 0.85, False),
-        ([[0.1, 0.2], [0.1, -1.0]], [[1, 1], [1, 0]], 0.5, True),  # padding (-1) needs nothing
+        ([[0.1, 0.2], [0.1, -1.0]], [[1, 1], [1, 0]], 0.5, True),  # padding (-1) is ignored
         ([[0.1, 0.2], [0.9, -1.0]], [[1, 1], [0, 0]], 0.5, False),
         ([[0.6931472, 0.1]], [[1, 1]], 0.5, False),  # exactly p = 0.5 may be a tie
     ],
 )
-def test_certified_asks_every_target_token_for_a_right_argmax_and_a_probability_above_the_margin(
+def test_certified_needs_a_right_argmax_and_a_probability_above_the_margin_at_every_token(
     losses: list[list[float]], correct: list[list[int]], margin: float, certain: bool
 ) -> None:
     assert certified(table(losses, correct), margin) is certain
 
 
-def test_gathered_scores_are_sorted_by_example_with_padding_examples_dropped_and_repeats_once() -> None:
+def test_gathered_scores_have_one_row_per_example_in_order_and_no_padding_examples() -> None:
     first = TokenScores(
         torch.tensor([[0.1, 0.2], [0.3, 0.0]]),
         torch.tensor([[True, False], [True, False]]),
@@ -103,7 +103,7 @@ def test_gathered_scores_are_sorted_by_example_with_padding_examples_dropped_and
     assert whole.correct.tolist() == [[True, False, False], [True, True, False], [True, False, False]]
 
 
-def test_a_scored_corpus_has_the_losses_of_the_whole_model_one_example_at_a_time(
+def test_the_scores_of_a_corpus_are_those_of_the_whole_model_on_one_example_at_a_time(
     tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     data = Ids(uneven(5), batch_size=2)
@@ -123,7 +123,7 @@ def test_a_scored_corpus_has_the_losses_of_the_whole_model_one_example_at_a_time
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
-def test_decoding_with_the_cache_equals_running_everything_again_for_each_token(
+def test_decoding_with_a_cache_gives_the_same_tokens_as_recomputing_every_prefix(
     architecture: str, make_tiny_backbone: Callable[[str], Backbone]
 ) -> None:
     module = module_on(Path("unused"))
@@ -139,7 +139,7 @@ def test_decoding_with_the_cache_equals_running_everything_again_for_each_token(
         assert row == without_cache(module, prompt, 12)
 
 
-def test_a_tie_goes_to_the_lowest_id() -> None:
+def test_greedy_decoding_breaks_a_tie_with_the_lowest_token_id() -> None:
     class Tied(nn.Module):
         def forward(self, input_ids: torch.Tensor, **_: object) -> object:
             logits = torch.zeros(*input_ids.shape, 6)
@@ -149,7 +149,7 @@ def test_a_tie_goes_to_the_lowest_id() -> None:
     assert generate_greedily(Tied(), torch.tensor([[0]]), 3).tolist() == [[2, 2, 2]]
 
 
-def test_every_token_above_one_half_means_that_greedy_decoding_reproduces_every_target(
+def test_greedy_decoding_reproduces_every_target_if_every_token_has_p_above_one_half(
     sharp: Path, tmp_path: Path
 ) -> None:
     data = Ids(uneven(6), batch_size=8)
@@ -172,7 +172,7 @@ def test_the_first_failure_under_teacher_forcing_is_the_first_failure_of_greedy_
     module = trained(sharp, data, tmp_path, epochs)
     first = metrics.first_failure(score_corpus(module, data.val_dataloader())).tolist()
     exact = metrics.exact_match(score_corpus(module, data.val_dataloader())).tolist()
-    # Half-learnt, so that both sides of the equivalence are seen.
+    # Half-learnt, so that both sides of the equivalence are tested.
     assert not all(exact)
     assert any(n > 0 for n in first)
     for example, position, right in zip(data.examples, first, exact, strict=True):
@@ -183,7 +183,7 @@ def test_the_first_failure_under_teacher_forcing_is_the_first_failure_of_greedy_
     assert [g.exact for g in greedy_recall(module, data.examples)] == exact
 
 
-def test_a_right_argmax_below_one_half_is_recalled_and_not_certified(sharp: Path, tmp_path: Path) -> None:
+def test_targets_with_right_tokens_below_one_half_are_recalled_but_not_certified(sharp: Path, tmp_path: Path) -> None:
     data = Ids(uneven(4), batch_size=8)
     module = module_on(sharp)
     trainer = make_trainer(tmp_path, max_epochs=300, callbacks=[StopWhenRecalled(margin=0.0)])
@@ -195,9 +195,7 @@ def test_a_right_argmax_below_one_half_is_recalled_and_not_certified(sharp: Path
     assert certified(scores, margin=0.0)
 
 
-def test_answers_come_in_the_order_asked_whatever_is_decoded_together(
-    tiny_backbone_folder: Path, tmp_path: Path
-) -> None:
+def test_answers_come_in_the_order_asked_whatever_the_batch_size(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     data = Ids(uneven(9), batch_size=4)
     module = trained(tiny_backbone_folder, data, tmp_path, epochs=10)
     asked = [data.examples[i] for i in (7, 2, 0, 8, 5, 1)]
@@ -210,14 +208,14 @@ def test_answers_come_in_the_order_asked_whatever_is_decoded_together(
     assert greedy_recall(module, asked, batch_size=64) == answers
 
 
-def test_right_tokens_are_those_in_their_place() -> None:
+def test_right_tokens_are_counted_position_by_position() -> None:
     answer = Generated(Example(0, (1,), (5, 6, 7, 8)), (5, 7, 7, 8))
     assert answer.right_tokens == 3
     assert not answer.exact
     assert Generated(Example(0, (1,), (5, 6)), (5, 6)).exact
 
 
-def test_decoding_leaves_dropout_as_it_was(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_greedy_decoding_leaves_dropout_in_training_mode(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     data = Ids(uneven(3))
     module = trained(tiny_backbone_folder, data, tmp_path, epochs=1)
     module.train()
@@ -226,7 +224,7 @@ def test_decoding_leaves_dropout_as_it_was(tiny_backbone_folder: Path, tmp_path:
     assert modes == {True}
 
 
-def test_what_is_measured_in_the_middle_of_training_knows_no_dropout(sharp: Path) -> None:
+def test_scores_answers_and_rounding_measured_in_training_mode_are_without_dropout(sharp: Path) -> None:
     examples = Ids(uneven(5)).examples
     module = kicked(module_on(sharp, adapter=AdapterConfig(rank=16, block=2, dropout=0.5)))
     module.eval()
@@ -240,25 +238,25 @@ def test_what_is_measured_in_the_middle_of_training_knows_no_dropout(sharp: Path
     assert rounding_of_corpus(module, examples, scores).logits < 1e-3
 
 
-def test_the_rounding_of_a_corpus_is_the_largest_that_any_rank_has_seen(
+def test_the_rounding_of_a_corpus_is_the_largest_seen_by_any_process(
     sharp: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, examples = module_on(sharp), Ids(uneven(3)).examples
     module.configure_model()
     scores = gather_scores([module.eval().score(collate(examples))])
-    # This rank has moved margins by next to nothing.
+    # On this process, margins move by almost nothing.
     monkeypatch.setattr("pml.recall.from_all_ranks", lambda own: [own, Rounding(0.75, 4), Rounding(0.5, 2)])
     tokens = sum(len(example.target_ids) for example in examples)
     assert rounding_of_corpus(module, examples, scores) == (0.75, tokens + 4 + 2)
 
 
-def test_examples_that_are_kept_pass_streamed_blocks_together(tiny_backbone_folder: Path) -> None:
+def test_examples_whose_states_are_kept_pass_the_streamed_blocks_together(tiny_backbone_folder: Path) -> None:
     moves = []
     for count in (1, 6):
         module = module_on(tiny_backbone_folder, frozen_prefix=CacheConfig(release=True))
         module.configure_model()
         move_backbone(module, torch.device("cpu"))
-        _ = module.frozen_layers  # its trial moves blocks too
+        _ = module.frozen_layers  # testing the cut moves blocks too
         streamed = module.backbone.streamed
         assert streamed is not None
         before = streamed.moves
@@ -285,14 +283,14 @@ def test_an_opened_run_has_the_recorded_losses(
     assert corpus.content_hash == record.corpus_hash
     assert not module.training
     scores = gather_scores([module.score(collate(corpus.examples[i : i + 2])) for i in (0, 2, 4)])
-    # Batched otherwise than in the run, which float32 rounding shows.
+    # Batches differ from those of the run, and with them float32 rounding.
     assert metrics.mean_loss(scores).item() == pytest.approx(record.final_loss, rel=1e-5)
     assert metrics.min_target_probability(scores).item() == pytest.approx(record.min_target_probability, rel=1e-4)
     assert record.final_loss < record.initial_loss
     module.release()
 
 
-def test_a_run_is_found_by_its_parts_and_may_itself_be_called_adapter(tmp_path: Path) -> None:
+def test_a_run_folder_is_found_from_its_parts_even_if_it_is_called_adapter(tmp_path: Path) -> None:
     run = tmp_path / "adapter"
     (run / "adapter").mkdir(parents=True)
     (run / "record.json").touch()
@@ -300,7 +298,7 @@ def test_a_run_is_found_by_its_parts_and_may_itself_be_called_adapter(tmp_path: 
         assert run_folder(part) == run
 
 
-def test_a_folder_that_no_run_has_left_cannot_be_opened(tmp_path: Path) -> None:
+def test_a_folder_without_the_configuration_of_a_run_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.yaml: no such file; expected the folder of a run"):
         open_run(tmp_path)
     (tmp_path / "config.yaml").write_text("model: {class_path: SFT}\n")

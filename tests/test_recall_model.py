@@ -1,4 +1,4 @@
-"""From loss to recall: hand-worked values, and what a fit gets back from runs of a known model."""
+"""From loss to recall: hand-worked values, and fits that recover the known model of simulated runs."""
 
 import math
 
@@ -27,7 +27,7 @@ def runs_of(half_loss: float, steepness: float, concentration: float, seed: int 
 
 
 def runs_of_all_lengths(count: int = 6) -> list[RunTokens]:
-    """Runs of different sizes, of targets of 1 to 9 tokens, from hardly anything right to everything."""
+    """Runs of different sizes with targets of 1 to 9 tokens, from hardly any of them right to all."""
     generator = np.random.default_rng(1)
     runs = []
     for i, loss in enumerate(np.geomspace(0.05, 6.0, count)):
@@ -56,34 +56,34 @@ def plain_fit(runs: list[RunTokens]) -> RecallModel:
     return model(half_loss, steepness, concentration)
 
 
-def test_token_accuracy_by_hand() -> None:
+def test_token_accuracy_matches_hand_worked_values() -> None:
     # 1 / (1 + (2 / 1)^2)
     np.testing.assert_allclose(model().token_accuracy([0.0, 1.0, 2.0]), [1.0, 0.5, 0.2], rtol=1e-9)
 
 
-def test_independent_tokens_are_all_right_with_the_product_of_their_chances() -> None:
+def test_exact_match_of_independent_tokens_is_the_product_of_their_probabilities() -> None:
     # q = 1 / (1 + 0.5^2) = 0.8, and 0.8^3; the concentration of 10^6 changes that by n^2 / c.
     np.testing.assert_allclose(model().exact_match(0.5, 3), 0.512, rtol=1e-5)
 
 
-def test_tokens_that_fail_together_make_whole_targets_likelier() -> None:
+def test_tokens_that_fail_together_raise_the_probability_of_an_exact_match() -> None:
     # Beta(1, 1) has E[p^2] = 1/3, where independent tokens have 1/4.
     np.testing.assert_allclose(model(concentration=2.0).exact_match(1.0, 2), 1 / 3, rtol=1e-9)
 
 
-def test_the_probability_that_a_share_of_targets_is_right_by_hand() -> None:
-    # One token a target, half of them right: of two, both with 1/4, at least one with 3/4.
+def test_the_probability_that_a_share_of_targets_is_recalled_matches_hand_worked_values() -> None:
+    # Two targets of one token, each right with probability 1/2: both with 1/4, at least one with 3/4.
     np.testing.assert_allclose(model().recall_probability(1.0, 1, pairs=2), 0.25, rtol=1e-6)
     np.testing.assert_allclose(model().recall_probability(1.0, 1, pairs=2, share=0.5), 0.75, rtol=1e-6)
-    # 0.07 * 100 is a bit more than 7 in floats, and needs 7 targets.
+    # 0.07 * 100 is slightly more than 7 in floats, but requires 7 targets.
     probability = model().recall_probability(1.0, 5, pairs=100, share=0.07)
     np.testing.assert_allclose(probability, binom.sf(6, 100, model().exact_match(1.0, 5)), rtol=1e-9)
 
 
-def test_a_fit_gets_back_the_model_that_runs_were_drawn_from() -> None:
+def test_a_fit_recovers_the_model_that_the_runs_were_drawn_from() -> None:
     fitted = fit_recall(runs_of(1.5, 2.0, 30.0))
     assert fitted is not None
-    # Ranges that 20 other seeds stay in: 1,800 targets say this much.
+    # 20 other seeds stay within these ranges too, which reflect the precision of 1,800 targets.
     assert fitted.half_loss == pytest.approx(1.5, rel=0.1)
     assert fitted.steepness == pytest.approx(2.0, rel=0.1)
     assert fitted.concentration == pytest.approx(30.0, rel=0.5)
@@ -97,7 +97,7 @@ def test_a_fit_gets_back_the_model_that_runs_were_drawn_from() -> None:
 
 @pytest.mark.parametrize("theta", [(0.0, 0.7, 3.0), (0.8, 0.1, 1.0), (-1.0, 1.5, 6.0)])
 @pytest.mark.parametrize("left_out", [(), (2,), (0, 5)])
-def test_the_likelihood_and_its_gradient_are_those_of_every_target_by_itself(
+def test_the_likelihood_and_its_gradient_match_those_computed_target_by_target(
     theta: tuple[float, ...], left_out: tuple[int, ...]
 ) -> None:
     runs, at, start = runs_of_all_lengths(), np.array(theta), np.zeros(3)
@@ -105,21 +105,21 @@ def test_the_likelihood_and_its_gradient_are_those_of_every_target_by_itself(
     likelihood, weights = _Likelihood.of(runs), np.isin(np.arange(len(runs)), kept).astype(float)
     value, gradient = likelihood.penalised(at, weights)
     others = [runs[i] for i in kept]
-    # The plain one has the binomial coefficients too, which no parameter changes.
+    # The plain likelihood includes binomial coefficients, which do not depend on the parameters.
     change = plain_likelihood(at, others) - plain_likelihood(start, others)
     assert value - likelihood.penalised(start, weights)[0] == pytest.approx(change, rel=1e-9)
-    # Forward differences are known to about the square root of the precision of a likelihood of hundreds.
+    # Forward differences are accurate to about the square root of the precision of a likelihood of hundreds.
     np.testing.assert_allclose(gradient, approx_fprime(at, plain_likelihood, 1e-6, others), rtol=1e-3, atol=1e-3)
 
 
-def test_the_gradient_is_that_of_the_likelihood_where_shares_are_all_but_0_or_1_too() -> None:
-    # A steepness of e^4 puts the share of a loss of 0.05 or 6 within 1e-12 of an end.
+def test_the_gradient_matches_finite_differences_where_shares_are_almost_0_or_1() -> None:
+    # A steepness of e^4 puts the share of a loss of 0.05 or 6 within 1e-12 of 0 or 1.
     likelihood, weights, at = _Likelihood.of(runs_of_all_lengths()), np.ones(6), np.array([0.1, 4.0, 3.0])
     expected = approx_fprime(at, lambda theta: likelihood.penalised(theta, weights)[0], 1e-6)
     np.testing.assert_allclose(likelihood.penalised(at, weights)[1], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_run_is_predicted_by_a_plain_fit_to_the_others() -> None:
+def test_cross_validated_errors_match_those_of_plain_fits_that_leave_out_one_run() -> None:
     runs = runs_of_all_lengths()
     fitted, whole = fit_recall(runs), plain_fit(runs)
     assert fitted is not None
@@ -140,18 +140,20 @@ def test_a_run_is_predicted_by_a_plain_fit_to_the_others() -> None:
     assert fitted.brier_reference == pytest.approx(np.mean(reference), rel=1e-9)
 
 
-def test_the_maximum_without_one_run_is_found_among_many_targets() -> None:
+def test_the_maximum_likelihood_without_one_run_is_found_for_many_targets() -> None:
     runs = [RunTokens(run.mean_loss, np.tile(run.tokens, 200), np.tile(run.right, 200)) for run in runs_of(1.5, 2, 30)]
     likelihood = _Likelihood.of(runs)
     theta = likelihood.most_likely(np.log([1.0, 2.0, 20.0]))
     for i in range(len(runs)):
         kept = np.arange(len(runs)) != i
         _, gradient = likelihood.penalised(likelihood.most_likely(theta, kept), kept.astype(float))
-        # It starts at up to a thousand; a search that stops at the usual tolerance leaves up to 30.
+        # The gradient starts at up to a thousand; a search with the usual tolerance would leave up to 30.
         assert np.abs(gradient).max() < 1
 
 
-def test_of_more_runs_than_folds_those_of_one_fold_are_left_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_of_one_fold_are_left_out_together_if_there_are_more_runs_than_folds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("pml.recall_model.MOST_FOLDS", 4)
     runs = runs_of_all_lengths()
     fitted = fit_recall(runs)
@@ -167,7 +169,7 @@ def test_of_more_runs_than_folds_those_of_one_fold_are_left_out_together(monkeyp
     assert fitted.brier_reference == pytest.approx(np.mean(reference), rel=1e-9)
 
 
-def test_runs_that_cannot_tell_give_no_model() -> None:
+def test_too_few_or_uninformative_runs_give_no_model() -> None:
     runs = runs_of(1.5, 2.0, 30.0)
     perfect = [RunTokens(0.1, run.tokens, run.tokens) for run in runs]
     assert fit_recall(runs[:3]) is None

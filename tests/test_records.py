@@ -1,4 +1,4 @@
-"""Records: whole or absent on disk, the same when read back, and refused by name when they are not valid."""
+"""Records are written whole or not at all, read back unchanged, and refused by name if invalid."""
 
 import contextlib
 import json
@@ -22,19 +22,17 @@ class TestWriting:
         assert path == tmp_path / "new" / "run" / "record.json"
         assert read_record(path) == record
 
-    def test_the_file_is_readable_json_that_ends_in_a_newline(self, tmp_path: Path) -> None:
+    def test_the_file_is_json_with_unescaped_text_and_a_final_newline(self, tmp_path: Path) -> None:
         text = write_record(tmp_path, make_record(corpus="Straße")).read_text(encoding="utf-8")
         assert json.loads(text)["corpus"] == "Straße"
         assert "Straße" in text
         assert text.endswith("}\n")
 
-    def test_nothing_but_the_file_is_left(self, tmp_path: Path) -> None:
+    def test_writing_leaves_no_temporary_file(self, tmp_path: Path) -> None:
         write_record(tmp_path, make_record())
         assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
-    def test_a_process_that_dies_while_writing_leaves_no_record(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_write_that_fails_leaves_no_record(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def die(descriptor: int) -> None:
             raise OSError(28, "No space left on device")
 
@@ -45,7 +43,7 @@ class TestWriting:
         with pytest.raises(InputError, match=r"no record\.json in it"):
             read_records([tmp_path])
 
-    def test_a_failed_write_leaves_the_former_content(self, tmp_path: Path) -> None:
+    def test_content_that_is_not_valid_json_leaves_the_file_unchanged(self, tmp_path: Path) -> None:
         path = tmp_path / "x.json"
         write_json(path, {"a": 1})
         with pytest.raises(ValueError, match="not JSON compliant"):
@@ -70,7 +68,7 @@ class TestWriting:
         assert content["retention"] == {"prose": {"loss_before": 3.5, "loss_after": None}}
         assert read_record(tmp_path / "record.json") == record
 
-    def test_a_frozen_model_without_a_finite_loss_has_a_record_too(self, tmp_path: Path) -> None:
+    def test_a_run_whose_frozen_loss_is_not_finite_has_a_record(self, tmp_path: Path) -> None:
         record = read_record(write_record(tmp_path, make_record(initial_loss=math.inf)))
         assert (record.status, record.initial_loss, record.loss_reduction) == ("finished", None, None)
 
@@ -97,7 +95,7 @@ class TestSchema:
             ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ],
     )
-    def test_a_wrong_field_is_named_with_what_it_should_be(
+    def test_an_invalid_field_is_named_with_what_is_expected(
         self, tmp_path: Path, change: dict[str, Any], named: str
     ) -> None:
         path = tmp_path / "record.json"
@@ -116,7 +114,7 @@ class TestSchema:
             read_record(tmp_path / "record.json")
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
-    def test_what_is_no_json_object_is_refused(self, tmp_path: Path, text: str) -> None:
+    def test_a_file_that_is_not_a_json_object_is_refused(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "record.json").write_text(text)
         with pytest.raises(InputError, match="not a record of schema version 1 to 4: file: "):
             read_record(tmp_path / "record.json")
@@ -138,7 +136,7 @@ class TestSchema:
             ),
         ],
     )
-    def test_numbers_that_contradict_each_other_are_a_damaged_record(
+    def test_a_record_with_impossible_or_contradictory_numbers_is_refused_as_damaged(
         self, tmp_path: Path, change: dict[str, Any], named: str
     ) -> None:
         path = tmp_path / "record.json"
@@ -147,14 +145,14 @@ class TestSchema:
             read_record(path)
         assert str(caught.value).startswith(f"{path}: damaged, and so no evidence: {named}")
 
-    def test_a_difference_of_losses_may_be_off_by_the_rounding_of_the_larger(self, tmp_path: Path) -> None:
+    def test_the_loss_reduction_may_be_off_by_the_rounding_of_the_larger_loss(self, tmp_path: Path) -> None:
         # A millionth of 4000 nats is 0.004.
         for off, known in ((0.003, True), (0.005, False)):
             write_record(tmp_path, make_record(initial_loss=10.0, final_loss=4000.0, loss_reduction=-3990.0 + off))
             with contextlib.nullcontext() if known else pytest.raises(InputError, match="loss_reduction is"):
                 read_record(tmp_path / "record.json")
 
-    def test_a_record_of_an_older_version_lacks_what_came_later(self, tmp_path: Path) -> None:
+    def test_a_record_of_an_older_version_is_read_with_defaults_for_later_fields(self, tmp_path: Path) -> None:
         content = make_record().model_dump(mode="json") | {"schema_version": 3}
         del content["training"], content["resumed"]
         (tmp_path / "record.json").write_text(json.dumps(content))
@@ -165,12 +163,12 @@ class TestSchema:
         with pytest.raises(pydantic.ValidationError, match="frozen"):
             make_record().rank = 3
 
-    def test_the_losses_of_the_factory_agree(self) -> None:
+    def test_the_record_factory_derives_the_loss_reduction_from_the_losses(self) -> None:
         record = make_record(initial_loss=9.0, final_loss=2.5)
         assert record.loss_reduction == 6.5
 
 
-def test_a_record_that_says_something_twice_is_damaged(tmp_path: Path) -> None:
+def test_a_record_with_a_repeated_key_is_refused_as_damaged(tmp_path: Path) -> None:
     path = write_run(tmp_path) / "record.json"
     path.write_text(path.read_text().replace('"rank": ', '"rank": 3, "rank": '))
     with pytest.raises(InputError, match="damaged, and so no evidence: rank is in it twice"):
@@ -188,7 +186,7 @@ class TestFinding:
             ("deep/er/a", 1),
         ]
 
-    def test_a_file_a_folder_and_text_lead_to_the_same_run_once(self, tmp_path: Path) -> None:
+    def test_a_run_given_by_its_file_its_folder_or_as_a_string_is_found_once(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run")
         assert list(read_records([run, run / "record.json", str(run), tmp_path])) == [run]
         assert list(read_records(run)) == list(read_records(str(run))) == [run]
@@ -211,7 +209,7 @@ class TestFinding:
         with pytest.raises(InputError, match=r"second\.json: a second record in one folder.*; give each run a folder"):
             read_records([first, second])
 
-    def test_what_a_sweep_has_set_aside_is_read_only_where_it_is_given(self, tmp_path: Path) -> None:
+    def test_runs_that_a_sweep_has_set_aside_are_read_only_if_given_explicitly(self, tmp_path: Path) -> None:
         run, aside = write_run(tmp_path / "run"), write_run(tmp_path / "run.unfinished-12" / "deep")
         damaged = write_run(tmp_path / "run.unfinished-1") / "record.json"
         damaged.write_text("{}")
@@ -220,7 +218,7 @@ class TestFinding:
         with pytest.raises(InputError, match=r"unfinished-1/record\.json: not a record"):
             read_records(damaged.parent)
 
-    def test_one_bad_record_among_good_ones_is_named(self, tmp_path: Path) -> None:
+    def test_an_invalid_record_among_valid_ones_is_named(self, tmp_path: Path) -> None:
         write_run(tmp_path / "good")
         (write_run(tmp_path / "bad") / "record.json").write_text("{}")
         with pytest.raises(InputError, match=r"bad/record\.json: not a record"):

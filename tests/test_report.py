@@ -1,4 +1,4 @@
-"""The report page: what it says, that it needs nothing beside itself, and that nothing in a record can break it."""
+"""The report page: what it says, that it is self-contained, and that nothing in a record can break it."""
 
 import base64
 from dataclasses import replace
@@ -24,7 +24,7 @@ HOSTILE = """<script>alert(1)</script><img src=x onerror=alert(2)>"' {{ 7 * 7 }}
 
 
 class Page(HTMLParser):
-    """A page taken apart: its elements with their attributes, its text, and whether tags are closed as they opened."""
+    """A parsed page: its elements with their attributes, and its text; parsing asserts that tags nest properly."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -60,7 +60,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A grid of both methods on random tokens."""
+    """The folder of a grid of both methods on random tokens, with histories."""
     folder = tmp_path_factory.mktemp("runs")
     write_simulated_grid(folder, ranks=(1, 2, 4), lengths=(128, 256), methods=("sft", "memft"), pairs=4)
     for run in folder.iterdir():
@@ -92,13 +92,13 @@ def small_report(small: dict[Path, Record]) -> Report:
 
 @pytest.fixture(scope="module")
 def reports(small_report: Report) -> tuple[Report, Report]:
-    """Two that differ in their title."""
+    """Two reports that differ only in their title."""
     return small_report, replace(small_report, html=small_report.html.replace("What the adapters remember", "Another"))
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    """One run of each method, with a history, on four targets of 16 tokens."""
+    """The page of one run per method, with a history, on four targets of 16 tokens."""
     folder = tmp_path_factory.mktemp("tokens")
     for method in ("sft", "memft"):
         write_history(write_simulated_run(folder / method, 4, 64, method=method, pairs=4))
@@ -107,7 +107,7 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """Records that are hostile wherever they hold text."""
+    """The report of records with hostile content wherever they hold text."""
     folder = tmp_path_factory.mktemp("hostile")
     names = ("backbone", "backbone_hash", "dtype", "init", "corpus", "corpus_hash", "git_commit", "placement")
     fields: dict[str, Any] = dict.fromkeys(names, HOSTILE)
@@ -117,19 +117,19 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Report:
         folder, ranks=(1, 2, 4), lengths=(128, 256), seeds=(0,), method_settings={HOSTILE: HOSTILE}, **fields
     )
     write_history(write_simulated_run(folder / "<b>other", 1, 64, **fields, method_settings={"weighting": HOSTILE}))
-    with pytest.MonkeyPatch.context() as patch:  # `no_profiles`, for a module
+    with pytest.MonkeyPatch.context() as patch:  # the fixture `no_profiles`, for the whole module
         patch.setattr("pml.law.fit.profile_intervals", lambda *_: {})
         return make_report(read_records([folder]), title=HOSTILE)
 
 
 class TestPage:
-    def test_it_has_each_section_under_its_heading_and_the_laws_come_first(self, page: Page) -> None:
+    def test_the_page_has_a_heading_for_each_section_with_the_laws_first(self, page: Page) -> None:
         assert page.said("h1") == page.said("title") == ["A grid"]
         assert page.said("h2") == ["Laws side by side", "Random tokens"]
         laws = ["The law: SFT", "The law: MemFT OnlyThreshold"]
         assert page.said("h3") == [*laws, "Methods", "Recall by rank", "Target tokens", "Runs"]
 
-    def test_it_needs_no_network_and_runs_nothing(self, page: Page, report: Report) -> None:
+    def test_the_page_needs_no_network_and_runs_no_code(self, page: Page, report: Report) -> None:
         for tag, attributes in page.elements:
             assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form")
             assert not [name for name in attributes if name.startswith("on") or name in ("srcset", "style")]
@@ -141,23 +141,23 @@ class TestPage:
         assert "url(" not in style
         assert "@import" not in style
 
-    def test_links_lead_to_places_on_the_page(self, page: Page) -> None:
+    def test_links_lead_to_elements_on_the_page(self, page: Page) -> None:
         places = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
         links = [attributes["href"].removeprefix("#") for attributes in page.all("a")]
         assert set(links) <= places
 
-    def test_every_place_has_one_name(self, page: Page) -> None:
+    def test_the_ids_of_elements_are_unique(self, page: Page) -> None:
         places = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
         assert len(places) == len(set(places))
 
-    def test_every_figure_says_in_words_what_it_shows(self, page: Page) -> None:
+    def test_every_figure_has_a_text_description_of_its_own(self, page: Page) -> None:
         images = page.all("img")
-        # Five of each law, three of recall, and three of the tokens; nothing was decoded freely.
+        # Five per law, three of recall and three of tokens; the runs have no results of greedy decoding.
         assert len(images) == 2 * 5 + 3 + 3
         assert all(len(image["alt"]) > 40 for image in images)
         assert len({image["alt"] for image in images}) == len(images)
 
-    def test_images_are_drawings_that_load_nothing(self, page: Page) -> None:
+    def test_images_are_svg_drawings_that_load_nothing(self, page: Page) -> None:
         for image in page.all("img"):
             drawing = base64.b64decode(image["src"].partition(",")[2])
             root = ElementTree.fromstring(drawing)
@@ -165,23 +165,23 @@ class TestPage:
             links = [v for e in root.iter() for k, v in e.attrib.items() if k.endswith("href")]
             assert all(link.startswith(("#", "data:")) for link in links)
 
-    def test_every_figure_is_there_as_png_too(self, page: Page, report: Report) -> None:
+    def test_every_figure_is_also_available_as_png(self, page: Page, report: Report) -> None:
         named = [attributes["data-png"] for attributes in page.all("figure") if "data-png" in attributes]
         assert sorted(named) == sorted(report.figures)
         assert all(content.startswith(b"\x89PNG\r\n") for content in report.figures.values())
 
-    def test_it_fits_a_phone_and_paper(self, page: Page, report: Report) -> None:
+    def test_the_page_is_laid_out_for_phones_and_for_print(self, page: Page, report: Report) -> None:
         assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
         assert "@media print" in report.html
-        # Tables that may be wider than a screen lie in regions that scroll, by keyboard too.
+        # A table may be wider than the screen, so each lies in a region that scrolls, also by keyboard.
         assert len([a for a in page.all("div") if a.get("class") == "scroll" and a.get("tabindex") == "0"]) == len(
             page.all("table")
         )
-        # On a phone each value stands behind the name of its column.
+        # On a phone, the name of its column precedes each value.
         assert all(cell["data-label"] for cell in page.all("td"))
 
-    def test_each_method_has_a_law_of_its_own_whose_letters_are_explained(self, page: Page, report: Report) -> None:
-        assert report.html.count('<p class="equation">') == 3  # side by side, and each
+    def test_each_method_has_its_own_law_with_its_symbols_explained(self, page: Page, report: Report) -> None:
+        assert report.html.count('<p class="equation">') == 3  # the laws side by side, and one for each method
         assert report.html.count("<i>L</i>: loss reduction in nats per target token; ") == 2
         assert page.text.count("95 %, profile") == 2
         assert page.text.count("Forms of the law") == page.text.count("From loss to recall") == 2
@@ -192,7 +192,7 @@ class TestPage:
         assert "MemFT OnlyThreshold against SFT:" in page.text
 
     @pytest.mark.usefixtures("no_figures")
-    def test_methods_whose_runs_stop_at_recall_are_compared_by_their_steps(self, tmp_path: Path) -> None:
+    def test_methods_whose_runs_stop_at_recall_are_compared_by_their_steps_to_recall(self, tmp_path: Path) -> None:
         for seed, steps in enumerate(((150, 100), (160, 90), (170, 80), (300, 70))):
             for method, needed in zip(("sft", "memft"), steps, strict=True):
                 recalled: dict[str, Any] = {"optimizer_steps": needed, "steps_to_recall": needed}
@@ -205,16 +205,16 @@ class TestPage:
         assert "(budgets differ: 150 and 100 optimiser steps" in text
         assert "Methods are not compared" not in text
 
-    def test_every_run_is_a_row(self, page: Page, runs: Path) -> None:
+    def test_every_run_is_listed_by_name(self, page: Page, runs: Path) -> None:
         assert all(path.name in page.text for path in runs.iterdir())
 
-    def test_bits_per_parameter_are_those_that_the_run_has_counted(self, tmp_path: Path) -> None:
+    def test_bits_per_parameter_are_those_of_the_record(self, tmp_path: Path) -> None:
         for rank in (1, 2):
             stored = {"memorized_bits": 709.632 * rank, "bits_per_parameter": 0.616}
             write_simulated_run(tmp_path / str(rank), rank, 64, corpus_settings={"templates": 3}, **stored)
         assert Page(make_report(read_records([tmp_path])).html).text.count("0.616") == 2
 
-    def test_settings_that_differ_are_apart_from_those_that_all_share(self, page: Page) -> None:
+    def test_settings_that_differ_are_listed_apart_from_those_that_all_runs_share(self, page: Page) -> None:
         text = page.text
         shared, differing = text.index("Settings of all runs"), text.index("Settings in which runs differ")
         assert shared < text.index("method: learning_rate 0.2") < differing
@@ -225,20 +225,20 @@ class TestPage:
 
 
 @pytest.mark.usefixtures("no_profiles")
-class TestWhatIsMissing:
-    def test_runs_without_a_grid_have_neither_a_law_nor_a_word_about_it(self, small_report: Report) -> None:
+class TestIncompleteData:
+    def test_the_page_of_runs_that_form_no_grid_does_not_mention_a_law(self, small_report: Report) -> None:
         page = Page(small_report.html)
         assert "law" not in page.text.lower().partition("provenance")[0]
         assert page.said("h3") == ["Recall by rank", "Runs"]
 
-    def test_runs_of_one_rank_have_no_figure_with_a_single_dot(self, tmp_path: Path) -> None:
+    def test_runs_of_a_single_rank_have_no_figures(self, tmp_path: Path) -> None:
         write_simulated_run(tmp_path / "a", 4, 64)
         write_simulated_run(tmp_path / "b", 4, 64, method="memft")
         page = Page(make_report(read_records([tmp_path])).html)
         assert page.all("img") == []
         assert page.said("h3") == ["Methods", "Runs"]
 
-    def test_a_grid_that_is_too_small_for_a_law_says_so(self, tmp_path: Path) -> None:
+    def test_the_page_says_that_a_grid_is_too_small_for_a_law(self, tmp_path: Path) -> None:
         write_simulated_grid(tmp_path, ranks=(1, 2), lengths=(64, 128), seeds=(0,), corpus_entropy_bits=None)
         text = Page(make_report(read_records([tmp_path])).html).text
         assert "SFT: no law (4 of 4 runs (none left out) can be used" in text
@@ -252,20 +252,20 @@ class TestWhatIsMissing:
         assert not [name for name in report.figures if "first-failure" in name]
 
     @pytest.mark.usefixtures("no_figures")
-    def test_a_law_says_whose_damaged_per_token_results_it_leaves_out(self, tmp_path: Path) -> None:
+    def test_the_recall_model_names_a_run_left_out_for_damaged_per_token_results(self, tmp_path: Path) -> None:
         write_simulated_grid(tmp_path)
         damaged = sorted(tmp_path.rglob("tokens.parquet"))[0]
         damaged.write_bytes(b"no table")
         text = Page(make_report(read_records([tmp_path])).html).text
         assert f"the recall model leaves out a run: {damaged.as_posix()}: " in text
 
-    def test_unfinished_runs_are_listed_but_not_drawn(self, tmp_path: Path) -> None:
+    def test_an_interrupted_run_is_listed_and_not_counted_as_finished(self, tmp_path: Path) -> None:
         write_simulated_run(tmp_path / "cut", 4, 64, status="interrupted")
         text = Page(make_report(read_records([tmp_path])).html).text
         assert "1 run, 0 of them finished" in text
         assert "interrupted" in text
 
-    def test_a_diverged_run_is_in_the_tables_and_in_no_figure(self, tmp_path: Path) -> None:
+    def test_a_diverged_run_has_gaps_in_the_tables_and_is_not_counted_as_finished(self, tmp_path: Path) -> None:
         write_simulated_run(tmp_path / "kept", 4, 64)
         write_diverged_run(
             tmp_path / "lost", 4, 64, seed=1, retention={"prose": {"loss_before": 3.5, "loss_after": None}}
@@ -277,14 +277,14 @@ class TestWhatIsMissing:
         assert "prose 3.500 -" in text
         assert " nan " not in text
 
-    def test_diverged_runs_alone_have_a_page_too(self, tmp_path: Path) -> None:
+    def test_diverged_runs_alone_have_a_page(self, tmp_path: Path) -> None:
         write_diverged_run(tmp_path / "lost", 4, 64)
         text = Page(make_report(read_records([tmp_path])).html).text
         assert "1 run, 0 of them finished" in text
         assert "diverged" in text
 
     @pytest.mark.usefixtures("no_figures")
-    def test_runs_that_differ_in_more_than_they_should_are_pointed_out(self, tmp_path: Path) -> None:
+    def test_runs_that_differ_in_more_than_rank_length_and_seed_are_pointed_out(self, tmp_path: Path) -> None:
         for rate in (0.1, 0.2):
             settings = {"weighting": "x", "learning_rate": rate}
             write_simulated_grid(
@@ -299,7 +299,7 @@ class TestWhatIsMissing:
         assert "differ in more than" not in split.text
         assert len([heading for heading in split.said("h2") if heading.startswith("Random tokens")]) == 2
 
-    def test_no_run_at_all_is_refused(self) -> None:
+    def test_a_report_without_runs_is_refused(self) -> None:
         with pytest.raises(InputError, match="no record: expected at least one run"):
             make_report({})
 
@@ -311,21 +311,21 @@ class TestTokens:
         assert "Spearman's rho 1.000 over 6 targets" in tokens.all("img")[2]["alt"]
         assert "the share of certain tokens; 2 runs." in tokens.text
 
-    def test_targets_stand_side_by_side_with_their_state_and_margin(self, tokens: Page) -> None:
+    def test_targets_of_both_methods_are_listed_side_by_side_with_state_and_margin(self, tokens: Page) -> None:
         rows = tokens.text.partition("best other one.")[2].partition("The most stubborn")[0]
         assert rows.split()[:5] == ["target", "SFT", "margin", "MemFT", "margin"]
         assert "number 0 fails at token 2 of 16 -1.50 fails at token 2 of 16 -1.50" in rows
         assert "number 2 fails at token 4 of 16 -1.50 fails at token 4 of 16 -1.50" in rows
         assert "number 3 certain +2.00 certain +2.00" in rows
 
-    def test_the_most_stubborn_token_comes_first_with_its_place(self, tokens: Page) -> None:
+    def test_the_most_stubborn_tokens_are_listed_by_method_with_their_positions(self, tokens: Page) -> None:
         rows = tokens.text.partition("pair right from step")[2].partition("Every run")[0]
         assert rows.split()[0] == "SFT"
         assert "2 of 16 0.05 -1.50 never" in rows
-        assert "wins instead" not in tokens.text  # a history does not say it
+        assert "wins instead" not in tokens.text  # a history does not record the rival token
         assert rows.count("MemFT") == rows.count("SFT") == 5
 
-    def test_a_damaged_history_is_named_and_the_next_run_stands_in_for_it(self, tmp_path: Path) -> None:
+    def test_a_damaged_history_is_named_and_that_of_the_next_run_is_shown_instead(self, tmp_path: Path) -> None:
         write_history(write_simulated_run(tmp_path / "whole", 2, 64, pairs=4))
         damaged = write_simulated_run(tmp_path / "damaged", 4, 64, pairs=4)
         (damaged / "history.parquet").write_bytes(b"junk")
@@ -334,19 +334,19 @@ class TestTokens:
         assert "damaged/history.parquet" in page.text
         assert "number 2 fails at token 4 of 16" in page.text
 
-    def test_a_history_that_keeps_some_pairs_says_so(self, tmp_path: Path) -> None:
+    def test_the_page_says_that_a_history_is_a_sample_of_the_targets(self, tmp_path: Path) -> None:
         write_history(write_simulated_run(tmp_path, 4, 64, pairs=4))
         records = {path: record.model_copy(update={"pairs": 40}) for path, record in read_records([tmp_path]).items()}
         text = Page(make_report(records).html).text
         assert text.count("A sample of 4 of 40 targets was kept.") == 2
 
-    def test_hand_worked_curves(self) -> None:
+    def test_curves_agree_with_values_worked_out_by_hand(self) -> None:
         probability = np.array([[0.1, 0.2, np.nan, 0.4], [0.9, 0.4, 0.6, 0.1]], np.float32)
         correct = np.array([[False, False, False, True], [True, True, True, False]])
         places = np.arange(4)
         found = curves_of(History(np.array([0, 7]), places * 0, places, places, probability, probability, correct))
         assert found.step.tolist() == [0, 7]
-        # Of three tokens that had been scored one was right; of four two are certain and one only right.
+        # At first one of the three scored tokens is right; then two of four are certain and one is only right.
         assert found.certain.tolist() == [0, 0.5]
         assert found.right.tolist() == pytest.approx([1 / 3, 0.25])
         expected = [-np.log([0.1, 0.2, 0.4]).mean(), -np.log([0.9, 0.4, 0.6, 0.1]).mean()]
@@ -354,7 +354,7 @@ class TestTokens:
 
 
 @pytest.mark.usefixtures("no_profiles")
-class TestWhatSomeRunsMeasure:
+class TestOptionalMeasurements:
     def test_side_effects_and_kinds_of_tokens_have_tables(self, tmp_path: Path) -> None:
         kind = {"target_tokens": 12.0, "initial_loss": 9.0, "final_loss": 1.25, "token_accuracy": 0.5}
         write_simulated_run(
@@ -370,7 +370,7 @@ class TestWhatSomeRunsMeasure:
 
 
 class TestHostileRecords:
-    def test_values_are_text_and_nothing_else(self, hostile: Report) -> None:
+    def test_values_of_a_record_appear_only_as_text(self, hostile: Report) -> None:
         page = Page(hostile.html)
         allowed = {"data-png", "class", "id", "alt", "src", "aria-label", "tabindex", "role", "scope", "href", "lang"}
         allowed |= {"name", "content", "charset", "http-equiv", "data-label"}
@@ -378,11 +378,11 @@ class TestHostileRecords:
         assert "script" not in {tag for tag, _ in page.elements}
         assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in page.all("img"))
         assert page.said("h1") == [" ".join(HOSTILE.split())]
-        # Said as it is, and never worked out.
+        # Shown literally, never evaluated.
         assert "{{ 7 * 7 }}" in page.text
         assert page.text.count("<script>alert(1)</script>") > 10
 
-    def test_names_of_files_are_ours(self, hostile: Report) -> None:
+    def test_figure_file_names_contain_no_text_from_records(self, hostile: Report) -> None:
         assert hostile.figures
         assert all(name.replace("-", "").removesuffix(".png").isalnum() for name in hostile.figures)
 
@@ -396,7 +396,7 @@ class TestWriting:
         written = {file.name: file.read_bytes() for file in (tmp_path / "new" / "figures").iterdir()}
         assert written == reports[0].figures
 
-    def test_another_report_is_only_replaced_when_asked(self, reports: tuple[Report, Report], tmp_path: Path) -> None:
+    def test_another_report_is_replaced_only_on_request(self, reports: tuple[Report, Report], tmp_path: Path) -> None:
         write_report(reports[0], tmp_path)
         write_report(reports[0], tmp_path)
         with pytest.raises(InputError, match="holds another report; give another --out, or --overwrite"):
@@ -405,7 +405,7 @@ class TestWriting:
         write_report(reports[1], tmp_path, overwrite=True)
         assert (tmp_path / PAGE_NAME).read_text(encoding="utf-8") == reports[1].html
 
-    def test_figures_that_the_new_report_lacks_go_and_other_files_stay(
+    def test_overwriting_removes_figures_of_the_old_report_and_keeps_other_files(
         self, reports: tuple[Report, Report], tmp_path: Path
     ) -> None:
         write_report(reports[0], tmp_path)
@@ -420,7 +420,7 @@ class TestWriting:
         assert not (tmp_path / "figures" / first).exists()
         assert mine.read_bytes() == b"mine"
 
-    def test_a_page_of_someone_else_takes_no_figure_with_it(
+    def test_overwriting_a_foreign_page_removes_no_figure_that_it_names(
         self, reports: tuple[Report, Report], tmp_path: Path
     ) -> None:
         (tmp_path / "figures").mkdir()
@@ -430,7 +430,9 @@ class TestWriting:
         write_report(reports[0], tmp_path, overwrite=True)
         assert theirs.exists()
 
-    def test_a_folder_that_cannot_be_made_is_explained(self, reports: tuple[Report, Report], tmp_path: Path) -> None:
+    def test_an_output_folder_that_cannot_be_created_is_refused(
+        self, reports: tuple[Report, Report], tmp_path: Path
+    ) -> None:
         (tmp_path / "file").write_text("x")
         with pytest.raises(InputError, match=r"--out .*file.* cannot be written"):
             write_report(reports[0], tmp_path / "file")
@@ -438,7 +440,7 @@ class TestWriting:
 
 @pytest.mark.usefixtures("no_profiles")
 class TestCommand:
-    def test_it_says_what_it_wrote(
+    def test_the_command_says_what_it_wrote_and_refuses_to_replace_another_report(
         self, small: dict[Path, Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         folder = str(next(iter(small)).parent)
@@ -449,7 +451,9 @@ class TestCommand:
         assert main(["report", folder, "--out", str(tmp_path)]) == 2
         assert "holds another report" in capsys.readouterr().err
 
-    def test_where_and_by_reach_the_report(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_options_where_and_by_reach_the_report(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         write_record(tmp_path / "a", make_record(corpus="one"))
         write_record(tmp_path / "b", make_record(corpus="two"))
         out = tmp_path / "out"

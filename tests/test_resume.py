@@ -1,4 +1,4 @@
-"""Going on: a fit that was stopped at any step, and resumed, ends bit for bit as one that was not."""
+"""A fit that is stopped at any step and resumed ends bit for bit like an uninterrupted one."""
 
 import contextlib
 import os
@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Callable[[Path], Memorization], int, dict[str, Any]]] = {
 
 
 class StopAt(Callback):
-    """Asks for a stop, as a signal does, in the middle of one training batch, counted over the whole fit from 0."""
+    """Requests a stop, as a signal does, during one training batch, counted from 0 over the whole fit."""
 
     def __init__(self, batch: int | None) -> None:
         self.batch = batch
@@ -85,7 +85,7 @@ class StopAt(Callback):
 def fit(
     case: str, backbone: Path, folder: Path, stop_at: int | None = None, checkpoint: Path | None = None
 ) -> tuple[dict[str, Tensor], Record | None, int]:
-    """One process' worth of a fit: the adapter it ends with, its record, and the training batches there were."""
+    """Run one process of a fit and return its final adapter, its record and the training batches of the fit so far."""
     make, batch_size, trainer_arguments = CASES[case]
     torch.manual_seed(4)
     module = make(backbone)
@@ -106,8 +106,8 @@ def fit(
 NOT_OF_THE_RESULT = {"wall_seconds", "resumed"}
 
 
-def test_what_an_epoch_has_shown_before_a_stop_counts_at_its_end(sharp: Path, tmp_path: Path) -> None:
-    # Stopped in the second of three batches of the epoch whose end the corpus is certified at.
+def test_a_fit_resumed_within_its_last_epoch_is_certified_at_the_same_step(sharp: Path, tmp_path: Path) -> None:
+    # Stopped in the second of the three batches of the epoch at whose end the corpus is certified.
     case = "recalled before its end"
     _, whole, batches = fit(case, sharp, tmp_path / "whole")
     fit(case, sharp, tmp_path / "first", stop_at=batches - 2)
@@ -118,7 +118,7 @@ def test_what_an_epoch_has_shown_before_a_stop_counts_at_its_end(sharp: Path, tm
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(case: str, sharp: Path, tmp_path: Path) -> None:
+def test_a_resumed_fit_equals_the_uninterrupted_one_bit_for_bit(case: str, sharp: Path, tmp_path: Path) -> None:
     whole, record, batches = fit(case, sharp, tmp_path / "whole")
     assert record is not None
     draw = random.Random(case)
@@ -143,10 +143,10 @@ def test_a_resumed_fit_is_the_uninterrupted_one_bit_for_bit(case: str, sharp: Pa
     ("case", "stop_at"),
     [("a number of steps", n) for n in range(8)] + [("a number of steps, limited", n) for n in range(6)],
 )
-def test_with_a_number_of_steps_a_fit_may_stop_at_the_end_of_an_epoch_too(
+def test_a_fit_with_max_steps_resumes_exactly_from_within_an_epoch_or_from_its_end(
     case: str, stop_at: int, sharp: Path, tmp_path: Path
 ) -> None:
-    # Of four batches an epoch ends with batch 3, limited to two with batch 1.
+    # An epoch of four batches ends with batch 3; limited to two batches, it ends with batch 1.
     whole, record, _ = fit(case, sharp, tmp_path / "whole")
     fit(case, sharp, tmp_path / "part", stop_at)
     adapter, again, _ = fit(case, sharp, tmp_path / "rest", None, newest_checkpoint(tmp_path / "part"))
@@ -156,7 +156,7 @@ def test_with_a_number_of_steps_a_fit_may_stop_at_the_end_of_an_epoch_too(
 
 
 class Rates(Callback):
-    """Notes the learning rate and the examples of each step."""
+    """Records the learning rate and the examples of each step."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, list[int]]] = []
@@ -184,7 +184,7 @@ LIMITED = [{**steps, "limit_train_batches": 2} for steps in STEPS]
     ],
     ids=str,
 )
-def test_a_fit_that_has_ended_goes_on_for_longer_with_the_batches_and_the_rates_of_the_longer_one(
+def test_extending_a_finished_fit_gives_the_batches_and_learning_rates_of_the_longer_fit(
     first: dict[str, int], longer: dict[str, int], sharp: Path, tmp_path: Path
 ) -> None:
     def steps(folder: Path, length: dict[str, int], checkpoint: Path | None = None) -> list[tuple[float, list[int]]]:
@@ -203,7 +203,7 @@ def test_a_fit_that_has_ended_goes_on_for_longer_with_the_batches_and_the_rates_
 
 
 class SaveBetween(Callback):
-    """Saves a checkpoint after the first of two accumulated micro-batches, as a callback of one's own may."""
+    """Saves a checkpoint after the first of two accumulated micro-batches, as a user's callback may."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -214,7 +214,7 @@ class SaveBetween(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def test_a_checkpoint_between_two_micro_batches_has_the_gradients_so_far(sharp: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_between_two_micro_batches_holds_the_accumulated_gradients(sharp: Path, tmp_path: Path) -> None:
     adapters = []
     for checkpoint in (None, tmp_path / "between.ckpt"):
         module = module_on(sharp, MemFT, adapter=DROPOUT, weighting=SlidingWindow(window=2))
@@ -225,7 +225,7 @@ def test_a_checkpoint_between_two_micro_batches_has_the_gradients_so_far(sharp: 
     assert all(torch.equal(a, b) for a, b in zip(*adapters, strict=True))
 
 
-def test_a_place_in_an_epoch_of_other_batches_is_refused(sharp: Path, tmp_path: Path) -> None:
+def test_resuming_within_an_epoch_with_another_batch_size_is_refused(sharp: Path, tmp_path: Path) -> None:
     fit("a number of steps", sharp, tmp_path, stop_at=1)
     module, _, trainer_arguments = CASES["a number of steps"]
     trainer = make_trainer(tmp_path, **trainer_arguments)
@@ -248,7 +248,7 @@ def save(folder: Path, content: Any, name: str = "last.ckpt") -> Path:
     return path
 
 
-def test_the_newest_whole_checkpoint_is_found_and_a_damaged_one_named(
+def test_the_newest_intact_checkpoint_is_found_and_a_damaged_one_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     previous = save(tmp_path, {**EMPTY, "noise": torch.ones(100)}, "previous.ckpt")
@@ -270,7 +270,9 @@ def test_the_newest_whole_checkpoint_is_found_and_a_damaged_one_named(
         newest_checkpoint(tmp_path)
 
 
-def test_a_newer_checkpoint_of_weights_alone_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_newer_checkpoint_that_holds_only_weights_is_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     last = save(tmp_path, EMPTY)
     os.utime(last, (1, 1))
     weights = save(tmp_path, {"state_dict": {}, "pml": {}}, "epoch=3.ckpt")
@@ -278,28 +280,28 @@ def test_a_newer_checkpoint_of_weights_alone_is_passed_over(tmp_path: Path, capl
     assert caplog.messages == [f"{weights}: holds only weights, so it is skipped"]
 
 
-def test_a_checkpoint_that_could_run_code_is_not_read(tmp_path: Path) -> None:
+def test_a_checkpoint_that_could_execute_code_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds more than tensors and plain Python, which is never read"):
         read_checkpoint(save(tmp_path, {"state_dict": {}, "pml": Path("a")}))
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1], torch.ones(2), "text"])
-def test_a_checkpoint_of_something_else_is_refused(content: Any, tmp_path: Path) -> None:
+def test_a_torch_file_that_is_not_a_checkpoint_of_pml_is_refused(content: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a checkpoint of pml"):
         read_checkpoint(save(tmp_path, content))
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 and nothing more"])
-def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_torch_cannot_load_is_refused_as_a_checkpoint(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "some.ckpt").write_bytes(content)
     with pytest.raises(InputError, match="damaged, or not a checkpoint; expected one written by `pml fit`"):
         read_checkpoint(tmp_path / "some.ckpt")
 
 
-def test_checkpoints_come_every_few_minutes_and_the_one_before_is_kept(
+def test_checkpoints_are_saved_every_few_minutes_and_the_previous_one_is_kept(
     sharp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter(range(0, 100_000, 60))  # a minute passes whenever someone looks
+    clock = iter(range(0, 100_000, 60))  # a minute passes with every reading
     monkeypatch.setattr("pml.checkpoints.time.monotonic", lambda: float(next(clock)))
     trainer = make_trainer(tmp_path, enable_checkpointing=True, max_epochs=6, callbacks=[Checkpoints(minutes=3)])
     saved: list[int] = []
@@ -317,15 +319,13 @@ def test_checkpoints_come_every_few_minutes_and_the_one_before_is_kept(
 
 
 class DiesMeasuring(Callback):
-    """Dies when all steps are taken and the results are not written yet."""
+    """Raises after the last step, before the results are written."""
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         raise RuntimeError("killed")
 
 
-def test_a_fit_that_dies_before_its_record_is_written_has_a_last_step_to_go_on_with(
-    sharp: Path, tmp_path: Path
-) -> None:
+def test_a_fit_that_dies_before_writing_its_record_can_be_resumed_and_finished(sharp: Path, tmp_path: Path) -> None:
     for dies, checkpoint in (([DiesMeasuring()], None), ([], tmp_path)):
         callbacks = [*dies, RunRecord(str(tmp_path)), Checkpoints(minutes=1e-9)]
         trainer = make_trainer(tmp_path, enable_checkpointing=True, max_epochs=3, callbacks=callbacks)
@@ -339,12 +339,14 @@ def test_a_fit_that_dies_before_its_record_is_written_has_a_last_step_to_go_on_w
 
 
 class TestSignals:
-    def test_outside_a_fit_the_first_one_ends_at_once(self) -> None:
+    def test_outside_a_fit_the_first_signal_stops_the_process_at_once(self) -> None:
         with stopping.listening(), pytest.raises(Stopped) as caught:
             os.kill(os.getpid(), signal.SIGTERM)
         assert (caught.value.code, caught.value.at_once, str(caught.value)) == (143, True, "stopped by SIGTERM")
 
-    def test_in_a_fit_the_first_one_waits_and_the_second_does_not(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_in_a_fit_the_first_signal_waits_for_the_step_and_the_second_does_not(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         with stopping.listening(), stopping.at_step_ends(), pytest.raises(Stopped) as caught:
             os.kill(os.getpid(), signal.SIGINT)
             assert stopping.requested() == signal.SIGINT
@@ -352,7 +354,7 @@ class TestSignals:
         assert (caught.value.code, caught.value.at_once, str(caught.value)) == (130, True, "stopped by Ctrl-C")
         assert capsys.readouterr().err.startswith("stopping after this step; repeat to stop at once")
 
-    def test_afterwards_signals_are_as_they_were(self) -> None:
+    def test_the_previous_signal_handlers_are_restored_afterwards(self) -> None:
         before = [signal.getsignal(signum) for signum in stopping.SIGNALS]
         with stopping.listening():
             assert signal.getsignal(signal.SIGTERM) is stopping.request

@@ -1,4 +1,4 @@
-"""Where loggers go on: settings, by hand."""
+"""The settings with which the loggers of a resumed fit continue those of its run."""
 
 import inspect
 from pathlib import Path
@@ -21,7 +21,7 @@ CHECKPOINT = {
 }
 
 
-def test_each_logger_goes_on_where_it_was() -> None:
+def test_each_logger_resumes_where_it_stopped() -> None:
     asked = [
         {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "fit"}},
         {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}},
@@ -37,7 +37,7 @@ def test_each_logger_goes_on_where_it_was() -> None:
 
 
 @pytest.mark.parametrize("folder", ["/etc/cron.d", "../../../../elsewhere", "../version_1"])
-def test_a_checkpoint_cannot_send_a_logger_out_of_its_run(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_checkpoint_cannot_make_a_logger_write_outside_its_run(folder: str, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint = {"global_step": 7, "pml_loggers": [{"class": "TensorBoardLogger", "folder": folder, "version": "0"}]}
     found = logger_settings(True, Path("runs/fit/version_2"), checkpoint)
     assert found["init_args"] == {"save_dir": "runs/fit", "name": "version_2", "version": ""}
@@ -45,16 +45,16 @@ def test_a_checkpoint_cannot_send_a_logger_out_of_its_run(folder: str, caplog: p
 
 
 @pytest.mark.parametrize("asked", [False, None])
-def test_no_logger_stays_none(asked: bool | None) -> None:
+def test_a_logger_setting_of_false_or_none_is_kept(asked: bool | None) -> None:
     assert logger_settings(asked, Path("run"), CHECKPOINT) is asked
 
 
 @pytest.mark.parametrize("name", GO_ON_BY)
-def test_loggers_take_the_argument_by_which_they_go_on(name: str) -> None:
+def test_loggers_accept_the_argument_by_which_they_resume(name: str) -> None:
     assert GO_ON_BY[name] in inspect.signature(getattr(loggers, name).__init__).parameters
 
 
-def test_a_run_that_has_ended_keeps_its_record(tmp_path: Path) -> None:
+def test_a_fit_resumes_in_the_folder_of_its_run_only_if_that_run_is_unfinished(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     assert run_to_go_on_in(checkpoint) == tmp_path
     write_record(tmp_path, make_record(status="interrupted"))

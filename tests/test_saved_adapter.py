@@ -1,4 +1,4 @@
-"""Adapters that others made: loaded if they are what they say, refused in one line if they are not."""
+"""Adapters from elsewhere: loaded if their weights match their configuration, refused in one line if not."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tests.tiny_architectures import tiny_model
 
 @pytest.fixture
 def saved(tiny_backbone: Backbone, tmp_path: Path) -> Path:
-    """An adapter of rank 3 and alpha 6 on `down_proj` of block 1, as it lies in a run's folder."""
+    """An adapter of rank 3 and alpha 6 on `down_proj` of block 1, as in a run's folder."""
     model = attach_adapter(tiny_backbone, AdapterConfig(rank=3, block=1, placement=["down_proj"], alpha=6))
     for layer in lora_layers(model):
         torch.nn.init.normal_(layer.lora_B["default"].weight)
@@ -39,7 +39,7 @@ def reweighted(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) 
     save_file(weights, folder / "adapter_model.safetensors")
 
 
-def test_an_adapter_of_plain_peft_loads_and_gives_what_peft_gives(tiny_backbone: Backbone, tmp_path: Path) -> None:
+def test_an_adapter_made_with_peft_loads_and_gives_the_same_logits(tiny_backbone: Backbone, tmp_path: Path) -> None:
     ids = torch.tensor([[5, 9, 60, 3]])
     config = LoraConfig(r=4, target_modules="all-linear", use_dora=True, use_rslora=True, task_type="CAUSAL_LM")
     model: Any = get_peft_model(tiny_backbone.model, config)
@@ -54,7 +54,7 @@ def test_an_adapter_of_plain_peft_loads_and_gives_what_peft_gives(tiny_backbone:
 
 
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_an_adapter_on_head_or_embeddings_loads_though_peft_saves_the_base_weights_with_it(
+def test_an_adapter_on_head_or_embeddings_loads_only_if_the_base_weights_saved_with_it_match(
     target: str, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     ids = torch.tensor([[5, 9, 60, 3]])
@@ -63,7 +63,7 @@ def test_an_adapter_on_head_or_embeddings_loads_though_peft_saves_the_base_weigh
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     expected = model.eval()(ids).logits
-    model.save_pretrained(str(tmp_path), save_embedding_layers=True)  # as it decides by itself
+    model.save_pretrained(str(tmp_path), save_embedding_layers=True)  # as PEFT decides by itself for these layers
     detach_adapter(model)
     loaded = load_adapter(tiny_backbone, tmp_path)
     torch.testing.assert_close(loaded(ids).logits, expected)
@@ -101,16 +101,17 @@ def test_an_adapter_on_head_or_embeddings_loads_though_peft_saves_the_base_weigh
         ({"r": "four"}, "r is 'four' in adapter_config.json"),
         ({"r": -1}, "r is -1 in adapter_config.json"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan in adapter_config.json"),
+        ({"alpha_pattern": {"down_proj": float("nan")}}, "alpha_pattern is {'down_proj': nan} in adapter_config.json"),
     ],
 )
-def test_a_configuration_that_is_more_or_other_than_its_weights_is_refused(
+def test_a_configuration_that_is_not_plain_lora_or_does_not_match_its_weights_is_refused(
     saved: Path, tiny_backbone: Backbone, changes: dict[str, Any], said: str
 ) -> None:
     edited(saved, **changes)
     with pytest.raises(InputError, match=said) as caught:
         load_adapter(tiny_backbone, saved)
     assert "\n" not in str(caught.value)
-    assert next(lora_layers(tiny_backbone.model), None) is None  # the backbone is as it was
+    assert next(lora_layers(tiny_backbone.model), None) is None  # the backbone is left without an adapter
 
 
 def _drop(weights: dict[str, torch.Tensor]) -> None:
@@ -138,7 +139,7 @@ def _round(weights: dict[str, torch.Tensor]) -> None:
         (_round, r"lora_A.weight is torch.int32; expected a floating-point type"),
     ],
 )
-def test_weights_that_are_missing_too_many_or_no_numbers_are_refused(
+def test_missing_surplus_non_finite_and_integer_weights_are_refused(
     saved: Path, tiny_backbone: Backbone, change: Any, said: str
 ) -> None:
     reweighted(saved, change)
@@ -156,7 +157,7 @@ def test_weights_that_are_missing_too_many_or_no_numbers_are_refused(
         ({}, None),
     ],
 )
-def test_an_adapter_that_is_not_that_of_its_record_is_refused(
+def test_an_adapter_that_contradicts_the_record_of_its_run_is_refused(
     saved: Path, tiny_backbone: Backbone, record: dict[str, Any], said: str | None
 ) -> None:
     fields = {"rank": 3, "block": [1], "method_settings": {"alpha": 6}, **record}
@@ -170,7 +171,7 @@ def test_an_adapter_that_is_not_that_of_its_record_is_refused(
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("architecture", ["bert", "xlm", "xlnet", "gpt2"])
-def test_an_adapter_is_that_of_its_record_whatever_the_model_calls_its_blocks(
+def test_the_block_in_the_record_is_checked_whatever_the_model_calls_its_blocks(
     architecture: str, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     backbone = Backbone(tiny_model(architecture), tiny_backbone.tokenizer, architecture, "hash")
@@ -196,7 +197,7 @@ def test_an_adapter_is_that_of_its_record_whatever_the_model_calls_its_blocks(
     ],
     ids=["IA3", "PREFIX_TUNING"],
 )
-def test_other_kinds_of_adapters_are_refused(
+def test_an_adapter_that_is_not_lora_is_refused(
     config: Any, tiny_backbone: Backbone, make_tiny_backbone: Any, tmp_path: Path
 ) -> None:
     other: Any = get_peft_model(make_tiny_backbone("llama").model, config)
@@ -205,7 +206,7 @@ def test_other_kinds_of_adapters_are_refused(
         load_adapter(tiny_backbone, tmp_path)
 
 
-def test_broken_files_are_refused(saved: Path, tiny_backbone: Backbone) -> None:
+def test_damaged_files_are_refused(saved: Path, tiny_backbone: Backbone) -> None:
     (saved / "adapter_model.safetensors").write_bytes(b"broken")
     with pytest.raises(InputError, match="the adapter cannot be read"):
         load_adapter(tiny_backbone, saved)

@@ -1,4 +1,4 @@
-"""The best settings of every cell: candidates are halved as budgets grow, and what was run is never run again."""
+"""The search for the best settings of every cell: candidates are halved as budgets grow, and no run is repeated."""
 
 import json
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from pml.grid import Cell
 from pml.records import read_record, read_records
 from pml.search import Candidate, CellResult, SearchGrid, budgets, read_search, run_search
 from pml.sweep import Outcome
-from tests import fits  # one thread, which makes runs comparable bit for bit
+from tests import fits  # sets one thread, so that runs are equal bit for bit
 
 assert fits.torch.get_num_threads() == 1
 
@@ -26,7 +26,7 @@ RANK = "model.init_args.adapter.rank"
 
 @pytest.fixture
 def write(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Writes a search of two ranks and three learning rates, of which only the middle one learns anything."""
+    """Writes a search of two ranks and three learning rates, of which only 0.05 learns anything."""
     monkeypatch.chdir(tmp_path)
     base = {
         "model": {
@@ -63,13 +63,15 @@ def write(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         (1, [10, 40], [(1, 10), (1, 40)]),
     ],
 )
-def test_all_candidates_have_the_first_budget_and_one_the_last(
+def test_all_candidates_run_with_the_first_budget_and_one_with_the_last(
     candidates: int, epochs: list[int], expected: list[tuple[int, int]]
 ) -> None:
     assert budgets(candidates, epochs) == expected
 
 
-def test_the_candidate_with_the_lowest_loss_is_run_to_the_end_and_once(write: Any, tmp_path: Path) -> None:
+def test_only_the_candidate_with_the_lowest_loss_runs_with_the_last_budget_and_only_once(
+    write: Any, tmp_path: Path
+) -> None:
     choices = run_search(read_search(write()))
     assert [choice.cell for choice in choices] == [{RANK: 1}, {RANK: 3}]
     for choice in choices:
@@ -81,7 +83,7 @@ def test_the_candidate_with_the_lowest_loss_is_run_to_the_end_and_once(write: An
         record = read_record(choice.folder / "record.json")
         assert record.optimizer_steps == 4
         assert record.final_loss == best.final_loss[4]
-        assert not choice.at_the_edge or best.settings[RATE] == 0.05
+        assert choice.at_the_edge == [RATE]
     assert len(read_records([tmp_path / "out" / "2-epochs"])) == 6
     assert {r.rank: r.method_settings["learning_rate"] for r in read_records([tmp_path / "out" / "best"]).values()} == {
         1: 0.05,
@@ -89,7 +91,7 @@ def test_the_candidate_with_the_lowest_loss_is_run_to_the_end_and_once(write: An
     }
     content = json.loads((tmp_path / "out" / "search.json").read_text())
     assert [cell["chosen"] for cell in content["cells"]] == [{RATE: 0.05}] * 2
-    # A search that is run again runs nothing and finds the same.
+    # The same search again runs nothing and finds the same.
     outcomes: list[Any] = []
     assert run_search(read_search(write()), lambda folder, cells: outcomes.append) == choices
     assert len(outcomes) == 8
@@ -100,10 +102,10 @@ def test_the_candidate_with_the_lowest_loss_is_run_to_the_end_and_once(write: An
     ("diverging", "chosen", "ran"),
     [({0.4}, 0.2, [0.4, 0.2]), ({0.4, 0.2}, 0.1, [0.4, 0.2, 0.1]), ({0.4, 0.2, 0.1}, None, [0.4, 0.2, 0.1])],
 )
-def test_where_the_best_diverges_with_the_last_budget_the_next_best_has_it(
+def test_the_next_best_candidate_runs_with_the_last_budget_if_the_best_diverges(
     diverging: set[float], chosen: float | None, ran: list[float], write: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With little training higher rates end lower, but 0.8 diverges at once, and others with the last budget."""
+    """With the first budget, higher rates end at lower losses and 0.8 diverges; others diverge with the last one."""
     with_last = []
 
     def run_cells(cells: list[Cell], tell: Callable[[Outcome], None]) -> list[Outcome]:
@@ -126,7 +128,7 @@ def test_where_the_best_diverges_with_the_last_budget_the_next_best_has_it(
     assert [tried.final_loss.keys() for tried in choice.candidates if tried.settings == {RATE: 0.8}] == [{2}]
 
 
-def test_the_table_has_a_gap_for_a_budget_that_the_next_best_did_not_have() -> None:
+def test_the_table_has_a_gap_for_a_budget_that_the_chosen_candidate_did_not_run() -> None:
     grid = SearchGrid.model_validate(
         {"base": "base.yaml", "out": "out", "grid": {RANK: [1]}, "search": {RATE: [0.1, 0.2]}, "epochs": [2, 4, 8]}
     )
@@ -137,13 +139,14 @@ def test_the_table_has_a_gap_for_a_budget_that_the_next_best_did_not_have() -> N
     assert list(_table(grid, [choice]).rows[0]) == ["1", "0.1", "3.000", "-", "1.000"]
 
 
-def test_the_command_says_what_it_chose_and_where_a_better_value_may_lie(
+def test_the_command_says_what_it_chose_and_that_a_better_value_may_lie_beyond_those_tried(
     write: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    search = str(write(grid={RANK: [3]}, search={RATE: [1e-9, 0.05]}))
+    # YAML reads 5e-2 as text.
+    search = str(write(grid={RANK: [3]}, search={RATE: [1e-9, "5e-2"]}))
     assert main(["search", search]) == 0
     captured = capsys.readouterr()
-    assert [row.split()[:2] for row in captured.out.splitlines() if "0.05" in row] == [["3", "0.05"]]
+    assert [row.split()[:2] for row in captured.out.splitlines() if "5e-2" in row] == [["3", "5e-2"]]
     assert f"{RATE}: the best value is the smallest or largest tried in 1 of 1 cells" in captured.err
     assert main(["search", search, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["epochs"] == [2, 4]
@@ -160,12 +163,12 @@ def test_the_command_says_what_it_chose_and_where_a_better_value_may_lie(
         ({"grid": {"trainer.max_epochs": [1]}}, "trainer.max_epochs is in the grid too"),
     ],
 )
-def test_a_search_that_makes_no_sense_is_refused(write: Any, changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_search_is_refused(write: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_search(write(**changes))
 
 
-def test_a_candidate_that_does_not_fit_is_refused_before_anything_runs(write: Any, tmp_path: Path) -> None:
+def test_an_invalid_candidate_is_refused_before_anything_runs(write: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="learning_rate"):
         run_search(read_search(write(search={RATE: [0.1, "fast"]})))
     assert not (tmp_path / "out").exists()

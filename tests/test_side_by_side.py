@@ -1,4 +1,4 @@
-"""Several laws beside each other: in which form they are compared, and what the page says of them."""
+"""Laws side by side: the form in which they are compared, and what the report says about them."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from pml.report.studies import laws_by_name, make_studies
 
 
 def law(alpha: float, beta: float, entropy: bool = True, moving: int = 0) -> LawFit:
-    """The law of 12 runs that follow dL = min(60 r^alpha l^-beta, 13.6), the first of them still `moving`."""
+    """The law of 12 runs that follow dL = min(60 r^alpha l^-beta, 13.6); the first `moving` have not converged."""
     runs = []
     for i, (rank, length) in enumerate((r, n) for r in (1, 2, 3, 4) for n in (64, 128, 256)):
         noise = math.exp(0.01 * math.sin(17.0 * i))
@@ -31,7 +31,7 @@ def laws() -> dict[str, LawFit]:
 
 
 class TestForm:
-    def test_it_is_one_that_all_laws_have_with_the_smallest_total_of_aicc(self, laws: dict[str, LawFit]) -> None:
+    def test_the_common_form_has_the_smallest_total_aicc(self, laws: dict[str, LawFit]) -> None:
         name = common_form(laws)
         assert name is not None
         totals = {
@@ -41,7 +41,7 @@ class TestForm:
         }
         assert totals[name] == min(totals.values())
 
-    def test_a_form_that_one_of_them_lacks_is_not_used(self, laws: dict[str, LawFit]) -> None:
+    def test_a_form_that_one_law_lacks_is_not_used(self, laws: dict[str, LawFit]) -> None:
         without = law(0.4, 0.5, entropy=False)
         assert "entropy_power" not in [fit.form for fit in without.fits]
         assert common_form({**laws, "unknown bits": without}) in [fit.form for fit in without.fits]
@@ -59,13 +59,13 @@ class TestForm:
         undetermined = laws["50 steps"].model_copy(update={"fits": [exact], "form": "ceiling"})
         assert common_form({**laws, "undetermined": undetermined}) is None
 
-    def test_one_law_has_nothing_beside_it(self, laws: dict[str, LawFit]) -> None:
+    def test_fewer_than_two_laws_give_no_section(self, laws: dict[str, LawFit]) -> None:
         assert side_by_side({"50 steps": laws["50 steps"]}) is None
         assert side_by_side({}) is None
 
 
 class TestTable:
-    def test_it_has_the_exponents_of_the_common_form_with_their_intervals(self, laws: dict[str, LawFit]) -> None:
+    def test_each_row_has_alpha_of_the_common_form_with_its_interval(self, laws: dict[str, LawFit]) -> None:
         found = side_by_side(laws)
         form = common_form(laws)
         assert found is not None
@@ -75,10 +75,10 @@ class TestTable:
             assert alpha.interval is not None
             assert row[0] == label
             assert row[1] == f"{alpha.value:.3g} ({alpha.interval[0]:.3g} to {alpha.interval[1]:.3g})"
-        # A change of the exponent from 0.4 to 0.6 is far outside what noise of 1 % leaves open.
+        # Noise of 1 % is far too small to blur the difference between exponents of 0.4 and 0.6.
         assert [float(row[1].split()[0]) for row in found.tables[0].rows] == pytest.approx([0.4, 0.6], abs=0.05)
 
-    def test_the_form_is_an_equation_whose_letters_are_explained(self, laws: dict[str, LawFit]) -> None:
+    def test_the_form_is_an_equation_whose_symbols_are_explained(self, laws: dict[str, LawFit]) -> None:
         found = side_by_side(laws)
         assert found is not None
         assert found.equation is not None
@@ -86,31 +86,31 @@ class TestTable:
         for letter in ("dL:", "s:", "l:", "\N{GREEK SMALL LETTER KAPPA}:"):
             assert letter in found.sentences[0]
 
-    def test_it_counts_runs_that_had_not_converged(self, laws: dict[str, LawFit]) -> None:
+    def test_each_row_counts_the_runs_that_have_not_converged(self, laws: dict[str, LawFit]) -> None:
         found = side_by_side(laws)
         assert found is not None
         assert [row[-1] for row in found.tables[0].rows] == ["3", "0"]
 
-    def test_capacity_is_a_dash_where_the_bits_are_unknown(self, laws: dict[str, LawFit]) -> None:
+    def test_bits_per_parameter_are_a_dash_if_the_entropy_is_unknown(self, laws: dict[str, LawFit]) -> None:
         found = side_by_side({**laws, "unknown bits": law(0.4, 0.5, entropy=False)})
         assert found is not None
         assert [row[3] == "-" for row in found.tables[0].rows] == [False, False, True]
 
 
 @pytest.mark.usefixtures("no_figures", "no_profiles")
-def test_sweeps_with_other_budgets_are_laws_of_their_own_named_by_what_differs(tmp_path: Path) -> None:
+def test_sweeps_with_different_budgets_give_separate_laws_named_by_the_budget(tmp_path: Path) -> None:
     for steps in (50, 100):
         for rank in (1, 2, 3):
             for length in (128, 256):
                 folder = tmp_path / f"steps-{steps}-rank-{rank}-length-{length}"
                 write_simulated_run(folder, rank, length, optimizer_steps=steps)
     studies = make_studies(group_runs(read_records([tmp_path]), ["optimizer_steps"]))
-    # By size, not by the alphabet.
+    # Sorted by number, not alphabetically.
     assert list(laws_by_name(studies)) == ["optimizer_steps 50", "optimizer_steps 100"]
 
 
 @pytest.mark.usefixtures("no_figures", "no_profiles")
-def test_a_list_of_layers_is_one_name(tmp_path: Path) -> None:
+def test_a_law_is_named_by_its_whole_list_of_target_modules(tmp_path: Path) -> None:
     for placement in (["q_proj"], ["q_proj", "v_proj"]):
         for rank in (1, 2, 4):
             for length in (128, 256):

@@ -1,4 +1,4 @@
-"""Where kept states go: places, budgets, and blocks that are freed and come back."""
+"""The frozen-layer cache: places, budgets, and blocks that are freed and loaded again."""
 
 import gc
 import logging
@@ -23,12 +23,12 @@ from tests.tiny_runs import Ids, make_trainer, uneven
 
 CPU = torch.device("cpu")
 KIB = 2.0**-20
-"""A KiB in GiB."""
+"""One KiB in GiB."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("place", ["device", "host", "disk"])
-def test_what_is_kept_comes_back_bit_for_bit(place: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_stored_tensors_are_returned_bit_for_bit(place: str, dtype: torch.dtype, tmp_path: Path) -> None:
     store = StateStore(CacheConfig(place=place), CPU, tmp_path)  # type: ignore[arg-type]
     kept = {bytes([i]): (torch.randn(i + 1, 5).to(dtype), torch.randn(3, 7).to(dtype)) for i in range(20)}
     for key, tensors in kept.items():
@@ -40,7 +40,15 @@ def test_what_is_kept_comes_back_bit_for_bit(place: str, dtype: torch.dtype, tmp
             assert torch.equal(ours, theirs)
 
 
-def test_what_autograd_has_kept_of_a_file_may_be_followed_by_more(tmp_path: Path) -> None:
+def test_a_stored_key_is_stored_once(tmp_path: Path) -> None:
+    store = StateStore(CacheConfig(place="host"), CPU, tmp_path)
+    for value in (1.0, 2.0):
+        store.put(b"a", (torch.full((200,), value),))
+    assert (len(store), store.bytes["host"]) == (1, 800)
+    assert torch.equal(store[b"a"][0], torch.ones(200))
+
+
+def test_backward_through_a_stored_tensor_works_after_more_are_appended_to_the_file(tmp_path: Path) -> None:
     store = StateStore(CacheConfig(place="disk"), CPU, tmp_path)
     store.put(b"a", (torch.ones(3),))
     weight = torch.ones(3, requires_grad=True)
@@ -50,21 +58,21 @@ def test_what_autograd_has_kept_of_a_file_may_be_followed_by_more(tmp_path: Path
     assert weight.grad is not None and weight.grad.tolist() == [1, 1, 1]
 
 
-def test_a_copy_is_kept(tmp_path: Path) -> None:
+def test_the_store_keeps_a_copy_of_a_tensor(tmp_path: Path) -> None:
     store, tensor = StateStore(CacheConfig(), CPU, tmp_path), torch.ones(3)
     store.put(b"a", (tensor,))
     tensor.zero_()
     assert store[b"a"][0].tolist() == [1, 1, 1]
 
 
-def test_a_closed_store_gives_what_it_has_and_takes_nothing(tmp_path: Path) -> None:
+def test_a_closed_store_can_be_read_but_keeps_nothing_new(tmp_path: Path) -> None:
     store = StateStore(CacheConfig(), CPU, tmp_path)
     store.put(b"a", (torch.ones(3),))
     with store.closed():
         with store.closed():
             store.put(b"b", (torch.ones(3),))
             assert store[b"a"][0].tolist() == [1, 1, 1]
-        # It is still closed for whoever closed it first.
+        # Leaving the inner context does not open it again.
         store.put(b"b", (torch.ones(3),))
     assert b"b" not in store
     assert sum(store.bytes.values()) == 12
@@ -72,7 +80,7 @@ def test_a_closed_store_gives_what_it_has_and_takes_nothing(tmp_path: Path) -> N
     assert len(store) == 2
 
 
-def test_what_does_not_fit_the_host_goes_to_a_file_without_a_name(tmp_path: Path) -> None:
+def test_tensors_beyond_the_host_budget_go_to_a_nameless_file(tmp_path: Path) -> None:
     store = StateStore(CacheConfig(budget_gib=KIB), CPU, tmp_path)
     for i in range(3):
         store.put(bytes([i]), (torch.full((200,), float(i)),))
@@ -81,7 +89,7 @@ def test_what_does_not_fit_the_host_goes_to_a_file_without_a_name(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tensor_larger_than_a_segment_of_the_file_has_its_own(
+def test_a_tensor_larger_than_a_segment_of_the_file_is_returned_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pml.state_store.SEGMENT_BYTES", 4096)
@@ -92,7 +100,7 @@ def test_a_tensor_larger_than_a_segment_of_the_file_has_its_own(
     assert all(torch.equal(store[bytes([i])][0], tensor) for i, tensor in enumerate(tensors))
 
 
-def test_without_fallocate_as_on_macos_a_segment_is_written_first(
+def test_tensors_are_stored_on_disk_without_posix_fallocate_as_on_macos(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("os.posix_fallocate")
@@ -104,7 +112,7 @@ def test_without_fallocate_as_on_macos_a_segment_is_written_first(
     assert all(torch.equal(store[bytes([i])][0], tensor) for i, tensor in enumerate(tensors))
 
 
-def test_a_full_place_of_ones_own_choosing_keeps_no_more_and_says_so_once(
+def test_a_fixed_place_that_is_full_keeps_no_more_and_warns_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = StateStore(CacheConfig(place="host", budget_gib=KIB), CPU, tmp_path)
@@ -116,7 +124,7 @@ def test_a_full_place_of_ones_own_choosing_keeps_no_more_and_says_so_once(
     assert caplog.text.count("no room for more than 1 examples") == 1
 
 
-def test_a_place_takes_what_just_fits(tmp_path: Path) -> None:
+def test_a_place_can_be_filled_to_exactly_its_budget(tmp_path: Path) -> None:
     store = StateStore(CacheConfig(place="host", budget_gib=KIB), CPU, tmp_path)
     for i in range(2):
         store.put(bytes([i]), (torch.zeros(128),))
@@ -124,7 +132,9 @@ def test_a_place_takes_what_just_fits(tmp_path: Path) -> None:
     assert not store.full
 
 
-def test_by_itself_the_host_gives_half_of_what_is_available(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_host_budget_is_half_of_the_available_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Memory:
         available = 2000
 
@@ -143,7 +153,7 @@ def test_by_itself_the_host_gives_half_of_what_is_available(tmp_path: Path, monk
         ({"enabled": False, "release": True}, "release needs the cache of frozen states"),
     ],
 )
-def test_wrong_settings_are_refused(arguments: dict, message: str) -> None:
+def test_invalid_settings_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         CacheConfig(**arguments)
 
@@ -159,7 +169,7 @@ def make_module(folder: Path, config: CacheConfig, placement: str | list[str] = 
     return module
 
 
-def test_states_are_shared_by_those_who_keep_them_in_the_same_way_alone(tiny_backbone: Backbone) -> None:
+def test_frozen_layers_share_a_store_only_if_their_cache_settings_are_equal(tiny_backbone: Backbone) -> None:
     model = attach_adapter(tiny_backbone, AdapterConfig(rank=2, block=2))
     stores = [
         FrozenLayers(tiny_backbone, model, config).store
@@ -169,7 +179,7 @@ def test_states_are_shared_by_those_who_keep_them_in_the_same_way_alone(tiny_bac
     assert len(set(map(id, stores))) == 3
 
 
-def test_examples_beyond_the_budget_are_scored_all_the_same(tiny_backbone_folder: Path) -> None:
+def test_examples_beyond_the_budget_get_the_same_scores(tiny_backbone_folder: Path) -> None:
     batch = collate(EXAMPLES)
     small = make_module(tiny_backbone_folder, CacheConfig(place="host", budget_gib=KIB))
     whole = make_module(tiny_backbone_folder, CacheConfig())
@@ -179,7 +189,7 @@ def test_examples_beyond_the_budget_are_scored_all_the_same(tiny_backbone_folder
 
 
 @pytest.mark.parametrize(("placement", "freed"), [("mlp_block", {0, 1, 2}), (["down_proj"], {0, 1})])
-def test_released_blocks_are_not_needed_for_scores_and_come_back_for_generation(
+def test_scoring_needs_no_released_blocks_and_generation_loads_them_again(
     placement: str | list[str], freed: set[int], tiny_backbone_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = make_module(tiny_backbone_folder, CacheConfig(), placement)
@@ -197,10 +207,12 @@ def test_released_blocks_are_not_needed_for_scores_and_come_back_for_generation(
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists a process's mappings")
-def test_released_blocks_leave_no_mapping_of_their_file_in_memory(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_releasing_blocks_leaves_no_mapping_of_the_weights_file_in_memory(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny_backbone_folder, tmp_path / "backbone")
     module = make_module(folder, CacheConfig())
-    # Detached: the graph would hold weights for the way back.
+    # Detached, since the autograd graph would hold weights for the backward pass.
     before = module.score(collate(EXAMPLES)).losses.detach()
     module.frozen_layers.release()
     gc.collect()
@@ -208,7 +220,7 @@ def test_released_blocks_leave_no_mapping_of_their_file_in_memory(tiny_backbone_
     assert torch.equal(module.score(collate(EXAMPLES)).losses, before)
 
 
-def test_a_new_example_brings_released_blocks_back(tiny_backbone_folder: Path) -> None:
+def test_scoring_a_new_example_loads_released_blocks_again(tiny_backbone_folder: Path) -> None:
     module, reference = (make_module(tiny_backbone_folder, CacheConfig()) for _ in range(2))
     module.score(collate(EXAMPLES[:1]))
     module.frozen_layers.release()
@@ -217,7 +229,7 @@ def test_a_new_example_brings_released_blocks_back(tiny_backbone_folder: Path) -
     assert not module.backbone.released
 
 
-def test_full_logits_bring_released_blocks_back(tiny_backbone_folder: Path) -> None:
+def test_a_forward_pass_for_full_logits_loads_released_blocks_again(tiny_backbone_folder: Path) -> None:
     module = make_module(tiny_backbone_folder, CacheConfig())
     expected = module(torch.arange(5)[None])
     module.score(collate(EXAMPLES))
@@ -226,7 +238,7 @@ def test_full_logits_bring_released_blocks_back(tiny_backbone_folder: Path) -> N
 
 
 class ReleasedBlocks(Callback):
-    """Notes at the start of every epoch whether the lower blocks are freed."""
+    """Notes at the start of every epoch whether the weights of the lower blocks are freed."""
 
     def __init__(self) -> None:
         self.released: list[bool] = []
@@ -235,7 +247,7 @@ class ReleasedBlocks(Callback):
         self.released.append(pl_module.backbone.released)
 
 
-def test_a_fit_that_releases_the_prefix_ends_where_one_that_keeps_it_does(
+def test_releasing_the_lower_blocks_does_not_change_the_result_of_a_fit(
     tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     ends = {}
@@ -246,14 +258,14 @@ def test_a_fit_that_releases_the_prefix_ends_where_one_that_keeps_it_does(
         trainer = make_trainer(tmp_path, max_epochs=3, callbacks=[VerbatimRecall(), watch])
         trainer.fit(module, datamodule=data)
         ends[release] = module.state_dict()
-        # The cache is filled before the first step; generation at the end brings back what lies below.
+        # The cache is filled before the first step; generation at the end loads the lower blocks again.
         assert watch.released == [release] * 3
         assert not module.backbone.released
     for name, weight in ends[False].items():
         assert torch.equal(ends[True][name], weight)
 
 
-def test_a_fit_whose_prefix_finds_no_room_keeps_the_blocks_it_needs(
+def test_a_fit_whose_states_do_not_fit_the_cache_keeps_the_lower_blocks(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = make_module(tiny_backbone_folder, CacheConfig(place="host", budget_gib=KIB, release=True))
@@ -261,13 +273,13 @@ def test_a_fit_whose_prefix_finds_no_room_keeps_the_blocks_it_needs(
     make_trainer(tmp_path, max_epochs=3).fit(module, datamodule=data)
     assert not module.backbone.released
     filled = module.frozen_layers.filled
-    # Full is full: the corpus is not gone through again.
+    # The cache is known to be full, so the corpus is not computed again.
     module.frozen_layers.keep_and_release(data.examples)
     assert module.frozen_layers.filled == filled
 
 
 @pytest.mark.parametrize("place", ["auto", "host"])
-def test_processes_that_share_a_machine_share_its_memory(place: str, tmp_path: Path) -> None:
+def test_processes_on_one_machine_divide_the_host_budget(place: str, tmp_path: Path) -> None:
     stores = [StateStore(CacheConfig(place=place, budget_gib=2 * KIB), CPU, tmp_path, n) for n in (1, 2)]  # type: ignore[arg-type]
     for store in stores:
         for i in range(3):

@@ -1,4 +1,4 @@
-"""Frozen blocks that visit the device one at a time."""
+"""Frozen blocks that are streamed to the device one at a time."""
 
 import logging
 from collections.abc import Callable
@@ -25,12 +25,12 @@ IDS = torch.arange(5)[None]
 
 
 def resident(backbone: Backbone) -> set[int]:
-    """Blocks whose weights are where the model runs."""
+    """Indices of the blocks whose weights are on the model's device."""
     return {i for i, block in enumerate(backbone.blocks) if any(p.numel() for p in block.parameters())}
 
 
 class Visits(Callback):
-    """Notes which blocks are there whenever one runs, and how often streamed ones have moved, until the first step."""
+    """Records, until the first step, the resident blocks whenever one runs and the moves of streamed blocks."""
 
     def __init__(self) -> None:
         self.seen: list[set[int]] = []
@@ -56,7 +56,7 @@ class Visits(Callback):
             hook.remove()
 
 
-def test_the_model_computes_what_it_did(tiny_backbone: Backbone) -> None:
+def test_streaming_changes_neither_the_logits_nor_the_weights(tiny_backbone: Backbone) -> None:
     backbone = tiny_backbone
     expected = backbone.model(input_ids=IDS).logits
     weights = {name: p.clone() for name, p in backbone.model.named_parameters()}
@@ -70,7 +70,7 @@ def test_the_model_computes_what_it_did(tiny_backbone: Backbone) -> None:
     assert torch.equal(backbone.model(input_ids=IDS).logits, expected)
 
 
-def test_blocks_that_were_freed_and_another_number_of_them_can_be_streamed(tiny_backbone_folder: Path) -> None:
+def test_another_number_of_blocks_can_be_streamed_even_after_blocks_were_released(tiny_backbone_folder: Path) -> None:
     backbone = load_backbone(str(tiny_backbone_folder))
     expected = backbone.model(input_ids=IDS).logits
     for blocks, left in ((2, {2, 3}), (1, {1, 2, 3}), (3, {3})):
@@ -84,7 +84,7 @@ def test_blocks_that_were_freed_and_another_number_of_them_can_be_streamed(tiny_
 
 
 @pytest.mark.parametrize("placement", ["mlp_block", ["q_proj"]])
-def test_a_fit_that_releases_never_has_two_frozen_blocks_at_once_and_moves_each_for_all_examples_in_turn(
+def test_a_releasing_fit_loads_one_frozen_block_at_a_time_for_all_examples_together(
     placement: str | list[str], tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     module = SFT(
@@ -96,16 +96,17 @@ def test_a_fit_that_releases_never_has_two_frozen_blocks_at_once_and_moves_each_
     make_trainer(tmp_path, max_epochs=1, callbacks=[watch]).fit(module, datamodule=Ids(uneven(7), batch_size=2))
     assert all(len(there & {0, 1}) <= 1 for there in watch.seen)
     tried, kept = watch.moves
-    # Both blocks for the longest example in one pass, to compare with, then for this one and for all block by block.
+    # Each of the two blocks moves three times: twice for the longest example, block by block and, to compare, in one
+    # pass, and once for all examples.
     assert kept - tried == 2 * 3
     assert module.backbone.released
 
 
-# GPT-2's decoder adds positions to whatever it is given, so a block of it by itself computes something else.
+# GPT-2's decoder adds positions to any input, so its blocks cannot be run one by one.
 @pytest.mark.parametrize(
     ("architecture", "moves"), [("llama", 6), ("qwen3", 6), ("gpt_neox", 6), ("gemma3", 6), ("gpt2", 2 * 2 + 2 * 5)]
 )
-def test_states_of_many_examples_are_those_of_each_by_itself(
+def test_streamed_states_of_many_examples_equal_those_of_each_example_alone(
     architecture: str, moves: int, make_tiny_backbone: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = make_tiny_backbone(architecture)
@@ -116,20 +117,20 @@ def test_states_of_many_examples_are_those_of_each_by_itself(
         kept = list(streamed_states(backbone, 2, None, rows))
         assert backbone.streamed is not None and backbone.streamed.moves == moves
         assert all(torch.equal(one, other) for (one,), (other,) in zip(kept, expected, strict=True))
-        # Rows of 2, 6, 10, 14 and 18 tokens of 128 bytes: portions of three and two.
+        # Rows of 2, 6, 10, 14 and 18 tokens of 128 bytes give portions of three and two rows.
         monkeypatch.setattr("pml.states_below.PORTION_BYTES", 18 * 128)
         again = list(streamed_states(backbone, 2, None, rows))
     assert all(torch.equal(one, other) for (one,), (other,) in zip(again, expected, strict=True))
     assert backbone.streamed.moves == (2 * moves + 2 if architecture != "gpt2" else 2 * moves)
 
 
-def test_rows_of_one_token_do_not_hide_that_a_block_alone_computes_something_else(
+def test_a_decoder_that_differs_block_by_block_is_detected_despite_rows_of_one_token(
     tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decoder_with(backbone: Backbone, blocks: slice) -> Any:
         decoder: Any = with_blocks(backbone, blocks)
         if blocks.start:
-            # Other positions than the first block's, which a token that sees only itself cannot tell.
+            # Rotary frequencies other than the first block's, which change nothing in a row of one token.
             rotary = LlamaRotaryEmbedding(LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=8))
             rotary.inv_freq = rotary.inv_freq / 2
             decoder._modules = {**decoder._modules, "rotary_emb": rotary}
@@ -144,7 +145,7 @@ def test_rows_of_one_token_do_not_hide_that_a_block_alone_computes_something_els
     assert all(torch.equal(one, other) for (one,), (other,) in zip(kept, expected, strict=True))
 
 
-def test_a_block_leaves_after_a_pass_that_failed(tiny_backbone: Backbone) -> None:
+def test_a_streamed_block_leaves_the_device_after_a_failed_forward_pass(tiny_backbone: Backbone) -> None:
     tiny_backbone.stream(3)
     hook = tiny_backbone.blocks[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -155,7 +156,7 @@ def test_a_block_leaves_after_a_pass_that_failed(tiny_backbone: Backbone) -> Non
     assert resident(tiny_backbone) == {0, 1, 2, 3}
 
 
-def test_a_16_bit_model_is_tried_in_float32_all_the_same(
+def test_the_cut_of_a_bfloat16_model_is_tried_in_float32_with_or_without_streaming(
     tiny_backbone_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for release in (False, True):
@@ -170,7 +171,7 @@ def test_a_16_bit_model_is_tried_in_float32_all_the_same(
         assert {p.dtype for p in backbone.blocks[0].parameters()} == {torch.bfloat16}
 
 
-def test_the_command_leaves_frozen_blocks_on_the_host(
+def test_pml_fit_leaves_released_frozen_blocks_on_the_host(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[set[int]] = []
@@ -188,7 +189,7 @@ def test_the_command_leaves_frozen_blocks_on_the_host(
     assert moved == [{2, 3}]
 
 
-def test_states_that_a_validation_keeps_can_be_trained_on(tiny_backbone_folder: Path) -> None:
+def test_states_cached_during_validation_can_be_trained_on(tiny_backbone_folder: Path) -> None:
     module = SFT(
         backbone=str(tiny_backbone_folder),
         adapter=AdapterConfig(rank=2, block=2),
@@ -200,7 +201,7 @@ def test_states_that_a_validation_keeps_can_be_trained_on(tiny_backbone_folder: 
     examples = [Example(number, tuple(prompt), tuple(target)) for number, (prompt, target) in enumerate(uneven(4))]
     with torch.inference_mode():
         frozen_layers.keep(examples)
-    # A lone example is trained on as it is kept, without a copy.
+    # A single example is trained on as it is cached, without a copy.
     module.score(collate(examples[:1])).losses.sum().backward()
     assert frozen_layers.filled == 5
     assert any(p.grad is not None for p in module.model.parameters())

@@ -1,4 +1,4 @@
-"""The most stubborn tokens as a table, whatever their text is."""
+"""The table of the most stubborn tokens, with any text."""
 
 import numpy as np
 import pytest
@@ -22,11 +22,11 @@ from pml.tables import markdown_table, markdown_text
         ("über 日本", "über 日本"),
     ],
 )
-def test_text_is_data(text: str, shown: str) -> None:
+def test_the_text_of_a_token_is_escaped_for_markdown(text: str, shown: str) -> None:
     assert markdown_text(visible_text(text)) == shown
 
 
-def test_the_weakest_come_first_with_neighbours_and_what_wins_instead() -> None:
+def test_the_weakest_tokens_come_first_with_their_neighbours_and_best_rival() -> None:
     standing = TokenStates(
         probability=np.array([0.9, 0.1, np.nan, 0.4], dtype=np.float32),
         correct=np.array([True, False, False, True]),

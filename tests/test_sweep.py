@@ -1,4 +1,4 @@
-"""Grids of runs: expanded and checked before anything runs, resumed where they were, each cell as if it ran alone."""
+"""Grids of runs are checked before anything runs, and resumed; each cell runs exactly as it would alone."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ assert fits.torch.get_num_threads() == 1
 
 @pytest.fixture
 def base(tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Writes `base.yaml`: two epochs on eight random tokens, of which no more is measured than the record needs.
+    """Writes `base.yaml`: two epochs on eight random tokens, with no measures beyond those of the record.
 
     The working directory is `tmp_path`.
     """
@@ -72,11 +72,13 @@ RANKS = {"model.init_args.adapter.rank": [1, 3]}
         ([{}], [{}]),
     ],
 )
-def test_a_grid_is_every_combination_of_each_part(grid: list[Any], expected: list[Any]) -> None:
+def test_a_grid_expands_to_every_combination_of_values_within_each_part(grid: list[Any], expected: list[Any]) -> None:
     assert expand(grid) == expected
 
 
-def test_cells_are_named_by_what_varies_and_lie_below_out(base: Callable[..., Path], tmp_path: Path) -> None:
+def test_cells_are_named_by_the_settings_that_vary_and_have_folders_below_out(
+    base: Callable[..., Path], tmp_path: Path
+) -> None:
     cells = cells_of(tmp_path, {**RANKS, "seed_everything": [7], "data.init_args.length": [4, 8]})
     labels = [cell.name.rpartition("-")[0] for cell in cells]
     assert labels == ["rank=1,length=4", "rank=1,length=8", "rank=3,length=4", "rank=3,length=8"]
@@ -84,12 +86,14 @@ def test_cells_are_named_by_what_varies_and_lie_below_out(base: Callable[..., Pa
     assert not Path("out").exists()
 
 
-def test_a_path_is_named_as_it_is_and_a_class_by_its_last_part() -> None:
+def test_a_label_keeps_a_whole_path_but_only_the_last_part_of_a_class_name() -> None:
     keys = {"data.path": "texts/of.facts.jsonl", "model": "pml.modules.MemFT", "data.ratio": 0.5}
     assert _label(keys, list(keys)) == "path=texts_of.facts.jsonl,model=MemFT,ratio=0.5"
 
 
-def test_names_are_stable_and_change_with_the_base_configuration(base: Callable[..., Path], tmp_path: Path) -> None:
+def test_cell_names_are_stable_but_change_with_the_base_configuration(
+    base: Callable[..., Path], tmp_path: Path
+) -> None:
     first = [cell.name for cell in cells_of(tmp_path, RANKS)]
     assert [cell.name for cell in cells_of(tmp_path, RANKS)] == first
     assert len(set(first)) == 2
@@ -99,7 +103,7 @@ def test_names_are_stable_and_change_with_the_base_configuration(base: Callable[
     assert [name[:7] for name in changed] == [name[:7] for name in first]
 
 
-def test_a_cell_keeps_its_name_in_a_larger_grid_but_for_the_label(base: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_cell_keeps_its_hash_in_a_larger_grid(base: Callable[..., Path], tmp_path: Path) -> None:
     small = {cell.name[-8:] for cell in cells_of(tmp_path, {**RANKS, "seed_everything": [7]})}
     large = {cell.name[-8:] for cell in cells_of(tmp_path, {**RANKS, "seed_everything": [7, 8]})}
     assert small < large
@@ -110,7 +114,7 @@ def test_a_cell_that_has_a_folder_keeps_it_when_the_grid_grows(base: Callable[..
     (alone,) = cells_of(tmp_path, one)
     assert "=" not in alone.name
     alone.folder.mkdir(parents=True)
-    # What was set aside is no cell's folder.
+    # A folder that was moved aside is not a cell's.
     Path(f"{alone.folder}.unfinished-1").mkdir()
     first, second = cells_of(tmp_path, {**RANKS, "seed_everything": [7]})
     assert (first, second.name[:7]) == (alone, "rank=3-")
@@ -120,7 +124,7 @@ def test_a_cell_that_has_a_folder_keeps_it_when_the_grid_grows(base: Callable[..
     assert [cell.name[:24] for cell in grown[1::2]] == ["rank=1,seed_everything=8", "rank=3,seed_everything=8"]
 
 
-def test_values_of_any_kind_reach_the_configuration(base: Callable[..., Path], tmp_path: Path) -> None:
+def test_classes_and_lists_as_grid_values_reach_the_configuration(base: Callable[..., Path], tmp_path: Path) -> None:
     grid = {
         "model.init_args.weighting": [
             {"class_path": "pml.weighting.SlidingWindow", "init_args": {"window": 4}},
@@ -138,7 +142,7 @@ def test_values_of_any_kind_reach_the_configuration(base: Callable[..., Path], t
     assert outcomes[0].record.placement == ["down_proj", "up_proj"]
 
 
-# Wrong grids -------------------------------------------------------------------------------------------------------
+# Invalid grids -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,7 +162,7 @@ def test_values_of_any_kind_reach_the_configuration(base: Callable[..., Path], t
         ("base: nowhere.yaml\nout: out\ngrid: {a: [1]}\n", r"grid\.yaml: base .*nowhere\.yaml: no such file"),
     ],
 )
-def test_a_grid_file_that_is_wrong_is_refused_by_file_and_key(
+def test_an_invalid_grid_file_is_refused_with_the_file_and_the_key(
     content: str, message: str, base: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "grid.yaml").write_text(content)
@@ -166,7 +170,7 @@ def test_a_grid_file_that_is_wrong_is_refused_by_file_and_key(
         read_grid(tmp_path / "grid.yaml")
 
 
-def test_the_folder_of_a_grid_is_expanded_as_loggers_expand_it(
+def test_environment_variables_and_the_home_folder_are_expanded_in_the_folder_of_a_grid(
     base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
@@ -176,7 +180,7 @@ def test_the_folder_of_a_grid_is_expanded_as_loggers_expand_it(
         assert read_grid(write_grid(tmp_path, grid, out=out)).out == tmp_path / expected
 
 
-def test_days_of_a_grid_are_text(base: Callable[..., Path], tmp_path: Path) -> None:
+def test_dates_in_a_grid_are_read_as_text(base: Callable[..., Path], tmp_path: Path) -> None:
     Path("grid.yaml").write_text("base: base.yaml\nout: out\ngrid: {data.template_date: [2024-01-05, 2025-06-07]}\n")
     assert [cell.name.rpartition("-")[0] for cell in resolve(read_grid(Path("grid.yaml")))] == [
         "template_date=2024-01-05",
@@ -184,7 +188,7 @@ def test_days_of_a_grid_are_text(base: Callable[..., Path], tmp_path: Path) -> N
     ]
 
 
-def test_single_variables_of_a_template_join_those_of_the_base(base: Callable[..., Path], tmp_path: Path) -> None:
+def test_single_template_variables_are_merged_with_those_of_the_base(base: Callable[..., Path], tmp_path: Path) -> None:
     content = yaml.safe_load(Path("base.yaml").read_text())
     content["data"]["init_args"]["template_kwargs"] = {"day": "off"}
     Path("base.yaml").write_text(yaml.safe_dump(content))
@@ -194,7 +198,7 @@ def test_single_variables_of_a_template_join_those_of_the_base(base: Callable[..
     assert given == [{"day": "off", "thinking": on, "level": "007"} for on in (True, False)]
 
 
-def test_single_variables_of_a_template_do_with_a_base_that_the_cell_completes(
+def test_template_variables_are_merged_with_a_base_that_only_the_cell_completes(
     base: Callable[..., Path], tmp_path: Path
 ) -> None:
     content = yaml.safe_load(Path("base.yaml").read_text())
@@ -206,13 +210,13 @@ def test_single_variables_of_a_template_do_with_a_base_that_the_cell_completes(
     assert json.loads(given) == {"day": "off", "thinking": True}
 
 
-def test_days_within_variables_are_text_too(base: Callable[..., Path], tmp_path: Path) -> None:
+def test_dates_within_template_variables_are_read_as_text(base: Callable[..., Path], tmp_path: Path) -> None:
     grid = "base: base.yaml\nout: out\ngrid: {data.init_args.template_kwargs: [{days: [2024-01-05]}]}\n"
     Path("grid.yaml").write_text(grid)
     assert read_grid(Path("grid.yaml")).grid[0]["data.init_args.template_kwargs"] == [{"days": ["2024-01-05"]}]
 
 
-def test_a_cell_over_long_texts_of_any_script_has_a_name_that_file_systems_take(
+def test_a_cell_name_from_long_text_of_any_script_is_a_valid_file_name(
     base: Callable[..., Path], tmp_path: Path
 ) -> None:
     grid = {"data.init_args.prompt": ["\u8bf7" * 200, "# \u8bf7: \u4e00"]}
@@ -221,7 +225,7 @@ def test_a_cell_over_long_texts_of_any_script_has_a_name_that_file_systems_take(
     assert cells[1].name.startswith("prompt=_\u8bf7_\u4e00-")
 
 
-def test_a_grid_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_grid_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.yaml: cannot be read \(No such file or directory\)"):
         read_grid(tmp_path / "none.yaml")
 
@@ -238,7 +242,7 @@ def test_a_grid_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         ({"model.init_args.adapter.rank": [2, 2]}, "the grid has the same cell twice: .*; write each combination once"),
     ],
 )
-def test_a_cell_that_cannot_be_is_refused_by_name_before_anything_runs(
+def test_an_invalid_cell_is_refused_by_name_before_anything_runs(
     grid: dict[str, list[Any]], message: str, base: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message):
@@ -255,7 +259,7 @@ def run(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[
     return code, json.loads(out), err
 
 
-def test_a_cell_is_reported_leaves_a_whole_run_folder_and_is_not_run_again(
+def test_a_finished_cell_is_reported_leaves_a_whole_run_folder_and_is_not_run_again(
     base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = write_grid(tmp_path, RANKS)
@@ -281,7 +285,7 @@ def test_a_cell_is_reported_leaves_a_whole_run_folder_and_is_not_run_again(
     assert (code, [cell["status"] for cell in more]) == (0, ["recorded", "recorded", "finished"])
 
 
-def test_listing_says_what_is_done_and_runs_nothing(
+def test_the_status_option_lists_cells_and_runs_nothing(
     base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = write_grid(tmp_path, RANKS)
@@ -290,7 +294,7 @@ def test_listing_says_what_is_done_and_runs_nothing(
     assert not Path("out").exists()
 
 
-def test_what_an_unfinished_attempt_has_left_is_moved_aside(base: Callable[..., Path], tmp_path: Path) -> None:
+def test_files_of_an_unfinished_attempt_are_moved_aside(base: Callable[..., Path], tmp_path: Path) -> None:
     (cell,) = cells_of(tmp_path, {"model.init_args.adapter.rank": [1]})
     for text in ("first", "second"):
         cell.folder.mkdir(parents=True)
@@ -320,10 +324,10 @@ def test_an_interrupted_cell_without_a_checkpoint_is_run_again_from_the_start(
     assert (Path(f"{cell.folder}.unfinished-1") / "record.json").is_file()
 
 
-def test_a_cell_that_fails_leaves_its_error_and_the_others_finish(
+def test_a_failed_cell_leaves_its_error_and_the_others_finish(
     base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Rank 40 is only found out to be above the backbone's width of 32 when the backbone is there.
+    # That rank 40 exceeds the backbone's width of 32 is found only when the backbone is loaded.
     code, cells, err = run(write_grid(tmp_path, {"model.init_args.adapter.rank": [1, 40, 3]}), capsys)
     assert (code, [cell["status"] for cell in cells]) == (1, ["finished", "failed", "finished"])
     assert "adapter.rank is 40; above the width 32" in cells[1]["error"]
@@ -335,7 +339,7 @@ def test_a_cell_that_fails_leaves_its_error_and_the_others_finish(
     assert said.endswith("error.txt; --retry_failed runs it again)")
 
 
-def test_the_backbone_is_loaded_once_and_each_corpus_goes_through_the_prefix_once(
+def test_the_backbone_is_loaded_once_and_each_corpus_runs_through_the_frozen_layers_once(
     base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[str] = []
@@ -364,7 +368,7 @@ def test_the_backbone_is_loaded_once_and_each_corpus_goes_through_the_prefix_onc
     assert len(examples) == len(set(examples)) == 2 + 12
 
 
-def test_adapters_of_different_rank_leave_the_backbone_bit_for_bit_as_it_was(
+def test_cells_of_different_rank_share_the_backbone_and_leave_it_bit_for_bit_unchanged(
     base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Backbone] = []
@@ -390,7 +394,7 @@ def test_adapters_of_different_rank_leave_the_backbone_bit_for_bit_as_it_was(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_cell_of_a_sweep_is_bit_for_bit_the_run_that_fit_makes_alone(
+def test_a_cell_of_a_sweep_matches_the_same_run_of_the_fit_command_bit_for_bit(
     dropout: float, base: Callable[..., Path], tmp_path: Path
 ) -> None:
     grid = {

@@ -1,4 +1,4 @@
-"""Tables: the one of runs with its rows, its caption and its width, and tables of text in a terminal."""
+"""The table of runs, with its rows, caption and width, and text tables in a terminal."""
 
 import io
 from pathlib import Path
@@ -17,7 +17,7 @@ def printed(records: dict[Path, Record], width: int = 100) -> str:
     return console.export_text()
 
 
-def test_the_folder_that_one_is_in_has_a_name() -> None:
+def test_the_current_folder_is_named_by_a_dot() -> None:
     assert short_names([Path("."), Path("a")]) == [".", "a"]
 
 
@@ -37,7 +37,7 @@ class TestRecordsTable:
         rows = [line[0] for line in printed(records).splitlines() if line[:1] in set("abcde") and line[1:2] == " "]
         assert rows == ["e", "d", "b", "c", "a"]
 
-    def test_a_row_says_what_the_record_says(self) -> None:
+    def test_a_row_shows_the_values_of_its_record(self) -> None:
         record = make_record(
             rank=8,
             pairs=17,
@@ -58,19 +58,19 @@ class TestRecordsTable:
         (row,) = [line.split() for line in lines if line.startswith("one")]
         assert " ".join(row) == "one phonebook 17 640 8 sft 13.60 0.042 97.5 50.0 25.0 6.2 321 123 46"
 
-    def test_settings_that_all_runs_share_stand_in_the_caption(self) -> None:
+    def test_settings_shared_by_all_runs_are_stated_in_the_caption(self) -> None:
         text = printed({Path("a"): make_record(rank=1), Path("b"): make_record(rank=2)})
         assert "All runs: corpus random_tokens, pairs 1, target tokens 64, method memft." in " ".join(text.split())
         header = text.splitlines()[1]
         assert "rank" in header
         assert "method" not in header
 
-    def test_results_that_no_run_has_stand_in_the_caption(self) -> None:
+    def test_results_that_no_run_has_are_listed_in_the_caption(self) -> None:
         text = " ".join(printed({Path("a"): make_record(generated_exact_match=None)}).split())
         assert "None of the runs has: generated, recall after." in text
         assert "Recall after: steps until" not in text
 
-    def test_what_one_run_lacks_is_a_dash(self) -> None:
+    def test_a_result_that_one_run_lacks_is_shown_as_a_dash(self) -> None:
         text = printed({Path("a"): make_record(steps_to_recall=None), Path("b"): make_record(steps_to_recall=9)})
         (row,) = [line.split() for line in text.splitlines() if line.startswith("a ")]
         assert row[-2] == "-"
@@ -79,29 +79,29 @@ class TestRecordsTable:
     @pytest.mark.parametrize(
         ("share", "shown"), [(1.0, "100.0"), (0.9999, ">99.9"), (0.0, "0.0"), (0.0001, "<0.1"), (0.123, "12.3")]
     )
-    def test_only_a_whole_share_reads_100_and_only_none_reads_0(self, share: float, shown: str) -> None:
+    def test_only_a_share_of_one_is_shown_as_100_and_only_a_share_of_zero_as_0(self, share: float, shown: str) -> None:
         (row,) = [line.split() for line in printed({Path("a"): make_record(token_accuracy=share)}).splitlines()[3:4]]
         assert row[3] == shown
 
-    def test_numbers_are_aligned_on_the_right(self) -> None:
+    def test_numbers_are_right_aligned(self) -> None:
         lines = printed({Path("a"): make_record(optimizer_steps=7), Path("b"): make_record(optimizer_steps=12345)})
         rows = [line for line in lines.splitlines() if line[:2] in ("a ", "b ")]
         assert rows[0].index(" 7 ") + 1 == rows[1].index("12345") + 4
 
-    def test_folders_of_the_same_name_are_told_apart(self) -> None:
+    def test_folders_of_the_same_name_are_shown_with_their_parents(self) -> None:
         text = printed({Path("sft/seed-0"): make_record(), Path("memft/seed-0"): make_record()})
         assert "sft/seed-0" in text
         assert "memft/seed-0" in text
 
-    def test_an_interrupted_run_says_so(self) -> None:
+    def test_an_interrupted_run_is_marked(self) -> None:
         assert "a (interrupted)" in printed({Path("a"): make_record(status="interrupted")})
 
-    def test_a_diverged_run_says_so_and_has_no_loss(self) -> None:
+    def test_a_diverged_run_is_marked_and_has_a_dash_as_its_final_loss(self) -> None:
         records = {Path("a"): make_record(final_loss=None), Path("b"): make_record()}
         (row,) = [line.split() for line in printed(records).splitlines() if line.startswith("a ")]
         assert row[:4] == ["a", "(diverged)", "13.60", "-"]
 
-    def test_even_the_widest_table_fits_100_columns_with_every_number_whole(self) -> None:
+    def test_a_wide_table_fits_100_columns_without_truncating_a_number(self) -> None:
         long = make_record(
             corpus="random_tokens",
             pairs=10000,
@@ -123,7 +123,7 @@ class TestRecordsTable:
         assert records_table({}).rows == []
 
 
-def test_a_table_of_text_shows_its_title_its_values_and_its_note() -> None:
+def test_a_text_table_shows_its_title_values_and_note() -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(rich_table(TextTable("Forms", ("form", "R²"), [("power", "0.99"), ("ceiling", "1.00")], note="all")))
     lines = [line.split() for line in console.export_text().splitlines() if line.strip()]
@@ -131,10 +131,10 @@ def test_a_table_of_text_shows_its_title_its_values_and_its_note() -> None:
     assert (lines[0], lines[-1]) == (["Forms"], ["all"])
 
 
-def test_columns_that_nothing_is_known_of_are_left_out_and_words_stay_words() -> None:
+def test_columns_of_dashes_are_dropped_and_text_columns_are_renumbered() -> None:
     table = TextTable("t", ("a", "b", "c"), [("1", "-", "x"), ("-", "-", "y")], words=(1, 2)).without_empty_columns()
     assert (table.columns, table.rows, table.words) == (["a", "c"], [["1", "x"], ["-", "y"]], [1])
 
 
-def test_an_interval_has_three_digits() -> None:
+def test_an_interval_is_shown_with_three_significant_digits() -> None:
     assert (show_interval((0.12345, 1234.5)), show_interval(None)) == ("0.123 to 1.23e+03", "-")

@@ -1,4 +1,4 @@
-"""Looks written and read back."""
+"""The looks of a run: collected, written and read back."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def standing(*p: float) -> TokenStates:
     return TokenStates(probability, probability > 0.3, margin, nobody.astype(np.int32), nobody)
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+def test_a_history_is_read_as_written_with_the_last_look_of_each_step(tmp_path: Path) -> None:
     recorder = HistoryRecorder([[5, 6], [7]])
     recorder.add(0, standing(0.1, 0.2, 0.3))
     recorder.add(4, standing(0.0, 0.0, 0.0))
@@ -37,7 +37,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [HISTORY_NAME]
 
 
-def test_of_a_large_corpus_whole_examples_are_kept_and_of_a_long_one_its_beginning() -> None:
+def test_whole_examples_of_a_large_corpus_are_kept_and_the_beginning_of_a_long_example() -> None:
     recorder = HistoryRecorder([[1, 2], [3], [4, 5], [6], [7, 8]], limit=6)
     recorder.add(0, standing(*[0.1] * 8))
     assert recorder.history.example_id.tolist() == [0, 0, 2, 2, 4, 4]
@@ -46,7 +46,7 @@ def test_of_a_large_corpus_whole_examples_are_kept_and_of_a_long_one_its_beginni
     assert long.history.token_id.tolist() == [1, 2, 3]
 
 
-def test_a_state_goes_on_where_it_was() -> None:
+def test_a_recorder_with_a_restored_state_continues_its_history() -> None:
     first, second = HistoryRecorder([[1]]), HistoryRecorder([[1]])
     first.add(0, standing(0.1))
     second.load_state_dict(first.state_dict())
@@ -55,13 +55,13 @@ def test_a_state_goes_on_where_it_was() -> None:
     np.testing.assert_allclose(second.history.probability, [[0.1], [0.2]], rtol=1e-6)
 
 
-def test_no_look_leaves_no_file_and_a_folder_without_one_is_refused(tmp_path: Path) -> None:
+def test_a_recorder_without_looks_writes_no_file_and_a_missing_file_is_refused(tmp_path: Path) -> None:
     HistoryRecorder([[1]]).write(tmp_path / HISTORY_NAME)
     with pytest.raises(InputError, match=r"history\.parquet: no such file; a run with TokenThresholds writes it"):
         read_history(tmp_path)
 
 
-def test_a_file_with_other_tokens_at_some_look_is_refused(tmp_path: Path) -> None:
+def test_a_file_whose_looks_have_different_tokens_is_refused(tmp_path: Path) -> None:
     recorder = HistoryRecorder([[1, 2]])
     for step in (0, 1):
         recorder.add(step, standing(0.1, 0.2))
@@ -77,9 +77,7 @@ def test_a_file_with_other_tokens_at_some_look_is_refused(tmp_path: Path) -> Non
     ("content", "message"),
     [(b"junk", "not a Parquet file that can be read"), (None, "expected the columns step, example_id")],
 )
-def test_a_file_that_is_no_history_is_refused_by_what_it_is(
-    content: bytes | None, message: str, tmp_path: Path
-) -> None:
+def test_a_file_that_is_not_a_history_is_refused(content: bytes | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / HISTORY_NAME
     pq.write_table(pa.table({"a": [1]}), path) if content is None else path.write_bytes(content)
     with pytest.raises(InputError, match=message):

@@ -1,4 +1,6 @@
-"""Losses without whole logits equal the plain way, in value and gradient."""
+"""Losses computed without the full logits equal cross-entropy, in value and gradient."""
+
+import math
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ def problem() -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
 
 @pytest.mark.parametrize("above", [None, -1.0], ids=["by vocabulary", "by rows"])
 @pytest.mark.parametrize("piece_bytes", [1, 4 * 70 * 33, 2**30])
-def test_losses_and_gradients_equal_cross_entropy_whatever_the_piece(
+def test_losses_and_gradients_equal_cross_entropy_for_any_piece_size(
     piece_bytes: int,
     above: float | None,
     problem: tuple[torch.Tensor, nn.Linear, torch.Tensor],
@@ -43,7 +45,7 @@ def test_losses_and_gradients_equal_cross_entropy_whatever_the_piece(
 
 @pytest.mark.parametrize("above", [None, 3.0], ids=["by vocabulary", "by rows"])
 @pytest.mark.parametrize("piece_bytes", [1, 4 * 70 * 33, 2**30])
-def test_the_margin_is_against_the_best_other_token_whatever_the_piece(
+def test_the_margin_is_measured_against_the_best_other_token_for_any_piece_size(
     piece_bytes: int,
     above: float | None,
     problem: tuple[torch.Tensor, nn.Linear, torch.Tensor],
@@ -54,7 +56,7 @@ def test_the_margin_is_against_the_best_other_token_whatever_the_piece(
     monkeypatch.setattr(pml.token_loss, "LEAST_COLUMNS", 7)
     hidden, head, targets = problem
     logits = head(hidden).detach()
-    # Half of the targets are what the head likes best, so that both signs occur.
+    # Half of the targets are the argmax, so that margins of both signs occur.
     targets = torch.where(torch.arange(70) < 35, logits.argmax(-1), targets)
     scored = token_losses(hidden, head, targets, above)
     others = logits.scatter(1, targets[:, None], -torch.inf)
@@ -64,7 +66,7 @@ def test_the_margin_is_against_the_best_other_token_whatever_the_piece(
     assert torch.equal(scored.margin > 0, scored.correct)
 
 
-def test_a_logit_that_is_no_number_is_never_right() -> None:
+def test_no_token_is_correct_if_a_logit_is_nan() -> None:
     head = nn.Linear(1, 3, bias=False).requires_grad_(False)
     head.weight.copy_(torch.tensor([[1.0], [torch.nan], [2.0]]))
     scored = token_losses(torch.ones(3, 1), head, torch.arange(3))
@@ -72,7 +74,7 @@ def test_a_logit_that_is_no_number_is_never_right() -> None:
     assert scored.losses.isnan().all()
 
 
-def test_of_two_equal_logits_the_first_is_the_argmax_across_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lowest_id_of_equal_logits_is_the_argmax_even_across_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pml.token_loss, "PIECE_BYTES", 1)
     monkeypatch.setattr(pml.token_loss, "LEAST_COLUMNS", 2)
     head = nn.Linear(2, 6, bias=False).requires_grad_(False)
@@ -83,7 +85,7 @@ def test_of_two_equal_logits_the_first_is_the_argmax_across_pieces(monkeypatch: 
     assert correct.tolist() == [True, False]
 
 
-def test_logits_far_beyond_what_float32_can_exponentiate_give_finite_losses() -> None:
+def test_logits_too_large_to_exponentiate_in_float32_give_finite_losses_and_gradients() -> None:
     head = nn.Linear(1, 3, bias=False).requires_grad_(False)
     head.weight.copy_(torch.tensor([[1.0], [-1.0], [2.0]]))
     hidden = torch.tensor([[1000.0]], requires_grad=True)
@@ -94,14 +96,14 @@ def test_logits_far_beyond_what_float32_can_exponentiate_give_finite_losses() ->
     assert hidden.grad.item() == 1.0  # softmax W - W[target] = 2 - 1
 
 
-def test_a_head_with_bias_is_no_different(problem: tuple[torch.Tensor, nn.Linear, torch.Tensor]) -> None:
+def test_losses_of_a_head_with_bias_equal_cross_entropy(problem: tuple[torch.Tensor, nn.Linear, torch.Tensor]) -> None:
     hidden, _, targets = problem
     head = nn.Linear(24, 300).requires_grad_(False)
     torch.testing.assert_close(token_losses(hidden, head, targets)[0], plain(hidden, head, targets))
 
 
 @pytest.mark.parametrize("above", [0.01, 3.0, 6.0, 1e9])
-def test_tokens_up_to_the_bound_have_no_gradient_and_the_others_their_own(
+def test_tokens_with_a_loss_above_the_bound_keep_their_exact_gradient(
     above: float, problem: tuple[torch.Tensor, nn.Linear, torch.Tensor]
 ) -> None:
     hidden, head, targets = problem
@@ -112,7 +114,19 @@ def test_tokens_up_to_the_bound_have_no_gradient_and_the_others_their_own(
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
 
 
-def test_losses_of_a_bfloat16_head_are_float32_of_its_own_logits() -> None:
+@pytest.mark.parametrize("nans", [1, 4])
+def test_a_loss_that_is_not_a_number_reaches_the_gradient_however_few_tokens_are_active(nans: int) -> None:
+    head = nn.Linear(24, 300, bias=False).requires_grad_(False)
+    hidden = torch.randn(5, 24)
+    hidden[:nans] = math.nan
+    hidden.requires_grad_()
+    losses, *_ = token_losses(hidden, head, torch.arange(5), gradient_above=1e9)
+    losses.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad[:nans].isnan().all()
+
+
+def test_a_bfloat16_head_gives_float32_losses_and_bfloat16_gradients() -> None:
     head = nn.Linear(24, 300, bias=False).to(torch.bfloat16).requires_grad_(False)
     hidden = torch.randn(9, 24, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(300, (9,))
@@ -124,7 +138,7 @@ def test_losses_of_a_bfloat16_head_are_float32_of_its_own_logits() -> None:
     assert hidden.grad.dtype == torch.bfloat16
 
 
-def test_no_token_gives_no_loss_and_a_gradient_of_zero() -> None:
+def test_without_target_tokens_there_are_no_losses_and_the_gradient_is_zero() -> None:
     head = nn.Linear(4, 8, bias=False).requires_grad_(False)
     hidden = torch.randn(3, 4, requires_grad=True)
     losses, correct, *_ = token_losses(hidden[:0], head, torch.empty(0, dtype=torch.long))

@@ -10,36 +10,36 @@ from pml.token_history import History
 from pml.token_pictures import colours, grid_image, history_image, pool_min, token_grid
 
 
-def test_colours_jump_at_the_threshold_which_is_itself_below() -> None:
+def test_colours_jump_just_above_the_threshold_and_nan_is_grey() -> None:
     shown = colours(np.array([0.0, 0.499, 0.5, 0.501, 1.0, np.nan])).astype(int)
     red, blue = shown[:, 0], shown[:, 2]
     assert (red[:3] > blue[:3]).all()
     assert (blue[3:5] > red[3:5]).all()
-    # Neighbours on one side differ by a shade at most, across the threshold by far more.
+    # Neighbours on one side differ by at most a shade, but by far more across the threshold.
     assert abs(shown[1] - shown[2]).sum() < 20
     assert abs(shown[2] - shown[3]).sum() > 150
     assert len(set(shown[5])) == 1
 
 
-def test_the_jump_is_at_any_other_threshold_too() -> None:
+def test_colours_jump_at_the_given_threshold() -> None:
     below, above = colours(np.array([0.2, 0.21]), threshold=0.2).astype(int)
     assert abs(below - above).sum() > 150
 
 
-def test_pooling_keeps_the_smallest_of_neighbours_and_leaves_out_what_is_no_number() -> None:
+def test_pooling_keeps_the_smallest_of_neighbours_and_ignores_nan() -> None:
     table = np.array([[0.9, 0.1, 0.8, np.nan], [0.7, 0.6, np.nan, np.nan]])
     np.testing.assert_equal(pool_min(table, 2, 2), [[0.1, 0.8], [0.6, np.nan]])
     np.testing.assert_equal(pool_min(table, 1, 4), [[0.7, 0.1, 0.8, np.nan]])
     np.testing.assert_equal(pool_min(table, 9, 9), table)
 
 
-def test_many_pairs_have_a_row_each() -> None:
+def test_each_of_several_pairs_has_its_own_row() -> None:
     np.testing.assert_equal(
         token_grid(np.array([0.1, 0.2, 0.3, 0.4]), [1, 3]), [[0.1, np.nan, np.nan], [0.2, 0.3, 0.4]]
     )
 
 
-def test_one_long_target_is_wrapped_and_one_failing_token_in_a_million_is_seen() -> None:
+def test_a_single_target_is_wrapped_and_one_failing_token_in_a_million_stays_visible() -> None:
     assert token_grid(np.full(50, 0.9), [50]).shape == (5, 10)
     p = np.full(1_000_000, 0.99)
     p[123_456] = 0.01
@@ -49,9 +49,9 @@ def test_one_long_target_is_wrapped_and_one_failing_token_in_a_million_is_seen()
     assert picture.dtype == np.uint8
 
 
-def test_the_history_has_first_tokens_first() -> None:
+def test_the_history_orders_tokens_by_position_in_their_target() -> None:
     position, example = np.array([0, 1, 0, 1, 2]), np.array([0, 0, 1, 1, 1])
-    # Both first tokens are certain and stand side by side, though the second target is kept behind the first.
+    # Both first tokens are certain and adjacent, although the history stores one target after the other.
     probability = np.where(position == 0, 1.0, 0.0).astype(np.float32)[None].repeat(2, axis=0)
     history = History(np.array([0, 9]), example, position, position, probability, probability, probability > 0.5)
     row = history_image(history)[40].astype(int)
@@ -61,7 +61,7 @@ def test_the_history_has_first_tokens_first() -> None:
 
 
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The texts that pictures have had written into them, as they come."""
+    """A list to which the texts drawn into pictures are appended."""
     texts: list[str] = []
     draw_text = ImageDraw.ImageDraw.text
 
@@ -74,7 +74,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize(("tokens", "in_row"), [(12_000, 120), (12_001, 120), (18_000, 180)])
-def test_the_axis_of_one_long_target_says_how_many_tokens_a_row_stands_for(
+def test_the_axis_of_a_single_long_target_gives_the_number_of_tokens_per_row(
     monkeypatch: pytest.MonkeyPatch, tokens: int, in_row: int
 ) -> None:
     texts = written(monkeypatch)
@@ -84,7 +84,7 @@ def test_the_axis_of_one_long_target_says_how_many_tokens_a_row_stands_for(
 
 
 @pytest.mark.parametrize(("looks", "pooled"), [(100, False), (101, True)])
-def test_a_history_of_many_looks_says_that_it_shows_the_smallest_of_neighbours(
+def test_the_axis_of_a_history_says_whether_neighbours_are_pooled(
     monkeypatch: pytest.MonkeyPatch, looks: int, pooled: bool
 ) -> None:
     texts, places = written(monkeypatch), np.arange(3)

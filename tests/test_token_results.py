@@ -1,4 +1,4 @@
-"""Per-token results read back, and the first positions of each target."""
+"""Per-token results: reading them, and the first sub-threshold and first wrong position of each target."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def write(folder: Path, **columns: object) -> Path:
     return folder
 
 
-def test_tokens_come_by_example_and_position(tmp_path: Path) -> None:
+def test_tokens_are_sorted_by_example_and_position(tmp_path: Path) -> None:
     tokens = read_tokens(write(tmp_path))
     assert tokens.example_id.tolist() == [0, 0, 0, 1, 1]
     assert tokens.position.tolist() == [0, 1, 2, 0, 1]
@@ -33,15 +33,15 @@ def test_tokens_come_by_example_and_position(tmp_path: Path) -> None:
     assert tokens.correct.tolist() == [True, True, False, True, True]
 
 
-def test_first_positions_are_the_length_where_there_is_none(tmp_path: Path) -> None:
+def test_first_positions_equal_the_target_length_if_no_token_is_sub_threshold_or_wrong(tmp_path: Path) -> None:
     first = first_positions(read_tokens(write(tmp_path)))
-    # ln 2 = 0.693: token 1 of example 0 is the first below p = 0.5 though right; token 2 is the first wrong one.
+    # ln 2 = 0.693: token 1 of example 0 is the first below p = 0.5, though correct; token 2 is the first wrong one.
     assert first.sub_threshold.tolist() == [1, 2]
     assert first.failure.tolist() == [2, 2]
     assert first.length.tolist() == [3, 2]
 
 
-def test_another_threshold_moves_the_first_position(tmp_path: Path) -> None:
+def test_the_first_sub_threshold_position_depends_on_the_threshold(tmp_path: Path) -> None:
     # p = 0.8 is a loss of 0.223 nats.
     assert first_positions(read_tokens(write(tmp_path)), threshold=0.8).sub_threshold.tolist() == [0, 2]
 
@@ -57,12 +57,14 @@ def test_another_threshold_moves_the_first_position(tmp_path: Path) -> None:
         ({"loss": ["a"] * 5}, "expected the columns example_id, position, loss, correct"),
     ],
 )
-def test_columns_that_no_run_writes_are_refused(columns: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_columns_with_missing_or_invalid_values_are_refused(
+    columns: dict[str, object], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match=message):
         read_tokens(write(tmp_path, **columns))
 
 
-def test_missing_columns_files_and_tokens_are_refused(tmp_path: Path) -> None:
+def test_a_missing_malformed_or_empty_tokens_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file; a run writes it"):
         read_tokens(tmp_path)
     pq.write_table(pa.table({"loss": [0.1]}), tmp_path / TOKENS_NAME)
@@ -81,7 +83,7 @@ def places(*pairs: tuple[int, int], length: int = 9) -> FirstPositions:
     return FirstPositions(below, failure, np.full(len(below), length))
 
 
-def test_the_rank_correlation_is_spearmans_over_targets_that_can_fail() -> None:
+def test_the_rank_correlation_is_spearmans_rho_over_targets_that_can_fail() -> None:
     found = rank_correlation(places((0, 1), (1, 1), (2, 6), (5, 5), (3, 9), (9, 9), (9, 9)))
     assert found is not None
     assert (found.targets, found.unfailing) == (5, 1)
@@ -89,7 +91,7 @@ def test_the_rank_correlation_is_spearmans_over_targets_that_can_fail() -> None:
     assert found.rho_of_failing == pytest.approx(stats.spearmanr([0, 1, 2, 5], [1, 1, 6, 5]).statistic)
 
 
-def test_targets_that_fail_in_the_order_in_which_they_leave_the_threshold_correlate_fully() -> None:
+def test_the_rank_correlation_is_1_if_failures_follow_the_order_of_sub_threshold_tokens() -> None:
     found = rank_correlation(places((0, 2), (1, 3), (2, 8)))
     assert found is not None
     assert (found.rho, found.rho_of_failing) == pytest.approx((1.0, 1.0))
@@ -98,5 +100,5 @@ def test_targets_that_fail_in_the_order_in_which_they_leave_the_threshold_correl
 @pytest.mark.parametrize(
     "pairs", [((0, 1), (1, 2)), ((1, 2), (1, 3), (1, 4)), ((0, 5), (1, 5), (2, 5)), ((9, 9), (9, 9), (9, 9))]
 )
-def test_too_few_targets_or_all_in_one_place_have_no_rank_correlation(pairs: tuple[tuple[int, int], ...]) -> None:
+def test_too_few_targets_or_equal_positions_have_no_rank_correlation(pairs: tuple[tuple[int, int], ...]) -> None:
     assert rank_correlation(places(*pairs)) is None

@@ -1,4 +1,4 @@
-"""What the logits are made of, and what is said where a model does not run, is found out on the model itself."""
+"""Trying out a whole model: how it computes its logits, and the error if it does not run."""
 
 from typing import Any
 
@@ -31,14 +31,14 @@ def backbone_of(config: PretrainedConfig, dtype: torch.dtype) -> Backbone:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("config", NOT_PLAIN.values(), ids=NOT_PLAIN)
-def test_logits_that_are_more_than_a_product_are_told_from_it_however_alike(
+def test_a_cap_divisor_or_factor_on_the_logits_is_detected_however_small_its_effect(
     config: PretrainedConfig, dtype: torch.dtype
 ) -> None:
     assert plain_head(backbone_of(config, dtype)) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_head_is_found_where_it_is_all_that_follows(dtype: torch.dtype) -> None:
+def test_the_head_is_plain_if_nothing_else_changes_the_logits(dtype: torch.dtype) -> None:
     backbone = backbone_of(Gemma2Config(**SMALL, final_logit_softcapping=None), dtype)
     assert plain_head(backbone) is backbone.model.lm_head
     with torch.autocast("cpu", torch.bfloat16):
@@ -53,7 +53,7 @@ def module_on(backbone: Backbone) -> SFT:
     return module
 
 
-def test_a_model_that_does_not_run_is_refused_in_a_line_that_says_what_is_missing(
+def test_the_error_for_a_model_that_does_not_run_says_in_one_line_what_is_missing(
     tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forward(**_: Any) -> None:
@@ -68,7 +68,7 @@ def test_a_model_that_does_not_run_is_refused_in_a_line_that_says_what_is_missin
     )
 
 
-def test_an_attribute_that_is_missing_below_is_not_taken_for_a_missing_prefix(
+def test_an_attribute_error_inside_the_model_is_not_reported_as_missing_frozen_layers(
     tiny_backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:

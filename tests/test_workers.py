@@ -1,4 +1,4 @@
-"""Many workers on one grid: every cell is run once, whoever dies, and the command says what has become of it."""
+"""Several workers on one grid: every cell is finished even if a worker dies, and the command reports on each cell."""
 
 import json
 import os
@@ -58,14 +58,14 @@ def assert_each_cell_was_run_once(cells: list[Cell]) -> None:
     assert list((Path("out") / FOLDER_NAME).iterdir()) == []
 
 
-def test_workers_share_the_cores_or_have_a_device_each() -> None:
+def test_workers_share_the_cores_or_are_assigned_devices_in_turn() -> None:
     assert worker_environments(3, cores=8, devices=0) == [{"OMP_NUM_THREADS": "2"}] * 3
     assert worker_environments(4, cores=2, devices=0) == [{"OMP_NUM_THREADS": "1"}] * 4
     shared = worker_environments(3, cores=8, devices=2)
     assert [worker["CUDA_VISIBLE_DEVICES"] for worker in shared] == ["0", "1", "0"]
 
 
-def test_two_workers_run_each_cell_once_and_the_command_reports_them_all(
+def test_two_workers_finish_every_cell_and_the_command_reports_each_once(
     grid: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["sweep", str(grid), "--workers", "2"]) == 0
@@ -95,7 +95,7 @@ print(json.dumps({pid: os.waitstatus_to_exitcode(status) for pid, status in (os.
 """
 
 
-def test_of_two_sweeps_at_once_one_is_killed_and_the_other_runs_every_cell(
+def test_if_one_of_two_concurrent_sweeps_is_killed_the_other_finishes_every_cell(
     grid: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, "-c", TWO_SWEEPS, str(grid)]
@@ -105,7 +105,7 @@ def test_of_two_sweeps_at_once_one_is_killed_and_the_other_runs_every_cell(
     locks = Path("out") / FOLDER_NAME
     deadline = time.monotonic() + 120
     holders: list[int] = []
-    # A lock is there before it says whose it is.
+    # A lock file exists before its owner is written into it.
     while not holders and time.monotonic() < deadline:
         time.sleep(0.05)
         holders = [pid for pid in pids for lock in locks.glob("*.lock") if f"pid={pid}\n" in lock.read_text()]
@@ -114,15 +114,13 @@ def test_of_two_sweeps_at_once_one_is_killed_and_the_other_runs_every_cell(
     out, err = sweeps.communicate(timeout=300)
     assert json.loads(out) == {str(pid): -signal.SIGKILL if pid == victim else 0 for pid in pids}, err
     assert_each_cell_was_run_once(cells_of(grid))
-    # Nothing but what the killed one had begun was begun twice.
+    # Only the cell that the killed sweep had begun may have been begun twice.
     assert len(list(Path("out").glob("*.unfinished-*"))) <= 1
     assert main(["sweep", str(grid), "--status"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "3 recorded, 0 failed, 0 running, 0 to run"
 
 
-def test_a_cell_that_has_failed_is_run_again_when_that_is_asked_for(
-    grid: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failed_cell_is_run_again_only_with_retry_failed(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (cell,) = cells_of(write_grid(ranks=[2]))
     cell.folder.mkdir(parents=True)
     (cell.folder / "error.txt").write_text("OutOfMemoryError: too large\n\nTraceback ...")
@@ -135,7 +133,7 @@ def test_a_cell_that_has_failed_is_run_again_when_that_is_asked_for(
     assert read_record(cell.folder / "record.json").status == "finished"
 
 
-def test_a_damaged_record_is_named_and_its_cell_counts_as_not_done(
+def test_a_damaged_record_is_reported_and_its_cell_counts_as_not_done(
     grid: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cell = cells_of(grid)[0]
@@ -146,14 +144,16 @@ def test_a_damaged_record_is_named_and_its_cell_counts_as_not_done(
     assert "the cell counts as not done" in caplog.text
 
 
-def test_workers_run_as_jobs(grid: Path) -> None:
+def test_workers_can_run_as_cluster_jobs(grid: Path) -> None:
     write_grid(ranks=[2])
     assert main(["sweep", str(grid), "--cluster", "local", "--workers", "1"]) == 0
     assert_each_cell_was_run_once(cells_of(grid))
     assert list(Path("out/.workers").glob("*"))
 
 
-def test_a_job_whose_sweep_failed_as_a_whole_is_named(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_is_reported_as_failed_unless_only_a_cell_failed_or_it_was_cancelled(
+    grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def job(number: int, state: str, code: int | None) -> Any:
         error = None if code is not None else RuntimeError("no output")
         paths = SimpleNamespace(stderr=f"{number}.err")
@@ -167,7 +167,7 @@ def test_a_job_whose_sweep_failed_as_a_whole_is_named(grid: Path, monkeypatch: p
     assert workers.failures() == ["job 3 ended with exit code 2 (see 3.err)", "job 4 ended as TIMEOUT (see 4.err)"]
 
 
-def test_cores_are_those_of_the_machine_where_the_system_does_not_say_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_cores_are_counted_if_the_system_does_not_report_cpu_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     assert _cores() == 6

@@ -1,4 +1,4 @@
-"""Wrong input, a table: each is one line on stderr and exit code 2, before anything is written."""
+"""Tables of wrong input: each case gives one line on stderr and exit code 2, before anything is written."""
 
 import json
 import pickle
@@ -11,12 +11,12 @@ import torch
 import yaml
 
 from pml.cli import main
-from tests import fits  # one thread
+from tests import fits  # limits torch to one thread
 from tests.record_factory import make_record
 
 assert fits.torch.get_num_threads() == 1
 
-# Configuration files: what is in them, and what is said -------------------------------------------------------------
+# Configuration files: content and expected message -----------------------------------------------------------------
 
 CONFIGS: dict[str, tuple[bytes, str]] = {
     "a key twice": (
@@ -65,7 +65,7 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "a number for a name": (b"model: 7\ndata: {class_path: RandomTokens}\n", "model"),
 }
 
-# Options of a fit: what is given, and what is said ------------------------------------------------------------------
+# Options of a fit, and expected message ----------------------------------------------------------------------------
 
 OPTIONS: dict[str, str] = {
     # The trainer.
@@ -260,7 +260,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of files that are wrong."""
+    """A folder of invalid files."""
     folder = tmp_path_factory.mktemp("wrong") / "files"
     folder.mkdir()
     torch.save({"state_dict": {}, "pml": {}, "noise": torch.ones(1000)}, folder / "cut.ckpt")
@@ -314,13 +314,13 @@ def fit(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_configuration_that_cannot_be_meant(case: str, refused: Any, tmp_path: Path) -> None:
+def test_an_invalid_configuration_file_is_refused_in_one_line(case: str, refused: Any, tmp_path: Path) -> None:
     content, message = CONFIGS[case]
     (tmp_path / "config.yaml").write_bytes(content)
     refused(["fit", "--config=config.yaml"], "pml fit", message)
 
 
-def test_a_validation_that_is_never_reached(
+def test_a_validation_interval_longer_than_an_epoch_is_refused(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -330,26 +330,30 @@ def test_a_validation_that_is_never_reached(
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=lambda option: option[:60])
-def test_an_option_that_makes_no_sense(option: str, refused: Any, tiny_backbone_folder: Path) -> None:
+def test_an_invalid_option_is_refused_in_one_line(option: str, refused: Any, tiny_backbone_folder: Path) -> None:
     refused([*fit(tiny_backbone_folder), option], "pml fit", OPTIONS[option])
 
 
 @pytest.mark.parametrize("options", MEMFT)
-def test_a_weighting_or_curriculum_that_makes_no_sense(options: str, refused: Any, tiny_backbone_folder: Path) -> None:
+def test_an_invalid_weighting_or_curriculum_is_refused_in_one_line(
+    options: str, refused: Any, tiny_backbone_folder: Path
+) -> None:
     method = ["--model=MemFT", f"--model.backbone={tiny_backbone_folder}"]
     refused([*fit(tiny_backbone_folder), *method, *options.split()], "pml fit", MEMFT[options])
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_checkpoint_that_is_none(name: str, refused: Any, tiny_backbone_folder: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_refused_in_one_line(
+    name: str, refused: Any, tiny_backbone_folder: Path
+) -> None:
     refused([*fit(tiny_backbone_folder), f"--ckpt_path=files/{name}"], "pml fit", CHECKPOINTS[name])
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_that_cannot_be_done(command: str, refused: Any) -> None:
+def test_an_invalid_command_is_refused_in_one_line(command: str, refused: Any) -> None:
     name, message = COMMANDS[command]
     refused(command.split(), name, message)
 
 
-def test_the_table_is_as_long_as_it_says() -> None:
+def test_the_tables_have_at_least_200_cases() -> None:
     assert sum(map(len, (CONFIGS, OPTIONS, MEMFT, CHECKPOINTS, COMMANDS))) >= 200

@@ -1,4 +1,4 @@
-"""Any architecture that transformers knows, made tiny from its configuration by the names of its settings."""
+"""Tiny models of any architecture in transformers, scaled down by the names of their settings."""
 
 import dataclasses
 import re
@@ -37,10 +37,10 @@ SIZES: tuple[tuple[str, Any], ...] = (
     (r"(original_max_position_embeddings|model_max_length)", 64),
     # Scans are padded to whole chunks.
     (r"(mamba_)?chunk_size", 16),
-    # Wide enough that predictions are far from flat, and that every block changes them.
+    # Large enough that predictions are far from flat and that every block changes them.
     (r"initializer_range|init_std|embed_init_std", 0.2),
 )
-"""Names of numeric settings, as regular expressions, and what they are in a tiny model; the first that fits counts."""
+"""Regular expressions for names of numeric settings, with their values in a tiny model; the first match counts."""
 
 ALTERNATING = ["sliding_attention", "full_attention"] * (BLOCKS // 2)
 
@@ -56,7 +56,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    # Past its window a token's choice of what to see depends on later ones; the window that it comes with is wide.
+    # Past the window, what a token attends to depends on later tokens; the default window is wide.
     "doge": {"keep_window_size": 2048},
     "dots3_note_text": {
         "sliding_window": WINDOW,
@@ -96,14 +96,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8)},
     "xlm": {"causal": True},
-    # Its code for several chunks mixes dtypes.
+    # With several chunks, its code mixes dtypes.
     "xlstm": {"hidden_size": 128, "chunk_size": 64},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 8},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What the names do not say: settings that hang together in an architecture's own way."""
+"""Settings that names alone do not determine, by architecture: there they depend on one another."""
 
 
 def tiny_config(model_type: str, **chosen: Any) -> PretrainedConfig:
@@ -111,7 +111,7 @@ def tiny_config(model_type: str, **chosen: Any) -> PretrainedConfig:
 
     Args:
         model_type: Its name in transformers.
-        **chosen: Settings to have otherwise.
+        **chosen: Settings that override these.
     """
     config_class: Any = CONFIG_MAPPING[model_type]
     settings: dict[str, Any] = {}
@@ -125,13 +125,13 @@ def tiny_config(model_type: str, **chosen: Any) -> PretrainedConfig:
         if field.name == "is_decoder":
             settings[field.name] = True
     if any(field.name == "kv_lora_rank" for field in fields):
-        # Multi-head latent attention has a key of its own for each head.
+        # Multi-head latent attention has separate keys for each head.
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     return config_class(**settings | OVERRIDES.get(model_type, {}) | chosen)
 
 
 def tiny_model(model_type: str, dtype: torch.dtype = torch.float32, **chosen: Any) -> PreTrainedModel:
-    """A tiny causal language model of an architecture; the same numbers, rounded, in every dtype."""
+    """A tiny causal language model of an architecture, with the same weights, rounded, in every dtype."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(tiny_config(model_type, **chosen), dtype=torch.float32)

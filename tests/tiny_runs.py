@@ -1,4 +1,4 @@
-"""What tests of modules, callbacks and loops share: small corpora of ids, and trainers that leave nothing behind."""
+"""Small corpora of token ids and trainers that write no files, shared by tests of modules, callbacks and loops."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ class Ids(MemorizationDataModule):
 
 
 def uneven(count: int, seed: int = 5) -> list[tuple[list[int], list[int]]]:
-    """Random examples whose prompts have 3 to 6 tokens and whose targets 1 to 7."""
+    """Random examples with prompts of 3 to 6 tokens and targets of 1 to 7."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Tokenizers of the kinds that backbones come with, trained in a moment on a few lines, and chat templates for them."""
+"""Tokenizers of the kinds that backbones use, quickly trained on a few lines, and chat templates for them."""
 
 import json
 import random
@@ -21,22 +21,22 @@ TEMPLATES = {
     "chatml": EACH
     + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-    # As Llama 2 has it: no generation prompt, both sides trimmed, a space before and after an answer.
+    # As in Llama 2: no generation prompt, both sides trimmed, a space before and after an answer.
     "inst": "{{ bos_token }}"
     + EACH
     + "{% if m.role == 'user' %}{{ '[INST] ' + m.content.strip() + ' [/INST]' }}"
     + "{% else %}{{ ' ' + m.content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
-    # As Zephyr has it: roles in text that is no control token.
+    # As in Zephyr: roles are written as text, not as control tokens.
     "roles": EACH
     + "{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
     + "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
-    # As Gemma has it: no system turn, and a turn ends otherwise than a sequence.
+    # As in Gemma: no system turn, and a turn does not end with the end-of-sequence token.
     "turns": "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
     + "{% endif %}"
     + EACH
     + "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim }}"
     + "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-    # As Llama 3.1 has it: writes the date, trims.
+    # As in Llama 3.1: the date is written, and content is trimmed.
     "dated": "{% if date_string is not defined %}"
     + "{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
     + "{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
@@ -44,7 +44,7 @@ TEMPLATES = {
     + EACH
     + "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
     + "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-    # As multimodal models have it.
+    # As in multimodal models: content is a list of parts.
     "parts": EACH
     + "{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
     + "{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
@@ -102,7 +102,7 @@ def _unigram() -> Tokenizer:
 
 
 def _byte_fallback() -> Tokenizer:
-    """As sentencepiece's BPE: a space is a letter, one stands before each text, and unknown characters are bytes."""
+    """Like sentencepiece's BPE: spaces are letters, each text gets a leading one, unknown characters become bytes."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -113,7 +113,7 @@ def _byte_fallback() -> Tokenizer:
     )
     words = [word for line in _lines() for word in line.split()]
     tokenizer.train_from_iterator([*words, *_lines()], trainer)
-    # The trainer takes the bytes for special tokens, which they are not.
+    # The trainer marks the byte tokens as special, which they are not.
     saved = json.loads(tokenizer.to_str())
     saved["added_tokens"] = [token for token in saved["added_tokens"] if token["content"] not in bytes_]
     return Tokenizer.from_str(json.dumps(saved))
@@ -157,7 +157,7 @@ KINDS: dict[str, tuple[Callable[[], Tokenizer], str | None, dict[str, str]]] = {
 
 @cache
 def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of one of `KINDS`; the same object each time, not to be changed."""
+    """A tokenizer of one of `KINDS`; it is cached, so callers must not change it."""
     make, template, roles = KINDS[kind]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=make(), clean_up_tokenization_spaces=False, **roles)
     if template is not None:

@@ -138,9 +138,9 @@ def _frozen_loss(module: "Memorization", corpus: "Corpus") -> float:
 
 def _print(facts: dict[str, Any], corpus: "Corpus") -> None:
     from pml.commands._console import make_console
-    from pml.tables import TextTable, rich_table
+    from pml.tables import TextTable, count, rich_table
 
-    bits = facts["entropy_bits"]
+    bits, held_out = facts["entropy_bits"], facts["held_out_pairs"]
     rows = {
         "backbone": facts["backbone"],
         "pairs": f"{facts['pairs']:,}",
@@ -150,9 +150,7 @@ def _print(facts: dict[str, Any], corpus: "Corpus") -> None:
         "prompt tokens": f"{facts['prompt_tokens']:,}",
         "longest example": f"{facts['longest_example_tokens']:,} tokens",
         "information": "unknown" if bits is None else f"{bits:,.1f} bits, {bits / corpus.target_tokens:.2f} a token",
-        "held out": f"{facts['held_out_pairs']:,} pairs, {facts['held_out_target_tokens']:,} target tokens"
-        if facts["held_out_pairs"]
-        else "",
+        "held out": f"{count(held_out, 'pair')}, {facts['held_out_target_tokens']:,} target tokens" if held_out else "",
         "loss": f"{facts['initial_loss']:.4f} nats per target token, frozen model" if "initial_loss" in facts else "",
         "content hash": facts["content_hash"],
     }
@@ -163,7 +161,7 @@ def _print(facts: dict[str, Any], corpus: "Corpus") -> None:
     lengths = facts["tokens_per_target"]
     spread = ", ".join(f"{name} {lengths[name]:,g}" for name in ("min", "median", "mean", "max"))
     say(f"tokens per target: {spread}")
-    targets = [(name, f"{count:,}") for name, count in _bins(lengths["counts"])]
+    targets = [(name, f"{pairs:,}") for name, pairs in _bins(lengths["counts"])]
     make_console().print(rich_table(TextTable("", ("tokens", "targets"), targets, words=())))
 
 

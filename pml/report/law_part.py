@@ -15,7 +15,8 @@ from pml.law.tables import (
     symbols_sentence,
 )
 from pml.records import Record
-from pml.report.parts import Panel, Section, count, draw, spans
+from pml.report.parts import Panel, Section, draw, spans
+from pml.tables import count
 
 __all__ = ["law_part"]
 

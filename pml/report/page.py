@@ -13,10 +13,11 @@ from pml.atomic import whole_file
 from pml.errors import InputError
 from pml.groups import group_runs
 from pml.records import Record
-from pml.report.parts import count, spans
+from pml.report.parts import spans
 from pml.report.provenance import provenance
 from pml.report.side_by_side import side_by_side
 from pml.report.studies import laws_by_name, make_studies
+from pml.tables import count
 
 __all__ = ["PAGE_NAME", "Report", "make_report", "write_report"]
 

@@ -10,7 +10,7 @@ from pml.figures import freeze_layout, png_bytes, svg_data_uri
 from pml.law import Equation
 from pml.tables import TextTable
 
-__all__ = ["Panel", "Section", "count", "draw", "shown", "spans"]
+__all__ = ["Panel", "Section", "draw", "shown", "spans"]
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,6 @@ def draw(name: str, title: str, caption: str, alt: str, figure: Figure | None) -
         return []
     freeze_layout(figure)
     return [Panel(name, title, caption, alt, svg_data_uri(figure), png_bytes(figure))]
-
-
-def count(number: int, noun: str) -> str:
-    """A number with its noun, such as `1 run` or `1,024 runs`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def shown(value: Any) -> str:

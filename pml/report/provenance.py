@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pml.groups import SIZES, settings_of
 from pml.records import RECORD_NAME, Record
-from pml.report.parts import count, shown
-from pml.tables import TextTable, short_names
+from pml.report.parts import shown
+from pml.tables import TextTable, count, short_names
 
 __all__ = ["provenance"]
 

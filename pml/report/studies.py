@@ -13,9 +13,9 @@ from pml.groups import Group, differing, short_method_names
 from pml.law import LawFit, Observation, observations_from_records, saturated
 from pml.records import Record
 from pml.report.law_part import law_part
-from pml.report.parts import Panel, Section, count, draw, shown, spans
+from pml.report.parts import Panel, Section, draw, shown, spans
 from pml.report.training import training_part
-from pml.tables import TextTable, setting_order, show_loss, show_percent
+from pml.tables import TextTable, count, setting_order, show_loss, show_percent
 
 __all__ = ["Study", "laws_by_name", "make_studies"]
 

@@ -21,9 +21,9 @@ from pml.figures import Curves, first_failure_figure, learning_figure, phases_fi
 from pml.groups import short_method_names
 from pml.last_seen import TokenStates
 from pml.records import Record
-from pml.report.parts import Panel, Section, count, draw, spans
+from pml.report.parts import Panel, Section, draw, spans
 from pml.stubborn import stubborn_table, visible_text
-from pml.tables import TextTable
+from pml.tables import TextTable, count
 from pml.token_history import HISTORY_NAME, History, read_history
 from pml.token_results import FirstPositions, TokenResults, first_positions, rank_correlation, read_tokens
 

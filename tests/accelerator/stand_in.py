@@ -1,7 +1,7 @@
-"""A device that is none: PyTorch's `meta`, where tensors have shapes and no numbers, in the place of an accelerator.
+"""A stand-in for an accelerator: PyTorch's `meta` device, whose tensors have shapes but no values.
 
-A tensor of the host among those of a step cannot be computed with there, and a number cannot be looked at: what makes
-a GPU wait raises. So that fits go on all the same, `Waits` makes numbers up, and counts how often one was wanted.
+A step that mixes in a host tensor fails there, and so does reading a value: whatever would make a GPU wait raises. So
+that fits run all the same, `Waits` makes values up and counts how often one was read.
 """
 
 import sys
@@ -54,12 +54,13 @@ class _StandIn(Accelerator):
 
 
 class Waits(TorchDispatchMode):
-    """Counts, while it is on, what would make a host wait for its device, and all operations.
+    """Counts all operations while it is active, and those that would make the host wait for its device.
 
     Attributes:
-        waits: By operation and the line of the project that asked for it.
-        operations: By name.
-        dtypes: Of all results on the device.
+        waits: Number of waits by operation and by the line of the project that caused it.
+        operations: Number of operations by name.
+        float_running_sums: Number of cumulative sums of floats.
+        dtypes: Dtypes of all results on the device.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,7 @@ def _to_host(args: Any, kwargs: Any) -> bool:
 
 
 def _asked_by() -> str:
-    """The innermost line that is neither PyTorch's nor this file's."""
+    """The innermost calling line outside PyTorch and this file."""
     frame: Any = sys._getframe(2)
     while frame.f_back is not None and ("/torch/" in (name := frame.f_code.co_filename) or name == __file__):
         frame = frame.f_back
@@ -110,7 +111,7 @@ def _asked_by() -> str:
 
 
 class _OnlySteps(Callback):
-    """Has the counts hold `steps` whole steps, from the start of one batch to that of another."""
+    """Keeps the counts of `steps` whole optimiser steps, from the start of one batch to the start of another."""
 
     def __init__(self, counts: Waits, first: int, steps: int) -> None:
         self.counts, self.first, self.last = counts, first, first + steps
@@ -125,16 +126,16 @@ class _OnlySteps(Callback):
 
 
 def pretend_that_adamw_is_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have AdamW do on the stand-in what it does on a GPU."""
+    """Make AdamW fused on the stand-in, as it is on a GPU."""
     monkeypatch.setattr(pml.optimizer, "FUSED", (META.type,))
-    optimizer = import_module("torch.optim.optimizer")  # torch.optim has no such attribute
+    optimizer = import_module("torch.optim.optimizer")  # torch.optim does not expose this submodule
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: [META.type])
 
 
 def fit(module: Memorization, data: Ids, folder: Path, steps: int = 3, callbacks: Any = ()) -> _OnlySteps:
-    """Fit in a real Trainer on the stand-in, one batch an epoch; counts of `steps` steps in its midst.
+    """Fit with a real Trainer on the stand-in, one batch per epoch, and return the counts of `steps` steps in between.
 
-    The frozen layers are cut, and run for every example, on the CPU: both take numbers.
+    The frozen layers are cut, and run for every example, on the CPU first: both need values.
     """
     module.configure_model()
     data.build(module.tokenizer, module.vocab_size)

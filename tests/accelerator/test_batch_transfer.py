@@ -1,4 +1,4 @@
-"""Moving a batch to its device: as much work for a long text as for a short one."""
+"""Moving a batch to its device takes no more calls for a long text than for a short one."""
 
 import sys
 from pathlib import Path
@@ -30,9 +30,9 @@ def calls_of_a_transfer(module: Memorization, tokens: int) -> tuple[int, dict[st
     return calls, moved
 
 
-def test_it_takes_as_many_calls_for_many_tokens_as_for_few(tiny_backbone_folder: Path) -> None:
+def test_moving_a_batch_takes_as_many_calls_for_long_targets_as_for_short_ones(tiny_backbone_folder: Path) -> None:
     module = module_on(tiny_backbone_folder)
-    calls_of_a_transfer(module, 8)  # What is imported or remembered at the first call.
+    calls_of_a_transfer(module, 8)  # The first call imports modules and fills caches.
     few, _ = calls_of_a_transfer(module, 8)
     many, moved = calls_of_a_transfer(module, 800)
     assert few == many

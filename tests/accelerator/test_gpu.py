@@ -1,4 +1,4 @@
-"""What a GPU computes is what a CPU computes; skipped where there is none."""
+"""A GPU computes what a CPU computes; skipped without a CUDA device."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +39,7 @@ PLACEMENTS = {
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> list[CapturedPasses]:
-    """All passes that are captured from here on."""
+    """Every `CapturedPasses` made during the test."""
     made: list[CapturedPasses] = []
     monkeypatch.setattr(CapturedPasses, "__init__", _noting(CapturedPasses.__init__, made))
     return made
@@ -70,14 +70,14 @@ def weights(module: Memorization) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_fit_ends_where_it_does_on_a_cpu(
+def test_a_fit_on_a_gpu_ends_with_the_weights_of_a_fit_on_a_cpu(
     method: str, placement: str, tiny_backbone_folder: Path, tmp_path: Path, captured: list[CapturedPasses]
 ) -> None:
     adapter = PLACEMENTS[placement]
     ours = weights(fit(tiny_backbone_folder, tmp_path, "gpu", method, adapter=adapter))
     assert captured
     theirs = weights(fit(tiny_backbone_folder, tmp_path, "cpu", method, adapter=adapter))
-    # 16 steps of AdamW, each of which divides by the root of its own gradient: roundings of float32 grow.
+    # Each of 16 AdamW steps normalises its own gradients, so float32 rounding errors grow.
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
@@ -94,7 +94,7 @@ def test_a_fit_ends_where_it_does_on_a_cpu(
     ],
     ids=["plain", "accumulated", "clipped", "penalised", "released", "kept on the host"],
 )
-def test_replayed_steps_are_the_steps(
+def test_replayed_steps_end_with_the_weights_of_plain_steps(
     trainer: dict[str, Any],
     settings: dict[str, Any],
     placement: str,
@@ -110,14 +110,14 @@ def test_replayed_steps_are_the_steps(
     torch.testing.assert_close(replayed, plain, rtol=1e-3, atol=1e-4)
 
 
-def test_steps_with_dropout_are_not_replayed(
+def test_steps_with_dropout_are_not_captured(
     tiny_backbone_folder: Path, tmp_path: Path, captured: list[CapturedPasses]
 ) -> None:
     fit(tiny_backbone_folder, tmp_path, "gpu", adapter=AdapterConfig(rank=2, block=1, dropout=0.5))
     assert not captured
 
 
-def test_numbers_can_be_drawn_after_a_capture_that_failed() -> None:
+def test_random_numbers_can_be_drawn_after_a_failed_capture() -> None:
     def looks(states: torch.Tensor, parameters: Any) -> torch.Tensor:
         return states * float(states.sum())
 
@@ -127,7 +127,7 @@ def test_numbers_can_be_drawn_after_a_capture_that_failed() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_what_is_certified_is_generated(dtype: str, tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_greedy_decoding_returns_every_certified_target(dtype: str, tiny_backbone_folder: Path, tmp_path: Path) -> None:
     folder = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
     trainer = {"max_epochs": 300, "callbacks": [StopWhenRecalled(margin=0.8)]}
     adapter = AdapterConfig(rank=16, block=2)
@@ -145,7 +145,7 @@ def test_what_is_certified_is_generated(dtype: str, tiny_backbone_folder: Path, 
             assert answers == [example.target_ids for example in examples]
 
 
-def test_the_commands_of_a_run_use_the_gpu(
+def test_the_commands_of_a_run_work_on_a_machine_with_a_gpu(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -158,7 +158,7 @@ def test_the_commands_of_a_run_use_the_gpu(
         assert main([command, "runs/fit/version_0"]) in (0, 1)
 
 
-def test_a_fit_that_releases_has_one_frozen_block_at_a_time_on_the_device(
+def test_a_fit_that_releases_frozen_blocks_holds_fewer_than_two_of_them_on_the_gpu(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     config = LlamaConfig(vocab_size=len(tiny_tokenizer), hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
@@ -174,5 +174,5 @@ def test_a_fit_that_releases_has_one_frozen_block_at_a_time_on_the_device(
         adapter = AdapterConfig(rank=2, block=14)
         fit(tmp_path / "model", tmp_path, "gpu", adapter=adapter, frozen_prefix=CacheConfig(release=release))
         peaks[release] = torch.cuda.max_memory_allocated() - before
-    # 14 blocks lie below; one of them is there at a time.
+    # 14 blocks lie below the adapter; released, they are on the device one at a time.
     assert peaks[True] < peaks[False] - 12 * block

@@ -1,4 +1,4 @@
-"""What a training step asks of an accelerator: everything on the device, and the host never waiting for it."""
+"""A training step keeps its tensors on the accelerator and never makes the host wait for it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -44,15 +44,15 @@ def _one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_step_waits_for_the_device(method: str, tiny_backbone: Backbone, tmp_path: Path) -> None:
+def test_a_training_step_never_waits_for_the_device(method: str, tiny_backbone: Backbone, tmp_path: Path) -> None:
     seen = fit(module_on(tiny_backbone, method), Ids(uneven(4), batch_size=4), tmp_path)
     assert seen.waits == {}
-    # PyTorch refuses these on a GPU where `deterministic: true` is asked for.
+    # With `deterministic: true`, PyTorch refuses a floating-point cumsum on a GPU.
     assert seen.float_running_sums == 0
 
 
 @pytest.mark.parametrize("method", ["SFT", "WholeTargets"])
-def test_callbacks_wait_once_an_epoch_to_hear_whether_it_is_over(
+def test_callbacks_wait_for_the_device_once_per_epoch_to_decide_whether_to_stop(
     method: str, tiny_backbone: Backbone, tmp_path: Path
 ) -> None:
     callbacks = [TokenThresholds(looks=2), StopWhenRecalled()]
@@ -63,7 +63,7 @@ def test_callbacks_wait_once_an_epoch_to_hear_whether_it_is_over(
     assert times == 3
 
 
-def test_a_step_takes_as_many_operations_for_many_tokens_as_for_few(
+def test_the_operations_of_a_step_do_not_depend_on_the_number_of_target_tokens(
     make_tiny_backbone: Callable[[str], Backbone], tmp_path: Path
 ) -> None:
     operations = []
@@ -75,7 +75,7 @@ def test_a_step_takes_as_many_operations_for_many_tokens_as_for_few(
     assert operations[0] == operations[1]
 
 
-def test_a_further_block_adds_the_operations_of_its_own_forward_and_backward_pass(
+def test_another_block_adds_only_the_operations_of_its_forward_and_backward_pass(
     tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     operations = {}
@@ -102,7 +102,7 @@ def operations_of_a_block(model: Any) -> int:
     return counts.operations.total()
 
 
-def test_a_device_without_float64_is_not_asked_for_it(
+def test_float64_is_not_used_on_a_device_that_lacks_it(
     tiny_backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert widest_float(torch.device("mps")) == torch.float32

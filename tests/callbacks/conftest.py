@@ -1,4 +1,4 @@
-"""What the tests of callbacks share: a tiny backbone that can be certain of a token, and a folder with curves."""
+"""Fixtures for callback tests: a tiny backbone that can become certain of tokens, and trainers that log curves."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.tiny_runs import make_trainer
 
 @pytest.fixture(scope="session")
 def sharp(tiny_backbone_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny backbone, able to reach high probabilities."""
+    """The tiny backbone with a larger LM head, so that it can reach high probabilities."""
     return save_sharpened(tiny_backbone_folder, tmp_path_factory.mktemp("sharp"))
 
 

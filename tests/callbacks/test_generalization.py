@@ -1,4 +1,4 @@
-"""The held-out part of a corpus: measured beside the memorised one, and never learnt from."""
+"""The held-out part of a corpus is measured beside the memorised part and never trained on."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +28,7 @@ def data() -> LinearRule:
 
 
 def whole_model(model: torch.nn.Module, examples: list[Example]) -> tuple[float, float, float]:
-    """Mean loss, token accuracy and exact match by whole forward passes, one example at a time."""
+    """Mean loss, token accuracy and exact match from one full forward pass per example."""
     losses, right = [], []
     for example in examples:
         start, end, target = len(example.prompt_ids), len(example), torch.tensor(example.target_ids)
@@ -41,9 +41,11 @@ def whole_model(model: torch.nn.Module, examples: list[Example]) -> tuple[float,
     return torch.cat(losses).mean().item(), torch.cat(right).double().mean().item(), exact
 
 
-def test_a_rule_on_a_tiny_model_is_memorised_and_not_understood(data: LinearRule, sharp: Path, tmp_path: Path) -> None:
+def test_a_memorised_rule_does_not_generalise_and_the_record_says_so(
+    data: LinearRule, sharp: Path, tmp_path: Path
+) -> None:
     module = module_on(sharp)
-    # Behind the record in the list: it asks for the figures all the same.
+    # `RunRecord` gets the figures although it comes before `Generalization` in the list.
     callbacks = [VerbatimRecall(), StopWhenRecalled(), RunRecord(), Generalization()]
     make_trainer(tmp_path, max_epochs=400, callbacks=callbacks).fit(module, datamodule=data)
     record = read_record(tmp_path / "record.json")
@@ -63,7 +65,7 @@ def test_a_rule_on_a_tiny_model_is_memorised_and_not_understood(data: LinearRule
     assert record.memorized_bits is record.corpus_entropy_bits is None
 
 
-def test_validations_and_the_end_are_in_the_events(
+def test_held_out_measures_are_logged_at_the_start_each_validation_and_the_end(
     data: LinearRule, sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     module, callback = module_on(sharp), Generalization()
@@ -75,7 +77,7 @@ def test_validations_and_the_end_are_in_the_events(
     assert len({first, *validated}) == 4
     figures = callback.record_fields(trainer, module, ended=True)["corpus_figures"]
     assert first == pytest.approx(figures["held_out_initial_loss"], rel=1e-6)
-    # The last validation saw the weights that the fit ended with.
+    # The last validation ran on the final weights.
     assert validated[-1] == last == pytest.approx(figures["held_out_loss"], rel=1e-6)
     ends = {tag for tag in events.Tags()["scalars"] if tag.startswith("val/held_out")}
     assert all(
@@ -90,7 +92,7 @@ def test_validations_and_the_end_are_in_the_events(
 
 
 @pytest.mark.parametrize("generate", [True, False])
-def test_a_test_loop_measures_the_held_out_part(
+def test_the_test_loop_measures_the_held_out_part(
     generate: bool, data: LinearRule, sharp: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     module = module_on(sharp)
@@ -103,7 +105,7 @@ def test_a_test_loop_measures_the_held_out_part(
     assert ("test/held_out_generated_exact_match" in values) is generate
 
 
-def test_measuring_changes_nothing_of_what_is_learnt_and_takes_no_room_from_the_corpus(
+def test_measuring_held_out_pairs_changes_neither_training_nor_the_frozen_layer_cache(
     data: LinearRule, sharp: Path, tmp_path: Path
 ) -> None:
     weights = []
@@ -117,13 +119,13 @@ def test_measuring_changes_nothing_of_what_is_learnt_and_takes_no_room_from_the_
         assert torch.equal(weight, weights[1][name])
 
 
-def test_a_corpus_without_a_held_out_part_has_no_figures(sharp: Path, tmp_path: Path) -> None:
+def test_a_corpus_without_a_held_out_part_has_no_held_out_figures(sharp: Path, tmp_path: Path) -> None:
     callbacks = [Generalization(), RunRecord()]
     make_trainer(tmp_path, limit_val_batches=1.0, callbacks=callbacks).fit(module_on(sharp), datamodule=Ids(uneven(3)))
     assert read_record(tmp_path / "record.json").corpus_figures == {}
 
 
-def test_a_second_fit_without_a_held_out_part_logs_nothing_of_the_first(
+def test_a_second_fit_without_a_held_out_part_logs_no_held_out_values_of_the_first(
     data: LinearRule, sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     generalization = Generalization()
@@ -134,7 +136,7 @@ def test_a_second_fit_without_a_held_out_part_logs_nothing_of_the_first(
     assert not [tag for tag in EventAccumulator(trainer.log_dir).Reload().Tags()["scalars"] if "held_out" in tag]
 
 
-def test_what_was_held_out_is_said_once(
+def test_held_out_recall_is_reported_once(
     data: LinearRule, sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="callbacks"):
@@ -144,6 +146,6 @@ def test_what_was_held_out_is_said_once(
     ]
 
 
-def test_a_batch_of_nothing_is_refused() -> None:
+def test_a_batch_size_of_zero_is_refused() -> None:
     with pytest.raises(InputError, match="batch_size is 0; expected at least 1 held-out pair"):
         Generalization(batch_size=0)

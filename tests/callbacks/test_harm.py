@@ -21,7 +21,7 @@ from tests.tiny_runs import Ids, make_trainer, uneven
 
 
 def by_hand(module: SFT, kind: str) -> float:
-    """Mean loss over the tokens of all passages of a kind, each in a plain forward pass of the whole model."""
+    """Return the mean token loss over all passages of a kind, each in a plain forward pass of the whole model."""
     passages = [p for p in shipped_passages("harm") if p.kind == kind]
     losses = []
     for example in text_examples(passages, module.tokenizer, module.max_positions):
@@ -32,7 +32,7 @@ def by_hand(module: SFT, kind: str) -> float:
     return float(torch.cat(losses).mean())
 
 
-def test_harm_is_the_loss_on_prose_code_and_chats_before_and_after(
+def test_harm_records_the_loss_on_prose_code_and_chats_before_and_after_the_fit(
     tiny_backbone_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = module_on(tiny_backbone_folder, SFT, learning_rate=0.1)
@@ -60,7 +60,7 @@ def test_harm_is_the_loss_on_prose_code_and_chats_before_and_after(
     assert all(f"harm/{name}" in curves.splitlines()[0] for name in harm)
 
 
-def test_measuring_changes_no_weight_and_the_frozen_layers_are_passed_once(
+def test_measuring_harm_changes_no_weights_and_runs_the_frozen_layers_once_per_passage(
     tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     harm: Any = Harm(passages=1)
@@ -76,7 +76,7 @@ def test_measuring_changes_no_weight_and_the_frozen_layers_are_passed_once(
     assert all(torch.equal(weights[name], p) for name, p in adapter_parameters(module.model).items())
 
 
-def test_before_is_the_frozen_model_whatever_adapter_a_fit_starts_with_and_each_fit_has_its_own_end(
+def test_loss_before_is_that_of_the_frozen_model_and_loss_after_is_measured_in_each_fit(
     tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:
     harm, found = Harm(passages=1), []
@@ -96,7 +96,7 @@ def test_before_is_the_frozen_model_whatever_adapter_a_fit_starts_with_and_each_
     assert second["mean"]["loss_after"] != pytest.approx(first["mean"]["loss_after"], rel=1e-4)
 
 
-def test_kinds_count_alike_in_the_mean_however_long_their_text_is(
+def test_the_mean_weights_all_kinds_of_text_equally_whatever_their_length(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long = [replace(p, text=p.text[:9]) if p.kind == "code" else p for p in shipped_passages("harm")]
@@ -114,7 +114,7 @@ def test_kinds_count_alike_in_the_mean_however_long_their_text_is(
         assert found["mean"][name] != pytest.approx(sum(k[name] * k["target_tokens"] for k in kinds) / 264, rel=1e-3)
 
 
-def test_a_fit_that_goes_on_does_not_log_the_frozen_model_again(
+def test_a_resumed_fit_does_not_log_the_loss_of_the_frozen_model_again(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[int] = []
@@ -128,12 +128,12 @@ def test_a_fit_that_goes_on_does_not_log_the_frozen_model_again(
 
 
 @pytest.mark.parametrize("passages", [0, 5])
-def test_a_number_of_passages_that_does_not_ship_is_refused(passages: int) -> None:
+def test_an_out_of_range_number_of_passages_is_refused(passages: int) -> None:
     with pytest.raises(InputError, match=f"passages is {passages}; expected 1 to 4 of each kind"):
         Harm(passages=passages)
 
 
-def test_what_harm_is_measured_on_is_seen_by_neither_guard_nor_penalty() -> None:
+def test_the_harm_texts_share_no_eight_words_in_a_row_with_guard_or_kl_penalty_texts() -> None:
     def words(name: str) -> list[set[str]]:
         split = [passage.text.split() for passage in shipped_passages(name)]
         return [{" ".join(text[i : i + 8]) for i in range(len(text) - 7)} for text in split]

@@ -1,4 +1,4 @@
-"""What memorising costs: losses on other text against whole forward passes, and a fit that is none the wiser."""
+"""Retention: losses on text outside the corpus match whole forward passes, and measuring leaves a fit unchanged."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +26,7 @@ BOOK: dict[str, Any] = {"pairs": 6, "batch_size": 3, "chat_template": False}
 
 
 def mean_loss(model: torch.nn.Module, examples: list[Example]) -> float:
-    """Mean loss of all target tokens by whole forward passes, one example at a time."""
+    """Mean loss over all target tokens, from whole forward passes of one example at a time."""
     losses = []
     for example in examples:
         start, end, target = len(example.prompt_ids), len(example), torch.tensor(example.target_ids)
@@ -36,11 +36,11 @@ def mean_loss(model: torch.nn.Module, examples: list[Example]) -> float:
     return torch.cat(losses).mean().item()
 
 
-def test_losses_before_and_after_are_those_of_the_frozen_and_of_the_adapted_model(
+def test_the_loss_before_is_of_the_frozen_model_and_the_loss_after_of_the_adapted_model(
     sharp: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     module, data = module_on(sharp), PhoneBook(**BOOK)
-    # Behind the record in the list: it asks for the losses all the same.
+    # Retention comes after the record in the list, and the record has its losses all the same.
     callbacks: list[Callback] = [RunRecord(), Retention(examples=4, batch_size=3)]
     make_trainer(tmp_path, max_epochs=20, callbacks=callbacks).fit(module, datamodule=data)
     retention = read_record(tmp_path / "record.json").retention
@@ -59,17 +59,17 @@ def test_losses_before_and_after_are_those_of_the_frozen_and_of_the_adapted_mode
         assert retention[name]["loss_after"] != pytest.approx(retention[name]["loss_before"], rel=1e-3)
 
 
-def test_non_members_are_asked_for_by_no_query_of_the_corpus(sharp: Path, tmp_path: Path) -> None:
+def test_no_non_member_has_a_prompt_of_the_corpus(sharp: Path, tmp_path: Path) -> None:
     data, callback = LinearRule(size=5, held_out_share=0.4, chat_template=False), Retention(examples=100)
     make_trainer(tmp_path, callbacks=[callback]).fit(module_on(sharp), datamodule=data)
     asked = {example.prompt_ids for example in data.corpus.examples}
     others = callback._texts["non_members"]
-    # Another split of the same grid: only what it trains on and this one holds out.
+    # Another seed splits the same grid differently: what remains are points that it trains on and this seed holds out.
     assert 0 < len(others) < len(asked)
     assert asked.isdisjoint(example.prompt_ids for example in others)
 
 
-def test_a_corpus_that_asks_the_same_whatever_the_seed_has_no_non_members(
+def test_a_corpus_with_the_same_prompts_for_every_seed_has_no_non_members(
     sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = Retention()
@@ -81,20 +81,20 @@ def test_a_corpus_that_asks_the_same_whatever_the_seed_has_no_non_members(
     assert said in caplog.messages
 
 
-def test_general_text_may_be_any_corpus_and_non_members_may_be_left_out(sharp: Path, tmp_path: Path) -> None:
+def test_general_text_can_be_any_corpus_and_non_members_can_be_turned_off(sharp: Path, tmp_path: Path) -> None:
     callback = Retention(text=RandomTokens(length=9, count=5), non_members=False, examples=3)
     make_trainer(tmp_path, callbacks=[callback, RunRecord()]).fit(module_on(sharp), datamodule=PhoneBook(**BOOK))
     retention = read_record(tmp_path / "record.json").retention
     assert {name: losses["target_tokens"] for name, losses in retention.items()} == {"random_tokens": 27}
 
 
-def test_text_that_is_memorised_is_refused_before_training(sharp: Path, tmp_path: Path) -> None:
+def test_general_text_with_all_its_prompts_in_the_corpus_is_refused(sharp: Path, tmp_path: Path) -> None:
     callback = Retention(text=PhoneBook(**BOOK))
     with pytest.raises(InputError, match="retention text 'phonebook' asks only what the corpus 'phonebook' asks too"):
         make_trainer(tmp_path, callbacks=[callback]).fit(module_on(sharp), datamodule=PhoneBook(**BOOK))
 
 
-def test_only_what_the_corpus_does_not_ask_is_measured(sharp: Path, tmp_path: Path) -> None:
+def test_examples_whose_prompts_are_in_the_corpus_are_not_measured(sharp: Path, tmp_path: Path) -> None:
     callback = Retention(text=PhoneBook(**{**BOOK, "pairs": 8}), non_members=False)
     data = PhoneBook(**BOOK)
     make_trainer(tmp_path, callbacks=[callback]).fit(module_on(sharp), datamodule=data)
@@ -103,7 +103,7 @@ def test_only_what_the_corpus_does_not_ask_is_measured(sharp: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_measuring_changes_nothing_of_what_is_learnt_and_takes_no_room_from_the_corpus(
+def test_measuring_leaves_the_trained_weights_and_the_frozen_layer_cache_unchanged(
     dropout: float, sharp: Path, tmp_path: Path
 ) -> None:
     weights = []
@@ -131,11 +131,11 @@ def test_losses_are_logged_after_every_nth_optimiser_step_and_at_the_end(
     for name in ("python_reference", "non_members"):
         scalars = events.Scalars(f"retention/{name}")
         assert [event.step for event in scalars] == [0, *logged]
-        # Every step has moved the model.
+        # The losses differ, since every step changes the model.
         assert len({event.value for event in scalars}) == 1 + len(logged)
 
 
-def test_measurements_before_the_fit_are_not_part_of_its_duration(sharp: Path, tmp_path: Path) -> None:
+def test_time_spent_in_on_fit_start_is_not_part_of_wall_seconds(sharp: Path, tmp_path: Path) -> None:
     class Slow(Callback):
         def on_fit_start(self, *_: Any) -> None:
             time.sleep(1.5)
@@ -144,7 +144,7 @@ def test_measurements_before_the_fit_are_not_part_of_its_duration(sharp: Path, t
     assert read_record(tmp_path / "record.json").wall_seconds < 1.5
 
 
-def test_passages_of_the_language_reference_are_plain_text_of_128_tokens(
+def test_language_reference_passages_have_128_tokens_or_fill_a_shorter_context(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     corpus = _python_reference(tiny_tokenizer, 5, None)
@@ -165,6 +165,6 @@ def test_passages_of_the_language_reference_are_plain_text_of_128_tokens(
         ({"text": LightningDataModule()}, "text is a LightningDataModule; expected a corpus, such as"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Retention(**settings)

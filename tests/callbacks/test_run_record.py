@@ -1,4 +1,4 @@
-"""The record of a fit: every field against a computation of its own, whole on disk, and never written over."""
+"""The record of a fit: its fields against independent computations, its files, and when they may be overwritten."""
 
 import dataclasses
 import gc
@@ -37,7 +37,7 @@ def all_callbacks(**record: Any) -> list[Callback]:
     return [VerbatimRecall(), TokenThresholds(), StopWhenRecalled(), RunRecord(**record)]
 
 
-def test_a_module_and_its_model_are_freed_after_its_fit(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_a_module_is_freed_after_its_fit(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     def fitted() -> "weakref.ref[Memorization]":
         module = module_on(tiny_backbone_folder)
         trainer = make_trainer(tmp_path, max_epochs=1, callbacks=all_callbacks(dirpath=str(tmp_path / "run")))
@@ -50,7 +50,7 @@ def test_a_module_and_its_model_are_freed_after_its_fit(tiny_backbone_folder: Pa
 
 
 def token_losses(model: torch.nn.Module, data: Ids) -> list[list[float]]:
-    """Losses of all target tokens by whole forward passes, one example at a time."""
+    """Losses of all target tokens, from full forward passes over one example at a time."""
     losses = []
     for example in data.examples:
         start, end = len(example.prompt_ids), len(example)
@@ -70,7 +70,7 @@ def data() -> Ids:
     return Ids(uneven(5), batch_size=2)
 
 
-def test_every_field_is_what_a_computation_of_its_own_gives(
+def test_the_recorded_fields_agree_with_independent_computations(
     data: Ids, sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     module = module_on(sharp, seed=9)
@@ -113,7 +113,7 @@ def test_every_field_is_what_a_computation_of_its_own_gives(
     assert (record.by_kind, record.corpus_figures, record.retention) == ({}, {}, {})
     assert record.token_accuracy == pytest.approx(sum(map(sum, right_tokens(module, data))) / tokens)
 
-    # Five examples in batches of two: three steps an epoch, each token once.
+    # Five examples in batches of two: three steps per epoch, each token trained on once.
     assert record.optimizer_steps == 60
     assert record.target_tokens_trained == 20 * tokens
     assert (record.pairs, record.target_tokens, record.corpus) == (5, tokens, "ids")
@@ -137,7 +137,7 @@ def right_tokens(module: Memorization, data: Ids) -> list[list[bool]]:
     return [row[mask].tolist() for row, mask in zip(scores.correct, scores.mask, strict=True)]
 
 
-def test_a_recalled_corpus_is_recorded_as_recalled_after_so_many_steps(
+def test_the_record_of_a_recalled_corpus_has_its_steps_to_recall(
     data: Ids, sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     module = module_on(sharp, MemFT)
@@ -153,9 +153,9 @@ def test_a_recalled_corpus_is_recorded_as_recalled_after_so_many_steps(
     assert record.method == "memft"
 
 
-def test_steps_that_were_skipped_are_not_counted(sharp: Path, tmp_path: Path) -> None:
+def test_skipped_steps_are_not_counted_as_optimiser_steps(sharp: Path, tmp_path: Path) -> None:
     class AllKnown(Callback):
-        """From the fourth epoch on, nothing is below threshold."""
+        """From the fourth epoch on, no token is below the threshold."""
 
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             if trainer.current_epoch == 3:
@@ -168,7 +168,7 @@ def test_steps_that_were_skipped_are_not_counted(sharp: Path, tmp_path: Path) ->
     assert read_record(tmp_path / "record.json").optimizer_steps == 6
 
 
-def test_there_is_one_row_for_each_target_token(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_the_token_table_has_one_row_per_target_token(data: Ids, sharp: Path, tmp_path: Path) -> None:
     module = module_on(sharp)
     make_trainer(tmp_path, max_epochs=10, callbacks=[RunRecord()]).fit(module, datamodule=data)
     table = pq.read_table(tmp_path / "tokens.parquet").to_pydict()
@@ -181,7 +181,7 @@ def test_there_is_one_row_for_each_target_token(data: Ids, sharp: Path, tmp_path
 
 
 class Mixed(Ids):
-    """Of each target the second token and every third after it put in at random, and two facts asked twice."""
+    """Marks the second token of each target and every third after it as random, and asks for two facts twice."""
 
     def make_corpus(self, *arguments: Any) -> Corpus:
         corpus = super().make_corpus(*arguments)
@@ -192,7 +192,7 @@ class Mixed(Ids):
         return {"tokens": float(scores.mask.sum())}
 
 
-def test_tokens_put_in_at_random_are_recorded_apart(sharp: Path, tmp_path: Path) -> None:
+def test_random_and_natural_tokens_are_recorded_separately(sharp: Path, tmp_path: Path) -> None:
     module, data = module_on(sharp), Mixed(uneven(5), batch_size=2)
     make_trainer(tmp_path, max_epochs=20, callbacks=[RunRecord()]).fit(module, datamodule=data)
     record = read_record(tmp_path / "record.json")
@@ -211,7 +211,7 @@ def test_tokens_put_in_at_random_are_recorded_apart(sharp: Path, tmp_path: Path)
     assert record.corpus_figures == {"tokens": 28}
 
 
-def test_a_fact_asked_twice_is_missing_once(sharp: Path, tmp_path: Path) -> None:
+def test_a_fact_with_two_questions_counts_once_in_the_memorised_bits(sharp: Path, tmp_path: Path) -> None:
     module, data = module_on(sharp), Mixed(uneven(5), batch_size=2)
     make_trainer(tmp_path, max_epochs=20, callbacks=[RunRecord()]).fit(module, datamodule=data)
     first, second, third, fourth, fifth = map(sum, token_losses(module.model, data))
@@ -221,7 +221,7 @@ def test_a_fact_asked_twice_is_missing_once(sharp: Path, tmp_path: Path) -> None
     assert record.memorized_bits > 0
 
 
-def test_the_saved_adapter_gives_the_recorded_loss_and_holds_nothing_of_the_backbone(
+def test_the_saved_adapter_gives_the_recorded_loss_and_holds_no_backbone_weights(
     data: Ids, sharp: Path, tmp_path: Path
 ) -> None:
     make_trainer(tmp_path, max_epochs=10, callbacks=[RunRecord()]).fit(module_on(sharp), datamodule=data)
@@ -232,7 +232,9 @@ def test_the_saved_adapter_gives_the_recorded_loss_and_holds_nothing_of_the_back
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 2 * 32 * 16 * 4 + 2000
 
 
-def test_a_run_leaves_what_it_was_and_what_came_out_and_nothing_else(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_a_run_folder_holds_only_the_configuration_the_corpus_and_the_results(
+    data: Ids, sharp: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     callbacks = [RunRecord(dirpath=str(out))]
     make_trainer(tmp_path, callbacks=callbacks).fit(module_on(sharp), datamodule=data)
@@ -250,7 +252,9 @@ class NoTraining(Callback):
         raise AssertionError("training has begun")
 
 
-def test_an_existing_record_is_refused_before_training_and_left_alone(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_an_existing_record_is_refused_before_training_and_left_unchanged(
+    data: Ids, sharp: Path, tmp_path: Path
+) -> None:
     make_trainer(tmp_path, callbacks=[RunRecord()]).fit(module_on(sharp), datamodule=data)
     before = (tmp_path / "record.json").read_bytes()
     second = make_trainer(tmp_path, callbacks=[RunRecord(), NoTraining()])
@@ -259,7 +263,7 @@ def test_an_existing_record_is_refused_before_training_and_left_alone(data: Ids,
     assert (tmp_path / "record.json").read_bytes() == before
 
 
-def test_a_record_is_written_over_where_that_is_asked_for(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_an_existing_record_is_overwritten_on_request(data: Ids, sharp: Path, tmp_path: Path) -> None:
     make_trainer(tmp_path, callbacks=[RunRecord()]).fit(module_on(sharp), datamodule=data)
     again = make_trainer(tmp_path, max_epochs=2, callbacks=[RunRecord(overwrite=True)])
     again.fit(module_on(sharp, seed=2), datamodule=Ids(uneven(5), batch_size=2))
@@ -267,7 +271,7 @@ def test_a_record_is_written_over_where_that_is_asked_for(data: Ids, sharp: Path
     assert (record.seed, record.optimizer_steps) == (2, 6)
 
 
-def test_what_an_earlier_run_left_is_gone_where_it_is_written_over(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_overwriting_a_run_leaves_no_file_of_the_earlier_run(data: Ids, sharp: Path, tmp_path: Path) -> None:
     stale = [tmp_path / name for name in ("held_out.parquet", "history.parquet")]
     for path in stale:
         path.write_text("of an earlier run")
@@ -286,7 +290,9 @@ class Stop(Callback):
         self.error = error
 
 
-def test_a_trial_after_a_fit_leaves_the_record_of_the_fit_as_it_was(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_a_fast_dev_run_after_a_fit_leaves_the_files_of_the_fit_unchanged(
+    data: Ids, sharp: Path, tmp_path: Path
+) -> None:
     recorder = RunRecord()
     make_trainer(tmp_path, max_epochs=3, callbacks=[recorder]).fit(module_on(sharp), datamodule=data)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -294,7 +300,7 @@ def test_a_trial_after_a_fit_leaves_the_record_of_the_fit_as_it_was(data: Ids, s
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-def test_a_module_that_is_fitted_again_counts_anew(sharp: Path, tmp_path: Path) -> None:
+def test_a_module_that_is_fitted_again_restarts_its_counts(sharp: Path, tmp_path: Path) -> None:
     module = module_on(sharp, MemFT, weighting=OnlyThreshold())
     records = []
     for name, corpus in (("first", Ids(uneven(3))), ("second", Ids(uneven(5)))):
@@ -307,7 +313,7 @@ def test_a_module_that_is_fitted_again_counts_anew(sharp: Path, tmp_path: Path) 
     assert records[0].skipped_steps > 0
 
 
-def test_an_interrupted_fit_leaves_a_record_that_says_so_and_the_adapter_as_it_was(
+def test_an_interrupted_fit_leaves_an_interrupted_record_and_the_adapter_it_describes(
     data: Ids, sharp: Path, tmp_path: Path
 ) -> None:
     module = module_on(sharp)
@@ -334,7 +340,9 @@ def test_a_fit_that_fails_leaves_no_record(data: Ids, sharp: Path, tmp_path: Pat
     assert not (tmp_path / "record.json").exists()
 
 
-def test_what_an_earlier_validation_decoded_is_not_recorded_as_the_end(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_greedy_decoding_in_an_earlier_validation_is_not_recorded_as_the_final_result(
+    data: Ids, sharp: Path, tmp_path: Path
+) -> None:
     recall = VerbatimRecall(generate_every=3, generate_at_end=False)
     trainer = make_trainer(tmp_path, max_epochs=4, limit_val_batches=1.0, callbacks=[recall, RunRecord()])
     trainer.fit(module_on(sharp), datamodule=data)
@@ -342,7 +350,7 @@ def test_what_an_earlier_validation_decoded_is_not_recorded_as_the_end(data: Ids
     assert read_record(tmp_path / "record.json").generated_exact_match is None
 
 
-def test_a_corpus_of_unknown_information_has_no_bits(sharp: Path, tmp_path: Path) -> None:
+def test_a_corpus_of_unknown_entropy_has_no_memorised_bits(sharp: Path, tmp_path: Path) -> None:
     class Unknown(Ids):
         def make_corpus(self, *arguments: Any) -> Any:
             corpus = super().make_corpus(*arguments)
@@ -353,23 +361,25 @@ def test_a_corpus_of_unknown_information_has_no_bits(sharp: Path, tmp_path: Path
     assert record.corpus_entropy_bits is record.memorized_bits is record.bits_per_parameter is None
 
 
-def test_a_list_of_target_modules_is_recorded_with_its_parameters(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_a_placement_on_listed_modules_is_recorded_with_its_parameter_count(
+    data: Ids, sharp: Path, tmp_path: Path
+) -> None:
     adapter = AdapterConfig(rank=3, block=[1, 2], placement=["down_proj"], init="peft")
     make_trainer(tmp_path, callbacks=[RunRecord()]).fit(module_on(sharp, adapter=adapter), datamodule=data)
     record = read_record(tmp_path / "record.json")
     assert (record.block, record.placement, record.init) == ([1, 2], ["down_proj"], "peft")
-    # From 64 to 32 wide, at rank 3, in two blocks.
+    # In two blocks, at rank 3, down_proj maps 64 features to 32.
     assert record.effective_parameters == 2 * 3 * (64 + 32)
 
 
-def test_curves_and_one_row_of_hyperparameters_are_in_the_events(
+def test_the_event_file_has_all_curves_and_one_set_of_hyperparameters(
     data: Ids, sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     logged_trainer(max_epochs=4, callbacks=all_callbacks()).fit(module_on(sharp), datamodule=data)
     record = read_record(tmp_path / "run" / "record.json")
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     tags = events.Tags()["scalars"]
-    # Twelve steps and four validations, before them the frozen model, and what it came to in the end.
+    # Twelve steps and four validations, the frozen model before them and the final results after them.
     curves = {"train/loss": 14, "val/loss": 6, "val/token_accuracy": 6, "val/generated_exact_match": 2}
     assert {tag: len(events.Scalars(tag)) for tag in curves} == curves
     for tag in tags:
@@ -396,7 +406,7 @@ def test_curves_and_one_row_of_hyperparameters_are_in_the_events(
         assert name.encode() in plugin[0]
 
 
-def test_the_path_of_the_record_is_said(
+def test_the_path_of_the_record_is_logged(
     data: Ids, sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO", logger="callbacks"):
@@ -404,13 +414,13 @@ def test_the_path_of_the_record_is_said(
     assert f"record: {tmp_path / 'record.json'}" in caplog.messages
 
 
-def test_the_record_is_plain_json_of_the_schema(data: Ids, sharp: Path, tmp_path: Path) -> None:
+def test_the_record_is_json_with_the_fields_of_the_schema(data: Ids, sharp: Path, tmp_path: Path) -> None:
     make_trainer(tmp_path, callbacks=[RunRecord()]).fit(module_on(sharp), datamodule=data)
     content = json.loads((tmp_path / "record.json").read_text())
     assert content.keys() == Record.model_fields.keys()
 
 
-def test_any_other_module_is_refused(sharp: Path, tmp_path: Path) -> None:
+def test_a_module_of_another_class_is_refused(sharp: Path, tmp_path: Path) -> None:
     class Other(LightningModule):
         tokenizer = max_positions = None
         vocab_size = 1000
@@ -425,22 +435,22 @@ def test_any_other_module_is_refused(sharp: Path, tmp_path: Path) -> None:
         make_trainer(tmp_path, callbacks=[RunRecord()]).fit(Other(), datamodule=Ids(uneven(2)))
 
 
-def test_a_threshold_that_is_no_probability_is_refused() -> None:
+def test_a_threshold_outside_zero_and_one_is_refused() -> None:
     with pytest.raises(InputError, match=r"threshold is 1\.5; expected a probability strictly between 0 and 1"):
         RunRecord(threshold=1.5)
 
 
-def test_no_sample_at_all_is_refused() -> None:
+def test_zero_extraction_samples_are_refused() -> None:
     with pytest.raises(InputError, match="extraction_samples is 0; expected at least 1 sample"):
         RunRecord(extraction_samples=0)
 
 
-def test_the_method_is_the_modules() -> None:
+def test_each_module_class_names_its_method() -> None:
     assert (SFT.method, MemFT.method) == ("sft", "memft")
 
 
 @pytest.mark.parametrize(("generated", "said"), [(3 / 5, 0), (2 / 5, 1)])
-def test_that_greedy_decoding_and_teacher_forcing_differ_is_said_where_they_do(
+def test_a_disagreement_of_greedy_decoding_and_teacher_forcing_is_logged(
     generated: float, said: int, data: Ids, sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Pretending(VerbatimRecall):
@@ -450,6 +460,6 @@ def test_that_greedy_decoding_and_teacher_forcing_differ_is_said_where_they_do(
     callbacks = [Pretending(), RunRecord()]
     with caplog.at_level("INFO", logger="callbacks"):
         make_trainer(tmp_path, max_epochs=20, callbacks=callbacks).fit(module_on(sharp, seed=9), datamodule=data)
-    # Three targets of five, a share that float32 rounds.
+    # Three of five targets: a share that float32 would round.
     assert read_record(tmp_path / "record.json").exact_match == 3 / 5
     assert sum(message.startswith("greedy decoding recalls 0.4000") for message in caplog.messages) == said

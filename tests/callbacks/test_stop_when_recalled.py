@@ -1,4 +1,4 @@
-"""A fit ends when everything is certified, with the weights as they are, and not before."""
+"""A fit ends when its current weights are certified on the whole corpus, and not before."""
 
 import logging
 from collections.abc import Sequence
@@ -41,11 +41,9 @@ def test_the_fit_stops_when_the_corpus_is_certified(method: type[Memorization], 
     assert all(g.exact for g in greedy_recall(module, data.examples))
 
 
-def test_what_is_certified_are_the_weights_as_they_are_and_not_those_the_batch_was_scored_with(
-    sharp: Path, tmp_path: Path
-) -> None:
+def test_the_current_weights_are_certified_and_not_those_that_scored_the_batches(sharp: Path, tmp_path: Path) -> None:
     class Spoiling(Callback):
-        """Undoes, after the step of each of the first looks, what was learnt."""
+        """Halves the adapter after each of the first two steps that look certified."""
 
         spoilt = 0
 
@@ -64,7 +62,7 @@ def test_what_is_certified_are_the_weights_as_they_are_and_not_those_the_batch_w
     assert certified(score_corpus(module, data.val_dataloader()))
 
 
-def test_dropout_has_no_say_in_the_certificate(sharp: Path, tmp_path: Path) -> None:
+def test_a_fit_with_dropout_stops_once_the_corpus_is_certified_without_dropout(sharp: Path, tmp_path: Path) -> None:
     adapter = AdapterConfig(rank=ADAPTER.rank, block=ADAPTER.block, dropout=0.05)
     stop, data, module = StopWhenRecalled(), Ids(uneven(3)), module_on(sharp, adapter=adapter)
     fit(module, data, tmp_path, stop)
@@ -72,7 +70,7 @@ def test_dropout_has_no_say_in_the_certificate(sharp: Path, tmp_path: Path) -> N
     assert certified(score_corpus(module, data.val_dataloader()))
 
 
-def test_target_tokens_that_cannot_become_certain_are_named_before_the_first_step(
+def test_target_tokens_that_cannot_become_certain_are_named_in_a_warning(
     sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data, module = Ids(uneven(3)), module_on(sharp)
@@ -90,7 +88,7 @@ def test_target_tokens_that_cannot_become_certain_are_named_before_the_first_ste
     assert f"so their probability is at most 0.5 ({names[0]!r} and {names[1]!r})" in caplog.text
 
 
-def test_a_higher_margin_takes_longer_and_is_reached(sharp: Path, tmp_path: Path) -> None:
+def test_a_higher_margin_takes_more_steps_and_every_probability_exceeds_it(sharp: Path, tmp_path: Path) -> None:
     steps = []
     for margin in (0.0, 0.5, 0.8):
         stop, data, module = StopWhenRecalled(margin), Ids(uneven(4)), module_on(sharp)
@@ -101,9 +99,9 @@ def test_a_higher_margin_takes_longer_and_is_reached(sharp: Path, tmp_path: Path
     assert steps == sorted(set(steps))
 
 
-def test_a_curriculum_that_has_not_shown_everything_does_not_stop(sharp: Path, tmp_path: Path) -> None:
+def test_a_fit_does_not_stop_before_its_curriculum_has_shown_the_whole_corpus(sharp: Path, tmp_path: Path) -> None:
     class Known(Callback):
-        """Counts epochs in which everything shown was certain while some of the corpus was not shown."""
+        """Counts the epochs that showed only a part of the corpus, all of it certain."""
 
         epochs = 0
         shown = 0
@@ -127,10 +125,10 @@ def test_a_curriculum_that_has_not_shown_everything_does_not_stop(sharp: Path, t
     assert stop.steps_to_recall is not None
 
 
-def test_batches_that_drop_a_part_of_the_corpus_say_nothing_about_it(
+def test_an_epoch_that_drops_its_last_batch_never_certifies_the_corpus(
     sharp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Not even that it is worth a look.
+    # Such an epoch must not even trigger exact scoring.
     monkeypatch.setattr("callbacks.stop_when_recalled.exact_scores", lambda *_: pytest.fail("scored"))
     stop = StopWhenRecalled()
     data = Ids(uneven(3), batch_size=2, drop_last=True, shuffle=False)
@@ -145,7 +143,7 @@ def test_a_fit_too_short_to_recall_has_no_steps_to_recall(sharp: Path, tmp_path:
     assert stop.steps_to_recall is None
 
 
-def test_stopping_is_said_once_with_tokens_margin_and_steps(
+def test_stopping_is_logged_once_with_target_tokens_margin_and_steps(
     sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stop, data = StopWhenRecalled(0.6), Ids(uneven(2))
@@ -157,7 +155,7 @@ def test_stopping_is_said_once_with_tokens_margin_and_steps(
     ]
 
 
-def test_in_bfloat16_margins_also_exceed_the_rounding_that_decoding_shows(
+def test_in_bfloat16_logit_margins_exceed_the_rounding_measured_by_greedy_decoding(
     sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stop, data, module = StopWhenRecalled(), Ids(uneven(4)), module_on(sharp, dtype="bfloat16")
@@ -175,7 +173,7 @@ def test_in_bfloat16_margins_also_exceed_the_rounding_that_decoding_shows(
     assert greedy_answers(module.eval().model, data.examples) == [e.target_ids for e in data.examples]
 
 
-def test_a_fit_goes_on_while_rounding_could_overcome_a_margin_and_measures_it_no_more_than_it_must(
+def test_a_fit_goes_on_until_margins_exceed_rounding_which_is_measured_only_when_needed(
     sharp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured: list[float] = []
@@ -193,9 +191,7 @@ def test_a_fit_goes_on_while_rounding_could_overcome_a_margin_and_measures_it_no
     assert first < 3.0 < last
 
 
-def test_a_fit_that_has_to_go_on_all_the_same_has_the_steps_of_its_first_certificate(
-    sharp: Path, tmp_path: Path
-) -> None:
+def test_a_fit_prolonged_by_min_epochs_keeps_the_steps_of_its_first_certificate(sharp: Path, tmp_path: Path) -> None:
     first, again, data = StopWhenRecalled(), StopWhenRecalled(), Ids(uneven(3))
     epochs = fit(module_on(sharp), data, tmp_path / "first", first).current_epoch
     trainer = fit(module_on(sharp), data, tmp_path / "again", again, min_epochs=epochs + 4)
@@ -203,19 +199,19 @@ def test_a_fit_that_has_to_go_on_all_the_same_has_the_steps_of_its_first_certifi
     assert again.steps_to_recall == first.steps_to_recall is not None
 
 
-def test_a_margin_as_large_as_rounding_does_not_survive_it() -> None:
+def test_a_logit_margin_survives_rounding_only_if_it_is_larger() -> None:
     scores = TokenScores(*torch.ones(3, 1, 2), torch.tensor([0]), margin=torch.tensor([[3.0, 9.0]]))
     scores = scores._replace(mask=scores.mask.bool())
     stop, module = StopWhenRecalled(), SimpleNamespace(dtype_name="bfloat16")
     for rounding, survives in ((2.9, True), (3.0, False), (3.1, False)):
         stop.rounding = Rounding(rounding, 2)
-        # Measured again only while the last measurement leaves the margins certain.
+        # Rounding is measured again only if the margins exceed its last measurement.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("callbacks.stop_when_recalled.rounding_of_corpus", lambda *_: Rounding(2.9, 2))
             assert stop._survives_rounding(module, [], scores) is survives  # type: ignore[arg-type]
 
 
-def test_of_several_ranks_the_first_goes_on_with_what_all_have_seen(
+def test_only_the_first_rank_restores_the_token_counts_of_an_interrupted_epoch(
     sharp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = fit(module_on(sharp), Ids(uneven(3)), tmp_path, StopWhenRecalled(), epochs=1)
@@ -228,7 +224,7 @@ def test_of_several_ranks_the_first_goes_on_with_what_all_have_seen(
         assert stop._watched().tolist() == watched
 
 
-def test_a_second_fit_knows_nothing_of_what_the_first_recalled(sharp: Path, tmp_path: Path) -> None:
+def test_a_second_fit_discards_the_steps_to_recall_of_the_first(sharp: Path, tmp_path: Path) -> None:
     stop = StopWhenRecalled()
     fit(module_on(sharp), Ids(uneven(3)), tmp_path / "first", stop)
     assert stop.steps_to_recall is not None
@@ -237,7 +233,9 @@ def test_a_second_fit_knows_nothing_of_what_the_first_recalled(sharp: Path, tmp_
 
 
 @pytest.mark.parametrize("margins", [(0.5, 0.9), (0.9, 0.5)])
-def test_of_several_the_one_listed_last_decides(margins: tuple[float, float], sharp: Path, tmp_path: Path) -> None:
+def test_of_several_stopping_callbacks_the_one_listed_last_decides(
+    margins: tuple[float, float], sharp: Path, tmp_path: Path
+) -> None:
     stops = [StopWhenRecalled(margin) for margin in margins]
     module, data = module_on(sharp), Ids(uneven(5), batch_size=2)
     trainer = fit(module, data, tmp_path, *stops)
@@ -249,7 +247,7 @@ def test_of_several_the_one_listed_last_decides(margins: tuple[float, float], sh
         assert not certified(scores, 0.9)
 
 
-def test_steps_to_recall_survive_a_checkpoint(sharp: Path, tmp_path: Path) -> None:
+def test_steps_to_recall_are_restored_from_a_checkpoint(sharp: Path, tmp_path: Path) -> None:
     first, second = StopWhenRecalled(), StopWhenRecalled()
     trainer = fit(module_on(sharp), Ids(uneven(3)), tmp_path, first)
     trainer.save_checkpoint(tmp_path / "end.ckpt")
@@ -258,6 +256,6 @@ def test_steps_to_recall_survive_a_checkpoint(sharp: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("margin", [-0.1, 1.0])
-def test_a_margin_that_cannot_be_exceeded_or_is_no_probability_is_refused(margin: float) -> None:
+def test_a_margin_that_is_negative_or_at_least_one_is_refused(margin: float) -> None:
     with pytest.raises(InputError, match=rf"margin is {margin}; expected a probability in \[0, 1\)"):
         StopWhenRecalled(margin)

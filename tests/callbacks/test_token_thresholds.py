@@ -1,4 +1,4 @@
-"""Where tokens stand against the threshold, as it is logged."""
+"""What is logged about target tokens and the threshold, at evaluations and at looks."""
 
 import csv
 import math
@@ -27,7 +27,7 @@ from tests.tiny_runs import Ids, make_trainer, uneven
 
 
 class Losses(Callback):
-    """Keeps the losses of all target tokens, of training batches and of the corpus at each validation."""
+    """Keeps the losses of all target tokens in each training batch, and in the whole corpus at each validation."""
 
     def __init__(self, data: Ids) -> None:
         self.data = data
@@ -47,7 +47,7 @@ def share_at_most(losses: list[float], threshold: float) -> float:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.2])
-def test_logged_values_are_those_of_the_tokens_one_by_one(
+def test_logged_values_agree_with_those_computed_token_by_token(
     threshold: float, sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     data = Ids(uneven(5), batch_size=2)
@@ -70,7 +70,7 @@ def test_logged_values_are_those_of_the_tokens_one_by_one(
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0, 1.5])
-def test_a_threshold_that_is_no_probability_is_refused(threshold: float) -> None:
+def test_a_threshold_outside_zero_and_one_is_refused(threshold: float) -> None:
     with pytest.raises(InputError, match=rf"threshold is {threshold}; expected a probability strictly between 0 and 1"):
         TokenThresholds(threshold)
 
@@ -79,7 +79,7 @@ def all_callbacks(**thresholds: Any) -> list[Callback]:
     return [VerbatimRecall(), TokenThresholds(**thresholds), RunRecord()]
 
 
-def test_looks_are_in_the_events_as_curves_pictures_histograms_and_text(
+def test_looks_are_logged_to_tensorboard_as_curves_images_histograms_and_text(
     sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     data = Ids(uneven(5), batch_size=2)
@@ -110,7 +110,7 @@ def test_looks_are_in_the_events_as_curves_pictures_histograms_and_text(
 
 
 class Fake(Logger):
-    """Keeps what it is given, in a folder that all runs share, as W&B's logger does."""
+    """Keeps what it is given; all runs share its folder, as with W&B's logger."""
 
     def __init__(self, folder: Path, version: str) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Fake(Logger):
         self.settings.update(params)
 
 
-def test_all_loggers_get_the_same_settings_curves_and_results_in_any_order(sharp: Path, tmp_path: Path) -> None:
+def test_all_loggers_get_the_same_curves_whatever_their_order(sharp: Path, tmp_path: Path) -> None:
     seen = []
     for order in (1, -1):
         fake = Fake(tmp_path / "shared", f"run{order}")
@@ -157,14 +157,14 @@ def test_all_loggers_get_the_same_settings_curves_and_results_in_any_order(sharp
     assert seen[0] == seen[1]
 
 
-def test_two_runs_with_a_logger_whose_folder_they_share_have_a_folder_each(sharp: Path, tmp_path: Path) -> None:
+def test_runs_whose_loggers_share_a_folder_have_a_folder_each(sharp: Path, tmp_path: Path) -> None:
     for version in ("one", "two"):
         options: dict[str, Any] = {"logger": Fake(tmp_path, version), "callbacks": [RunRecord()]}
         make_trainer(tmp_path, **options).fit(module_on(sharp), datamodule=Ids(uneven(2)))
         assert (tmp_path / "shared" / version / "record.json").is_file()
 
 
-def test_an_interrupted_fit_leaves_the_looks_it_had(sharp: Path, tmp_path: Path) -> None:
+def test_a_failed_fit_leaves_the_looks_taken_so_far(sharp: Path, tmp_path: Path) -> None:
     class Broken(Callback):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             if trainer.current_epoch == 3:
@@ -187,7 +187,7 @@ def test_a_resumed_fit_has_the_looks_of_both_parts(sharp: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_the_events_of_two_thousand_steps_are_small(
+def test_the_event_files_of_two_thousand_steps_stay_below_five_megabytes(
     sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     data = Ids(uneven(100), batch_size=100)
@@ -198,7 +198,7 @@ def test_the_events_of_two_thousand_steps_are_small(
     assert sum(path.stat().st_size for path in (tmp_path / "run").glob("events*")) < 5e6
 
 
-def test_of_two_in_one_fit_the_last_one_looks(
+def test_only_the_last_of_two_callbacks_takes_looks(
     sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     callbacks = [*all_callbacks(), TokenThresholds(looks=2)]
@@ -207,7 +207,7 @@ def test_of_two_in_one_fit_the_last_one_looks(
     assert [event.step for event in events.Scalars("corpus/certain_tokens")] == [0, 1, 9]
 
 
-def test_of_two_thresholds_the_last_one_is_logged(
+def test_the_threshold_of_the_last_of_two_callbacks_is_logged(
     sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     module, data, own = module_on(sharp), Ids(uneven(3)), TokenThresholds(threshold=0.004)
@@ -220,8 +220,8 @@ def test_of_two_thresholds_the_last_one_is_logged(
     assert events.Scalars("val/sub_threshold_fraction")[-1].value == pytest.approx(shares[1], rel=1e-6)
 
 
-def test_looks_of_a_curriculum_go_by_the_steps_that_it_takes(sharp: Path, tmp_path: Path) -> None:
-    # One batch in each of the first two epochs, then eight.
+def test_looks_are_spaced_over_the_steps_that_a_curriculum_takes(sharp: Path, tmp_path: Path) -> None:
+    # The first two epochs have one batch each, the other two have eight.
     module = module_on(sharp, MemFT, curriculum=PrefixRatio(ratios=[0.1, 1.0], boundaries=[2, 3]))
     callbacks = [TokenThresholds(looks=4), RunRecord(dirpath=str(tmp_path / "run"))]
     make_trainer(tmp_path, max_epochs=4, callbacks=callbacks).fit(module, datamodule=Ids(uneven(8), batch_size=1))

@@ -1,4 +1,4 @@
-"""Verbatim recall as it is logged: what was counted, when, and that decoding happens when it is asked for."""
+"""`VerbatimRecall` logs exact metrics at each validation and decodes greedily only when asked to."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.tiny_runs import Ids, uneven
 
 
 class Expected(Callback):
-    """Computes at each validation, from scores of its own, what ought to be logged."""
+    """Computes from its own scores, at each validation, the values that should be logged."""
 
     def __init__(self, data: Ids) -> None:
         self.data = data
@@ -40,7 +40,7 @@ def scalars(folder: Path, tag: str) -> list[float]:
     return [event.value for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
 
 
-def test_each_validation_logs_what_the_whole_corpus_gives_however_it_is_batched(
+def test_each_validation_logs_metrics_of_the_whole_corpus_across_batches(
     sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     data = Ids(uneven(5), batch_size=2)
@@ -52,7 +52,7 @@ def test_each_validation_logs_what_the_whole_corpus_gives_however_it_is_batched(
     assert len({values["val/token_accuracy"] for values in expected.values}) > 3
 
 
-def test_the_end_of_a_fit_decodes_and_logs_shares_counted_by_hand(
+def test_greedy_decoding_is_measured_and_logged_at_the_end_of_a_fit(
     sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     data, recall = Ids(uneven(5)), VerbatimRecall()
@@ -63,14 +63,14 @@ def test_the_end_of_a_fit_decodes_and_logs_shares_counted_by_hand(
     right = sum(x == y for a, b in answers for x, y in zip(a, b, strict=True)) / data.corpus.target_tokens
     assert recall.shares() == {"generated_exact_match": exact, "generated_token_accuracy": right}
     assert scalars(tmp_path / "run", "val/generated_exact_match") == pytest.approx([0, exact])
-    # One point is no curve.
+    # Decoded only at the end, token accuracy would be a single point, not a curve.
     assert scalars(tmp_path / "run", "val/generated_token_accuracy") == []
     assert recall.generated_at_step == 30
     assert 0 < right < 1
 
 
 @pytest.mark.parametrize(("every", "decoded"), [(0, 0), (1, 1 + 6), (2, 1 + 3), (4, 1 + 1)])
-def test_decoding_happens_at_every_nth_validation(
+def test_greedy_decoding_runs_at_every_nth_validation(
     every: int, decoded: int, sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     recall = VerbatimRecall(generate_every=every, generate_at_end=False)
@@ -80,7 +80,9 @@ def test_decoding_happens_at_every_nth_validation(
     assert len(scalars(tmp_path / "run", "val/generated_token_accuracy")) == decoded
 
 
-def test_the_sanity_check_is_no_validation(sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]) -> None:
+def test_the_sanity_check_does_not_count_as_a_validation(
+    sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
+) -> None:
     recall = VerbatimRecall(generate_every=2, generate_at_end=False)
     trainer = logged_trainer(max_epochs=4, num_sanity_val_steps=2, callbacks=[recall])
     trainer.fit(module_on(sharp), datamodule=Ids(uneven(2)))
@@ -90,11 +92,11 @@ def test_the_sanity_check_is_no_validation(sharp: Path, tmp_path: Path, logged_t
     assert steps[1:] == validated[1::2]
 
 
-def test_without_decoding_there_are_no_generated_shares() -> None:
+def test_shares_are_empty_before_the_first_greedy_decoding() -> None:
     assert VerbatimRecall().shares() == {}
 
 
-def test_a_test_loop_gives_teacher_forced_and_generated_recall(
+def test_the_test_loop_measures_recall_under_teacher_forcing_and_by_greedy_decoding(
     sharp: Path, logged_trainer: Callable[..., Trainer]
 ) -> None:
     module, data = module_on(sharp), Ids(uneven(3), batch_size=2)
@@ -107,9 +109,7 @@ def test_a_test_loop_gives_teacher_forced_and_generated_recall(
     assert values["test/generated_token_accuracy"] == pytest.approx(right)
 
 
-def test_the_numbers_of_one_validation_do_not_run_into_the_next(
-    sharp: Path, logged_trainer: Callable[..., Trainer]
-) -> None:
+def test_metrics_are_reset_between_validations(sharp: Path, logged_trainer: Callable[..., Trainer]) -> None:
     module, data = module_on(sharp), Ids(uneven(4), batch_size=3)
     trainer = logged_trainer(callbacks=[VerbatimRecall()])
     (first,) = trainer.validate(module, datamodule=data, verbose=False)

@@ -1,4 +1,4 @@
-"""What every data module does: make the corpus once, check that it fits, share it out among ranks and epochs."""
+"""What all data modules do: make the corpus once, check that it fits the backbone, split it over ranks and epochs."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ CORPORA = [getattr(data_modules, name) for name in data_modules.__all__ if name 
 
 
 class Numbered(MemorizationDataModule):
-    """Examples of growing length; counts how often it is made."""
+    """Makes examples of increasing length and counts how often the corpus is made."""
 
     def __init__(self, pairs: int = 11, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -40,7 +40,7 @@ class Numbered(MemorizationDataModule):
 
 
 class Observer(LightningModule):
-    """Learns nothing and notes which examples came."""
+    """Learns nothing and records the examples in each batch."""
 
     vocab_size = 8
     max_positions = 16
@@ -90,7 +90,7 @@ def ids_of(batches: Any) -> list[list[int]]:
 
 
 def on_rank(rank: int, world_size: int, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Numbered:
-    """A data module as one process of several sees it."""
+    """A data module as set up on one of several ranks."""
     module = SimpleNamespace(tokenizer=tokenizer, vocab_size=8, max_positions=None)
     data = Numbered(**options)
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
@@ -100,14 +100,16 @@ def on_rank(rank: int, world_size: int, tokenizer: PreTrainedTokenizerBase, **op
     return data
 
 
-def test_without_a_trainer_one_process_sees_the_whole_corpus(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_without_a_trainer_the_dataloader_covers_the_whole_corpus(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     data = Numbered(pairs=5, batch_size=2, shuffle=False)
     corpus = data.build(tiny_tokenizer, vocab_size=8)
     assert data.corpus is corpus
     assert ids_of(data.train_dataloader()) == [[0, 1], [2, 3], [4]]
 
 
-def test_null_puts_the_whole_corpus_into_one_batch(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_batch_size_of_null_puts_the_share_of_each_rank_into_one_batch(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     data = Numbered(pairs=5, batch_size=None)
     data.build(tiny_tokenizer, vocab_size=8)
     assert [sorted(ids) for ids in ids_of(data.train_dataloader())] == [[0, 1, 2, 3, 4]]
@@ -117,7 +119,7 @@ def test_null_puts_the_whole_corpus_into_one_batch(tiny_tokenizer: PreTrainedTok
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("loader", ["train", "val", "test", "predict"])
-def test_all_ranks_together_see_each_example_once_in_equally_many_batches(
+def test_ranks_together_see_each_example_once_in_equal_numbers_of_batches(
     tiny_tokenizer: PreTrainedTokenizerBase, world_size: int, loader: str
 ) -> None:
     ranks = [
@@ -129,7 +131,7 @@ def test_all_ranks_together_see_each_example_once_in_equally_many_batches(
     assert sorted(seen) == list(range(11))
 
 
-def test_training_is_shuffled_anew_each_epoch_and_validation_goes_in_order(
+def test_training_is_reshuffled_each_epoch_and_validation_is_in_order(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     module = Observer(tiny_tokenizer)
@@ -139,7 +141,7 @@ def test_training_is_shuffled_anew_each_epoch_and_validation_goes_in_order(
     assert module.validated == list(range(11)) * 3
 
 
-def test_under_a_curriculum_epochs_grow_and_each_knows_its_last_batch(
+def test_epochs_grow_under_a_curriculum_and_lightning_knows_the_last_batch_of_each(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     module = Observer(tiny_tokenizer, curriculum=PrefixRatio([0.2, 0.6, 1.0], [1, 3, 4]))
@@ -148,10 +150,10 @@ def test_under_a_curriculum_epochs_grow_and_each_knows_its_last_batch(
     assert module.last_batches == [last for n in [1, 3, 3, 6, 6] for last in [False] * (n - 1) + [True]]
     active = [set(chain(*epoch)) for epoch in module.trained]
     assert active[0] < active[1] == active[2] < active[3] == set(range(11))
-    assert len(module.validated) == 5 * 11  # what is not active yet is still measured
+    assert len(module.validated) == 5 * 11  # validation includes examples that are not active yet
 
 
-def test_a_resumed_run_goes_on_where_the_curriculum_was(
+def test_a_resumed_run_continues_the_curriculum_with_the_same_batches(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     def observer() -> Observer:
@@ -168,7 +170,7 @@ def test_a_resumed_run_goes_on_where_the_curriculum_was(
     assert begun.trained + resumed.trained == whole.trained
 
 
-def test_prediction_covers_the_corpus_in_order_and_without_a_warning(
+def test_prediction_covers_the_corpus_in_order_without_a_sampler_warning(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     with warnings.catch_warnings():
@@ -178,47 +180,53 @@ def test_prediction_covers_the_corpus_in_order_and_without_a_warning(
     assert list(chain(*batches)) == list(range(11))
 
 
-def test_the_corpus_is_made_once_for_all_stages(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_corpus_is_made_once_for_fit_and_validate(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     module, data = Observer(tiny_tokenizer), Numbered()
     trainer(tmp_path).fit(module, datamodule=data)
     trainer(tmp_path).validate(module, datamodule=data, verbose=False)
     assert data.made == 1
 
 
-def test_an_example_longer_than_the_context_is_named_with_both_numbers(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_an_example_longer_than_the_context_is_refused_with_both_lengths(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     Numbered(pairs=5).build(tiny_tokenizer, vocab_size=8, max_positions=7)
     with pytest.raises(InputError, match=r"example 5 has 8 tokens \(2 prompt, 6 target\).* 7 positions"):
         Numbered(pairs=6).build(tiny_tokenizer, vocab_size=8, max_positions=7)
 
 
-def test_an_id_that_the_backbone_does_not_know_is_named_with_its_token(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_token_id_outside_the_vocabulary_of_the_backbone_is_refused_with_its_token(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     with pytest.raises(InputError, match=r"'numbered': example 0 has the token '\$' \(id 3\).* knows ids below 3"):
         Numbered(pairs=1).build(tiny_tokenizer, vocab_size=3)
 
 
 class Twice(MemorizationDataModule):
-    """One prompt, two targets."""
+    """Two targets for one prompt."""
 
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
         return Corpus("twice", [Example(0, (1,), (2,)), Example(1, (1,), (3,), source="f:2")])
 
 
-def test_two_targets_of_one_prompt_are_refused_wherever_they_come_from(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_two_targets_for_one_prompt_are_refused_with_both_examples(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match=r"example 1 \(f:2\) has the same prompt as example 0, and another target"):
         Twice().build(tiny_tokenizer, vocab_size=8)
 
 
-def test_a_curriculum_in_a_single_batch_is_refused(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_curriculum_with_the_whole_corpus_in_one_batch_is_refused(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     with pytest.raises(InputError, match="set batch_size"):
         trainer(tmp_path).fit(Observer(tiny_tokenizer, PrefixRatio()), datamodule=Numbered(batch_size=None))
 
 
-def test_a_batch_without_examples_is_refused() -> None:
+def test_a_batch_size_of_zero_is_refused() -> None:
     with pytest.raises(InputError, match="batch_size is 0"):
         Numbered(batch_size=0)
 
 
-def test_asking_for_the_corpus_too_early_says_what_makes_it() -> None:
+def test_accessing_the_corpus_before_it_is_built_says_how_to_build_it() -> None:
     with pytest.raises(RuntimeError, match="`setup` or `build`"):
         _ = Numbered().corpus
 
@@ -235,7 +243,7 @@ def test_each_constructor_argument_is_an_option_with_help(corpus_class: type[Mem
 
 
 def hashes(folder: Path) -> tuple[list[str], int]:
-    """Of each corpus that is drawn, with two seeds; and the hash of a text, which no two processes share."""
+    """Content hashes of each randomly drawn corpus for two seeds, and a string's `hash`, which differs by process."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = {"length": 40, "count": 3, "random_ratio": 0.5}
     kinds: list[tuple[Any, dict[str, Any]]] = [(Biographies, {}), (LinearRule, {}), (NaturalText, text)]
@@ -243,7 +251,7 @@ def hashes(folder: Path) -> tuple[list[str], int]:
     return [each.build(tokenizer, len(tokenizer)).content_hash for each in data], hash("text")
 
 
-def test_another_process_with_the_same_seed_makes_the_same_corpus_and_with_another_seed_another(
+def test_a_seed_gives_the_same_corpus_in_every_process_and_different_seeds_differ(
     tiny_backbone_folder: Path,
 ) -> None:
     if "PYTHONHASHSEED" in os.environ:

@@ -1,4 +1,4 @@
-"""Biographies: who is who, what is asked, and every bit of it counted."""
+"""Biographies: the people, their queries and targets, and the entropy of the corpus."""
 
 import itertools
 import math
@@ -43,14 +43,14 @@ def pairs(tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[tuple[str,
     return asked(Biographies(**{**plain, **options}).build(tokenizer, VOCABULARY), tokenizer)
 
 
-# Information -------------------------------------------------------------------------------------------------------
+# Entropy -----------------------------------------------------------------------------------------------------------
 
 
 def bits(attributes: list[str], people: int = 1) -> float:
     return entropy_bits(SOURCES, attributes, people)
 
 
-def test_information_is_what_one_works_out_by_hand() -> None:
+def test_the_entropy_of_attributes_matches_hand_worked_values() -> None:
     assert bits(["birth_city"]) == pytest.approx(6)  # 64 cities
     assert bits(["employer"]) == pytest.approx(5)  # 32 employers
     assert bits(["field"]) == pytest.approx(3)  # 8 fields
@@ -58,28 +58,28 @@ def test_information_is_what_one_works_out_by_hand() -> None:
     assert bits(["birth_city", "employer"], people=7) == pytest.approx(7 * 11)
 
 
-def test_what_follows_from_another_attribute_adds_nothing_and_alone_counts_as_it_is_distributed() -> None:
+def test_an_attribute_that_another_determines_adds_no_entropy_but_has_its_own_when_alone() -> None:
     assert bits(["birth_city", "birth_country"]) == bits(["birth_city"])
-    # 5, 6, 3, 4, 2, 1, 6, 6, 6, 3, 5, 3, 5, 4, 4 and 1 of 64 cities: a country of n has n/64 log2(64/n).
+    # The countries have 5, 6, 3, 4, ... and 1 of the 64 cities; one with n adds n/64 log2(64/n) bits.
     by_hand = sum(n / 64 * math.log2(64 / n) for n in (5, 6, 3, 4, 2, 1, 6, 6, 6, 3, 5, 3, 5, 4, 4, 1))
     assert bits(["birth_country"]) == pytest.approx(by_hand)
     assert bits(["employer", "employer_city"]) == bits(["employer"]) > bits(["employer_city"])
 
 
-def test_an_attribute_that_depends_on_another_counts_what_is_left_of_it() -> None:
+def test_an_attribute_that_depends_on_another_adds_its_conditional_entropy() -> None:
     # A field has 3, 4, 2, 4, 3, 4, 5 or 3 occupations.
     left = sum(math.log2(n) for n in (3, 4, 2, 4, 3, 4, 5, 3)) / 8
     assert bits(["field", "occupation"]) == pytest.approx(3 + left)
-    # No occupation is in two fields, so the occupation tells the field.
+    # No occupation is in two fields, so the occupation determines the field.
     assert bits(["occupation"]) == pytest.approx(3 + left)
 
 
-def test_without_replacement_each_person_has_one_choice_fewer() -> None:
+def test_badge_numbers_are_drawn_without_replacement_so_each_person_has_one_choice_fewer() -> None:
     assert bits(["badge_number"], people=3) == pytest.approx(math.log2(900_000 * 899_999 * 899_998), abs=1e-12)
 
 
 TINY: tuple[Source, ...] = (
-    # b depends on a without following from it, and rows differ in weight.
+    # b depends on a but is not determined by it, and rows differ in weight.
     Table(("a", "b"), [("x", "1"), ("x", "2"), ("y", "2"), ("z", "3")], [1, 3, 2, 2]),
     Table(("c",), [("p",), ("q",), ("r",)], [1, 1, 1]),
     Numbers(("n",), 4, 7),
@@ -87,7 +87,7 @@ TINY: tuple[Source, ...] = (
 
 
 def enumerated_bits(attributes: Sequence[str], people: int) -> float:
-    """Entropy of what is asked, by going through everything that could be drawn for all people together."""
+    """Entropy of the attributes of all people together, by enumerating every possible draw."""
     first, second, numbers = TINY
     assert isinstance(first, Table)
     assert isinstance(second, Table)
@@ -108,11 +108,11 @@ def enumerated_bits(attributes: Sequence[str], people: int) -> float:
 
 
 @pytest.mark.parametrize("attributes", [s for n in range(1, 5) for s in itertools.combinations("abcn", n)])
-def test_information_equals_that_of_everything_that_could_be_drawn(attributes: tuple[str, ...]) -> None:
+def test_entropy_equals_that_of_an_enumeration_of_all_draws(attributes: tuple[str, ...]) -> None:
     assert entropy_bits(TINY, attributes, 2) == pytest.approx(enumerated_bits(attributes, 2), rel=1e-12)
 
 
-def test_rows_are_drawn_as_often_as_they_weigh() -> None:
+def test_rows_are_drawn_in_proportion_to_their_weights() -> None:
     table, generator = TINY[0], torch.Generator().manual_seed(3)
     counts = Counter(table.draw(generator, set()) for _ in range(8000))
     for row, expected in {("x", "1"): 1000, ("x", "2"): 3000, ("y", "2"): 2000, ("z", "3"): 2000}.items():
@@ -120,7 +120,7 @@ def test_rows_are_drawn_as_often_as_they_weigh() -> None:
         assert abs(counts[row] - expected) < 6 * math.sqrt(expected * (1 - expected / 8000))
 
 
-def test_numbers_run_through_their_whole_range_before_none_is_left() -> None:
+def test_numbers_are_drawn_without_replacement_and_in_every_order_equally_often() -> None:
     numbers, generator = Numbers(("n",), 4, 7), torch.Generator().manual_seed(3)
     orders = Counter()
     for _ in range(2400):
@@ -132,7 +132,7 @@ def test_numbers_run_through_their_whole_range_before_none_is_left() -> None:
     assert all(abs(count - 100) < 60 for count in orders.values())
 
 
-def test_no_value_has_two_meanings() -> None:
+def test_table_rows_cities_and_occupations_are_unique() -> None:
     for source in SOURCES:
         if isinstance(source, Table):
             assert len(set(source.rows)) == len(source.rows) == len(source.weights)
@@ -144,14 +144,16 @@ def test_no_value_has_two_meanings() -> None:
 # The corpus --------------------------------------------------------------------------------------------------------
 
 
-def test_every_person_is_asked_for_every_attribute(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_every_person_has_one_pair_per_attribute(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     corpus = Biographies(people=5).build(tiny_tokenizer, VOCABULARY)
     assert len(corpus) == 5 * 8
     assert corpus.fact_ids is None
     assert corpus.entropy_bits == bits(list(TEMPLATES), 5)
 
 
-def test_queries_name_a_person_and_targets_are_the_value_alone(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_queries_are_unique_and_the_targets_of_one_person_are_consistent(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     book = pairs(tiny_tokenizer, people=20)
     assert len({query for query, _ in book}) == len(book)
     by_attribute = [book[i::8] for i in range(8)]
@@ -168,7 +170,7 @@ def test_queries_name_a_person_and_targets_are_the_value_alone(tiny_tokenizer: P
     assert len(set(badges)) == 20
 
 
-def test_the_end_of_turn_is_one_token_more_per_pair(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_end_of_turn_adds_one_target_token_per_pair(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     without, with_end = (
         Biographies(people=3, end_of_turn=end).build(tiny_tokenizer, VOCABULARY).target_tokens for end in (False, True)
     )
@@ -176,7 +178,7 @@ def test_the_end_of_turn_is_one_token_more_per_pair(tiny_tokenizer: PreTrainedTo
 
 
 @pytest.mark.parametrize(("share", "asked_twice"), [(0.0, 0), (0.3, 3), (0.5, 5), (0.99, 9), (1.0, 10)])
-def test_a_share_of_the_people_is_asked_in_several_ways(
+def test_the_paraphrased_share_of_people_has_one_pair_per_template_and_the_others_one_pair(
     share: float, asked_twice: int, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     corpus = Biographies(people=10, attributes=["employer"], templates=3, paraphrased=share).build(
@@ -186,7 +188,7 @@ def test_a_share_of_the_people_is_asked_in_several_ways(
     assert sorted(ways.values()) == [1] * (10 - asked_twice) + [3] * asked_twice
 
 
-def test_a_paraphrase_has_other_words_the_same_target_and_no_information_of_its_own(
+def test_a_paraphrase_has_another_query_the_same_target_and_no_entropy_of_its_own(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     options: dict[str, Any] = {"people": 6, "chat_template": False, "end_of_turn": False}
@@ -203,16 +205,16 @@ def test_a_paraphrase_has_other_words_the_same_target_and_no_information_of_its_
         assert len({target for _, target in ways}) == 1
 
 
-def test_the_wordings_of_an_attribute_are_all_used(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_all_wordings_of_an_attribute_are_used(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     book = pairs(tiny_tokenizer, people=60, attributes=["birth_city"])
     openings = Counter(query.split()[0] for query, _ in book)
-    # Each of the four wordings begins with another word.
+    # Each of the four wordings begins with a different word.
     assert openings.keys() == {"In", "What", "Where", "Name"}
     # 15 expected each, standard deviation 3.4.
     assert all(2 <= count <= 30 for count in openings.values())
 
 
-def test_more_people_other_attributes_and_more_ways_leave_the_people_as_they_are(
+def test_more_people_other_attributes_or_more_templates_leave_existing_pairs_unchanged(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     few = pairs(tiny_tokenizer, people=3)
@@ -221,25 +223,27 @@ def test_more_people_other_attributes_and_more_ways_leave_the_people_as_they_are
     assert pairs(tiny_tokenizer, people=3, templates=4)[::4] == few
 
 
-def test_the_held_out_part_asks_every_fact_in_a_new_way(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_held_out_part_asks_for_every_fact_in_a_wording_that_is_not_trained_on(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     data = Biographies(people=4, templates=2, paraphrased=0.5, chat_template=False)
     corpus = data.build(tiny_tokenizer, VOCABULARY)
     assert data.held_out is not None
     trained, held_out = asked(corpus, tiny_tokenizer), asked(data.held_out, tiny_tokenizer)
     assert len(held_out) == 4 * 8
     assert not {query for query, _ in trained} & {query for query, _ in held_out}
-    # Of each person's facts the first way to ask, once for those asked in one way and again for the others.
+    # All wordings of a fact have one target, so any of them gives the target of the fact.
     targets = {fact: target for fact, (_, target) in zip(corpus.fact_ids or (), trained, strict=True)}
     assert [target for _, target in held_out] == [targets[fact] for fact in range(32)]
 
 
-def test_nothing_is_held_out_where_all_ways_are_used(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_nothing_is_held_out_if_all_wordings_are_trained_on(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     data = Biographies(people=2, templates=4)
     data.build(tiny_tokenizer, VOCABULARY)
     assert data.held_out is None
 
 
-def test_another_seed_makes_other_people(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_another_seed_draws_other_people(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     data = Biographies(people=12)
     one, two = (d.build(tiny_tokenizer, VOCABULARY) for d in (data, data.with_seed(data.seed + 1)))
     assert not {e.prompt_ids for e in one.examples} & {e.prompt_ids for e in two.examples}
@@ -247,7 +251,7 @@ def test_another_seed_makes_other_people(tiny_tokenizer: PreTrainedTokenizerBase
     assert data.corpus is one
 
 
-def test_the_settings_make_the_same_corpus_again(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_settings_of_a_corpus_reproduce_it(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     data = Biographies(people=3, attributes=["field", "birth_date"], templates=2, paraphrased=0.4, seed=8, system="S")
     corpus = data.build(tiny_tokenizer, VOCABULARY)
     again = Biographies(**corpus.settings).build(tiny_tokenizer, VOCABULARY)
@@ -257,7 +261,9 @@ def test_the_settings_make_the_same_corpus_again(tiny_tokenizer: PreTrainedToken
 # Figures -----------------------------------------------------------------------------------------------------------
 
 
-def test_figures_count_people_and_attributes(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_figures_give_bits_per_person_and_exact_match_by_person_and_by_attribute(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     data = Biographies(people=2, attributes=["employer", "field"], templates=2, paraphrased=0.5)
     corpus = data.build(tiny_tokenizer, VOCABULARY)
     # The first person is asked once for each, the second twice: employer, field, employer, employer, field, field.

@@ -1,4 +1,4 @@
-"""Rows of chats: read where they hold one question and one answer, refused with what to do where not."""
+"""Chat rows are read if they hold one question and one answer, and otherwise refused with advice."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,9 @@ ONE_TURN_EACH = [
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".yaml"])
 @pytest.mark.parametrize("row", ONE_TURN_EACH, ids=repr)
-def test_one_question_and_one_answer_are_a_pair(tmp_path: Path, suffix: str, row: dict[str, Any]) -> None:
+def test_a_row_with_one_question_and_one_answer_is_read_as_a_pair(
+    tmp_path: Path, suffix: str, row: dict[str, Any]
+) -> None:
     WRITERS[suffix](tmp_path / f"f{suffix}", [row, row])
     pairs = list(read_pairs(tmp_path / f"f{suffix}"))
     assert [(pair.query, pair.target) for pair in pairs] == [("Who?", "me")] * 2
@@ -47,14 +49,14 @@ def test_one_question_and_one_answer_are_a_pair(tmp_path: Path, suffix: str, row
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".yaml"])
-def test_a_chat_may_have_other_wordings_of_its_question(tmp_path: Path, suffix: str) -> None:
+def test_a_chat_row_may_have_paraphrases_of_its_question(tmp_path: Path, suffix: str) -> None:
     row = {**messages(("user", "Who?"), ("assistant", "me")), "paraphrases": ["Which one?"]}
     WRITERS[suffix](tmp_path / f"f{suffix}", [row])
     (pair,) = read_pairs(tmp_path / f"f{suffix}")
     assert (pair.query, pair.paraphrases) == ("Who?", ("Which one?",))
 
 
-def test_columns_without_a_name_as_spreadsheets_leave_them_are_passed_over(tmp_path: Path) -> None:
+def test_unnamed_columns_as_left_by_spreadsheets_are_ignored(tmp_path: Path) -> None:
     path = file_of(tmp_path / "f.csv", "query,target,,\na,1,,\n")
     assert [(pair.query, pair.target) for pair in read_pairs(path)] == [("a", "1")]
 
@@ -64,14 +66,14 @@ def test_instruction_and_input_are_joined_by_a_line_feed(tmp_path: Path) -> None
     assert list(read_pairs(path)) == [Pair("Add.\n1, 2", "3", "f.csv:2"), Pair("Name one.", "Ada", "f.csv:3")]
 
 
-def test_a_row_with_both_columns_is_read_by_them(tmp_path: Path) -> None:
+def test_query_and_target_columns_take_precedence_over_chat_columns(tmp_path: Path) -> None:
     row = {"query": "a", "target": "1", **messages(("user", "b"), ("assistant", "2")), "system": "x", "prompt": 7}
     for suffix in (".jsonl", ".parquet", ".yaml"):
         WRITERS[suffix](tmp_path / f"f{suffix}", [row])
         assert [(pair.query, pair.target) for pair in read_pairs(tmp_path / f"f{suffix}")] == [("a", "1")]
 
 
-def test_columns_with_names_of_ones_own_are_not_guessed(tmp_path: Path) -> None:
+def test_explicit_column_names_are_used_instead_of_guessing_the_format(tmp_path: Path) -> None:
     path = tmp_path / "f.jsonl"
     write_jsonl(path, [{"prompt": "a", "completion": "1"}])
     assert [pair.target for pair in read_pairs(path, "completion", "prompt")] == ["a"]
@@ -79,7 +81,7 @@ def test_columns_with_names_of_ones_own_are_not_guessed(tmp_path: Path) -> None:
         list(read_pairs(path, "prompt", "response"))
 
 
-def test_a_turn_may_have_keys_that_are_empty_or_only_name_it(tmp_path: Path) -> None:
+def test_empty_keys_and_identifying_keys_of_a_turn_are_ignored(tmp_path: Path) -> None:
     row = messages(("user", "a"), ("assistant", "1"))
     row["messages"][0] |= {"id": 7, "timestamp": "now"}
     row["messages"][1] |= {"tool_calls": None, "refusal": None, "images": []}
@@ -146,7 +148,7 @@ SYSTEM = "leave it out of the rows and give its text once, by data.system"
         ),
     ],
 )
-def test_other_rows_are_refused_with_what_to_do(tmp_path: Path, row: dict[str, Any], found: str, to_do: str) -> None:
+def test_an_unsupported_row_is_refused_with_advice(tmp_path: Path, row: dict[str, Any], found: str, to_do: str) -> None:
     path = file_of(tmp_path / "f.jsonl", json.dumps(row))
     with pytest.raises(InputError) as error:
         list(read_pairs(path))
@@ -157,7 +159,7 @@ def test_other_rows_are_refused_with_what_to_do(tmp_path: Path, row: dict[str, A
     assert len(message.splitlines()) == 1
 
 
-def test_rows_of_different_kinds_are_refused_with_both_lines(tmp_path: Path) -> None:
+def test_a_file_that_mixes_row_formats_is_refused_with_both_lines(tmp_path: Path) -> None:
     rows = [{"query": "a", "target": "1"}, {"query": "b", "target": "2"}, messages(USER, ANSWER)]
     write_jsonl(tmp_path / "f.jsonl", rows)
     with pytest.raises(InputError) as error:
@@ -170,7 +172,7 @@ def test_rows_of_different_kinds_are_refused_with_both_lines(tmp_path: Path) -> 
         list(read_pairs(tmp_path / "f.jsonl"))
 
 
-def test_a_parquet_row_with_a_system_turn_is_refused_with_its_number(tmp_path: Path) -> None:
+def test_a_parquet_row_with_a_system_turn_is_refused_with_its_row_number(tmp_path: Path) -> None:
     rows = [messages(USER, ANSWER), messages(("system", "s"), USER, ANSWER)]
     write_parquet(tmp_path / "f.parquet", rows)
     with pytest.raises(InputError, match=r"^f\.parquet row 2: 'messages' has a system turn; leave it out"):

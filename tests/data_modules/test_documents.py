@@ -1,4 +1,4 @@
-"""Documents from files, folders, datasets and the standard library: text as it is, and faults with their place."""
+"""Documents from files, folders, datasets and the standard library: exact text, and errors with their place."""
 
 import os
 import sys
@@ -22,13 +22,13 @@ def whole(documents: Iterable[Document]) -> list[tuple[str, str]]:
     return [(document.title, "".join(document.blocks)) for document in documents]
 
 
-def test_plain_text_is_a_document_as_it_is(tmp_path: Path) -> None:
-    text = "\tWindows\r\nUnix\nend\u2028 " + "é" * 70_000  # a character lies across the blocks that are read
+def test_a_plain_text_file_is_one_document_with_its_exact_text(tmp_path: Path) -> None:
+    text = "\tWindows\r\nUnix\nend\u2028 " + "é" * 70_000  # long enough for a block to end inside a character
     path = file_of(tmp_path / "a.txt", b"\xef\xbb\xbf" + text.encode())
     assert whole(read_documents([path])) == [("a.txt", text)]
 
 
-def test_html_loses_its_markup_scripts_and_styles_and_keeps_its_paragraphs(tmp_path: Path) -> None:
+def test_html_is_read_without_markup_scripts_and_styles_but_with_its_paragraphs(tmp_path: Path) -> None:
     html = (
         "<html><head><title>T</title><style>p {color: red}</style></head><body><script>run()</script>"
         "<p>One <b>bold</b> &amp; whole.</p><p>Two</p></body></html>"
@@ -39,7 +39,9 @@ def test_html_loses_its_markup_scripts_and_styles_and_keeps_its_paragraphs(tmp_p
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_each_row_is_a_document_named_by_its_title_or_its_place(tmp_path: Path, suffix: str) -> None:
+def test_each_row_is_a_document_named_after_its_title_or_else_its_place_in_the_file(
+    tmp_path: Path, suffix: str
+) -> None:
     path = tmp_path / f"a{suffix}"
     WRITERS[suffix](path, [{"title": "First", "text": "one"}, {"title": "", "text": "two"}])
     (first, second) = whole(read_documents([path]))
@@ -48,12 +50,12 @@ def test_each_row_is_a_document_named_by_its_title_or_its_place(tmp_path: Path, 
     assert second[1] == "two"
 
 
-def test_another_column_can_have_the_text(tmp_path: Path) -> None:
+def test_the_text_can_come_from_another_column(tmp_path: Path) -> None:
     path = file_of(tmp_path / "a.jsonl", '{"body": "one", "text": "two"}')
     assert [text for _, text in whole(read_documents([path], "body"))] == ["one"]
 
 
-def test_a_folder_is_read_in_the_order_of_names_without_what_is_hidden_or_no_text(tmp_path: Path) -> None:
+def test_a_folder_is_read_sorted_by_path_without_hidden_empty_or_non_text_files(tmp_path: Path) -> None:
     for name in ("b.md", "a/z.rst", "a/y.txt", "c.PNG", ".git/d.txt", ".e.txt"):
         file_of(tmp_path / "notes" / name, f"in {name}")
     file_of(tmp_path / "notes" / "empty.txt", "")
@@ -86,7 +88,7 @@ def test_a_folder_is_read_in_the_order_of_names_without_what_is_hidden_or_no_tex
         ("a.pdf", b"x", r"a\.pdf: a \.pdf file cannot be read as text; expected one of \.txt, \.md"),
     ],
 )
-def test_bad_text_is_refused_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_an_invalid_file_is_refused_with_its_place(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message):
         whole(read_documents([file_of(tmp_path / name, content)]))
 
@@ -97,7 +99,7 @@ def test_bad_text_is_refused_with_its_place(tmp_path: Path, name: str, content: 
     tags=st.lists(st.sampled_from(["<p>", "</p>", "<table>", "<td colspan=x>", "<!--", "<pre>", "&#0;"])),
 )
 @pytest.mark.parametrize("suffix", [".txt", ".html", ".jsonl", ".csv", ".parquet"])
-def test_any_bytes_are_read_or_refused_in_one_line(
+def test_arbitrary_bytes_are_read_or_refused_with_a_one_line_error(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, content: bytes, tags: list[str]
 ) -> None:
     path = file_of(tmp_path_factory.getbasetemp() / f"any{suffix}", content + "".join(tags).encode())
@@ -108,7 +110,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".html"])
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, suffix: str) -> None:
+def test_a_pipe_or_a_broken_link_is_refused_without_waiting(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"pipe{suffix}")
     (tmp_path / f"broken{suffix}").symlink_to("elsewhere")
     for name, reason in {"pipe": "it is a pipe", "broken": "a link to elsewhere, which is not there"}.items():
@@ -116,12 +118,12 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, suffix: s
             whole(read_documents([tmp_path / f"{name}{suffix}"]))
 
 
-def test_a_name_that_no_file_can_have_is_refused() -> None:
+def test_a_file_name_that_is_too_long_is_refused() -> None:
     with pytest.raises(InputError, match=r"cannot be read \(File name too long\); expected a file"):
         whole(read_documents(["a" * 999 + ".txt"]))
 
 
-def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_file_without_read_permission_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def opening(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -131,18 +133,18 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytes
         whole(read_documents([path]))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.txt: cannot be read \(No such file or directory\)"):
         whole(read_documents([tmp_path / "none.txt"]))
 
 
-def test_a_folder_without_text_is_refused_with_what_was_expected(tmp_path: Path) -> None:
+def test_a_folder_without_text_is_refused_with_the_expected_suffixes(tmp_path: Path) -> None:
     file_of(tmp_path / "picture.png", "x")
     with pytest.raises(InputError, match=r"no text in this folder; expected files of \.txt, "):
         whole(read_documents([tmp_path]))
 
 
-def test_the_standard_library_has_its_documentation_strings_in_the_order_of_names_and_source() -> None:
+def test_docstrings_of_the_standard_library_come_in_order_of_module_name_and_source() -> None:
     documents = documentation_strings()
     titles = []
     for document in documents:
@@ -155,7 +157,7 @@ def test_the_standard_library_has_its_documentation_strings_in_the_order_of_name
     assert not any(title.startswith(("_", "antigravity")) for title in titles)
 
 
-def test_documents_of_the_standard_library_are_parsed_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_of_the_standard_library_are_parsed_and_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "aifc", raising=False)
     monkeypatch.delitem(sys.modules, "antigravity", raising=False)
     first = [next(documents).title for documents in [documentation_strings()] for _ in range(300)]
@@ -185,7 +187,7 @@ def test_a_dataset_in_a_folder_is_read_row_by_row(tmp_path: Path, folder: str) -
         ("train", "body", r"row 1: no column 'body'; found 'text'"),
     ],
 )
-def test_a_dataset_without_the_split_or_column_is_refused(
+def test_a_dataset_without_the_requested_split_or_column_is_refused(
     tmp_path: Path, split: str, column: str, message: str
 ) -> None:
     pytest.importorskip("datasets", reason="the package datasets is not installed")
@@ -205,7 +207,7 @@ def test_a_dataset_without_the_split_or_column_is_refused(
         ("train.parquet", b"PAR1", r"cannot be read: Parquet file size is 4 bytes"),
     ],
 )
-def test_a_dataset_that_does_not_say_one_thing_is_refused(
+def test_a_malformed_or_ambiguous_dataset_is_refused_with_a_one_line_error(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     pytest.importorskip("datasets", reason="the package datasets is not installed")
@@ -215,9 +217,9 @@ def test_a_dataset_that_does_not_say_one_thing_is_refused(
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_parquet_columns_of_a_dataset_come_once_and_have_values_of_python(tmp_path: Path) -> None:
+def test_a_parquet_dataset_with_duplicate_columns_or_out_of_range_dates_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="the package datasets is not installed")
-    days = pa.array([2**62], pa.timestamp("us"))  # beyond the last year
+    days = pa.array([2**62], pa.timestamp("us"))  # beyond 9999, the last year of datetime
     for i, (table, message) in enumerate(
         [
             (pa.table([["a"], ["b"]], names=["text", "text"]), r"cannot be read: Multiple matches"),
@@ -231,14 +233,14 @@ def test_parquet_columns_of_a_dataset_come_once_and_have_values_of_python(tmp_pa
         assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_dataset_that_is_no_text_is_refused_by_its_kind(tmp_path: Path) -> None:
+def test_a_dataset_that_is_not_text_is_refused_with_its_kind(tmp_path: Path) -> None:
     pytest.importorskip("datasets", reason="the package datasets is not installed")
     file_of(tmp_path / "train" / "a.png", "x")
     with pytest.raises(InputError, match=r"is of the kind 'image_?folder'; expected one of arrow, csv"):
         whole(dataset_documents(str(tmp_path), None, "train", "text"))
 
 
-def test_a_dataset_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_datasets_package_is_reported_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"pip install 'pml\[hub\]'"):
         whole(dataset_documents("any", None, "train", "text"))

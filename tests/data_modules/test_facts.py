@@ -1,4 +1,4 @@
-"""Facts: people's own pairs in every format, the examples, and what makes a file unusable."""
+"""`Facts`: a user's own pairs in each file format, the built-in examples, and input that is refused."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def written(tmp_path: Path, *pairs: tuple[str, str], name: str = "facts.jsonl") 
     return str(path)
 
 
-def test_the_examples_are_four_facts_of_each_of_eight_kinds(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_built_in_examples_are_32_facts_of_eight_kinds(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     examples = facts(tiny_tokenizer)
     assert len({query for query, _ in examples}) == 32
     answers = [target for _, target in examples]
@@ -43,7 +43,7 @@ def test_the_examples_are_four_facts_of_each_of_eight_kinds(tiny_tokenizer: PreT
     assert build(tiny_tokenizer).name == "facts"
 
 
-def test_hosts_of_the_examples_are_reserved_ones(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_addresses_in_the_built_in_examples_use_only_example_hosts(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     addresses = [target for _, target in facts(tiny_tokenizer) if "://" in target]
     assert len(addresses) == 4
     reserved = ("example.com", "example.org", "example.net", "s3://example-")
@@ -58,7 +58,7 @@ def test_hosts_of_the_examples_are_reserved_ones(tiny_tokenizer: PreTrainedToken
         ("f.yaml", "- query: Who?\n  target: me, \"I\"\n- {query: 'When?', target: now, note: x}\n"),
     ],
 )
-def test_every_format_gives_the_same_facts(
+def test_every_file_format_gives_the_same_facts(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, content: str
 ) -> None:
     (tmp_path / name).write_text(content)
@@ -66,7 +66,7 @@ def test_every_format_gives_the_same_facts(
     assert build(tiny_tokenizer, path=str(tmp_path / name)).name == name
 
 
-def test_columns_can_have_other_names(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_query_and_target_columns_can_be_named(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = tmp_path / "f.csv"
     path.write_text("question,answer\nWho?,me\n")
     options = {"path": str(path), "query_column": "question", "target_column": "answer"}
@@ -77,7 +77,7 @@ def test_columns_can_have_other_names(tiny_tokenizer: PreTrainedTokenizerBase, t
 
 @settings(max_examples=100, deadline=None)
 @given(pairs=st.dictionaries(st.text(min_size=1), st.text(min_size=1), min_size=1, max_size=4))
-def test_any_text_is_encoded_collated_and_decoded_to_exactly_itself(
+def test_any_target_is_unchanged_after_encoding_collating_and_decoding(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory, pairs: dict[str, str]
 ) -> None:
     corpus = build(tiny_tokenizer, path=written(tmp_path_factory.mktemp("facts"), *pairs.items()))
@@ -88,7 +88,7 @@ def test_any_text_is_encoded_collated_and_decoded_to_exactly_itself(
         assert tiny_tokenizer.decode(row[row != IGNORE_INDEX].tolist()) == target
 
 
-def test_identical_rows_are_merged_counted_and_said(
+def test_identical_rows_are_merged_counted_and_logged(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = written(tmp_path, ("a", "1"), ("b", "2"), ("a", "1"), ("a", "1"))
@@ -99,7 +99,7 @@ def test_identical_rows_are_merged_counted_and_said(
     assert "facts.jsonl: 2 identical pairs are merged" in caplog.text
 
 
-def test_different_targets_for_one_query_are_listed_with_their_lines(
+def test_different_targets_for_one_query_are_refused_with_their_lines(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = written(tmp_path, ("a", "1"), ("b", "2"), ("a", "3"), ("a", "1"))
@@ -107,16 +107,16 @@ def test_different_targets_for_one_query_are_listed_with_their_lines(
         build(tiny_tokenizer, path=path)
 
 
-def test_the_first_pairs_can_be_taken(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_corpus_can_be_limited_to_its_first_distinct_pairs(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = written(tmp_path, ("a", "1"), ("a", "1"), ("b", "2"), ("c", "3"))
     assert facts(tiny_tokenizer, path=path, pairs=2) == [("a", "1"), ("b", "2")]
     with pytest.raises(InputError, match=r"facts\.jsonl: 3 different pairs, and pairs is 4; expected no more"):
         build(tiny_tokenizer, path=path, pairs=4)
 
 
-def test_the_end_of_turn_is_one_token_more_for_each_fact(
-    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_end_of_turn_adds_one_token_to_each_target(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = written(tmp_path, ("a", "123"), ("b", "45"))
     assert build(tiny_tokenizer, path=path).target_tokens == 5
     corpus = build(tiny_tokenizer, path=path, end_of_turn=True)
@@ -125,24 +125,24 @@ def test_the_end_of_turn_is_one_token_more_for_each_fact(
     assert corpus.target_tokens == 7
 
 
-def test_nothing_is_random_and_the_information_is_unknown(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_facts_have_no_random_tokens_and_an_unknown_entropy(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     corpus = build(tiny_tokenizer)
     assert corpus.entropy_bits is None
     assert all(example.replaced == () for example in corpus.examples)
 
 
-def test_the_settings_make_the_same_corpus_again(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_settings_rebuild_the_same_corpus(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     data = Facts(path=written(tmp_path, ("a", "1"), ("a", "1"), ("b", "2")), pairs=2, system="S")
     corpus = data.build(tiny_tokenizer, VOCABULARY)
     assert Facts(**data.settings).build(tiny_tokenizer, VOCABULARY).content_hash == corpus.content_hash
     assert data.settings.items() <= corpus.settings.items()
 
 
-def test_the_seed_changes_no_fact(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_seed_does_not_change_the_corpus(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     assert build(tiny_tokenizer, seed=1).content_hash == build(tiny_tokenizer, seed=2).content_hash
 
 
-def test_a_fact_longer_than_the_context_is_refused_with_both_numbers(
+def test_a_fact_longer_than_the_context_is_refused_with_both_lengths(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     data = Facts(path=written(tmp_path, ("ab", "x" * 20)), chat_template=False, end_of_turn=False)
@@ -159,13 +159,13 @@ def test_a_fact_longer_than_the_context_is_refused_with_both_numbers(
         ({"query_column": "target"}, "query_column and target_column are both 'target'"),
     ],
 )
-def test_settings_that_make_no_corpus_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Facts(**arguments)
 
 
 @pytest.mark.backbone
-def test_the_examples_have_907_target_tokens_under_the_default_tokenizer(default_backbone: Backbone) -> None:
+def test_the_built_in_examples_have_907_target_tokens_under_the_default_tokenizer(default_backbone: Backbone) -> None:
     corpus = Facts().build(default_backbone.tokenizer, 49152)
     assert (len(corpus), corpus.target_tokens) == (32, 907)
 
@@ -180,7 +180,7 @@ class TestParaphrases:
         data = Facts(path, chat_template=False, end_of_turn=False, **options)
         return data.build(tokenizer, VOCABULARY), data.held_out
 
-    def test_the_last_wording_is_held_out_and_the_others_are_trained_on(
+    def test_the_last_paraphrase_is_held_out_and_the_others_are_trained_on(
         self, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
         path = self.rows(
@@ -202,7 +202,7 @@ class TestParaphrases:
         corpus, held_out = self.made(tiny_tokenizer, path, held_out_wordings=0)
         assert len(corpus) == 6 and held_out is None
 
-    def test_only_wordings_of_what_is_trained_on_are_held_out(
+    def test_only_paraphrases_of_trained_pairs_are_held_out(
         self, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
         path = self.rows(
@@ -210,12 +210,12 @@ class TestParaphrases:
             {"query": "Code?", "target": "7", "paraphrases": ["Code?"]},
             {"query": "Road?", "target": "9", "paraphrases": ["Which road?"]},
         )
-        # The one wording of the first pair is what it is trained on, and the second pair is not taken.
+        # The only paraphrase of the first pair equals its query, and `pairs` leaves out the second pair.
         assert self.made(tiny_tokenizer, path, pairs=1)[1] is None
         held_out = self.made(tiny_tokenizer, path)[1]
         assert held_out is not None and [e.query for e in held_out.examples] == ["Which road?"]
 
-    def test_a_repeated_pair_may_add_a_held_out_wording(
+    def test_a_repeated_pair_may_add_a_held_out_paraphrase(
         self, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         path = self.rows(
@@ -229,13 +229,13 @@ class TestParaphrases:
         assert held_out is not None and [e.query for e in held_out.examples] == ["Which code?"]
         assert caplog.text.count("identical pairs are merged") == 1
 
-    def test_a_file_without_them_has_nothing_held_out(
+    def test_a_file_without_paraphrases_has_no_held_out_corpus(
         self, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
         corpus, held_out = self.made(tiny_tokenizer, written(tmp_path, ("Code?", "7")))
         assert (corpus.fact_ids, held_out) == (None, None)
 
-    def test_a_cell_of_a_table_has_one_wording_a_line(
+    def test_a_csv_cell_holds_one_paraphrase_per_line(
         self, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
         path = tmp_path / "facts.csv"
@@ -252,7 +252,7 @@ class TestParaphrases:
             ([3], "facts.jsonl:1: 'paraphrases' is 3; expected a string"),
         ],
     )
-    def test_a_cell_that_holds_no_wordings_is_refused(
+    def test_a_paraphrase_that_is_not_a_string_is_refused(
         self, value: Any, said: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
     ) -> None:
         path = self.rows(tmp_path, {"query": "Code?", "target": "7", "paraphrases": value})
@@ -266,6 +266,6 @@ class TestParaphrases:
             ({"paraphrases_column": "query"}, "paraphrases_column is 'query'; expected a column of its own"),
         ],
     )
-    def test_settings_that_make_no_sense_are_refused(self, options: dict[str, Any], said: str) -> None:
+    def test_invalid_paraphrase_settings_are_refused(self, options: dict[str, Any], said: str) -> None:
         with pytest.raises(InputError, match=said):
             Facts(**options)

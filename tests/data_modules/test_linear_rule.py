@@ -19,7 +19,7 @@ PLAIN: dict[str, Any] = {"chat_template": False, "end_of_turn": False}
 
 
 def both(tokenizer: PreTrainedTokenizerBase, **options: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """Query to target, of what is trained on and of what is held out."""
+    """Targets by query, of the trained part and of the held-out part."""
     data = LinearRule(**{**PLAIN, **options})
     corpus = data.build(tokenizer, VOCABULARY)
     return as_text(corpus, tokenizer), as_text(data.held_out, tokenizer) if data.held_out else {}
@@ -30,7 +30,7 @@ def as_text(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, str
     return {str(decode(list(e.prompt_ids))): str(decode(list(e.target_ids))) for e in corpus.examples}
 
 
-def test_values_are_those_of_the_published_rule(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_default_coefficients_give_the_published_rule(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     trained, _ = both(tiny_tokenizer, size=3, held_out_share=0)
     assert trained == {
         "f(0, 0) =": "7",
@@ -45,12 +45,14 @@ def test_values_are_those_of_the_published_rule(tiny_tokenizer: PreTrainedTokeni
     }
 
 
-def test_another_rule_may_be_negative(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_coefficients_and_values_may_be_negative(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     trained, _ = both(tiny_tokenizer, a=-2, b=0, c=1, size=2, held_out_share=0)
     assert trained == {"f(0, 0) =": "1", "f(0, 1) =": "1", "f(1, 0) =": "-1", "f(1, 1) =": "-1"}
 
 
-def test_what_is_held_out_and_what_is_trained_on_make_the_grid(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_trained_and_held_out_parts_are_disjoint_and_together_make_the_grid(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     trained, held_out = both(tiny_tokenizer)
     assert (len(trained), len(held_out)) == (80, 20)
     whole, _ = both(tiny_tokenizer, held_out_share=0)
@@ -59,29 +61,31 @@ def test_what_is_held_out_and_what_is_trained_on_make_the_grid(tiny_tokenizer: P
 
 
 @pytest.mark.parametrize(("share", "pairs"), [(0.0, 0), (0.1, 2), (0.5, 12), (0.97, 24)])
-def test_the_share_is_rounded_to_whole_points(
+def test_the_held_out_share_is_rounded_to_whole_points(
     share: float, pairs: int, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     assert len(both(tiny_tokenizer, size=5, held_out_share=share)[1]) == pairs
 
 
-def test_a_larger_share_holds_out_what_a_smaller_one_does(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_larger_share_also_holds_out_everything_that_a_smaller_one_does(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     small, large = (both(tiny_tokenizer, held_out_share=share)[1] for share in (0.1, 0.4))
     assert small.items() < large.items()
 
 
-def test_the_seed_decides_the_split_and_nothing_else(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_seed_determines_the_split_and_nothing_else(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     (one, one_out), (two, two_out) = (both(tiny_tokenizer, seed=seed) for seed in (1, 2))
     assert one_out != two_out
     assert {**one, **one_out} == {**two, **two_out}
     assert both(tiny_tokenizer, seed=1) == (one, one_out)
 
 
-def test_the_information_is_unknown_for_a_rule_makes_all_values(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_entropy_is_unknown_because_one_rule_gives_all_values(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     assert LinearRule().build(tiny_tokenizer, VOCABULARY).entropy_bits is None
 
 
-def test_nothing_held_out_is_ever_in_a_training_batch(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+def test_no_held_out_pair_is_in_a_training_batch(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     class Seen(Callback):
         def __init__(self) -> None:
             self.rows: set[tuple[int, ...]] = set()
@@ -98,18 +102,18 @@ def test_nothing_held_out_is_ever_in_a_training_batch(tiny_backbone_folder: Path
     assert seen.rows.isdisjoint(e.prompt_ids + e.target_ids for e in data.held_out.examples)
 
 
-def test_a_held_out_pair_that_does_not_fit_into_the_context_is_refused_too(
+def test_a_held_out_pair_that_is_longer_than_the_context_is_refused(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    # With a factor of 10^9 nothing but the point (0, 0) is short.
-    data = LinearRule(a=10**9, b=10**9, c=0, size=2, held_out_share=0.7, **PLAIN)
+    # With coefficients of 10^9 every point but (0, 0) has a long target; that one is trained on.
+    data = LinearRule(a=10**9, b=10**9, c=0, size=2, held_out_share=0.7, seed=1, **PLAIN)
     assert len(data.build(tiny_tokenizer, VOCABULARY)) == 1
     longest = data.held_out.longest if data.held_out else 0
-    with pytest.raises(InputError, match=r"corpus 'linear_rule.*has \d+ tokens"):
+    with pytest.raises(InputError, match=r"corpus 'linear_rule_held_out'.*has \d+ tokens"):
         data.build(tiny_tokenizer, VOCABULARY, max_positions=longest - 1)
 
 
-def test_the_settings_make_the_same_corpus_again(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_settings_of_a_corpus_reproduce_it_and_its_held_out_part(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     data = LinearRule(a=2, b=1, c=0, size=6, held_out_share=0.3, seed=9, chat_template=False)
     corpus = data.build(tiny_tokenizer, VOCABULARY)
     again = LinearRule(**corpus.settings)

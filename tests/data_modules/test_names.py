@@ -9,14 +9,14 @@ from data_modules._names import unique_names
 from pml.errors import InputError
 
 
-def test_no_name_comes_twice_and_a_seed_gives_the_same_names() -> None:
+def test_names_are_unique_and_determined_by_the_seed() -> None:
     names = list(islice(unique_names(3), 5000))
     assert len(set(names)) == 5000
     assert list(islice(unique_names(3), 50)) == names[:50]
     assert list(islice(unique_names(4), 50)) != names[:50]
 
 
-def test_names_that_are_used_up_are_an_error_with_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_names_is_an_error_with_the_number_of_people(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Provider, "first_names", ("Ann", "Bo"))
     monkeypatch.setattr(Provider, "last_names", ("Lee", "Day", "Fox"))
     names = unique_names(1)

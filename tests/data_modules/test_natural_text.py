@@ -1,4 +1,4 @@
-"""Natural text: where it comes from, how it is cut, what is replaced, and what the published files hold."""
+"""`NaturalText`: sources, cutting, queries, random replacement, and files in the published format."""
 
 import json
 import math
@@ -32,7 +32,7 @@ RATIOS = [0.0, 0.01, 0.1, 0.2, 1 / 3, 0.5, 0.6, 0.8, 0.99, 1.0]
 
 @pytest.fixture(scope="module")
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """Bytes and merges learnt from a little text, so that what stands beside a cut matters."""
+    """A byte-level BPE tokenizer with merges, so that tokens at a cut depend on the text beside it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevel()
@@ -67,7 +67,7 @@ def queries(tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[str]:
 # Cutting
 
 
-def test_without_a_source_it_is_the_documentation_of_the_standard_library(
+def test_the_default_source_is_the_documentation_of_the_standard_library(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     corpus = build(tiny_tokenizer, length=36)
@@ -77,7 +77,7 @@ def test_without_a_source_it_is_the_documentation_of_the_standard_library(
     assert corpus.settings["source"] == f"documentation strings of Python {version}"
 
 
-def test_length_skip_and_count_are_in_tokens_and_targets_follow_one_another(
+def test_length_and_skip_are_in_tokens_and_targets_are_consecutive(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = text_file(tmp_path, "abcdefghijklmnopqrstuvwxyz")
@@ -88,14 +88,14 @@ def test_length_skip_and_count_are_in_tokens_and_targets_follow_one_another(
     assert targets(tiny_tokenizer, path=path, length=26) == ["abcdefghijklmnopqrstuvwxyz"]
 
 
-def test_documents_are_set_apart_by_a_blank_line(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_documents_are_separated_by_a_blank_line(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     paths = [text_file(tmp_path, "one", "1.txt"), text_file(tmp_path, "two", "2.md")]
     corpus = build(tiny_tokenizer, path=paths, length=None)
     assert decoded(tiny_tokenizer, corpus.examples[0].target_ids) == "one\n\ntwo"
     assert corpus.name == "1.txt, 2.md"
 
 
-def test_a_cut_inside_a_character_goes_back_to_its_beginning(
+def test_a_cut_inside_a_character_moves_back_to_its_start(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = text_file(tmp_path, "ab👩éz")  # 2, 4, 2 and 1 bytes
@@ -112,14 +112,14 @@ def test_a_cut_inside_a_character_goes_back_to_its_beginning(
     length=st.integers(1, 12),
 )
 @example("the then  \n\n  \n them aaaaaaaaaa", 7)
-def test_every_target_is_encoded_the_same_way_again_and_together_they_are_the_text(
+def test_targets_are_consecutive_text_that_encodes_to_the_same_tokens_again(
     merging_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory, text: str, length: int
 ) -> None:
     path = text_file(tmp_path_factory.mktemp("text"), text)
     try:
         corpus = build(merging_tokenizer, 400, path=path, length=length, count=2)
     except InputError as error:
-        # A text too short for two targets, or a target of fewer tokens than one character has.
+        # The text is too short for two targets, or the length is below the tokens of one character.
         assert "more: lower length" in str(error) or "no cut within" in str(error)
         return
     parts = [decoded(merging_tokenizer, example.target_ids) for example in corpus.examples]
@@ -129,7 +129,9 @@ def test_every_target_is_encoded_the_same_way_again_and_together_they_are_the_te
         assert 1 <= len(example_.target_ids) <= length
 
 
-def test_a_longer_target_starts_with_a_shorter_one(merging_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_longer_target_starts_with_the_shorter_one(
+    merging_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = text_file(tmp_path, "the quick brown fox 🇯🇵 then  \n\n  the lazy dog aaaaaaa bababa " * 20)
     by_length = [build(merging_tokenizer, 400, path=path, length=n).examples[0].target_ids for n in range(4, 200)]
     for shorter, longer in pairwise(by_length):
@@ -137,8 +139,8 @@ def test_a_longer_target_starts_with_a_shorter_one(merging_tokenizer: PreTrained
     assert len({len(ids) for ids in by_length}) > 150
 
 
-def test_tokens_are_those_that_they_are_with_what_follows_however_long_they_are(tmp_path: Path) -> None:
-    # Tokens of 16 letters: text read by eights of characters ends within one.
+def test_target_tokens_equal_those_of_the_whole_text_even_if_tokens_are_long(tmp_path: Path) -> None:
+    # Tokens have 16 characters, so the text, first read at 8 characters per token, ends inside one.
     word = "abcdefghijklmnop"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -161,10 +163,10 @@ def test_tokens_are_those_that_they_are_with_what_follows_however_long_they_are(
 @example("e\u0301 \x00\x07\x1b\x7f", 0.0)
 @example(" ", 0.0)
 @example("x" * 100_000, 0.0)
-def test_any_text_is_encoded_collated_and_decoded_to_exactly_itself(
+def test_any_text_is_unchanged_after_encoding_and_collating_except_at_replaced_tokens(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory, text: str, ratio: float
 ) -> None:
-    if text.startswith("\ufeff"):  # a byte-order mark is not part of a file's text
+    if text.startswith("\ufeff"):  # a byte-order mark is not part of the text of a file
         return
     path = text_file(tmp_path_factory.mktemp("text"), text)
     corpus = build(tiny_tokenizer, path=path, length=None, random_ratio=ratio, end_of_turn=True)
@@ -182,8 +184,10 @@ def test_any_text_is_encoded_collated_and_decoded_to_exactly_itself(
     assert all(ids[i] == encoded[i] for i in set(range(len(encoded))) - set(example_.replaced))
 
 
-def test_only_as_much_is_read_as_the_targets_need(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    # The bytes after the first megabyte are not UTF-8: whoever reads them says so.
+def test_a_file_is_read_only_as_far_as_the_targets_need(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    # The bytes after the first megabyte are not UTF-8, so reading them is an error.
     path = tmp_path / "large.txt"
     path.write_bytes(b"all work and no play " * 50_000 + b"\xff" * 20_000_000)
     tracemalloc.start()
@@ -201,7 +205,7 @@ def test_only_as_much_is_read_as_the_targets_need(tiny_tokenizer: PreTrainedToke
 # Queries
 
 
-def test_one_target_is_asked_for_by_the_published_prompt_and_several_by_numbers(
+def test_the_default_query_is_the_published_prompt_and_several_queries_are_numbered(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     published = "Please output the content of the vector memory injected into the activations."
@@ -209,7 +213,7 @@ def test_one_target_is_asked_for_by_the_published_prompt_and_several_by_numbers(
     assert queries(tiny_tokenizer, prompt="Which?", count=3) == ["Which? 1", "Which? 2", "Which? 3"]
 
 
-def test_a_title_is_that_of_the_document_a_target_begins_in_with_its_part(
+def test_a_title_query_names_the_document_where_the_target_begins_and_a_part_number(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     rows = [{"title": "A", "text": "a" * 10}, {"title": "B", "text": "b" * 3}, {"text": "c" * 20}]
@@ -219,14 +223,16 @@ def test_a_title_is_that_of_the_document_a_target_begins_in_with_its_part(
     assert queries(tiny_tokenizer, **options) == ["A, part 1", "A, part 2", "B, part 1", "rows.jsonl:3, part 1"]
 
 
-def test_an_opening_is_the_text_just_before_its_target(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_an_opening_query_is_the_text_just_before_its_target(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     path = text_file(tmp_path, "abcdefghijklmnopqrstuvwxyz")
     options: dict[str, Any] = {"path": path, "length": 5, "count": 3, "query": "opening", "opening_tokens": 2}
     assert queries(tiny_tokenizer, **options) == ["ab", "hi", "op"]
     assert targets(tiny_tokenizer, **options) == ["cdefg", "jklmn", "qrstu"]
 
 
-def test_equal_openings_are_refused(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_targets_with_the_same_opening_are_refused(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = text_file(tmp_path, "ab one ab two ")
     with pytest.raises(InputError, match=r"targets 1 and 2 would be asked for in the same words; raise opening_tokens"):
         build(tiny_tokenizer, path=path, length=5, count=2, query="opening", opening_tokens=2)
@@ -235,7 +241,7 @@ def test_equal_openings_are_refused(tiny_tokenizer: PreTrainedTokenizerBase, tmp
 # Random replacement
 
 
-def test_positions_are_those_of_the_published_rule() -> None:
+def test_replaced_positions_follow_the_published_rule() -> None:
     assert replaced_positions(20, 0.2) == (2, 7, 12, 17)
     assert replaced_positions(10, 0.8) == (0, 1, 3, 4, 5, 6, 8, 9)
     assert replaced_positions(7, 0.0) == ()
@@ -244,7 +250,7 @@ def test_positions_are_those_of_the_published_rule() -> None:
 
 
 @pytest.mark.parametrize("ratio", [20, 80])
-def test_positions_equal_those_in_the_published_files(shared_folder: Path, ratio: int) -> None:
+def test_replaced_positions_equal_those_in_the_published_files(shared_folder: Path, ratio: int) -> None:
     path = shared_folder / "data" / "long_context" / f"sample_0_tok29709_noise_{ratio}.jsonl"
     published = json.loads(path.read_text(encoding="utf-8"))
     positions = replaced_positions(published["original_token_count"], published["noise_ratio"])
@@ -266,19 +272,19 @@ def assert_evenly_spaced(length: int, ratio: float) -> None:
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_every_prefix_has_the_same_share_for_every_length(ratio: float) -> None:
+def test_replaced_positions_are_evenly_spaced_for_every_length(ratio: float) -> None:
     for length in range(1, 130):
         assert_evenly_spaced(length, ratio)
 
 
 @settings(deadline=None)
 @given(length=st.integers(1, 400), ratio=st.floats(0, 1))
-def test_every_prefix_has_the_same_share_for_every_ratio(length: int, ratio: float) -> None:
+def test_replaced_positions_are_evenly_spaced_for_every_ratio(length: int, ratio: float) -> None:
     assert_evenly_spaced(length, ratio)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_replaced_tokens_are_listed_and_all_others_are_the_text(
+def test_replaced_positions_are_listed_and_all_other_tokens_are_those_of_the_text(
     tiny_tokenizer: PreTrainedTokenizerBase, ratio: float
 ) -> None:
     (plain,) = build(tiny_tokenizer, length=200).examples
@@ -298,12 +304,14 @@ def test_replacements_are_uniform_over_ordinary_tokens_and_never_special(
     ids, _ = replace([0] * (256 * 200), 1.0, candidates, torch.Generator().manual_seed(1))
     counts = [ids.count(i) for i in candidates]
     assert sum(counts) == len(ids)
-    # 200 expected each, standard deviation 14; six of them are not left in 256 draws.
+    # 200 are expected of each, with a standard deviation of 14; no count of 256 is six of these away.
     assert all(abs(count - 200) < 6 * 14 for count in counts)
     assert not set(candidates) & set(tiny_tokenizer.get_added_vocab().values())
 
 
-def test_what_is_put_at_a_position_depends_on_the_seed_alone(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_replacement_depends_on_its_position_and_the_seed_but_not_on_length_or_ratio(
+    tiny_tokenizer: PreTrainedTokenizerBase,
+) -> None:
     def replacements(**options: Any) -> dict[int, int]:
         (example_,) = build(tiny_tokenizer, **options).examples
         return {position: example_.target_ids[position] for position in example_.replaced}
@@ -315,7 +323,7 @@ def test_what_is_put_at_a_position_depends_on_the_seed_alone(tiny_tokenizer: Pre
     assert replacements(length=100, random_ratio=1.0, seed=1) != every
 
 
-def test_information_is_known_where_everything_is_random_and_only_there(
+def test_the_entropy_is_known_only_if_every_token_is_random(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     corpus = build(tiny_tokenizer, length=50, count=2, random_ratio=1.0, end_of_turn=True)
@@ -326,7 +334,7 @@ def test_information_is_known_where_everything_is_random_and_only_there(
         assert build(tiny_tokenizer, length=50, random_ratio=ratio).entropy_bits is None
 
 
-def test_the_settings_make_the_same_corpus_again(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_the_settings_rebuild_the_same_corpus(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     data = NaturalText(
         path=text_file(tmp_path, "abcdefgh" * 9), length=9, count=3, skip_tokens=2, random_ratio=0.3, query="opening"
     )
@@ -347,7 +355,7 @@ def test_a_published_file_is_recognised_and_cut_at_exactly_the_length(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = published_file(tmp_path)
-    corpus = build(tiny_tokenizer, path=path, length=5)  # the é has two bytes, the cut is between them
+    corpus = build(tiny_tokenizer, path=path, length=5)  # é has two bytes, and the cut falls between them
     assert corpus.examples[0].target_ids == tuple(tiny_tokenizer("abcdé")["input_ids"][:5])
     assert (corpus.name, corpus.target_tokens) == ("sample.jsonl", 5)
     assert queries(tiny_tokenizer, path=path, length=5) == ["Which text?"]
@@ -358,13 +366,13 @@ def test_a_published_file_is_recognised_and_cut_at_exactly_the_length(
         build(tiny_tokenizer, path=path, length=None, skip_tokens=9)
 
 
-def test_a_published_file_with_the_column_asked_for_is_rows(
+def test_a_published_file_that_has_the_requested_column_is_read_as_rows(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     assert targets(tiny_tokenizer, path=published_file(tmp_path), column="question", length=5) == ["Which"]
 
 
-def test_published_random_positions_count_where_the_text_has_as_many_tokens(
+def test_published_random_positions_are_used_only_if_the_number_of_tokens_matches(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     noise = {"original_token_count": 9, "noise_ratio": 0.4, "noise_positions": [1, 3, 6, 8]}
@@ -372,26 +380,26 @@ def test_published_random_positions_count_where_the_text_has_as_many_tokens(
     assert [example_.replaced for example_ in corpus.examples] == [(1, 3), (2,)]
     assert corpus.settings["random_positions_known"] is True
     assert corpus.entropy_bits is None
-    path = published_file(tmp_path, **{**noise, "original_token_count": 7})
+    path = published_file(tmp_path, **{**noise, "original_token_count": 10})
     other = build(tiny_tokenizer, path=path, length=4, count=2)
     assert [example_.replaced for example_ in other.examples] == [(), ()]
     assert other.settings["random_positions_known"] is False
 
 
-def test_published_random_positions_are_unknown_where_a_piece_has_other_tokens_than_the_text(tmp_path: Path) -> None:
+def test_published_random_positions_are_unknown_if_a_target_encodes_to_other_tokens(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("unigram")
     text = "call the number of Anna at the phone office and answer to Bo on North road line code key " * 2
     ids = TextEncoder(tokenizer).document(text)
     noise = {"original_token_count": len(ids), "noise_positions": list(range(1, len(ids), 3))}
     path = published_file(tmp_path, **{**noise, "matching": text})
     corpus = build(tokenizer, path=path, length=7, count=4, skip_tokens=1)
-    # A piece loses the mark that this tokenizer puts at the start of a text.
+    # As it follows its prompt, a piece is encoded without the mark that this tokenizer puts at the start of a text.
     assert corpus.examples[1].target_ids != tuple(ids[8:15])
     assert {example_.replaced for example_ in corpus.examples} == {()}
     assert corpus.settings["random_positions_known"] is False
 
 
-def test_random_tokens_are_not_put_into_a_file_that_has_some(
+def test_random_ratio_is_refused_for_a_file_that_already_has_random_tokens(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = published_file(tmp_path, original_token_count=9, noise_positions=[1])
@@ -399,14 +407,14 @@ def test_random_tokens_are_not_put_into_a_file_that_has_some(
         build(tiny_tokenizer, path=path, length=4, random_ratio=0.5)
 
 
-def test_a_published_file_has_one_text(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_published_file_with_a_second_row_is_refused(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     row = json.dumps({"question": "Which text?", "matching": "abcd"})
     path = text_file(tmp_path, f"{row}\n{row}\n", "two.jsonl")
     with pytest.raises(InputError, match=r"^two\.jsonl:2: a second row in a file of one long target; give each a file"):
         build(tiny_tokenizer, path=path, length=2)
 
 
-def test_published_positions_that_are_no_numbers_are_refused(
+def test_published_positions_that_are_not_whole_numbers_are_refused(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"^sample\.jsonl:1: 'noise_positions' is \['1'\]; expected a list of whole"):
@@ -418,7 +426,7 @@ def test_published_positions_that_are_no_numbers_are_refused(
     ("name", "tokens", "random_positions_known"),
     [("noise_0", 31180, None), ("noise_20", 40405, False), ("noise_80", 67620, False)],
 )
-def test_published_files_have_as_many_tokens_as_measured_under_the_default_tokenizer(
+def test_published_files_have_the_measured_token_counts_under_the_default_tokenizer(
     default_backbone: Backbone, shared_folder: Path, name: str, tokens: int, random_positions_known: bool | None
 ) -> None:
     path = shared_folder / "data" / "long_context" / f"sample_0_tok29709_{name}.jsonl"
@@ -432,7 +440,7 @@ def test_published_files_have_as_many_tokens_as_measured_under_the_default_token
 
 
 @pytest.mark.backbone
-def test_the_published_random_text_gives_the_ids_that_the_published_run_was_made_with(
+def test_the_published_random_text_encodes_to_the_token_ids_of_the_published_run(
     default_backbone: Backbone, shared_folder: Path
 ) -> None:
     golden = json.loads((shared_folder / "golden" / "lc64.json").read_text(encoding="utf-8"))
@@ -442,7 +450,7 @@ def test_the_published_random_text_gives_the_ids_that_the_published_run_was_made
 
 
 @pytest.mark.backbone
-def test_the_default_tokenizer_has_no_byte_for_some_control_characters_and_says_so(
+def test_a_control_character_that_the_default_tokenizer_lacks_is_refused(
     default_backbone: Backbone, shared_folder: Path
 ) -> None:
     path = shared_folder / "data" / "long_context" / "random.jsonl"
@@ -453,7 +461,7 @@ def test_the_default_tokenizer_has_no_byte_for_some_control_characters_and_says_
 # Bad input
 
 
-def test_text_that_the_tokenizer_cannot_represent_is_refused_at_its_first_wrong_character(tmp_path: Path) -> None:
+def test_text_that_the_tokenizer_cannot_represent_is_refused_at_its_first_lost_character(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("unigram")
     path = text_file(tmp_path, "call Anna at maybe Ж call")
     options = {"path": path, "prompt": "call"}
@@ -461,7 +469,7 @@ def test_text_that_the_tokenizer_cannot_represent_is_refused_at_its_first_wrong_
         build(tokenizer, length=22, **options)
 
 
-def test_control_tokens_in_a_text_are_text(tmp_path: Path) -> None:
+def test_control_tokens_written_in_a_text_are_encoded_as_text(tmp_path: Path) -> None:
     tokenizer = make_tokenizer("chatml")
     text = "A turn ends with <|im_end|>, and a text with <|endoftext|>."
     (example,) = build(tokenizer, path=text_file(tmp_path, text), length=None).examples
@@ -469,7 +477,9 @@ def test_control_tokens_in_a_text_are_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["roles", "inst", "byte_fallback"])
-def test_a_piece_of_text_comes_back_as_it_is_where_a_tokenizer_marks_beginnings(kind: str, tmp_path: Path) -> None:
+def test_a_target_decodes_unchanged_after_its_prompt_if_the_tokenizer_marks_text_starts(
+    kind: str, tmp_path: Path
+) -> None:
     tokenizer = make_tokenizer(kind)
     path = text_file(tmp_path, "call Anna at 007 and 415 office")
     (example,) = build(tokenizer, path=path, length=None, chat_template=True).examples
@@ -477,7 +487,7 @@ def test_a_piece_of_text_comes_back_as_it_is_where_a_tokenizer_marks_beginnings(
     assert whole == before + "call Anna at 007 and 415 office"
 
 
-def test_a_text_shorter_than_asked_for_is_refused_with_both_numbers(
+def test_a_text_with_too_few_tokens_is_refused_with_both_numbers(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = text_file(tmp_path, "abcdefghij")
@@ -489,14 +499,14 @@ def test_a_text_shorter_than_asked_for_is_refused_with_both_numbers(
         build(tiny_tokenizer, path=path, length=None, skip_tokens=10)
 
 
-def test_a_target_shorter_than_its_first_character_is_refused(
+def test_a_length_below_the_tokens_of_the_first_character_is_refused(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"text\.txt: from token 0 on, no cut within 3 tokens"):
         build(tiny_tokenizer, path=text_file(tmp_path, "👩 and more"), length=3)
 
 
-def test_a_target_longer_than_the_context_is_refused_with_both_numbers(
+def test_a_target_longer_than_the_context_is_refused_with_both_lengths(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     data = NaturalText(path=text_file(tmp_path, "x" * 200), length=100, prompt="ab", chat_template=False)
@@ -522,6 +532,22 @@ def test_a_target_longer_than_the_context_is_refused_with_both_numbers(
         ({"query": "name"}, "query is 'name'; expected 'prompt', 'title' or 'opening'"),
     ],
 )
-def test_settings_that_make_no_corpus_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         NaturalText(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("noise", "said"),
+    [
+        ({"original_token_count": "9"}, "'original_token_count' is '9'; expected a whole number above 0"),
+        ({"original_token_count": 9, "noise_positions": [9]}, "'noise_positions' has a position twice or outside"),
+        ({"original_token_count": 9, "noise_positions": [1, 1]}, "'noise_positions' has a position twice or outside"),
+        ({"noise_positions": [-1]}, "'noise_positions' has a position twice or outside"),
+    ],
+)
+def test_positions_that_no_published_text_can_have_are_refused(
+    noise: dict[str, Any], said: str, tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=said):
+        build(tiny_tokenizer, path=published_file(tmp_path, **noise), length=4)

@@ -1,4 +1,4 @@
-"""Phone books: made up ones of every size, the published files, and files that have something wrong."""
+"""Phone books: generated ones of any size, the published files, and malformed files."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def row(query: str, target: str) -> str:
     return json.dumps({"query": query, "target": target})
 
 
-def test_entries_are_different_names_with_ten_digit_numbers(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_entries_are_distinct_names_with_ten_digit_numbers(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     book = entries(tiny_tokenizer, pairs=2000)
     assert len({query for query, _ in book}) == 2000
     assert all(re.fullmatch(r"\S+ \S+:", query) for query, _ in book)
@@ -58,19 +58,19 @@ def test_a_book_sized_by_target_tokens_holds_as_many_numbers_as_fit(
     assert (len(corpus), corpus.target_tokens) == (pairs, pairs * 10)
 
 
-def test_the_end_of_turn_is_one_supervised_token_more_per_pair_and_does_not_change_the_size(
+def test_the_end_of_turn_adds_one_target_token_per_pair_and_does_not_change_the_size(
     tiny_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     corpus = PhoneBook(target_tokens=1000).build(tiny_tokenizer, VOCABULARY)
     assert (len(corpus), corpus.target_tokens) == (100, 1100)
 
 
-def test_only_the_numbers_count_as_information(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_entropy_of_a_book_is_that_of_its_numbers(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     corpus = PhoneBook(pairs=7).build(tiny_tokenizer, VOCABULARY)
     assert corpus.entropy_bits == pytest.approx(7 * math.log2(9_000_000_000))
 
 
-def test_a_larger_book_starts_with_a_smaller_one_of_the_same_seed(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_larger_book_starts_with_the_smaller_book_of_the_same_seed(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     assert (
         entries(tiny_tokenizer, pairs=50)[:20]
         == entries(tiny_tokenizer, pairs=20)
@@ -78,14 +78,14 @@ def test_a_larger_book_starts_with_a_smaller_one_of_the_same_seed(tiny_tokenizer
     )
 
 
-def test_the_seed_decides_names_and_numbers(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_seed_determines_names_and_numbers(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     one, two = entries(tiny_tokenizer, seed=1), entries(tiny_tokenizer, seed=2)
     assert one == entries(tiny_tokenizer, seed=1)
     assert {query for query, _ in one} != {query for query, _ in two}
     assert not {number for _, number in one} & {number for _, number in two}
 
 
-def test_the_settings_make_the_same_corpus_again(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_corpus_can_be_rebuilt_from_its_settings(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     corpus = PhoneBook(target_tokens=100, end_of_turn=False, seed=3).build(tiny_tokenizer, VOCABULARY)
     assert PhoneBook(**corpus.settings).build(tiny_tokenizer, VOCABULARY).content_hash == corpus.content_hash
     default = PhoneBook().build(tiny_tokenizer, VOCABULARY)
@@ -93,7 +93,7 @@ def test_the_settings_make_the_same_corpus_again(tiny_tokenizer: PreTrainedToken
 
 
 @pytest.mark.parametrize("name", ["PB1000", "PB2000", "PB4000", "PB8000"])
-def test_published_books_have_the_size_in_their_name(
+def test_the_name_of_a_published_book_states_its_number_of_target_tokens(
     tiny_tokenizer: PreTrainedTokenizerBase, shared_folder: Path, name: str
 ) -> None:
     path = shared_folder / "data" / "phonebook" / "qwen" / f"{name}.jsonl"
@@ -103,7 +103,7 @@ def test_published_books_have_the_size_in_their_name(
     assert corpus.entropy_bits is None
 
 
-def test_a_file_is_read_in_order_with_the_line_of_each_pair(tmp_path: Path) -> None:
+def test_pairs_are_read_in_file_order_with_their_line_numbers(tmp_path: Path) -> None:
     path = written(
         tmp_path, '{"id": 1, "query": "a:", "target": "1"}', "", '{"target": "ü\u2028", "query": "b:"}\r', ""
     )
@@ -120,7 +120,7 @@ def test_columns_can_have_other_names(tmp_path: Path) -> None:
     assert list(read_pairs(path, query="question", target="matching")) == [Pair("a", "1", "book.jsonl:1")]
 
 
-def test_pairs_before_a_broken_line_are_read_without_reading_the_rest(tmp_path: Path) -> None:
+def test_pairs_before_a_malformed_line_are_read_lazily(tmp_path: Path) -> None:
     pairs = read_pairs(written(tmp_path, row("a:", "1"), "{"))
     assert next(pairs).query == "a:"
 
@@ -140,7 +140,7 @@ def test_pairs_before_a_broken_line_are_read_without_reading_the_rest(tmp_path: 
         (b'{"query": "b\xfc:", "target": "2"}', r"not UTF-8 \(byte 13 is 0xfc\)"),
     ],
 )
-def test_a_line_that_is_no_pair_is_refused_with_file_and_line(
+def test_the_error_for_a_malformed_line_names_file_and_line(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, second_line: str | bytes, message: str
 ) -> None:
     path = written(tmp_path, row("a:", "1"), second_line)
@@ -149,24 +149,24 @@ def test_a_line_that_is_no_pair_is_refused_with_file_and_line(
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_a_file_without_a_pair_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_pairs_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(InputError, match=r"book\.jsonl: the file is empty"):
         list(read_pairs(written(tmp_path, content)))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.jsonl: cannot be read \(No such file or directory\)"):
         list(read_pairs(tmp_path / "none.jsonl"))
 
 
-def test_identical_duplicates_are_merged_where_the_first_one_stood(
+def test_identical_pairs_are_merged_at_the_position_of_the_first(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = written(tmp_path, row("a:", "1"), row("b:", "2"), row("a:", "1"))
     assert entries(tiny_tokenizer, path=str(path)) == [("a:", "1"), ("b:", "2")]
 
 
-def test_queries_with_different_targets_are_listed_with_their_lines(
+def test_queries_with_conflicting_targets_are_listed_with_their_lines(
     tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     path = written(tmp_path, row("a:", "1"), row("b:", "2"), row("a:", "3"), row("c:", "4"), row("c:", "5"))
@@ -177,7 +177,7 @@ def test_queries_with_different_targets_are_listed_with_their_lines(
     assert "'b:'" not in str(error.value)
 
 
-def test_a_long_list_of_conflicts_is_cut_and_counted(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_long_list_of_conflicts_is_truncated_and_the_rest_counted(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     pairs = [Pair(f"q{i}", target) for i in range(12) for target in ("1", "2")]
     with pytest.raises(InputError, match=r"12 queries have .*'q4'.* and 7 more") as error:
         encode_pairs(pairs, TextEncoder(tiny_tokenizer))
@@ -193,12 +193,12 @@ def test_a_long_list_of_conflicts_is_cut_and_counted(tiny_tokenizer: PreTrainedT
         ({"target_tokens": 0}, "target_tokens is 0; expected at least 1"),
     ],
 )
-def test_sizes_that_make_no_book_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_conflicting_or_non_positive_sizes_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         PhoneBook(**arguments)
 
 
-def test_a_budget_too_small_for_one_number_is_refused(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_token_budget_too_small_for_one_number_is_refused(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match="target_tokens is 9, and one number has 10"):
         PhoneBook(target_tokens=9).build(tiny_tokenizer, VOCABULARY)
 
@@ -211,12 +211,12 @@ def test_a_budget_too_small_for_one_number_is_refused(tiny_tokenizer: PreTrained
         ("qwen/PB2000", 2000),
         ("qwen/PB4000", 4000),
         ("qwen/PB8000", 8000),
-        # These were counted with three digits a token; the default tokenizer takes them one by one.
+        # These names count up to three digits per token; the default tokenizer encodes each digit separately.
         ("llama/PB1000", 2500),
         ("llama/PB4000", 10000),
     ],
 )
-def test_published_books_have_as_many_tokens_as_measured_under_the_default_tokenizer(
+def test_published_books_have_the_measured_number_of_tokens_under_the_default_tokenizer(
     default_backbone: Backbone, shared_folder: Path, book: str, target_tokens: int
 ) -> None:
     path = shared_folder / "data" / "phonebook" / f"{book}.jsonl"

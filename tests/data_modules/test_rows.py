@@ -1,4 +1,4 @@
-"""Rows and pairs from files: every format gives the same, and every fault is named with its place."""
+"""Rows and pairs from files: every format gives the same result, and every error names the file and line or row."""
 
 import json
 import os
@@ -35,11 +35,11 @@ def test_every_format_gives_the_same_rows_in_order(tmp_path: Path, suffix: str) 
     assert [(pair.query, pair.target) for pair in read_pairs(path)] == [(row["query"], row["target"]) for row in ROWS]
 
 
-# Line ends inside of quotes, separators, quotes: whatever text there is. YAML has no control characters.
+# Arbitrary text, with line breaks, separators and quotes; not in YAML, which has no control characters.
 @settings(max_examples=50, deadline=None)
 @given(rows=st.lists(st.fixed_dictionaries({"query": st.text(min_size=1), "target": st.text(min_size=1)}), min_size=1))
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_any_text_comes_back_from_every_format(
+def test_any_text_round_trips_through_json_lines_csv_and_parquet(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, rows: list[dict[str, str]]
 ) -> None:
     path = tmp_path_factory.mktemp("rows") / f"facts{suffix}"
@@ -55,17 +55,19 @@ def test_any_text_comes_back_from_every_format(
         ("f.yaml", "# facts\n- query: a\n  target: '1'\n- {query: b, target: '2'}\n", ["f.yaml:2", "f.yaml:4"]),
     ],
 )
-def test_a_pair_knows_the_line_it_starts_at(tmp_path: Path, name: str, content: str, places: list[str]) -> None:
+def test_the_source_of_a_pair_is_the_line_on_which_it_starts(
+    tmp_path: Path, name: str, content: str, places: list[str]
+) -> None:
     assert [pair.source for pair in read_pairs(file_of(tmp_path / name, content))] == places
 
 
-def test_a_pair_of_a_parquet_file_knows_its_row(tmp_path: Path) -> None:
+def test_the_source_of_a_pair_in_a_parquet_file_is_its_row(tmp_path: Path) -> None:
     write_parquet(tmp_path / "f.parquet", ROWS)
     assert [pair.source for pair in read_pairs(tmp_path / "f.parquet")] == [f"f.parquet row {i}" for i in (1, 2, 3)]
 
 
 def refused(path: Path) -> str:
-    """What is said of a file; one line, and not endless."""
+    """Return the message with which a file is refused, which must be a single line of limited length."""
     with pytest.raises(InputError) as error:
         list(read_pairs(path))
     message = str(error.value)
@@ -127,7 +129,9 @@ def refused(path: Path) -> str:
         (json.dumps({f"c{i}": "" for i in range(9999)}), "f.jsonl:1: no column 'query'; found 'c0', 'c1', 'c2'"),
     ],
 )
-def test_json_lines_that_do_not_say_one_thing_are_refused(tmp_path: Path, content: bytes | str, message: str) -> None:
+def test_invalid_json_lines_are_refused_with_the_line_and_the_reason(
+    tmp_path: Path, content: bytes | str, message: str
+) -> None:
     assert refused(file_of(tmp_path / "f.jsonl", content)).startswith(message)
 
 
@@ -147,7 +151,9 @@ def test_json_lines_that_do_not_say_one_thing_are_refused(tmp_path: Path, conten
         (",".join(f"c{i}" for i in range(9999)), "f.csv:1: no column 'query'; found 'c0', 'c1', 'c2'"),
     ],
 )
-def test_csv_that_does_not_say_one_thing_is_refused(tmp_path: Path, content: bytes | str, message: str) -> None:
+def test_invalid_csv_is_refused_with_the_line_and_the_reason(
+    tmp_path: Path, content: bytes | str, message: str
+) -> None:
     assert refused(file_of(tmp_path / "f.csv", content)).startswith(message)
 
 
@@ -192,11 +198,13 @@ LAUGHS = "".join(f"  l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in r
         (b"- query: \xff\n", "f.yaml:1: not UTF-8"),
     ],
 )
-def test_yaml_that_does_not_say_one_thing_is_refused(tmp_path: Path, content: bytes | str, message: str) -> None:
+def test_invalid_yaml_is_refused_with_the_line_and_the_reason(
+    tmp_path: Path, content: bytes | str, message: str
+) -> None:
     assert refused(file_of(tmp_path / "f.yaml", content)).startswith(message)
 
 
-def test_yaml_text_has_anchors_and_columns_beside_it_have_anything(tmp_path: Path) -> None:
+def test_yaml_text_may_use_anchors_and_other_columns_may_hold_any_value(tmp_path: Path) -> None:
     path = file_of(
         tmp_path / "f.yaml", "- query: &who Who?\n  target: me\n  day: 2024-13-45\n- {query: When, target: *who}\n"
     )
@@ -217,7 +225,9 @@ def test_yaml_text_has_anchors_and_columns_beside_it_have_anything(tmp_path: Pat
         ("f", "a 1", "f: a file without a suffix cannot be read as rows"),
     ],
 )
-def test_files_without_rows_are_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_files_without_rows_or_in_an_unknown_format_are_refused(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
     assert message in refused(file_of(tmp_path / name, content))
 
 
@@ -230,7 +240,9 @@ def test_files_without_rows_are_refused(tmp_path: Path, name: str, content: str,
         ("f.yaml", "- {query: a, target: '1'}"),
     ],
 )
-def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path, mark: str, name: str, content: str) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_column_name(
+    tmp_path: Path, mark: str, name: str, content: str
+) -> None:
     assert [(pair.query, pair.target) for pair in read_pairs(file_of(tmp_path / name, mark + content))] == [("a", "1")]
 
 
@@ -265,7 +277,7 @@ NOT_UTF8 = pa.Array.from_buffers(
         (NOT_UTF8, "f.parquet row 2: 'target' is text that is not UTF-8; write the file again"),
     ],
 )
-def test_parquet_values_that_are_no_text_are_refused_with_their_row(tmp_path: Path, target: Any, message: str) -> None:
+def test_parquet_values_that_are_not_text_are_refused_with_their_row(tmp_path: Path, target: Any, message: str) -> None:
     assert refused(parquet_of(tmp_path / "f.parquet", query=["a", "b"], target=target)).startswith(message)
 
 
@@ -277,19 +289,19 @@ def test_parquet_values_that_are_no_text_are_refused_with_their_row(tmp_path: Pa
         pa.array(["1", "2"]).dictionary_encode(),
     ],
 )
-def test_parquet_has_many_kinds_of_text(tmp_path: Path, target: pa.Array) -> None:
+def test_large_view_and_dictionary_strings_in_parquet_are_read_as_text(tmp_path: Path, target: pa.Array) -> None:
     path = parquet_of(tmp_path / "f.parquet", query=["a", "b"], target=target)
     assert [pair.target for pair in read_pairs(path)] == ["1", "2"]
 
 
-def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_two_parquet_columns_with_the_same_name_are_refused(tmp_path: Path) -> None:
     columns = [pa.array([text]) for text in "abcd"]
     pq.write_table(pa.table(columns, names=["query", "target", "x", "x"]), tmp_path / "f.parquet")
     assert refused(tmp_path / "f.parquet").startswith("f.parquet: two columns have the name 'x'; give each a name")
 
 
-def test_parquet_columns_that_are_not_asked_for_are_not_read(tmp_path: Path) -> None:
-    day = pa.array([2**62], pa.timestamp("us"))  # no value of Python
+def test_parquet_columns_that_are_not_requested_are_not_read(tmp_path: Path) -> None:
+    day = pa.array([2**62], pa.timestamp("us"))  # too late for a Python datetime
     path = parquet_of(tmp_path / "f.parquet", query=["a"], target=["1"], day=day, messages=day)
     (row,) = read_rows(path, Columns(("query", "target")), Columns(("messages",)))
     assert row.values == {"query": "a", "target": "1"}
@@ -298,7 +310,7 @@ def test_parquet_columns_that_are_not_asked_for_are_not_read(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".yaml"])
-def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, suffix: str) -> None:
+def test_a_path_that_is_not_a_regular_file_is_refused_without_blocking(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"folder{suffix}").mkdir()
     os.mkfifo(tmp_path / f"pipe{suffix}")
     (tmp_path / f"device{suffix}").symlink_to("/dev/zero")
@@ -317,7 +329,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, suffix: s
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".yaml"])
 @pytest.mark.parametrize("fault", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "No such file")])
-def test_a_file_that_may_not_be_read_or_vanishes_is_named(
+def test_an_unreadable_or_vanished_file_is_named_in_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, fault: OSError
 ) -> None:
     WRITERS[suffix](tmp_path / f"f{suffix}", ROWS)
@@ -339,7 +351,7 @@ def test_a_file_that_may_not_be_read_or_vanishes_is_named(
         ("f.parquet", "query,target", "malformed Parquet"),
     ],
 )
-def test_the_command_line_says_it_in_one_line(
+def test_the_command_line_reports_an_invalid_file_in_one_line(
     tiny_backbone_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -357,7 +369,7 @@ def test_the_command_line_says_it_in_one_line(
 
 
 def read_or_refuse(path: Path) -> None:
-    """Reads to the end, or is refused in one line; whatever else is raised fails the test."""
+    """Read a file to its end or have it refused in one line; any other exception fails the test."""
     for read in (read_pairs, read_rows):
         try:
             for _ in read(path):
@@ -370,7 +382,7 @@ def read_or_refuse(path: Path) -> None:
 SUFFIXES = [".jsonl", ".csv", ".parquet", ".yaml"]
 WORDS = "query target messages \" ' : , { } [ ] &a *a << !!int ? | > % --- \\u \\ud800 1e9 NaN # 2024-13-45 0x ~"
 PIECES = [*WORDS.split(), ": ", "- ", "\n", "\0", "\r", "\t", " ", "\ufeff"]
-"""What the formats are made of."""
+"""Pieces of the syntax of all formats, of which random files are made."""
 
 
 @settings(max_examples=200, deadline=None)
@@ -412,20 +424,20 @@ def test_damaged_files_are_read_or_refused_in_one_line(
     read_or_refuse(file_of(path, content))
 
 
-def test_a_parquet_file_without_the_column_is_refused_with_what_it_has(tmp_path: Path) -> None:
+def test_a_parquet_file_without_a_required_column_is_refused_with_the_columns_it_has(tmp_path: Path) -> None:
     write_parquet(tmp_path / "f.parquet", [{"query": "a", "answer": "1"}])
     with pytest.raises(InputError, match=r"^f\.parquet: no column 'target'; found 'query', 'answer'"):
         list(read_pairs(tmp_path / "f.parquet"))
 
 
-def test_a_parquet_value_that_is_no_text_is_refused_with_its_row(tmp_path: Path) -> None:
+def test_a_null_in_a_parquet_column_is_refused_with_its_row(tmp_path: Path) -> None:
     pq.write_table(pa.table({"query": ["a", "b"], "target": ["1", None]}), tmp_path / "f.parquet")
     with pytest.raises(InputError, match=r"^f\.parquet row 2: 'target' is null; expected a string"):
         list(read_pairs(tmp_path / "f.parquet"))
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_reading_pairs_takes_a_fraction_of_the_size_of_their_file(tmp_path: Path, suffix: str) -> None:
+def test_reading_pairs_takes_less_than_a_quarter_of_the_file_size_in_memory(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"large{suffix}"
     content = Random(3)
     rows = [{"query": f"q{i}", "target": content.randbytes(5_000).hex()} for i in range(1_000)]

@@ -1,6 +1,6 @@
-"""One published run, repeated on the default backbone: same start, and everything recalled at the end.
+"""One published run, repeated on the default backbone: the same initial loss, and the same recall at the end.
 
-Its two hundred steps take longer than all else that is tested of training, so they are among the slow tests.
+Its two hundred steps take longer than all other training tests together, so the fit is marked as slow.
 """
 
 import json
@@ -49,7 +49,9 @@ def run(case: dict[str, Any], default_backbone: Backbone) -> Iterator[tuple[SFT,
 
 
 @pytest.mark.backbone
-def test_the_published_long_context_run_starts_at_its_loss(case: dict[str, Any], run: tuple[SFT, Ids]) -> None:
+def test_the_published_long_context_run_starts_at_its_published_loss(
+    case: dict[str, Any], run: tuple[SFT, Ids]
+) -> None:
     module, data = run
     before = mean_loss(score_corpus(module, data.val_dataloader())).item()
     assert before == pytest.approx(case["published"]["initial_loss"], abs=5e-5)
@@ -57,7 +59,7 @@ def test_the_published_long_context_run_starts_at_its_loss(case: dict[str, Any],
 
 @pytest.mark.slow
 @pytest.mark.backbone
-def test_the_published_long_context_run_ends_in_recall(
+def test_the_published_long_context_run_recalls_as_many_tokens_as_published(
     case: dict[str, Any], run: tuple[SFT, Ids], tmp_path: Path
 ) -> None:
     settings, published = case["settings"], case["published"]
@@ -65,7 +67,7 @@ def test_the_published_long_context_run_ends_in_recall(
     trainer = make_trainer(tmp_path, max_epochs=settings["epochs"], gradient_clip_val=settings["grad_clip"])
     trainer.fit(module, datamodule=data)
     scores = score_corpus(module, data.val_dataloader())
-    # Runs differ in their random numbers; the published one ended at 0.08.
+    # The random numbers differ from those of the published run, which ended at 0.08.
     assert mean_loss(scores).item() < 0.2
     assert ((torch.exp(-scores.losses) > 0.5) & scores.mask).sum() >= published["tokens_above_half"] - 2
     (generated,) = greedy_recall(module, data.corpus.examples)

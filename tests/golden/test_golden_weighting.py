@@ -15,7 +15,7 @@ SW_CASES = ["sw_00", "sw_01"]
 
 
 def scores_of(logits: Tensor, labels: Tensor) -> TokenScores:
-    """Scores as the published code takes them: column t predicts the label at t + 1, all columns kept."""
+    """Token scores in the published layout: column t predicts the label at t + 1, and every column is kept."""
     targets = labels[:, 1:]
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
     mask = targets != -100
@@ -59,7 +59,7 @@ def test_sliding_window_equals_the_published_code_step_by_step(name: str, shared
     weighting.prepare(len(labels), torch.device("cpu"))
     for step in range(case["steps"].item()):
         scores = check(case, f"_{step}", weighting, labels)
-        # Where an example has no error the published code calls its anchor 0.
+        # For an example without errors, the published code sets the anchor to 0.
         assert weighting.anchors(scores).clamp(min=0).tolist() == case[f"anchors_{step}"].tolist()
         assert weighting.state_dict()["stuck"].tolist() == case[f"patience_{step}"].tolist()
         growth = weighting.growth_factor(weighting.state_dict()["stuck"])

@@ -1,9 +1,9 @@
-"""Asks adapters as other people do: transformers and PEFT, and of pml at most the adapter that PEFT has no layer for.
+"""Queries adapters as their users do: with transformers and PEFT, and with pml only if PEFT lacks the layer type.
 
-    python serve.py JOBS.json        prints the answers as JSON, a list for each job
+    python serve.py JOBS.json        prints the answers as JSON, one list per job
 
 A job has `base` (a model's folder), `adapter` (a folder), `queries`, `template` (variables of the chat template),
-`ends` (ids that end an answer) and `tokens` (the longest answer).
+`ends` (ids that end an answer) and `tokens` (maximum length of an answer).
 """
 
 import json
@@ -62,7 +62,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     said: dict[int, list[str]] = {}
-    # Those that need pml come last.
+    # Jobs that need pml come last, so that the others can show that it was not imported.
     for number in sorted(range(len(jobs)), key=lambda number: "mlp_block" in jobs[number]["adapter"]):
         said[number] = answers(jobs[number])
         if "mlp_block" not in jobs[number]["adapter"]:

@@ -1,4 +1,4 @@
-"""What is certified comes back, byte for byte, for whoever serves the adapter without pml."""
+"""A saved adapter returns certified text byte for byte when it is served without pml's own decoding."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.tiny_runs import make_trainer
 from tests.tokenizer_kinds import KINDS, make_tokenizer
 
 HERE = Path(__file__).parent
-SERVED = [kind for kind in KINDS if kind != "word_piece"]  # which gives back no word after a prompt
+SERVED = [kind for kind in KINDS if kind != "word_piece"]  # word_piece cannot return a word after a prompt
 WITHOUT_PEFT = ["chatml", "dated", "inst", "appending"]
 PER_KIND = 8
 STRINGS = HARD[:-1]  # without the very long one
@@ -33,7 +33,7 @@ QUERIES = ["call Anna", "office of Bo", "road 7", "line at North", "key", "the c
 
 
 def strings_for(number: int, kind: str) -> list[str]:
-    """Hard strings that a tokenizer can represent, other ones for each kind so that together they are all of them."""
+    """Hard strings that a tokenizer can represent, different ones for each kind so that together they cover all."""
     encoder = TextEncoder(make_tokenizer(kind))
     prompt = encoder.prompt(QUERIES[0])
     chosen: list[str] = []
@@ -79,7 +79,7 @@ def written(folder: Path, texts: list[str], queries: list[str] = QUERIES) -> Pat
 
 
 def certified(module: SFT, data: Facts, folder: Path, epochs: int) -> dict[str, Any]:
-    """Train until everything is certain, save as PEFT does, and say how it is to be asked."""
+    """Train until every pair is certain, save the adapter as PEFT does, and return the job for `serve.py`."""
     stop = StopWhenRecalled(0.5)
     make_trainer(folder, max_epochs=epochs, callbacks=[stop], gradient_clip_val=1.0).fit(module, datamodule=data)
     assert stop.steps_to_recall is not None, f"not recalled in {epochs} epochs"
@@ -99,7 +99,7 @@ def certified(module: SFT, data: Facts, folder: Path, epochs: int) -> dict[str, 
 
 
 def served(jobs: list[dict[str, Any]], folder: Path) -> list[list[str]]:
-    """The answers of a process of its own that does not know pml."""
+    """Answers from a separate process that loads at most the `mlp_block` adapter from pml."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs), encoding="utf-8")
     root = str(HERE.parents[1])
@@ -126,7 +126,7 @@ Asked = dict[str, list[tuple[dict[str, Any], list[str]]]]
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
-    """Jobs with their answers, by placement; one process answers all."""
+    """Jobs with their answers, by placement; a single process answers them all."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("serving")
     jobs = {
@@ -137,13 +137,13 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     return {placement: [(job, next(answers)) for job in made] for placement, made in jobs.items()}
 
 
-def test_every_kind_of_tokenizer_serves_what_was_certified_with_transformers_and_peft_alone(asked: Asked) -> None:
+def test_transformers_and_peft_alone_serve_certified_text_for_each_kind_of_tokenizer(asked: Asked) -> None:
     assert len({text for job, _ in asked["list"] for text in job["expected"]}) >= 39
     for kind, (job, answers) in zip(SERVED, asked["list"], strict=True):
         assert answers == job["expected"], kind
 
 
-def test_an_adapter_beside_a_whole_mlp_serves_what_was_certified_with_pml_adapter(asked: Asked) -> None:
+def test_an_mlp_block_adapter_loaded_by_pml_adapter_serves_certified_text(asked: Asked) -> None:
     for kind, (job, answers) in zip(WITHOUT_PEFT, asked["mlp_block"], strict=True):
         assert answers == job["expected"], kind
 
@@ -159,11 +159,11 @@ def test_an_adapter_beside_a_whole_mlp_serves_what_was_certified_with_pml_adapte
     ],
     ids=str,
 )
-def test_the_default_backbone_serves_what_was_certified(
+def test_the_default_backbone_serves_certified_text(
     placement: str | list[str], texts: list[str], default_backbone: Backbone, tmp_path: Path
 ) -> None:
     data = Facts(path=str(written(tmp_path, texts)), batch_size=None)
-    # So far up, with room and a rate that suits it, a few steps of a few blocks do.
+    # Block 25 leaves few blocks to run, and with this rank and learning rate a few steps suffice.
     adapter = AdapterConfig(rank=16, placement=placement, block=25)
     module = SFT(backbone=str(fetch_default()), adapter=adapter, learning_rate=0.1, schedule="constant", seed=1)
     assert served([certified(module, data, tmp_path, epochs=80)], tmp_path) == [texts]
