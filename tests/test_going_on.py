@@ -24,6 +24,7 @@ from pml.cli import main
 from pml.errors import InputError
 from pml.grid import read_grid, resolve
 from pml.records import read_record
+from pml.same_folder import logger_settings
 from pml.same_model import refuse_other_model
 from tests import fits  # one thread
 
@@ -159,6 +160,16 @@ def test_a_fit_with_another_logger_or_none_resumes_in_the_same_folder(
         assert main([*arguments, *more, "--trainer.logger.name=whole"]) == 0
         ours, whole = (sorted(losses(folder / "metrics.csv")) for folder in (path.parent, Path("runs/whole/version_0")))
         assert ours == whole
+
+
+def test_two_loggers_of_one_class_each_continue_their_own_files() -> None:
+    kept = [{"class": "CSVLogger", "folder": folder, "version": "0"} for folder in (".", "b/version_0")]
+    asked = [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs"}} for _ in kept]
+    made = logger_settings(asked, Path("runs/a"), {"global_step": 7, "pml_loggers": kept})
+    assert [(one["init_args"]["save_dir"], one["init_args"]["name"]) for one in made] == [
+        ("runs", "a"),
+        ("runs/a/b", "version_0"),
+    ]
 
 
 @pytest.fixture(scope="module")

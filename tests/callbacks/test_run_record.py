@@ -263,6 +263,21 @@ def test_an_existing_record_is_refused_before_training_and_left_unchanged(
     assert (tmp_path / "record.json").read_bytes() == before
 
 
+def test_a_failed_fit_leaves_no_record_of_the_one_that_it_overwrites(sharp: Path, tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            raise RuntimeError("the machine is on fire")
+
+    record = RunRecord(dirpath=str(tmp_path / "run"), overwrite=True)
+    make_trainer(tmp_path, max_epochs=1, callbacks=[record]).fit(module_on(sharp), datamodule=Ids(uneven(3)))
+    assert (tmp_path / "run" / "record.json").is_file()
+    with pytest.raises(RuntimeError, match="on fire"):
+        make_trainer(tmp_path, max_epochs=1, callbacks=[record, Fails()]).fit(
+            module_on(sharp), datamodule=Ids(uneven(5))
+        )
+    assert not (tmp_path / "run" / "record.json").exists()
+
+
 def test_an_existing_record_is_overwritten_on_request(data: Ids, sharp: Path, tmp_path: Path) -> None:
     make_trainer(tmp_path, callbacks=[RunRecord()]).fit(module_on(sharp), datamodule=data)
     again = make_trainer(tmp_path, max_epochs=2, callbacks=[RunRecord(overwrite=True)])

@@ -14,7 +14,7 @@ from pml import metrics
 from pml.errors import InputError
 from pml.recall import greedy_recall, score_corpus
 from tests.fits import module_on
-from tests.tiny_runs import Ids, uneven
+from tests.tiny_runs import Ids, make_trainer, uneven
 
 
 class Expected(Callback):
@@ -90,6 +90,21 @@ def test_the_sanity_check_does_not_count_as_a_validation(
     steps = [event.step for event in events.Scalars("val/generated_exact_match")]
     validated = [event.step for event in events.Scalars("val/token_accuracy")]
     assert steps[1:] == validated[1::2]
+
+
+def test_every_nth_validation_is_counted_over_a_resumed_fit(
+    sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
+) -> None:
+    def recall() -> VerbatimRecall:
+        return VerbatimRecall(generate_every=2, generate_at_end=False)
+
+    first = make_trainer(tmp_path / "first", max_epochs=1, limit_val_batches=1.0, callbacks=[recall()])
+    first.fit(module_on(sharp), datamodule=Ids(uneven(2)))
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    resumed = recall()
+    second = logged_trainer(max_epochs=2, callbacks=[resumed])
+    second.fit(module_on(sharp), datamodule=Ids(uneven(2)), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert resumed.generated_at_step == second.global_step
 
 
 def test_shares_are_empty_before_the_first_greedy_decoding() -> None:
