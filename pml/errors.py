@@ -1,6 +1,7 @@
 """The exception for invalid input, and short reasons from the exceptions of other libraries."""
 
 import re
+from collections.abc import Callable
 
 __all__ = ["InputError", "reason"]
 
@@ -36,10 +37,28 @@ def reason(error: BaseException) -> str:
     while found := KEY.match(said):
         keys.append(found[1])
         said = found[2]
-    said = re.sub(r"Expected an? <class '(\w+)'>(?:\. Got value: ([^;]*))?", _expected, said)
+    for pattern, plainly in IN_PLAIN_WORDS.items():
+        said = re.sub(pattern, plainly, said)
     return " ".join(f"{'.'.join(keys)}{': ' if keys else ''}{said}".split())
 
 
-def _expected(found: re.Match[str]) -> str:
-    got = f", got {found[2]}" if found[2] else ""
-    return f"expected {'an' if found[1][0] in 'aeiou' else 'a'} {found[1]}{got}"
+def _expected_type(found: re.Match[str]) -> str:
+    return f"expected {'an' if found[1][0] in 'aeiou' else 'a'} {found[1]}"
+
+
+def _expected_choice(found: re.Match[str]) -> str:
+    return f"expected one of {found[1].replace(chr(39), '')}"
+
+
+NOT_A_FILE = r"Expected a path but (\S+) either not accessible or invalid; "
+IN_PLAIN_WORDS: dict[str, str | Callable[[re.Match[str]], str]] = {
+    r"Expected an? <class '(?:\w+\.)*(\w+)'>": _expected_type,
+    r"Expected a (?=tuple|list|dict)": "expected a ",
+    r"Expected a typing\.Literal\[([^\]]*)\]": _expected_choice,
+    NOT_A_FILE + r"(expected a list; )?Expected a dot import path string: \1": (
+        r"no class \1 fits here; expected a class of pml or of Lightning by its name, or your own as module.Class"
+    ),
+    NOT_A_FILE + r"(?=Problem|Import)": "",
+    r"\. Got value: ": ", got ",
+}
+"""Patterns of jsonargparse's messages, with what they say in plain words."""

@@ -71,8 +71,8 @@ OPTIONS: dict[str, str] = {
     # The trainer.
     "--trainer.max_epochs=0": "trainer.max_epochs is 0, so nothing would be trained; expected at least 1 epoch, or -1",
     "--trainer.max_epochs=-2": "trainer.max_epochs is -2; expected at least 1 epoch, or -1 for no limit",
-    "--trainer.max_epochs=many": "trainer.max_epochs",
-    "--trainer.max_epochs=1.5": "trainer.max_epochs",
+    "--trainer.max_epochs=many": "trainer.max_epochs: expected an int",
+    "--trainer.max_epochs=1.5": "trainer.max_epochs: expected an int",
     "--trainer.max_steps=0": "trainer.max_steps is 0, so nothing would be trained",
     "--trainer.max_steps=-7": "trainer.max_steps is -7; expected at least 1 step, or -1 for no limit",
     "--trainer.min_epochs=9": "trainer.min_epochs is 9, above trainer.max_epochs, 2; lower it",
@@ -94,16 +94,20 @@ OPTIONS: dict[str, str] = {
     "--trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches is 0; expected at least 1",
     "--trainer.accumulate_grad_batches=-2": "trainer.accumulate_grad_batches is -2; expected at least 1",
     "--trainer.gradient_clip_val=-1": "trainer.gradient_clip_val is -1; expected a number above 0, or null",
-    "--trainer.gradient_clip_val=nan": "trainer.gradient_clip_val",
-    "--trainer.gradient_clip_algorithm=hard": "gradient_clip_algorithm",
+    "--trainer.gradient_clip_val=nan": "trainer.gradient_clip_val: expected an int; expected a float",
+    "--trainer.gradient_clip_algorithm=hard": (
+        "`gradient_clip_algorithm` hard is invalid. Allowed algorithms: ['value', 'norm']."
+    ),
     "--trainer.check_val_every_n_epoch=0": "trainer.check_val_every_n_epoch is 0; expected at least 1",
     "--trainer.log_every_n_steps=-1": "trainer.log_every_n_steps is -1; expected at least 0",
     "--trainer.num_sanity_val_steps=-2": "trainer.num_sanity_val_steps is -2; expected at least -1",
     "--trainer.num_nodes=0": "trainer.num_nodes is 0; expected at least 1",
     "--trainer.devices=0": "trainer.devices is 0; expected at least 1 device, or auto",
-    "--trainer.devices=none": "devices",
-    "--trainer.accelerator=abacus": "abacus",
-    "--trainer.strategy=hope": "hope",
+    "--trainer.devices=none": "`devices` selected with `CPUAccelerator` should be an int > 0.",
+    "--trainer.accelerator=abacus": "You selected an invalid accelerator name: `accelerator='abacus'`.",
+    "--trainer.strategy=hope": (
+        "You selected an invalid strategy name: `strategy='hope'`. It must be either a string or an instance"
+    ),
     "--trainer.strategy=fsdp": "trainer.strategy is fsdp, which shards weights that are frozen here; take",
     "--trainer.strategy=fsdp_cpu_offload": "trainer.strategy is fsdp_cpu_offload, which shards weights",
     "--trainer.strategy=deepspeed": "or --trainer.strategy ddp",
@@ -114,32 +118,42 @@ OPTIONS: dict[str, str] = {
     "--trainer.precision=16-true": "for 16-bit frozen weights give --model.dtype bfloat16",
     "--trainer.precision=64-true": "trainer.precision is 64-true",
     "--trainer.precision=64": "trainer.precision is 64",
-    "--trainer.precision=8": "precision",
-    "--trainer.profiler=guess": "profiler",
-    "--trainer.logger=7": "trainer.logger",
-    "--trainer.callbacks+=Nobody": "Nobody",
-    "--trainer.callbacks=RunRecrd": "RunRecrd",
+    "--trainer.precision=8": "trainer.precision: expected one of 64, 32, 16; expected one of transformer-engine,",
+    "--trainer.profiler=guess": (
+        "When passing string value for the `profiler` parameter of `Trainer`, it can only be one of"
+    ),
+    "--trainer.logger=7": (
+        "trainer.logger: no class 7 fits here; expected a class of pml or of Lightning by its name, or your"
+    ),
+    "--trainer.callbacks+=Nobody": (
+        "trainer.callbacks: no class Nobody fits here; expected a class of pml or of Lightning by its name,"
+    ),
+    "--trainer.callbacks=RunRecrd": (
+        "trainer.callbacks: no class RunRecrd fits here; expected a class of pml or of Lightning by its"
+    ),
     "--trainer.fast_dev_run=-1": "trainer.fast_dev_run is -1; expected at least 0",
     "--trainer.max_epoch=3": "unrecognized arguments: --trainer.max_epoch=3",
-    "--trainer.val_check_interval=-0.5": "val_check_interval",
+    "--trainer.val_check_interval=-0.5": (
+        "You have passed invalid value -0.5 for val_check_interval, it has to be in [0.0, 1.0] or an int."
+    ),
     # The method.
     "--model.learning_rate=0": "learning_rate is 0.0; expected a number above 0",
     "--model.learning_rate=-1": "learning_rate is -1.0; expected a number above 0",
     "--model.learning_rate=nan": "model.learning_rate: expected a float, got nan",
     "--model.learning_rate=inf": "model.learning_rate: expected a float, got inf",
-    "--model.learning_rate=fast": "learning_rate",
+    "--model.learning_rate=fast": "model.learning_rate: expected a float, got fast",
     "--model.weight_decay=-0.1": "weight_decay is -0.1; expected a number, at least 0",
     "--model.weight_decay=nan": "model.weight_decay: expected a float, got nan",
     "--model.betas=[0.9,1.0]": "betas are [0.9, 1.0]; expected two numbers from 0 to below 1",
     "--model.betas=[-0.1,0.9]": "betas are [-0.1, 0.9]; expected two numbers from 0 to below 1",
-    "--model.betas=[0.9]": "betas",
-    "--model.betas=[0.9,0.99,0.999]": "betas",
-    "--model.schedule=cosine": "schedule",
+    "--model.betas=[0.9]": "model.betas: expected a tuple with 2 elements, got [0.9]",
+    "--model.betas=[0.9,0.99,0.999]": "model.betas: expected a tuple with 2 elements, got [0.9, 0.99, 0.999]",
+    "--model.schedule=cosine": "model.schedule: expected one of linear, constant, got cosine",
     "--model.warmup_steps=-5": "warmup_steps is -5; expected a number of steps, or 0 for none",
-    "--model.warmup_steps=1.5": "warmup_steps",
+    "--model.warmup_steps=1.5": "model.warmup_steps: expected an int, got 1.5",
     "--model.adapter.rank=0": "adapter.rank is 0; expected at least 1",
     "--model.adapter.rank=-4": "adapter.rank is -4; expected at least 1",
-    "--model.adapter.rank=four": "rank",
+    "--model.adapter.rank=four": "model.adapter.rank: expected an int, got four",
     "--model.adapter.rank=33": "adapter.rank is 33; above the width 32",
     "--model.adapter.alpha=0": "adapter.alpha is 0.0; expected a number above 0",
     "--model.adapter.alpha=-2": "adapter.alpha is -2.0; expected a number above 0",
@@ -148,46 +162,58 @@ OPTIONS: dict[str, str] = {
     "--model.adapter.dropout=-0.1": "adapter.dropout is -0.1; expected a probability in [0, 1)",
     "--model.adapter.block=4": "adapter.block is 4; this backbone has blocks 0 to 3",
     "--model.adapter.block=1.5": "adapter.block is 1.5; expected a fraction of the depth between 0 and 1",
-    "--model.adapter.block=[]": "block",
+    "--model.adapter.block=[]": "adapter.block is an empty list; expected at least one block",
     "--model.adapter.block=[0,9]": "adapter.block is 9; this backbone has blocks 0 to 3",
-    "--model.adapter.init=zeros": "init",
+    "--model.adapter.init=zeros": "model.adapter.init: expected one of published, peft, got zeros",
     "--model.adapter.placement=mlp": "adapter.placement is 'mlp'; expected 'mlp_block' or a list of target modules",
     "--model.adapter.placement=[]": "adapter.placement is an empty list",
-    "--model.adapter.placement=[nowhere]": "nowhere",
-    "--model.adapter=null0": "adapter",
-    "--model.backbone=": "backbone",
+    "--model.adapter.placement=[nowhere]": "adapter.placement names 'nowhere', which block 3 lacks",
+    "--model.adapter=null0": (
+        "model.adapter: no class null0 fits here; expected a class of pml or of Lightning by its name, or"
+    ),
+    "--model.backbone=": (
+        "backbone '' is neither an existing folder nor a hub id; expected 'smollm2-135m', a folder with a"
+    ),
     "--model.backbone=nobody/nothing": "backbone 'nobody/nothing' is not a folder here",
-    "--model.backbone=../../../..": "backbone",
-    "--model.dtype=int8": "dtype",
-    "--model.compile=maybe": "compile",
-    "--model.frozen_prefix.place=moon": "place",
+    "--model.backbone=../../../..": (
+        "backbone '../../../..': no config.json in ../../../..; expected a model saved by save_pretrained"
+    ),
+    "--model.dtype=int8": "backbone dtype is 'int8'; expected one of float32, bfloat16, float16",
+    "--model.compile=maybe": "model.compile: expected one of auto, always, never, got maybe",
+    "--model.frozen_prefix.place=moon": "model.frozen_prefix.place: expected one of auto, device, host, disk, got moon",
     "--model.frozen_prefix.budget_gib=0": "frozen_prefix.budget_gib is 0.0; expected a number of GiB above 0",
     "--model.frozen_prefix.budget_gib=-1": "frozen_prefix.budget_gib is -1.0; expected a number of GiB above 0",
     "--model.seed=99999999999999999999": "seed is 99999999999999999999; expected a number that fits into 64 bits",
     "--model.rnak=3": "Option 'rnak' is not accepted",
-    "--model=Nobody": "Nobody",
-    "--model=pml.modules.Memorizer": "Memorizer",
-    "--model=json.decoder": "json.decoder",
+    "--model=Nobody": (
+        "model: no class Nobody fits here; expected a class of pml or of Lightning by its name, or your own"
+    ),
+    "--model=pml.modules.Memorizer": (
+        "model: Problem with given class_path 'pml.modules.Memorizer': module 'pml.modules' has no attribute"
+    ),
+    "--model=json.decoder": "model: Import path does not correspond to a subclass of Memorization",
     # The corpus.
     "--data.template_kwargs.thinking=off": "expected a mapping: --data.template_kwargs '{thinking: off}', with text",
     "--data.length=0": "length is 0; expected at least 1 token per target",
     "--data.length=-3": "length is -3; expected at least 1 token per target",
-    "--data.length=long": "length",
+    "--data.length=long": "data.length: expected an int, got long",
     "--data.count=0": "count is 0",
     "--data.batch_size=0": "batch_size is 0; expected at least 1, or null for the whole corpus",
     "--data.batch_size=-8": "batch_size is -8; expected at least 1",
-    "--data.batch_size=2.5": "batch_size",
+    "--data.batch_size=2.5": "data.batch_size: expected an int",
     "--data.seed=99999999999999999999": "seed is 99999999999999999999; expected a number that fits into 64 bits",
-    "--data.shuffle=perhaps": "shuffle",
-    "--data.template_date=yesterday": "template_date",
+    "--data.shuffle=perhaps": "data.shuffle: expected a bool, got perhaps",
+    "--data.template_date=yesterday": "template_date is 'yesterday'; expected a day such as 2024-07-26",
     "--data.count=-1": "count is -1",
     "--trainer.limit_predict_batches=-1": "trainer.limit_predict_batches is -1; expected a number of",
-    "--data=Nobody": "Nobody",
-    "--data=SFT": "SFT",
+    "--data=Nobody": (
+        "data: no class Nobody fits here; expected a class of pml or of Lightning by its name, or your own"
+    ),
+    "--data=SFT": "data: no class SFT fits here; expected a class of pml or of Lightning by its name, or your own as",
     # The rest.
     "--seed_everything=-1": "seed_everything is -1; expected a number from 0 to 4294967295",
     "--seed_everything=4294967296": "seed_everything is 4294967296; expected a number from 0 to 4294967295",
-    "--seed_everything=lucky": "seed_everything",
+    "--seed_everything=lucky": "seed_everything: expected a bool; expected an int",
     "--config=none.yaml": "none.yaml: cannot be read (No such file or directory)",
     "--config=.": ".: cannot be read (Is a directory)",
     f"--config={'long/' * 2000}": "cannot be read (File name too long)",
@@ -197,7 +223,7 @@ OPTIONS: dict[str, str] = {
     "--ckpt_path=best": "ckpt_path is best; expected `last`, the newest checkpoint, or a checkpoint file",
     f"--ckpt_path={'x' * 5000}": "File name too long",
     "--surprise": "unrecognized arguments: --surprise",
-    "surprise": "surprise",
+    "surprise": "unrecognized arguments: surprise",
 }
 
 MEMFT: dict[str, str] = {
