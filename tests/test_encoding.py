@@ -1,6 +1,5 @@
 """Text as token ids: text stays text, a prompt is the same every day, and a target decodes exactly or is refused."""
 
-import json
 import logging
 import re
 from copy import deepcopy
@@ -398,8 +397,3 @@ def test_an_answer_is_shown_up_to_its_end_of_turn_with_other_special_tokens_visi
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert encoder.answer([*encoder.document("007"), end, *encoder.document("9")]) == "007"
     assert encoder.answer([*encoder.document("0"), start, *encoder.document("7")]) == "0<|im_start|>7"
-
-
-def test_at_least_forty_hard_strings_are_distinct_and_one_is_json() -> None:
-    assert len(set(HARD)) >= 40
-    assert json.loads(HARD[35]) == {"a": [1, "b"], "c": None}

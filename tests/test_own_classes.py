@@ -176,10 +176,3 @@ def test_a_checkpoint_that_names_a_foreign_class_is_refused_without_importing_it
         assert main([command, "--model=MemFT", "--data=PhoneBook", "--ckpt_path=x.ckpt"]) == 2
         assert "x.ckpt names the class evil.MemFT, which is not pml's" in capsys.readouterr().err
     assert not [*Path().rglob("ran")]
-
-
-def test_control_characters_are_escaped_in_an_error_message(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recall", "no\x1b[2Jsuch\rrun"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "no\\x1b[2Jsuch" in line
-    assert line.isprintable()

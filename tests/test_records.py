@@ -163,10 +163,6 @@ class TestSchema:
         with pytest.raises(pydantic.ValidationError, match="frozen"):
             make_record().rank = 3
 
-    def test_the_record_factory_derives_the_loss_reduction_from_the_losses(self) -> None:
-        record = make_record(initial_loss=9.0, final_loss=2.5)
-        assert record.loss_reduction == 6.5
-
 
 def test_a_record_with_a_repeated_key_is_refused_as_damaged(tmp_path: Path) -> None:
     path = write_run(tmp_path) / "record.json"
