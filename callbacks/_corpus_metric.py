@@ -18,38 +18,27 @@ class CorpusMetricCallback(Callback):
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.metric.to(pl_module.device)
-
-    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only here is the device final: the strategy moves the module after `setup`.
         self.metric.to(pl_module.device).reset()
 
-    def _update(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any) -> None:
         self.metric.update(outputs["scores"])
 
-    def _log(self, pl_module: LightningModule, prefix: str) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, "val")
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any) -> None:
+        self.metric.update(outputs["scores"])
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module, "test")
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
         # Lightning would log the mean of what several callbacks of one kind measure.
-        if last_acting(pl_module.trainer, type(self)) is self:
+        if last_acting(trainer, type(self)) is self:
             # All ranks call `compute`, which gathers from all of them: the values agree and need no further reduction.
             for name, value in self.metric.compute().items():
                 pl_module.log(f"{prefix}/{name}", value.float(), rank_zero_only=True)
-        self.metric.reset()
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any) -> None:
-        self._update(trainer, pl_module, outputs)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(trainer, pl_module)
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *rest: Any) -> None:
-        self._update(trainer, pl_module, outputs)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(pl_module, "test")

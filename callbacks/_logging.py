@@ -1,6 +1,7 @@
 """Logging the same values to every logger of a trainer, and scoring the corpus once for several callbacks."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -43,16 +44,13 @@ def exact_scores(trainer: Trainer, module: Memorization, frozen: bool = False) -
         frozen: Score the frozen model, without the adapter.
     """
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    versions = () if frozen else tuple(p._version for p in adapter_parameters(module.model).values())
-    state = (frozen, trainer.global_step if not frozen else 0, *versions)
+    versions = (p._version for p in adapter_parameters(module.model).values())
+    state = ("frozen",) if frozen else (trainer.global_step, *versions)
     if module in _latest:
         known_data, known_state, scores = _latest[module]
         if known_data() is datamodule and known_state == state:
             return scores
-    if frozen:
-        with module.frozen():
-            scores = score_corpus(module, datamodule.val_dataloader())
-    else:
+    with module.frozen() if frozen else nullcontext():
         scores = score_corpus(module, datamodule.val_dataloader())
     _latest[module] = (ref(datamodule), state, scores)
     return scores

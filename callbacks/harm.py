@@ -4,9 +4,9 @@ import logging
 from statistics import fmean
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
-from callbacks._logging import log_everywhere
+from callbacks._before_and_after import BeforeAndAfter
 from pml.corpus import Example
 from pml.errors import InputError
 from pml.modules import Memorization
@@ -18,7 +18,7 @@ __all__ = ["Harm"]
 log = logging.getLogger(__name__)
 
 
-class Harm(Callback):
+class Harm(BeforeAndAfter):
     """Measures the loss on ordinary text before and after the fit, in nats per token, for each kind of text.
 
     The text (`texts/harm.jsonl`, see `pml.ordinary_text`) was written for this project and shares nothing with that of
@@ -32,63 +32,35 @@ class Harm(Callback):
         InputError: If `passages` is out of range.
     """
 
+    tag = "harm"
+
     def __init__(self, passages: int = 4) -> None:
+        super().__init__()
         shipped = {kind: [p for p in shipped_passages("harm") if p.kind == kind] for kind in KINDS}
         most = min(map(len, shipped.values()))
         if not 1 <= passages <= most:
             raise InputError(f"passages is {passages}; expected 1 to {most} of each kind")
         self._passages = [p for kind in KINDS for p in shipped[kind][:passages]]
         self._examples: list[Example] = []
-        self._before: dict[str, float] = {}
-        self._end: dict[str, dict[str, float]] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
         self._examples = text_examples(
             self._passages, pl_module.tokenizer, pl_module.max_positions, pl_module.vocab_size
         )
-        self._end = None
-        with pl_module.frozen():
-            self._before = self._losses(pl_module)
+        super().on_fit_start(trainer, pl_module)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0:
-            log_everywhere(trainer, {f"harm/{kind}": loss for kind, loss in self._before.items()})
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        is_new = super().measure(trainer, pl_module)
+        if is_new and trainer.is_global_zero and self._after:
+            lost = {kind: loss - self._before[kind] for kind, loss in self._after.items()}
+            log.info("harm: %+.3f nats a token on other text (%s)", lost.pop("mean"), _listed(lost))
+        return is_new
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._at_end(trainer, pl_module)
+    def tokens(self, name: str) -> int:
+        return sum(len(e.target_ids) for e in self._examples if name in ("mean", e.source))
 
-    def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
-        """`harm`, as returned by `_at_end`; see `pml.records.MeasuresForRecord`."""
-        return {"harm": self._at_end(trainer, pl_module)} if ended else {}
-
-    def _at_end(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, dict[str, float]]:
-        """For each kind and their `mean`: `target_tokens`, and `loss_before` and `loss_after` in nats per token.
-
-        The first call after a fit measures the final adapter; later calls return the same. Empty if no passage fits
-        into the backbone's context. All ranks must call it.
-        """
-        if self._end is None:
-            assert isinstance(pl_module, Memorization)
-            after = self._losses(pl_module)
-            log_everywhere(trainer, {f"harm/{kind}": loss for kind, loss in after.items()})
-            self._end = {
-                kind: {
-                    "target_tokens": self._tokens(kind),
-                    "loss_before": self._before[kind],
-                    "loss_after": loss,
-                }
-                for kind, loss in after.items()
-            }
-            if trainer.is_global_zero and after:
-                lost = {kind: loss - self._before[kind] for kind, loss in after.items()}
-                log.info("harm: %+.3f nats a token on other text (%s)", lost.pop("mean"), _listed(lost))
-        return self._end
-
-    def _tokens(self, kind: str) -> int:
-        return sum(len(e.target_ids) for e in self._examples if kind in ("mean", e.source))
-
-    def _losses(self, module: Memorization) -> dict[str, float]:
+    def losses(self, module: Memorization) -> dict[str, float]:
         """Mean loss of each kind in nats per token, and the mean over kinds."""
         if not self._examples:
             return {}

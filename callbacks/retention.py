@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pydoc_data.topics import topics
 from typing import Any
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from transformers import PreTrainedTokenizerBase
 
-from callbacks._logging import log_everywhere
+from callbacks._before_and_after import BeforeAndAfter
 from pml import metrics
 from pml.corpus import Corpus, Example
 from pml.encoding import PromptFormat, TextEncoder
@@ -25,7 +25,7 @@ CHARACTERS_PER_TOKEN = 16
 """More than any tokenizer's average on English text, so this many for each token hold a passage."""
 
 
-class Retention(Callback):
+class Retention(BeforeAndAfter):
     """Measures the loss on text outside the corpus: of the frozen model before the fit, of the adapted one after it.
 
     There are two kinds of text, both measured in nats per target token: general text, and non-members. These are pairs
@@ -44,6 +44,8 @@ class Retention(Callback):
         InputError: If a number is out of range, or all queries of `text` are in the memorised corpus.
     """
 
+    tag = "retention"
+
     def __init__(
         self,
         text: LightningDataModule | None = None,
@@ -52,6 +54,7 @@ class Retention(Callback):
         every_n_steps: int = 0,
         batch_size: int = 8,
     ) -> None:
+        super().__init__()
         for name, value in (("examples", examples), ("batch_size", batch_size)):
             if value < 1:
                 raise InputError(f"{name} is {value}; expected at least 1 example")
@@ -65,9 +68,6 @@ class Retention(Callback):
         self.every_n_steps = every_n_steps
         self.batch_size = batch_size
         self._texts: dict[str, list[Example]] = {}
-        self._before: dict[str, float] = {}
-        self._after: dict[str, float] = {}
-        self._measured_at: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -75,50 +75,17 @@ class Retention(Callback):
             datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
             self._texts = self._texts_outside(datamodule, pl_module)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Memorization)
-        self._measured_at = None
-        with pl_module.frozen():
-            self._before = self._losses(pl_module)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == 0:
-            log_everywhere(trainer, {f"retention/{name}": loss for name, loss in self._before.items()})
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # The step is 0 until the micro-batches of the first step are complete.
         if self.every_n_steps and trainer.global_step and trainer.global_step % self.every_n_steps == 0:
-            self._measure(trainer, pl_module)
+            self.measure(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._measure(trainer, pl_module)
+    def tokens(self, name: str) -> int:
+        return sum(len(e.target_ids) for e in self._texts[name])
 
-    def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
-        """`retention`; see `pml.records.MeasuresForRecord`."""
-        if not ended:
-            return {}
-        self._measure(trainer, pl_module)
-        retention = {
-            name: {
-                "target_tokens": sum(len(e.target_ids) for e in examples),
-                "loss_before": self._before[name],
-                "loss_after": self._after[name],
-            }
-            for name, examples in self._texts.items()
-        }
-        return {"retention": retention}
-
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure and log the adapted model, at most once per optimiser step."""
-        if self._measured_at == trainer.global_step:
-            return
-        assert isinstance(pl_module, Memorization)
-        self._measured_at, self._after = trainer.global_step, self._losses(pl_module)
-        log_everywhere(trainer, {f"retention/{name}": loss for name, loss in self._after.items()})
-
-    def _losses(self, module: Memorization) -> dict[str, float]:
+    def losses(self, module: Memorization) -> dict[str, float]:
         return {
             name: metrics.mean_loss(score_examples(module, examples, self.batch_size)).item()
             for name, examples in self._texts.items()

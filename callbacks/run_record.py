@@ -75,8 +75,8 @@ class RunRecord(Callback):
         """Record of the last fit; None until it has ended."""
         self.grown_from: Record | None = None
         """Record of the smaller adapter that this one was grown from, if any; its steps and time are added."""
-        self.folder = Path()
-        """The run's folder; known once the fit is set up."""
+        self.run_folder: Path | None = None
+        """The run's folder, which `pml.run_folder.recorded_folder` finds; None before `setup` and in a trial."""
         self._initial: TokenScores | None = None
         self._history = LossHistory()
         self._last_rate = 0.0
@@ -89,13 +89,13 @@ class RunRecord(Callback):
         if stage != "fit":
             return
         # Discard the state of an earlier fit.
-        self._initial, self.folder = None, Path()
+        self._initial, self.run_folder = None, None
         if _is_trial(trainer):
             return
         if not isinstance(pl_module, Memorization):
             raise InputError(f"RunRecord records SFT and MemFT; the model is a {type(pl_module).__name__}")
         # All ranks must ask for the loggers' folder, so it is asked for once, here.
-        self.folder = Path(self.dirpath) if self.dirpath else folder_of_loggers(trainer)
+        self.run_folder = Path(self.dirpath) if self.dirpath else folder_of_loggers(trainer)
         path = self.folder / RECORD_NAME
         goes_on = pl_module.resume_folder is not None and pl_module.resume_folder.resolve() == self.folder.resolve()
         may_replace = self.overwrite or goes_on
@@ -106,9 +106,10 @@ class RunRecord(Callback):
             )
 
     @property
-    def run_folder(self) -> Path | None:
-        """Folder for `pml.run_folder.recorded_folder`; None before the fit is set up and in a `fast_dev_run`."""
-        return self.folder if self.folder != Path() else None
+    def folder(self) -> Path:
+        """The run's folder once the fit is set up."""
+        assert self.run_folder is not None
+        return self.run_folder
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if _is_trial(trainer):

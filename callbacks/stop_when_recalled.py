@@ -94,6 +94,13 @@ class StopWhenRecalled(Callback):
         corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
         # Early epochs of a curriculum, and epochs that drop the last batch, leave out some examples.
         if seen < corpus.target_tokens:
+            if trainer.current_epoch == 0 and pl_module.curriculum is None and trainer.is_global_zero:
+                log.warning(
+                    "StopWhenRecalled never stops this fit: an epoch trains on %d of %d target tokens; leave out "
+                    "drop_last and limit_train_batches",
+                    seen,
+                    corpus.target_tokens,
+                )
             return
         before, self.steps_to_recall = self.steps_to_recall, None
         if unsure:
@@ -136,7 +143,12 @@ class StopWhenRecalled(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         watched = (0, 0) if self._unsure is None else self._watched().tolist()
         if self._is_last(trainer):
-            checkpoint[CHECKPOINT_KEY] = {"steps_to_recall": self.steps_to_recall, "unsure_and_seen": watched}
+            checkpoint[CHECKPOINT_KEY] = {
+                "steps_to_recall": self.steps_to_recall,
+                "unsure_and_seen": watched,
+                # Plain Python: a NamedTuple is a class, which is never read.
+                "rounding": None if self.rounding is None else tuple(self.rounding),
+            }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Checkpoints of earlier versions hold it among Lightning's callback states.
@@ -144,6 +156,7 @@ class StopWhenRecalled(Callback):
         state: dict[str, Any] = checkpoint.get(CHECKPOINT_KEY) or next(older, {})
         self.steps_to_recall = state.get("steps_to_recall")
         self._restored = state.get("unsure_and_seen", (0, 0))
+        self.rounding = None if (saved := state.get("rounding")) is None else Rounding(*saved)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         unsure, seen = self._restored if is_first_rank() else (0, 0)

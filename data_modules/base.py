@@ -165,13 +165,7 @@ class MemorizationDataModule(LightningDataModule, ABC):
         """This rank's share of the whole corpus, each example once and in order."""
         return self._dataloader()
 
-    def test_dataloader(self) -> DataLoader[Sequence[Example]]:
-        """This rank's share of the whole corpus, each example once and in order."""
-        return self._dataloader()
-
-    def predict_dataloader(self) -> DataLoader[Sequence[Example]]:
-        """This rank's share of the whole corpus, each example once and in order."""
-        return self._dataloader()
+    test_dataloader = predict_dataloader = val_dataloader
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pml.corpus import Example
 from pml.decoding import CachedRows, batches_by_prompt_length, plain_decoding, tokens_at_once, whole_distribution
 from pml.positions import max_positions
 from pml.served import decoded_together, padded
+from pml.token_loss import target_and_best_rival
 
 __all__ = [
     "PairCertificate",
@@ -79,11 +80,8 @@ def token_margins(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         >>> margins.tolist(), rivals.tolist()
         ([0.5], [2])
     """
-    scores = logits.float()
-    own = scores.gather(1, targets[:, None])[:, 0]
-    others = scores.scatter(1, targets[:, None], float("-inf"))
-    best, rivals = others.max(dim=1)
-    return own - best, rivals
+    own, best, rivals = target_and_best_rival(logits.float(), targets[:, None])
+    return (own - best)[:, 0], rivals[:, 0]
 
 
 class Rounding(NamedTuple):

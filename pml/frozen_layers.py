@@ -129,17 +129,12 @@ class FrozenLayers:
         """Make the highest cut that passes the trial; return why there is none, else None."""
         if self.head is None:
             return "its logits are more than a linear layer of its final hidden states"
-        adapted = list(lora_layers(self.backbone.blocks[self._lowest]))
-        cuts: list[Cut] = ["before_block"]
-        if len(adapted) == 1 and isinstance(adapted[0], MlpBlockLora):
-            cuts.insert(0, "after_block")
-        problem = None
-        for cut in cuts:
-            problem = self._try(cut)
-            if problem is None:
-                log.info("frozen layers: cut %s %d of %d", cut, self._lowest, len(self.backbone.blocks))
-                return None
-            log.info("frozen layers: no cut %s %d: %s", cut, self._lowest, problem)
+        first, *others = lora_layers(self.backbone.blocks[self._lowest])
+        mlp = first if isinstance(first, MlpBlockLora) and not others else None
+        if mlp is not None and self._try("after_block", mlp) is None:
+            return None
+        if (problem := self._try("before_block")) is None:
+            return None
         self._use("whole")
         return problem
 
@@ -228,8 +223,6 @@ class FrozenLayers:
             suffix = self._suffix
 
             def decoder(states: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-                if not parameters:
-                    return run_decoder(suffix, inputs_embeds=states)
                 return run_decoder(
                     lambda **inputs: functional_call(suffix, dict(parameters), (), inputs), inputs_embeds=states
                 )
@@ -299,21 +292,22 @@ class FrozenLayers:
         with self.model.disable_adapter(), float32_products("highest"):
             yield
 
-    def _use(self, cut: Cut) -> None:
-        self.cut = cut
-        adapted = next(lora_layers(self.backbone.blocks[self._lowest]))
-        self._mlp = adapted if cut == "after_block" and isinstance(adapted, MlpBlockLora) else None
-        if cut == "whole":
-            self._suffix = self.backbone.decoder
-        else:
+    def _use(self, cut: Cut, mlp: MlpBlockLora | None = None) -> None:
+        self.cut, self._mlp, self._suffix = cut, mlp, self.backbone.decoder
+        if cut != "whole":
             self._suffix = with_blocks(self.backbone, slice(self._first_above, None))
 
-    def _try(self, cut: Cut) -> str | None:
+    def _try(self, cut: Cut, mlp: MlpBlockLora | None = None) -> str | None:
         """Make a cut and compare it with the whole model; return what is wrong with it, else None."""
         with narrow_windows(self.backbone.decoder.config):
-            self._use(cut)
+            self._use(cut, mlp)
             problem = find_mismatch(self, self.model)
-        self._use(cut)
+        self._use(cut, mlp)  # again, since `with_blocks` copies the configuration, windows included
+        place = (cut, self._lowest, len(self.backbone.blocks))
+        if problem is None:
+            log.info("frozen layers: cut %s %d of %d", *place)
+        else:
+            log.info("frozen layers: no cut %s %d of %d: %s", *place, problem)
         return problem
 
 

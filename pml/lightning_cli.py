@@ -145,13 +145,11 @@ class MemorizationCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except (jsonargparse.ArgumentError, ValueError, TypeError, RecursionError) as error:
             raise InputError(reason(error)) from error
-        command = self.config.get("subcommand")
-        check_configuration(self.config.get(str(command), self.config).as_dict(), command)
+        check_configuration(self._parsed.as_dict(), self.config.get("subcommand"))
 
     def _parse_ckpt_path(self) -> None:
         """Take the model's settings from a checkpoint, and refuse arguments and files that contradict them."""
-        command = self.config.get("subcommand")
-        options = self.config.get(str(command), self.config)
+        options = self._parsed
         if options.get("weights_only") is False:
             raise InputError("weights_only is false; checkpoints are read as data alone, so no code in them runs")
         if (given := options.get("ckpt_path")) is None:
@@ -171,19 +169,19 @@ class MemorizationCLI(LightningCLI):
         made_with = checkpoint.get("hyper_parameters", {})
         check_class_of_checkpoint(Path(options["ckpt_path"]), made_with, options.get("model.class_path"))
         refuse_other_model(self._arguments, made_with)
-        if command in ("fit", None) and (run := run_to_go_on_in(Path(options["ckpt_path"]))):
+        if self.config.get("subcommand") in ("fit", None) and (run := run_to_go_on_in(Path(options["ckpt_path"]))):
             self._resumed_from = run, checkpoint
         super()._parse_ckpt_path()
 
     def _dump_config(self) -> None:
         # Only model and data, as hyperparameters; Lightning would also dump the trainer and validate everything again.
         if not hasattr(self, "config_dump"):
-            options = self.config.get(str(command := self.config.get("subcommand")), self.config)
-            made = jsonargparse.Namespace({name: options[name] for name in ("model", "data")})
-            self.config_dump = yaml.safe_load(self._parser(command).dump(made, skip_unset=False, skip_validation=True))
+            made = jsonargparse.Namespace({name: self._parsed[name] for name in ("model", "data")})
+            parser = self._parser(self.config.get("subcommand"))
+            self.config_dump = yaml.safe_load(parser.dump(made, skip_unset=False, skip_validation=True))
 
     def instantiate_classes(self) -> None:
-        options = self.config.get(str(self.config.get("subcommand")), self.config)
+        options = self._parsed
         asked = options["trainer.logger"]
         # A cell always has a logger given, but its folder is also the one in which it resumes.
         places = not self._without_subcommand and any(str(a).startswith("--trainer.logger") for a in self._arguments)
@@ -259,6 +257,8 @@ class MemorizationCLI(LightningCLI):
     def predict(self, **options: Any) -> None:
         """Run `pml predict`: score every target token and write the table."""
         parts: list[Any] = self.trainer.predict(**options) or []
+        if not parts:
+            raise InputError("no batch is left to predict; raise trainer.limit_predict_batches")
         scores = gather_scores(parts)
         if self.trainer.is_global_zero:
             folder = self._run_folder() or Path(self.trainer.log_dir or self.trainer.default_root_dir)
@@ -266,6 +266,11 @@ class MemorizationCLI(LightningCLI):
             tokenizer = self.model.tokenizer
             write_predictions(path, self.datamodule.corpus, scores, lambda token: str(tokenizer.decode([token])))
             log.info("predictions: %s", path)
+
+    @property
+    def _parsed(self) -> Any:
+        """Keys of the subcommand, or of the fit if there is none, as parsed; `_options` has them with the objects."""
+        return self.config.get(str(self.config.get("subcommand")), self.config)
 
     @property
     def _options(self) -> Any:
@@ -276,8 +281,7 @@ class MemorizationCLI(LightningCLI):
         return next((f for f in self._config_folders() if (f / "adapter" / "adapter_config.json").is_file()), None)
 
     def _config_folders(self) -> list[Path]:
-        options = self.config.get(str(self.config.get("subcommand")), self.config)
-        return [Path(str(config)).parent for config in options.get("config") or []]
+        return [Path(str(config)).parent for config in self._parsed.get("config") or []]
 
     def _build(self) -> None:
         if missing := [name for name in ("build", "corpus", "held_out") if not hasattr(type(self.datamodule), name)]:

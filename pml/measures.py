@@ -36,7 +36,7 @@ def recall_measures(
         "final_loss": final_loss,
         "loss_reduction": initial_loss - final_loss,
         **_recall(final, CERTAIN),
-        "by_kind": metrics.by_kind(replaced_tokens(corpus, final), initial, final),
+        "by_kind": metrics.by_kind(replaced_tokens(corpus.examples, final), initial, final),
         "extraction_probability": metrics.extraction_probability(final, samples).mean().item(),
         "extraction_samples": samples,
         "memorized_bits": bits,

@@ -194,7 +194,7 @@ class Memorization(LightningModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":  # A checkpoint is loaded after this.
             self.tokens_trained = self._skipped = self.resumed = 0
-            self.global_batch = GlobalBatch()
+            self.global_batch = GlobalBatch(self.weighting.when_memorized == "uniform")
         check_precision(self.trainer.precision)
         highest_products()
         if self.trainer.strategy.root_device.type == "cpu":
@@ -313,7 +313,6 @@ class Memorization(LightningModule):
             self.weighting.progress = min(1.0, self.trainer.global_step / self._steps)
         with float32_products(self.matmul_precision):
             scores = self.score(batch, self.weighting.gradient_above)
-        self.global_batch.uniform_when_memorized = self.weighting.when_memorized == "uniform"
         weights = self.weighting.weights(scores)
         weights = self.global_batch.add(weights, scores.losses, scores.mask, trained_by(self.trainer.optimizers[0]))
         self.tokens_trained += batch["target_tokens"]

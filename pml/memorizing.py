@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,12 +203,9 @@ def memorize(
         backbone = load_backbone(chosen.backbone, chosen.dtype)
         backbone.model.to(best_device())  # type: ignore[arg-type]  # the wrapper has lost its signature
         with file_with(given, folder) as path:
+            columns = {"query_column": chosen.query_column, "target_column": chosen.target_column}
             data = import_module("data_modules").Facts(
-                str(path),
-                query_column=chosen.query_column,
-                target_column=chosen.target_column,
-                batch_size=PER_STEP,
-                seed=chosen.seed,
+                str(path), batch_size=PER_STEP, seed=chosen.seed, **(columns if isinstance(given, Path) else {})
             )
             corpus = data.build(backbone.tokenizer, backbone.vocab_size, backbone.max_positions)
             adapter = adapter_for(backbone, chosen.placement, chosen.block, chosen.guard)
@@ -294,54 +292,77 @@ def _train(
 
     The objective is chosen anew at each rank: an adapter that has grown enough switches to the plain loss.
     """
-    observers = import_module("callbacks")
     learnt: list[tuple[Tensor, Tensor]] = []
-    smaller: Record | None = None
-    for attempt in range(DOUBLINGS + 1):
-        settings: dict[str, Any] = {
-            "backbone": chosen.backbone,
-            "dtype": chosen.dtype,
-            "adapter": adapter,
-            "learning_rate": chosen.learning_rate,
-            "kl_penalty": chosen.kl_penalty,
-            "seed": chosen.seed + attempt,
-        }
-        has_room = plan is not None and adapter.rank >= PLAIN_LOSS_RANK_RATIO * plan.rank
-        # Keep every token in the loss until it exceeds the margin at which training stops.
-        falling = FallingThreshold(start=max(0.999, chosen.margin), end=max(0.6, chosen.margin))
-        module = SFT(**settings) if has_room else MemFT(weighting=falling, **settings)
-        module.configure_model()
+    record: Record | None = None
+    for attempt in count():
+        module = _fresh_module(chosen, adapter, plan, chosen.seed + attempt)
         if learnt:
             grow(module.model, learnt)
-        stop = observers.StopWhenRecalled(chosen.margin)
-        recorder = observers.RunRecord(dirpath=str(folder), overwrite=True)
-        recorder.grown_from = smaller
-        callbacks = [StopsAtSteps(), stop, observers.Generalization(), observers.Harm(), recorder]
-        if on_progress is not None:
-            callbacks.append(_ProgressReporter(chosen.margin, adapter.rank, on_progress))
-        trainer = bare_trainer(
-            max_epochs=epoch_limit(len(data.corpus), "plain" if has_room else "falling"),
-            callbacks=callbacks,
-            default_root_dir=folder,
-        )
-        try:
-            with stopping_at_steps(trainer):
-                trainer.fit(module, datamodule=data)
-        except Stopped as stopped:
-            if not stopped.at_once:
-                stopped.advice = f"the adapter trained so far is in {folder / 'adapter'}"
-            raise
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        smaller, rank = recorder.record, adapter.rank
-        assert smaller is not None
-        if stop.steps_to_recall is not None or attempt == DOUBLINGS or 2 * rank > largest_rank(module):
-            return module
-        steps = smaller.optimizer_steps
+        record, is_recalled = _fit(module, chosen.margin, data, folder, record, on_progress)
+        rank = adapter.rank
+        if is_recalled or attempt == DOUBLINGS or 2 * rank > largest_rank(module):
+            break
+        steps = record.optimizer_steps
         log.info("some tokens are not certain at rank %d after %d steps: continuing at rank %d", rank, steps, 2 * rank)
         learnt, adapter = weights_of(module.model), replace(adapter, rank=2 * rank)
         module.release()
-    raise AssertionError("the last attempt returns")
+    return module
+
+
+def _fresh_module(chosen: Settings, adapter: AdapterConfig, plan: RankPlan | None, seed: int) -> Memorization:
+    """A module with a fresh adapter: the plain loss if the adapter has room to spare, else the falling threshold."""
+    settings: dict[str, Any] = {
+        "backbone": chosen.backbone,
+        "dtype": chosen.dtype,
+        "adapter": adapter,
+        "learning_rate": chosen.learning_rate,
+        "kl_penalty": chosen.kl_penalty,
+        "seed": seed,
+    }
+    if plan is not None and adapter.rank >= PLAIN_LOSS_RANK_RATIO * plan.rank:
+        module: Memorization = SFT(**settings)
+    else:
+        # Keep every token in the loss until it exceeds the margin at which training stops.
+        falling = FallingThreshold(start=max(0.999, chosen.margin), end=max(0.6, chosen.margin))
+        module = MemFT(weighting=falling, **settings)
+    module.configure_model()
+    return module
+
+
+def _fit(
+    module: Memorization,
+    margin: float,
+    data: Any,
+    folder: Path,
+    smaller: Record | None,
+    on_progress: Callable[[Progress], None] | None,
+) -> tuple[Record, bool]:
+    """One attempt: its record, and whether every token became certain. `smaller` is the record that it grew from."""
+    observers = import_module("callbacks")
+    stop, recorder = observers.StopWhenRecalled(margin), observers.RunRecord(dirpath=str(folder), overwrite=True)
+    recorder.grown_from = smaller
+    callbacks = [StopsAtSteps(), stop, observers.Generalization(), observers.Harm(), recorder]
+    if on_progress is not None:
+        callbacks.append(_ProgressReporter(margin, module.adapter.rank, on_progress))
+    epochs = epoch_limit(len(data.corpus), "plain" if isinstance(module, SFT) else "falling")
+    trainer = bare_trainer(max_epochs=epochs, callbacks=callbacks, default_root_dir=folder)
+    try:
+        with stopping_at_steps(trainer):
+            trainer.fit(module, datamodule=data)
+    except Stopped as stopped:
+        if not stopped.at_once:
+            stopped.advice = f"the adapter trained so far is in {folder / 'adapter'}"
+        raise
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    record = recorder.record
+    assert record is not None
+    if record.status == "diverged" or (record.final_loss or 0) > (record.initial_loss or math.inf):
+        raise InputError(
+            f"training at rank {record.rank} raised the loss: learning_rate is {module.learning_rate}; expected a "
+            "lower one"
+        )
+    return record, stop.steps_to_recall is not None
 
 
 class _ProgressReporter(Callback):

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+from torch.optim import Optimizer
+
 from pml.curriculum import PrefixRatio
 from pml.errors import InputError
 from pml.memorization import Memorization
+from pml.optimizer import trained_by
 from pml.plain import from_plain
 from pml.weighting import Weighting, WholeTargets
 
@@ -40,3 +43,13 @@ class MemFT(Memorization):
             raise InputError(f"when_memorized is {self.weighting.when_memorized!r}; expected skip or uniform")
         self.curriculum = from_plain(curriculum, PrefixRatio)
         self._keep_plain_hyperparameters()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # A skipped step has no gradients, and PyTorch refuses to clip none by value.
+        if any(parameter.grad is not None for parameter in trained_by(optimizer)):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)

@@ -75,23 +75,24 @@ class _LinearTokenLoss(torch.autograd.Function):
         return (gradient * grad_losses[:, None]).to(gradient.dtype), None, None, None, None
 
 
-def target_and_best_rival(logits: Tensor, place: Tensor, here: Tensor | bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def target_and_best_rival(logits: Tensor, place: Tensor, here: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The target's logit, the best other logit and its column, at the cost of a single argmax.
 
     Args:
         logits: (N, V); the target's logit is masked in place during the call and restored afterwards.
         place: (N, 1) columns of the targets.
-        here: (N, 1) bool, whether the target is among these columns; if not, its logit is returned as -inf.
+        here: (N, 1) bool, whether the target is among these columns; if not, its logit is returned as -inf. None: all.
 
     Returns:
         Three tensors (N, 1): the target's logit, the highest other one, and its column.
     """
     own = logits.gather(-1, place)
     nothing = torch.full_like(own, -torch.inf)
-    logits.scatter_(-1, place, nothing if here is True else torch.where(here, nothing, own))  # type: ignore[arg-type]
+    here = torch.ones_like(place, dtype=torch.bool) if here is None else here
+    logits.scatter_(-1, place, nothing.where(here, own))
     other, rival = logits.max(dim=-1, keepdim=True)
     logits.scatter_(-1, place, own)
-    return own if here is True else torch.where(here, own, nothing), other, rival  # type: ignore[arg-type]
+    return own.where(here, nothing), other, rival
 
 
 def _by_vocabulary(

@@ -1,6 +1,6 @@
 """Per-token results of a run, written and read: loss in nats, and whether the target token is the argmax."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import torch
 from scipy import stats
 
-from pml.corpus import Corpus
+from pml.corpus import Corpus, Example
 from pml.errors import InputError
 from pml.parquet import one_line_errors, write_table
 from pml.weighting import TokenScores, critical_loss
@@ -87,10 +87,10 @@ class RankCorrelation:
     unfailing: int
 
 
-def replaced_tokens(corpus: Corpus, scores: TokenScores) -> torch.Tensor:
-    """(examples, L) bool, target tokens that were replaced at random."""
+def replaced_tokens(examples: Sequence[Example], scores: TokenScores) -> torch.Tensor:
+    """(examples, L) bool, target tokens that were replaced at random; `scores` has one row per example, in order."""
     replaced = torch.zeros_like(scores.mask)
-    for row, example in zip(replaced, corpus.examples, strict=True):
+    for row, example in zip(replaced, examples, strict=True):
         row[list(example.replaced)] = True
     return replaced
 
@@ -103,7 +103,7 @@ def write_tokens(path: Path, corpus: Corpus, scores: TokenScores) -> None:
         corpus: The scored corpus.
         scores: Scores of the whole corpus, one row per example, in order.
     """
-    write_table(path, pa.table(_columns(corpus, scores)))
+    write_table(path, pa.table(_columns(corpus.examples, scores)))
 
 
 def write_predictions(path: Path, corpus: Corpus, scores: TokenScores, text: Callable[[int], str]) -> None:
@@ -112,12 +112,13 @@ def write_predictions(path: Path, corpus: Corpus, scores: TokenScores, text: Cal
     Args:
         path: The file.
         corpus: The scored corpus.
-        scores: Scores of the whole corpus, one row per example, in order.
+        scores: Scores of the corpus or of some of its examples, one row per example, in order.
         text: Decodes one token id to text.
     """
-    columns = _columns(corpus, scores)
+    examples = [corpus.examples[i] for i in scores.example_id.tolist()]
+    columns = _columns(examples, scores)
     losses = columns["loss"].cast(pa.float64()).to_numpy()
-    query = [example.query for example in corpus.examples for _ in example.target_ids]
+    query = [example.query for example in examples for _ in example.target_ids]
     shown = {i: text(i) for i in set(columns["token_id"].to_pylist())}
     readable = {
         "query": pa.array(query, pa.string()),
@@ -127,15 +128,15 @@ def write_predictions(path: Path, corpus: Corpus, scores: TokenScores, text: Cal
     write_table(path, pa.table(columns | readable))
 
 
-def _columns(corpus: Corpus, scores: TokenScores) -> dict[str, pa.Array]:
+def _columns(examples: Sequence[Example], scores: TokenScores) -> dict[str, pa.Array]:
     rows, columns = scores.mask.nonzero(as_tuple=True)
     return {
         "example_id": pa.array(scores.example_id[rows].numpy(), pa.int32()),
         "position": pa.array(columns.numpy(), pa.int32()),
-        "token_id": pa.array([i for e in corpus.examples for i in e.target_ids], pa.int32()),
+        "token_id": pa.array([i for e in examples for i in e.target_ids], pa.int32()),
         "loss": pa.array(scores.losses[rows, columns].numpy(), pa.float32()),
         "correct": pa.array(scores.correct[rows, columns].tolist(), pa.bool_()),
-        "replaced": pa.array(replaced_tokens(corpus, scores)[rows, columns].tolist(), pa.bool_()),
+        "replaced": pa.array(replaced_tokens(examples, scores)[rows, columns].tolist(), pa.bool_()),
     }
 
 

@@ -44,6 +44,7 @@ def training_state(module: "Memorization") -> dict[str, Any]:
         "skipped_steps": module.skipped_steps,
         "resumed": module.resumed,
         "corpus_hash": corpus_hash(module),
+        "seed": module.seed,
         "generators": from_all_ranks(_generators(module.device)),
         "global_batch": module.global_batch.state_dict(),
         "gradients": gradients if module.global_batch.is_open else {},
@@ -77,6 +78,7 @@ def restore(module: "Memorization", state: Mapping[str, Any]) -> None:
             module.cpu_choice = tune_cpu(module.cpu_config, state.get("onednn"))
         module.resumed += 1
         module.resume_state = dict(state)
+        module.seed = state.get("seed", module.seed)  # the KL penalty orders its passages by it
 
 
 def resume_training(module: "Memorization", state: Mapping[str, Any]) -> None:

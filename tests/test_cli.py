@@ -343,6 +343,18 @@ def test_predict_writes_token_scores_beside_the_record_and_logs_their_path(
     assert "".join(row["token"] for row in first[:-1]).isdigit()
 
 
+def test_predict_takes_some_batches_and_refuses_none(
+    finished: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished["run"], tmp_path / "run")
+    arguments = ["predict", str(run), "--trainer.enable_progress_bar=false", "--data.batch_size=1"]
+    assert main([*arguments, "--trainer.limit_predict_batches=1"]) == 0
+    table = pq.read_table(run / "predictions.parquet")
+    assert set(table["example_id"].to_pylist()) == {0}
+    assert main([*arguments, "--trainer.limit_predict_batches=0"]) == 2
+    assert "no batch is left to predict" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
 def test_evaluating_without_an_existing_run_or_checkpoint_is_refused(
     command: str, finished: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -221,3 +221,21 @@ def test_the_settings_of_a_module_include_its_penalty(sharp: Path) -> None:
 def test_penalty_settings_out_of_range_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         KlPenaltyConfig(**settings)
+
+
+def test_a_resumed_fit_draws_its_passages_by_the_seed_of_the_fit(sharp: Path, tmp_path: Path) -> None:
+    def fit(epochs: int, drawn_seed: int, checkpoint: Path | None) -> tuple[Memorization, dict[str, Tensor]]:
+        torch.manual_seed(drawn_seed)  # a module without a seed takes this one
+        module = module_on(sharp, seed=None, kl_penalty=PASSAGES)
+        trainer = make_trainer(tmp_path, max_epochs=epochs)
+        trainer.fit(module, datamodule=Ids(uneven(3)), ckpt_path=checkpoint, weights_only=True)
+        if checkpoint is None and epochs == 2:
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return module, {name: p.detach().clone() for name, p in adapter_parameters(module.model).items()}
+
+    _, whole = fit(4, 5, None)
+    fit(2, 5, None)
+    module, resumed = fit(4, 6, tmp_path / "last.ckpt")
+    assert module.seed == 5
+    for name, parameter in whole.items():
+        assert torch.equal(resumed[name], parameter)

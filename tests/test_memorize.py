@@ -281,6 +281,19 @@ def test_a_grown_adapter_gives_the_same_logits_as_the_smaller_one(
         assert not layer.lora_B["default"].weight[:, 2:].any()
 
 
+def test_training_that_raises_the_loss_is_named_with_its_learning_rate(tiny_backbone_folder: Path) -> None:
+    plain = {"backbone": str(tiny_backbone_folder), "guard": None, "kl_penalty": None}
+    with pytest.raises(
+        InputError, match=r"training at rank 4 raised the loss: learning_rate is 10\.0; expected a lower one"
+    ):
+        pml.memorize(FACTS, "out", rank=4, learning_rate=10.0, **plain)
+
+
+def test_columns_of_files_do_not_concern_pairs_given_in_python(sharp: str, _served_here: None, _brief: None) -> None:
+    made = pml.memorize({"a": "b"}, "out", backbone=sharp, rank=4, query_column="Frage", **EASY)
+    assert [known.example.query for known in made.certificates] == ["a"]
+
+
 def test_training_begins_at_the_planned_rank_or_at_eight_if_that_is_higher(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

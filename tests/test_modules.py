@@ -120,6 +120,13 @@ def test_a_step_without_tokens_below_the_threshold_changes_neither_adapter_nor_m
         assert torch.equal(state["exp_avg"], before)
 
 
+def test_a_skipped_step_goes_with_clipping_by_value(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    module = MemFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1, weighting=OnlyThreshold(1e-6))
+    trainer = make_trainer(tmp_path, max_epochs=2, gradient_clip_val=1.0, gradient_clip_algorithm="value")
+    trainer.fit(module, datamodule=Ids(uneven(4)))
+    assert module.skipped_steps == 2
+
+
 def test_training_changes_the_adapter_and_leaves_the_backbone_unchanged(
     tiny_backbone_folder: Path, tmp_path: Path
 ) -> None:

@@ -71,7 +71,7 @@ def test_measuring_harm_changes_no_weights_and_runs_the_frozen_layers_once_per_p
     assert filled == 3 + 3
     weights = {name: p.clone() for name, p in adapter_parameters(module.model).items()}
     harm._end = None
-    assert harm._at_end(trainer, module).keys() == {"prose", "code", "chat", "mean"}
+    assert harm.record_fields(trainer, module, True)["harm"].keys() == {"prose", "code", "chat", "mean"}
     assert module.frozen_layers.filled == filled
     assert all(torch.equal(weights[name], p) for name, p in adapter_parameters(module.model).items())
 
@@ -118,7 +118,9 @@ def test_a_resumed_fit_does_not_log_the_loss_of_the_frozen_model_again(
     tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[int] = []
-    monkeypatch.setattr("callbacks.harm.log_everywhere", lambda trainer, _: logged.append(trainer.global_step))
+    monkeypatch.setattr(
+        "callbacks._before_and_after.log_everywhere", lambda trainer, _: logged.append(trainer.global_step)
+    )
     harm, module = Harm(passages=1), module_on(tiny_backbone_folder, SFT)
     trainer = make_trainer(tmp_path, callbacks=[harm], max_epochs=2)
     trainer.fit(module, datamodule=Ids(uneven(3), batch_size=3))

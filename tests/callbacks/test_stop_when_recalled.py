@@ -259,3 +259,24 @@ def test_steps_to_recall_are_restored_from_a_checkpoint(sharp: Path, tmp_path: P
 def test_a_margin_that_is_negative_or_at_least_one_is_refused(margin: float) -> None:
     with pytest.raises(InputError, match=rf"margin is {margin}; expected a probability in \[0, 1\)"):
         StopWhenRecalled(margin)
+
+
+def test_a_fit_that_leaves_out_examples_is_warned_that_it_never_stops(
+    tiny_backbone_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=2, limit_train_batches=1, callbacks=[StopWhenRecalled()])
+    trainer.fit(module_on(tiny_backbone_folder), datamodule=Ids(uneven(3), batch_size=1))
+    assert caplog.text.count("StopWhenRecalled never stops this fit: an epoch trains on ") == 1
+
+
+def test_the_rounding_measured_so_far_is_in_the_checkpoint(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    stop = StopWhenRecalled()
+    trainer = make_trainer(tmp_path, max_epochs=1, callbacks=[stop])
+    module = module_on(tiny_backbone_folder)
+    trainer.fit(module, datamodule=Ids(uneven(3)))
+    stop.rounding = Rounding(0.25, 7)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    resumed = StopWhenRecalled()
+    resumed.on_load_checkpoint(trainer, module, checkpoint)
+    assert resumed.rounding == Rounding(0.25, 7)
