@@ -297,6 +297,7 @@ def _train(
     for attempt in count():
         module = _fresh_module(chosen, adapter, plan, chosen.seed + attempt)
         if learnt:
+            _ = module.frozen_layers  # tried with the fresh adapter: a huge one rounds too coarsely to be judged
             grow(module.model, learnt)
         record, is_recalled = _fit(module, chosen.margin, data, folder, record, on_progress)
         rank = adapter.rank
