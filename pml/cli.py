@@ -210,5 +210,5 @@ def _overview() -> str:
         # Read, because importing takes seconds.
         source = (Path(__file__).parent / "commands" / f"{name}.py").read_text(encoding="utf-8")
         doc = ast.get_docstring(ast.parse(source)) or ""
-        lines.append(f"  {name:<10}{doc.splitlines()[0]}")
+        lines.append(f"  {name:<10}{doc.splitlines()[0].rstrip('.')}")
     return "\n".join(lines)
