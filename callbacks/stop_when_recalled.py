@@ -13,6 +13,7 @@ from callbacks._several import last_acting
 from pml.certificate import Rounding
 from pml.corpus import Example
 from pml.errors import InputError
+from pml.metrics import above_threshold
 from pml.modules import Memorization
 from pml.output_rows import tokens_with_equal_rows
 from pml.ranks import is_first_rank, summed_over_ranks
@@ -81,8 +82,7 @@ class StopWhenRecalled(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         scores = outputs["scores"]
-        sure = scores.correct & (torch.exp(-scores.losses) > self.margin)
-        unsure = (scores.mask & ~sure).sum()
+        unsure = (scores.mask & ~above_threshold(scores, self.margin)).sum()
         self._unsure = unsure if self._unsure is None else self._unsure + unsure
         self._seen += batch["target_tokens"]
 

@@ -38,6 +38,7 @@ from pml.given_pairs import checked_pairs, file_with
 from pml.growing import grow, largest_rank, weights_of
 from pml.guard import GuardConfig
 from pml.kl_penalty import KlPenaltyConfig
+from pml.metrics import above_threshold
 from pml.model_card import model_card
 from pml.modules import SFT, MemFT, Memorization
 from pml.records import RECORD_NAME, Record, read_record
@@ -370,7 +371,7 @@ class _ProgressReporter(Callback):
     """Reports the progress of training after each epoch."""
 
     def __init__(self, margin: float, rank: int, tell: Callable[[Progress], None]) -> None:
-        self._limit = -math.log(margin)
+        self._margin = margin
         self._rank = rank
         self._tell = tell
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -378,8 +379,8 @@ class _ProgressReporter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        losses, mask = outputs["scores"].losses, outputs["scores"].mask
-        self._parts.append(((losses < self._limit).logical_and(mask).sum(), losses.sum(), mask.sum()))
+        scores = outputs["scores"]
+        self._parts.append((above_threshold(scores, self._margin).sum(), scores.losses.sum(), scores.mask.sum()))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Read once per epoch, so that no step waits for the device.

@@ -19,6 +19,7 @@ from pml.weighting import TokenScores
 __all__ = [
     "TokenThresholds",
     "VerbatimRecall",
+    "above_threshold",
     "below_threshold",
     "by_kind",
     "edit_similarity",
@@ -56,6 +57,11 @@ def first_failure(scores: TokenScores) -> Tensor:
     """
     # Padding counts as wrong here, so a row without errors stops at its length.
     return scores.correct.long().cumprod(dim=1).sum(dim=1)
+
+
+def above_threshold(scores: TokenScores, threshold: float = 0.5) -> Tensor:
+    """(B, L) bool, target tokens that are the argmax and have a probability above the threshold."""
+    return scores.correct & (torch.exp(-scores.losses) > threshold) & scores.mask
 
 
 def below_threshold(scores: TokenScores, threshold: float = 0.5) -> Tensor:

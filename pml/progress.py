@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pml.atomic import whole_file
 from pml.errors import InputError
+from pml.metrics import above_threshold
 from pml.modules import Memorization
 from pml.ranks import is_first_rank
 from pml.schedule import total_steps
@@ -120,8 +121,7 @@ class FitProgress(ProgressBar):
         if not self._shows:
             return
         scores = outputs["scores"]
-        certain = scores.correct & (scores.losses < math.log(2))
-        sums = torch.stack([certain.sum(), scores.mask.sum()])
+        sums = torch.stack([above_threshold(scores).sum(), scores.mask.sum()])
         self._sums = sums if self._sums is None else self._sums + sums
         if time.monotonic() - self._looked >= self.seconds_between_looks:
             self._look(trainer)

@@ -17,6 +17,7 @@ from pml.corpus import Example, collate
 from pml.decoding import greedy_tokens
 from pml.evaluating import evaluating
 from pml.frozen_layers import on_device
+from pml.metrics import above_threshold
 from pml.ranks import from_all_ranks, own_part
 from pml.weighting import TokenScores
 
@@ -39,8 +40,7 @@ def certified(scores: TokenScores, margin: float = 0.5) -> bool:
 
     With a `margin` of 0.5 or more this certifies that greedy decoding reproduces every target.
     """
-    sure = scores.correct & (torch.exp(-scores.losses) > margin)
-    return bool((sure | ~scores.mask).all())
+    return bool((above_threshold(scores, margin) | ~scores.mask).all())
 
 
 def gather_scores(parts: Sequence[TokenScores]) -> TokenScores:

@@ -274,3 +274,12 @@ def test_metrics_do_not_depend_on_how_the_corpus_is_split_into_batches(lengths: 
     assert {k: v.item() for k, v in values.items()} == pytest.approx(
         {k: v.item() for k, v in expected.items()}, rel=1e-6
     )
+
+
+def test_a_token_is_above_the_threshold_if_it_is_right_and_strictly_more_probable() -> None:
+    losses = -torch.tensor([[0.6, 0.5, 0.4, 0.6, 0.6]]).log()
+    correct = torch.tensor([[True, True, True, False, True]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    scores = TokenScores(losses, correct, mask, torch.tensor([0]))
+    assert metrics.above_threshold(scores).tolist() == [[True, False, False, False, False]]
+    assert metrics.above_threshold(scores, 0.3).tolist() == [[True, True, True, False, False]]
