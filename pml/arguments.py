@@ -13,6 +13,7 @@ __all__ = ["CONFIG_OPTIONS", "SUFFIXES", "check_files", "check_template_kwargs",
 CONFIG_OPTIONS = ("--config", "-c")
 
 SUFFIXES = (".yaml", ".yml", ".json")
+"""Suffixes of files that hold a part of the configuration."""
 
 
 def check_files(arguments: Sequence[str]) -> None:

@@ -146,11 +146,6 @@ def _run_lightning(arguments: Sequence[str]) -> int:
             MemorizationCLI(asked)
     except MisconfigurationException as error:
         raise InputError(str(error)) from error
-    except ValueError as error:
-        # Lightning's own message: how many batches there are is known only once the corpus is made.
-        if "`val_check_interval`" not in str(error):
-            raise
-        raise InputError(" ".join(str(error).split())) from error
     return 0
 
 

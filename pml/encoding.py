@@ -81,8 +81,7 @@ class TextEncoder:
             written = query
         else:
             text = self.template.rendered(query, source)
-            given = (query, self.form.system or "", *_texts_in(self.form.template_kwargs))
-            typed = any(map(self._typed, given))
+            typed = self._typed(query) or self._is_typed_around
             try:
                 ids = self.template.sanitized(query) if typed else self._ids(text)
             except (ValueError, NotImplementedError) as error:
@@ -265,6 +264,11 @@ class TextEncoder:
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(re.escape(text) for text in self._control if text) or "(?!)")
+
+    @cached_property
+    def _is_typed_around(self) -> bool:
+        """Whether the system text or a variable of the template, which all prompts have, has such characters."""
+        return any(map(self._typed, (self.form.system or "", *_texts_in(self.form.template_kwargs))))
 
     def _typed(self, text: str) -> bool:
         """Whether a user's text contains the characters of a control token."""

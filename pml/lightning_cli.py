@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 
 __all__ = ["MemorizationCLI", "make_run", "parse_run", "prepare"]
 
-SUFFIXES = (".yaml", ".yml", ".json")
-"""Suffixes of files that hold a part of the configuration."""
+WRONG_SETTINGS = ("Early stopping conditioned on metric", "`val_check_interval`")
+"""From Lightning's messages about settings that it can check only once it has batches and metrics."""
 
 CLASS_PACKAGES = ("data_modules", "callbacks")
 """Packages imported by name, so that short class names work on the command line; `pml` itself does not use them."""
@@ -316,7 +316,7 @@ class MemorizationCLI(LightningCLI):
             stop.advice = self._how_to_go_on()
             raise
         except Exception as error:
-            if str(error).startswith("Early stopping conditioned on metric"):
+            if any(part in str(error) for part in WRONG_SETTINGS):
                 raise InputError(reason(error)) from error
             if (trouble := disk_failure(error)) is None:
                 raise

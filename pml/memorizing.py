@@ -45,7 +45,7 @@ from pml.records import RECORD_NAME, Record, read_record
 from pml.saved_adapter import CARD_NAME
 from pml.served import serve
 from pml.stopping import Stopped
-from pml.storage import RankPlan, plan_rank, size_of_rank
+from pml.storage import RankPlan, plan_rank
 from pml.weighting import FallingThreshold
 
 __all__ = ["Memorized", "Settings", "memorize"]
@@ -211,7 +211,7 @@ def memorize(
             corpus = data.build(backbone.tokenizer, backbone.vocab_size, backbone.max_positions)
             adapter = adapter_for(backbone, chosen.placement, chosen.block, chosen.guard)
             plan = _planned(chosen, backbone, corpus, adapter)
-        rank = _first_rank(chosen, plan, backbone, adapter)
+        rank = _first_rank(chosen, plan)
         if on_plan is not None:
             on_plan(corpus, plan, rank)
         module = _train(chosen, replace(adapter, rank=rank), plan, data, folder, on_progress)
@@ -229,12 +229,12 @@ def memorize(
     return made
 
 
-def _first_rank(chosen: Settings, plan: RankPlan | None, backbone: Backbone, adapter: AdapterConfig) -> int:
+def _first_rank(chosen: Settings, plan: RankPlan | None) -> int:
     """The rank that training begins at."""
     if chosen.rank is not None:
         return chosen.rank
     assert plan is not None
-    return max(plan.rank, min(MIN_RANK, size_of_rank(backbone, adapter).largest_rank))
+    return max(plan.rank, min(MIN_RANK, plan.largest_rank))
 
 
 def _certified(module: Memorization, corpus: Corpus) -> list[PairCertificate]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import pydantic
 import torch
 
 from pml.adapter import AdapterConfig, adapter_parameters, attach_adapter, detach_adapter, lora_layers
@@ -18,7 +19,7 @@ from pml.backbone import Backbone
 from pml.content import Content
 from pml.corpus import Corpus
 from pml.errors import InputError
-from pml.storage_constants import Constant, constant_for, read_constants
+from pml.storage_constants import Constant, constant_for, placement_name, read_constants
 from pml.surprisal import CONTEXT, SAMPLE, sampled, surprisal_bits
 
 __all__ = ["RankPlan", "SizeOfRank", "plan_rank", "size_of_rank"]
@@ -61,6 +62,7 @@ class RankPlan(Content):
         megabytes: Size of the saved adapter in float32, in 10^6 bytes.
         rests_on: The constant used for the plan.
         warnings: Reasons to trust the plan less.
+        largest_rank: Largest rank that fits; not in the JSON.
     """
 
     pairs: int
@@ -74,11 +76,12 @@ class RankPlan(Content):
     megabytes: float
     rests_on: Constant
     warnings: list[str]
+    largest_rank: int = pydantic.Field(exclude=True)
 
     def lines(self) -> list[str]:
         """The plan in words, line by line."""
         low, high = self.rank_interval
-        where = self.placement if isinstance(self.placement, str) else ", ".join(self.placement)
+        where = placement_name(self.placement)
         known = self.rests_on
         return [
             f"{self.pairs:,} pairs, {self.target_tokens:,} target tokens: {self.surprisal_bits:,.0f} bits of surprisal "
@@ -142,10 +145,10 @@ def plan_rank(
         return max(1, math.ceil(bits / (FILL * bits_per_parameter * size.trainable)))
 
     rank = enough(constant.bits_per_parameter)
-    placement = config.placement if isinstance(config.placement, str) else ", ".join(config.placement)
     if rank > size.largest_rank:
+        where = placement_name(config.placement)
         raise InputError(
-            f"{bits:,.0f} bits need rank {rank} in {placement}, and no more than {size.largest_rank} fits; adapt more "
+            f"{bits:,.0f} bits need rank {rank} in {where}, and no more than {size.largest_rank} fits; adapt more "
             "layers (placement) or blocks (block), or split the pairs"
         )
     high = enough(constant.low)
@@ -163,4 +166,5 @@ def plan_rank(
         megabytes=rank * size.saved * torch.float32.itemsize / 1e6,
         rests_on=constant,
         warnings=warnings,
+        largest_rank=size.largest_rank,
     )

@@ -10,7 +10,15 @@ import pydantic
 from pml.content import Content
 from pml.errors import InputError
 
-__all__ = ["CONSTANTS_VERSION", "Constant", "ConstantsFile", "constant_for", "read_constants", "read_constants_file"]
+__all__ = [
+    "CONSTANTS_VERSION",
+    "Constant",
+    "ConstantsFile",
+    "constant_for",
+    "placement_name",
+    "read_constants",
+    "read_constants_file",
+]
 
 CONSTANTS_VERSION: Final = 1
 
@@ -98,8 +106,13 @@ def constant_for(
     # For a placement that was not measured, assume the lowest constant: better too high a rank than too low.
     alike = [known for known in constants if known.guarded == guarded] or constants
     least = min(alike, key=lambda known: known.bits_per_parameter)
-    where = least.placement if isinstance(least.placement, str) else ", ".join(least.placement)
+    where = placement_name(least.placement)
     return least, [f"nothing was measured at this placement; the plan assumes what {where} stores, the least of all"]
+
+
+def placement_name(placement: str | list[str]) -> str:
+    """Where an adapter sits, in words."""
+    return placement if isinstance(placement, str) else ", ".join(placement)
 
 
 def _as_set(placement: str | list[str]) -> frozenset[str]:
