@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pml.backbone import Backbone
-from pml.errors import InputError
+from pml.errors import InputError, first_line
 from pml.guard import GuardConfig, guard_layers
 from pml.plain import from_plain
 from pml.saved_adapter import check_weights, read_saved_adapter
@@ -284,7 +284,7 @@ def attach_adapter(backbone: Backbone, config: AdapterConfig, seed: int = 42) ->
     except ValueError as error:
         # PEFT refuses layers whose weights a model reads without calling them; by then it has wrapped other layers.
         _unwrap(backbone.model)
-        reason = next(iter(str(error).splitlines()), "").rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise InputError(f"adapter.placement: {reason}; name other linear layers of {backbone.name}") from error
     _initialise(model, config, seed)
     if config.guard is not None:
@@ -326,8 +326,7 @@ def load_adapter(backbone: Backbone | PreTrainedModel, folder: str | Path) -> Pe
         adapted = get_peft_model(model, config)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, re.error) as error:
         _unwrap(model)
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{folder}: the adapter does not fit {name}: {reason}") from error
+        raise InputError(f"{folder}: the adapter does not fit {name}: {first_line(error)}") from error
     try:
         check_weights(folder, weights, get_peft_model_state_dict(adapted, save_embedding_layers=False))
     except InputError:

@@ -29,7 +29,7 @@ from pml.default_backbone import (
     hash_model,
     quiet_transformers,
 )
-from pml.errors import InputError
+from pml.errors import InputError, first_line
 from pml.positions import max_positions
 from pml.streamed_blocks import StreamedBlocks, free
 
@@ -344,7 +344,7 @@ def _resolve(name: str, weights: bool = True) -> Path:
     except Exception as error:  # the transport errors that the hub's client lets through share no base class
         raise InputError(
             f"backbone {name!r} is not a folder here, and the hub cannot be reached to look for it there "
-            f"({_first_line(error)}); {ACCEPTED}; without a network only the first two work"
+            f"({first_line(error)}); {ACCEPTED}; without a network only the first two work"
         ) from error
 
 
@@ -384,10 +384,6 @@ def _content_hash(name: str, folder: Path) -> str:
     return hash_model(folder)
 
 
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 @contextlib.contextmanager
 def _as_input_error(what: str) -> Iterator[None]:
     """Turn any error of transformers or safetensors on a bad folder into one line; the errors share no base class."""
@@ -395,6 +391,6 @@ def _as_input_error(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise InputError(
-            f"{what}: {_first_line(error)} (expected a causal language model that transformers knows; code that "
+            f"{what}: {first_line(error)} (expected a causal language model that transformers knows; code that "
             "comes with a model is never run)"
         ) from error

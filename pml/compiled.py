@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch import Tensor, nn
 
+from pml.errors import first_line
 from pml.evaluating import evaluating
 from pml.products import float32_products
 from pml.schedule import total_steps
@@ -197,7 +198,8 @@ class CompiledDecoder:
             log.warning("the compiled blocks differ by %.1e of their states' size; they run uncompiled", worst)
         # Compilers fail in many ways, none of which should stop training.
         except Exception as error:
-            log.warning("the blocks above the adapter cannot be compiled (%s); they run uncompiled", _first_line(error))
+            why = f"{type(error).__name__}: {first_line(error)}"
+            log.warning("the blocks above the adapter cannot be compiled (%s); they run uncompiled", why)
         return self._plain(**inputs)
 
     def _rounding(self, expected: Tensor, **inputs: Tensor) -> float:
@@ -214,7 +216,3 @@ class CompiledDecoder:
 
 def _difference(states: Tensor, expected: Tensor) -> float:
     return ((states - expected).abs().max() / expected.abs().max()).item()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

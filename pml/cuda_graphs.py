@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pml.errors import first_line
+
 __all__ = ["CapturedPasses", "Decoder", "Passes", "ReplayedDecoder"]
 
 log = logging.getLogger(__name__)
@@ -175,8 +177,7 @@ class ReplayedDecoder:
         # A model may read a value from the device, which cannot be captured.
         except RuntimeError as failure:
             self._given_up = True
-            reason = str(failure).strip().partition("\n")[0]
-            log.info("the blocks above the adapter are not replayed as CUDA graphs: %s", reason)
+            log.info("the blocks above the adapter are not replayed as CUDA graphs: %s", first_line(failure))
             return
         error = self._difference(passes, states, plain)
         if error <= TOLERANCE:

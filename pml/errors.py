@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-__all__ = ["InputError", "reason"]
+__all__ = ["InputError", "first_line", "reason"]
 
 ATTEMPTS = re.compile(
     r"(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
@@ -22,6 +22,11 @@ class InputError(ValueError):
 
 KEY = re.compile(r'Parser key "([^"]*)":\s*(?:Problem with given class_path \'[^\']*\':\s*)?(.*)', re.DOTALL)
 """A key in a jsonargparse message, and the rest of the message, which may name a nested key."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an exception's message, or the name of its class if there is no message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def reason(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pml.errors import InputError
+from pml.errors import InputError, first_line
 
 __all__ = ["CARD_NAME", "CONFIG_NAME", "WEIGHTS_NAME", "check_weights", "read_saved_adapter", "save_adapter"]
 
@@ -103,8 +103,7 @@ def read_saved_adapter(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
     try:
         config, weights = LoraConfig.from_pretrained(str(folder)), load_file(folder / WEIGHTS_NAME)
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{folder}: the adapter cannot be read ({reason}); save it again") from error
+        raise InputError(f"{folder}: the adapter cannot be read ({first_line(error)}); save it again") from error
     _check_settings(folder, config)
     for name, tensor in weights.items():
         if not tensor.is_floating_point():

@@ -293,6 +293,21 @@ def test_invalid_arguments_are_reported_in_one_line(
     assert message in line
 
 
+@pytest.mark.parametrize("command", ["certify", "recall"])
+def test_an_adapter_of_a_pinned_revision_needs_that_revision_as_its_backbone(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "revision": "v2"}
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(config))
+    Path("f.jsonl").write_text(json.dumps({"query": "code?", "target": "007"}))
+    assert main([command, "--adapter=a", "--data=f.jsonl"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a: its base model is revision v2 of org/base" in line
+    assert "`hf download org/base --revision v2 --local-dir FOLDER` and give --backbone FOLDER" in line
+
+
 ADAPTERS = [
     (SFT, "mlp_block", 16, "float32"),
     (MemFT, ["down_proj"], 8, "float32"),

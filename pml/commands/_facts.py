@@ -58,18 +58,24 @@ def base_of(adapter: Path) -> str:
     """Name of the backbone that a saved adapter was trained on, from its `adapter_config.json`.
 
     Raises:
-        InputError: If it names none.
+        InputError: If it names none, or a revision of it; another revision may have other weights.
     """
     from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
 
     if not adapter.is_dir():
         raise InputError(f"{adapter}: no such folder; expected an adapter saved by PEFT")
     try:
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        base, revision = config["base_model_name_or_path"], config.get("revision")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{adapter}: no adapter_config.json that names a base model; give --backbone") from error
     if base is None:
         raise InputError(f"{adapter}: its adapter_config.json names no base model; give --backbone")
+    if revision not in (None, "main"):
+        raise InputError(
+            f"{adapter}: its base model is revision {revision} of {base}; download that revision with "
+            f"`hf download {base} --revision {revision} --local-dir FOLDER` and give --backbone FOLDER"
+        )
     return DEFAULT_BACKBONE if base == DEFAULT_HUB_ID else str(base)
 
 
