@@ -15,6 +15,7 @@ from pml.law.data import Data, make_data
 from pml.law.diagnostics import warnings_of
 from pml.law.forms import FORMS, POSITIVE, SHARPNESS_RANGE, AdapterSize, Array, FormName
 from pml.law.intervals import (
+    GroupedBy,
     Noise,
     bootstrap,
     choose_groups,
@@ -129,15 +130,7 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
     grouped_by = choose_groups(solution)
     noise = noise_of(residual, data, grouped_by, nvarys)
     is_power = form.offset != "varies" or any(abs(solution.values[x]) >= SMALL_EXPONENT for x in ("alpha", "beta"))
-
-    texts, sensitivity = collect_texts(everything.runs), form.sensitivity(solution.values, data.points)
-    below, of_run = data.unsaturated, texts.of_run[everything.unsaturated | form.saturating]
-    effect = texts.effect(residual[below], sensitivity[below], of_run[below])
-    beyond_text = residual - effect * sensitivity * texts.initial_loss_residuals[of_run]
-    # Residuals are in the loss; noise in the power term reaches the loss scaled by the sensitivity.
-    reach = max(math.sqrt(np.mean(sensitivity[below] ** 2)), AT_CEILING)
-    # Saturated runs still approaching the ceiling scatter more, so they count only if none has reached it.
-    at_ceiling = residual[there if (there := ~below & (sensitivity < AT_CEILING)).any() else ~below]
+    text_effect, noise_nats, noise_at_ceiling_nats = _run_noise(solution, everything, grouped_by)
     result = standard_errors(solution, noise) if is_power else None
     draws = bootstrap(solution, grouped_by) if is_power else None
     return FormFit(
@@ -150,9 +143,9 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
         observations_used=len(data.runs),
         grouped_by=grouped_by,
         degrees_of_freedom=noise.degrees_of_freedom,
-        noise_nats=noise_of(beyond_text, data, grouped_by, nvarys).of_a_run / reach,
-        noise_at_ceiling_nats=math.sqrt(np.mean(at_ceiling**2)) if len(at_ceiling) else None,
-        text_effect=effect,
+        noise_nats=noise_nats,
+        noise_at_ceiling_nats=noise_at_ceiling_nats,
+        text_effect=text_effect,
         r2=_r2(data.measured, solution.predicted),
         r2_all=_r2(everything.measured, np.minimum(predicted, everything.points.initial_loss)),
         mape_percent=100.0 * float(np.mean(np.abs(residual) / data.measured)),
@@ -161,6 +154,24 @@ def _form_fit(solution: Solution, everything: Data, adapter_size: AdapterSize) -
         held_out=held_out(form, everything, adapter_size),
         predicted=predicted.tolist(),
     )
+
+
+def _run_noise(solution: Solution, everything: Data, grouped_by: GroupedBy) -> tuple[float, float, float | None]:
+    """What makes single runs differ: the effect of a text, and noise in nats in the power term and at the ceiling.
+
+    The last is None if no run is saturated.
+    """
+    form, data, residual = solution.form, solution.data, solution.residual
+    texts, sensitivity = collect_texts(everything.runs), form.sensitivity(solution.values, data.points)
+    below, of_run = data.unsaturated, texts.of_run[everything.unsaturated | form.saturating]
+    effect = texts.effect(residual[below], sensitivity[below], of_run[below])
+    beyond_text = residual - effect * sensitivity * texts.initial_loss_residuals[of_run]
+    # Residuals are in the loss; noise in the power term reaches the loss scaled by the sensitivity.
+    reach = max(math.sqrt(np.mean(sensitivity[below] ** 2)), AT_CEILING)
+    # Saturated runs still approaching the ceiling scatter more, so they count only if none has reached it.
+    at_ceiling = residual[there if (there := ~below & (sensitivity < AT_CEILING)).any() else ~below]
+    noise = noise_of(beyond_text, data, grouped_by, len(solution.free)).of_a_run / reach
+    return effect, noise, math.sqrt(np.mean(at_ceiling**2)) if len(at_ceiling) else None
 
 
 def _estimates(

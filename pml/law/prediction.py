@@ -66,13 +66,8 @@ class Predictor:
                 cover rare outcomes.
         """
         fit = self.fit
-        number, random = len(self._laws[0][:laws]), np.random.default_rng(RUN_SEED)
-        # All points share noise and text, so that two sizes differ in size alone.
-        if runs == 1:
-            noise, text = random.normal(size=(2, number, 1, 1))
-        else:
-            quantiles = norm.ppf((np.arange(runs) + 0.5) / runs)
-            noise, text = quantiles[:, None], random.permutation(quantiles)[:, None]
+        number = len(self._laws[0][:laws])
+        noise, text = _standard_normals(number, runs)
         if not known_text:
             of_text = self.texts.spread_at(points.target_tokens) * self.texts.t_over_z * text
             points = replace(points, initial_loss=np.maximum(self._initial_loss_draws(points, number) + of_text, 0.0))
@@ -128,3 +123,16 @@ class Predictor:
         normal = np.random.default_rng(LINE_SEED).normal(size=(laws, 1, 1))
         error = self.texts.standard_error(points.target_tokens)
         return np.maximum(points.initial_loss + self.texts.t_over_z * error * normal, 0.0)
+
+
+def _standard_normals(laws: int, runs: int) -> tuple[Array, Array]:
+    """Standard normal deviates of noise and text, that broadcast to `(laws, runs, n)`.
+
+    All points share them, so that two sizes differ in size alone.
+    """
+    random = np.random.default_rng(RUN_SEED)
+    if runs == 1:
+        noise, text = random.normal(size=(2, laws, 1, 1))
+        return noise, text
+    quantiles = norm.ppf((np.arange(runs) + 0.5) / runs)
+    return quantiles[:, None], random.permutation(quantiles)[:, None]
