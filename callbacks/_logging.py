@@ -12,7 +12,7 @@ from pml.adapter import adapter_parameters
 from pml.corpus import Corpus
 from pml.modules import Memorization
 from pml.recall import score_corpus
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 __all__ = ["exact_scores", "log_everywhere", "log_settings"]
 

@@ -32,7 +32,7 @@ from pml.saved_adapter import save_adapter
 from pml.stopping import Stopped
 from pml.token_history import HISTORY_NAME
 from pml.token_results import TOKENS_NAME, write_tokens
-from pml.weighting import TokenScores, critical_loss
+from pml.token_scores import TokenScores, critical_loss
 
 __all__ = ["RunRecord"]
 

@@ -18,7 +18,7 @@ from pml.modules import Memorization
 from pml.output_rows import tokens_with_equal_rows
 from pml.ranks import is_first_rank, summed_over_ranks
 from pml.recall import certified, rounding_of_corpus
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 __all__ = ["StopWhenRecalled"]
 

@@ -19,7 +19,7 @@ from pml.modules import Memorization
 from pml.run_folder import recorded_folder
 from pml.schedule import total_steps
 from pml.token_history import HISTORY_NAME, HistoryRecorder
-from pml.weighting import TokenScores, critical_loss
+from pml.token_scores import TokenScores, critical_loss
 
 __all__ = ["TokenThresholds"]
 

@@ -16,7 +16,7 @@ from pml.corpus import PADDING_EXAMPLE, Corpus, Example, collate
 from pml.curriculum import CorpusBatchSampler, PrefixRatio
 from pml.encoding import PromptFormat, TextEncoder
 from pml.errors import InputError
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 __all__ = ["MemorizationDataModule", "TemplateValue"]
 

@@ -15,7 +15,7 @@ from data_modules.base import MemorizationDataModule
 from pml import metrics
 from pml.corpus import Corpus, Example, Pair, encode_pairs
 from pml.errors import InputError
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 __all__ = ["Biographies"]
 

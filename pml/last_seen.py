@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pml.ranks import several_ranks
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 __all__ = ["LastSeen", "TokenStates", "margins", "shares"]
 

@@ -5,7 +5,7 @@ from typing import Any
 from pml import metrics
 from pml.corpus import Corpus
 from pml.token_results import replaced_tokens
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 __all__ = ["CERTAIN", "memorized_bits", "recall_measures", "validation_point"]
 

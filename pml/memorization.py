@@ -28,8 +28,9 @@ from pml.products import MatmulPrecision, check_matmul_precision, float32_produc
 from pml.schedule import OPTIMIZER_SETTINGS, check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
 from pml.state_store import CacheConfig
+from pml.token_scores import TokenScores
 from pml.training_state import copy_adapter, method_of, restore, resume_training, seed_rank, training_state
-from pml.weighting import TokenScores, Uniform, Weighting
+from pml.weighting import Uniform, Weighting
 
 __all__ = ["Memorization"]
 

@@ -14,7 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from pml.devices import widest_float
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 __all__ = [
     "TokenThresholds",

@@ -19,7 +19,7 @@ from pml.evaluating import evaluating
 from pml.frozen_layers import on_device
 from pml.metrics import above_threshold
 from pml.ranks import from_all_ranks, own_part
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 if TYPE_CHECKING:
     from pml.modules import Memorization

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pml.frozen_layers import FrozenLayers
 from pml.token_loss import TokenLosses, is_argmax, target_and_best_rival, token_losses
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 __all__ = ["score_batch", "target_hidden", "target_logits"]
 

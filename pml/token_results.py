@@ -15,7 +15,7 @@ from scipy import stats
 from pml.corpus import Corpus, Example
 from pml.errors import InputError
 from pml.parquet import one_line_errors, write_table
-from pml.weighting import TokenScores, critical_loss
+from pml.token_scores import TokenScores, critical_loss
 
 __all__ = [
     "PREDICTIONS_NAME",

@@ -4,9 +4,8 @@ The loss of a global batch is sum(w L) / sum(w) (Eq. 8); weights are detached. A
 micro-batch to weights. The module normalises them, because only the module sees the global batch.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,57 +13,21 @@ from torch import Tensor
 
 from pml.errors import InputError
 from pml.ranks import several_ranks
+from pml.token_scores import TokenScores, critical_loss
 
 __all__ = [
     "ExpectedRecall",
     "FallingThreshold",
     "OnlyThreshold",
     "SlidingWindow",
-    "TokenScores",
     "Uniform",
     "Weighting",
     "WholeTargets",
-    "critical_loss",
     "expected_recall_slope",
     "geometric",
     "weighted_mean",
     "within_reach",
 ]
-
-
-class TokenScores(NamedTuple):
-    """Scores of the target tokens of B examples under teacher forcing; column t is the t-th target token.
-
-    Attributes:
-        losses: (B, L) float32, negative log-probability of the target token in nats; 0 where there is no token.
-        correct: (B, L) bool, whether the target token is the argmax; False where there is no token.
-        mask: (B, L) bool, True where there is a target token.
-        example_id: (B,) id of the example in each row; -1 for a padding example.
-        margin: (B, L) float32, logit of the target token minus that of the best other one; None if not computed.
-        rival: (B, L) int64, id of that other token; None if not computed.
-    """
-
-    losses: Tensor
-    correct: Tensor
-    mask: Tensor
-    example_id: Tensor
-    margin: Tensor | None = None
-    rival: Tensor | None = None
-
-    def detach(self) -> "TokenScores":
-        """The same scores, detached from the graph."""
-        return self._replace(losses=self.losses.detach())
-
-
-def critical_loss(threshold: float) -> float:
-    """L_crit in nats: the loss at which a token's probability equals `threshold` (ln 2 for 0.5).
-
-    Raises:
-        InputError: If the threshold is not strictly between 0 and 1.
-    """
-    if not 0.0 < threshold < 1.0:
-        raise InputError(f"threshold is {threshold}; expected a probability strictly between 0 and 1, such as 0.5")
-    return -math.log(threshold)
 
 
 def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
@@ -271,23 +234,42 @@ class WholeTargets(ExpectedRecall):
     Aim: to make as many whole targets certain as possible when the adapter cannot hold all of them. The temperature of
     `within_reach` falls over the run. With a single target in the global batch, it is the same as `ExpectedRecall`.
 
+    Targets that are given up have wrong tokens in the end. `last_share` returns to them: for this last part of the run,
+    the weights are those of `OnlyThreshold`. More single tokens then end right and fewer certain.
+
     Args:
         reach_start: Temperature of `within_reach` in nats at the start of the run: this shortfall cuts a target's
             weight, above the floor, to 1/e.
         reach_end: The same at the end of the run; it falls geometrically.
         reach_floor: Share of its weight that a target out of reach keeps.
+        last_share: Share of the run, at its end, in which every token with p <= 0.5 has weight 1 and no other has any.
     """
 
     reach_start: float = 32.0
     reach_end: float = 4.0
     reach_floor: float = 0.1
+    last_share: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "reach_start", "reach_end")
         _share(self, "reach_floor")
+        if not 0 <= self.last_share < 1:
+            raise InputError(
+                f"WholeTargets: last_share is {self.last_share}; expected a share from 0 to below 1, such as 0.1"
+            )
+
+    @property
+    def critical(self) -> float:
+        return critical_loss(0.5) if self._in_last_share else super().critical
+
+    @property
+    def _in_last_share(self) -> bool:
+        return self.last_share > 0 and self.progress >= 1 - self.last_share
 
     def weights(self, scores: TokenScores) -> Tensor:
+        if self._in_last_share:
+            return FallingThreshold.weights(self, scores)
         temperature = geometric(self.reach_start, self.reach_end, self.progress)
         reach = within_reach(scores.losses.detach(), scores.mask, temperature, self.reach_floor)
         return super().weights(scores) * reach

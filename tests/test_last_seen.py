@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pml.last_seen import LastSeen, margins, shares
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 
 def batch(ids: list[int], p: list[list[float]], right: list[list[int]], margin: float | None = None) -> TokenScores:

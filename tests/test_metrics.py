@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pml import metrics
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 HALF = math.log(2)
 

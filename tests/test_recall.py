@@ -32,7 +32,7 @@ from pml.records import read_record
 from pml.run_folder import run_folder
 from pml.runs import open_run
 from pml.state_store import CacheConfig
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 from tests.ddp_cases import kicked
 from tests.fits import module_on, save_sharpened
 from tests.tiny_runs import Ids, make_trainer, uneven

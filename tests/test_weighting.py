@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from pml.errors import InputError
+from pml.token_scores import TokenScores, critical_loss
 from pml.weighting import (
     ExpectedRecall,
     FallingThreshold,
     OnlyThreshold,
     SlidingWindow,
-    TokenScores,
     Uniform,
     Weighting,
     WholeTargets,
-    critical_loss,
     expected_recall_slope,
     weighted_mean,
     within_reach,
@@ -253,6 +252,30 @@ def test_expected_recall_gives_full_weight_to_tokens_that_do_not_win_by_the_marg
 
 
 @pytest.mark.parametrize(
+    ("progress", "in_last_share"), [(0.0, False), (323 / 360, False), (324 / 360, True), (1.0, True)]
+)
+def test_whole_targets_trains_all_uncertain_tokens_alike_in_the_last_share(
+    progress: float, in_last_share: bool
+) -> None:
+    weighting, usual = WholeTargets(last_share=0.1), WholeTargets()
+    weighting.progress = usual.progress = progress
+    scores = ONE._replace(margin=torch.full((1, 5), 3.0))
+    if in_last_share:
+        assert weighting.weights(scores).tolist() == OnlyThreshold().weights(scores).tolist() == [[0, 1, 1, 1, 0]]
+        assert weighting.gradient_above == math.log(2)
+    else:
+        assert weighting.weights(scores).tolist() == usual.weights(scores).tolist() != [[0, 1, 1, 1, 0]]
+        assert weighting.gradient_above == usual.gradient_above
+
+
+def test_whole_targets_chooses_among_targets_to_the_end_unless_told_otherwise() -> None:
+    weighting = WholeTargets()
+    weighting.progress = 1.0
+    hopeless = ONE._replace(losses=10 * ONE.losses, margin=torch.full((1, 5), -3.0))
+    assert weighting.weights(hopeless).max() < 0.11
+
+
+@pytest.mark.parametrize(
     ("make", "says"),
     [
         (lambda: FallingThreshold(start=0.5, end=0.9), "the threshold rises from 0.5 to 0.9"),
@@ -261,6 +284,9 @@ def test_expected_recall_gives_full_weight_to_tokens_that_do_not_win_by_the_marg
         (lambda: WholeTargets(reach_start=-1.0), "reach_start is -1.0; expected a number above 0"),
         (lambda: WholeTargets(reach_end=float("nan")), "reach_end is nan; expected a number above 0"),
         (lambda: WholeTargets(reach_floor=0.0), "reach_floor is 0.0; expected a share above 0"),
+        (lambda: WholeTargets(last_share=1.0), "last_share is 1.0; expected a share from 0 to below 1"),
+        (lambda: WholeTargets(last_share=-0.1), "last_share is -0.1; expected a share from 0 to below 1"),
+        (lambda: WholeTargets(last_share=float("nan")), "last_share is nan; expected a share from 0 to below 1"),
         (lambda: ExpectedRecall(floor=1.5), "ExpectedRecall: floor is 1.5; expected a share above 0"),
         (lambda: SlidingWindow(floor=-1.0), "SlidingWindow: floor is -1.0; expected a share above 0"),
         (lambda: OnlyThreshold(position_decay=float("nan")), "position_decay is nan; expected a number above 0"),

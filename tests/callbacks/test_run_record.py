@@ -28,7 +28,8 @@ from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import greedy_recall, score_corpus
 from pml.records import Record, read_record
-from pml.weighting import OnlyThreshold, TokenScores
+from pml.token_scores import TokenScores
+from pml.weighting import OnlyThreshold
 from tests.fits import ADAPTER, module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 

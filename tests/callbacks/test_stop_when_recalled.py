@@ -18,7 +18,7 @@ from pml.curriculum import PrefixRatio
 from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
 from pml.recall import certified, greedy_recall, score_corpus
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 from tests.fits import ADAPTER, module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 

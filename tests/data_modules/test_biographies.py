@@ -26,7 +26,7 @@ from data_modules._people import (
 )
 from pml.corpus import Corpus
 from pml.errors import InputError
-from pml.weighting import TokenScores
+from pml.token_scores import TokenScores
 
 VOCABULARY = 259
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pml.weighting import OnlyThreshold, SlidingWindow, TokenScores, Uniform, Weighting, weighted_mean
+from pml.token_scores import TokenScores
+from pml.weighting import OnlyThreshold, SlidingWindow, Uniform, Weighting, weighted_mean
 
 OT_CASES = [f"ot_{n:02}" for n in range(10)] + ["ot_all_memorized_sft", "ot_all_memorized_zero"]
 SW_CASES = ["sw_00", "sw_01"]
