@@ -17,6 +17,7 @@ __all__ = [
     "differing",
     "group_runs",
     "method_name",
+    "method_names",
     "select_records",
     "setting_of",
     "settings_of",
@@ -68,11 +69,48 @@ def method_name(record: Record) -> str:
     return " ".join(filter(None, (NAMES.get(record.method, record.method), chosen)))
 
 
+def method_names(records: Mapping[Path, Record]) -> dict[Path, str]:
+    """`method_name` of each run, with the arguments of weighting and curriculum in which runs of that name differ.
+
+    A record that lacks an argument, since it is older than the argument, does not count as different in it.
+
+    Example: `MemFT OnlyThreshold (threshold 0.7)`.
+    """
+    arguments = {path: _method_arguments(record) for path, record in records.items()}
+    values: dict[tuple[str, str], set[str]] = {}
+    for path, record in records.items():
+        for key, value in arguments[path].items():
+            values.setdefault((method_name(record), key), set()).add(repr(value))
+    names = {}
+    for path, record in records.items():
+        name = method_name(record)
+        apart = [f"{key} {value}" for key, value in arguments[path].items() if len(values[name, key]) > 1]
+        names[path] = f"{name} ({', '.join(apart)})" if apart else name
+    return names
+
+
+def _method_arguments(record: Record) -> dict[str, Any]:
+    """Arguments of a run's weighting and curriculum by name."""
+    chosen = (record.method_settings.get(key) for key in ("weighting", "curriculum"))
+    found = (one.get("init_args") for one in chosen if isinstance(one, dict))
+    return {key: value for one in found if isinstance(one, dict) for key, value in one.items()}
+
+
 def short_method_names(methods: Iterable[str]) -> dict[str, str]:
-    """A short name for each method: its first word if no other method begins with it, otherwise the whole name."""
-    names = list(dict.fromkeys(methods))
-    firsts = [(name.split() or [name])[0] for name in names]
-    return {name: first if firsts.count(first) == 1 else name for name, first in zip(names, firsts, strict=True)}
+    """A short name for each method: its first word if no other begins with it, otherwise the rest.
+
+    Where the rest is empty or belongs to two methods, names that begin alike stay whole.
+
+    Example:
+        >>> short_method_names(["SFT", "MemFT OnlyThreshold", "MemFT WholeTargets"])
+        {'SFT': 'SFT', 'MemFT OnlyThreshold': 'OnlyThreshold', 'MemFT WholeTargets': 'WholeTargets'}
+    """
+    parts = {name: name.partition(" ")[::2] for name in methods}
+    firsts = Counter(first for first, _ in parts.values())
+    short = {name: first if firsts[first] == 1 else rest for name, (first, rest) in parts.items()}
+    if "" in short.values() or len(set(short.values())) < len(short):
+        return {name: first if firsts[first] == 1 else name for name, (first, _) in parts.items()}
+    return short
 
 
 def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_corpora: bool = False) -> list[Group]:
@@ -100,11 +138,12 @@ def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_c
                 f"no run has a value for {name!r}; expected {FOLDER}, or a field of its record, with dots into its "
                 "settings, such as dtype or method_settings.learning_rate"
             )
+    methods = method_names(records)
     groups: dict[str, Group] = {}
     for path, record in records.items():
         names = [name for name in SETTING if not (join_corpora and name == "corpus")]
         setting = {name: value(path, record, name) for name in dict.fromkeys((*names, *by))}
-        method = method_name(record)
+        method = methods[path]
         # Values may be lists, which cannot be hashed; their repr can.
         group = groups.setdefault(repr((setting, method)), Group(setting, method, {}))
         group.records[path] = record

@@ -173,7 +173,7 @@ class TestPairs:
             "MemFT OnlyThreshold against SFT",
             "MemFT SlidingWindow against SFT",
         ]
-        assert means_table(found).columns == ("outcome", "SFT", "MemFT OnlyThreshold", "MemFT SlidingWindow")
+        assert means_table(found).columns == ("outcome", "SFT", "OnlyThreshold", "SlidingWindow")
         (found,) = compare(records, baseline="memft slidingwindow")
         assert {d.method: d.mean for d in found.differences if d.outcome is LOSS} == {
             "MemFT OnlyThreshold": -3.0,
@@ -234,6 +234,22 @@ class TestPairs:
         reasons = {left.runs: left.reason for left in found.left_out}
         alone = "no run of the other method with the same rank, corpus and seed"
         assert reasons == {("s",): alone, ("m",): alone}
+
+    def test_two_settings_of_one_weighting_are_two_methods(self) -> None:
+        def only(threshold: float, seed: int, loss: float) -> Record:
+            weighting = {"class_path": "pml.weighting.OnlyThreshold", "init_args": {"threshold": threshold}}
+            return memft(seed=seed, final_loss=loss, method_settings={"weighting": weighting})
+
+        records = {Path(f"s{seed}"): sft(seed=seed, final_loss=5.0) for seed in (0, 1)}
+        records |= {Path(f"a{seed}"): only(0.5, seed, 4.0) for seed in (0, 1)}
+        records |= {Path(f"b{seed}"): only(0.7, seed, 3.0) for seed in (0, 1)}
+        (found,) = compare(records)
+        losses = {d.method: (d.mean, d.pairs) for d in found.differences if d.outcome is LOSS}
+        assert losses == {
+            "MemFT OnlyThreshold (threshold 0.5)": (-1.0, 2),
+            "MemFT OnlyThreshold (threshold 0.7)": (-2.0, 2),
+        }
+        assert found.left_out == []
 
     def test_duplicate_runs_of_a_method_are_left_out_rather_than_chosen_from(self) -> None:
         records = pairs([5.0], [4.0]) | {Path("s"): sft(seed=9), Path("t"): sft(seed=9), Path("m"): memft(seed=9)}

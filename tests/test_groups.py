@@ -7,7 +7,16 @@ import pytest
 from record_factory import make_record
 
 from pml.errors import InputError
-from pml.groups import differing, group_runs, method_name, setting_of, settings_of, varying
+from pml.groups import (
+    differing,
+    group_runs,
+    method_name,
+    method_names,
+    setting_of,
+    settings_of,
+    short_method_names,
+    varying,
+)
 
 ONLY_THRESHOLD = {"class_path": "pml.weighting.OnlyThreshold", "init_args": {}}
 
@@ -30,6 +39,50 @@ def test_the_name_of_a_method_includes_its_weighting_and_curriculum(
     method: str, settings: dict[str, Any], name: str
 ) -> None:
     assert method_name(make_record(method=method, method_settings=settings)) == name
+
+
+def test_runs_of_one_weighting_are_named_by_the_arguments_in_which_they_differ() -> None:
+    def run(**arguments: Any) -> Any:
+        weighting = {"class_path": "pml.weighting.WholeTargets", "init_args": arguments}
+        return make_record(method="memft", method_settings={"weighting": weighting, "curriculum": None})
+
+    sft = make_record(method="sft", method_settings={})
+    records = [sft, run(start=0.8, last_share=0.1), run(start=0.8, last_share=0.0), run(start=0.8)]
+    named = method_names({Path(str(i)): record for i, record in enumerate(records)})
+    # The last record is older than the argument, which does not make it different in it.
+    assert list(named.values()) == [
+        "SFT",
+        "MemFT WholeTargets (last_share 0.1)",
+        "MemFT WholeTargets (last_share 0.0)",
+        "MemFT WholeTargets",
+    ]
+    alone = method_names({Path("a"): records[1], Path("b"): records[3]})
+    assert set(alone.values()) == {"MemFT WholeTargets"}
+
+
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["SFT", "MemFT SlidingWindow"], ["SFT", "MemFT"]),
+        (["SFT", "MemFT A", "MemFT B (t 1)"], ["SFT", "A", "B (t 1)"]),
+        (["SFT", "SFT PrefixRatio", "MemFT A"], ["SFT", "SFT PrefixRatio", "MemFT"]),
+        (["SFT A", "SFT B", "MemFT A", "MemFT B"], ["SFT A", "SFT B", "MemFT A", "MemFT B"]),
+    ],
+)
+def test_short_names_tell_methods_apart(names: list[str], short: list[str]) -> None:
+    assert short_method_names(names) == dict(zip(names, short, strict=True))
+
+
+def test_runs_of_two_thresholds_are_two_groups() -> None:
+    def run(threshold: float) -> Any:
+        weighting = {"class_path": "pml.weighting.OnlyThreshold", "init_args": {"threshold": threshold}}
+        return make_record(method="memft", method_settings={"weighting": weighting})
+
+    groups = group_runs({Path("a"): run(0.5), Path("b"): run(0.7), Path("c"): run(0.5)})
+    assert {group.method: len(group.records) for group in groups} == {
+        "MemFT OnlyThreshold (threshold 0.5)": 2,
+        "MemFT OnlyThreshold (threshold 0.7)": 1,
+    }
 
 
 @pytest.mark.parametrize(

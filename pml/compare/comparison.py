@@ -1,6 +1,6 @@
 """Any number of methods compared with a baseline method, over pairs of runs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +11,7 @@ from pml.compare.difference import Difference, paired_difference
 from pml.compare.outcomes import OUTCOMES, Outcome, measure_outcomes
 from pml.compare.pairs import TOLERANCE, LeftOut, Pair, find_pairs
 from pml.errors import InputError
-from pml.groups import method_name, setting_of, training_of
+from pml.groups import method_names, setting_of, training_of
 from pml.records import Record
 from pml.tables import setting_order
 
@@ -105,7 +105,7 @@ def compare(
 
     Args:
         records: Records by run folder.
-        baseline: The method that the others are compared with, as `method_name` writes it, in any case; None is SFT if
+        baseline: The method that the others are compared with, as `method_names` writes it, in any case; None is SFT if
             there is one, otherwise the first by name.
         by: Field of a record to split the runs by, such as `rank`.
         tolerance: Largest difference between budgets that count as equal, as a share of the larger.
@@ -119,18 +119,19 @@ def compare(
         raise InputError(f"tolerance: expected a share of at least 0 and below 1, got {tolerance:g}; 0.05 is 5 %")
     if not 0.5 <= confidence < 1:
         raise InputError(f"confidence: expected at least 0.5 and below 1, got {confidence:g}; 0.95 is usual")
-    methods = sorted({method_name(record) for record in records.values()})
-    if len(methods) < 2:
-        only = f"all runs are of {methods[0]}" if methods else "no run"
+    methods = method_names(records)
+    names = sorted(set(methods.values()))
+    if len(names) < 2:
+        only = f"all runs are of {names[0]}" if names else "no run"
         raise InputError(f"{only}: expected runs of at least two methods; add the runs of another method")
-    first = _baseline(baseline, methods)
+    first = _baseline(baseline, names)
     if by is not None and all(setting_of(record, by) is None for record in records.values()):
         raise InputError(f"by: no run has a value for {by!r}; expected a field of a record, such as rank")
     parts: dict[str, dict[Path, Record]] = {}
     for path, record in records.items():
         parts.setdefault(repr(setting_of(record, by)) if by else "", {})[path] = record
     values = {path: measure_outcomes(path, record) for path, record in records.items() if record.status == "finished"}
-    comparisons = [_comparison(part, values, first, by, tolerance, confidence) for part in parts.values()]
+    comparisons = [_comparison(part, methods, values, first, by, tolerance, confidence) for part in parts.values()]
     comparisons.sort(key=lambda comparison: [setting_order(value) for value in comparison.where.values()])
     if not any(comparison.differences for comparison in comparisons):
         reasons = sorted({left.reason for comparison in comparisons for left in comparison.left_out})
@@ -144,11 +145,19 @@ def compare(
 
 
 def _comparison(
-    records: Mapping[Path, Record], values: Values, baseline: str, by: str | None, tolerance: float, confidence: float
+    records: Mapping[Path, Record],
+    methods: Mapping[Path, str],
+    values: Values,
+    baseline: str,
+    by: str | None,
+    tolerance: float,
+    confidence: float,
 ) -> Comparison:
-    names = {method_name(record) for record in records.values()}
-    others = sorted(names - {baseline})
-    found = {other: find_pairs(records, baseline, other, tolerance) for other in others}
+    runs: dict[str, list[Path]] = {}
+    for path in records:
+        runs.setdefault(methods[path], []).append(path)
+    others = sorted(runs.keys() - {baseline})
+    found = {other: find_pairs(records, methods, baseline, other, tolerance) for other in others}
     every = [pair for pairs, _ in found.values() for pair in pairs]
     differences = [
         difference
@@ -166,7 +175,7 @@ def _comparison(
         confidence=confidence,
         tolerance=tolerance,
         by_text=any(difference.by_text for difference in differences),
-        methods=[_means(method, records, values) for method in (baseline, *others) if method in names],
+        methods=[_means(method, runs[method], values) for method in (baseline, *others) if method in runs],
         differences=differences,
         settings=_other_settings([(records[pair.first], records[pair.second]) for pair in every]),
         # A run of the baseline may be left out once for each other method.
@@ -194,8 +203,8 @@ def _difference(
     return paired_difference(outcome, first, second, samples, name=method, confidence=confidence, by_text=by_text)
 
 
-def _means(method: str, records: Mapping[Path, Record], values: Values) -> MethodMeans:
-    paths = [path for path in values if path in records and method_name(records[path]) == method]
+def _means(method: str, runs: Sequence[Path], values: Values) -> MethodMeans:
+    paths = [path for path in runs if path in values]
     known = {o.name: [v for path in paths if (v := values[path][o.name]) is not None] for o in OUTCOMES}
     return MethodMeans(
         method=method,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pml.groups import method_name, setting_of
+from pml.groups import setting_of
 from pml.records import Record
 
 __all__ = ["TOLERANCE", "LeftOut", "Pair", "find_pairs"]
@@ -46,20 +46,25 @@ class LeftOut:
 
 
 def find_pairs(
-    records: Mapping[Path, Record], first: str, second: str, tolerance: float = TOLERANCE
+    records: Mapping[Path, Record],
+    methods: Mapping[Path, str],
+    first: str,
+    second: str,
+    tolerance: float = TOLERANCE,
 ) -> tuple[list[Pair], list[LeftOut]]:
     """Pairs of runs that agree in backbone, adapter placement, rank, corpus and seed, and the runs left out.
 
     Args:
         records: Records by run folder; runs of other methods are ignored.
-        first: Name of the first method, as `method_name` writes it.
+        methods: Name of each run's method.
+        first: Name of the first method.
         second: Name of the second method.
         tolerance: Largest difference between budgets that count as equal, as a share of the larger.
     """
     alike: dict[str, tuple[list[Path], list[Path]]] = {}
     left_out = []
     for path, record in sorted(records.items(), key=lambda item: (item[1].target_tokens, item[1].rank, item[0])):
-        method = method_name(record)
+        method = methods[path]
         if method not in (first, second):
             continue
         if record.status != "finished":
