@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch import Tensor, nn
 
-from pml.errors import first_line
+from pml.errors import named_line
 from pml.evaluating import evaluating
 from pml.products import float32_products
 from pml.schedule import total_steps
@@ -198,8 +198,7 @@ class CompiledDecoder:
             log.warning("the compiled blocks differ by %.1e of their states' size; they run uncompiled", worst)
         # Compilers fail in many ways, none of which should stop training.
         except Exception as error:
-            why = f"{type(error).__name__}: {first_line(error)}"
-            log.warning("the blocks above the adapter cannot be compiled (%s); they run uncompiled", why)
+            log.warning("the blocks above the adapter cannot be compiled (%s); they run uncompiled", named_line(error))
         return self._plain(**inputs)
 
     def _rounding(self, expected: Tensor, **inputs: Tensor) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pml.adapter import lora_layers
 from pml.cpu import give_back_memory
-from pml.errors import first_line
+from pml.errors import named_line
 from pml.evaluating import evaluating
 
 __all__ = ["FAILURES", "CutModel", "deterministic_eval", "find_mismatch", "in_float32", "narrow_windows"]
@@ -94,7 +94,7 @@ def find_mismatch(cut: CutModel, model: PeftModel) -> str | None:
                     log.info("frozen layers: no trial in float32: %s", error)
             return _compare(cut, model, input_ids)
     except FAILURES as error:
-        return f"{type(error).__name__}: {first_line(error)}"
+        return named_line(error)
 
 
 def _compare(cut: CutModel, model: PeftModel, input_ids: Tensor) -> str | None:

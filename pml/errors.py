@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-__all__ = ["InputError", "first_line", "reason"]
+__all__ = ["InputError", "first_line", "named_line", "reason"]
 
 ATTEMPTS = re.compile(
     r"(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
@@ -27,6 +27,12 @@ KEY = re.compile(r'Parser key "([^"]*)":\s*(?:Problem with given class_path \'[^
 def first_line(error: BaseException) -> str:
     """First line of an exception's message, or the name of its class if there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def named_line(error: BaseException) -> str:
+    """Class of an exception and, if it has a message, the first line of that."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
 
 
 def reason(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Group:
 
     Attributes:
         setting: The fields of `SETTING`, and any further fields that the runs were split by.
-        method: Name of the method, see `method_name`.
+        method: Name of the method, see `method_names`.
         records: Records by run folder.
     """
 
@@ -72,45 +73,63 @@ def method_name(record: Record) -> str:
 def method_names(records: Mapping[Path, Record]) -> dict[Path, str]:
     """`method_name` of each run, with the arguments of weighting and curriculum in which runs of that name differ.
 
-    A record that lacks an argument, since it is older than the argument, does not count as different in it.
+    A record that is older than an argument of one of pml's classes counts as having the default.
 
     Example: `MemFT OnlyThreshold (threshold 0.7)`.
     """
-    arguments = {path: _method_arguments(record) for path, record in records.items()}
-    values: dict[tuple[str, str], set[str]] = {}
+    alike: dict[str, dict[Path, Record]] = {}
     for path, record in records.items():
-        for key, value in arguments[path].items():
-            values.setdefault((method_name(record), key), set()).add(repr(value))
+        alike.setdefault(method_name(record), {})[path] = record
     names = {}
-    for path, record in records.items():
-        name = method_name(record)
-        apart = [f"{key} {value}" for key, value in arguments[path].items() if len(values[name, key]) > 1]
-        names[path] = f"{name} ({', '.join(apart)})" if apart else name
-    return names
+    for name, runs in alike.items():
+        arguments = {path: _method_arguments(record) for path, record in runs.items()}
+        every = dict.fromkeys(key for one in arguments.values() for key in one)
+        for path, record in runs.items():
+            arguments[path] |= {key: _default(record, key) for key in every.keys() - arguments[path].keys()}
+        apart = [key for key in every if len({repr(one[key]) for one in arguments.values()}) > 1]
+        for path in runs:
+            described = ", ".join(f"{key} {arguments[path][key]}" for key in apart)
+            names[path] = f"{name} ({described})" if apart else name
+    return {path: names[path] for path in records}
+
+
+def _method_classes(record: Record) -> list[dict[str, Any]]:
+    """The weighting and the curriculum of a run, each as a class path with arguments."""
+    chosen = (record.method_settings.get(key) for key in ("weighting", "curriculum"))
+    return [one for one in chosen if isinstance(one, dict)]
 
 
 def _method_arguments(record: Record) -> dict[str, Any]:
     """Arguments of a run's weighting and curriculum by name."""
-    chosen = (record.method_settings.get(key) for key in ("weighting", "curriculum"))
-    found = (one.get("init_args") for one in chosen if isinstance(one, dict))
+    found = (one.get("init_args") for one in _method_classes(record))
     return {key: value for one in found if isinstance(one, dict) for key, value in one.items()}
 
 
-def short_method_names(methods: Iterable[str]) -> dict[str, str]:
-    """A short name for each method: its first word if no other begins with it, otherwise the rest.
+def _default(record: Record, argument: str) -> Any:
+    """Default of an argument of a run's weighting or curriculum; None if neither is a class of pml that has it."""
+    for one in _method_classes(record):
+        module, _, name = str(one.get("class_path")).rpartition(".")
+        if module in ("pml.weighting", "pml.curriculum"):
+            # Imported here because these import PyTorch, which takes seconds; few records lack an argument.
+            fields = getattr(getattr(import_module(module), name, None), "__dataclass_fields__", {})
+            if argument in fields:
+                return fields[argument].default
+    return None
 
-    Where the rest is empty or belongs to two methods, names that begin alike stay whole.
+
+def short_method_names(methods: Iterable[str]) -> dict[str, str]:
+    """A short name for each method: its first word if all first words differ; otherwise `MemFT` is left out.
 
     Example:
         >>> short_method_names(["SFT", "MemFT OnlyThreshold", "MemFT WholeTargets"])
         {'SFT': 'SFT', 'MemFT OnlyThreshold': 'OnlyThreshold', 'MemFT WholeTargets': 'WholeTargets'}
     """
-    parts = {name: name.partition(" ")[::2] for name in methods}
-    firsts = Counter(first for first, _ in parts.values())
-    short = {name: first if firsts[first] == 1 else rest for name, (first, rest) in parts.items()}
-    if "" in short.values() or len(set(short.values())) < len(short):
-        return {name: first if firsts[first] == 1 else name for name, (first, _) in parts.items()}
-    return short
+    names = list(dict.fromkeys(methods))
+    for shorten in (lambda name: name.partition(" ")[0], lambda name: name.removeprefix(f"{NAMES['memft']} ")):
+        short = {name: shorten(name) for name in names}
+        if len(set(short.values())) == len(names):
+            return short
+    return {name: name for name in names}
 
 
 def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_corpora: bool = False) -> list[Group]:
@@ -138,15 +157,16 @@ def group_runs(records: Mapping[Path, Record], by: Sequence[str] = (), *, join_c
                 f"no run has a value for {name!r}; expected {FOLDER}, or a field of its record, with dots into its "
                 "settings, such as dtype or method_settings.learning_rate"
             )
-    methods = method_names(records)
-    groups: dict[str, Group] = {}
+    names = [name for name in SETTING if not (join_corpora and name == "corpus")]
+    settings: dict[str, tuple[dict[str, Any], dict[Path, Record]]] = {}
     for path, record in records.items():
-        names = [name for name in SETTING if not (join_corpora and name == "corpus")]
         setting = {name: value(path, record, name) for name in dict.fromkeys((*names, *by))}
-        method = methods[path]
         # Values may be lists, which cannot be hashed; their repr can.
-        group = groups.setdefault(repr((setting, method)), Group(setting, method, {}))
-        group.records[path] = record
+        settings.setdefault(repr(setting), (setting, {}))[1][path] = record
+    groups: dict[tuple[str, str], Group] = {}
+    for key, (setting, runs) in settings.items():
+        for path, method in method_names(runs).items():
+            groups.setdefault((key, method), Group(setting, method, {})).records[path] = runs[path]
     return list(groups.values())
 
 

@@ -232,7 +232,8 @@ class WholeTargets(ExpectedRecall):
     """`ExpectedRecall`, with more weight for targets that are nearly certain as a whole: `within_reach`.
 
     Aim: to make as many whole targets certain as possible when the adapter cannot hold all of them. The temperature of
-    `within_reach` falls over the run. With a single target in the global batch, it is the same as `ExpectedRecall`.
+    `within_reach` falls over the run. With a single target in the global batch, it is the same as `ExpectedRecall`,
+    unless `last_share` is set.
 
     Targets that are given up have wrong tokens in the end. `last_share` returns to them: for this last part of the run,
     the weights are those of `OnlyThreshold`. More single tokens then end right and fewer certain.
@@ -242,7 +243,7 @@ class WholeTargets(ExpectedRecall):
             weight, above the floor, to 1/e.
         reach_end: The same at the end of the run; it falls geometrically.
         reach_floor: Share of its weight that a target out of reach keeps.
-        last_share: Share of the run, at its end, in which every token with p <= 0.5 has weight 1 and no other has any.
+        last_share: Share of the run, at its end, in which every token with p < 0.5 has weight 1, and no other any.
     """
 
     reach_start: float = 32.0

@@ -175,6 +175,7 @@ class TestPairs:
         ]
         assert means_table(found).columns == ("outcome", "SFT", "OnlyThreshold", "SlidingWindow")
         (found,) = compare(records, baseline="memft slidingwindow")
+        assert compare(records, baseline="slidingwindow")[0].baseline == found.baseline
         assert {d.method: d.mean for d in found.differences if d.outcome is LOSS} == {
             "MemFT OnlyThreshold": -3.0,
             "SFT": -1.5,
@@ -368,7 +369,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"baseline": "adam"}, "no run of 'adam'; there are MemFT OnlyThreshold, SFT"),
+            ({"baseline": "adam"}, "no run of 'adam'; expected one of: MemFT OnlyThreshold; SFT"),
             ({"by": "colour"}, "no run has a value for 'colour'"),
             ({"tolerance": -0.1}, "tolerance: expected a share of at least 0"),
             ({"tolerance": math.nan}, "tolerance: expected a share of at least 0"),

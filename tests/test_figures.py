@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -421,6 +422,24 @@ class TestTrainingFigures:
         assert len({str(line.get_color()) for line in loss.lines}) == 2
         np.testing.assert_array_equal(certain.lines[0].get_ydata(), run.certain)
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["SFT", "MemFT"]
+
+    @pytest.mark.parametrize(
+        ("names", "columns"),
+        [
+            (["SFT", "OnlyThreshold", "WholeTargets", "ExpectedRecall"], 3),
+            (["SFT", "OnlyThreshold + PrefixRatio"], 2),
+            (["SFT", "WholeTargets (last_share 0.0)", "WholeTargets (last_share 0.1)"], 1),
+        ],
+    )
+    def test_a_legend_has_as_many_columns_as_fit_into_the_figure(self, names: list[str], columns: int) -> None:
+        run = curves([0.0, 0.1, 0.5, 1.0], [0.0] * 4)
+        figure = learning_figure({name: [run] for name in names}, "method")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        (legend,) = figure.legends
+        extent = legend.get_window_extent(canvas.get_renderer())
+        assert legend._ncols == columns
+        assert 0 <= extent.x0 < extent.x1 <= figure.bbox.width
 
     def test_the_step_axis_is_symmetric_logarithmic_from_0_to_the_last_step(self) -> None:
         (axes,) = phases_figure({"SFT": curves([0, 0, 0, 1], [0, 0, 0, 0])}).axes

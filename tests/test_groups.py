@@ -47,17 +47,35 @@ def test_runs_of_one_weighting_are_named_by_the_arguments_in_which_they_differ()
         return make_record(method="memft", method_settings={"weighting": weighting, "curriculum": None})
 
     sft = make_record(method="sft", method_settings={})
+    # The last record is older than the argument, so it has the default.
     records = [sft, run(start=0.8, last_share=0.1), run(start=0.8, last_share=0.0), run(start=0.8)]
     named = method_names({Path(str(i)): record for i, record in enumerate(records)})
-    # The last record is older than the argument, which does not make it different in it.
     assert list(named.values()) == [
         "SFT",
         "MemFT WholeTargets (last_share 0.1)",
         "MemFT WholeTargets (last_share 0.0)",
-        "MemFT WholeTargets",
+        "MemFT WholeTargets (last_share 0.0)",
     ]
-    alone = method_names({Path("a"): records[1], Path("b"): records[3]})
-    assert set(alone.values()) == {"MemFT WholeTargets"}
+    assert set(method_names({Path("a"): records[2], Path("b"): records[3]}).values()) == {"MemFT WholeTargets"}
+
+
+def test_a_missing_argument_of_a_class_from_elsewhere_is_none() -> None:
+    def run(**arguments: Any) -> Any:
+        return make_record(
+            method="memft", method_settings={"weighting": {"class_path": "my.W", "init_args": arguments}}
+        )
+
+    named = method_names({Path("a"): run(), Path("b"): run(power=2)})
+    assert list(named.values()) == ["MemFT W (power None)", "MemFT W (power 2)"]
+
+
+def test_names_are_told_apart_within_a_setting_only() -> None:
+    def run(corpus: str, threshold: float) -> Any:
+        weighting = {"class_path": "pml.weighting.OnlyThreshold", "init_args": {"threshold": threshold}}
+        return make_record(method="memft", corpus=corpus, method_settings={"weighting": weighting})
+
+    groups = group_runs({Path("a"): run("phonebook", 0.5), Path("b"): run("random_tokens", 0.7)})
+    assert [group.method for group in groups] == ["MemFT OnlyThreshold", "MemFT OnlyThreshold"]
 
 
 @pytest.mark.parametrize(
@@ -65,8 +83,9 @@ def test_runs_of_one_weighting_are_named_by_the_arguments_in_which_they_differ()
     [
         (["SFT", "MemFT SlidingWindow"], ["SFT", "MemFT"]),
         (["SFT", "MemFT A", "MemFT B (t 1)"], ["SFT", "A", "B (t 1)"]),
-        (["SFT", "SFT PrefixRatio", "MemFT A"], ["SFT", "SFT PrefixRatio", "MemFT"]),
-        (["SFT A", "SFT B", "MemFT A", "MemFT B"], ["SFT A", "SFT B", "MemFT A", "MemFT B"]),
+        (["SFT", "SFT PrefixRatio", "MemFT A"], ["SFT", "SFT PrefixRatio", "A"]),
+        (["SFT PrefixRatio", "MemFT A + PrefixRatio", "MemFT A"], ["SFT PrefixRatio", "A + PrefixRatio", "A"]),
+        (["SFT A", "SFT B", "MemFT A", "MemFT B"], ["SFT A", "SFT B", "A", "B"]),
     ],
 )
 def test_short_names_tell_methods_apart(names: list[str], short: list[str]) -> None:

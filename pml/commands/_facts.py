@@ -58,7 +58,7 @@ def base_of(adapter: Path) -> str:
     """Name of the backbone that a saved adapter was trained on, from its `adapter_config.json`.
 
     Raises:
-        InputError: If it names none, or a revision of it; another revision may have other weights.
+        InputError: If it names no base, or pins a revision of it, since pml would load the default one.
     """
     from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
 
@@ -67,11 +67,11 @@ def base_of(adapter: Path) -> str:
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         base, revision = config["base_model_name_or_path"], config.get("revision")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{adapter}: no adapter_config.json that names a base model; give --backbone") from error
     if base is None:
         raise InputError(f"{adapter}: its adapter_config.json names no base model; give --backbone")
-    if revision not in (None, "main"):
+    if revision and revision != "main" and not Path(str(base)).is_dir():
         raise InputError(
             f"{adapter}: its base model is revision {revision} of {base}; download that revision with "
             f"`hf download {base} --revision {revision} --local-dir FOLDER` and give --backbone FOLDER"

@@ -11,7 +11,7 @@ from pml.compare.difference import Difference, paired_difference
 from pml.compare.outcomes import OUTCOMES, Outcome, measure_outcomes
 from pml.compare.pairs import TOLERANCE, LeftOut, Pair, find_pairs
 from pml.errors import InputError
-from pml.groups import method_names, setting_of, training_of
+from pml.groups import method_names, setting_of, short_method_names, training_of
 from pml.records import Record
 from pml.tables import setting_order
 
@@ -105,7 +105,7 @@ def compare(
 
     Args:
         records: Records by run folder.
-        baseline: The method that the others are compared with, as `method_names` writes it, in any case; None is SFT if
+        baseline: The method that the others are compared with, by its name or short name, in any case; None is SFT if
             there is one, otherwise the first by name.
         by: Field of a record to split the runs by, such as `rank`.
         tolerance: Largest difference between budgets that count as equal, as a share of the larger.
@@ -225,10 +225,11 @@ def _in_words(found: Difference) -> str:
 def _baseline(asked: str | None, methods: list[str]) -> str:
     if asked is None:
         return "SFT" if "SFT" in methods else methods[0]
+    short = short_method_names(methods)
     for method in methods:
-        if method.lower() == asked.lower():
+        if asked.lower() in (method.lower(), short[method].lower()):
             return method
-    raise InputError(f"baseline: no run of {asked!r}; there are {', '.join(methods)}; name one of them")
+    raise InputError(f"baseline: no run of {asked!r}; expected one of: {'; '.join(methods)}")
 
 
 def _other_settings(runs: list[tuple[Record, Record]]) -> dict[str, list[str]]:

@@ -70,7 +70,7 @@ def recall_figure(methods: Mapping[str, Iterable[Record]], measure: Measure) -> 
             for i, (method, (colour, marker)) in enumerate(looks.items())
         ]
         if len(handles) > 1:
-            legend_below(figure, handles, columns=2)
+            legend_below(figure, handles)
     return figure
 
 

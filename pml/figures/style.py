@@ -46,6 +46,8 @@ PAPER = "#FFFFFF"
 GRID = "#E4E4E4"
 # On a phone, where a figure fills the width of the page, this makes its letters as large as the text around it.
 WIDTH_INCHES = 4.7
+# Characters of a legend's font across a figure; a handle with its margins takes the room of six.
+LEGEND_CHARACTERS = 66
 
 Styles = dict[Any, tuple[str, str]]
 """A colour and a marker for each value that a figure tells apart."""
@@ -117,12 +119,13 @@ def point(look: tuple[str, str], *, is_hollow: bool = False, size: float = 8.0) 
     }
 
 
-def legend_below(figure: Figure, handles: Sequence[Any], columns: int = 3, title: str | None = None) -> None:
-    """Put a legend below the axes, where it hides nothing."""
+def legend_below(figure: Figure, handles: Sequence[Any], title: str | None = None) -> None:
+    """Put a legend below the axes, where it hides nothing, in up to three columns that fit the figure's width."""
+    longest = max(len(str(handle.get_label())) for handle in handles)
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(columns, len(handles)),
+        ncols=max(1, min(3, LEGEND_CHARACTERS // (longest + 6), len(handles))),
         frameon=False,
         title=title,
         fontsize=10,

@@ -101,7 +101,8 @@ def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
         sections.append(section)
     if len(groups) > 1:
         sections.append(_comparison(records))
-    by_method = {method: list(runs.values()) for method, runs in finished.items()}
+    short = short_method_names(finished)
+    by_method = {short[method]: list(runs.values()) for method, runs in finished.items()}
     sections += [
         Section("Recall by rank", panels=_recall_panels(anchor, by_method)),
         training_part(anchor, title, finished),

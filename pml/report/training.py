@@ -123,8 +123,9 @@ def _first_positions(history: History) -> tuple[int, FirstPositions] | None:
 
 
 def _phase_panel(anchor: str, of: str, examples: Mapping[str, Example], curves: Mapping[Path, Curves]) -> list[Panel]:
+    short = short_method_names(examples)
     runs = {
-        f"{method}, rank {run.record.rank:,}, {run.record.target_tokens:,} tokens": curves[run.folder]
+        f"{short[method]}, rank {run.record.rank:,}, {run.record.target_tokens:,} tokens": curves[run.folder]
         for method, run in examples.items()
     }
     ends = "; ".join(f"{name}: {100 * run.certain[-1]:.0f} % certain at the end" for name, run in runs.items())
@@ -143,11 +144,12 @@ def _learning_panel(
 ) -> list[Panel]:
     ranks = {record.rank for runs in methods.values() for record in runs.values()}
     by_rank = len(methods) == 1 and len(ranks) > 1
+    short = short_method_names(methods)
     groups: dict[str, list[Curves]] = {}
     for method, runs in methods.items():
         for path, record in sorted(runs.items(), key=lambda item: item[1].rank):
             if path in curves:
-                groups.setdefault(f"{record.rank:,}" if by_rank else method, []).append(curves[path])
+                groups.setdefault(f"{record.rank:,}" if by_rank else short[method], []).append(curves[path])
     return draw(
         f"{anchor}-learning",
         "Learning curves",
