@@ -63,6 +63,7 @@ METHODS: dict[str, Callable[[Path], Memorization]] = {
     "only threshold": lambda folder: module_on(folder, MemFT, weighting=OnlyThreshold()),
     "sliding window": lambda folder: module_on(folder, MemFT, weighting=SlidingWindow(window=2, patience=2)),
     "whole targets": lambda folder: module_on(folder, MemFT, weighting=WholeTargets(reach_start=4.0)),
+    "last share": lambda folder: module_on(folder, MemFT, weighting=WholeTargets(reach_start=4.0, last_share=0.3)),
     "curriculum": lambda folder: module_on(folder, MemFT, curriculum=PrefixRatio([0.3, 0.6, 1.0], [1, 3, 9])),
     # The text yields a single piece, of five tokens and the one before them, so all micro-batches draw the same one.
     "penalty": lambda folder: module_on(

@@ -22,7 +22,7 @@ from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
 from pml.records import Record, read_record
 from pml.stopping import Stopped
-from pml.weighting import OnlyThreshold, SlidingWindow
+from pml.weighting import OnlyThreshold, SlidingWindow, WholeTargets
 from tests.fits import module_on, save_sharpened
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -51,6 +51,11 @@ CASES: dict[str, tuple[Callable[[Path], Memorization], int, dict[str, Any]]] = {
         lambda folder: module_on(folder, SFT, adapter=DROPOUT, schedule="linear", warmup_steps=3),
         2,
         {"max_epochs": -1, "max_steps": 13},
+    ),
+    "a weighting with a last share": (
+        lambda folder: module_on(folder, MemFT, adapter=DROPOUT, weighting=WholeTargets(last_share=0.4)),
+        2,
+        {"max_epochs": 4},
     ),
     "one batch an epoch": (
         lambda folder: module_on(folder, MemFT, adapter=DROPOUT, weighting=OnlyThreshold(when_memorized="uniform")),

@@ -83,8 +83,9 @@ def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
     title = ", ".join(filter(None, (CORPORA.get(corpus, corpus), others)))
     records = {path: record for group in groups for path, record in group.records.items()}
     observations = {group.method: observations_from_records(group.records) for group in groups}
+    short = short_method_names(group.method for group in groups)
     finished = {
-        group.method: {path: record for path, record in group.records.items() if record.status == "finished"}
+        short[group.method]: {path: record for path, record in group.records.items() if record.status == "finished"}
         for group in groups
     }
     laws: dict[str, LawFit] = {}
@@ -101,8 +102,7 @@ def _study(number: int, groups: list[Group], names: Sequence[str]) -> Study:
         sections.append(section)
     if len(groups) > 1:
         sections.append(_comparison(records))
-    short = short_method_names(finished)
-    by_method = {short[method]: list(runs.values()) for method, runs in finished.items()}
+    by_method = {method: list(runs.values()) for method, runs in finished.items()}
     sections += [
         Section("Recall by rank", panels=_recall_panels(anchor, by_method)),
         training_part(anchor, title, finished),

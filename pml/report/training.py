@@ -18,7 +18,6 @@ from pml.corpus_file import CORPUS_NAME, read_targets
 from pml.errors import InputError
 from pml.escape import shortened
 from pml.figures import Curves, first_failure_figure, learning_figure, phases_figure
-from pml.groups import short_method_names
 from pml.last_seen import TokenStates
 from pml.records import Record
 from pml.report.parts import Panel, Section, draw, spans
@@ -49,7 +48,7 @@ def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Reco
     Args:
         anchor: Prefix of the figures' names.
         of: Whose tokens they are, for the figures' alternative texts.
-        methods: Finished runs by method name and run folder.
+        methods: Finished runs by the short name of their method and by run folder.
     """
     examples: dict[str, Example] = {}
     curves: dict[Path, Curves] = {}
@@ -123,9 +122,8 @@ def _first_positions(history: History) -> tuple[int, FirstPositions] | None:
 
 
 def _phase_panel(anchor: str, of: str, examples: Mapping[str, Example], curves: Mapping[Path, Curves]) -> list[Panel]:
-    short = short_method_names(examples)
     runs = {
-        f"{short[method]}, rank {run.record.rank:,}, {run.record.target_tokens:,} tokens": curves[run.folder]
+        f"{method}, rank {run.record.rank:,}, {run.record.target_tokens:,} tokens": curves[run.folder]
         for method, run in examples.items()
     }
     ends = "; ".join(f"{name}: {100 * run.certain[-1]:.0f} % certain at the end" for name, run in runs.items())
@@ -144,12 +142,11 @@ def _learning_panel(
 ) -> list[Panel]:
     ranks = {record.rank for runs in methods.values() for record in runs.values()}
     by_rank = len(methods) == 1 and len(ranks) > 1
-    short = short_method_names(methods)
     groups: dict[str, list[Curves]] = {}
     for method, runs in methods.items():
         for path, record in sorted(runs.items(), key=lambda item: item[1].rank):
             if path in curves:
-                groups.setdefault(f"{record.rank:,}" if by_rank else short[method], []).append(curves[path])
+                groups.setdefault(f"{record.rank:,}" if by_rank else method, []).append(curves[path])
     return draw(
         f"{anchor}-learning",
         "Learning curves",
@@ -208,10 +205,9 @@ def _target_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
             name = visible_text(texts.get(int(ids[i]), f"number {ids[i]}"))
             states = [_target_state(run.history, slice(starts[i], starts[i] + lengths[i])) for run in runs.values()]
             rows.append((shortened(name, MOST_LETTERS), *chain.from_iterable(states)))
-        short = short_method_names(runs)
         yield TextTable(
             f"Targets, the {len(order)} weakest of {len(ids):,}" if len(order) < len(ids) else "Targets",
-            ("target", *chain.from_iterable((short[method], "margin") for method in runs)),
+            ("target", *chain.from_iterable((method, "margin") for method in runs)),
             rows,
             words=(0, *range(1, 2 * len(runs) + 1, 2)),
             note="At the end of the run. Margin: by how much the logit of the weakest token exceeds that of the best "
@@ -236,7 +232,7 @@ def _target_state(history: History, tokens: slice) -> tuple[str, str]:
 
 def _stubborn_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
     """One table of the most stubborn tokens of all methods."""
-    short, rows, sampled = short_method_names(examples), [], ""
+    rows, sampled = [], ""
     for method, (record, _, history) in examples.items():
         ids, starts = np.unique(history.example_id, return_index=True)
         sampled = sampled or _sampled(len(ids), record.pairs)
@@ -250,7 +246,7 @@ def _stubborn_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
         targets = [part.tolist() for part in np.split(history.token_id, starts[1:])]
         table = stubborn_table(last, targets, _text_of(record.backbone), MOST_TOKENS)
         # The pair number is dropped: a history of a long corpus keeps only some pairs and numbers those.
-        rows += [(short[method], *row[1:]) for row in table.rows]
+        rows += [(method, *row[1:]) for row in table.rows]
     if rows:
         columns, note = (
             ("method", *table.columns[1:]),

@@ -70,7 +70,7 @@ def test_measuring_harm_changes_no_weights_and_runs_the_frozen_layers_once_per_p
     filled = module.frozen_layers.filled
     assert filled == 3 + 3
     weights = {name: p.clone() for name, p in adapter_parameters(module.model).items()}
-    harm._end = None
+    harm._measured_at = None  # so that the record measures again
     assert harm.record_fields(trainer, module, True)["harm"].keys() == {"prose", "code", "chat", "mean"}
     assert module.frozen_layers.filled == filled
     assert all(torch.equal(weights[name], p) for name, p in adapter_parameters(module.model).items())
