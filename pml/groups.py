@@ -1,5 +1,6 @@
 """Runs grouped by what one law describes: one backbone, adapter placement and initialisation, corpus and method."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ __all__ = [
     "SIZES",
     "Group",
     "differing",
+    "drawn_as",
     "group_runs",
     "method_name",
     "method_names",
@@ -34,6 +36,8 @@ SIZES = tuple(
     f"corpus_settings.{name}"
     for name in ("length", "count", "pairs", "people", "size", "target_tokens", "path", "seed")
 )
+# Corpus settings that change only the size of a corpus drawn from one seed.
+DRAWN_SIZES = ("length", "count", "pairs", "people", "size", "target_tokens")
 # Keys of `Record.training` that change the result.
 TRAINING = ("global_batch_size", "gradient_clip_val", "gradient_clip_algorithm", "precision")
 # Fields that all runs of one law must share.
@@ -185,6 +189,15 @@ def setting_of(record: Record, name: str) -> Any:
     return value
 
 
+def drawn_as(record: Record) -> str | None:
+    """Equal for corpora drawn from one seed, of which larger ones begin with smaller ones; None if not drawn so."""
+    settings = record.corpus_settings
+    # Of several targets, only the first begins alike at all lengths.
+    sizes = [name for name in DRAWN_SIZES if name != "length" or settings.get("count", 1) == 1]
+    others = {name: value for name, value in settings.items() if name not in sizes}
+    return json.dumps([record.corpus, others], sort_keys=True, default=str) if "seed" in others else None
+
+
 def settings_of(record: Record) -> dict[str, Any]:
     """Everything that a run was made with, by dotted name: setting, dtype, method, and settings of method and corpus.
 
@@ -207,7 +220,8 @@ def training_of(record: Record) -> dict[str, Any]:
 def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
     """Settings other than rank, length and seed in which runs differ, with their values.
 
-    They include `optimizer_steps` if runs of one size that did not recall everything took different numbers of steps.
+    They include `optimizer_steps` if runs of one size that did not recall everything took different numbers of steps,
+    and the global batch size if runs of equally many pairs had different batches.
     """
     known = list(records)
     all_settings = [settings_of(record) for record in known]
@@ -219,13 +233,17 @@ def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
         values = {repr(settings.get(name)): settings.get(name) for settings in having}
         if len(values) > 1:
             found[name] = sorted(values.values(), key=setting_order)
+    batches: dict[int, set[int]] = {}
     steps: dict[tuple[int, int], set[int]] = {}
     for record in known:
+        if size := record.training.get("global_batch_size"):
+            batches.setdefault(record.pairs, set()).add(min(size, record.pairs))
         # A run may have stopped because it recalled; an interrupted run did not use its budget.
         if record.steps_to_recall is None and record.status == "finished":
             steps.setdefault((record.target_tokens, record.pairs), set()).add(record.optimizer_steps)
-    if differing_steps := [of_size for of_size in steps.values() if len(of_size) > 1]:
-        found["optimizer_steps"] = sorted(set().union(*differing_steps))
+    for name, by_size in (("training.global_batch_size", batches), ("optimizer_steps", steps)):
+        if different := [values for values in by_size.values() if len(values) > 1]:
+            found[name] = sorted(set(found.get(name, [])).union(*different))
     return found
 
 
@@ -277,7 +295,8 @@ def select_records(records: Mapping[Path, Record], where: Mapping[str, Any] | No
 def shared_setting(records: Mapping[Path, Record], adapter_size: AdapterSize = "rank") -> dict[str, Any]:
     """What the runs of one law have in common: backbone, block, placement, initialisation and method.
 
-    `corpus` lists the names of all corpora, which may differ: files of several lengths can belong to one law. `pooled`
+    `corpus` lists the names of all corpora, which may differ: files of several lengths can belong to one law. `guarded`
+    is there if an adapter was guarded, since its saved size is not that of its trainable parameters then. `pooled`
     lists other settings in which the runs differ (see `varying`), with their values.
 
     Args:
@@ -309,6 +328,8 @@ def shared_setting(records: Mapping[Path, Record], adapter_size: AdapterSize = "
     first = next(iter(records.values()))
     shared = {name: getattr(first, name) for name in ("backbone", *OF_ONE_LAW) if name not in mixed}
     shared["corpus"] = sorted({record.corpus for record in records.values()})
+    if any(record.method_settings.get("guard") for record in records.values()):
+        shared["guarded"] = True
     # Settings of different corpora may all differ; the list of corpora already says so.
     apart = "corpus_settings." if len(shared["corpus"]) > 1 else None
     pooled = {

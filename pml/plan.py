@@ -20,9 +20,8 @@ from pml.plan_answer import LARGEST_RANK, Plan, RankOutcome
 
 __all__ = ["outcome_of_rank", "rank_for_loss_reduction", "rank_for_recall"]
 
-RANKS = np.arange(1.0, LARGEST_RANK + 1)
-# For recall: all ranks up to 50, then ranks about 3 % apart. LAWS bootstrapped laws simulate RUNS runs each.
-FEWER_RANKS = np.unique(np.geomspace(1, LARGEST_RANK, 360).round())
+# For recall, LAWS bootstrapped laws simulate RUNS runs each, at all ranks up to about 50 and at FEWER_RANKS in all.
+FEWER_RANKS = 360
 LAWS, RUNS = 100, 128
 # Bounds the memory of ranks x laws x runs.
 RANKS_AT_ONCE = 45
@@ -74,11 +73,15 @@ def outcome_of_rank(
         initial_loss: The frozen model's loss on the corpus in nats per target token, if known.
 
     Raises:
-        InputError: If a number is not positive, or there are more targets than target tokens.
+        InputError: If a number is not positive, there are more targets than target tokens, or the rank exceeds the
+            model's width.
     """
     corpus = _Corpus.of(law, target_tokens, pairs, initial_loss)
     if rank < 1 or rank != int(rank):
         raise InputError(f"rank is {rank}; expected a whole number of at least 1")
+    width = _width(law)
+    if width is not None and rank > width:
+        raise InputError(f"rank is {rank}; expected at most {width}, the width of the model, which no adapter exceeds")
     return _plan(law, corpus, f"what rank {rank} does with {corpus}", rank)
 
 
@@ -100,10 +103,11 @@ def rank_for_loss_reduction(
             f"nats per target token at {target_tokens} tokens"
         )
     question = f"the smallest rank that reduces the loss of {corpus} by {reduction:g} nats"
-    enough = law.predict(RANKS, target_tokens, initial_loss=initial_loss)[None] >= reduction
-    of_laws = law.predict_draws(RANKS, target_tokens, initial_loss=initial_loss) >= reduction
+    ranks = np.arange(1.0, _largest_rank(law) + 1)
+    enough = law.predict(ranks, target_tokens, initial_loss=initial_loss)[None] >= reduction
+    of_laws = law.predict_draws(ranks, target_tokens, initial_loss=initial_loss) >= reduction
     return _plan(
-        law, corpus, question, float(_smallest_sufficient(enough, RANKS)[0]), _smallest_sufficient(of_laws, RANKS)
+        law, corpus, question, float(_smallest_sufficient(enough, ranks)[0]), _smallest_sufficient(of_laws, ranks)
     )
 
 
@@ -147,19 +151,20 @@ def rank_for_recall(
 
     which = "all targets" if share == 1 else f"{100 * share:g} % of the targets"
     question = f"the smallest rank at which a run recalls {which} of {corpus} with probability {probability:g}"
-    probabilities = by_law(FEWER_RANKS)
-    of_laws = _smallest_sufficient(probabilities >= probability, FEWER_RANKS)
+    ranks = np.unique(np.geomspace(1, _largest_rank(law), FEWER_RANKS).round())
+    probabilities = by_law(ranks)
+    of_laws = _smallest_sufficient(probabilities >= probability, ranks)
     likely = probabilities.mean(axis=0)
-    rank = float(_smallest_sufficient(likely[None] >= probability, FEWER_RANKS)[0])
+    rank = float(_smallest_sufficient(likely[None] >= probability, ranks)[0])
     if math.isinf(rank):
-        enough = FEWER_RANKS[np.argmax(likely >= likely.max() - SAME_PROBABILITY)]
+        enough = ranks[np.argmax(likely >= likely.max() - SAME_PROBABILITY)]
         none = (
-            f"no rank up to {LARGEST_RANK} is enough: from rank {enough:.0f} on the probability stays at "
+            f"no rank up to {_largest_rank(law)} is enough: from rank {enough:.0f} on the probability stays at "
             f"{likely.max():.3g}, as far as {len(law.observations)} runs and their recall model can tell"
         )
         return _plan(law, corpus, question, rank, of_laws, none)
     # Refine: evaluate the ranks that were skipped below the one found.
-    between = np.arange(FEWER_RANKS.compress(rank > FEWER_RANKS).max(initial=0.0) + 1, rank + 1)
+    between = np.arange(ranks.compress(rank > ranks).max(initial=0.0) + 1, rank + 1)
     rank = float(_smallest_sufficient(by_law(between).mean(axis=0)[None] >= probability, between)[0])
     return _plan(law, corpus, question, rank, of_laws)
 
@@ -170,9 +175,10 @@ def _plan(
     question: str,
     rank: float,
     of_laws: Array | None = None,
-    none: str = f"no rank up to {LARGEST_RANK} is enough",
+    none: str | None = None,
 ) -> Plan:
     """The plan for a rank (infinite if none is enough); `of_laws` has the rank that each bootstrapped law needs."""
+    largest = _largest_rank(law)
 
     def known(rank: float) -> int | None:
         return int(rank) if math.isfinite(rank) else None
@@ -188,11 +194,24 @@ def _plan(
         target_tokens=corpus.target_tokens,
         pairs=corpus.pairs,
         rank=known(rank),
+        largest_rank=largest,
         rank_confidence_interval=interval,
         outcome=outcome,
-        beyond=([none] if outcome is None else []) + _beyond(law, outcome, corpus),
+        beyond=([none or f"no rank up to {largest} is enough"] if outcome is None else [])
+        + _beyond(law, outcome, corpus),
         warnings=law.warnings,
     )
+
+
+def _width(law: LawFit) -> int | None:
+    """The model's width d, from the 2 d parameters that a rank of an unguarded `mlp_block` has; otherwise None."""
+    if law.setting.get("placement") != "mlp_block" or law.setting.get("guarded") or law.parameters_per_rank is None:
+        return None
+    return int(law.parameters_per_rank / (2 * len(law.setting["block"])))
+
+
+def _largest_rank(law: LawFit) -> int:
+    return min(LARGEST_RANK, _width(law) or LARGEST_RANK)
 
 
 def _smallest_sufficient(holds: npt.NDArray[np.bool_], ranks: Array) -> Array:
@@ -209,6 +228,7 @@ def _outcome(law: LawFit, rank: int, corpus: _Corpus) -> RankOutcome:
     mean = np.minimum(law.predict_draws(rank, tokens, initial_loss=given), initial)
     runs = law.new_run_draws(rank, tokens, initial_loss=given)
     parameters = None if law.parameters_per_rank is None else round(rank * law.parameters_per_rank)
+    guarded = law.setting.get("guarded", False)
     recalled: dict[str, Any] = {}
     if law.recall is not None:
         losses, per_target = runs.final_loss, tokens / corpus.pairs
@@ -223,7 +243,7 @@ def _outcome(law: LawFit, rank: int, corpus: _Corpus) -> RankOutcome:
     return RankOutcome(
         rank=rank,
         effective_parameters=parameters,
-        megabytes=None if parameters is None else parameters * np.dtype(np.float32).itemsize / 1e6,
+        megabytes=parameters * np.dtype(np.float32).itemsize / 1e6 if parameters and not guarded else None,
         initial_loss=initial,
         loss_reduction=reduction,
         loss_reduction_confidence_interval=percentiles(mean),

@@ -2,11 +2,12 @@
 
 from pml.content import Content
 from pml.law.schema import Interval
+from pml.tables import show_percent
 
 __all__ = ["LARGEST_RANK", "Plan", "RankOutcome"]
 
 LARGEST_RANK = 4096
-"""The largest rank considered; a larger adapter would not be small."""
+"""The largest rank considered where the model's width is unknown; a larger adapter would not be small."""
 
 
 class RankOutcome(Content):
@@ -15,7 +16,8 @@ class RankOutcome(Content):
     Attributes:
         rank: LoRA rank.
         effective_parameters: Trainable parameters of the adapter; None if the law has no number of them per rank.
-        megabytes: Size of the adapter in float32, in 10^6 bytes.
+        megabytes: Size of the adapter in float32, in 10^6 bytes; None where the number of parameters does not tell it,
+            as with a guard, whose saved adapter is larger.
         initial_loss: Loss of the frozen model.
         loss_reduction: Loss reduction predicted by the law, at most the frozen model's loss.
         loss_reduction_confidence_interval: Its 95 % confidence interval.
@@ -48,10 +50,8 @@ class RankOutcome(Content):
         """The outcome in words, line by line."""
         shown = []
         if self.effective_parameters is not None:
-            shown.append(
-                f"adapter of rank {self.rank}: {self.effective_parameters:,} parameters, {self.megabytes:.3g} MB in "
-                "float32"
-            )
+            size = "" if self.megabytes is None else f", {self.megabytes:.3g} MB in float32"
+            shown.append(f"adapter of rank {self.rank}: {self.effective_parameters:,} parameters{size}")
         shown.append(
             f"loss reduction: {self.loss_reduction:.4g} nats per target token (95 % intervals: confidence "
             f"{_range(self.loss_reduction_confidence_interval)}, prediction of a new run "
@@ -66,10 +66,10 @@ class RankOutcome(Content):
             ("targets right word for word", self.exact_match, self.exact_match_prediction_interval),
         ):
             if value is not None and interval is not None:
-                low, high = (100 * end for end in interval)
-                shown.append(f"{name}: {100 * value:.1f} % expected (prediction interval {low:.1f} to {high:.1f} %)")
+                low, high = map(show_percent, interval)
+                shown.append(f"{name}: {show_percent(value)} % expected (prediction interval {low} to {high} %)")
         if self.whole_corpus is not None:
-            shown.append(f"probability that a run has every target right: {self.whole_corpus:.3f}")
+            shown.append(f"probability that a run has every target right: {show_percent(self.whole_corpus)} %")
         return shown
 
 
@@ -80,9 +80,10 @@ class Plan(Content):
         question: The question in words.
         target_tokens: Length of the corpus.
         pairs: Number of its targets.
-        rank: The given rank, or the smallest that is enough; None if none up to `LARGEST_RANK` is.
+        rank: The given rank, or the smallest that is enough; None if none up to `largest_rank` is.
+        largest_rank: The largest rank considered: the model's width if the law tells it, otherwise `LARGEST_RANK`.
         rank_confidence_interval: 95 % confidence interval, which includes `rank`; for recall exact to about 3 % above
-            rank 50. An end beyond `LARGEST_RANK` is None. None as a whole if the rank was given.
+            rank 50. An end beyond `largest_rank` is None. None as a whole if the rank was given.
         outcome: What that rank does; None without a rank.
         beyond: Sentences about how far the question and its answer lie outside what was measured.
         warnings: The warnings of the law.
@@ -92,6 +93,7 @@ class Plan(Content):
     target_tokens: int
     pairs: int
     rank: int | None
+    largest_rank: int
     rank_confidence_interval: tuple[int | None, int | None] | None
     outcome: RankOutcome | None
     beyond: list[str]
@@ -110,8 +112,8 @@ class Plan(Content):
     def _rank_in_words(self, low: int | None, high: int | None) -> str:
         if self.rank is None:
             from_law = f", though the 95 % confidence interval begins at {low}" if low is not None else ""
-            return f"none up to {LARGEST_RANK}{from_law}"
-        ends = f"{low} to {high}" if high is not None else f"{low} to more than {LARGEST_RANK}"
+            return f"none up to {self.largest_rank}{from_law}"
+        ends = f"{low} to {high}" if high is not None else f"{low} to more than {self.largest_rank}"
         return f"{self.rank} (95 % confidence interval {ends}, without the noise of a single run)"
 
 

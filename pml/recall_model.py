@@ -237,7 +237,8 @@ def _log_all_right(theta: Array, loss: Array, tokens: npt.NDArray[Any]) -> Array
     share = np.clip(_accuracy(theta, loss), SMALLEST_SHARE, 1 - SMALLEST_SHARE)
     concentration = np.exp(theta[2])
     right, wrong = share * concentration, (1.0 - share) * concentration
-    return np.asarray(betaln(right + tokens, wrong) - betaln(right, wrong))
+    # Where the concentration is large, rounding may give slightly more than 0.
+    return np.minimum(betaln(right + tokens, wrong) - betaln(right, wrong), 0.0)
 
 
 @dataclass(frozen=True)

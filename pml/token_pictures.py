@@ -5,6 +5,7 @@ readers see too. If tokens outnumber pixels, the smallest probability stands for
 a recitation, so none may vanish.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ SHADES = 24
 WIDTH, HEIGHT = 480, 400
 """Largest size of the painted area, in pixels."""
 LEAST_CELL = 4
-MARGIN_LEFT, MARGIN_TOP, MARGIN_BOTTOM, LEAST_WIDTH = 76, 26, 80, 420
+LEAST_LEFT, MARGIN_TOP, MARGIN_BOTTOM, LEAST_WIDTH = 76, 26, 80, 420
 
 
 def colours(probability: Floats, threshold: float = 0.5) -> Pixels:
@@ -143,23 +144,26 @@ def _framed(
     wide, high = max(1, min(24, WIDTH // columns)), max(1, min(24, HEIGHT // rows))
     body = pixels.repeat(high, axis=0).repeat(wide, axis=1)
     height, width = body.shape[:2]
-    picture = Image.new("RGB", (MARGIN_LEFT + max(width, LEAST_WIDTH) + 16, MARGIN_TOP + height + MARGIN_BOTTOM), PAPER)
-    picture.paste(Image.fromarray(body), (MARGIN_LEFT, MARGIN_TOP))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
+    font = ImageFont.load_default(size=15)
+    # Wide enough for the labels of long runs and of many pairs.
+    left = max(LEAST_LEFT, *(math.ceil(font.getlength(label)) + 12 for label in down))
+    picture = Image.new("RGB", (left + max(width, LEAST_WIDTH) + 16, MARGIN_TOP + height + MARGIN_BOTTOM), PAPER)
+    picture.paste(Image.fromarray(body), (left, MARGIN_TOP))
+    draw = ImageDraw.Draw(picture)
 
     def write(x: float, y: float, text: str, anchor: str) -> None:
         draw.text((x, y), text, fill=INK, font=font, anchor=anchor)
 
-    write(MARGIN_LEFT, MARGIN_TOP - 8, title, "ls")
+    write(left, MARGIN_TOP - 8, title, "ls")
     if rows == 1:
-        write(MARGIN_LEFT - 6, MARGIN_TOP + height / 2, down[0], "rm")
+        write(left - 6, MARGIN_TOP + height / 2, down[0], "rm")
     else:
-        write(MARGIN_LEFT - 6, MARGIN_TOP, down[0], "rt")
-        write(MARGIN_LEFT - 6, MARGIN_TOP + height, down[1], "rb")
+        write(left - 6, MARGIN_TOP, down[0], "rt")
+        write(left - 6, MARGIN_TOP + height, down[1], "rb")
     below = MARGIN_TOP + height + 4
-    write(MARGIN_LEFT, below, f"0 … {right}  {across}{', smallest of neighbours' if pooled else ''}", "lt")
+    write(left, below, f"0 … {right}  {across}{', smallest of neighbours' if pooled else ''}", "lt")
     # The key: both ramps side by side with their ends numbered.
-    x, y, half = MARGIN_LEFT, below + 28, 6 * SHADES
+    x, y, half = left, below + 28, 6 * SHADES
     for start, ramp in ((x, _ramp(BELOW)), (x + half + 8, _ramp(ABOVE))):
         bar = ramp.astype(np.uint8)[None].repeat(12, axis=0).repeat(6, axis=1)
         picture.paste(Image.fromarray(bar), (start, y))

@@ -318,6 +318,11 @@ class TestHeatMap:
         assert [text.get_text() for text in axes.texts] == ["3", "1", "5"]
         assert to_hex(mesh.to_rgba(np.ma.masked_invalid([np.nan]))[0]) == "#dddddd"
 
+    def test_a_share_is_100_percent_only_if_it_is_exactly_that(self) -> None:
+        axes = Figure().subplots()
+        draw_heat_map(axes, {(1, 64): 1.0, (2, 64): 0.996, (1, 128): 0.004, (2, 128): 0.5}, "right", "share")
+        assert sorted(text.get_text() for text in axes.texts) == ["0", "100", "50", "99"]
+
     @pytest.mark.parametrize("values", [{}, {(1, 64): 1.0, (2, 64): 2.0}, {(1, 64): 1.0, (1, 128): 2.0}])
     def test_values_of_a_single_rank_or_length_are_not_a_grid(self, values: dict[tuple[int, int], float]) -> None:
         assert not is_grid(values)
@@ -444,6 +449,12 @@ class TestTrainingFigures:
     def test_the_step_axis_is_symmetric_logarithmic_from_0_to_the_last_step(self) -> None:
         (axes,) = phases_figure({"SFT": curves([0, 0, 0, 1], [0, 0, 0, 0])}).axes
         assert (axes.get_xscale(), axes.get_xlim()) == ("symlog", (0, 100))
+
+    def test_all_panels_reach_the_last_step_of_the_longest_run(self) -> None:
+        long = curves([0.0, 0.1, 0.5, 1.0], [0.0] * 4)
+        short = Curves(long.step // 10, long.certain, long.right, long.loss)
+        for runs in ({"SFT": long, "MemFT": short}, {"MemFT": short, "SFT": long}):
+            assert [axes.get_xlim() for axes in phases_figure(runs).axes] == [(0, 100), (0, 100)]
 
     def test_without_a_history_there_is_no_figure(self) -> None:
         assert phases_figure({}) is None

@@ -9,6 +9,7 @@ from record_factory import make_record
 from pml.errors import InputError
 from pml.groups import (
     differing,
+    drawn_as,
     group_runs,
     method_name,
     method_names,
@@ -198,6 +199,7 @@ def test_varying_settings_exclude_rank_length_and_seed() -> None:
         ({"global_batch_size": 2}, {"global_batch_size": 4}, {"training.global_batch_size": [2, 4]}),
         # A batch of the whole corpus has the size of the corpus.
         ({"global_batch_size": 10}, {"global_batch_size": 12}, {}),
+        ({"global_batch_size": 10}, {"global_batch_size": 5}, {}),
         # A record of an earlier version lacks training settings.
         ({"precision": "32-true", "gradient_clip_val": 1.0}, {}, {}),
         ({"max_epochs": 3}, {"max_epochs": 4}, {}),
@@ -228,6 +230,27 @@ def test_optimiser_steps_are_compared_only_between_unrecalled_finished_runs_of_o
         make_record(**{"optimizer_steps": 50, "steps_to_recall": None} | fields),
     ]
     assert varying(runs) == steps
+
+
+@pytest.mark.parametrize(("sizes", "expected"), [((8, 4), [4, 8]), ((9, 8), []), ((8, 4, 2), [2, 4, 8])])
+def test_a_batch_of_the_whole_corpus_differs_from_a_smaller_one_on_the_same_pairs(
+    sizes: tuple[int, ...], expected: list[int]
+) -> None:
+    records = [make_record(pairs=8, training={"global_batch_size": size}) for size in sizes]
+    assert varying(records).get("training.global_batch_size", []) == expected
+
+
+def test_corpora_of_one_seed_are_drawn_alike_whatever_their_size() -> None:
+    def drawn(**settings: Any) -> str | None:
+        return drawn_as(make_record(corpus_settings=settings))
+
+    assert drawn(length=64, seed=0) == drawn(length=96, seed=0) != drawn(length=64, seed=1)
+    assert drawn(pairs=24, seed=0) == drawn(pairs=48, seed=0)
+    # Of several targets, all but the first begin elsewhere if the targets are longer.
+    assert drawn(length=64, count=2, seed=0) != drawn(length=96, count=2, seed=0)
+    assert drawn(path="facts.jsonl") is None
+    # A corpus of one's own may use these names for something else.
+    assert drawn(count=None, length=[1, 2], seed=0) is not None
 
 
 def test_varying_numbers_are_sorted_by_value() -> None:

@@ -655,6 +655,8 @@ class TestRecords:
             ({}, True),
             ({"corpus_settings": {"templates": 1}}, True),
             ({"corpus_settings": {"templates": 2}}, False),
+            ({"corpus_settings": {"templates": ["Who is {name}?", "{name}?"]}}, False),
+            ({"corpus_settings": {"templates": None}}, False),
             # 1000 bits minus 1 bit for each of 100 tokens.
             ({"memorized_bits": 900.5}, True),
             ({"memorized_bits": 901.5}, False),

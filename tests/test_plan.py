@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,6 +119,35 @@ def test_a_plan_says_if_no_rank_is_enough(law: LawFit) -> None:
     assert plan.lines()[1] == f"rank: none up to {LARGEST_RANK}"
 
 
+@pytest.mark.parametrize(
+    ("setting", "largest"),
+    [
+        # 100 parameters per rank: 50 in A and 50 in B, or 25 and 25 in each of two blocks.
+        ({"placement": "mlp_block", "block": [20]}, 50),
+        ({"placement": "mlp_block", "block": [20, 21]}, 25),
+        # Several layers of unknown shapes, or an A that is trained in fewer dimensions than it has.
+        ({"placement": ["q_proj", "v_proj"], "block": [20]}, 4096),
+        ({"placement": "mlp_block", "block": [20], "guarded": True}, 4096),
+    ],
+)
+def test_no_rank_above_the_models_width_is_planned(law: LawFit, setting: dict[str, Any], largest: int) -> None:
+    law = law.model_copy(update={"setting": setting})
+    for plan in (rank_for_loss_reduction(law, 10**8, 1.3), rank_for_recall(law, 10**8, share=1.0)):
+        assert (plan.rank, plan.largest_rank) == (None, largest)
+        assert plan.beyond[0].startswith(f"no rank up to {largest} is enough")
+    assert outcome_of_rank(law, min(largest, 50), 400).rank == min(largest, 50)
+    if largest < LARGEST_RANK:
+        with pytest.raises(InputError, match=f"rank is {largest + 1}; expected at most {largest}, the width of the mo"):
+            outcome_of_rank(law, largest + 1, 400)
+
+
+def test_the_size_of_a_guarded_adapter_is_not_derived_from_its_trainable_parameters(law: LawFit) -> None:
+    guarded = outcome_of_rank(law.model_copy(update={"setting": {"guarded": True}}), 7, 400)
+    assert guarded.outcome is not None
+    assert (guarded.outcome.effective_parameters, guarded.outcome.megabytes) == (700, None)
+    assert "adapter of rank 7: 700 parameters" in guarded.lines()
+
+
 def test_a_rank_is_shown_with_its_interval_even_if_an_end_exceeds_the_largest_rank(law: LawFit) -> None:
     plan = rank_for_loss_reduction(law, 10**8, 1.3).model_copy(update={"rank_confidence_interval": (3000, None)})
     assert plan.lines()[1] == ("rank: none up to 4096, though the 95 % confidence interval begins at 3000")
@@ -201,8 +231,9 @@ def noisy() -> LawFit:
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_profiles")
 def test_the_interval_of_a_rank_covers_the_true_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 80 ranks instead of 360 up to 4096, to save time.
-    monkeypatch.setattr("pml.plan.FEWER_RANKS", np.arange(1.0, 81.0))
+    # All ranks up to 80 instead of 360 up to 4096, to save time.
+    monkeypatch.setattr("pml.plan.LARGEST_RANK", 80)
+    monkeypatch.setattr("pml.plan.FEWER_RANKS", 2000)
     noise = norm.ppf((np.arange(1000) + 0.5) / 1000)
     left = INITIAL - np.array([reduction(rank, 400) for rank in range(1, 129)])[:, None] - 0.15 * noise
     likely = RECALL.recall_probability(left, 10.0, 40, 0.5).mean(axis=1)

@@ -56,6 +56,15 @@ def plain_fit(runs: list[RunTokens]) -> RecallModel:
     return model(half_loss, steepness, concentration)
 
 
+def test_probabilities_do_not_exceed_1_where_the_concentration_is_large() -> None:
+    losses = np.concatenate([[0.0], np.geomspace(1e-9, 1e-2, 200)])
+    for concentration in (5e3, 1e5, 1e7):
+        doubtless = model(steepness=3.0, concentration=concentration)
+        assert (doubtless.exact_match(losses, 24) <= 1).all()
+        # With a probability above 1, the binomial distribution has no values.
+        assert doubtless.recall_probability(losses, 24, 200)[0] == pytest.approx(1.0)
+
+
 def test_token_accuracy_matches_hand_worked_values() -> None:
     # 1 / (1 + (2 / 1)^2)
     np.testing.assert_allclose(model().token_accuracy([0.0, 1.0, 2.0]), [1.0, 0.5, 0.2], rtol=1e-9)

@@ -16,6 +16,7 @@ from pml.cli import main
 from pml.errors import InputError
 from pml.records import Record, read_records, write_record
 from pml.report import PAGE_NAME, Report, make_report, write_report
+from pml.report.studies import _recall_panels
 from pml.report.training import curves_of
 from pml.token_history import History
 
@@ -141,11 +142,6 @@ class TestPage:
         assert "url(" not in style
         assert "@import" not in style
 
-    def test_links_lead_to_elements_on_the_page(self, page: Page) -> None:
-        places = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
-        links = [attributes["href"].removeprefix("#") for attributes in page.all("a")]
-        assert set(links) <= places
-
     def test_the_ids_of_elements_are_unique(self, page: Page) -> None:
         places = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
         assert len(places) == len(set(places))
@@ -259,6 +255,17 @@ class TestIncompleteData:
         text = Page(make_report(read_records([tmp_path])).html).text
         assert f"the recall model leaves out a run: {damaged.as_posix()}: " in text
 
+    def test_captions_of_recall_say_how_many_runs_a_point_has_and_how_they_differ(self) -> None:
+        def caption(*records: Record) -> str:
+            return _recall_panels("a", {"SFT": [*records, make_record(rank=8)]})[0].caption.partition("tokens. ")[2]
+
+        one, other = (make_record(rank=2, seed=seed, token_accuracy=0.1 * seed) for seed in (0, 1))
+        assert caption(one) == "One run per point."
+        means = "Means over up to 2 runs; bars reach from the lowest to the highest."
+        assert caption(one, other) == means
+        faster = one.model_copy(update={"method_settings": {**one.method_settings, "learning_rate": 7.0}})
+        assert caption(one, faster) == f"{means} Runs also differ in learning_rate."
+
     def test_an_interrupted_run_is_listed_and_not_counted_as_finished(self, tmp_path: Path) -> None:
         write_simulated_run(tmp_path / "cut", 4, 64, status="interrupted")
         text = Page(make_report(read_records([tmp_path])).html).text
@@ -298,6 +305,9 @@ class TestIncompleteData:
         split = Page(make_report(records, by=["method_settings.learning_rate"]).html)
         assert "differ in more than" not in split.text
         assert len([heading for heading in split.said("h2") if heading.startswith("Random tokens")]) == 2
+        # Links to both studies.
+        assert [link["href"] for link in split.all("a")] == ["#s1", "#s2"]
+        assert {"s1", "s2"} <= {section["id"] for section in split.all("section")}
 
     def test_a_report_without_runs_is_refused(self) -> None:
         with pytest.raises(InputError, match="no record: expected at least one run"):

@@ -83,6 +83,17 @@ def test_the_axis_of_a_single_long_target_gives_the_number_of_tokens_per_row(
     assert axis.startswith(f"0 … {in_row - 1}  token (rows of {in_row})")
 
 
+@pytest.mark.parametrize("steps", [300, 1_000_000])
+def test_row_labels_lie_inside_the_picture_however_many_steps_there_are(steps: int) -> None:
+    probability, places = np.full((2, 40), 0.9, np.float32), np.arange(40)
+    shown = history_image(
+        History(np.array([0, steps]), places * 0, places, places, probability, probability, probability > 0.5)
+    )
+    # A label that is cut off has ink in the first column; paper is white.
+    assert (shown[:, 0] == 255).all()
+    assert not (shown[:, :60] == 255).all()
+
+
 @pytest.mark.parametrize(("looks", "pooled"), [(100, False), (101, True)])
 def test_the_axis_of_a_history_says_whether_neighbours_are_pooled(
     monkeypatch: pytest.MonkeyPatch, looks: int, pooled: bool

@@ -50,7 +50,8 @@ class Comparison:
         where: The field that the runs were split by and their value of it; empty if they were not split.
         confidence: Level of all intervals, such as 0.95, not adjusted for multiple comparisons.
         tolerance: Largest difference between budgets that count as equal, as a share of the larger.
-        by_text: Whether samples are texts; if all runs are on one text, samples are its seeds.
+        by_text: Whether samples are texts; if all runs are on one text, samples are its seeds. Texts drawn from one
+            seed count as one.
         methods: Mean outcomes of each method, the baseline first.
         differences: One for each other method and each outcome in which a pair of its runs can be compared.
         settings: Settings other than weighting and curriculum in which the runs of some pair differ, with all values
@@ -101,7 +102,8 @@ def compare(
 
     Only pairs with equal budgets are compared: a method that trains longer is not a better one. Steps to certainty are
     compared whatever the budget, since runs may stop there. Pairs on one text are averaged first and count once, since
-    they are no further evidence about other texts. If all runs are on one text, each of its seeds counts once.
+    they are no further evidence about other texts; so are pairs on texts drawn from one seed, of which longer ones
+    begin with shorter ones. If all runs are on one text, each of its seeds counts once.
 
     Args:
         records: Records by run folder.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pml.groups import setting_of
+from pml.groups import drawn_as, setting_of
 from pml.records import Record
 
 __all__ = ["TOLERANCE", "LeftOut", "Pair", "find_pairs"]
@@ -25,7 +25,7 @@ class Pair:
     Attributes:
         first: Folder of the first method's run.
         second: Folder of the second method's run.
-        text: Hash of the corpus of both runs.
+        text: What is evidence of its own: the draw of the runs' corpus, or its hash if it was not drawn from a seed.
         seed: Seed of both runs.
         budgets: How their budgets differ, in words; empty if they are equal.
     """
@@ -73,10 +73,13 @@ def find_pairs(
             setting = repr([setting_of(record, name) for name in SAME])
             alike.setdefault(setting, ([], []))[method == second].append(path)
     pairs = []
+    texts: dict[str, str] = {}
     for ones, others in alike.values():
         if len(ones) == len(others) == 1:
             a, b = records[ones[0]], records[others[0]]
-            pairs.append(Pair(ones[0], others[0], a.corpus_hash, a.seed, _how_budgets_differ(a, b, tolerance)))
+            # One corpus has one draw, even if records name it in two ways, such as by two paths.
+            text = texts.setdefault(a.corpus_hash, drawn_as(a) or a.corpus_hash)
+            pairs.append(Pair(ones[0], others[0], text, a.seed, _how_budgets_differ(a, b, tolerance)))
         else:
             same = "with the same rank, corpus and seed"
             reason = (

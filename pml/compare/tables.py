@@ -33,11 +33,16 @@ def differences_tables(comparison: Comparison) -> list[TextTable]:
     baseline = short.get(comparison.baseline, comparison.baseline)
     samples = "texts" if comparison.by_text else "seeds"
     methods = list(dict.fromkeys(found.method for found in comparison.differences))
-    one_text = "" if comparison.by_text else " All runs are on one text: the intervals say nothing about other texts."
+    one_text = (
+        ""
+        if comparison.by_text
+        else " All runs are on one text, or on texts of one seed: the intervals say nothing about others."
+    )
+    nested = ", as are those of texts drawn from one seed" if comparison.by_text else ""
     note = (
         "Pairs: runs of one rank, text and seed whose optimiser steps and target tokens differ by at most "
         f"{100 * comparison.tolerance:g} %; steps are compared whatever the budget, if both got there. Pairs of one "
-        f"{samples[:-1]} are averaged first. Intervals: Student's t over {samples}, not adjusted for multiple "
+        f"{samples[:-1]} are averaged first{nested}. Intervals: Student's t over {samples}, not adjusted for multiple "
         f"comparisons.{one_text}"
     )
     return [

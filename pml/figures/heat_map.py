@@ -64,6 +64,7 @@ def draw_heat_map(axes: Axes, values: Values, title: str, shade: Shade) -> None:
     for (row, column), value in np.ndenumerate(table):
         if np.isfinite(value):
             light = sum(colours(mesh.norm(value))[:3]) > 1.5
-            text = f"{100 * value:.0f}" if shade == "share" else f"{value:.2g}"
+            # 100 only where it is exactly that.
+            text = f"{min(100 * value, 99 if value < 1 else 100):.0f}" if shade == "share" else f"{value:.2g}"
             ink = INK if light else PAPER
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9, color=ink)

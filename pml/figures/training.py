@@ -45,6 +45,8 @@ def phases_figure(runs: Mapping[str, Curves]) -> Figure | None:
     """
     if not runs:
         return None
+    # The panels share one axis.
+    last = max(int(run.step[-1]) for run in runs.values())
     with new_figure(1.1 + 2.1 * len(runs), rows=len(runs), sharex=True, squeeze=False) as (figure, grid):
         for axes, (name, run) in zip(grid[:, 0], runs.items(), strict=True):
             shares = (run.certain, run.right, 1 - run.certain - run.right)
@@ -54,7 +56,7 @@ def phases_figure(runs: Mapping[str, Curves]) -> Figure | None:
                 axes.fill_between(run.step, bottom, top, facecolor=colour, hatch=hatch, edgecolor=PAPER, linewidth=0.0)
                 bottom = top
             axes.set_title(literal(name), fontsize=10)
-            _step_axis(axes, int(run.step[-1]))
+            _step_axis(axes, last)
             percent_axis(axes)
             axes.set_ylim(0, 1)
             axes.set_ylabel("target tokens")

@@ -1,6 +1,5 @@
 """What a law is fitted to: one observation per run, which runs are replicates, and which cannot be used."""
 
-import json
 import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -13,7 +12,7 @@ import pydantic
 
 from pml.content import Content
 from pml.errors import InputError
-from pml.groups import shared_setting
+from pml.groups import drawn_as, shared_setting
 from pml.law.forms import AdapterSize
 from pml.records import Record
 
@@ -37,8 +36,6 @@ CRITICAL_LOSS = math.log(2)
 # A run had not converged if the last tenth of its steps still gave this share of its loss reduction: at that pace,
 # training twice as long would change dL by a tenth.
 LATE_DROP_SHARE = 0.01
-# Corpus settings that change only the size of a corpus drawn from one seed.
-SIZES = ("length", "count", "pairs", "people", "size", "target_tokens")
 # Rounding: a record's stored bits may differ from entropy minus loss by this share of the entropy.
 ENTROPY_TOLERANCE = 1e-3
 
@@ -210,18 +207,10 @@ def observations_from_records(records: Mapping[Path, Record], adapter_size: Adap
             late_loss_drop=record.late_loss_drop,
             text=record.corpus_hash,
             generated_token_accuracy=record.generated_token_accuracy,
-            drawn_as=_drawn_as(record),
+            drawn_as=drawn_as(record),
         )
         for path, record in records.items()
     )
-
-
-def _drawn_as(record: Record) -> str | None:
-    """Corpus name and settings without the size; None if the corpus was not drawn from a seed."""
-    several = record.corpus_settings.get("count", 1) > 1  # only the first target begins alike at all lengths
-    sizes = [name for name in SIZES if not (several and name == "length")]
-    settings = {name: value for name, value in record.corpus_settings.items() if name not in sizes}
-    return json.dumps([record.corpus, settings], sort_keys=True, default=str) if "seed" in settings else None
 
 
 def _entropy_bits(record: Record) -> float | None:
@@ -230,7 +219,7 @@ def _entropy_bits(record: Record) -> float | None:
     The entropy then counts a fact once and the loss every time, so the two do not give the stored bits.
     """
     entropy, stored, loss = record.corpus_entropy_bits, record.memorized_bits, record.final_loss
-    if entropy is None or record.corpus_settings.get("templates", 1) > 1:
+    if entropy is None or record.corpus_settings.get("templates", 1) != 1:
         return None
     # Settings of a user's own corpus need not say so: compare with the run's own count, unless that is 0.
     if stored and loss is not None:

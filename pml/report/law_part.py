@@ -94,7 +94,7 @@ def _panels(fit: LawFit, name: str, of: str) -> list[Panel]:
             for panel in draw(
                 f"{name}-map-{number}",
                 f"{title[0].upper()}{title[1:]}",
-                "Mean over seeds; grey: no run.",
+                "Mean over the runs of one size; grey: no run.",
                 f"{of}: map of the {title} over ranks {ranks} and {lengths} target tokens.",
                 figure,
             )

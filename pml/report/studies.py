@@ -1,5 +1,6 @@
 """Studies of a page: one per setting, with the law of each method, then sections about all of its runs."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from pml.errors import InputError
 from pml.figures import recall_figure
 from pml.figures.heat_map import is_grid
 from pml.figures.recall import Measure
-from pml.groups import Group, differing, short_method_names
+from pml.groups import Group, differing, short_method_names, varying
 from pml.law import LawFit, Observation, observations_from_records, saturated
 from pml.records import Record
 from pml.report.law_part import law_part
@@ -146,10 +147,13 @@ def _comparison(records: Mapping[Path, Record]) -> Section:
 
 
 def _recall_panels(anchor: str, methods: Mapping[str, list[Record]]) -> list[Panel]:
-    seeds = max((len({record.seed for record in records}) for records in methods.values()), default=0)
-    spread = (
-        f"Means over {seeds} seeds; bars reach from the lowest to the highest." if seeds > 1 else "One seed per point."
-    )
+    of_one_point = Counter((method, r.target_tokens, r.rank) for method, records in methods.items() for r in records)
+    most = max(of_one_point.values(), default=1)
+    spread = "One run per point."
+    if most > 1:
+        spread = f"Means over up to {most} runs; bars reach from the lowest to the highest."
+        if others := dict.fromkeys(name for records in methods.values() for name in varying(records)):
+            spread += f" Runs also differ in {', '.join(name.rpartition('.')[2] for name in others)}."
     return [
         panel
         for measure, title in MEASURES.items()
