@@ -94,7 +94,8 @@ class StopWhenRecalled(Callback):
         corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
         # Early epochs of a curriculum, and epochs that drop the last batch, leave out some examples.
         if seen < corpus.target_tokens:
-            if trainer.current_epoch == 0 and pl_module.curriculum is None and trainer.is_global_zero:
+            whole = trainer.is_last_batch and pl_module.curriculum is None
+            if trainer.current_epoch == 0 and whole and trainer.is_global_zero:
                 log.warning(
                     "StopWhenRecalled never stops this fit: an epoch trains on %d of %d target tokens; leave out "
                     "drop_last and limit_train_batches",
@@ -103,11 +104,13 @@ class StopWhenRecalled(Callback):
                 )
             return
         before, self.steps_to_recall = self.steps_to_recall, None
+        if before is not None:
+            # Recall may be lost again while the fit goes on, for `min_epochs` or `min_steps`; then it has to continue.
+            trainer.should_stop = False
         if unsure:
             return
         scores = exact_scores(trainer, pl_module)
         if certified(scores, self.margin) and self._survives_rounding(pl_module, corpus.examples, scores):
-            # The fit may still have to go on, for `min_epochs` or `min_steps`.
             self.steps_to_recall = before or trainer.global_step - pl_module.skipped_steps
             trainer.should_stop = True
             if before is None and trainer.is_global_zero:

@@ -37,8 +37,12 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 class StopsAtSteps(Callback):
     """Ends a fit at the end of an optimiser step when a signal has asked for it, on all ranks at the same step.
 
-    After an epoch's last step it waits for the epoch's end, so that validation still runs.
+    Where validation follows a step, it waits for that, and after an epoch's last step for the epoch's end: Lightning
+    would not make up for a validation that it missed.
     """
+
+    def __init__(self) -> None:
+        self._waits_for_validation = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -46,6 +50,14 @@ class StopsAtSteps(Callback):
         assert isinstance(pl_module, Memorization)
         # Not between two micro-batches of a step. After an epoch's last batch, on_train_epoch_end follows.
         if not pl_module.global_batch.is_open and not trainer.is_last_batch:
+            if _is_validated_now(trainer):
+                self._waits_for_validation = True
+            else:
+                self._at_step_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._waits_for_validation:
+            self._waits_for_validation = False
             self._at_step_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -114,6 +126,7 @@ class Checkpoints(StopsAtSteps, Checkpoint):
     def __init__(self, minutes: float = 5.0) -> None:
         if not minutes > 0:
             raise InputError(f"minutes is {minutes}; expected a time above 0 between two checkpoints, such as 5")
+        super().__init__()
         self.minutes = minutes
         self.folder = Path()
         """Folder of the checkpoints; set when the fit is set up."""
@@ -222,6 +235,13 @@ def _is_whole(path: Path) -> bool:
             return file.testzip() is None
     except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):
         return False
+
+
+def _is_validated_now(trainer: Trainer) -> bool:
+    """Whether Lightning validates after the batch that has just ended."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def _is_last_step(trainer: Trainer) -> bool:

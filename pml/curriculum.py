@@ -174,7 +174,8 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
 
     def state_dict(self) -> dict[str, Any]:
         """Number of batches drawn in this epoch, and the sampler settings that fix its batches."""
-        return {**self._position, "order": self._order_settings()}
+        batches = self.batches_in_epoch(self._position["epoch"])
+        return {**self._position, "of": batches, "order": self._order_settings()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume at the position of `state_dict` when its epoch is iterated next.
@@ -182,7 +183,8 @@ class CorpusBatchSampler(DistributedSampler[list[int]]):
         Raises:
             InputError: If that epoch had begun, and other settings would change its batches.
         """
-        begun = 0 < state["batches"] < self.batches_in_epoch(state["epoch"])
+        # Other settings may give the epoch another number of batches; older checkpoints do not have their own.
+        begun = 0 < state["batches"] < state.get("of", self.batches_in_epoch(state["epoch"]))
         now = self._order_settings()
         changed = [
             f"{name} was {value}, is now {now[name]}" for name, value in state["order"].items() if value != now[name]

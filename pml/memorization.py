@@ -25,6 +25,7 @@ from pml.kl_penalty import KlPenalty, KlPenaltyConfig, micro_batch_index
 from pml.optimizer import make_adamw, skip_step_without_weight, trained_by
 from pml.plain import as_plain, from_plain
 from pml.products import MatmulPrecision, check_matmul_precision, float32_products, highest_products
+from pml.ranks import keep_buffers
 from pml.schedule import OPTIMIZER_SETTINGS, check_optimizer, learning_rate_factor, total_steps
 from pml.scoring import score_batch
 from pml.state_store import CacheConfig
@@ -56,8 +57,7 @@ class Memorization(LightningModule):
             `torch.set_float32_matmul_precision`: `high` and `medium` are faster on devices with hardware for them.
             Frozen states, measurements, certificates and decoding always use `highest`.
         compile: Whether to compile the blocks above the adapter; `auto` does so if the fit is long enough to pay off.
-        cuda_graphs: Replay short steps through the blocks above the adapter as CUDA graphs, if there is no dropout.
-            Has no effect on other devices.
+        cuda_graphs: On a GPU, replay short steps through the blocks above the adapter, if there is no dropout.
         kl_penalty: Penalty on how far training changes the model on ordinary text; None disables it.
         seed: Seed of the adapter's initialisation; None takes the one that `seed_everything` was given.
     """
@@ -287,8 +287,8 @@ class Memorization(LightningModule):
 
     def on_train_start(self) -> None:
         seed_rank(self.global_rank)
-        resume_training(self, self.resume_state)
-        self.resume_state = {}
+        keep_buffers(self.trainer.strategy.model)
+        resume_training(self)
         if self.kl_penalty is not None:
             self._penalty = KlPenalty(self.kl_penalty, self.backbone, self.seed)
         self._release_frozen_layers()  # after the measurements that precede the first step
@@ -397,4 +397,4 @@ class Memorization(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if state := checkpoint.get("pml"):
-            restore(self, state)
+            restore(self, state, checkpoint.get("hyper_parameters", {}))

@@ -1,12 +1,13 @@
 """Exchange between the ranks of a distributed run: sums, gathered values, and shares of work."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["from_all_ranks", "is_first_rank", "own_part", "several_ranks", "summed_over_ranks"]
+__all__ = ["from_all_ranks", "is_first_rank", "keep_buffers", "own_part", "several_ranks", "summed_over_ranks"]
 
 T = TypeVar("T")
 
@@ -27,6 +28,12 @@ def summed_over_ranks(values: Tensor) -> Tensor:
         values = values.clone()
         dist.all_reduce(values)
     return values
+
+
+def keep_buffers(model: Any) -> None:
+    """Send a model's buffers to the other ranks no more: they are equal from the start, and a guard's are large."""
+    if isinstance(model, DistributedDataParallel):
+        model.broadcast_buffers = False
 
 
 def own_part(items: Sequence[T]) -> Sequence[T]:

@@ -6,11 +6,22 @@ from typing import Any
 
 import yaml
 
+from pml.adapter import AdapterConfig
 from pml.arguments import CONFIG_OPTIONS, SUFFIXES, options_in
+from pml.cpu import CpuConfig
 from pml.errors import InputError
+from pml.plain import as_plain
+from pml.state_store import CacheConfig
+from pml.weighting import WholeTargets
 from pml.yaml_file import read_yaml
 
-__all__ = ["differences", "refuse_other_model", "requested_model"]
+__all__ = ["differences", "refuse_other_model", "refuse_other_settings", "requested_model"]
+
+NULL_IS_DEFAULT = {"adapter": AdapterConfig, "frozen_prefix": CacheConfig, "cpu": CpuConfig, "weighting": WholeTargets}
+"""Arguments of the models for which null stands for an object with its defaults; elsewhere null is a value."""
+
+IMMATERIAL = ("backbone", "frozen_prefix", "cpu", "compile", "cuda_graphs")
+"""Arguments of the models on which the result does not depend; the backbone is compared by its hash."""
 
 
 def refuse_other_model(arguments: Sequence[str], made_with: Mapping[str, Any]) -> None:
@@ -26,6 +37,9 @@ def refuse_other_model(arguments: Sequence[str], made_with: Mapping[str, Any]) -
     made = {key: value for key, value in made_with.items() if not key.startswith("_")}
     if method := made_with.get("_class_path"):
         made["class"] = str(method).rpartition(".")[2]
+    for name, default in NULL_IS_DEFAULT.items():
+        if name in made and made[name] is None:
+            made[name] = as_plain(default())
     if made and (found := differences(requested_model(arguments), made, "model")):
         raise InputError(
             f"{'; '.join(found)}: a fit resumes with its checkpoint's settings; leave out what differs, or start anew"
@@ -63,13 +77,43 @@ def requested_model(arguments: Sequence[str]) -> dict[str, Any]:
     return requested
 
 
-def differences(asked: Mapping[str, Any], made_with: Mapping[str, Any], where: str) -> list[str]:
-    """Describe each requested setting that differs from the checkpoint's; null requests nothing.
+def refuse_other_settings(given: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
+    """Refuse to resume a module with other settings than a checkpoint's, some of which would be overridden silently.
+
+    Args:
+        given: Hyperparameters of the module.
+        made_with: Hyperparameters in the checkpoint; empty in those of other programs.
+
+    Raises:
+        InputError: If one differs on which the result depends.
+    """
+
+    def that_matter(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: as_plain(NULL_IS_DEFAULT[name]()) if value is None and name in NULL_IS_DEFAULT else value
+            for name, value in settings.items()
+            if name not in IMMATERIAL and not name.startswith("_")
+        }
+
+    # The seed of the checkpoint holds, so none need be given.
+    asked = {name: value for name, value in that_matter(given).items() if name != "seed" or value is not None}
+    if found := differences(asked, that_matter(made_with), "model", null_requests=True):
+        raise InputError(
+            f"{'; '.join(found)}: a fit resumes with its checkpoint's settings; make the module with these, or start "
+            "anew"
+        )
+
+
+def differences(
+    asked: Mapping[str, Any], made_with: Mapping[str, Any], where: str, *, null_requests: bool = False
+) -> list[str]:
+    """Describe each requested setting that differs from the checkpoint's.
 
     Args:
         asked: Requested settings.
-        made_with: The checkpoint's settings; a setting that is missing or null there cannot differ.
+        made_with: The checkpoint's settings; a setting that is missing there cannot differ.
         where: Prefix of the names.
+        null_requests: Whether null is a value that is requested; otherwise it requests nothing.
 
     Example:
         >>> differences({"lr": 0.5, "adapter": {"rank": 4}}, {"lr": 0.05, "adapter": {"rank": 4}}, "model")
@@ -78,14 +122,19 @@ def differences(asked: Mapping[str, Any], made_with: Mapping[str, Any], where: s
     found = []
     for name, value in asked.items():
         key = where if name == "class" else f"{where}.{name}"
-        if value is None or name not in made_with:
+        if (value is None and not null_requests) or name not in made_with:
             continue
-        here, there = value, _settings(made_with[name])
-        if isinstance(there, dict):
-            found += differences(here if isinstance(here, dict) else {"class": _class(str(here))}, there, key)
-        elif there is not None and not _same(here, there):
-            found.append(f"{key} is {here}, in the checkpoint {there}")
+        here, there = _settings(value), _settings(made_with[name])
+        if isinstance(there, dict) and here is not None:
+            nested = here if isinstance(here, dict) else {"class": _class(str(here))}
+            found += differences(nested, there, key, null_requests=null_requests)
+        elif not _same(here, there):
+            found.append(f"{key} is {_shown(here)}, in the checkpoint {_shown(there)}")
     return found
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def _same(here: Any, there: Any) -> bool:

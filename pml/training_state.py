@@ -13,6 +13,7 @@ from pml.adapter import adapter_parameters
 from pml.cpu import tune_cpu
 from pml.errors import InputError
 from pml.ranks import from_all_ranks, is_first_rank, summed_over_ranks
+from pml.same_model import refuse_other_settings
 from pml.schedule import used_batches
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def training_state(module: "Memorization") -> dict[str, Any]:
         "skipped_steps": module.skipped_steps,
         "resumed": module.resumed,
         "corpus_hash": corpus_hash(module),
+        "backbone_hash": module.backbone.content_hash,
         "seed": module.seed,
         "generators": from_all_ranks(_generators(module.device)),
         "global_batch": module.global_batch.state_dict(),
@@ -59,21 +61,25 @@ def seed_rank(rank: int) -> None:
         torch.manual_seed((torch.initial_seed() + rank) % 2**63)
 
 
-def restore(module: "Memorization", state: Mapping[str, Any]) -> None:
+def restore(module: "Memorization", state: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
     """Restore a module's counts and weighting; if training is to resume, `resume_training` restores the rest.
 
     Args:
         module: The module, which may have no trainer.
         state: What `training_state` returned, possibly in an older version.
+        made_with: Hyperparameters in the checkpoint.
 
     Raises:
-        InputError: If training would resume on another corpus.
+        InputError: If training would resume with other settings, on another corpus, or on other frozen weights.
     """
+    is_training = module._trainer is not None and module._trainer.training
+    if is_training:
+        refuse_other_settings(module.hparams, made_with)
+        _refuse_other_data(module, state)
     module.weighting.load_state_dict(state["weighting"])
     module.tokens_trained, module._skipped = _own_share(state["tokens_trained"]), state["skipped_steps"]
     module.resumed = state.get("resumed", 0)
-    if module._trainer is not None and module._trainer.training:
-        _refuse_other_data(module, state)
+    if is_training:
         if module.cpu_choice is not None:  # a new timing might choose another product, which rounds differently
             module.cpu_choice = tune_cpu(module.cpu_config, state.get("onednn"))
         module.resumed += 1
@@ -81,13 +87,14 @@ def restore(module: "Memorization", state: Mapping[str, Any]) -> None:
         module.seed = state.get("seed", module.seed)  # the KL penalty orders its passages by it
 
 
-def resume_training(module: "Memorization", state: Mapping[str, Any]) -> None:
+def resume_training(module: "Memorization") -> None:
     """Restore generators, gradients and the position in the epoch, just before training starts or resumes.
 
     Args:
-        module: The module, on its device.
-        state: What `training_state` returned, possibly in an older version; empty for a new fit.
+        module: The module, on its device; its `resume_state` is what `training_state` returned, possibly in an older
+            version, and empty for a new fit. It is empty afterwards.
     """
+    state, module.resume_state = module.resume_state, {}
     _follow_schedules(module.trainer)
     if "global_batch" in state:
         module.global_batch.load_state_dict(state["global_batch"], module.device)
@@ -111,16 +118,30 @@ def _enter_epoch(trainer: Any, position: Mapping[str, Any]) -> None:
     takes an epoch for finished if the fit took its last step in it.
     """
     loop = trainer.fit_loop
-    progress, total = loop.epoch_progress.current, loop.epoch_progress.total
-    if not progress.processed == progress.started == progress.ready:
+    progress = loop.epoch_progress.current
+    counted_as_done = progress.processed == progress.started == progress.ready
+    if not counted_as_done:
         return
     sampler: Any = trainer.train_dataloader.sampler
-    if position["batches"] < used_batches(trainer, sampler.batches_in_epoch(position["epoch"])):
-        loop._restarting = loop.epoch_loop._restarting = True
-        progress.processed, total.processed = progress.processed - 1, total.processed - 1
-        progress.completed, total.completed = progress.processed, total.processed
-        loop.update_restart_stage()
-        return
+    batches = position.get("of", sampler.batches_in_epoch(position["epoch"]))
+    if position["batches"] < used_batches(trainer, batches):
+        _reopen_epoch(loop)
+    else:
+        _begin_next_epoch(loop)
+
+
+def _reopen_epoch(loop: Any) -> None:
+    """Go on within an epoch that counts as done because the fit took its last step in it."""
+    progress, total = loop.epoch_progress.current, loop.epoch_progress.total
+    loop._restarting = loop.epoch_loop._restarting = True
+    progress.processed, total.processed = progress.processed - 1, total.processed - 1
+    progress.completed, total.completed = progress.processed, total.processed
+    loop.update_restart_stage()
+
+
+def _begin_next_epoch(loop: Any) -> None:
+    """Leave the mode in which Lightning would enter the finished epoch again."""
+    progress, total = loop.epoch_progress.current, loop.epoch_progress.total
     loop._restarting = loop.epoch_loop.restarting = False
     loop.reset_restart_stage()
     progress.completed, total.completed = progress.processed, total.processed
@@ -154,16 +175,22 @@ def corpus_hash(module: "Memorization") -> str | None:
 
 
 def _refuse_other_data(module: "Memorization", state: Mapping[str, Any]) -> None:
-    """Refuse to resume on another corpus.
+    """Refuse to resume on another corpus or on other frozen weights.
 
     Raises:
-        InputError: If the corpus is not the one that the checkpoint was trained on.
+        InputError: If they are not those that the checkpoint was trained on.
     """
     before, now = state.get("corpus_hash"), corpus_hash(module)
     if before and now and before != now:
         raise InputError(
             f"this checkpoint is of a fit to other data: its corpus has the hash {before[:12]}, the given corpus "
             f"{now[:12]}; go on with the data that it was made with, or start anew"
+        )
+    before, now = state.get("backbone_hash"), module.backbone.content_hash
+    if before and before != now:
+        raise InputError(
+            f"this checkpoint is of a fit on other weights: its backbone has the hash {before[:12]}, "
+            f"{module.backbone.name} now {now[:12]}; go on with the weights that it was made with, or start anew"
         )
 
 

@@ -313,13 +313,16 @@ class SlidingWindow(Weighting):
         _share(self, "floor")
         self._anchor = torch.empty(0, dtype=torch.long)
         self._stuck = torch.empty(0, dtype=torch.long)
+        self._restored = False
 
     def prepare(self, examples: int, device: torch.device) -> None:
-        if len(self._anchor) != examples:
+        # Windows of an earlier fit say nothing about this one; those of a checkpoint are its own.
+        if not self._restored or len(self._anchor) != examples:
             # -2: not seen yet, so the first anchor always counts as moved; -1: seen without any error.
             self._anchor = torch.full((examples,), -2, dtype=torch.long)
             self._stuck = torch.zeros(examples, dtype=torch.long)
         self._anchor, self._stuck = self._anchor.to(device), self._stuck.to(device)
+        self._restored = False
 
     def weights(self, scores: TokenScores) -> Tensor:
         if len(self._anchor) == 0:
@@ -367,6 +370,7 @@ class SlidingWindow(Weighting):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._anchor, self._stuck = state["anchor"].clone(), state["stuck"].clone()
+        self._restored = True
 
 
 def _positive(weighting: Weighting, *names: str) -> None:

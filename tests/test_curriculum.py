@@ -200,6 +200,24 @@ def test_a_batch_size_of_zero_is_refused() -> None:
         CorpusBatchSampler(3, 0)
 
 
+@pytest.mark.parametrize(("drawn", "batch_size", "refused"), [(2, 8, True), (2, 1, True), (4, 1, False), (4, 8, False)])
+def test_whether_an_epoch_had_ended_is_judged_by_its_own_number_of_batches(
+    drawn: int, batch_size: int, refused: bool
+) -> None:
+    left = CorpusBatchSampler(8, 2)
+    batches = iter(left)
+    for _ in range(drawn):
+        next(batches)
+    state, other = left.state_dict(), CorpusBatchSampler(8, batch_size)
+    if refused:
+        with pytest.raises(
+            InputError, match="2 batches into an epoch that was batched otherwise: batch_size was 2, is"
+        ):
+            other.load_state_dict(state)
+    else:
+        other.load_state_dict(state)
+
+
 def test_a_checkpoint_within_an_epoch_can_be_loaded_only_with_its_own_curriculum() -> None:
     def sampler(ratio: float) -> CorpusBatchSampler:
         return CorpusBatchSampler(8, 2, curriculum=PrefixRatio(ratios=[ratio], boundaries=[3]))

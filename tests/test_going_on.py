@@ -198,6 +198,10 @@ class TestResuming:
                 ["--model.adapter.rank=9", "--model.betas=[0.8,0.9]"],
                 "in the checkpoint 4; model.betas is [0.8, 0.9], in",
             ),
+            # Null in the checkpoint is a value too.
+            (["--model.kl_penalty.weight=8"], "model.kl_penalty is {'weight': 8}, in the checkpoint null"),
+            (["--model.adapter.alpha=8"], "model.adapter.alpha is 8, in the checkpoint null"),
+            (["--model.frozen_prefix.release=true"], "model.frozen_prefix.release is True, in the checkpoint False"),
             (["--data.seed=7"], "this checkpoint is of a fit to other data"),
             (["--weights_only=false"], "weights_only is false; checkpoints are read as data alone"),
         ],

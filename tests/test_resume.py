@@ -1,6 +1,7 @@
 """A fit that is stopped at any step and resumed ends bit for bit like an uninterrupted one."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -17,10 +18,13 @@ from callbacks import RunRecord, StopWhenRecalled, TokenThresholds
 from pml import stopping
 from pml.adapter import AdapterConfig, adapter_parameters
 from pml.checkpoints import Checkpoints, newest_checkpoint, read_checkpoint
+from pml.cpu import CpuConfig
 from pml.curriculum import PrefixRatio
 from pml.errors import InputError
+from pml.kl_penalty import KlPenaltyConfig
 from pml.modules import SFT, MemFT, Memorization
 from pml.records import Record, read_record
+from pml.state_store import CacheConfig
 from pml.stopping import Stopped
 from pml.weighting import OnlyThreshold, SlidingWindow, WholeTargets
 from tests.fits import module_on, save_sharpened
@@ -241,6 +245,62 @@ def test_resuming_within_an_epoch_with_another_batch_size_is_refused(sharp: Path
             ckpt_path=newest_checkpoint(tmp_path),
             weights_only=True,
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"learning_rate": 0.001}, "model.learning_rate is 0.001, in the checkpoint 0.02"),
+        ({"weight_decay": 0.1}, "model.weight_decay is 0.1, in the checkpoint 0.0"),
+        ({"kl_penalty": KlPenaltyConfig(weight=8)}, r"model.kl_penalty is .*8.*, in the checkpoint null"),
+        ({"adapter": AdapterConfig(rank=4, block=2)}, "model.adapter.dropout is 0.0, in the checkpoint 0.3"),
+        ({"adapter": None}, "model.adapter.block is "),
+        ({"compile": "never", "cpu": CpuConfig(), "frozen_prefix": CacheConfig(release=True)}, None),
+    ],
+)
+def test_a_module_resumes_only_with_the_settings_of_its_checkpoint(
+    changes: dict[str, Any], said: str | None, sharp: Path, tmp_path: Path
+) -> None:
+    fit("a number of steps", sharp, tmp_path, stop_at=1)
+    settings = {"adapter": DROPOUT, "schedule": "linear", "warmup_steps": 3, **changes}
+    trainer = make_trainer(tmp_path, **CASES["a number of steps"][2])
+    given = {"datamodule": Ids(uneven(7), batch_size=2), "ckpt_path": newest_checkpoint(tmp_path)}
+    with pytest.raises(InputError, match=said) if said is not None else contextlib.nullcontext():
+        trainer.fit(module_on(sharp, SFT, **settings), **given, weights_only=True)
+
+
+def test_resuming_on_other_frozen_weights_is_refused(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    sharp = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
+    fit("a number of steps", sharp, tmp_path / "run", stop_at=1)
+    (sharp / "config.json").write_text(json.dumps({**json.loads((sharp / "config.json").read_text()), "pml_test": 1}))
+    with pytest.raises(InputError, match="this checkpoint is of a fit on other weights: its backbone has the hash "):
+        fit("a number of steps", sharp, tmp_path / "again", checkpoint=newest_checkpoint(tmp_path / "run"))
+
+
+class Validations(Callback):
+    """Notes the steps at which the fit validates."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("stop_at", range(7))
+def test_a_stop_misses_no_validation_within_an_epoch(stop_at: int, sharp: Path, tmp_path: Path) -> None:
+    # Four batches an epoch, validated after every second one.
+    seen, checkpoint = Validations(), None
+    for stop in (StopAt(stop_at), None):
+        callbacks = [seen, Checkpoints(), *([stop] if stop else [])]
+        settings = {"max_epochs": 2, "limit_val_batches": 1.0, "val_check_interval": 2}
+        trainer = make_trainer(tmp_path, enable_checkpointing=True, callbacks=callbacks, **settings)
+        given = {"datamodule": Ids(uneven(7), batch_size=2), "ckpt_path": checkpoint}
+        with stopping.listening(), stopping.at_step_ends(), contextlib.suppress(Stopped):
+            trainer.fit(module_on(sharp, SFT), **given, weights_only=True)
+        checkpoint = newest_checkpoint(tmp_path)
+    assert seen.steps == [2, 4, 6, 8]
 
 
 EMPTY: dict[str, Any] = {"state_dict": {}, "pml": {}, "optimizer_states": []}

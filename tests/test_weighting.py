@@ -128,6 +128,17 @@ def test_the_window_state_survives_a_checkpoint() -> None:
     torch.testing.assert_close(second.weights(ONE), first.weights(ONE))
 
 
+def test_a_second_fit_begins_with_new_windows() -> None:
+    weighting = SlidingWindow(window=1, patience=2)
+    weighting.prepare(1, torch.device("cpu"))
+    first = weighting.weights(ONE)
+    for _ in range(4):
+        weighting.weights(ONE)
+    assert not torch.equal(weighting.weights(ONE), first)
+    weighting.prepare(1, torch.device("cpu"))
+    torch.testing.assert_close(weighting.weights(ONE), first)
+
+
 def test_a_padding_example_leaves_the_window_state_unchanged() -> None:
     weighting = SlidingWindow()
     weighting.prepare(1, torch.device("cpu"))

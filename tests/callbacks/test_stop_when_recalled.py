@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
 from callbacks import StopWhenRecalled
-from pml.adapter import AdapterConfig
+from pml.adapter import AdapterConfig, adapter_parameters
 from pml.certificate import Rounding, greedy_answers
 from pml.corpus import Example
 from pml.curriculum import PrefixRatio
@@ -199,6 +199,30 @@ def test_a_fit_prolonged_by_min_epochs_keeps_the_steps_of_its_first_certificate(
     assert again.steps_to_recall == first.steps_to_recall is not None
 
 
+class Forget(Callback):
+    """Erases the adapter at the beginning of each of some epochs."""
+
+    def __init__(self, epochs: range) -> None:
+        self.epochs = epochs
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch in self.epochs:
+            for name, parameter in adapter_parameters(pl_module.model).items():
+                if "lora_B" in name:
+                    torch.nn.init.zeros_(parameter)
+
+
+def test_a_fit_goes_on_if_it_loses_its_recall_before_min_epochs(sharp: Path, tmp_path: Path) -> None:
+    stop, data = StopWhenRecalled(), Ids(uneven(3))
+    recalled = fit(module_on(sharp), data, tmp_path / "first", StopWhenRecalled()).current_epoch
+    forget = Forget(range(recalled + 2, recalled + 6))
+    trainer = fit(module_on(sharp), data, tmp_path / "again", forget, stop, min_epochs=recalled + 4)
+    # It does not end at min_epochs, where nothing is recalled, but once everything is again.
+    assert trainer.current_epoch > recalled + 6
+    assert stop.steps_to_recall == trainer.global_step
+    assert certified(score_corpus(trainer.model, data.val_dataloader()))
+
+
 def test_a_logit_margin_survives_rounding_only_if_it_is_larger() -> None:
     scores = TokenScores(*torch.ones(3, 1, 2), torch.tensor([0]), margin=torch.tensor([[3.0, 9.0]]))
     scores = scores._replace(mask=scores.mask.bool())
@@ -226,9 +250,11 @@ def test_only_the_first_rank_restores_the_token_counts_of_an_interrupted_epoch(
 
 def test_a_second_fit_discards_the_steps_to_recall_of_the_first(sharp: Path, tmp_path: Path) -> None:
     stop = StopWhenRecalled()
-    fit(module_on(sharp), Ids(uneven(3)), tmp_path / "first", stop)
-    assert stop.steps_to_recall is not None
-    fit(module_on(sharp), Ids(uneven(8, seed=6)), tmp_path / "second", stop, epochs=1)
+    first = fit(module_on(sharp), Ids(uneven(3)), tmp_path / "first", stop)
+    assert stop.steps_to_recall == first.global_step
+    second = fit(module_on(sharp), Ids(uneven(8, seed=6)), tmp_path / "second", stop)
+    assert stop.steps_to_recall == second.global_step != first.global_step
+    fit(module_on(sharp), Ids(uneven(8, seed=6)), tmp_path / "third", stop, epochs=1)
     assert stop.steps_to_recall is None
 
 
@@ -267,6 +293,14 @@ def test_a_fit_that_leaves_out_examples_is_warned_that_it_never_stops(
     trainer = make_trainer(tmp_path, max_epochs=2, limit_train_batches=1, callbacks=[StopWhenRecalled()])
     trainer.fit(module_on(tiny_backbone_folder), datamodule=Ids(uneven(3), batch_size=1))
     assert caplog.text.count("StopWhenRecalled never stops this fit: an epoch trains on ") == 1
+
+
+def test_a_fit_that_ends_within_its_first_epoch_is_not_said_to_leave_out_examples(
+    tiny_backbone_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, max_epochs=-1, max_steps=2, callbacks=[StopWhenRecalled()])
+    trainer.fit(module_on(tiny_backbone_folder), datamodule=Ids(uneven(3), batch_size=1))
+    assert "never stops" not in caplog.text
 
 
 def test_the_rounding_measured_so_far_is_in_the_checkpoint(tiny_backbone_folder: Path, tmp_path: Path) -> None:
