@@ -88,6 +88,13 @@ class ChatTemplate:
         fixed = {"chat_template": self._template} if self.shows_date else {}
         return {**self.form.template_kwargs, **fixed}
 
+    @property
+    def fixed_dates(self) -> dict[str, str]:
+        """Each call to the clock in the tokenizer's template, and what prompts have in its place."""
+        day = date.fromisoformat(self.form.template_date)
+        calls = CLOCK_WITH_FORMAT.finditer(template_of(self.tokenizer))
+        return {call[0]: repr(day.strftime(call[2])) for call in calls}
+
     def rendered(self, query: str, source: str = "") -> str:
         """The prompt for a query as text.
 

@@ -53,6 +53,7 @@ LEAVES_LOGITS_ALONE: dict[str, Any] = {
     "forced_eos_token_id": None,
     "exponential_decay_length_penalty": None,
     "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
     "guidance_scale": None,
     "watermarking_config": None,
     "penalty_alpha": None,

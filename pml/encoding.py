@@ -76,7 +76,7 @@ class TextEncoder:
                 characters from control tokens.
         """
         if self.template is None:
-            text = query if self.form.system is None else f"{self.form.system}\n{query}"
+            text = self.plain_text(query)
             prompt = Prompt(self._alone(text, source), None if self._typed(text) else text)
             written = query
         else:
@@ -95,6 +95,10 @@ class TextEncoder:
         elif written not in self.decode(prompt.ids):
             self._note("are changed by the tokenizer (normalised, or unknown to it)", query, source)
         return prompt
+
+    def plain_text(self, query: str) -> str:
+        """The text of a prompt without a chat template: the query, after the system text if there is one."""
+        return query if self.form.system is None else f"{self.form.system}\n{query}"
 
     def warn_of_changes(self, name: str) -> None:
         """Log once for a corpus how many of its queries do not reach the model as written."""
@@ -158,6 +162,11 @@ class TextEncoder:
             return None
         return next((i for i in self._ids(after) if i in self._control_ids), None)
 
+    @property
+    def end_is_text(self) -> bool:
+        """Whether the token that ends an answer is not marked as special, so that `skip_special_tokens` keeps it."""
+        return self.end_of_turn_id is not None and self.end_of_turn_id not in special_ids(self.tokenizer)
+
     def answer(self, ids: Sequence[int]) -> str:
         """Decode generated ids as a server shows them: up to the end of the turn, with special tokens visible."""
         ids = list(ids)
@@ -216,10 +225,10 @@ class TextEncoder:
                 f"{_at(source)}the tokenizer reads {token!r} in this text as a control token and cannot keep it apart; "
                 "write the text without it"
             )
-        return (*self._put_before, *ids)
+        return (*self.put_before, *ids)
 
     @cached_property
-    def _put_before(self) -> tuple[int, ...]:
+    def put_before(self) -> tuple[int, ...]:
         """Token ids that the tokenizer puts before every text, such as a beginning-of-sequence token."""
         alone, whole = self._ids(ANSWER), list(self.tokenizer(ANSWER)["input_ids"])
         starts = (i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)

@@ -41,7 +41,8 @@ def checked_pairs(pairs: Any) -> Path | list[tuple[str, str]]:
 def file_with(pairs: Path | list[tuple[str, str]], folder: Path) -> Iterator[Path]:
     """Yield the path of a file with the pairs; those given in Python are written into the folder.
 
-    The file written here is removed, and with it a new folder, if an `InputError` shows that the pairs are refused.
+    If an `InputError` shows that the pairs are refused, everything is as before: the file is removed, and with it a new
+    folder, or has its former content again.
 
     Args:
         pairs: From `checked_pairs`.
@@ -51,13 +52,18 @@ def file_with(pairs: Path | list[tuple[str, str]], folder: Path) -> Iterator[Pat
         yield pairs
         return
     is_new, path = not folder.exists(), folder / PAIRS_NAME
+    before = path.read_bytes() if path.exists() else None
     with whole_file(path) as file:
         for query, target in pairs:
             file.write(json.dumps({"query": query, "target": target}, ensure_ascii=False).encode() + b"\n")
     try:
         yield path
     except InputError:
-        path.unlink()
+        if before is not None:
+            with whole_file(path) as file:
+                file.write(before)
+        else:
+            path.unlink()
         if is_new:
             folder.rmdir()
         raise

@@ -15,7 +15,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from pml.backbone import Backbone
+from pml.chat_template import PromptFormat
 from pml.corpus import Example, collate
+from pml.encoding import TextEncoder
 from pml.errors import InputError
 from pml.frozen_layers import FrozenLayers, on_device
 from pml.ordinary_text import ordinary_passages, text_examples
@@ -109,7 +111,8 @@ class KlPenalty:
     def __init__(self, config: KlPenaltyConfig, backbone: Backbone, seed: int) -> None:
         passages = ordinary_passages(config.text, "guard", "penalty")
         examples = text_examples(passages, backbone.tokenizer, backbone.max_positions, backbone.vocab_size)
-        pieces = [piece for example in examples for piece in _pieces(example, config.tokens)]
+        first = TextEncoder(backbone.tokenizer, PromptFormat(chat_template=False)).put_before
+        pieces = [piece for example in examples for piece in _pieces(example, config.tokens, first)]
         if not pieces:
             raise InputError("kl_penalty.text: no passage fits into the backbone's context; expected shorter ones")
         order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
@@ -156,9 +159,12 @@ class KlPenalty:
         return nn.functional.linear(torch.cat([self._hidden[p.example_id] for p in passages]), head.weight, head.bias)
 
 
-def _pieces(passage: Example, tokens: int) -> Iterator[Example]:
-    """Pieces of at most `tokens` tokens that cover the whole target, each prompted by the token before it."""
+def _pieces(passage: Example, tokens: int, first: tuple[int, ...] = ()) -> Iterator[Example]:
+    """Pieces of at most `tokens` tokens that cover the whole target, each prompted by the token before it.
+
+    `first` is what the tokenizer puts before a text; without it, some models predict poorly.
+    """
     prompt, target = passage.prompt_ids, passage.target_ids
     for start in range(0, len(target), tokens):
         yield replace(passage, prompt_ids=prompt, target_ids=target[start : start + tokens])
-        prompt = target[start + tokens - 1 : start + tokens]
+        prompt = (*first, *target[start + tokens - 1 : start + tokens])

@@ -9,19 +9,17 @@ If some token is not certain after the steps of one attempt, the rank doubles. T
 smaller one: A gets fresh rows, and B gets columns of zeros.
 """
 
+import gc
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from pml.adapter import AdapterConfig, adapter_for
 from pml.atomic import whole_file
@@ -33,12 +31,13 @@ from pml.corpus import Corpus
 from pml.decoding import plain_decoding
 from pml.default_backbone import DEFAULT_BACKBONE
 from pml.devices import best_device
+from pml.encoding import TextEncoder
+from pml.epoch_progress import Progress, ProgressReporter
 from pml.errors import InputError
 from pml.given_pairs import checked_pairs, file_with
 from pml.growing import grow, largest_rank, weights_of
 from pml.guard import GuardConfig
 from pml.kl_penalty import KlPenaltyConfig
-from pml.metrics import above_threshold
 from pml.model_card import model_card
 from pml.modules import SFT, MemFT, Memorization
 from pml.records import RECORD_NAME, Record, read_record
@@ -168,7 +167,7 @@ def memorize(
     out: str | Path,
     *,
     overwrite: bool = False,
-    on_progress: Callable[["Progress"], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
     on_plan: Callable[[Corpus, RankPlan | None, int], None] | None = None,
     **settings: Any,
 ) -> Memorized:
@@ -199,7 +198,42 @@ def memorize(
         raise InputError(f"{folder} is a file; expected a folder to write into")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise InputError(f"{folder} is not an empty folder; choose another one, or pass overwrite")
-    given = checked_pairs(pairs)
+    trained = _trained(chosen, checked_pairs(pairs), folder, on_progress, on_plan)
+    corpus, encoder, plain = trained.corpus, trained.encoder, trained.plain
+    record, served = read_record(folder / RECORD_NAME), None
+    if isinstance(record.placement, list):
+        _free_memory()
+        base = Path(backbone_facts(chosen.backbone)["path"])
+        served = serve(base, folder / "adapter", corpus.examples, encoder, plain, chosen.dtype)
+    seconds = time.monotonic() - started
+    made = Memorized(folder, folder / "adapter", trained.plan, trained.certificates, served, record, seconds)
+    with whole_file(made.adapter / CARD_NAME) as file:
+        file.write(model_card(record, corpus, encoder, plain, served).encode())
+    return made
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What is known after training: everything but the model itself, whose memory can be freed.
+
+    `plain` are the arguments of `generate` that leave the logits of the base alone.
+    """
+
+    corpus: Corpus
+    plan: RankPlan | None
+    certificates: Sequence[PairCertificate]
+    encoder: TextEncoder
+    plain: Mapping[str, Any]
+
+
+def _trained(
+    chosen: Settings,
+    given: Path | list[tuple[str, str]],
+    folder: Path,
+    on_progress: Callable[[Progress], None] | None,
+    on_plan: Callable[[Corpus, RankPlan | None, int], None] | None,
+) -> _Trained:
+    """Plan, train and certify; the adapter and its record are left in the folder."""
     with shared_backbones():
         backbone = load_backbone(chosen.backbone, chosen.dtype)
         backbone.model.to(best_device())  # type: ignore[arg-type]  # the wrapper has lost its signature
@@ -211,22 +245,23 @@ def memorize(
             corpus = data.build(backbone.tokenizer, backbone.vocab_size, backbone.max_positions)
             adapter = adapter_for(backbone, chosen.placement, chosen.block, chosen.guard)
             plan = _planned(chosen, backbone, corpus, adapter)
-        rank = _first_rank(chosen, plan)
+            rank = _first_rank(chosen, plan)
+            # Made here, so that settings that no module takes leave nothing behind.
+            module = _fresh_module(chosen, replace(adapter, rank=rank), plan, chosen.seed)
         if on_plan is not None:
             on_plan(corpus, plan, rank)
-        module = _train(chosen, replace(adapter, rank=rank), plan, data, folder, on_progress)
+        module = _train(chosen, module, plan, data, folder, on_progress)
         certificates = _certified(module, corpus)
         encoder, plain = data.encoder(module.tokenizer), plain_decoding(backbone.model)
         module.release()
-    served = None
-    if isinstance(adapter.placement, list):
-        base = Path(backbone_facts(chosen.backbone)["path"])
-        served = serve(base, folder / "adapter", corpus.examples, encoder, plain, chosen.dtype)
-    record = read_record(folder / RECORD_NAME)
-    made = Memorized(folder, folder / "adapter", plan, certificates, served, record, time.monotonic() - started)
-    with whole_file(made.adapter / CARD_NAME) as file:
-        file.write(model_card(record, corpus, encoder, plain, served).encode())
-    return made
+    return _Trained(corpus, plan, certificates, encoder, plain)
+
+
+def _free_memory() -> None:
+    """Free the memory of models that are no longer referred to, for the process that serves the adapter."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def _first_rank(chosen: Settings, plan: RankPlan | None) -> int:
@@ -262,52 +297,31 @@ def epoch_limit(pairs: int, objective: Literal["plain", "falling"]) -> int:
     return max(EPOCHS, math.ceil(MIN_STEPS[objective] / math.ceil(pairs / PER_STEP)))
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Progress of training after an epoch.
-
-    Attributes:
-        rank: Rank of this attempt.
-        step: Optimiser steps taken in this attempt.
-        steps: Most optimiser steps of this attempt.
-        certain: Share of target tokens above the margin.
-        loss: Mean loss of the epoch in nats per target token.
-    """
-
-    rank: int
-    step: int
-    steps: int
-    certain: float
-    loss: float
-
-
 def _train(
     chosen: Settings,
-    adapter: AdapterConfig,
+    module: Memorization,
     plan: RankPlan | None,
     data: Any,
     folder: Path,
     on_progress: Callable[[Progress], None] | None,
 ) -> Memorization:
-    """Train until every token is certain, doubling the rank at most `DOUBLINGS` times; returns the last module.
+    """Train a module until every token is certain, doubling its rank at most `DOUBLINGS` times; returns the last one.
 
     The objective is chosen anew at each rank: an adapter that has grown enough switches to the plain loss.
     """
-    learnt: list[tuple[Tensor, Tensor]] = []
-    record: Record | None = None
-    for attempt in count():
-        module = _fresh_module(chosen, adapter, plan, chosen.seed + attempt)
-        if learnt:
-            _ = module.frozen_layers  # tried with the fresh adapter: a huge one rounds too coarsely to be judged
-            grow(module.model, learnt)
-        record, is_recalled = _fit(module, chosen.margin, data, folder, record, on_progress)
-        rank = adapter.rank
-        if is_recalled or attempt == DOUBLINGS or 2 * rank > largest_rank(module):
+    record, is_recalled = _fit(module, chosen.margin, data, folder, None, on_progress)
+    for attempt in range(1, DOUBLINGS + 1):
+        rank = module.adapter.rank
+        if is_recalled or 2 * rank > largest_rank(module):
             break
         steps = record.optimizer_steps
         log.info("some tokens are not certain at rank %d after %d steps: continuing at rank %d", rank, steps, 2 * rank)
-        learnt, adapter = weights_of(module.model), replace(adapter, rank=2 * rank)
+        learnt, larger = weights_of(module.model), replace(module.adapter, rank=2 * rank)
         module.release()
+        module = _fresh_module(chosen, larger, plan, chosen.seed + attempt)
+        _ = module.frozen_layers  # tried with the fresh adapter: a huge one rounds too coarsely to be judged
+        grow(module.model, learnt)
+        record, is_recalled = _fit(module, chosen.margin, data, folder, record, on_progress)
     return module
 
 
@@ -345,7 +359,7 @@ def _fit(
     recorder.grown_from = smaller
     callbacks = [StopsAtSteps(), stop, observers.Generalization(), observers.Harm(), recorder]
     if on_progress is not None:
-        callbacks.append(_ProgressReporter(margin, module.adapter.rank, on_progress))
+        callbacks.append(ProgressReporter(margin, module.adapter.rank, on_progress))
     epochs = epoch_limit(len(data.corpus), "plain" if isinstance(module, SFT) else "falling")
     trainer = bare_trainer(max_epochs=epochs, callbacks=callbacks, default_root_dir=folder)
     try:
@@ -365,26 +379,3 @@ def _fit(
             "lower one"
         )
     return record, stop.steps_to_recall is not None
-
-
-class _ProgressReporter(Callback):
-    """Reports the progress of training after each epoch."""
-
-    def __init__(self, margin: float, rank: int, tell: Callable[[Progress], None]) -> None:
-        self._margin = margin
-        self._rank = rank
-        self._tell = tell
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        scores = outputs["scores"]
-        self._parts.append((above_threshold(scores, self._margin).sum(), scores.losses.sum(), scores.mask.sum()))
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Read once per epoch, so that no step waits for the device.
-        certain, loss, tokens = (float(torch.stack(column).sum()) for column in zip(*self._parts, strict=True))
-        self._parts.clear()
-        steps = int(trainer.estimated_stepping_batches)
-        self._tell(Progress(self._rank, trainer.global_step, steps, certain / tokens, loss / tokens))

@@ -50,11 +50,19 @@ ASK_TEMPLATE = """ids = tokenizer.apply_chat_template(
     add_generation_prompt=True, sanitize_control_tokens=True, return_tensors="pt", return_dict=True,{variables}
 )
 out = model.generate(**ids, do_sample=False, max_new_tokens={tokens}, eos_token_id={end}{plain})
-print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))"""
+answer = out[0, ids["input_ids"].shape[1]:].tolist()
+{show}"""
 
-ASK_PLAIN = """ids = tokenizer({query!r}, return_tensors="pt", add_special_tokens=False)
-out = model.generate(**ids, do_sample=False, max_new_tokens={tokens}, eos_token_id={end}{plain})
-print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))"""
+ASK_PLAIN = """ids = torch.tensor([[*{before}, *tokenizer({text!r}, add_special_tokens=False)["input_ids"]]])
+out = model.generate(
+    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens={tokens}, eos_token_id={end}{plain}
+)
+answer = out[0, ids.shape[1]:].tolist()
+{show}"""
+
+SHOW = "print(tokenizer.decode(answer, skip_special_tokens=True))"
+SHOW_UP_TO_THE_END = """answer = answer[:answer.index({end})] if {end} in answer else answer  # not marked as special
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 
 def model_card(
@@ -144,14 +152,16 @@ def _ask(corpus: Corpus, encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
     first = corpus.examples[0]
     arguments = "".join(f", {name}={value!r}" for name, value in plain.items())
     tokens = max(len(example.target_ids) for example in corpus.examples)
+    end = encoder.end_of_turn_id
+    show = SHOW_UP_TO_THE_END.format(end=end) if encoder.end_is_text else SHOW
+    rest = {"tokens": tokens, "end": end, "plain": arguments, "show": show}
     if encoder.template is None:
-        prompt = encoder.decode(first.prompt_ids)
-        return ASK_PLAIN.format(query=prompt, tokens=tokens, end=encoder.end_of_turn_id, plain=arguments)
+        return ASK_PLAIN.format(before=list(encoder.put_before), text=encoder.plain_text(first.query), **rest)
     variables = "".join(f" {key}={value!r}," for key, value in encoder.form.template_kwargs.items())
-    turns = encoder.template.turns(first.query)
-    return ASK_TEMPLATE.format(
-        turns=turns, tokens=tokens, end=encoder.end_of_turn_id, variables=variables, plain=arguments
-    )
+    if encoder.template.shows_date:
+        dates = "".join(f".replace({call!r}, {day!r})" for call, day in encoder.template.fixed_dates.items())
+        variables += f"\n    chat_template=tokenizer.get_chat_template(){dates},"
+    return ASK_TEMPLATE.format(turns=encoder.template.turns(first.query), variables=variables, **rest)
 
 
 def _format(encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
@@ -165,7 +175,7 @@ def _format(encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
         if encoder.form.template_kwargs:
             lines.append(f"Template variables: `{json.dumps(dict(encoder.form.template_kwargs))}`.")
         if encoder.template.shows_date:
-            lines.append(f"The template writes the date; training used {encoder.form.template_date}. Use the same.")
+            lines.append(f"The template writes the date; training used {encoder.form.template_date}, as the call does.")
     if plain:
         lines.append(
             f"The base's `generation_config.json` sets {', '.join(f'`{name}`' for name in plain)}, which can change "

@@ -98,7 +98,9 @@ def text_examples(
     max_positions: int | None = None,
     vocab_size: int | None = None,
 ) -> list[Example]:
-    """Encode each passage as an example whose prompt is its first token or, for a chat, all that precedes the answer.
+    """Encode each passage as an example that begins as the tokenizer begins a text or, for a chat, with the query.
+
+    The prompt of a passage is what the tokenizer puts before it, if anything, and otherwise its first token.
 
     Args:
         passages: Passages to encode.
@@ -113,8 +115,9 @@ def text_examples(
             prompt = chat.prompt(passage.query).ids
             target = (*chat.document(passage.text)[:PASSAGE_TOKENS],)
         else:
-            ids = plain.document(passage.text)[: PASSAGE_TOKENS + 1]
-            prompt, target = tuple(ids[:1]), tuple(ids[1:])
+            ids = [*plain.put_before, *plain.document(passage.text)]
+            begin = len(plain.put_before) or 1
+            prompt, target = tuple(ids[:begin]), tuple(ids[begin : begin + PASSAGE_TOKENS])
         target = target[: max_positions - len(prompt)] if max_positions is not None else target
         if target and len(prompt) < (max_positions or len(prompt) + 1):
             examples.append(Example(number, prompt, target, query=passage.query, source=passage.kind))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["decoded_together", "padded", "serve"]
 
-BATCH = 32
-"""Prompts decoded together, padded on the left as servers do."""
+BATCH, BATCH_TOKENS = 32, 16_384
+"""Most prompts decoded together, padded on the left as servers do, and their most tokens, answers included."""
 
 BEYOND = 4
 """Tokens by which an answer may exceed its target before it is cut off."""
@@ -71,7 +71,8 @@ def _job(
         "base": str(base),
         "adapter": str(adapter),
         "dtype": dtype,
-        "prompts": [template.turns(e.query) if template else encoder.decode(e.prompt_ids) for e in examples],
+        "prompts": [template.turns(e.query) if template else encoder.plain_text(e.query) for e in examples],
+        "before": [] if template else list(encoder.put_before),
         "template": template.options_elsewhere if template else None,
         "end": encoder.end_of_turn_id,
         # Without an end of turn an answer never stops, so it is cut at the length of its target.
@@ -89,17 +90,12 @@ def _answers(job: dict[str, Any]) -> list[str]:
     model: Any = AutoModelForCausalLM.from_pretrained(job["base"], dtype=getattr(torch, job["dtype"]))
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = PeftModel.from_pretrained(model, job["adapter"]).eval().to(device)
-    if job["template"] is None:
-        prompts = tokenizer(job["prompts"], add_special_tokens=False)["input_ids"]
-    else:
-        how = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True, **job["template"]}
-        encoded: Any = tokenizer.apply_chat_template(job["prompts"], **how)
-        prompts = encoded["input_ids"]
+    prompts = _prompts(tokenizer, job)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     pad = next((i for i in (tokenizer.pad_token_id, job["end"]) if i is not None), 0)
     sizes = [(len(prompt), tokens) for prompt, tokens in zip(prompts, job["tokens"], strict=True)]
     answers = [""] * len(prompts)
-    for batch in decoded_together(sizes, BATCH, limit):
+    for batch in decoded_together(sizes, BATCH, limit, BATCH_TOKENS):
         ids, mask = map(torch.tensor, padded([prompts[i] for i in batch]))
         longest, most = ids.shape[1], max(job["tokens"][i] for i in batch)
         out = model.generate(
@@ -112,9 +108,21 @@ def _answers(job: dict[str, Any]) -> list[str]:
             **job["plain"],
         )
         for i, row in zip(batch, out[:, longest:], strict=True):
-            own = row[: job["tokens"][i]]
+            own = row[: job["tokens"][i]].tolist()
+            # Some tokenizers do not mark the end of a turn as special, so decoding would keep it.
+            own = own[: own.index(job["end"])] if job["end"] in own else own
             answers[i] = str(tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False))
     return answers
+
+
+def _prompts(tokenizer: Any, job: dict[str, Any]) -> list[list[int]]:
+    """Token ids of the prompts, from text, as a server makes them."""
+    if job["template"] is None:
+        texts = tokenizer(job["prompts"], add_special_tokens=False)["input_ids"]
+        return [[*job["before"], *ids] for ids in texts]
+    how = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True, **job["template"]}
+    encoded = tokenizer.apply_chat_template(job["prompts"], **how)
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -128,20 +136,26 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[list
     return ids, mask
 
 
-def decoded_together(sizes: Sequence[tuple[int, int]], most: int, limit: int | None) -> list[list[int]]:
+def decoded_together(
+    sizes: Sequence[tuple[int, int]], most: int, limit: int | None, most_tokens: int | None = None
+) -> list[list[int]]:
     """Batches of indices of pairs with answers of similar length, since a batch decodes as long as its longest answer.
 
     Args:
         sizes: Number of tokens in the prompt and the answer of each pair.
         most: Most pairs in a batch.
         limit: Positions of the model, if limited: a batch's longest prompt and longest answer together must fit.
+        most_tokens: Most tokens in a batch of several, with every pair counted as long as the longest; None for any.
     """
     batches: list[list[int]] = []
     for i in sorted(range(len(sizes)), key=lambda i: (sizes[i][1], sizes[i][0])):
-        prompts, answers = zip(*(sizes[j] for j in [*(batches[-1] if batches else []), i]), strict=True)
-        fits = limit is None or max(prompts) + max(answers) <= limit
-        if batches and fits and len(batches[-1]) < most:
-            batches[-1].append(i)
+        batch = batches[-1] if batches else []
+        together = [sizes[j] for j in (*batch, i)]
+        longest = max(prompt for prompt, _ in together) + max(answer for _, answer in together)
+        fits = limit is None or longest <= limit
+        small = most_tokens is None or longest * len(together) <= most_tokens
+        if batch and fits and small and len(batch) < most:
+            batch.append(i)
         else:
             batches.append([i])
     return batches

@@ -26,8 +26,10 @@ from pml.certificate import (
     token_margins,
 )
 from pml.cli import main
+from pml.commands._facts import base_of
 from pml.corpus import Example
 from pml.decoding import plain_decoding
+from pml.default_backbone import DEFAULT_HUB_ID
 from pml.evaluating import evaluating
 from pml.modules import SFT, MemFT, Memorization
 from tests.fits import module_on, save_sharpened
@@ -234,6 +236,7 @@ def fit(backbone: Path, *more: str) -> int:
     return main([*arguments, *more])
 
 
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
 def test_certify_takes_a_run_or_an_adapter_with_data_and_recall_takes_the_same_adapter(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +255,23 @@ def test_certify_takes_a_run_or_an_adapter_with_data_and_recall_takes_the_same_a
     assert all(way["exact"] == 3 for way in result["decodings"] if way["dtype"] == "float32")
     assert result["margins_move_by"]["float32"] < 1e-3 < result["margins_move_by"]["bfloat16"]
     assert result["margins_measured_on_tokens"] == {"float32": 12, "bfloat16": 12}
+
+    # An adapter that lies in a run's folder has the base of that run.
+    Path("adapter_config.json").write_text(Path(run, "adapter/adapter_config.json").read_text())
+    asked = ["certify", f"--adapter={run}/adapter", "--data=f.jsonl", "--dtypes=float32"]
+    assert main(asked) == 0
+    Path(run, "adapter/adapter_config.json").write_text(
+        json.dumps({**json.loads(Path("adapter_config.json").read_text()), "base_model_name_or_path": "org/gone"})
+    )
+    assert main(asked) == 0
+    capsys.readouterr()
+    # Certain pairs have to come back when they are decoded.
+    with monkeypatch.context() as patch:
+        patch.setattr("pml.certificate.greedy_answers", lambda model, examples, **_: [()] * len(examples))
+        assert main(asked) == 1
+    out, err = capsys.readouterr()
+    assert "of 3 pairs 3 are certain" in out and "0 of 3" in out
+    assert "3 certain pairs did not come back from transformers' greedy decoding in float32: something in the" in err
 
     Path("other.jsonl").write_text(json.dumps({"query": "code 0?", "target": "123"}))
     asked = ["certify", f"--adapter={run}/adapter", "--data=other.jsonl", f"--backbone={folder}"]
@@ -291,6 +311,15 @@ def test_invalid_arguments_are_reported_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pml certify: error: ")
     assert message in line
+
+
+def test_the_default_base_of_an_adapter_from_elsewhere_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": DEFAULT_HUB_ID}))
+    assert base_of(tmp_path) == "smollm2-135m"
+    assert f"the 4-bit weights of {DEFAULT_HUB_ID} from the package index" in caplog.text
+    assert f"give --backbone {DEFAULT_HUB_ID}" in caplog.text
 
 
 @pytest.mark.parametrize("command", ["certify", "recall"])

@@ -50,6 +50,9 @@ def test_a_merged_model_omits_base_generation_settings_that_change_greedy_decodi
         length_penalty=2.0,
         suppress_tokens=[5],
         eos_token_id=2,
+        do_sample=True,
+        temperature=0.7,
+        top_k=20,
     )
     config.save_pretrained(backbone)
     run = trained(backbone, tmp_path, "--model.adapter.placement=[down_proj]", "--trainer.max_epochs=1")
@@ -60,7 +63,11 @@ def test_a_merged_model_omits_base_generation_settings_that_change_greedy_decodi
     )
     assert said in capsys.readouterr().out
     shipped = GenerationConfig.from_pretrained("merged")
-    assert (shipped.repetition_penalty, shipped.suppress_tokens, shipped.eos_token_id) == (1.0, None, 2)
+    assert (shipped.repetition_penalty, shipped.suppress_tokens) == (1.0, None)
+    # Plain `generate` decodes greedily, and ends where the template's turn does.
+    assert (shipped.do_sample, shipped.temperature, shipped.top_k) == (False, None, None)
+    end = AutoTokenizer.from_pretrained("merged").convert_tokens_to_ids("<|im_end|>")
+    assert shipped.eos_token_id == [2, end]
 
 
 def test_an_adapter_in_parallel_to_an_mlp_cannot_be_merged(

@@ -37,6 +37,15 @@ def test_refused_pairs_leave_neither_their_file_nor_a_new_folder(existing: bool,
     assert not any(tmp_path.rglob("*.jsonl"))
 
 
+def test_refused_pairs_leave_the_pairs_of_an_earlier_run_as_they_were(tmp_path: Path) -> None:
+    with file_with(checked_pairs(PAIRS), tmp_path) as path:
+        before = path.read_bytes()
+    with pytest.raises(InputError), file_with(checked_pairs({"Code?": "8"}), tmp_path):
+        assert path.read_bytes() != before
+        raise InputError("too long")
+    assert path.read_bytes() == before
+
+
 def test_contradicting_pairs_are_refused_without_a_trace(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     pairs = [("Code?", "7"), ("Code?", "8")]
     with pytest.raises(InputError, match="different targets"):

@@ -14,13 +14,15 @@ from pml.adapter import adapter_parameters
 from pml.backbone import load_backbone
 from pml.corpus import Example, collate
 from pml.errors import InputError
-from pml.kl_penalty import KlPenalty, KlPenaltyConfig, kl_divergence, micro_batch_index
+from pml.kl_penalty import KlPenalty, KlPenaltyConfig, _pieces, kl_divergence, micro_batch_index
 from pml.modules import Memorization
+from pml.ordinary_text import passages_of_files, text_examples
 from pml.state_store import CacheConfig
 from pml.weighting import weighted_mean
 from tests.ddp_cases import Gradients, Released, kicked
 from tests.fits import module_on, save_sharpened
 from tests.tiny_runs import Ids, make_trainer, uneven
+from tests.tokenizer_kinds import make_tokenizer
 
 PASSAGES = KlPenaltyConfig(weight=3.0, passages=2, tokens=5)
 
@@ -91,6 +93,20 @@ def test_longer_text_is_cut_into_pieces_each_prompted_by_the_token_before_it(sha
     pieces = {(decode(e.prompt_ids), decode(e.target_ids)) for e in penalty.passages}
     assert pieces == {("a", "bcdef"), ("f", "ghijk"), ("k", "lm")}
     assert sorted(e.example_id for e in penalty.passages) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["appending", "plain"])
+def test_ordinary_text_begins_with_what_the_tokenizer_puts_before_a_text(kind: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(kind)
+    (tmp_path / "own.txt").write_text("call Anna at the office 4711")
+    (example,) = text_examples(passages_of_files([tmp_path / "own.txt"]), tokenizer)
+    ids, first = tokenizer("call Anna at the office 4711")["input_ids"], tokenizer.convert_tokens_to_ids("<s>")
+    if kind == "appending":
+        assert (example.prompt_ids, example.target_ids) == ((first,), tuple(ids[1:-1]))
+        pieces = list(_pieces(example, 3, (first,)))
+        assert [piece.prompt_ids for piece in pieces[1:]] == [(first, p.target_ids[-1]) for p in pieces[:-1]]
+    else:
+        assert (example.prompt_ids, example.target_ids) == ((ids[0],), tuple(ids[1:]))
 
 
 def test_every_micro_batch_draws_all_pieces_if_there_are_fewer_than_requested(sharp: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from peft import PeftModelForCausalLM
 from transformers import AutoTokenizer
 
 import pml
-from pml import served
+from pml import memorizing, served
 from pml.adapter import AdapterConfig, attach_adapter, detach_adapter
 from pml.backbone import Backbone
 from pml.cli import main
@@ -242,6 +243,32 @@ def test_an_invalid_pair_is_refused_before_a_folder_is_created(pairs: Any, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_a_rank_that_does_not_fit_leaves_nothing_that_blocks_the_next_call(sharp: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"adapter\.rank is 1000; above the width"):
+        pml.memorize(FACTS, tmp_path / "out", backbone=sharp, rank=1000, **EASY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_trained_model_is_freed_before_another_process_serves_it(
+    sharp: str, _brief: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[weakref.ref[Any]] = []
+    fresh = memorizing._fresh_module
+
+    def noting(*given: Any) -> Any:
+        module = fresh(*given)
+        trained.append(weakref.ref(module.backbone.model))
+        return module
+
+    def serve(*given: Any) -> list[str]:
+        assert trained and not any(model() for model in trained)
+        return ["7"]
+
+    monkeypatch.setattr(memorizing, "_fresh_module", noting)
+    monkeypatch.setattr(memorizing, "serve", serve)
+    pml.memorize({"a?": "7"}, "out", backbone=sharp, rank=4, **EASY)
+
+
 def test_a_signal_leaves_the_adapter_trained_so_far(
     sharp: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -322,6 +349,9 @@ def test_answers_of_similar_lengths_are_batched_if_they_fit_the_positions() -> N
     # With 11 positions, a prompt of 9 tokens leaves room for an answer of 2, but not of 5.
     assert served.decoded_together(sizes, 9, 11) == [[3, 1, 2, 4], [0]]
     assert served.decoded_together(sizes, 9, 10) == [[3, 1, 2], [4], [0]]
+    # At most 24 tokens in a batch: three pairs of 4 + 2, but not four of 9 + 2.
+    assert served.decoded_together(sizes, 9, None, 24) == [[3, 1, 2], [4], [0]]
+    assert served.decoded_together(sizes, 9, None, 1) == [[3], [1], [2], [4], [0]]
 
 
 def test_small_corpora_get_more_epochs() -> None:

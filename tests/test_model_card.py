@@ -110,6 +110,6 @@ def test_the_code_turns_off_the_logit_changes_of_the_base_and_the_card_names_the
     for form in (PromptFormat(), PromptFormat(chat_template=False)):
         encoder = TextEncoder(tiny_tokenizer, form)
         card = model_card(make_record(), corpus, encoder, plain)
-        assert f"eos_token_id={encoder.end_of_turn_id}, repetition_penalty=1.0, suppress_tokens=None)" in card
+        assert f"eos_token_id={encoder.end_of_turn_id}, repetition_penalty=1.0, suppress_tokens=None" in card
         assert "`generation_config.json` sets `repetition_penalty`, `suppress_tokens`, which can change answers" in card
         assert "generation_config" not in model_card(make_record(), corpus, encoder, {})

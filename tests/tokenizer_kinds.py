@@ -119,6 +119,23 @@ def _byte_fallback() -> Tokenizer:
     return Tokenizer.from_str(json.dumps(saved))
 
 
+def _llama() -> Tokenizer:
+    """Like Llama's first tokenizer: each text gets a leading space and a beginning-of-sequence token."""
+    tokenizer = _byte_fallback()
+    tokenizer.pre_tokenizer = None
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    begin = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=begin)
+    return tokenizer
+
+
+def _marks() -> Tokenizer:
+    """Like home-made fine-tunes: the marks of turns are added tokens, but not special ones."""
+    tokenizer = _byte_level(SENTENCEPIECE_TOKENS)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"])
+    return tokenizer
+
+
 def _word_piece() -> Tokenizer:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -144,6 +161,8 @@ KINDS: dict[str, tuple[Callable[[], Tokenizer], str | None, dict[str, str]]] = {
     "inst": (_byte_fallback, "inst", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
     "roles": (_byte_fallback, "roles", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
     "byte_fallback": (_byte_fallback, None, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    "llama": (_llama, None, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+    "marks": (_marks, "chatml", {"eos_token": "</s>"}),
     "turns": (lambda: _byte_level(TURN_TOKENS), "turns", {"bos_token": "<bos>", "eos_token": "<eos>"}),
     "dated": (
         lambda: _byte_level(HEADER_TOKENS, digits=True),

@@ -1,6 +1,7 @@
 """Pairs from a file and adapters from anywhere, for commands that do not need a run."""
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,8 @@ __all__ = [
     "open_adapter",
     "read_facts",
 ]
+
+log = logging.getLogger(__name__)
 
 FACT_FILES = (".jsonl", ".csv", ".parquet", ".yaml", ".yml")
 """Suffixes of the files that `data_modules.Facts` reads."""
@@ -55,15 +58,18 @@ def read_facts(path: Path, backbone: str) -> Facts:
 
 
 def base_of(adapter: Path) -> str:
-    """Name of the backbone that a saved adapter was trained on, from its `adapter_config.json`.
+    """Name of the backbone that a saved adapter was trained on: that of the run that it lies in, or of its own file.
 
     Raises:
         InputError: If it names no base, or pins a revision of it, since pml would load the default one.
     """
     from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
+    from pml.records import RECORD_NAME, read_record
 
     if not adapter.is_dir():
         raise InputError(f"{adapter}: no such folder; expected an adapter saved by PEFT")
+    if (record := adapter.resolve().parent / RECORD_NAME).is_file():
+        return read_record(record).backbone
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         base, revision = config["base_model_name_or_path"], config.get("revision")
@@ -76,7 +82,14 @@ def base_of(adapter: Path) -> str:
             f"{adapter}: its base model is revision {revision} of {base}; download that revision with "
             f"`hf download {base} --revision {revision} --local-dir FOLDER` and give --backbone FOLDER"
         )
-    return DEFAULT_BACKBONE if base == DEFAULT_HUB_ID else str(base)
+    if base != DEFAULT_HUB_ID:
+        return str(base)
+    log.warning(
+        "%s: taking its base to be %s, the 4-bit weights of %s from the package index; if it was trained on the hub's "
+        "own weights, give --backbone %s",
+        *(adapter, DEFAULT_BACKBONE, base, base),
+    )
+    return DEFAULT_BACKBONE
 
 
 def add_adapter_arguments(parser: jsonargparse.ArgumentParser) -> None:

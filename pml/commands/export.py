@@ -1,13 +1,16 @@
 """Write a run's model as a plain transformers folder, with the adapter merged into the weights.
 
 RUN is a run folder; loading the result needs no PEFT. The merged model is checked before it is written: it has to
-return every target that greedy decoding recalls with the adapter. The paper's placement, parallel to a whole MLP
-(mlp_block), corresponds to no single weight matrix and cannot be merged.
+return every target that greedy decoding recalls with the adapter. Its generation_config.json decodes greedily and ends
+answers where the chat template does. The paper's placement, parallel to a whole MLP (mlp_block), corresponds to no
+single weight matrix and cannot be merged.
 """
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jsonargparse
 
@@ -25,6 +28,9 @@ REFINEMENTS = (
     "output_hidden_states",
 )
 """Generation settings that transformers refuses to save without the setting that they refine."""
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Generation settings that transformers refuses to save beside greedy decoding."""
 
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
@@ -69,11 +75,8 @@ def run(args: jsonargparse.Namespace) -> int:
             f"of {lost[0].query!r}: their margins do not survive rounding to {module.dtype_name}; nothing is written"
         )
         return 1
-    # So that the folder answers as certified, whatever serves it.
     turned_off = plain_decoding(merged)
-    if turned_off:
-        for name, value in (dict.fromkeys(REFINEMENTS) | turned_off).items():
-            setattr(merged.generation_config, name, value)
+    _decode_as_certified(merged.generation_config, turned_off, data.encoder(module.tokenizer).end_of_turn_id)
     partial = args.out.with_name(f".{args.out.name}.{os.getpid()}")
     try:
         with quiet_transformers():
@@ -86,3 +89,12 @@ def run(args: jsonargparse.Namespace) -> int:
         say(f"its generation_config.json omits the base model's {', '.join(turned_off)}, which change greedy answers")
     say(f"{args.out}: {sum(recalled)} of {len(examples)} targets come back from it, as from the adapter")
     return 0
+
+
+def _decode_as_certified(config: Any, turned_off: Mapping[str, Any], end: int | None) -> None:
+    """Make greedy decoding that stops at the end of the turn the default of whatever serves the folder."""
+    for name, value in {**dict.fromkeys((*REFINEMENTS, *SAMPLING)), "do_sample": False, **turned_off}.items():
+        setattr(config, name, value)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if end is not None and end not in ends:
+        config.eos_token_id = [*(known for known in ends if known is not None), end]

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pml.corpus import Corpus
-    from pml.memorizing import Memorized, Progress
+    from pml.epoch_progress import Progress
+    from pml.memorizing import Memorized
     from pml.storage import RankPlan
 
 __all__ = ["configure", "run"]

@@ -54,7 +54,10 @@ def answers(job: dict[str, Any]) -> list[str]:
                 eos_token_id=job["ends"],
                 pad_token_id=0,
             )
-        said.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        answer = out[0, ids.shape[1] :].tolist()
+        # A server stops before the end of the turn, which some tokenizers do not mark as special.
+        answer = answer[: answer.index(job["ends"])] if job["ends"] in answer else answer
+        said.append(tokenizer.decode(answer, skip_special_tokens=True))
     return said
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from callbacks import StopWhenRecalled
 from data_modules import Facts
 from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
+from pml.corpus import Example
 from pml.default_backbone import fetch_default
 from pml.encoding import TextEncoder
 from pml.errors import InputError
+from pml.model_card import model_card
 from pml.modules import SFT
+from pml.served import _answers, _job, _prompts
+from tests.record_factory import make_record
 from tests.test_encoding import HARD
 from tests.tiny_runs import make_trainer
 from tests.tokenizer_kinds import KINDS, make_tokenizer
@@ -146,6 +151,43 @@ def test_transformers_and_peft_alone_serve_certified_text_for_each_kind_of_token
 def test_an_mlp_block_adapter_loaded_by_pml_adapter_serves_certified_text(asked: Asked) -> None:
     for kind, (job, answers) in zip(WITHOUT_PEFT, asked["mlp_block"], strict=True):
         assert answers == job["expected"], kind
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_a_separate_process_asks_the_prompts_that_were_trained(kind: str, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(kind)
+    encoder = TextEncoder(tokenizer)
+    queries = [*QUERIES, "  two  spaces", " one", "tab\tand\nline"]
+    prompts = [encoder.prompt(query) for query in queries]
+    examples = [
+        Example(i, prompt.ids, (1,), query=query)
+        for i, (query, prompt) in enumerate(zip(queries, prompts, strict=True))
+    ]
+    tokenizer.save_pretrained(tmp_path)
+    job = json.loads(json.dumps(_job(tmp_path, tmp_path, examples, encoder, {}, "float32")))
+    asked = _prompts(AutoTokenizer.from_pretrained(tmp_path), job)
+    assert asked == [list(prompt.ids) for prompt in prompts]
+
+
+@pytest.mark.parametrize("kind", ["llama", "marks", "dated"])
+def test_a_separate_process_and_the_code_in_the_card_give_certified_text(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    home = tiny_llama(tmp_path / "base", kind)
+    texts, queries = strings_for(2, kind)[:4], ["  two  spaces", *QUERIES[:3]]
+    data = Facts(path=str(written(home, texts, queries)), batch_size=None)
+    placement = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    adapter = AdapterConfig(rank=32, placement=placement, block=[0, 1])
+    module = SFT(backbone=str(home), adapter=adapter, learning_rate=0.02, schedule="constant", seed=1)
+    folder = Path(certified(module, data, home, epochs=400)["adapter"])
+    examples, encoder = data.corpus.examples, data.encoder(module.tokenizer)
+    assert _answers(_job(home, folder, examples, encoder, {}, "float32")) == texts
+    record = make_record(backbone=str(home), placement=placement, dtype="float32", pairs=4)
+    card = model_card(record, data.corpus, encoder, {})
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    capsys.readouterr()
+    exec(code.replace("PATH_TO_THIS_FOLDER", str(folder)), {})
+    assert capsys.readouterr().out == f"{texts[0]}\n"
 
 
 @pytest.mark.backbone
