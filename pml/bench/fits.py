@@ -181,9 +181,18 @@ class RecallRun:
 
 
 RECALL_SETTINGS = {
-    "published": ["--model.learning_rate=0.01", "--model.adapter.dropout=0.1"],
-    "best": ["--model.learning_rate=0.2"],
+    "published": {
+        "SFT": ["--model.learning_rate=0.01", "--model.adapter.dropout=0.1"],
+        "MemFT": [
+            "--model.learning_rate=0.01",
+            "--model.adapter.dropout=0.1",
+            "--model.weighting=OnlyThreshold",
+            "--model.weighting.when_memorized=uniform",
+        ],
+    },
+    "best": {method: ["--model.learning_rate=0.2"] for method in ("SFT", "MemFT")},
 }
+"""Options of the models by settings and method: the paper's, and those that need the fewest steps here."""
 
 
 def measure_recall(backbone: str, length: int, rank: int = 4, most_steps: int = 400) -> list[RecallRun]:
@@ -199,8 +208,8 @@ def measure_recall(backbone: str, length: int, rank: int = 4, most_steps: int = 
 
     runs = []
     with shared_backbones():
-        for settings, arguments in RECALL_SETTINGS.items():
-            for method in ("SFT", "MemFT"):
+        for settings, methods in RECALL_SETTINGS.items():
+            for method, arguments in methods.items():
                 cli = _cli(
                     backbone,
                     rank,

@@ -3,7 +3,7 @@
     python configs/experiments/gpu/planned_pairs.py planned     # planned/*.jsonl, planned/plans.json, planned/grid.yaml
     pml sweep planned/grid.yaml
 
-`planned_1 --draw 1` makes twelve others, on which no setting was chosen; `--own_names` takes only functions that their
+`planned_1 --draw 1` makes twelve others; `--own_names` takes only functions that their
 names tell apart; `--constants` takes a file of `pml calibrate --out`.
 """
 
