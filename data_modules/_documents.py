@@ -7,10 +7,11 @@ from pathlib import Path
 
 import inscriptis
 
-from data_modules._files import blocks, kind
+from data_modules._files import as_text, blocks, kind
 from data_modules._rows import Columns, Row, read_rows, text_in
 from data_modules._wording import one_line
 from pml.errors import InputError
+from pml.folders import files_below
 
 __all__ = ["Document", "document_of_row", "read_documents"]
 
@@ -48,10 +49,10 @@ def read_documents(paths: Iterable[str | Path], column: str = "text") -> Iterato
     """
     for path in map(Path, paths):
         if not os.path.isdir(path):  # unlike Path.is_dir, false if the system raises an error
-            yield from _documents(path, path.name, column)
+            yield from _documents(path, as_text(path.name), column)
             continue
         for file in _files_below(path):
-            yield from _documents(file, file.relative_to(path).as_posix(), column)
+            yield from _documents(file, as_text(file.relative_to(path).as_posix()), column)
 
 
 def document_of_row(row: Row, column: str) -> Document:
@@ -67,7 +68,7 @@ def document_of_row(row: Row, column: str) -> Document:
 
 def _files_below(folder: Path) -> list[Path]:
     try:
-        files = [file for file in sorted(folder.rglob("*")) if _is_text(file.relative_to(folder)) and file.is_file()]
+        files = [file for file in sorted(files_below(folder)) if _is_text(file.relative_to(folder)) and file.is_file()]
         if not files:
             raise InputError(f"{folder}: no text in this folder; expected files of {', '.join(TEXT_SUFFIXES)}")
         return [file for file in files if file.stat().st_size]

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from pml.errors import InputError
 
-__all__ = ["BLOCK_BYTES", "blocks", "kind", "lines", "opened"]
+__all__ = ["BLOCK_BYTES", "as_text", "blocks", "kind", "lines", "opened"]
 
 BLOCK_BYTES = 1 << 16
 
@@ -63,7 +63,7 @@ def lines(path: Path) -> Iterator[str]:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 byte = f"byte {error.start + 1} is 0x{error.object[error.start]:02x}"
-                raise InputError(f"{path.name}:{number}: {_not_utf8(byte)}") from error
+                raise InputError(f"{as_text(path.name)}:{number}: {_not_utf8(byte)}") from error
 
 
 def blocks(path: Path) -> Iterator[str]:
@@ -84,12 +84,17 @@ def blocks(path: Path) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 line += error.object.count(b"\n", 0, error.start)
                 byte = f"0x{error.object[error.start]:02x}"
-                raise InputError(f"{path.name}:{line}: {_not_utf8(byte)}") from error
+                raise InputError(f"{as_text(path.name)}:{line}: {_not_utf8(byte)}") from error
             line += text.count("\n")
             empty = empty and not text
             yield text
     if empty:
         raise InputError(f"{path}: the file is empty; expected text")
+
+
+def as_text(name: str) -> str:
+    """The name of a file as valid text: bytes that are not UTF-8 are replaced."""
+    return os.fsencode(name).decode(errors="replace")
 
 
 def kind(path: Path) -> str:
@@ -98,7 +103,7 @@ def kind(path: Path) -> str:
 
 
 def _utf16(path: Path) -> str:
-    return f"{path.name}:1: {_not_utf8('it looks like UTF-16')}"
+    return f"{as_text(path.name)}:1: {_not_utf8('it looks like UTF-16')}"
 
 
 def _not_utf8(reason: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 
-from data_modules._files import BLOCK_BYTES, kind, lines, opened
+from data_modules._files import BLOCK_BYTES, as_text, kind, lines, opened
 from data_modules._wording import listed, one_line, quoted, shown
 from data_modules._yaml import yaml_entries
 from pml.errors import InputError
@@ -153,7 +153,7 @@ def _jsonl_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
     for number, line in enumerate(lines(path), start=1):
         if not line.strip():
             continue
-        where = f"{path.name}:{number}"
+        where = f"{as_text(path.name)}:{number}"
         if line.lstrip().startswith("["):
             raise InputError(
                 f"{where}: a JSON list; expected an object, one a line, without brackets and commas around them "
@@ -201,7 +201,7 @@ def _csv_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
     header: list[str] | None = None
     empty = True
     while True:
-        where = f"{path.name}:{reader.line_num + 1}"  # a row starts here and may span many lines
+        where = f"{as_text(path.name)}:{reader.line_num + 1}"  # a row starts here and may span many lines
         try:
             fields = next(reader)
         except StopIteration:
@@ -246,15 +246,17 @@ def _parquet_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
     ):
         names = table.schema_arrow.names
         if (name := _repeated(names)) is not None:
-            raise InputError(f"{path.name}: two columns have the name {quoted(name)}; give each a name of its own")
-        found = matching_columns(path.name, names, alternatives)
+            raise InputError(
+                f"{as_text(path.name)}: two columns have the name {quoted(name)}; give each a name of its own"
+            )
+        found = matching_columns(as_text(path.name), names, alternatives)
         looked_at = {name for columns in found for name in (*columns.required, *columns.optional)}
         wanted = [name for name in names if not alternatives or name in looked_at]
         for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
             columns = [_python_values(batch.column(name), path, number + 1, name) for name in wanted]
             for values in zip(*columns, strict=True):
                 number += 1
-                yield Row(f"{path.name} row {number}", dict(zip(wanted, values, strict=True)))
+                yield Row(f"{as_text(path.name)} row {number}", dict(zip(wanted, values, strict=True)))
 
 
 @contextmanager
@@ -276,7 +278,7 @@ def _python_values(values: Any, path: Path, first_row: int, column: str) -> list
     except Exception:
         # The error does not name the row, so convert the values one by one.
         return [
-            _python_value(value, f"{path.name} row {number}", column)
+            _python_value(value, f"{as_text(path.name)} row {number}", column)
             for number, value in enumerate(values, start=first_row)
         ]
 
@@ -298,7 +300,7 @@ def _python_value(scalar: Any, where: str, column: str) -> Any:
 
 
 def _yaml_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
-    for where, values in yaml_entries("".join(lines(path)), path.name):
+    for where, values in yaml_entries("".join(lines(path)), as_text(path.name)):
         if not isinstance(values, dict):
             raise InputError(f"{where}: {shown(values)}; expected a mapping with {_required(alternatives)}")
         yield Row(where, values)

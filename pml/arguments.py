@@ -8,9 +8,20 @@ from pathlib import Path
 from pml.errors import InputError
 from pml.yaml_file import read_yaml
 
-__all__ = ["CONFIG_OPTIONS", "SUFFIXES", "check_files", "check_template_kwargs", "files_given", "options_in"]
+__all__ = [
+    "CONFIG_OPTIONS",
+    "SUFFIXES",
+    "check_files",
+    "check_template_kwargs",
+    "files_given",
+    "names_data",
+    "options_in",
+]
 
 CONFIG_OPTIONS = ("--config", "-c")
+
+BATCHING_ARGUMENTS = ("batch_size", "shuffle", "drop_last")
+"""Arguments of a data module that do not change its corpus."""
 
 SUFFIXES = (".yaml", ".yml", ".json")
 """Suffixes of files that hold a part of the configuration."""
@@ -59,3 +70,16 @@ def options_in(arguments: Sequence[str]) -> list[tuple[str, str]]:
 def files_given(arguments: Sequence[str], names: Sequence[str]) -> list[Path]:
     """Values of the options with these names, as paths."""
     return [Path(value) for name, value in options_in(arguments) if name in names]
+
+
+def names_data(arguments: Sequence[str], run: Path) -> bool:
+    """Whether arguments, or configurations other than that of a run, set more of `data` than how it is batched."""
+    options = [name.rpartition(".")[2] for name, _ in options_in(arguments) if name.startswith("--data")]
+    named = {name.removeprefix("--") for name in options}
+    for path in files_given(arguments, CONFIG_OPTIONS):
+        if path.resolve().parent == run.resolve():
+            continue
+        content = read_yaml(path)
+        data = (content.get("fit") or content).get("data")
+        named |= {*data, *(data.get("init_args") or {})} if isinstance(data, dict) else {"data"} if data else set()
+    return bool(named - {"init_args", *BATCHING_ARGUMENTS})

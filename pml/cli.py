@@ -24,6 +24,9 @@ FIT_COMMANDS = {
     "test": "Measure the recall of a run or a checkpoint with greedy decoding",
     "predict": "Score every target token of a run's corpus; leaves a table, predictions.parquet",
 }
+LIMITED = {"validate": "val", "test": "test", "predict": "predict"}
+"""How Lightning names the batches of each command, as in `trainer.limit_val_batches`."""
+
 COMMANDS = (
     "memorize",
     "data",
@@ -166,8 +169,10 @@ def _of_run(arguments: Sequence[str]) -> Iterator[Sequence[str]]:
             f"{str(config)[:LONGEST_PATH]}: no such file; expected the folder of a run that `pml fit` or `pml sweep` "
             "made"
         )
+    # A fit that made no validation may have turned it off.
+    whole = f"--trainer.limit_{LIMITED[command]}_batches=1.0"
     with own_classes_refused(read_yaml(config), config):
-        yield [command, f"--config={config}", "--ckpt_path=null", "--trainer.logger=false", *rest[1:]]
+        yield [command, f"--config={config}", "--ckpt_path=null", "--trainer.logger=false", whole, *rest[1:]]
 
 
 def _run_command(name: str, arguments: Sequence[str]) -> int:

@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pydantic
 
@@ -161,6 +162,9 @@ def resolve(grid: Grid) -> list[Cell]:
         try:
             own = tuple(_options(_with_whole_variables(setting, base)))
             config = parse_run([*base, *own])
+            _check_record(config)
+            for key, value in setting.items():
+                _check_text(key, value, config)
         except InputError as error:
             raise InputError(f"cell {_label(setting, list(setting))}: {error}") from error
         digest = hashlib.sha256(json.dumps(_without_places(config), sort_keys=True, default=str).encode()).hexdigest()
@@ -178,6 +182,35 @@ def resolve(grid: Grid) -> list[Cell]:
 
 def _options(setting: Mapping[str, Any]) -> list[str]:
     return [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in setting.items()]
+
+
+def _check_record(config: Any) -> None:
+    """Refuse a cell that would train and then leave no record in its own folder."""
+    given = config.trainer.get("callbacks") or []
+    callbacks = [(_class_of(one.class_path), one.get("init_args") or {}) for one in given]
+    recorders = [arguments for cls, arguments in callbacks if issubclass(cls, import_module("callbacks").RunRecord)]
+    if not recorders:
+        raise InputError(
+            "trainer.callbacks has no callbacks.RunRecord, so the cell would leave no record and no adapter; expected "
+            "one, since a list of callbacks replaces the default one"
+        )
+    if (folder := next((a["dirpath"] for a in recorders if a.get("dirpath") is not None), None)) is not None:
+        raise InputError(f"RunRecord has dirpath {folder}; expected none, since each cell has a folder of its own")
+
+
+def _class_of(class_path: str) -> type:
+    module, _, name = class_path.rpartition(".")
+    return cast(type, getattr(import_module(module), name))
+
+
+def _check_text(key: str, value: Any, config: Any) -> None:
+    """Refuse a value that becomes another one, since a cell passes it on as a command-line argument."""
+    node: Any = config
+    for part in key.split("."):
+        node = node[part] if part in node else node["init_args"][part] if "init_args" in node else {}
+    is_other_text = isinstance(node, str) and not isinstance(value, (str, list, dict))
+    if is_other_text or (isinstance(value, str) and node is None):
+        raise InputError(f"{key}: {value!r} would become {node!r}; expected text in quotes that reads as nothing else")
 
 
 def _with_whole_variables(setting: Mapping[str, Any], base: Sequence[str]) -> Mapping[str, Any]:

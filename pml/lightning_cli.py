@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from pml.arguments import CONFIG_OPTIONS, check_files, check_template_kwargs, files_given, options_in
+from pml.arguments import CONFIG_OPTIONS, check_files, check_template_kwargs, files_given, names_data
 from pml.atomic import whole_file
 from pml.checkpoints import (
     FOLDER_NAME,
@@ -70,10 +70,6 @@ class _SaveConfig(SaveConfigCallback):
                 with whole_file(folder / CONFIG_NAME) as file:
                     file.write(self.parser.dump(self.config, skip_unset=False, skip_validation=True).encode())
         self.already_saved = True
-
-
-BATCHING_ARGUMENTS = ("batch_size", "shuffle", "drop_last")
-"""Arguments of a data module that do not change its corpus."""
 
 
 class MemorizationCLI(LightningCLI):
@@ -138,8 +134,6 @@ class MemorizationCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self._arguments = list(args or ())
-        data = [name for name, _ in options_in(args or ()) if name.startswith("--data")]
-        self._names_data = any(name.rpartition(".")[2] not in BATCHING_ARGUMENTS for name in data)
         make_importable([Path.cwd(), *(path.resolve().parent for path in files_given(args or (), CONFIG_OPTIONS))])
         try:
             super().parse_arguments(parser, args)
@@ -238,6 +232,9 @@ class MemorizationCLI(LightningCLI):
         Raises:
             InputError: If neither is given, or it cannot be loaded.
         """
+        kind = {"validate": "val"}.get(str(self.subcommand), self.subcommand)
+        if getattr(self.trainer, f"limit_{kind}_batches") == 0:
+            raise InputError(f"trainer.limit_{kind}_batches is 0, so nothing is left to {self.subcommand}; raise it")
         folder = self._run_folder()
         checkpoint = self._options.get("ckpt_path")
         if checkpoint is None and folder is None:
@@ -249,7 +246,7 @@ class MemorizationCLI(LightningCLI):
             self.model.configure_model()
         else:
             self.model.load_adapter(folder / "adapter")
-        if folder is not None and not self._names_data:
+        if folder is not None and not names_data(self._arguments, folder):
             use_corpus_of_run(folder, self.datamodule, self.model)
         else:
             self._build()
@@ -257,8 +254,6 @@ class MemorizationCLI(LightningCLI):
     def predict(self, **options: Any) -> None:
         """Run `pml predict`: score every target token and write the table."""
         parts: list[Any] = self.trainer.predict(**options) or []
-        if not parts:
-            raise InputError("no batch is left to predict; raise trainer.limit_predict_batches")
         scores = gather_scores(parts)
         if self.trainer.is_global_zero:
             folder = self._run_folder() or Path(self.trainer.log_dir or self.trainer.default_root_dir)
@@ -308,7 +303,7 @@ class MemorizationCLI(LightningCLI):
             with stopping_at_steps(self.trainer):
                 self.trainer.fit(**{**options, "weights_only": True})
             if self.model.resume_state:
-                raise InputError(
+                raise FitHadEnded(
                     f"the fit of {options['ckpt_path']} had taken all of its steps, so nothing was trained; raise "
                     "trainer.max_epochs or trainer.max_steps to train longer"
                 )
@@ -341,6 +336,10 @@ def _unused(path: Path) -> Path:
     """The path, or if it exists the same path with the first free number."""
     paths = (path, *(path.with_stem(f"{path.stem}_{number}") for number in range(1, 1000)))
     return next(candidate for candidate in paths if not candidate.exists())
+
+
+class FitHadEnded(InputError):
+    """A checkpoint was given to resume from whose fit had taken all of its steps."""
 
 
 class _ParsedRun(MemorizationCLI):

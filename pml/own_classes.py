@@ -20,6 +20,8 @@ TRUSTED = ("pml", "data_modules", "callbacks", "lightning", "torch")
 
 class _State:
     allowed = False
+    opening = False
+    """Whether a run is being opened whose code must not run."""
 
 
 @contextmanager
@@ -33,8 +35,12 @@ def allowed(yes: bool) -> Iterator[None]:
 
 
 def make_importable(folders: Sequence[Path]) -> None:
-    """Append folders to `sys.path`, so that their classes can be named; last, so that they hide no package."""
-    for folder in folders:
+    """Append folders to `sys.path`, so that their classes can be named; last, so that they hide no package.
+
+    Not while a run is opened whose classes are refused: packages that look for others, which are not installed, would
+    import files of these names from its folder.
+    """
+    for folder in folders if not _State.opening else ():
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
 
@@ -63,8 +69,9 @@ def own_classes_refused(config: Any, path: Path) -> Iterator[None]:
     named = dict.fromkeys(_class_paths(config))
     if (foreign := next(filter(_is_foreign, named), None)) is not None:
         raise _refusal(path, foreign)
-    before = dict(parsing_settings)
+    before, was_opening = dict(parsing_settings), _State.opening
     try:
+        _State.opening = True
         # The parser checks again, since a configuration can name classes in more ways than `_class_paths` finds.
         here = [class_path for class_path in named if _is_here(class_path)]
         jsonargparse.set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[*TRUSTED, *here])
@@ -74,6 +81,7 @@ def own_classes_refused(config: Any, path: Path) -> Iterator[None]:
             raise _refusal(path, denied[1]) from error
         raise
     finally:
+        _State.opening = was_opening
         parsing_settings.update(before)
 
 

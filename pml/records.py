@@ -11,6 +11,7 @@ import pydantic
 
 from pml.atomic import whole_file
 from pml.errors import InputError
+from pml.folders import files_below
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -336,6 +337,6 @@ def read_records(paths: str | Path | Iterable[str | Path]) -> dict[Path, Record]
 
 def _records_below(folder: Path) -> list[Path]:
     """Record files in a folder and below it, except those that a sweep has set aside there."""
-    files = ((file, file.relative_to(folder).parent.parts) for file in sorted(folder.rglob(RECORD_NAME)))
+    files = sorted(file for file in files_below(folder) if file.name == RECORD_NAME)
     aside = re.compile(rf"{re.escape(SET_ASIDE)}\d+$")
-    return [file for file, folders in files if not any(map(aside.search, folders))]
+    return [file for file in files if not any(map(aside.search, file.relative_to(folder).parent.parts))]

@@ -15,7 +15,7 @@ import pydantic
 from pml.content import Content
 from pml.grid import Cell, Grid, expand, read_grid, resolve
 from pml.records import write_json
-from pml.sweep import Outcome, run_cells
+from pml.sweep import Outcome, claims_of, run_cells, set_failures_aside
 
 __all__ = ["SEARCH_NAME", "Candidate", "CellResult", "SearchGrid", "budgets", "read_search", "run_search"]
 
@@ -48,13 +48,18 @@ class SearchGrid(Grid):
 
 
 class Candidate(Content):
-    """One candidate of one cell: its settings, and its final loss in nats by budget in epochs, for those it has run.
+    """One candidate of one cell.
 
-    A loss is None if the run failed or diverged.
+    Attributes:
+        settings: Its settings.
+        final_loss: Its final loss in nats by budget in epochs, for those that it has run; None if the run failed or
+            diverged.
+        failed: Folders of the runs that failed, by budget: such a candidate was not compared fairly.
     """
 
     settings: Setting
     final_loss: dict[int, float | None]
+    failed: dict[int, Path] = pydantic.Field(default_factory=dict)
 
     def order(self, epochs: int) -> float:
         """Sort key: the final loss with this budget, infinite if that run failed, diverged or does not exist."""
@@ -113,7 +118,9 @@ def budgets(candidates: int, epochs: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def run_search(
-    grid: SearchGrid, start: Callable[[str, list[Cell]], Callable[[Outcome], None]] = lambda *_: lambda _: None
+    grid: SearchGrid,
+    start: Callable[[str, list[Cell]], Callable[[Outcome], None]] = lambda *_: lambda _: None,
+    retry_failed: bool = False,
 ) -> list[CellResult]:
     """Run what has no record yet, choose the best settings for each cell, and write them to `search.json` in `out`.
 
@@ -123,58 +130,89 @@ def run_search(
     Args:
         grid: The search.
         start: Called before each budget's runs with their folder and cells; returns a callback for each outcome.
+        retry_failed: Run those again that have failed before.
 
     Raises:
         InputError: Before anything runs, if `pml fit` would refuse a cell or a candidate.
     """
-    cells, tried = expand(grid.grid), expand([grid.search])
-    standing = [[Candidate(settings=settings, final_loss={}) for settings in tried] for _ in cells]
-    last = grid.epochs[-1]
-
-    def run(chosen: list[tuple[int, Candidate]], epochs: int) -> list[Outcome]:
-        """Run candidates with one budget and record their final losses."""
-        folder = grid.out / ("best" if epochs == last else f"{epochs}-epochs")
-        runs = resolve(
-            _grid_of_budget(grid, [cells[i] | candidate.settings for i, candidate in chosen], epochs, folder)
-        )
-        outcomes = run_cells(runs, start(str(folder), runs))
-        for (_, candidate), outcome in zip(chosen, outcomes, strict=True):
-            candidate.final_loss[epochs] = outcome.record.final_loss if outcome.record is not None else None
-        return outcomes
-
-    outcomes: list[Outcome] = []
-    for count, epochs in budgets(len(tried), grid.epochs):
-        outcomes = run([(i, candidate) for i, found in enumerate(standing) for candidate in found[:count]], epochs)
-        for found in standing:
-            # Only candidates that ran with this budget are compared; the others keep their order behind them.
-            found[:count] = sorted(found[:count], key=lambda candidate: candidate.order(epochs))
-    # A candidate that did well on smaller budgets may diverge with the last one; the next best may not.
-    while behind := [
-        (i, other)
-        for i, (found, outcome) in enumerate(zip(standing, outcomes, strict=True))
-        if outcome.diverged and (other := _next_best(found, last)) is not None
-    ]:
-        for (i, other), outcome in zip(behind, run(behind, last), strict=True):
-            if not outcome.diverged:
-                outcomes[i] = outcome
-                standing[i].remove(other)
-                standing[i].insert(0, other)
-    choices = []
-    for cell, candidates, outcome in zip(cells, standing, outcomes, strict=True):
-        chosen = candidates[0].settings if outcome.record is not None and not outcome.diverged else None
-        choices.append(
-            CellResult(
-                cell=cell,
-                chosen=chosen,
-                failed=outcome.record is None,
-                at_the_edge=_at_the_edge(grid.search, chosen) if chosen is not None else [],
-                folder=outcome.cell.folder,
-                candidates=candidates,
-            )
-        )
+    search = _Search(grid, start, retry_failed)
+    for count, epochs in budgets(len(search.tried), grid.epochs):
+        search.run_best(count, epochs)
+    while search.replace_diverged():
+        pass
+    choices = search.choices()
     content = SearchResult(epochs=grid.epochs, search=grid.search, cells=choices)
     write_json(grid.out / SEARCH_NAME, content.model_dump(mode="json"))
     return choices
+
+
+class _Search:
+    """Candidates of each cell, best first, and the outcome of the best one's latest run."""
+
+    def __init__(
+        self, grid: SearchGrid, start: Callable[[str, list[Cell]], Callable[[Outcome], None]], retry_failed: bool
+    ) -> None:
+        self.grid, self._start, self._retry_failed = grid, start, retry_failed
+        self.cells, self.tried = expand(grid.grid), expand([grid.search])
+        self.standing = [[Candidate(settings=settings, final_loss={}) for settings in self.tried] for _ in self.cells]
+        self.outcomes: list[Outcome] = []
+
+    def run_best(self, count: int, epochs: int) -> None:
+        """Run the best candidates of each cell with a budget, and sort them by how they did."""
+        chosen = [(i, candidate) for i, found in enumerate(self.standing) for candidate in found[:count]]
+        self.outcomes = self._run(chosen, epochs)
+        for found in self.standing:
+            # Only candidates that ran with this budget are compared; the others keep their order behind them.
+            found[:count] = sorted(found[:count], key=lambda candidate: candidate.order(epochs))
+
+    def replace_diverged(self) -> bool:
+        """Run the next best candidate with the last budget where the best diverged; whether there was one to run.
+
+        A candidate that did well on smaller budgets may diverge with the last one; the next best may not.
+        """
+        last = self.grid.epochs[-1]
+        behind = [
+            (i, other)
+            for i, (found, outcome) in enumerate(zip(self.standing, self.outcomes, strict=True))
+            if outcome.diverged and (other := _next_best(found, last)) is not None
+        ]
+        for (i, other), outcome in zip(behind, self._run(behind, last) if behind else [], strict=True):
+            if not outcome.diverged:
+                self.outcomes[i] = outcome
+                self.standing[i].remove(other)
+                self.standing[i].insert(0, other)
+        return bool(behind)
+
+    def choices(self) -> list[CellResult]:
+        """The result for each cell, after the runs with the last budget."""
+        choices = []
+        for cell, candidates, outcome in zip(self.cells, self.standing, self.outcomes, strict=True):
+            chosen = candidates[0].settings if outcome.record is not None and not outcome.diverged else None
+            choices.append(
+                CellResult(
+                    cell=cell,
+                    chosen=chosen,
+                    failed=outcome.record is None,
+                    at_the_edge=_at_the_edge(self.grid.search, chosen) if chosen is not None else [],
+                    folder=outcome.cell.folder,
+                    candidates=candidates,
+                )
+            )
+        return choices
+
+    def _run(self, chosen: list[tuple[int, Candidate]], epochs: int) -> list[Outcome]:
+        """Run candidates with one budget and note their final losses."""
+        folder = self.grid.out / ("best" if epochs == self.grid.epochs[-1] else f"{epochs}-epochs")
+        settings = [self.cells[i] | candidate.settings for i, candidate in chosen]
+        runs = resolve(_grid_of_budget(self.grid, settings, epochs, folder))
+        if self._retry_failed:
+            set_failures_aside(runs, claims_of(runs))
+        outcomes = run_cells(runs, self._start(str(folder), runs))
+        for (_, candidate), outcome in zip(chosen, outcomes, strict=True):
+            candidate.final_loss[epochs] = outcome.record.final_loss if outcome.record is not None else None
+            if outcome.record is None:
+                candidate.failed[epochs] = outcome.cell.folder
+        return outcomes
 
 
 def _grid_of_budget(grid: SearchGrid, settings: list[Setting], epochs: int, out: Path) -> Grid:

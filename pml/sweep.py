@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import logging
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -16,7 +17,7 @@ from pml.corpus import Corpus
 from pml.disk import DiskError, disk_failure
 from pml.errors import InputError
 from pml.grid import ERROR_NAME, Cell
-from pml.lightning_cli import MemorizationCLI, make_run
+from pml.lightning_cli import FitHadEnded, MemorizationCLI, make_run
 from pml.modules import Memorization
 from pml.progress import ProgressFile
 from pml.records import RECORD_NAME, SET_ASIDE, Record, read_record
@@ -25,6 +26,8 @@ from pml.same_folder import run_to_go_on_in
 from pml.stopping import Stopped, requested
 
 __all__ = ["Outcome", "claims_of", "known_cells", "outcomes_of", "run_cells", "set_failures_aside"]
+
+log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 1.0
 """Interval at which a worker checks whether cells that others run are done."""
@@ -176,6 +179,15 @@ def _recorded(cell: Cell, record: Record, corpora: dict[str, Corpus]) -> Outcome
 
 
 def _run_cell(cell: Cell, checkpoint: Path | None = None) -> Outcome:
+    """Run a cell, and anew if its checkpoint is that of a finished run, whose record was deleted."""
+    try:
+        return _fit_cell(cell, checkpoint)
+    except FitHadEnded:
+        _set_aside(cell.folder)
+        return _fit_cell(cell)
+
+
+def _fit_cell(cell: Cell, checkpoint: Path | None = None) -> Outcome:
     module: Memorization | None = None
     try:
         going_on = () if checkpoint is None else (f"--ckpt_path={checkpoint}",)
@@ -184,7 +196,12 @@ def _run_cell(cell: Cell, checkpoint: Path | None = None) -> Outcome:
         cli.trainer.callbacks.append(ProgressFile(cell.folder))  # type: ignore[attr-defined]
         cli.run_fit()
         return Outcome(cell, read_record(cell.folder / RECORD_NAME))
+    except FitHadEnded:
+        raise
     except Exception as error:
+        if (record := cell.record) is not None:
+            log.warning("%s: an error after the run had ended: %s: %s", cell.name, type(error).__name__, error)
+            return Outcome(cell, record)
         return _failed(cell, error)
     finally:
         if module is not None:
@@ -199,7 +216,8 @@ def _failed(cell: Cell, error: Exception) -> Outcome:
         summary = " ".join(f"{type(error).__name__}: {error}".split())
         try:
             with whole_file(cell.folder / ERROR_NAME) as file:
-                file.write(f"{summary}\n\n{traceback.format_exc()}".encode())
+                # The name of a file in a message need not be valid text.
+                file.write(f"{summary}\n\n{traceback.format_exc()}".encode(errors="backslashreplace"))
             return Outcome(cell, error=summary)
         except OSError as unwritten:
             trouble = f"{unwritten.filename}: {unwritten.strerror}"

@@ -127,7 +127,7 @@ class ClusterWorkers:
         try:
             executor = submitit.AutoExecutor(folder=out / FOLDER_NAME, cluster=cluster)
             executor.update_parameters(**{"timeout_min": 24 * 60, **options})
-            self._jobs = executor.map_array(_Sweep(), [str(grid.resolve())] * count)
+            self._jobs = executor.map_array(_Sweep(), [str(grid.absolute())] * count)
         except (RuntimeError, TypeError, ValueError, NameError, OSError) as error:
             raise InputError(f"--cluster {cluster}: submitit says: {' '.join(str(error).split())}") from error
 
@@ -158,13 +158,24 @@ def _trouble(job: Any) -> str:
 
 
 class _Sweep:
-    """The task of a job: run `pml sweep`, and return its exit code."""
+    """The task of a job: run `pml sweep`, and return its exit code. If the job is stopped, the sweep saves its cell."""
 
     def __call__(self, grid: str) -> int:
-        return subprocess.run([sys.executable, "-m", "pml", "sweep", grid], check=False).returncode
+        # In a session of its own, so that signals to the job's processes reach it once, from here.
+        self._process = subprocess.Popen([sys.executable, "-m", "pml", "sweep", grid], start_new_session=True)
+        try:
+            return self._process.wait()
+        except BaseException:
+            self._save()
+            raise
 
     def checkpoint(self, grid: str) -> Any:
         """Return the job to submit in place of a preempted one; submitit calls this."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, grid)
+        self._save()
+        return DelayedSubmission(_Sweep(), grid)
+
+    def _save(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait()

@@ -313,6 +313,43 @@ def test_a_run_can_be_evaluated_on_other_data(
     assert table_values(capsys.readouterr().out)["val/loss"] != pytest.approx(record.final_loss, rel=1e-3)
 
 
+def test_a_later_configuration_gives_a_run_other_data_to_be_evaluated_on(
+    finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, quiet = str(finished["run"]), "--trainer.enable_progress_bar=false"
+    losses = []
+    for data in (
+        None,
+        {"init_args": {"batch_size": 1}},
+        {"init_args": {"pairs": 4}},
+        {"class_path": "PhoneBook", "init_args": {"pairs": 4}},
+    ):
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump({"data": data} if data else {"seed_everything": 1}))
+        assert main(["validate", run, "--config=other.yaml", quiet]) == 0
+        losses.append(table_values(capsys.readouterr().out)["val/loss"])
+    assert main(["validate", run, "--data.pairs=4", quiet]) == 0
+    other = table_values(capsys.readouterr().out)["val/loss"]
+    known = read_record(finished["run"] / "record.json").final_loss
+    assert losses == pytest.approx([known, known, other, other], rel=1e-5)
+    assert other != pytest.approx(known, rel=1e-3)
+
+
+def test_a_run_that_made_no_validation_can_be_validated(
+    finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(finished["run"], tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["trainer"]["limit_val_batches"] = 0
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["validate", str(run), "--trainer.enable_progress_bar=false"]) == 0
+    known = read_record(run / "record.json").final_loss
+    assert table_values(capsys.readouterr().out)["val/loss"] == pytest.approx(known, rel=1e-5)
+    assert main(["validate", f"--config={run}/config.yaml", "--trainer.logger=false"]) == 2
+    assert "trainer.limit_val_batches is 0, so nothing is left to validate; raise it" in capsys.readouterr().err
+
+
 def test_ckpt_path_last_finds_the_last_checkpoint_of_a_run(
     finished: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -352,7 +389,7 @@ def test_predict_takes_some_batches_and_refuses_none(
     table = pq.read_table(run / "predictions.parquet")
     assert set(table["example_id"].to_pylist()) == {0}
     assert main([*arguments, "--trainer.limit_predict_batches=0"]) == 2
-    assert "no batch is left to predict" in capsys.readouterr().err
+    assert "trainer.limit_predict_batches is 0, so nothing is left to predict" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,33 @@ def test_no_own_class_named_by_a_run_is_executed_without_the_own_classes_option(
     main(["validate", "run", "--own_classes"])
     sys.modules.pop("evil", None)
     assert [*Path().rglob("ran")], "it runs where that is allowed"
+
+
+def test_no_file_of_a_run_is_executed_in_place_of_a_package_that_is_not_installed(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = ["fit", "--model=SFT", f"--model.backbone={tiny_backbone_folder}", "--model.adapter.block=1"]
+    made += ["--data=RandomTokens", "--data.length=4", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    assert main(made) == 0
+    run = tmp_path / "runs/fit/version_0"
+    (run / "not_installed.py").write_text(EVIL)
+    before, found = list(sys.path), list[Any]()
+    # As libraries do that look for an optional package.
+    monkeypatch.setattr(
+        "callbacks.VerbatimRecall.setup", lambda *_, **__: found.append(find_spec("not_installed")), raising=False
+    )
+    for folder, command in ((tmp_path, ["test", str(run)]), (run, ["validate", "."])):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "path", [place for place in before if place not in ("", str(tmp_path), str(run))])
+        found.clear()
+        assert main(command) == 0
+        assert found and not any(found)
+    # A configuration that the user gives is trusted.
+    monkeypatch.chdir(tmp_path)
+    found.clear()
+    assert main(["validate", f"--config={run}/config.yaml", "--trainer.logger=false"]) == 0
+    assert found and all(found)
 
 
 def test_a_checkpoint_that_names_a_foreign_class_is_refused_without_importing_it(

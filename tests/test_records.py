@@ -182,6 +182,13 @@ class TestFinding:
             ("deep/er/a", 1),
         ]
 
+    def test_runs_behind_links_are_found_once_even_if_links_form_a_loop(self, tmp_path: Path) -> None:
+        moved = write_run(tmp_path / "disk" / "moved")
+        run = write_run(tmp_path / "runs" / "here")
+        (tmp_path / "runs" / "linked").symlink_to(moved)
+        (tmp_path / "runs" / "here" / "loop").symlink_to(tmp_path / "runs")
+        assert list(read_records(tmp_path / "runs")) == [run, tmp_path / "runs" / "linked"]
+
     def test_a_run_given_by_its_file_its_folder_or_as_a_string_is_found_once(self, tmp_path: Path) -> None:
         run = write_run(tmp_path / "run")
         assert list(read_records([run, run / "record.json", str(run), tmp_path])) == [run]

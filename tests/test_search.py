@@ -152,6 +152,28 @@ def test_the_command_says_what_it_chose_and_that_a_better_value_may_lie_beyond_t
     assert json.loads(capsys.readouterr().out)["epochs"] == [2, 4]
 
 
+def test_a_failed_candidate_is_named_and_can_be_run_again(
+    write: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(self: Any, trainer: Any, module: Any) -> None:
+        if module.learning_rate == 0.05:
+            raise RuntimeError("out of memory")
+
+    search = str(write(grid={RANK: [3]}, search={RATE: [1e-9, 0.05]}))
+    with monkeypatch.context() as patch:
+        patch.setattr("callbacks.RunRecord.on_train_epoch_start", fails)
+        assert main(["search", search]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert "learning_rate=0.05" in line
+    assert line.endswith("so its settings count as the worst; --retry_failed runs it again")
+    assert main(["search", search]) == 1
+    assert main(["search", search, "--retry_failed"]) == 0
+    capsys.readouterr()
+    assert main(["search", search, "--json"]) == 0
+    (cell,) = json.loads(capsys.readouterr().out)["cells"]
+    assert cell["chosen"] == {RATE: 0.05}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

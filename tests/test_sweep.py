@@ -239,6 +239,17 @@ def test_a_missing_grid_file_is_refused(tmp_path: Path) -> None:
         ({"trainer.max_epochs": ["many"]}, "cell max_epochs=many: .*max_epochs"),
         ({"model.init_args.adapter.rank": [2, 0]}, r"cell rank=0: adapter\.rank is 0; expected at least 1"),
         ({"data.init_args.length": [0]}, "cell length=0: length is 0; expected at least 1 token per target"),
+        # Values that would become other text, as an argument of a command.
+        ({"data.init_args.prompt": [1.10]}, "data.init_args.prompt: 1.1 would become '1.1'; expected text in quotes"),
+        ({"data.init_args.prompt": [True]}, "data.init_args.prompt: True would become 'true'; expected text in quotes"),
+        (
+            {"trainer.callbacks": [[]]},
+            r"trainer.callbacks has no callbacks.RunRecord, so the cell would leave no record",
+        ),
+        (
+            {"trainer.callbacks": [[{"class_path": "callbacks.RunRecord", "init_args": {"dirpath": "here"}}]]},
+            "RunRecord has dirpath here; expected none, since each cell has a folder of its own",
+        ),
         ({"model.init_args.adapter.rank": [2, 2]}, "the grid has the same cell twice: .*; write each combination once"),
     ],
 )
@@ -322,6 +333,46 @@ def test_an_interrupted_cell_without_a_checkpoint_is_run_again_from_the_start(
     assert not outcome.skipped
     assert read_record(path).status == "finished"
     assert (Path(f"{cell.folder}.unfinished-1") / "record.json").is_file()
+
+
+def test_a_cell_whose_record_was_deleted_is_run_again(
+    base: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = write_grid(tmp_path, {"model.init_args.adapter.rank": [1]})
+    _, (cell,), _ = run(grid, capsys)
+    record = Path(cell["folder"], "record.json")
+    record.unlink()
+    code, (again,), _ = run(grid, capsys)
+    assert (code, again["status"], read_record(record).status) == (0, "finished", "finished")
+    assert Path(f"{cell['folder']}.unfinished-1").is_dir()
+
+
+def test_an_error_after_the_run_has_ended_leaves_a_finished_cell(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def teardown(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr("callbacks.RunRecord.teardown", teardown)
+    grid = write_grid(tmp_path, {"model.init_args.adapter.rank": [1]})
+    code, (cell,), err = run(grid, capsys)
+    assert (code, cell["status"]) == (0, "finished")
+    assert not Path(cell["folder"], "error.txt").exists()
+    assert "an error after the run had ended: RuntimeError: no network" in err
+    code, (again,), _ = run(grid, capsys, "--status")
+    assert again["status"] == "recorded"
+
+
+def test_a_cell_that_fails_with_a_name_that_is_not_text_leaves_its_error(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("caf\udce9.txt")
+
+    monkeypatch.setattr("callbacks.RunRecord.on_train_epoch_start", fails)
+    code, (cell,), _ = run(write_grid(tmp_path, {"model.init_args.adapter.rank": [1]}), capsys)
+    assert (code, cell["status"]) == (1, "failed")
+    assert r"RuntimeError: caf\udce9.txt" in Path(cell["folder"], "error.txt").read_text()
 
 
 def test_a_failed_cell_leaves_its_error_and_the_others_finish(

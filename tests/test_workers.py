@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from pml.claims import FOLDER_NAME
 from pml.cli import main
 from pml.grid import Cell, read_grid, resolve
 from pml.records import read_record
-from pml.workers import ClusterWorkers, _cores, worker_environments
+from pml.workers import ClusterWorkers, _cores, _Sweep, worker_environments
 
 
 @pytest.fixture
@@ -165,6 +166,26 @@ def test_a_job_is_reported_as_failed_unless_only_a_cell_failed_or_it_was_cancell
     monkeypatch.setattr("submitit.AutoExecutor", lambda **_: mock.Mock(**{"map_array.return_value": jobs}))
     workers = ClusterWorkers(grid, 5, Path("out"), "slurm", {})
     assert workers.failures() == ["job 3 ended with exit code 2 (see 3.err)", "job 4 ended as TIMEOUT (see 4.err)"]
+
+
+def test_a_job_that_is_stopped_lets_its_sweep_save_the_running_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    for stop in (KeyboardInterrupt, SystemExit):
+        process = mock.Mock(**{"wait.side_effect": [stop, 143]})
+        monkeypatch.setattr(subprocess, "Popen", mock.Mock(return_value=process))
+        with pytest.raises(stop):
+            _Sweep()("grid.yaml")
+        process.send_signal.assert_called_once_with(signal.SIGTERM)
+        assert process.wait.call_count == 2
+
+
+def test_a_preempted_job_saves_its_cell_and_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = mock.Mock(**{"wait.return_value": 143})
+    monkeypatch.setattr(subprocess, "Popen", mock.Mock(return_value=process))
+    sweep = _Sweep()
+    sweep("grid.yaml")
+    again = sweep.checkpoint("grid.yaml")
+    process.send_signal.assert_called_once_with(signal.SIGTERM)
+    assert pickle.loads(pickle.dumps(again.function)).__class__ is _Sweep
 
 
 def test_all_cores_are_counted_if_the_system_does_not_report_cpu_affinity(monkeypatch: pytest.MonkeyPatch) -> None:

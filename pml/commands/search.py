@@ -28,11 +28,12 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument(
         "grid", type=Path, metavar="GRID", help="YAML file with `base`, `out`, `grid`, `search` and `epochs`"
     )
+    parser.add_argument("--retry_failed", action="store_true", help="run those again that have failed before")
     parser.add_argument("--json", action="store_true", help="print the content of search.json, and nothing else")
 
 
 def run(args: jsonargparse.Namespace) -> int:
-    """Search; 0 if every cell has chosen settings, 1 if the last run of some cell failed or diverged."""
+    """Search; 0 if every cell has chosen settings and no run failed, else 1."""
     # Imported here so that --help does not wait seconds for it.
     from pml.commands._console import make_console
     from pml.commands.sweep import Progress
@@ -47,7 +48,7 @@ def run(args: jsonargparse.Namespace) -> int:
         return Progress(cells)
 
     try:
-        choices = run_search(grid, start)
+        choices = run_search(grid, start, args.retry_failed)
     except Stopped as stop:
         stop.advice = f"go on with: pml search {args.grid}"
         raise
@@ -63,7 +64,7 @@ def run(args: jsonargparse.Namespace) -> int:
                     "try values beyond it",
                     to=sys.stderr,
                 )
-    failed = [choice for choice in choices if choice.failed]
+    failed = [folder for choice in choices for candidate in choice.candidates for folder in candidate.failed.values()]
     diverged = [choice for choice in choices if not choice.failed and choice.chosen is None]
     for choice in diverged:
         say(
@@ -71,8 +72,11 @@ def run(args: jsonargparse.Namespace) -> int:
             f"the last budget or before; search other values (see {choice.folder})",
             to=sys.stderr,
         )
-    for choice in failed:
-        say(f"failed: {json.dumps(choice.cell)} (see {choice.folder / 'error.txt'})", to=sys.stderr)
+    for folder in failed:
+        say(
+            f"failed: {folder} (see error.txt there), so its settings count as the worst; --retry_failed runs it again",
+            to=sys.stderr,
+        )
     return 1 if failed or diverged else 0
 
 

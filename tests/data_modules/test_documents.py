@@ -38,6 +38,23 @@ def test_html_is_read_without_markup_scripts_and_styles_but_with_its_paragraphs(
     assert not any(code in text for code in ("<", "color", "run"))
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names have to be UTF-8 there")
+def test_the_name_of_a_file_that_is_not_utf8_becomes_text(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path)
+    for name, content in ((b"caf\xe9.txt", b"one"), (b"caf\xe9.jsonl", b'{"text": "two"}')):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+    found = whole(read_documents([tmp_path]))
+    assert found == [("caf\ufffd.jsonl:1", "two"), ("caf\ufffd.txt", "one")]
+
+
+def test_documents_behind_a_link_to_a_folder_are_read(tmp_path: Path) -> None:
+    file_of(tmp_path / "elsewhere" / "b.txt", "two")
+    file_of(tmp_path / "notes" / "a.txt", "one")
+    (tmp_path / "notes" / "more").symlink_to(tmp_path / "elsewhere")
+    assert whole(read_documents([tmp_path / "notes"])) == [("a.txt", "one"), ("more/b.txt", "two")]
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
 def test_each_row_is_a_document_named_after_its_title_or_else_its_place_in_the_file(
     tmp_path: Path, suffix: str
