@@ -38,6 +38,11 @@ class Prompt:
     text: str | None
 
 
+MASKS = ("\U000f0000", "\U000f0001")
+"""Characters that `apply_chat_template(..., sanitize_control_tokens=True)` takes out of user input, since it uses them
+itself."""
+
+
 class TextEncoder:
     """Encodes queries, targets and documents with one tokenizer and one prompt format.
 
@@ -280,8 +285,8 @@ class TextEncoder:
         return any(map(self._typed, (self.form.system or "", *_texts_in(self.form.template_kwargs))))
 
     def _typed(self, text: str) -> bool:
-        """Whether a user's text contains the characters of a control token."""
-        return self._control_pattern.search(text) is not None
+        """Whether a user's text contains the characters of a control token, or some by which servers mask them."""
+        return self._control_pattern.search(text) is not None or any(mask in text for mask in MASKS)
 
     def _written(self, query: str, text: str, source: str) -> str:
         """The query as it appears in the rendered text; empty if the template changed it by more than trimming."""

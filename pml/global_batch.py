@@ -78,15 +78,15 @@ class GlobalBatch:
         active = (weights > 0).any().float()
         if several_ranks():
             dist.all_reduce(active, op=dist.ReduceOp.MAX)
-        if self._any_active is not None:
-            before = self._any_active
-            active = torch.maximum(active, before)
-            keep = 1 - (active - before)
+        before = self._any_active
+        self._any_active = active if before is None else torch.maximum(active, before)
+        if before is not None:
+            # As a factor: reading the value would make the host wait for the device.
+            is_first_with_weight = self._any_active - before
             assert self._sums is not None
-            self._sums = self._sums * keep
-            _scale(parameters, keep)
-        self._any_active = active
-        return torch.where(active > 0, weights, mask.to(weights.dtype))
+            self._sums = self._sums * (1 - is_first_with_weight)
+            _scale(parameters, 1 - is_first_with_weight)
+        return torch.where(self._any_active > 0, weights, mask.to(weights.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """State that a checkpoint must hold between two micro-batches of a step."""

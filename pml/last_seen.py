@@ -65,20 +65,24 @@ class LastSeen:
             scores: Scores on any device.
             step: Optimiser steps taken before they were computed.
         """
-        device, nowhere, nobody = self.table.device, len(self.table) - 1, len(self.first_right) - 1
+        device = self.table.device
         losses, correct, mask, example_id = (t.to(device, non_blocking=True) for t in scores[:4])
-        padding = example_id < 0
-        rows = example_id.where(~padding, torch.full_like(example_id, nobody))
-        places = self._offsets[rows][:, None] + torch.arange(mask.shape[1], device=device)
-        places = places.where(mask & ~padding[:, None], torch.full_like(places, nowhere))
+        example, token = self._rows(example_id, mask)
         unknown = torch.full_like(losses, torch.nan)
         margin = unknown if scores.margin is None else scores.margin.to(device)
         rival = unknown if scores.rival is None else scores.rival.to(device)
         columns = (losses, correct, margin, rival, torch.full_like(losses, step))
-        self.table[places] = torch.stack([column.float() for column in columns], dim=-1)
-        whole = (correct | ~mask).all(dim=1) & ~padding
+        self.table[token] = torch.stack([column.float() for column in columns], dim=-1)
+        whole = (correct | ~mask).all(dim=1)
         first = torch.full_like(whole, step, dtype=torch.float32).where(whole, torch.full((), torch.inf, device=device))
-        self.first_right.scatter_reduce_(0, rows, first, "amin")
+        self.first_right.scatter_reduce_(0, example, first, "amin")
+
+    def _rows(self, example_id: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of examples (B,) in `first_right` and of tokens (B, L) in `table`; padding has the last, unused one."""
+        real = example_id >= 0
+        example = example_id.where(real, len(self.first_right) - 1)
+        token = self._offsets[example][:, None] + torch.arange(mask.shape[1], device=mask.device)
+        return example, token.where(mask & real[:, None], len(self.table) - 1)
 
     def standing(self) -> TokenStates:
         """The latest score of every token over all ranks. A collective: every rank must call it."""

@@ -152,13 +152,13 @@ class MemorizationCLI(LightningCLI):
             raise InputError("ckpt_path is best; expected `last`, the newest checkpoint, or a checkpoint file")
         if given == "last":
             folders = self._config_folders()
-            folder = next((f for f in folders if (f / FOLDER_NAME).is_dir()), next(iter(folders[-1:]), None))
-            if folder is None:
+            with_checkpoints = [folder for folder in folders if (folder / FOLDER_NAME).is_dir()]
+            if not folders:
                 raise InputError(
                     f"ckpt_path is {given}, but no run is given; expected its configuration too "
                     "(--config RUN/config.yaml), or a checkpoint file"
                 )
-            options["ckpt_path"] = str(newest_checkpoint(folder))
+            options["ckpt_path"] = str(newest_checkpoint((with_checkpoints or folders[-1:])[0]))
         checkpoint = read_checkpoint(Path(options["ckpt_path"]))
         made_with = checkpoint.get("hyper_parameters", {})
         check_class_of_checkpoint(Path(options["ckpt_path"]), made_with, options.get("model.class_path"))

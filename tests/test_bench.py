@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,12 @@ from rich.console import Console
 
 from pml.adapter import AdapterConfig
 from pml.backbone import Backbone
-from pml.bench.fits import FitCost, _fit
+from pml.bench.fits import FitCost, _fit, measure_recall
 from pml.bench.steps import Case, _Stepper, step_flops
 from pml.cli import main
 from pml.commands.bench import _fits_table
 from pml.corpus import Corpus, Example
+from pml.weighting import OnlyThreshold, Uniform, WholeTargets
 
 
 def test_the_flops_of_a_step_match_a_count_by_hand(tiny_backbone: Backbone) -> None:
@@ -81,6 +83,32 @@ def test_all_ways_of_stepping_have_the_same_loss_after_the_warm_up_steps(tiny_ba
     # Each has taken the same warm-up steps, which AdamW makes larger than the rounding of the gradients.
     torch.testing.assert_close(ends["ordinary"], ends["split"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ends["whole"], ends["split"], rtol=1e-4, atol=1e-4)
+
+
+def test_recall_is_measured_with_the_published_and_with_the_best_settings(
+    tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(
+        "callbacks.StopWhenRecalled.on_fit_start",
+        lambda _, trainer, module: made.append((module.learning_rate, module.adapter.dropout, module.weighting)),
+        raising=False,
+    )
+    runs = measure_recall(str(tiny_backbone_folder), 4, rank=2, most_steps=3)
+    assert made == [
+        (0.01, 0.1, Uniform()),
+        (0.01, 0.1, OnlyThreshold(threshold=0.5, when_memorized="uniform")),
+        (0.2, 0.0, Uniform()),
+        (0.2, 0.0, WholeTargets()),
+    ]
+    assert [(run.settings, run.method) for run in runs] == [
+        ("published", "SFT"),
+        ("published", "MemFT"),
+        ("best", "SFT"),
+        ("best", "MemFT"),
+    ]
+    assert all(1 <= run.steps <= 3 and run.seconds > 0 for run in runs)
+    assert not any(run.recalled for run in runs)
 
 
 def test_the_table_of_fits_shows_the_cost_of_the_trainer_and_the_share_of_watching() -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pml import calibration
+from pml.adapter import AdapterConfig
 from pml.cli import main
 from pml.errors import InputError
 from pml.kl_penalty import KlPenaltyConfig
@@ -44,6 +46,30 @@ def test_the_constant_is_the_mean_over_texts_with_a_student_t_interval(
     # 1.6 bits per parameter; the vocabulary has 259 tokens.
     assert asked == [(math.ceil(1.6 * 64 / math.log2(259)), seed) for seed in range(3)]
     assert "block 1, 3 sets of random pairs at rank 1, 300 steps at 0.03, KL penalty 2" in constant.source
+
+
+def test_stored_bits_are_the_entropy_minus_the_loss_in_bits(
+    tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    class Untrained:
+        def fit(self, module: SFT, datamodule: Any) -> None:
+            module.configure_model()
+            datamodule.build(module.tokenizer, module.vocab_size)
+            asked["targets"] = [len(example.target_ids) for example in datamodule.corpus.examples]
+            asked["batch_size"] = datamodule.batch_size
+
+    monkeypatch.setattr(calibration, "bare_trainer", lambda **settings: asked.update(settings) or Untrained())
+    monkeypatch.setattr(calibration, "score_corpus", lambda *_: None)
+    monkeypatch.setattr(calibration.metrics, "mean_loss", lambda _: torch.tensor(2.0))
+    module = SFT(backbone=str(tiny_backbone_folder), adapter=AdapterConfig(rank=1, block=1), seed=3)
+    stored = calibration._stored_bits(module, 70, steps=77)
+    module.release()
+    # Three targets of 24 tokens hold at least 70; the tokenizer has 256 ordinary tokens, 8 bits each, and 2 nats are
+    # 2.885 bits.
+    assert asked == {"max_steps": 77, "max_epochs": -1, "targets": [24] * 3, "batch_size": 4}
+    assert stored == pytest.approx(72 * (8 - 2 / math.log(2)))
 
 
 def test_a_text_that_stores_nothing_ends_the_calibration_with_advice(

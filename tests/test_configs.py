@@ -1,5 +1,6 @@
 """Every shipped configuration parses and can be instantiated, and its header says how to run it."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,15 @@ def test_a_configuration_begins_with_a_header_that_has_a_purpose_and_a_command(p
     header = [line for line in lines if line.startswith("#")]
     assert lines[: len(header)] == header
     assert header[0].endswith((".", ",")) or len(header[0]) > 60
-    assert any(line.startswith("#   pml ") for line in header)
-    assert any(name(path) in line or "pml sweep" in line or "pml search" in line for line in header)
+    # A backslash at the end of a line continues its command.
+    text = "\n".join(line.removeprefix("#   ") for line in header).replace("\\\n", " ")
+    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("pml ")]
+    assert commands
+    given = [Path(word.removeprefix("--config=")) for command in commands for word in command if "configs/" in word]
+    assert all((FOLDER.parent / file).is_file() for file in given)
+    if path in GRIDS:
+        kind = "search" if "search" in yaml.safe_load(path.read_text()) else "sweep"
+        assert ["pml", kind, f"configs/{name(path)}"] in [command[:3] for command in commands]
 
 
 def test_the_demo_grid_has_at_least_four_ranks_and_four_lengths() -> None:

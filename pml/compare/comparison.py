@@ -1,6 +1,6 @@
 """Any number of methods compared with a baseline method, over pairs of runs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -236,11 +236,13 @@ def _baseline(asked: str | None, methods: list[str]) -> str:
 
 def _other_settings(runs: list[tuple[Record, Record]]) -> dict[str, list[str]]:
     """Settings in which the runs of a pair differ, with all values; weighting and curriculum belong to the method."""
-    found: dict[str, Iterable[str]] = {}
-    for pair in runs:
-        first, second = (record.method_settings | training_of(record) for record in pair)
-        for name in (first.keys() & second.keys()) - {"weighting", "curriculum"} | WHERE_USED:
-            values = first.get(name), second.get(name)
-            if values[0] != values[1] and not name.startswith("_"):
-                found[name] = {*found.get(name, ()), *map(str, values)}
+    found: dict[str, set[str]] = {}
+    for records in runs:
+        first, second = (record.method_settings | training_of(record) for record in records)
+        in_both = first.keys() & second.keys()
+        compared = (in_both - {"weighting", "curriculum"}) | WHERE_USED
+        for name in compared:
+            one, other = first.get(name), second.get(name)
+            if one != other and not name.startswith("_"):
+                found.setdefault(name, set()).update((str(one), str(other)))
     return {name: sorted(found[name]) for name in sorted(found)}

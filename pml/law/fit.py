@@ -163,15 +163,23 @@ def _run_noise(solution: Solution, everything: Data, grouped_by: GroupedBy) -> t
     """
     form, data, residual = solution.form, solution.data, solution.residual
     texts, sensitivity = collect_texts(everything.runs), form.sensitivity(solution.values, data.points)
-    below, of_run = data.unsaturated, texts.of_run[everything.unsaturated | form.saturating]
-    effect = texts.effect(residual[below], sensitivity[below], of_run[below])
+    unsaturated, of_run = data.unsaturated, texts.of_run[everything.unsaturated | form.saturating]
+    effect = texts.effect(residual[unsaturated], sensitivity[unsaturated], of_run[unsaturated])
     beyond_text = residual - effect * sensitivity * texts.initial_loss_residuals[of_run]
     # Residuals are in the loss; noise in the power term reaches the loss scaled by the sensitivity.
-    reach = max(math.sqrt(np.mean(sensitivity[below] ** 2)), AT_CEILING)
-    # Saturated runs still approaching the ceiling scatter more, so they count only if none has reached it.
-    at_ceiling = residual[there if (there := ~below & (sensitivity < AT_CEILING)).any() else ~below]
+    reach = max(math.sqrt(np.mean(sensitivity[unsaturated] ** 2)), AT_CEILING)
     noise = noise_of(beyond_text, data, grouped_by, len(solution.free)).of_a_run / reach
-    return effect, noise, math.sqrt(np.mean(at_ceiling**2)) if len(at_ceiling) else None
+    return effect, noise, _noise_at_ceiling(residual[~unsaturated], sensitivity[~unsaturated])
+
+
+def _noise_at_ceiling(residual: Array, sensitivity: Array) -> float | None:
+    """Root mean square residual in nats of the saturated runs that have reached the ceiling, or of all if none has.
+
+    Those that still approach it scatter more. None without saturated runs.
+    """
+    reached = sensitivity < AT_CEILING
+    chosen = residual[reached] if reached.any() else residual
+    return math.sqrt(np.mean(chosen**2)) if len(chosen) else None
 
 
 def _estimates(

@@ -65,21 +65,24 @@ class Predictor:
             runs: Runs per law. Several runs use quantiles of the noise, the same for every law, so that a few runs
                 cover rare outcomes.
         """
-        fit = self.fit
         number = len(self._laws[0][:laws])
         noise, text = _standard_normals(number, runs)
         if not known_text:
             of_text = self.texts.spread_at(points.target_tokens) * self.texts.t_over_z * text
             points = replace(points, initial_loss=np.maximum(self._initial_loss_draws(points, number) + of_text, 0.0))
-        sensitivity = FORMS[fit.form].sensitivity(fit.values, points)
-        # The sensitivity scales noise in the power term, and 1 minus the sensitivity scales noise at the ceiling.
-        # Saturated runs are many, so the latter needs no widening.
-        at_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
-        below = t_over_z(fit.degrees_of_freedom) * fit.noise_nats
-        scale = np.hypot(sensitivity * below, (1.0 - sensitivity) * at_ceiling)
-        reduction = np.minimum(self._evaluate_draws(number, points) + noise * scale, points.initial_loss)
+        mean = self._evaluate_draws(number, points)
+        reduction = np.minimum(mean + noise * self._noise_scale(points), points.initial_loss)
         shape = (number, runs, points.size.size)
         return RunDraws(np.broadcast_to(points.initial_loss, shape), np.broadcast_to(reduction, shape))
+
+    def _noise_scale(self, points: Points) -> Array:
+        """Standard deviation of a run in nats: of the power term where that limits it, else of the ceiling."""
+        fit = self.fit
+        by_power = FORMS[fit.form].sensitivity(fit.values, points)  # 1 far below the ceiling, 0 at it
+        of_power = t_over_z(fit.degrees_of_freedom) * fit.noise_nats
+        # Saturated runs are many, so their noise needs no widening.
+        of_ceiling = fit.noise_nats if fit.noise_at_ceiling_nats is None else fit.noise_at_ceiling_nats
+        return np.hypot(by_power * of_power, (1.0 - by_power) * of_ceiling)
 
     @cached_property
     def _laws(self) -> tuple[Array, float]:
