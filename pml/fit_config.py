@@ -1,9 +1,12 @@
 """Checks of a fit's configuration that run before anything is loaded."""
 
+import inspect
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from pml.errors import InputError
 
@@ -29,6 +32,7 @@ def check_configuration(config: Mapping[str, Any], command: str | None) -> None:
     for key, leaf in _leaves(config):
         if isinstance(leaf, float) and not math.isfinite(leaf):
             raise InputError(f"{key} is {leaf}; expected a finite number")
+    _check_nulls(config)
     seed = config.get("seed_everything")
     if isinstance(seed, int) and not isinstance(seed, bool) and not 0 <= seed <= MOST_SEEDS:
         raise InputError(f"seed_everything is {seed}; expected a number from 0 to {MOST_SEEDS}")
@@ -43,6 +47,38 @@ def check_configuration(config: Mapping[str, Any], command: str | None) -> None:
         raise InputError("trainer.devices is 0; expected at least 1 device, or auto")
     if command in ("fit", None):
         _check_training(trainer)
+
+
+def _check_nulls(value: Any, key: str = "") -> None:
+    """Refuse null for an argument of a class that does not take it, which jsonargparse lets through."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _check_nulls(item, key)
+    if not isinstance(value, Mapping):
+        return
+    for name, item in value.items():
+        _check_nulls(item, key if name == "init_args" else f"{key}.{name}".lstrip("."))
+    arguments = value.get("init_args")
+    if not isinstance(value.get("class_path"), str) or not isinstance(arguments, Mapping):
+        return
+    module, _, name = value["class_path"].rpartition(".")
+    cls = getattr(sys.modules.get(module), name, None)
+    for argument, given in arguments.items():
+        if given is None and isinstance(cls, type) and not _takes_null(cls, argument):
+            raise InputError(f"{key}.{argument} is null, which {name} does not take; leave it out for the default")
+
+
+def _takes_null(cls: type, argument: str) -> bool:
+    """Whether an argument of a class, or of the base to which it is passed on, may be None; True if that is unknown."""
+    for own in filter(None, (vars(base).get("__init__") for base in cls.__mro__)):
+        if not inspect.isfunction(own) or (known := inspect.signature(own).parameters.get(argument)) is None:
+            continue
+        try:
+            hint = get_type_hints(own).get(argument, Any)
+        except NameError:  # a name that is imported for type checkers alone
+            return True
+        return known.default is None or hint in (Any, None) or NoneType in get_args(hint)
+    return True
 
 
 def _check_training(trainer: Mapping[str, Any]) -> None:

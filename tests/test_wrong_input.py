@@ -137,6 +137,9 @@ OPTIONS: dict[str, str] = {
         "You have passed invalid value -0.5 for val_check_interval, it has to be in [0.0, 1.0] or an int."
     ),
     # The method.
+    "--model.learning_rate=null": "model.learning_rate is null, which SFT does not take; leave it out for the default",
+    "--data.seed=null": "data.seed is null, which RandomTokens does not take; leave it out for the default",
+    "--data.shuffle=null": "data.shuffle is null, which RandomTokens does not take",
     "--model.learning_rate=0": "learning_rate is 0.0; expected a number above 0",
     "--model.learning_rate=-1": "learning_rate is -1.0; expected a number above 0",
     "--model.learning_rate=nan": "model.learning_rate: expected a float, got nan",
