@@ -187,6 +187,7 @@ def _options(setting: Mapping[str, Any]) -> list[str]:
 def _check_record(config: Any) -> None:
     """Refuse a cell that would train and then leave no record in its own folder."""
     given = config.trainer.get("callbacks") or []
+    given = given if isinstance(given, list) else [given]
     callbacks = [(_class_of(one.class_path), one.get("init_args") or {}) for one in given]
     recorders = [arguments for cls, arguments in callbacks if issubclass(cls, import_module("callbacks").RunRecord)]
     if not recorders:
@@ -206,8 +207,11 @@ def _class_of(class_path: str) -> type:
 def _check_text(key: str, value: Any, config: Any) -> None:
     """Refuse a value that becomes another one, since a cell passes it on as a command-line argument."""
     node: Any = config
-    for part in key.split("."):
-        node = node[part] if part in node else node["init_args"][part] if "init_args" in node else {}
+    try:
+        for part in key.split("."):
+            node = node[part] if part in node else node["init_args"][part]
+    except (KeyError, TypeError):  # a part of a value that stands for the whole, such as a class
+        return
     is_other_text = isinstance(node, str) and not isinstance(value, (str, list, dict))
     if is_other_text or (isinstance(value, str) and node is None):
         raise InputError(f"{key}: {value!r} would become {node!r}; expected text in quotes that reads as nothing else")
