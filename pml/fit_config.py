@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from pml.errors import InputError
 
-__all__ = ["check_configuration", "check_precision"]
+__all__ = ["check_configuration", "check_precision", "class_of"]
 
 MOST_SEEDS = 2**32 - 1
 
@@ -61,11 +61,19 @@ def _check_nulls(value: Any, key: str = "") -> None:
     arguments = value.get("init_args")
     if not isinstance(value.get("class_path"), str) or not isinstance(arguments, Mapping):
         return
-    module, _, name = value["class_path"].rpartition(".")
-    cls = getattr(sys.modules.get(module), name, None)
+    cls = class_of(value["class_path"])
     for argument, given in arguments.items():
-        if given is None and isinstance(cls, type) and not _takes_null(cls, argument):
-            raise InputError(f"{key}.{argument} is null, which {name} does not take; leave it out for the default")
+        if given is None and cls is not None and not _takes_null(cls, argument):
+            raise InputError(
+                f"{key}.{argument} is null, which {cls.__name__} does not take; leave it out for the default"
+            )
+
+
+def class_of(class_path: str) -> type | None:
+    """The class that a parsed configuration names, which parsing has imported; None if it names something else."""
+    module, _, name = class_path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
 
 
 def _takes_null(cls: type, argument: str) -> bool:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from datetime import date
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import pydantic
 
 from pml.errors import InputError
+from pml.fit_config import class_of
 from pml.lightning_cli import parse_run
 from pml.records import RECORD_NAME, Record, read_record
 from pml.yaml_file import read_yaml
@@ -188,8 +189,8 @@ def _check_record(config: Any) -> None:
     """Refuse a cell that would train and then leave no record in its own folder."""
     given = config.trainer.get("callbacks") or []
     given = given if isinstance(given, list) else [given]
-    callbacks = [(_class_of(one.class_path), one.get("init_args") or {}) for one in given]
-    recorders = [arguments for cls, arguments in callbacks if issubclass(cls, import_module("callbacks").RunRecord)]
+    kind = import_module("callbacks").RunRecord
+    recorders = [one.get("init_args") or {} for one in given if issubclass(class_of(one.class_path) or object, kind)]
     if not recorders:
         raise InputError(
             "trainer.callbacks has no callbacks.RunRecord, so the cell would leave no record and no adapter; expected "
@@ -197,11 +198,6 @@ def _check_record(config: Any) -> None:
         )
     if (folder := next((a["dirpath"] for a in recorders if a.get("dirpath") is not None), None)) is not None:
         raise InputError(f"RunRecord has dirpath {folder}; expected none, since each cell has a folder of its own")
-
-
-def _class_of(class_path: str) -> type:
-    module, _, name = class_path.rpartition(".")
-    return cast(type, getattr(import_module(module), name))
 
 
 def _check_text(key: str, value: Any, config: Any) -> None:
