@@ -55,7 +55,6 @@ class StopWhenRecalled(Callback):
         self._unsure: Tensor | None = None
         self._seen = 0
         self._restored = (0, 0)
-        self._asked_to_stop = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -63,7 +62,6 @@ class StopWhenRecalled(Callback):
         assert isinstance(pl_module, Memorization)
         # Discard the result of an earlier fit.
         self.steps_to_recall = self.rounding = None
-        self._asked_to_stop = False
         head = pl_module.backbone.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return
@@ -106,16 +104,14 @@ class StopWhenRecalled(Callback):
                 )
             return
         before, self.steps_to_recall = self.steps_to_recall, None
-        if self._asked_to_stop:
-            # Recall may be lost again while the fit goes on, for `min_epochs` or `min_steps`; then it has to continue.
-            trainer.should_stop = self._asked_to_stop = False
         if unsure:
             return
         scores = exact_scores(trainer, pl_module)
         if certified(scores, self.margin) and self._survives_rounding(pl_module, corpus.examples, scores):
             self.steps_to_recall = before or trainer.global_step - pl_module.skipped_steps
-            self._asked_to_stop = not trainer.should_stop  # another callback's request is not this one's to withdraw
-            trainer.should_stop = True
+            # While `min_epochs` or `min_steps` keep the fit running, recall may be lost again, so no stop is asked for.
+            if trainer.fit_loop._can_stop_early:
+                trainer.should_stop = True
             if before is None and trainer.is_global_zero:
                 log.info(
                     "recalled: all %d target tokens above p = %s after %d steps%s",

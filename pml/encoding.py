@@ -20,7 +20,7 @@ __all__ = ["ENCODING_VERSION", "Prompt", "PromptFormat", "TextEncoder", "special
 
 log = logging.getLogger(__name__)
 
-ENCODING_VERSION = 3
+ENCODING_VERSION = 4
 """Version of the encoding rules; version 1 encoded each target alone and read control tokens in it."""
 
 

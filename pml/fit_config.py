@@ -83,9 +83,10 @@ def _takes_null(cls: type, argument: str) -> bool:
             continue
         try:
             hint = get_type_hints(own).get(argument, Any)
-        except NameError:  # a name that is imported for type checkers alone
+        except (NameError, AttributeError, TypeError):  # such as a name that is imported for type checkers alone
             return True
-        return known.default is None or hint in (Any, None) or NoneType in get_args(hint)
+        accepted = (hint, *get_args(hint))
+        return known.default is None or any(one in (None, NoneType, Any, object) for one in accepted)
     return True
 
 

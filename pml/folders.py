@@ -8,23 +8,22 @@ __all__ = ["files_below"]
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Files in a folder and below it, in no particular order.
+    """Files in a folder and below it, in no particular order; folders that cannot be read are left out.
 
-    Links to folders are followed, since a part of the tree may lie on another disk; each folder is visited once, since
-    links may form a loop.
-
-    Raises:
-        OSError: If the folder cannot be read.
+    Links to folders are followed, since a part of the tree may lie on another disk. Each folder is visited once: by its
+    real path if that lies below `folder`, and otherwise by the first link, in the order of their names.
     """
     seen: set[Path] = set()
-    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-        real = Path(place).resolve()
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(place) / name for name in files)
-
-
-def _raise(error: OSError) -> None:
-    raise error
+    waiting = [folder]
+    while waiting:
+        links: list[Path] = []
+        for top in waiting:
+            for place, folders, files in os.walk(top):  # lists links to folders, but does not enter them
+                real = Path(place).resolve()
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                links += (Path(place) / name for name in folders if os.path.islink(os.path.join(place, name)))
+                yield from (Path(place) / name for name in files)
+        waiting = sorted(links)

@@ -205,9 +205,10 @@ def _plan(
 
 def _width(law: LawFit) -> int | None:
     """The model's width d, from the 2 d parameters that a rank of an unguarded `mlp_block` has; otherwise None."""
-    if law.setting.get("placement") != "mlp_block" or law.setting.get("guarded") or law.parameters_per_rank is None:
+    blocks = law.setting.get("block")  # left out of a law of runs in different blocks
+    if law.setting.get("placement") != "mlp_block" or law.setting.get("guarded") or not blocks:
         return None
-    return int(law.parameters_per_rank / (2 * len(law.setting["block"])))
+    return None if law.parameters_per_rank is None else int(law.parameters_per_rank / (2 * len(blocks)))
 
 
 def _largest_rank(law: LawFit) -> int:

@@ -199,7 +199,7 @@ def _fit_cell(cell: Cell, checkpoint: Path | None = None) -> Outcome:
     except FitHadEnded:
         raise
     except Exception as error:
-        if (record := cell.record) is not None:
+        if (record := cell.record) is not None and disk_failure(error) is None:
             log.warning("%s: an error after the run had ended: %s: %s", cell.name, type(error).__name__, error)
             return Outcome(cell, record)
         return _failed(cell, error)

@@ -74,6 +74,7 @@ def restore(module: "Memorization", state: Mapping[str, Any], made_with: Mapping
     """
     is_training = module._trainer is not None and module._trainer.training
     if is_training:
+        _refuse_other_method(module, state)
         refuse_other_settings(module.hparams, made_with)
         _refuse_other_data(module, state)
     module.weighting.load_state_dict(state["weighting"])
@@ -172,6 +173,17 @@ def corpus_hash(module: "Memorization") -> str | None:
     """Hash of the corpus that a module is trained on; None if there is none yet."""
     datamodule: Any = getattr(module._trainer, "datamodule", None)
     return datamodule.corpus.content_hash if hasattr(datamodule, "corpus") else None
+
+
+def _refuse_other_method(module: "Memorization", state: Mapping[str, Any]) -> None:
+    """Refuse to resume with another method.
+
+    Raises:
+        InputError: If the module's class is not that of the checkpoint.
+    """
+    before, now = state.get("method"), type(module).__name__
+    if before and before != now:
+        raise InputError(f"this checkpoint is of the method {before}, and the module is {now}; go on with {before}")
 
 
 def _refuse_other_data(module: "Memorization", state: Mapping[str, Any]) -> None:

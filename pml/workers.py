@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,14 +162,18 @@ def _trouble(job: Any) -> str:
 class _Sweep:
     """The task of a job: run `pml sweep`, and return its exit code. If the job is stopped, the sweep saves its cell."""
 
+    command = (sys.executable, "-m", "pml", "sweep")
+
     def __call__(self, grid: str) -> int:
-        # In a session of its own, so that signals to the job's processes reach it once, from here.
-        self._process = subprocess.Popen([sys.executable, "-m", "pml", "sweep", grid], start_new_session=True)
+        # In a session of its own, so that a terminal's signals reach it once, from here. Slurm sends submitit's own
+        # signal to every process of a job, and would end a sweep that does not ignore it.
+        self._process = subprocess.Popen([*self.command, grid], start_new_session=True, preexec_fn=_ignore_preemption)
         try:
-            return self._process.wait()
+            self._wait()
         except BaseException:
             self._save()
             raise
+        return self._process.wait()
 
     def checkpoint(self, grid: str) -> Any:
         """Return the job to submit in place of a preempted one; submitit calls this."""
@@ -177,5 +183,17 @@ class _Sweep:
         return DelayedSubmission(_Sweep(), grid)
 
     def _save(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait()
+        with suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGTERM)
+        self._wait()
+
+    def _wait(self) -> None:
+        """Wait until the sweep ends. `Popen.wait` would block here: submitit saves in a handler that interrupts it."""
+        with suppress(ChildProcessError):
+            while os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                time.sleep(0.2)
+
+
+def _ignore_preemption() -> None:
+    for name in ("SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -150,6 +150,18 @@ def guarded_fit(folder: Path, tmp_path: Path, ranks: int) -> dict[str, torch.Ten
     return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
+def buffers_are_broadcast(folder: Path, tmp_path: Path, ranks: int) -> bool:
+    """Whether DDP sends the model's buffers from rank to rank in every step."""
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            self.found = trainer.strategy.model.broadcast_buffers
+
+    watch = Watch()
+    fit(module_on(folder), Ids(uneven(2), batch_size=1), tmp_path, ranks, max_epochs=1, callbacks=[watch])
+    return watch.found
+
+
 class StopAt(Callback):
     """Requests a stop on the last rank alone, as if only that rank had received a signal."""
 
@@ -275,6 +287,7 @@ def many_ranks(rank: int, ranks: int, port: int, folder: Path, tmp_path: Path, t
             "released": released_fit(folder, tmp_path, 2),
             "resumed": resumed_fit(folder, tmp_path, 2),
             "guarded": guarded_fit(folder, tmp_path, 2),
+            "broadcasts": buffers_are_broadcast(folder, tmp_path, 2),
             "recorded": recorded_fit(folder, tmp_path, 2),
         }
     torch.save(results, tmp_path / f"rank{rank}.pt")

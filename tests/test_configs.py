@@ -103,6 +103,11 @@ def test_a_configuration_begins_with_a_header_that_has_a_purpose_and_a_command(p
     if path in GRIDS:
         kind = "search" if "search" in yaml.safe_load(path.read_text()) else "sweep"
         assert ["pml", kind, f"configs/{name(path)}"] in [command[:3] for command in commands]
+    else:
+        # Its own path, or a grid that is made of it, or the script that makes one.
+        grids = [read(FOLDER.parent / file) for file in given if FOLDER.parent / file in GRIDS]
+        bases = [base.resolve() for grid in grids for base in grid.base]
+        assert path in [FOLDER.parent / file for file in given] + bases or path.stem == "planned_run"
 
 
 def test_the_demo_grid_has_at_least_four_ranks_and_four_lengths() -> None:

@@ -128,6 +128,7 @@ def test_a_plan_says_if_no_rank_is_enough(law: LawFit) -> None:
         # Several layers of unknown shapes, or an A that is trained in fewer dimensions than it has.
         ({"placement": ["q_proj", "v_proj"], "block": [20]}, 4096),
         ({"placement": "mlp_block", "block": [20], "guarded": True}, 4096),
+        ({"placement": "mlp_block"}, 4096),
     ],
 )
 def test_no_rank_above_the_models_width_is_planned(law: LawFit, setting: dict[str, Any], largest: int) -> None:

@@ -187,6 +187,8 @@ class TestFinding:
         run = write_run(tmp_path / "runs" / "here")
         (tmp_path / "runs" / "linked").symlink_to(moved)
         (tmp_path / "runs" / "here" / "loop").symlink_to(tmp_path / "runs")
+        # A folder that is there itself has its own name, whatever links to it.
+        (tmp_path / "runs" / "a_link").symlink_to(run)
         assert list(read_records(tmp_path / "runs")) == [run, tmp_path / "runs" / "linked"]
 
     def test_a_run_given_by_its_file_its_folder_or_as_a_string_is_found_once(self, tmp_path: Path) -> None:

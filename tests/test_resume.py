@@ -269,6 +269,18 @@ def test_a_module_resumes_only_with_the_settings_of_its_checkpoint(
         trainer.fit(module_on(sharp, SFT, **settings), **given, weights_only=True)
 
 
+@pytest.mark.parametrize(("case", "other"), [("a number of steps", MemFT), ("one batch an epoch", SFT)])
+def test_resuming_with_another_method_is_refused(
+    case: str, other: type[Memorization], sharp: Path, tmp_path: Path
+) -> None:
+    fit(case, sharp, tmp_path, stop_at=1)
+    _, batch_size, settings = CASES[case]
+    given = {"datamodule": Ids(uneven(7), batch_size=batch_size), "ckpt_path": newest_checkpoint(tmp_path)}
+    was = {SFT: "MemFT", MemFT: "SFT"}[other]
+    with pytest.raises(InputError, match=f"this checkpoint is of the method {was}, and the module is {other.__name__}"):
+        make_trainer(tmp_path, **settings).fit(module_on(sharp, other, adapter=DROPOUT), **given, weights_only=True)
+
+
 def test_resuming_on_other_frozen_weights_is_refused(tiny_backbone_folder: Path, tmp_path: Path) -> None:
     sharp = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
     fit("a number of steps", sharp, tmp_path / "run", stop_at=1)

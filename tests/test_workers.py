@@ -6,7 +6,9 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -168,24 +170,62 @@ def test_a_job_is_reported_as_failed_unless_only_a_cell_failed_or_it_was_cancell
     assert workers.failures() == ["job 3 ended with exit code 2 (see 3.err)", "job 4 ended as TIMEOUT (see 4.err)"]
 
 
-def test_a_job_that_is_stopped_lets_its_sweep_save_the_running_cell(monkeypatch: pytest.MonkeyPatch) -> None:
-    for stop in (KeyboardInterrupt, SystemExit):
-        process = mock.Mock(**{"wait.side_effect": [stop, 143]})
-        monkeypatch.setattr(subprocess, "Popen", mock.Mock(return_value=process))
-        with pytest.raises(stop):
-            _Sweep()("grid.yaml")
-        process.send_signal.assert_called_once_with(signal.SIGTERM)
-        assert process.wait.call_count == 2
+SWEEP = """
+import signal, sys, time
+from pathlib import Path
+
+def save(*_):
+    Path(sys.argv[1], "saved").touch()
+    sys.exit(143)
+
+signal.signal(signal.SIGTERM, save)
+Path(sys.argv[1], "ready").touch()
+time.sleep(60)
+"""
 
 
-def test_a_preempted_job_saves_its_cell_and_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = mock.Mock(**{"wait.return_value": 143})
-    monkeypatch.setattr(subprocess, "Popen", mock.Mock(return_value=process))
-    sweep = _Sweep()
-    sweep("grid.yaml")
-    again = sweep.checkpoint("grid.yaml")
-    process.send_signal.assert_called_once_with(signal.SIGTERM)
-    assert pickle.loads(pickle.dumps(again.function)).__class__ is _Sweep
+@pytest.fixture
+def sweep(monkeypatch: pytest.MonkeyPatch) -> _Sweep:
+    """The task of a job, with a program in place of `pml sweep` that saves something when it is asked to stop."""
+    monkeypatch.setattr(_Sweep, "command", (sys.executable, "-c", SWEEP))
+    return _Sweep()
+
+
+def when_ready(folder: Path, act: Callable[[], None]) -> None:
+    """Act once the program has started."""
+
+    def wait() -> None:
+        while not (folder / "ready").exists():
+            time.sleep(0.05)
+        act()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_a_job_that_is_stopped_lets_its_sweep_save_the_running_cell(sweep: _Sweep, tmp_path: Path) -> None:
+    # submitit stops local jobs by SIGINT.
+    when_ready(tmp_path, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        sweep(str(tmp_path))
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_preempted_job_saves_its_cell_and_is_submitted_again(sweep: _Sweep, tmp_path: Path) -> None:
+    again: list[Any] = []
+
+    # submitit calls `checkpoint` in its handler, while the task is running; Slurm signals the task's processes too.
+    def preempt(*_: Any) -> None:
+        os.kill(sweep._process.pid, signal.SIGUSR2)
+        again.append(sweep.checkpoint(str(tmp_path)))
+
+    before = signal.signal(signal.SIGUSR2, preempt)
+    try:
+        when_ready(tmp_path, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+        assert sweep(str(tmp_path)) == 143
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert (tmp_path / "saved").exists()
+    assert type(pickle.loads(pickle.dumps(again[0].function))) is _Sweep
 
 
 def test_all_cores_are_counted_if_the_system_does_not_report_cpu_affinity(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -68,8 +69,9 @@ def base_of(adapter: Path) -> str:
 
     if not adapter.is_dir():
         raise InputError(f"{adapter}: no such folder; expected an adapter saved by PEFT")
-    if (record := adapter.resolve().parent / RECORD_NAME).is_file():
-        return read_record(record).backbone
+    if adapter.resolve().name == "adapter":
+        with suppress(InputError):  # no record, or a damaged one
+            return read_record(adapter.resolve().parent / RECORD_NAME).backbone
     try:
         config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         base, revision = config["base_model_name_or_path"], config.get("revision")

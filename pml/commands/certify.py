@@ -115,6 +115,7 @@ def run(args: jsonargparse.Namespace) -> int:
     from pml.certificate import allow_for_rounding, certify, measure_rounding
     from pml.decoding import plain_decoding
     from pml.devices import best_device
+    from pml.tables import count
 
     check_adapter_arguments(args)
     if unknown := [name for name in args.dtypes if name not in DTYPES]:
@@ -141,10 +142,11 @@ def run(args: jsonargparse.Namespace) -> int:
     else:
         _print(asked, found, args.show)
     if missed:
+        rounding = "its rounding is larger elsewhere than where it was measured, or " * (asked.dtype != "float32")
         log.warning(
-            "%d certain pairs did not come back from transformers' greedy decoding in %s: something in the base model "
-            "changes its answers; compare its generation_config.json with transformers' defaults",
-            *(missed, asked.dtype),
+            "%s did not come back from transformers' greedy decoding in %s: %ssomething in the base model changes its "
+            "answers; compare its generation_config.json with transformers' defaults",
+            *(count(missed, "certain pair"), asked.dtype, rounding),
         )
     return 0 if not missed and all(known.verdict == "certain" for known in found.certificates) else 1
 

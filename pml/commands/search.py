@@ -3,7 +3,8 @@
 The search file is a grid file (see `pml sweep`) that also has the values to try (`search`) and ascending budgets in
 epochs (`epochs`). All candidates run with the first budget, the better ones with the next, and the best one with the
 last; the final loss decides. Leaves one folder per run, those with the last budget in `out/best`, and `search.json`.
-After an interruption the same command resumes.
+After an interruption the same command resumes. Exit code 1 if a run failed, or every candidate of a cell diverged;
+--retry_failed runs those again that failed.
 """
 
 import json
@@ -64,7 +65,12 @@ def run(args: jsonargparse.Namespace) -> int:
                     "try values beyond it",
                     to=sys.stderr,
                 )
-    failed = [folder for choice in choices for candidate in choice.candidates for folder in candidate.failed.values()]
+    failed = [
+        (choice, folder)
+        for choice in choices
+        for candidate in choice.candidates
+        for folder in candidate.failed.values()
+    ]
     diverged = [choice for choice in choices if not choice.failed and choice.chosen is None]
     for choice in diverged:
         say(
@@ -72,11 +78,10 @@ def run(args: jsonargparse.Namespace) -> int:
             f"the last budget or before; search other values (see {choice.folder})",
             to=sys.stderr,
         )
-    for folder in failed:
-        say(
-            f"failed: {folder} (see error.txt there), so its settings count as the worst; --retry_failed runs it again",
-            to=sys.stderr,
-        )
+    for choice, folder in failed:
+        lost = choice.failed and folder == choice.folder
+        so = f"{json.dumps(choice.cell)} has no settings" if lost else "its settings count as the worst"
+        say(f"failed: {folder} (see error.txt there), so {so}; --retry_failed runs it again", to=sys.stderr)
     return 1 if failed or diverged else 0
 
 

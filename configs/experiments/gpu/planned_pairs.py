@@ -3,8 +3,8 @@
     python configs/experiments/gpu/planned_pairs.py planned     # planned/*.jsonl, planned/plans.json, planned/grid.yaml
     pml sweep planned/grid.yaml
 
-`planned_1 --draw 1` makes twelve others; `--own_names` takes only functions that their
-names tell apart; `--constants` takes a file of `pml calibrate --out`.
+`planned_1 --draw 1` makes twelve others; `--own_names` takes only functions that their names tell apart; `--constants`
+takes a file of `pml calibrate --out`.
 """
 
 import argparse
