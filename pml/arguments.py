@@ -31,12 +31,21 @@ def check_files(arguments: Sequence[str]) -> None:
     """Read all configuration files strictly, since the parser is more lenient.
 
     Raises:
-        InputError: If a file is empty or invalid. The message names it.
+        InputError: If a file is empty, invalid or a pipe. The message names it.
     """
     parts = [path for path in files_given(arguments, ("--model", "--data", "--trainer")) if path.suffix in SUFFIXES]
     for path in (*files_given(arguments, CONFIG_OPTIONS), *parts):
+        if _is_pipe(path):
+            raise InputError(f"{path}: a pipe, which can be read only once; expected a file, so write it to one")
         if not read_yaml(path):
             raise InputError(f"{path}: empty; expected keys with values, such as `trainer: {{max_epochs: 5}}`")
+
+
+def _is_pipe(path: Path) -> bool:
+    try:
+        return path.is_fifo()
+    except OSError:  # such as too long a name, which reading it reports
+        return False
 
 
 def check_template_kwargs(arguments: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Tables of wrong input: each case gives one line on stderr and exit code 2, before anything is written."""
 
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -386,3 +387,10 @@ def test_an_invalid_command_is_refused_in_one_line(command: str, refused: Any) -
 
 def test_the_tables_have_at_least_200_cases() -> None:
     assert sum(map(len, (CONFIGS, OPTIONS, MEMFT, CHECKPOINTS, COMMANDS))) >= 200
+
+
+def test_a_configuration_from_a_pipe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # As a shell gives with --config <(command).
+    os.mkfifo(tmp_path / "config.yaml")
+    assert main(["fit", f"--config={tmp_path}/config.yaml"]) == 2
+    assert "config.yaml: a pipe, which can be read only once; expected a file" in capsys.readouterr().err
