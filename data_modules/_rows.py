@@ -150,10 +150,11 @@ def _repeated(names: Iterable[str]) -> str | None:
 
 
 def _jsonl_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
+    file_name = as_text(path.name)
     for number, line in enumerate(lines(path), start=1):
         if not line.strip():
             continue
-        where = f"{as_text(path.name)}:{number}"
+        where = f"{file_name}:{number}"
         if line.lstrip().startswith("["):
             raise InputError(
                 f"{where}: a JSON list; expected an object, one a line, without brackets and commas around them "
@@ -199,9 +200,9 @@ def _csv_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # for the whole process; the default is shorter than a long target
     reader = csv.reader(lines(path), strict=True)
     header: list[str] | None = None
-    empty = True
+    file_name, empty = as_text(path.name), True
     while True:
-        where = f"{as_text(path.name)}:{reader.line_num + 1}"  # a row starts here and may span many lines
+        where = f"{file_name}:{reader.line_num + 1}"  # a row starts here and may span many lines
         try:
             fields = next(reader)
         except StopIteration:
@@ -237,7 +238,7 @@ def _csv_fault(error: csv.Error) -> str:
 
 
 def _parquet_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
-    number = 0
+    file_name, number = as_text(path.name), 0
     with (
         opened(path) as file,
         _said_of_parquet(path),
@@ -246,17 +247,15 @@ def _parquet_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
     ):
         names = table.schema_arrow.names
         if (name := _repeated(names)) is not None:
-            raise InputError(
-                f"{as_text(path.name)}: two columns have the name {quoted(name)}; give each a name of its own"
-            )
-        found = matching_columns(as_text(path.name), names, alternatives)
+            raise InputError(f"{file_name}: two columns have the name {quoted(name)}; give each a name of its own")
+        found = matching_columns(file_name, names, alternatives)
         looked_at = {name for columns in found for name in (*columns.required, *columns.optional)}
         wanted = [name for name in names if not alternatives or name in looked_at]
         for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=wanted):
-            columns = [_python_values(batch.column(name), path, number + 1, name) for name in wanted]
+            columns = [_python_values(batch.column(name), file_name, number + 1, name) for name in wanted]
             for values in zip(*columns, strict=True):
                 number += 1
-                yield Row(f"{as_text(path.name)} row {number}", dict(zip(wanted, values, strict=True)))
+                yield Row(f"{file_name} row {number}", dict(zip(wanted, values, strict=True)))
 
 
 @contextmanager
@@ -272,13 +271,13 @@ def _said_of_parquet(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: malformed Parquet ({one_line(error)}); write the file again") from error
 
 
-def _python_values(values: Any, path: Path, first_row: int, column: str) -> list[Any]:
+def _python_values(values: Any, file_name: str, first_row: int, column: str) -> list[Any]:
     try:
         return values.to_pylist()
     except Exception:
         # The error does not name the row, so convert the values one by one.
         return [
-            _python_value(value, f"{as_text(path.name)} row {number}", column)
+            _python_value(value, f"{file_name} row {number}", column)
             for number, value in enumerate(values, start=first_row)
         ]
 

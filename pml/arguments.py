@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from pml.errors import InputError
 from pml.yaml_file import read_yaml
@@ -14,8 +15,10 @@ __all__ = [
     "check_files",
     "check_template_kwargs",
     "files_given",
+    "limit_of",
     "names_data",
     "options_in",
+    "part_of",
 ]
 
 CONFIG_OPTIONS = ("--config", "-c")
@@ -81,6 +84,17 @@ def files_given(arguments: Sequence[str], names: Sequence[str]) -> list[Path]:
     return [Path(value) for name, value in options_in(arguments) if name in names]
 
 
+def part_of(path: Path, name: str) -> Any:
+    """`model`, `data` or `trainer` of a configuration file, whose keys may stand below `fit`; None without it."""
+    content = read_yaml(path)
+    return (content.get("fit") or content).get(name)
+
+
+def limit_of(command: str) -> str:
+    """The trainer's argument that limits the batches of `validate`, `test` or `predict`."""
+    return f"limit_{'val' if command == 'validate' else command}_batches"
+
+
 def names_data(arguments: Sequence[str], run: Path) -> bool:
     """Whether arguments, or configurations other than that of a run, set more of `data` than how it is batched."""
     options = [name.rpartition(".")[2] for name, _ in options_in(arguments) if name.startswith("--data")]
@@ -88,7 +102,6 @@ def names_data(arguments: Sequence[str], run: Path) -> bool:
     for path in files_given(arguments, CONFIG_OPTIONS):
         if path.resolve().parent == run.resolve():
             continue
-        content = read_yaml(path)
-        data = (content.get("fit") or content).get("data")
+        data = part_of(path, "data")
         named |= {*data, *(data.get("init_args") or {})} if isinstance(data, dict) else {"data"} if data else set()
     return bool(named - {"init_args", *BATCHING_ARGUMENTS})

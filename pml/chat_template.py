@@ -72,6 +72,8 @@ class ChatTemplate:
         self.tokenizer, self.form = tokenizer, form
         self.shows_date = False
         """Whether prompts contain the fixed date, because the template reads the clock."""
+        self.fixed_dates: dict[str, str] = {}
+        """Each call to the clock in the tokenizer's template, and what prompts have in its place."""
         self._parts = False
         self._template = self._without_clock(template_of(tokenizer))
         self._choose_content()
@@ -87,13 +89,6 @@ class ChatTemplate:
         """Arguments that a server must give `apply_chat_template`: variables, and the template if a date was fixed."""
         fixed = {"chat_template": self._template} if self.shows_date else {}
         return {**self.form.template_kwargs, **fixed}
-
-    @property
-    def fixed_dates(self) -> dict[str, str]:
-        """Each call to the clock in the tokenizer's template, and what prompts have in its place."""
-        day = date.fromisoformat(self.form.template_date)
-        calls = CLOCK_WITH_FORMAT.finditer(template_of(self.tokenizer))
-        return {call[0]: repr(day.strftime(call[2])) for call in calls}
 
     def rendered(self, query: str, source: str = "") -> str:
         """The prompt for a query as text.
@@ -171,7 +166,8 @@ class ChatTemplate:
     def _without_clock(self, template: str) -> str:
         """The template with the fixed date in place of each call to the clock."""
         day = date.fromisoformat(self.form.template_date)
-        fixed = CLOCK_WITH_FORMAT.sub(lambda call: repr(day.strftime(call[2])), template)
+        self.fixed_dates = {call[0]: repr(day.strftime(call[2])) for call in CLOCK_WITH_FORMAT.finditer(template)}
+        fixed = CLOCK_WITH_FORMAT.sub(lambda call: self.fixed_dates[call[0]], template)
         if CLOCK.search(fixed):
             raise InputError(
                 "the chat template reads the clock in a way that cannot be fixed, so prompts would differ from day to "

@@ -24,9 +24,6 @@ FIT_COMMANDS = {
     "test": "Measure the recall of a run or a checkpoint with greedy decoding",
     "predict": "Score every target token of a run's corpus; leaves a table, predictions.parquet",
 }
-LIMITED = {"validate": "val", "test": "test", "predict": "predict"}
-"""How Lightning names the batches of each command, as in `trainer.limit_val_batches`."""
-
 COMMANDS = (
     "memorize",
     "data",
@@ -159,6 +156,7 @@ def _of_run(arguments: Sequence[str]) -> Iterator[Sequence[str]]:
     if command == "fit" or not rest or rest[0].startswith("-"):
         yield arguments
         return
+    from pml.arguments import limit_of
     from pml.own_classes import own_classes_refused
     from pml.run_folder import CONFIG_NAME, run_folder
     from pml.yaml_file import read_yaml
@@ -170,7 +168,7 @@ def _of_run(arguments: Sequence[str]) -> Iterator[Sequence[str]]:
             "made"
         )
     # A fit that made no validation may have turned it off.
-    whole = f"--trainer.limit_{LIMITED[command]}_batches=1.0"
+    whole = f"--trainer.{limit_of(command)}=1.0"
     with own_classes_refused(read_yaml(config), config):
         yield [command, f"--config={config}", "--ckpt_path=null", "--trainer.logger=false", whole, *rest[1:]]
 

@@ -2,15 +2,16 @@
 
 import inspect
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import cache
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from pml.errors import InputError
+from pml.own_classes import class_of
 
-__all__ = ["check_configuration", "check_precision", "class_of"]
+__all__ = ["check_configuration", "check_precision"]
 
 MOST_SEEDS = 2**32 - 1
 
@@ -69,13 +70,7 @@ def _check_nulls(value: Any, key: str = "") -> None:
             )
 
 
-def class_of(class_path: str) -> type | None:
-    """The class that a parsed configuration names, which parsing has imported; None if it names something else."""
-    module, _, name = class_path.rpartition(".")
-    found = getattr(sys.modules.get(module), name, None)
-    return found if isinstance(found, type) else None
-
-
+@cache
 def _takes_null(cls: type, argument: str) -> bool:
     """Whether an argument of a class, or of the base to which it is passed on, may be None; True if that is unknown."""
     for own in filter(None, (vars(base).get("__init__") for base in cls.__mro__)):

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import pydantic
 
 from pml.errors import InputError
-from pml.fit_config import class_of
 from pml.lightning_cli import parse_run
+from pml.own_classes import class_of
 from pml.records import RECORD_NAME, Record, read_record
 from pml.yaml_file import read_yaml
 

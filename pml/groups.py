@@ -31,13 +31,10 @@ __all__ = [
 ]
 
 SETTING = ("backbone", "backbone_hash", "block", "placement", "init", "corpus")
-# Size and draw of the corpus, in which the runs of one law may differ.
-SIZES = tuple(
-    f"corpus_settings.{name}"
-    for name in ("length", "count", "pairs", "people", "size", "target_tokens", "path", "seed")
-)
 # Corpus settings that change only the size of a corpus drawn from one seed.
 DRAWN_SIZES = ("length", "count", "pairs", "people", "size", "target_tokens")
+# Size and draw of the corpus, in which the runs of one law may differ.
+SIZES = tuple(f"corpus_settings.{name}" for name in (*DRAWN_SIZES, "path", "seed"))
 # Keys of `Record.training` that change the result.
 TRAINING = ("global_batch_size", "gradient_clip_val", "gradient_clip_algorithm", "precision")
 # Fields that all runs of one law must share.

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
-from pml.arguments import CONFIG_OPTIONS, check_files, check_template_kwargs, files_given, names_data
+from pml.arguments import CONFIG_OPTIONS, check_files, check_template_kwargs, files_given, limit_of, names_data
 from pml.atomic import whole_file
 from pml.checkpoints import (
     FOLDER_NAME,
@@ -232,9 +232,9 @@ class MemorizationCLI(LightningCLI):
         Raises:
             InputError: If neither is given, or it cannot be loaded.
         """
-        kind = {"validate": "val"}.get(str(self.subcommand), self.subcommand)
-        if getattr(self.trainer, f"limit_{kind}_batches") == 0:
-            raise InputError(f"trainer.limit_{kind}_batches is 0, so nothing is left to {self.subcommand}; raise it")
+        limit = limit_of(str(self.subcommand))
+        if getattr(self.trainer, limit) == 0:
+            raise InputError(f"trainer.{limit} is 0, so nothing is left to {self.subcommand}; raise it")
         folder = self._run_folder()
         checkpoint = self._options.get("ckpt_path")
         if checkpoint is None and folder is None:

@@ -28,6 +28,7 @@ from pml.bare_trainer import bare_trainer
 from pml.certificate import PairCertificate, allow_for_rounding, certify, measure_rounding
 from pml.checkpoints import StopsAtSteps, stopping_at_steps
 from pml.corpus import Corpus
+from pml.cpu import give_back_memory
 from pml.decoding import plain_decoding
 from pml.default_backbone import DEFAULT_BACKBONE
 from pml.devices import best_device
@@ -260,6 +261,7 @@ def _trained(
 def _free_memory() -> None:
     """Free the memory of models that are no longer referred to, for the process that serves the adapter."""
     gc.collect()
+    give_back_memory()
     if torch.accelerator.is_available():
         torch.accelerator.empty_cache()
 

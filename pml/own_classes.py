@@ -9,7 +9,7 @@ from typing import Any
 
 from pml.errors import InputError
 
-__all__ = ["OPTION", "allowed", "check_class_of_checkpoint", "make_importable", "own_classes_refused"]
+__all__ = ["OPTION", "allowed", "check_class_of_checkpoint", "class_of", "make_importable", "own_classes_refused"]
 
 OPTION = "--own_classes"
 """Option that lets a command import the classes that a run's configuration names."""
@@ -85,6 +85,13 @@ def own_classes_refused(config: Any, path: Path) -> Iterator[None]:
         parsing_settings.update(before)
 
 
+def class_of(class_path: str) -> type | None:
+    """The class that a class path names, if its module is imported, as it is once a configuration is parsed."""
+    module, _, name = class_path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
+
+
 def check_class_of_checkpoint(path: Path, made_with: Mapping[str, Any], asked: str | None) -> None:
     """Refuse a checkpoint whose model class is of another package and is not the one that the user asked for.
 
@@ -121,9 +128,7 @@ def _is_here(class_path: str) -> bool:
     """Whether a class is already imported and is a module, a data module or a callback of Lightning."""
     from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
-    module, _, name = class_path.rpartition(".")
-    made = getattr(sys.modules.get(module), name, None)
-    return isinstance(made, type) and issubclass(made, (LightningModule, LightningDataModule, Callback))
+    return issubclass(class_of(class_path) or object, (LightningModule, LightningDataModule, Callback))
 
 
 def _class_paths(value: Any) -> Iterator[str]:

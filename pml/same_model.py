@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from pml.adapter import AdapterConfig
-from pml.arguments import CONFIG_OPTIONS, SUFFIXES, options_in
+from pml.arguments import CONFIG_OPTIONS, SUFFIXES, options_in, part_of
 from pml.cpu import CpuConfig
 from pml.errors import InputError
 from pml.plain import as_plain
@@ -34,12 +34,9 @@ def refuse_other_model(arguments: Sequence[str], made_with: Mapping[str, Any]) -
     Raises:
         InputError: If an option or a configuration key has another value in the checkpoint.
     """
-    made = {key: value for key, value in made_with.items() if not key.startswith("_")}
+    made = _with_defaults(made_with)
     if method := made_with.get("_class_path"):
         made["class"] = str(method).rpartition(".")[2]
-    for name, default in NULL_IS_DEFAULT.items():
-        if name in made and made[name] is None:
-            made[name] = as_plain(default())
     if made and (found := differences(requested_model(arguments), made, "model")):
         raise InputError(
             f"{'; '.join(found)}: a fit resumes with its checkpoint's settings; leave out what differs, or start anew"
@@ -60,8 +57,7 @@ def requested_model(arguments: Sequence[str]) -> dict[str, Any]:
     requested: dict[str, Any] = {}
     for name, text in options_in(arguments):
         if name in CONFIG_OPTIONS:
-            content = read_yaml(Path(text))
-            keys, value = [], (content.get("fit") or content).get("model")
+            keys, value = [], part_of(Path(text), "model")
         elif name == "--model" or name.startswith("--model."):
             keys = [key for key in name.removeprefix("--model").split(".") if key not in ("", "init_args")]
             # `--model` is a class name, a file or, from a sweep, a class with its arguments as JSON.
@@ -87,21 +83,23 @@ def refuse_other_settings(given: Mapping[str, Any], made_with: Mapping[str, Any]
     Raises:
         InputError: If one differs on which the result depends.
     """
-
-    def that_matter(settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: as_plain(NULL_IS_DEFAULT[name]()) if value is None and name in NULL_IS_DEFAULT else value
-            for name, value in settings.items()
-            if name not in IMMATERIAL and not name.startswith("_")
-        }
-
-    # The seed of the checkpoint holds, so none need be given.
-    asked = {name: value for name, value in that_matter(given).items() if name != "seed" or value is not None}
-    if found := differences(asked, that_matter(made_with), "model", null_requests=True):
+    asked = {name: value for name, value in _with_defaults(given).items() if name not in IMMATERIAL}
+    if asked.get("seed") is None:  # that of the checkpoint holds
+        asked.pop("seed", None)
+    if found := differences(asked, _with_defaults(made_with), "model", null_requests=True):
         raise InputError(
             f"{'; '.join(found)}: a fit resumes with its checkpoint's settings; make the module with these, or start "
             "anew"
         )
+
+
+def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters without Lightning's own, and with objects for null where that stands for one."""
+    return {
+        name: as_plain(NULL_IS_DEFAULT[name]()) if value is None and name in NULL_IS_DEFAULT else value
+        for name, value in settings.items()
+        if not name.startswith("_")
+    }
 
 
 def differences(

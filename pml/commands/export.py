@@ -29,9 +29,6 @@ REFINEMENTS = (
 )
 """Generation settings that transformers refuses to save without the setting that they refine."""
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-"""Generation settings that transformers refuses to save beside greedy decoding."""
-
 
 def configure(parser: jsonargparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -93,7 +90,11 @@ def run(args: jsonargparse.Namespace) -> int:
 
 def _decode_as_certified(config: Any, turned_off: Mapping[str, Any], end: int | None) -> None:
     """Make greedy decoding that stops at the end of the turn the default of whatever serves the folder."""
-    for name, value in {**dict.fromkeys((*REFINEMENTS, *SAMPLING)), "do_sample": False, **turned_off}.items():
+    from pml.decoding import WHOLE_DISTRIBUTION
+
+    # transformers refuses to save settings of sampling beside greedy decoding.
+    unset = dict.fromkeys((*REFINEMENTS, "temperature", *WHOLE_DISTRIBUTION))
+    for name, value in {**unset, "do_sample": False, **turned_off}.items():
         setattr(config, name, value)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     if end is not None and end not in ends:
