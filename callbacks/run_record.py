@@ -96,6 +96,11 @@ class RunRecord(Callback):
             raise InputError(f"RunRecord records SFT and MemFT; the model is a {type(pl_module).__name__}")
         # All ranks must ask for the loggers' folder, so it is asked for once, here.
         self.run_folder = Path(self.dirpath) if self.dirpath else folder_of_loggers(trainer)
+        if not self.dirpath and not trainer.loggers and self.folder.resolve() == Path.cwd():
+            raise InputError(
+                "RunRecord would write a corpus, a configuration and an adapter into the working directory, over files "
+                "of the same names; give it a dirpath, or the trainer a logger or a default_root_dir"
+            )
         path = self.folder / RECORD_NAME
         goes_on = pl_module.resume_folder is not None and pl_module.resume_folder.resolve() == self.folder.resolve()
         may_replace = self.overwrite or goes_on

@@ -96,6 +96,7 @@ def calibrate(
         low=max(mean - half, min(stored) / 2),
         high=mean + half,
         interval="95 %",
+        backbone=backbone,
         source=f"{backbone}, block {where}, {texts} sets of random pairs at rank 1, {steps} steps at {learning_rate:g}"
         + (f", KL penalty {kl_penalty.weight:g}" if kl_penalty is not None else ""),
     )

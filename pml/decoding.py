@@ -222,36 +222,48 @@ def _matching_prefix(model: Any, batch: Sequence[Example]) -> list[tuple[int, in
     The wrong token is None if the whole target is right, or if decoding has to decide, because a margin is too small or
     the model cannot read several tokens at once.
     """
-    doubt = DOUBT.get(model.dtype, DOUBT_IN_16_BITS) * torch.finfo(model.dtype).eps
-    device, start = model.device, len(batch[0].prompt_ids)
-    lengths = torch.tensor([len(e.target_ids) for e in batch], device=device)
+    start = len(batch[0].prompt_ids)
+    lengths = torch.tensor([len(e.target_ids) for e in batch], device=model.device)
     longest = int(lengths.max())
     # The zeros after a shorter target are harmless, since no earlier position sees them.
     ids = torch.tensor([e.prompt_ids + e.target_ids + (0,) * (longest - len(e.target_ids)) for e in batch])
-    ids = ids.to(device)
-    found, wrong = torch.zeros_like(lengths), torch.full_like(lengths, -1)
-    going, reader, read, done = torch.arange(len(batch), device=device), CachedRows(model), 0, 0
-    while len(going) and reader.can_read_several:
-        end = min(done + tokens_at_once(model, len(going)), longest)
-        logits = reader.read(ids[going, read : start + end - 1], end - done)
-        targets = ids[going, start + done : start + end]
-        own, other, rival = (t.squeeze(-1) for t in target_and_best_rival(logits, targets[..., None]))
-        # Rounding goes by the largest logit of the row: the two compared may both be near 0.
-        certain = (own - other).abs() > doubt * torch.maximum(logits.amax(-1), -logits.amin(-1)).float()
-        right = is_argmax(own - other, rival, targets)
-        here = torch.arange(done, end, device=device) < lengths[going, None]
-        stops = here & ~(right & certain)
+    ids = ids.to(model.device)
+    matching, wrong = torch.zeros_like(lengths), torch.full_like(lengths, -1)
+    # The rows that are right so far, the target tokens compared, and the tokens read, prompt included.
+    rows, compared, read = torch.arange(len(batch), device=model.device), 0, 0
+    reader = CachedRows(model)
+    doubt = DOUBT.get(model.dtype, DOUBT_IN_16_BITS) * torch.finfo(model.dtype).eps
+    while len(rows) and reader.can_read_several:
+        end = min(compared + tokens_at_once(model, len(rows)), longest)
+        logits = reader.read(ids[rows, read : start + end - 1], end - compared)
+        right, trusted, rival = _argmax_is(ids[rows, start + compared : start + end], logits, doubt)
+        in_target = torch.arange(compared, end, device=model.device) < lengths[rows, None]
+        stops = in_target & ~(right & trusted)
         first = stops.int().argmax(dim=1, keepdim=True)
         stopped = stops.any(dim=1)
-        found[going] = torch.where(stopped, done + first.squeeze(1), lengths[going].clamp(max=end))
-        known = (certain & ~right).gather(1, first) & stopped[:, None]
-        wrong[going] = torch.where(known, rival.gather(1, first), -1).squeeze(1)
-        read, done = start + end - 1, end
-        still = (~stopped & (lengths[going] > done)).nonzero().squeeze(1)
-        if 0 < len(still) < len(going) and reader.can_read_several:
-            reader.keep(still)
-        going = going[still]
-    return [(n, None if token < 0 else token) for n, token in zip(found.tolist(), wrong.tolist(), strict=True)]
+        matching[rows] = torch.where(stopped, compared + first.squeeze(1), lengths[rows].clamp(max=end))
+        known_wrong = (trusted & ~right).gather(1, first) & stopped[:, None]
+        wrong[rows] = torch.where(known_wrong, rival.gather(1, first), -1).squeeze(1)
+        compared, read = end, start + end - 1
+        unfinished = (~stopped & (lengths[rows] > compared)).nonzero().squeeze(1)
+        if 0 < len(unfinished) < len(rows) and reader.can_read_several:
+            reader.keep(unfinished)
+        rows = rows[unfinished]
+    return [(n, None if token < 0 else token) for n, token in zip(matching.tolist(), wrong.tolist(), strict=True)]
+
+
+def _argmax_is(targets: Tensor, logits: Tensor, doubt: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether each target token is the argmax, whether its margin is beyond rounding, and its best rival, all (B, n).
+
+    Args:
+        targets: (B, n) token ids.
+        logits: (B, n, vocabulary) in float32.
+        doubt: Share of the largest logit that rounding can move a margin by.
+    """
+    own, other, rival = (t.squeeze(-1) for t in target_and_best_rival(logits, targets[..., None]))
+    # Rounding goes by the largest logit of the row: the two compared may both be near 0.
+    largest = torch.maximum(logits.amax(-1), -logits.amin(-1))
+    return is_argmax(own - other, rival, targets), (own - other).abs() > doubt * largest, rival
 
 
 @torch.no_grad()

@@ -158,27 +158,27 @@ def resolve(grid: Grid) -> list[Cell]:
     varying = [key for key in dict.fromkeys(k for s in settings for k in s) if _varies(key, settings)]
     folders = _folders(grid.out)
     base = tuple(itertools.chain.from_iterable(("--config", str(path)) for path in grid.base))
-    cells = []
+    cells: dict[str, Cell] = {}
     for setting in settings:
         try:
             own = tuple(_options(_with_whole_variables(setting, base)))
             config = parse_run([*base, *own])
             _check_record(config)
+            _check_devices(config.trainer)
             for key, value in setting.items():
                 _check_text(key, value, config)
         except InputError as error:
             raise InputError(f"cell {_label(setting, list(setting))}: {error}") from error
-        digest = hashlib.sha256(json.dumps(_without_places(config), sort_keys=True, default=str).encode()).hexdigest()
-        label = _label(setting, varying)
-        name = f"{label}-{digest[:8]}" if label else digest[:8]
-        if name not in folders.get(digest[:8], [name]):
-            name = folders[digest[:8]][0]
-        cells.append(Cell(name, grid.out / name, (*base, *own, *_place(grid.out, name)), _data_of(config)))
-    digests = [cell.name[-8:] for cell in cells]
-    if len(set(digests)) < len(cells):
-        twice = next(cell.name for cell in cells if digests.count(cell.name[-8:]) > 1)
-        raise InputError(f"the grid has the same cell twice: {twice}; write each combination once")
-    return cells
+        digest = _digest(config)
+        if digest in cells:
+            raise InputError(f"the grid has the same cell twice: {cells[digest].name}; write each combination once")
+        name = "-".join(filter(None, (_label(setting, varying), digest)))
+        known = folders.get(digest, [])
+        if known and name not in known:
+            name = known[0]
+        place = _place(grid.out, name, config.trainer)
+        cells[digest] = Cell(name, grid.out / name, (*base, *own, *place), _data_of(config))
+    return list(cells.values())
 
 
 def _options(setting: Mapping[str, Any]) -> list[str]:
@@ -198,6 +198,18 @@ def _check_record(config: Any) -> None:
         )
     if (folder := next((a["dirpath"] for a in recorders if a.get("dirpath") is not None), None)) is not None:
         raise InputError(f"RunRecord has dirpath {folder}; expected none, since each cell has a folder of its own")
+
+
+def _check_devices(trainer: Any) -> None:
+    """Refuse a cell of several processes, since Lightning starts them by running the command, a whole sweep, again."""
+    devices = trainer.get("devices")
+    nodes = trainer.get("num_nodes", 1)
+    several = len(devices) > 1 if isinstance(devices, list) else devices not in (None, "auto", 1, "1")
+    if several or nodes != 1:
+        raise InputError(
+            f"trainer.devices is {devices}, num_nodes {nodes}; expected one device for each cell: leave both out and "
+            "use --workers, which runs a cell on each device, or train on several devices with pml fit"
+        )
 
 
 def _check_text(key: str, value: Any, config: Any) -> None:
@@ -238,9 +250,12 @@ def _data_of(config: Any) -> str:
     return json.dumps([plain["model"]["init_args"].get("backbone"), plain["data"]], sort_keys=True, default=str)
 
 
-def _place(out: Path, name: str) -> tuple[str, ...]:
-    """Arguments that make a cell log to its own folder, whatever its configuration says."""
+def _place(out: Path, name: str, trainer: Any) -> tuple[str, ...]:
+    """Arguments that make a cell log to its own folder, whatever its configuration says, and take a single device."""
+    # Left to itself, Lightning takes every GPU of the machine.
+    one_device = () if isinstance(trainer.get("devices"), list) else ("--trainer.devices=1",)
     return (
+        *one_device,
         "--trainer.logger=lightning.pytorch.loggers.TensorBoardLogger",
         f"--trainer.logger.save_dir={out}",
         f"--trainer.logger.name={name}",
@@ -250,13 +265,13 @@ def _place(out: Path, name: str) -> tuple[str, ...]:
     )
 
 
-def _without_places(config: Any) -> Any:
-    """A configuration without the settings that cannot change the result: output paths and the progress bar."""
+def _digest(config: Any) -> str:
+    """Hash of the settings that can change the result: all but output paths and the progress bar."""
     plain = config.as_dict()
     plain.pop("config", None)
     for key in ("logger", "enable_progress_bar", "default_root_dir"):
         plain["trainer"].pop(key, None)
-    return plain
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 def _varies(key: str, settings: Sequence[dict[str, Any]]) -> bool:

@@ -55,14 +55,15 @@ def requested_model(arguments: Sequence[str]) -> dict[str, Any]:
         {'class': 'MemFT', 'weighting': 'OnlyThreshold'}
     """
     requested: dict[str, Any] = {}
+    keys: list[str]
     for name, text in options_in(arguments):
         if name in CONFIG_OPTIONS:
             keys, value = [], part_of(Path(text), "model")
-        elif name == "--model" or name.startswith("--model."):
-            keys = [key for key in name.removeprefix("--model").split(".") if key not in ("", "init_args")]
-            # `--model` is a class name, a file or, from a sweep, a class with its arguments as JSON.
-            is_yaml = keys or text.lstrip().startswith("{")
-            value = yaml.safe_load(text) if is_yaml else read_yaml(Path(text)) if text.endswith(SUFFIXES) else text
+        elif name == "--model":
+            keys, value = [], _class_or_settings(text)
+        elif name.startswith("--model."):
+            keys = [key for key in name.split(".")[1:] if key != "init_args"]
+            value = yaml.safe_load(text)
         else:
             continue
         value = _settings(value)
@@ -71,6 +72,13 @@ def requested_model(arguments: Sequence[str]) -> dict[str, Any]:
         if value is not None:
             _lay_over(requested, value if isinstance(value, dict) else {"class": _class(str(value))})
     return requested
+
+
+def _class_or_settings(text: str) -> Any:
+    """What `--model` names: a class, a file of settings or, from a sweep, settings as JSON."""
+    if text.lstrip().startswith("{"):
+        return yaml.safe_load(text)
+    return read_yaml(Path(text)) if text.endswith(SUFFIXES) else text
 
 
 def refuse_other_settings(given: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:

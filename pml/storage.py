@@ -131,7 +131,8 @@ def plan_rank(
     Raises:
         InputError: If the largest possible rank is too small.
     """
-    constant, warnings = constant_for(config.placement, config.guard is not None, constants or read_constants())
+    known = constants or read_constants()
+    constant, warnings = constant_for(config.placement, config.guard is not None, backbone.name, known)
     size = size_of_rank(backbone, config)
     facts = corpus.facts
     alone = surprisal_bits(backbone, facts)

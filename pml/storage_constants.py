@@ -8,6 +8,7 @@ from typing import Final, Literal
 import pydantic
 
 from pml.content import Content
+from pml.default_backbone import DEFAULT_BACKBONE
 from pml.errors import InputError
 
 __all__ = [
@@ -34,6 +35,7 @@ class Constant(Content):
         high: Upper end of the interval.
         interval: The kind of interval, such as `95 %`.
         source: What it was measured on.
+        backbone: Name of the backbone that it was measured on, as `pml.backbone.load_backbone` takes it.
     """
 
     placement: str | list[str]
@@ -43,6 +45,7 @@ class Constant(Content):
     high: float = pydantic.Field(gt=0)
     interval: str
     source: str
+    backbone: str = DEFAULT_BACKBONE
 
 
 class ConstantsFile(Content):
@@ -88,26 +91,34 @@ def read_constants_file(path: str | Path) -> ConstantsFile:
 
 
 def constant_for(
-    placement: str | list[str], guarded: bool, constants: Sequence[Constant]
+    placement: str | list[str], guarded: bool, backbone: str, constants: Sequence[Constant]
 ) -> tuple[Constant, list[str]]:
-    """The first constant that matches, or else a substitute, with warnings that say where that was measured.
+    """The constant that matches best, the first of several, with warnings that say how it was measured otherwise.
 
     Args:
         placement: Where the adapter sits.
         guarded: Whether its A is guarded.
+        backbone: Name of the backbone.
         constants: The constants to choose from.
     """
     same = [known for known in constants if _as_set(known.placement) == _as_set(placement)]
-    for known in same:
-        if known.guarded == guarded:
-            return known, []
+    warnings = []
     if same:
-        return same[0], [f"bits per parameter were measured {'with' if same[0].guarded else 'without'} the guard"]
-    # For a placement that was not measured, assume the lowest constant: better too high a rank than too low.
-    alike = [known for known in constants if known.guarded == guarded] or constants
-    least = min(alike, key=lambda known: known.bits_per_parameter)
-    where = placement_name(least.placement)
-    return least, [f"nothing was measured at this placement; the plan assumes what {where} stores, the least of all"]
+        constant = min(same, key=lambda known: (known.guarded != guarded, known.backbone != backbone))
+        if constant.guarded != guarded:
+            warnings.append(f"bits per parameter were measured {'with' if constant.guarded else 'without'} the guard")
+    else:
+        # For a placement that was not measured, assume the lowest constant: better too high a rank than too low.
+        alike = [known for known in constants if known.guarded == guarded] or constants
+        constant = min(alike, key=lambda known: known.bits_per_parameter)
+        least = f"what {placement_name(constant.placement)} stores, the least of all"
+        warnings.append(f"nothing was measured at this placement; the plan assumes {least}")
+    if constant.backbone != backbone:
+        warnings.append(
+            f"bits per parameter were measured on {constant.backbone}; `pml calibrate --backbone {backbone}` measures "
+            "this one's"
+        )
+    return constant, warnings
 
 
 def placement_name(placement: str | list[str]) -> str:

@@ -9,6 +9,7 @@ import pytest
 from callbacks import RunRecord, StopWhenRecalled
 from data_modules import Facts, PhoneBook
 from pml.cli import main
+from pml.errors import InputError
 from pml.modules import MemFT
 from pml.runs import open_run
 from pml.weighting import OnlyThreshold
@@ -40,6 +41,18 @@ def test_recall_and_certify_work_on_a_run_trained_from_python(
     assert main(["recall", "run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["exact_match"] == 1
     assert main(["certify", "run", "--dtypes=float32"]) == 0
+
+
+def test_a_run_from_python_without_a_folder_is_refused_before_it_overwrites_files_of_the_working_directory(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("mine")
+    module = MemFT(backbone=str(tiny_backbone_folder), adapter=ADAPTER)
+    trainer = make_trainer(tmp_path, default_root_dir=None, callbacks=[RunRecord()])
+    with pytest.raises(InputError, match="into the working directory, over files of the same names; give it a dirpath"):
+        trainer.fit(module, datamodule=PhoneBook(pairs=2))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_the_configuration_of_a_command_line_run_keeps_its_trainer_section(

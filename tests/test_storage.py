@@ -28,8 +28,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def constant(placement: Any = "mlp_block", bits: float = 0.5, **more: Any) -> Constant:
-    fields: dict[str, Any] = {"low": bits / 2, "high": 2 * bits, "interval": "range", "source": "a test"}
-    return Constant(placement=placement, bits_per_parameter=bits, **{**fields, **more})
+    fields: dict[str, Any] = {"low": bits / 2, "high": 2 * bits, "interval": "range", "backbone": "tiny-llama"}
+    return Constant(placement=placement, bits_per_parameter=bits, source="a test", **{**fields, **more})
 
 
 def by_hand(backbone: Backbone, ids: list[int], targets: int) -> float:
@@ -136,16 +136,26 @@ def test_bits_that_need_more_than_the_largest_rank_are_refused(tiny_backbone: Ba
 
 def test_a_constant_of_another_placement_or_without_the_guard_comes_with_a_warning() -> None:
     known = [constant(bits=0.8), constant(["q_proj", "v_proj"], bits=0.4), constant(bits=0.6, guarded=True)]
-    assert constant_for("mlp_block", False, known) == (known[0], [])
-    assert constant_for("mlp_block", True, known) == (known[2], [])
-    found, (warning,) = constant_for(["v_proj", "q_proj"], True, known)
+    assert constant_for("mlp_block", False, "tiny-llama", known) == (known[0], [])
+    assert constant_for("mlp_block", True, "tiny-llama", known) == (known[2], [])
+    found, (warning,) = constant_for(["v_proj", "q_proj"], True, "tiny-llama", known)
     assert (found, warning) == (known[1], "bits per parameter were measured without the guard")
-    assert constant_for(["o_proj"], True, known)[0] == known[2]
-    found, (warning,) = constant_for(["o_proj"], False, known)
+    assert constant_for(["o_proj"], True, "tiny-llama", known)[0] == known[2]
+    found, (warning,) = constant_for(["o_proj"], False, "tiny-llama", known)
     assert found == known[1]
     assert warning == (
         "nothing was measured at this placement; the plan assumes what q_proj, v_proj stores, the least of all"
     )
+
+
+def test_a_constant_of_another_backbone_comes_with_a_warning_and_only_without_one_of_this_backbone() -> None:
+    other, own = constant(bits=0.8, backbone="gpt2"), constant(bits=0.6)
+    assert constant_for("mlp_block", False, "tiny-llama", [other, own]) == (own, [])
+    found, warnings = constant_for("mlp_block", False, "tiny-llama", [other])
+    assert found == other
+    assert warnings == [
+        "bits per parameter were measured on gpt2; `pml calibrate --backbone tiny-llama` measures this one's"
+    ]
 
 
 def test_constants_are_packaged_for_common_placements() -> None:
@@ -155,7 +165,7 @@ def test_constants_are_packaged_for_common_placements() -> None:
     }
     # The placement that `pml memorize` plans for.
     every_linear_layer = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert constant_for(every_linear_layer, True, shipped)[1] == []
+    assert constant_for(every_linear_layer, True, "smollm2-135m", shipped)[1] == []
     assert all(known.low < known.bits_per_parameter < known.high and known.source for known in shipped)
 
 

@@ -16,6 +16,7 @@ from pml.cli import main
 from pml.errors import InputError
 from pml.frozen_layers import FrozenLayers
 from pml.grid import Cell, _label, expand, read_grid, resolve
+from pml.lightning_cli import parse_run
 from pml.records import read_record
 from pml.sweep import run_cells
 from tests import fits  # one thread, which makes runs comparable bit for bit
@@ -84,6 +85,12 @@ def test_cells_are_named_by_the_settings_that_vary_and_have_folders_below_out(
     assert labels == ["rank=1,length=4", "rank=1,length=8", "rank=3,length=4", "rank=3,length=8"]
     assert [cell.folder for cell in cells] == [Path("out") / cell.name for cell in cells]
     assert not Path("out").exists()
+
+
+def test_a_cell_takes_one_device_even_on_a_machine_with_several_gpus(base: Callable[..., Path], tmp_path: Path) -> None:
+    # Left to itself, Lightning would start the whole sweep once more for every further GPU.
+    whatever, third = cells_of(tmp_path, {"trainer.devices": ["auto", [2]]})
+    assert [parse_run(cell.arguments).trainer.devices for cell in (whatever, third)] == ["1", [2]]
 
 
 def test_a_label_keeps_a_whole_path_but_only_the_last_part_of_a_class_name() -> None:
@@ -250,6 +257,10 @@ def test_a_missing_grid_file_is_refused(tmp_path: Path) -> None:
             {"trainer.callbacks": [[{"class_path": "callbacks.RunRecord", "init_args": {"dirpath": "here"}}]]},
             "RunRecord has dirpath here; expected none, since each cell has a folder of its own",
         ),
+        ({"trainer.devices": [2]}, "trainer.devices is 2, num_nodes 1; expected one device for each cell"),
+        ({"trainer.devices": [[0, 1]]}, r"trainer.devices is \[0, 1\], num_nodes 1; expected one device for each cell"),
+        ({"trainer.devices": ["-1"]}, "trainer.devices is -1, num_nodes 1; expected one device for each cell"),
+        ({"trainer.num_nodes": [2]}, "trainer.devices is auto, num_nodes 2; expected one device for each cell"),
         ({"model.init_args.adapter.rank": [2, 2]}, "the grid has the same cell twice: .*; write each combination once"),
     ],
 )

@@ -3,8 +3,8 @@
     python configs/experiments/gpu/planned_pairs.py planned     # planned/*.jsonl, planned/plans.json, planned/grid.yaml
     pml sweep planned/grid.yaml
 
-`planned_1 --draw 1` makes twelve others; `--own_names` takes only functions that their names tell apart; `--constants`
-takes a file of `pml calibrate --out`.
+`planned_1 --draw 1` and `planned_2 --draw 2` make twelve others each; `--own_names` takes only functions that their
+names tell apart; `--constants` takes a file of `pml calibrate --out`.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from pml.storage_constants import read_constants
 MODULES = (
     ("argparse", "calendar", "configparser", "difflib", "ftplib", "shutil", "statistics", "textwrap", "zipapp"),
     ("fractions", "gettext", "imaplib", "inspect", "mailbox", "optparse", "smtplib", "tarfile", "uuid"),
+    ("bdb", "contextlib", "csv", "doctest", "gzip", "ipaddress", "pprint"),
 )
 """Of the standard library, whose functions are the code of a draw."""
 
