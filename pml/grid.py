@@ -286,7 +286,8 @@ def _label(setting: dict[str, Any], keys: Sequence[str]) -> str:
             value = setting[key]
             if isinstance(value, dict):
                 value = value.get("class_path", json.dumps(value))
-            text = value.rsplit(".", 1)[-1] if isinstance(value, str) and "/" not in value else str(value)
+            # A class is named by the last part of its path.
+            text = re.sub(r"^(?:\w+\.)+(?=[A-Z]\w*$)", "", str(value))
             parts.append(f"{key.rsplit('.', 1)[-1]}={text}")
     # File systems limit the length of names in bytes.
     return re.sub(r"[^\w=.,+-]+", "_", ",".join(parts)).encode()[:120].decode(errors="ignore")

@@ -67,8 +67,12 @@ class _SaveConfig(SaveConfigCallback):
         if trainer.loggers or own is not None:
             folder = own or folder_of_loggers(trainer)
             if trainer.is_global_zero:
+                config = self.config.clone()
+                if config.get("ckpt_path") is not None:
+                    # A fit of the saved configuration is another run, which starts anew.
+                    config["ckpt_path"] = None
                 with whole_file(folder / CONFIG_NAME) as file:
-                    file.write(self.parser.dump(self.config, skip_unset=False, skip_validation=True).encode())
+                    file.write(self.parser.dump(config, skip_unset=False, skip_validation=True).encode())
         self.already_saved = True
 
 

@@ -53,6 +53,8 @@ def requested_model(arguments: Sequence[str]) -> dict[str, Any]:
         {'class': 'SFT', 'adapter': {'rank': 4}, 'seed': 3}
         >>> requested_model(['--model={"class_path": "pml.MemFT", "init_args": {"weighting": "OnlyThreshold"}}'])
         {'class': 'MemFT', 'weighting': 'OnlyThreshold'}
+        >>> requested_model(["--model.weighting=pml.weighting.SlidingWindow", "--model.weighting.window=3"])
+        {'weighting': {'class': 'SlidingWindow', 'window': 3}}
     """
     requested: dict[str, Any] = {}
     keys: list[str]
@@ -68,7 +70,7 @@ def requested_model(arguments: Sequence[str]) -> dict[str, Any]:
             continue
         value = _settings(value)
         for key in reversed(keys):
-            value = {"class" if key == "class_path" else key: value}
+            value = {"class": _class(str(value))} if key == "class_path" else {key: value}
         if value is not None:
             _lay_over(requested, value if isinstance(value, dict) else {"class": _class(str(value))})
     return requested
@@ -168,7 +170,10 @@ def _class(path: str) -> str:
 
 def _lay_over(below: dict[str, Any], above: Any) -> None:
     for key, value in above.items() if isinstance(above, Mapping) else ():
-        if isinstance(value, Mapping) and isinstance(below.get(key), dict):
+        if isinstance(value, Mapping) and isinstance(below.get(key), str):
+            # Arguments of a class that was given by name alone.
+            below[key] = {"class": _class(below[key]), **value}
+        elif isinstance(value, Mapping) and isinstance(below.get(key), dict):
             _lay_over(below[key], value)
         else:
             below[key] = dict(value) if isinstance(value, Mapping) else value

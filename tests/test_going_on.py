@@ -100,7 +100,8 @@ def test_a_stopped_fit_prints_a_command_that_resumes_it_as_if_it_had_not_stopped
     assert curves.Tags()["scalars"] == expected.Tags()["scalars"]
     theirs, ours = ([(e.step, e.value) for e in events.Scalars("train/loss")] for events in (expected, curves))
     assert ours == theirs
-    assert yaml.safe_load(Path(RUN, "config.yaml").read_text())["trainer"]["logger"]["init_args"]["name"] == "fit"
+    config = yaml.safe_load(Path(RUN, "config.yaml").read_text())
+    assert (config["trainer"]["logger"]["init_args"]["name"], config["ckpt_path"]) == ("fit", None)
 
 
 def test_a_fit_that_gets_a_signal_in_its_last_step_finishes_and_cannot_be_resumed(
@@ -235,6 +236,15 @@ class TestResuming:
                     ["--model.learning_rate=0.05", f"--config={path}"],
                     {"_class_path": "pml.modules.SFT", "learning_rate": 0.05},
                 )
+
+    def test_a_class_is_compared_by_its_name_however_it_is_given(self) -> None:
+        weighting = {"class_path": "pml.weighting.OnlyThreshold", "init_args": {"threshold": 0.5}}
+        made_with = {"_class_path": "pml.modules.MemFT", "weighting": weighting}
+        same = ["--model.class_path=pml.modules.MemFT", "--model.weighting.class_path=pml.weighting.OnlyThreshold"]
+        refuse_other_model(same, made_with)
+        refuse_other_model(["--model=MemFT", "--model.weighting=OnlyThreshold"], made_with)
+        with pytest.raises(InputError, match=r"model\.weighting is SlidingWindow, in the checkpoint OnlyThreshold"):
+            refuse_other_model(["--model.weighting=SlidingWindow", "--model.weighting.window=3"], made_with)
 
     def test_a_setting_that_is_not_given_is_taken_from_the_checkpoint(self, stopped: list[str]) -> None:
         without = [argument for argument in stopped if "dropout" not in argument]

@@ -94,8 +94,8 @@ def test_a_cell_takes_one_device_even_on_a_machine_with_several_gpus(base: Calla
 
 
 def test_a_label_keeps_a_whole_path_but_only_the_last_part_of_a_class_name() -> None:
-    keys = {"data.path": "texts/of.facts.jsonl", "model": "pml.modules.MemFT", "data.ratio": 0.5}
-    assert _label(keys, list(keys)) == "path=texts_of.facts.jsonl,model=MemFT,ratio=0.5"
+    keys = {"data.path": "texts/of.facts.jsonl", "model": "pml.modules.MemFT", "data.ratio": 0.5, "data.query": "a.txt"}
+    assert _label(keys, list(keys)) == "path=texts_of.facts.jsonl,model=MemFT,ratio=0.5,query=a.txt"
 
 
 def test_cell_names_are_stable_but_change_with_the_base_configuration(
