@@ -50,7 +50,7 @@ class AdapterConfig:
         init: `published` draws A from U(-1/sqrt(r), 1/sqrt(r)), `peft` from U(-1/sqrt(d), 1/sqrt(d)). B starts at zero.
         alpha: lora_alpha; the update is scaled by alpha / rank. None means alpha = rank, so the scale is 1.
         dropout: Dropout probability, on the adapter's output for `mlp_block` (as published), on its input otherwise.
-        guard: Keeps the adapter from reading the directions that ordinary text uses, see `pml.guard`; None disables it.
+        guard: Keeps the adapter from reading the directions that ordinary text uses most; see `pml.guard`.
     """
 
     rank: int = 4

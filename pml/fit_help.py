@@ -18,7 +18,7 @@ PML = Path(__file__).parent
 DEFAULTS = PML / "fit_defaults.yaml"
 
 USAGES = {
-    "fit": "--model METHOD --data CORPUS [--config FILE] [--KEY VALUE ...]",
+    "fit": "[--config FILE ...] [--model METHOD] [--data CORPUS] [--KEY VALUE ...]",
     "validate": "RUN [--KEY VALUE ...]",
     "test": "RUN [--KEY VALUE ...]",
     "predict": "RUN [--KEY VALUE ...]",
@@ -35,8 +35,8 @@ SETTINGS = {
 """Settings classes whose fields are options, with the files that define them."""
 
 GENERAL = (
-    ("config FILE", "YAML file with the keys below; later files override earlier ones, options override files"),
-    ("seed_everything SEED", "seed of all random numbers (default: 42)"),
+    ("config FILE", "YAML file with the keys below; what comes later overrides what came before, so give files first"),
+    ("seed_everything SEED", "seed of the adapter and its dropout (default: 42); --data.seed is that of the corpus"),
     ("ckpt_path FILE", "checkpoint to resume from; last: the newest one of the run whose --config is given"),
     ("print_config", "print the resolved configuration and exit"),
     ("model.help CLASS, --data.help CLASS", "print all arguments of a class, your own included, and exit"),
@@ -69,8 +69,8 @@ def fit_help(command: str, width: int | None = None) -> str:
     page.paragraph(f"{FIT_COMMANDS[command]}.")
     if command != "fit":
         page.paragraph(
-            f"RUN is a run folder with backbone, corpus and adapter. `pml {command} --config FILE` and --ckpt_path "
-            "FILE take them from elsewhere; for other keys see `pml fit --help`."
+            f"RUN is a run folder: it holds corpus and adapter and names the backbone. `pml {command} --config FILE` "
+            "and --ckpt_path FILE take them from elsewhere; for other keys see `pml fit --help`."
         )
         return page.text
     page.paragraph("Configuration keys are also options: --trainer.max_epochs 50 sets `trainer: {max_epochs: 50}`.")
@@ -104,7 +104,10 @@ def fit_help(command: str, width: int | None = None) -> str:
         page.argument("data", argument)
     own = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))["trainer"]
     default = {callback["class_path"].rpartition(".")[2] for callback in own["callbacks"]}
-    page.heading("callbacks: --trainer.callbacks+=CLASS adds one; --trainer.callbacks replaces the defaults (marked *)")
+    page.heading(
+        "callbacks: --trainer.callbacks+=CLASS adds one; --trainer.callbacks replaces the defaults (marked *); "
+        "Checkpoints are there unless --trainer.enable_checkpointing false"
+    )
     for _, name, node in _exported("callbacks"):
         page.item(f"{name} *" if name in default else name, _summary(node))
     page.heading("Lightning's Trainer: --trainer")

@@ -130,7 +130,7 @@ def _harm(record: Record) -> str:
         for kind, found in record.harm.items()
         if found["loss_before"] is not None and found["loss_after"] is not None
     ]
-    guarded = " The adapter was guarded: it does not read the directions that ordinary text uses." * (
+    guarded = " The adapter was guarded: it cannot read the directions that ordinary text uses most." * (
         "guard" in record.method_settings
     )
     if "kl_penalty" in record.method_settings:

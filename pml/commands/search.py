@@ -4,7 +4,7 @@ The search file is a grid file (see `pml sweep`) that also has the values to try
 epochs (`epochs`). All candidates run with the first budget, the better ones with the next, and the best one with the
 last; the final loss decides. Leaves one folder per run, those with the last budget in `out/best`, and `search.json`.
 After an interruption the same command resumes. Exit code 1 if a run failed, or every candidate of a cell diverged;
---retry_failed runs those again that failed.
+--retry_failed runs the failed ones again.
 """
 
 import json
@@ -29,7 +29,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     parser.add_argument(
         "grid", type=Path, metavar="GRID", help="YAML file with `base`, `out`, `grid`, `search` and `epochs`"
     )
-    parser.add_argument("--retry_failed", action="store_true", help="run those again that have failed before")
+    parser.add_argument("--retry_failed", action="store_true", help="run the failed ones again")
     parser.add_argument("--json", action="store_true", help="print the content of search.json, and nothing else")
 
 

@@ -2,10 +2,10 @@
 
 The grid file has the configuration files that every cell starts from (`base`), the parent of the run folders (`out`),
 and a list of values for any key of `pml fit` (`grid`). All cells are checked before the first one runs. Several sweeps
-of one grid can run at once, on any machines that share the folder; each cell runs once. A failed cell does not stop the
-others and runs again only with --retry_failed; the exit code is then 1. A cell whose loss becomes infinite or NaN has
-diverged: it counts as done, since another run would diverge too, and is listed at the end. Ctrl-C or SIGTERM saves the
-running cells; the same command resumes them.
+of one grid can run at once, on any machines that share the folder; each cell runs once, on one device. If a cell fails,
+the others run on and the exit code is 1; only --retry_failed runs it again. A cell whose loss becomes infinite or NaN
+has diverged: it counts as done, since another run would diverge too, and is listed at the end. Ctrl-C or SIGTERM saves
+the running cells; the same command resumes them.
 """
 
 import sys
