@@ -135,11 +135,11 @@ class StopWhenRecalled(Callback):
         return smallest > self.rounding.logits
 
     def record_fields(self, trainer: Trainer, pl_module: LightningModule, ended: bool) -> dict[str, Any]:
-        """`steps_to_recall` and `rounding_logits`; see `pml.records.MeasuresForRecord`."""
+        """`steps_to_recall`, `recall_margin` and `rounding_logits`; see `pml.records.MeasuresForRecord`."""
         if not self._is_last(trainer):
             return {}
         known = {} if self.rounding is None else {"rounding_logits": self.rounding.logits}
-        return {"steps_to_recall": self.steps_to_recall, **known}
+        return {"steps_to_recall": self.steps_to_recall, "recall_margin": self.margin, **known}
 
     # Not `state_dict`: with it, Lightning would refuse a second callback of this class beside the default one.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

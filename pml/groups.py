@@ -1,6 +1,5 @@
 """Runs grouped by what one law describes: one backbone, adapter placement and initialisation, corpus and method."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ __all__ = [
     "SIZES",
     "Group",
     "differing",
-    "drawn_as",
     "group_runs",
     "method_name",
     "method_names",
@@ -186,15 +184,6 @@ def setting_of(record: Record, name: str) -> Any:
     return value
 
 
-def drawn_as(record: Record) -> str | None:
-    """Equal for corpora drawn from one seed, of which larger ones begin with smaller ones; None if not drawn so."""
-    settings = record.corpus_settings
-    # Of several targets, only the first begins alike at all lengths.
-    sizes = [name for name in DRAWN_SIZES if name != "length" or settings.get("count", 1) == 1]
-    others = {name: value for name, value in settings.items() if name not in sizes}
-    return json.dumps([record.corpus, others], sort_keys=True, default=str) if "seed" in others else None
-
-
 def settings_of(record: Record) -> dict[str, Any]:
     """Everything that a run was made with, by dotted name: setting, dtype, method, and settings of method and corpus.
 
@@ -240,7 +229,7 @@ def varying(records: Iterable[Record]) -> dict[str, list[Any]]:
             steps.setdefault((record.target_tokens, record.pairs), set()).add(record.optimizer_steps)
     for name, by_size in (("training.global_batch_size", batches), ("optimizer_steps", steps)):
         if different := [values for values in by_size.values() if len(values) > 1]:
-            found[name] = sorted(set(found.get(name, [])).union(*different))
+            found[name] = sorted(set(found.get(name, [])).union(*different), key=setting_order)
     return found
 
 

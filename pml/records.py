@@ -112,6 +112,8 @@ class Record(pydantic.BaseModel):
         memorized_bits: Corpus entropy minus the adapted model's loss in bits, at least 0; None if unknown.
         bits_per_parameter: `memorized_bits / effective_parameters`.
         steps_to_recall: Optimiser steps until every target token was certified; None if that did not happen.
+        recall_margin: Probability that every target token must exceed for that; None in earlier records, and if no
+            callback looked.
         rounding_logits: Largest change seen between teacher forcing and decoding in the margin of a target token's
             logit over the others; certified margins exceed it. None if not measured, as in float32.
         late_loss_drop: Measure of convergence: mean training loss over the second to last tenth of the steps minus that
@@ -171,6 +173,7 @@ class Record(pydantic.BaseModel):
     memorized_bits: Measured
     bits_per_parameter: Measured
     steps_to_recall: int | None = None
+    recall_margin: float | None = None
     rounding_logits: Measured = None
     wall_seconds: float
     versions: dict[str, str]

@@ -140,12 +140,15 @@ def records_table(records: Mapping[Path, Record]) -> TextTable:
         "sec.": [f"{run.wall_seconds:.0f}" for run in runs],
     }
     shared = [f"{_plain(name)} {values[0]}" for name, values in settings.items() if len(set(values)) == 1]
+    reached = {run.recall_margin for run in runs if run.steps_to_recall is not None}
+    margins = sorted(margin for margin in reached if margin is not None)
+    above = f" (p > {' or '.join(f'{margin:g}' for margin in margins)})" if margins else ""
     absent = [_plain(name) for name, values in results.items() if set(values) == {"-"}]
     note = [
         f"All runs: {', '.join(shared)}." if shared else "",
         "Loss in nats per target token. In percent: target tokens right and targets exactly matched (teacher-forced), "
         "targets exactly generated (greedy decoding), target tokens with p <= 0.5.",
-        "" if "recall after" in absent else "Recall after: steps until every target token was certified.",
+        "" if "recall after" in absent else f"Recall after: steps until every target token was certified{above}.",
         f"None of the runs has: {', '.join(absent)}." if absent else "",
     ]
     columns = {

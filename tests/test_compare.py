@@ -15,7 +15,16 @@ from scipy import stats
 from simulated_runs import write_simulated_run
 
 from pml.cli import main
-from pml.compare import OUTCOMES, Comparison, Difference, Outcome, compare, means_table, paired_difference
+from pml.compare import (
+    OUTCOMES,
+    Comparison,
+    Difference,
+    Outcome,
+    compare,
+    differences_tables,
+    means_table,
+    paired_difference,
+)
 from pml.compare.outcomes import measure_outcomes
 from pml.errors import InputError
 from pml.records import Record, read_record, write_record
@@ -226,6 +235,16 @@ class TestPairs:
         assert (found.by_text, loss_difference.pairs, loss_difference.samples) == (True, 4, 2)
         assert loss_difference.interval == pytest.approx((-2.5 - 12.706, -2.5 + 12.706), abs=1e-3)
 
+    def test_replacing_a_few_tokens_of_one_text_with_several_seeds_gives_one_text(self) -> None:
+        records = {}
+        for seed in range(3):
+            text = {"length": 512, "skip_tokens": 0, "random_ratio": 0.05, "seed": seed}
+            fields = {"corpus": "natural_text", "corpus_hash": f"draw {seed}", "corpus_settings": text}
+            for make, loss in ((sft, 5.0), (memft, 4.0 - seed)):
+                records[Path(f"{make.__name__}{seed}")] = make(seed=seed, final_loss=loss, **fields)
+        loss_difference = in_outcome(compare(records)[0], "final_loss")
+        assert (loss_difference.by_text, loss_difference.samples) == (False, 3)
+
     @pytest.mark.parametrize(
         "fields",
         [
@@ -361,9 +380,57 @@ class TestBudgets:
         half = 20 / math.sqrt(3) * 4.302653
         assert found.verdicts == [
             "MemFT OnlyThreshold against SFT: better in steps to all certain (-70.0 steps; 95 % interval "
-            f"{-70 - half:.1f} to {-70 + half:.1f})."
+            f"{-70 - half:.1f} to {-70 + half:.1f}; only SFT got there in 1 pair, only MemFT OnlyThreshold in 1 pair)."
         ]
         assert len(found.left_out) == 5
+
+
+class TestStepsToCertain:
+    @staticmethod
+    def runs(steps: list[tuple[int | None, int | None]], budget: int = 300, **of_memft: Any) -> dict[Path, Record]:
+        """A pair of each seed with these steps until everything is certain above p = 0.9; None did not get there."""
+        found = {}
+        for seed, pair in enumerate(steps):
+            for make, needed, fields in ((sft, pair[0], {}), (memft, pair[1], of_memft)):
+                made = make(**{"seed": seed, "steps_to_recall": needed, "recall_margin": 0.9, **fields})
+                found[Path(f"{made.method}{seed}")] = made.model_copy(update={"optimizer_steps": needed or budget})
+        return found
+
+    def test_a_method_that_often_does_not_get_there_is_not_better_in_steps(self) -> None:
+        quick = [(150, 100), (160, 105), (170, 120), (180, 135)]
+        (found,) = compare(self.runs([*quick, *[(200, None)] * 4]))
+        steps = in_outcome(found, "steps_to_certain")
+        assert (steps.pairs, steps.alone, steps.verdict) == (4, (4, 0), "undecided")
+        assert steps.interval is not None
+        assert steps.interval[1] < 0
+        assert found.verdicts == [
+            "MemFT OnlyThreshold against SFT: undecided in steps to all certain, p > 0.9 (only SFT got there in 4 "
+            "pairs, only MemFT OnlyThreshold in 0 pairs)."
+        ]
+        (found,) = compare(self.runs([*quick, *[(None, 200)] * 4]))
+        steps = in_outcome(found, "steps_to_certain")
+        assert (steps.alone, steps.verdict) == ((0, 4), "better")
+
+    def test_a_run_that_stopped_before_the_other_got_there_is_no_evidence(self) -> None:
+        pairs = [(150, 100), (160, 90), (170, 80), (200, None)]
+        assert in_outcome(compare(self.runs(pairs, budget=200))[0], "steps_to_certain").alone == (1, 0)
+        assert in_outcome(compare(self.runs(pairs, budget=199))[0], "steps_to_certain").alone == (0, 0)
+
+    def test_steps_until_different_probabilities_are_not_compared(self) -> None:
+        pairs = [(150, 100), (160, 90)]
+        for margin, said in ((0.5, "p > 0.9 and p > 0.5"), (None, "p > 0.9 and not recorded")):
+            records = self.runs(pairs, recall_margin=margin) | {Path("s"): sft(seed=9), Path("m"): memft(seed=9)}
+            (found,) = compare(records)
+            assert not [one for one in found.differences if one.outcome.name == "steps_to_certain"]
+            reasons = {left.reason for left in found.left_out if "certain means something else" in left.reason}
+            assert reasons == {f"certain means something else, so steps are not compared: {said}"}
+
+    def test_tables_say_which_probability_every_token_had_to_exceed(self) -> None:
+        (found,) = compare(self.runs([(150, 100), (160, 90)]))
+        assert found.recall_margins == [0.9]
+        (differences,) = differences_tables(found)
+        for table in (means_table(found), differences):
+            assert "steps to all certain, p > 0.9" in [row[0] for row in table.rows]
 
 
 class TestRefusals:

@@ -9,7 +9,6 @@ from record_factory import make_record
 from pml.errors import InputError
 from pml.groups import (
     differing,
-    drawn_as,
     group_runs,
     method_name,
     method_names,
@@ -240,22 +239,14 @@ def test_a_batch_of_the_whole_corpus_differs_from_a_smaller_one_on_the_same_pair
     assert varying(records).get("training.global_batch_size", []) == expected
 
 
-def test_corpora_of_one_seed_are_drawn_alike_whatever_their_size() -> None:
-    def drawn(**settings: Any) -> str | None:
-        return drawn_as(make_record(corpus_settings=settings))
-
-    assert drawn(length=64, seed=0) == drawn(length=96, seed=0) != drawn(length=64, seed=1)
-    assert drawn(pairs=24, seed=0) == drawn(pairs=48, seed=0)
-    # Of several targets, all but the first begin elsewhere if the targets are longer.
-    assert drawn(length=64, count=2, seed=0) != drawn(length=96, count=2, seed=0)
-    assert drawn(path="facts.jsonl") is None
-    # A corpus of one's own may use these names for something else.
-    assert drawn(count=None, length=[1, 2], seed=0) is not None
-
-
 def test_varying_numbers_are_sorted_by_value() -> None:
     records = [make_record(pairs=100, training={"global_batch_size": size}) for size in (16, 2, 4)]
     assert varying(records)["training.global_batch_size"] == [2, 4, 16]
+
+
+def test_a_batch_size_that_one_record_lacks_is_listed_beside_the_others() -> None:
+    records = [make_record(pairs=100, training={"global_batch_size": size}) for size in (None, 16, 4)]
+    assert varying(records)["training.global_batch_size"] == [4, 16, None]
 
 
 def test_steps_that_differ_are_listed_for_the_sizes_that_differ_in_them() -> None:

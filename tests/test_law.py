@@ -15,10 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from record_factory import make_record, write_run
 from scipy.optimize import curve_fit
-from simulated_laws import fit_one
+from simulated_laws import fit_one, saturating_runs
 
 from pml.commands import law as command
 from pml.errors import InputError
+from pml.figures import law_figure
 from pml.groups import select_records
 from pml.law import (
     CRITICAL_LOSS,
@@ -35,8 +36,10 @@ from pml.law import (
     saturated,
     shared_setting,
 )
+from pml.law.diagnostics import warnings_of
 from pml.law.observations import unconverged
 from pml.law.selection import rank_forms
+from pml.law.tables import sentences
 
 PARAMETERS = FORMS["power_offset"].fitted
 RANKS = (1, 2, 4, 8)
@@ -361,6 +364,7 @@ class TestRunsLeftOut:
             Observation(2, 96, 13.6, 15.0, 0, "got worse"),
             Observation(2, 96, 13.6, 13.6, 0, "did not move"),
             Observation(2, 96, 13.6, math.nan, 0, "not a number"),
+            Observation(2, 96, math.nan, 3.1, 0, "frozen model not a number"),
             Observation(2, 96, 13.6, 0.1, 0, "stopped early", finished=False),
         ]
         fit = published([*grid(), *odd])
@@ -368,9 +372,16 @@ class TestRunsLeftOut:
             "got worse": "not reduced",
             "did not move": "not reduced",
             "not a number": "diverged",
+            "frozen model not a number": "without a frozen loss",
             "stopped early": "interrupted",
         }
-        assert fit.left_out_counts == {"saturated": 1, "diverged": 1, "interrupted": 1, "not reduced": 2}
+        assert fit.left_out_counts == {
+            "saturated": 1,
+            "diverged": 1,
+            "without a frozen loss": 1,
+            "interrupted": 1,
+            "not reduced": 2,
+        }
         assert values(fit) == pytest.approx(TRUTH, rel=1e-9)
 
 
@@ -475,6 +486,23 @@ class TestWarnings:
         found = published(shifted(grid(C=0.001, b=5.0), noise)).warnings
         assert any("explains only part of the variation" in w for w in found)
         assert any("misses the measured loss reduction by" in w for w in found)
+
+    def test_many_saturated_runs_do_not_hide_that_the_law_misses_the_others(self) -> None:
+        fit = fit_law(saturating_runs(np.random.default_rng(0)), form="ceiling")
+        full = [Observation(8 + i, 64, 13.0, 0.1, 0, f"full {i}") for i in range(40)]
+        others = [Observation(1, 64 + 4 * i, 13.0, 13.0 - fallen, 0, f"{i}") for i, fallen in enumerate((4, 6) * 4)]
+        # 0.4 % off where saturated, 20 % off elsewhere.
+        predicted = [1.004 * one.loss_reduction for one in full] + [1.2 * one.loss_reduction for one in others]
+        best = fit.best.model_copy(update={"predicted": predicted, "observations_used": 48, "mape_percent": 11.2 / 3})
+        law = fit.model_copy(update={"fits": [best], "observations": [*full, *others]})
+        # Mean 5: squared errors of 0.8 and 1.2 against deviations of 1.
+        assert law.unsaturated_fit == pytest.approx((1 - (0.8**2 + 1.2**2) / 2, 20.0, 8))
+        warnings = warnings_of(law)
+        assert any("variation of the loss reduction (R2 -0.04 over the 8 unsaturated runs)" in w for w in warnings)
+        assert any("by 20.0 % on average over the 8 unsaturated runs" in w for w in warnings)
+        assert sentences(law)[1].startswith("R² -0.0400, mean error 20.00 % over the 8 unsaturated runs; R² ")
+        titles = [axes.get_title() for axes in law_figure(law).axes]
+        assert any("unsaturated runs: $R^2$ = -0.0400, MAPE = 20.0 %" in title for title in titles)
 
     def test_an_exponent_of_the_wrong_sign_causes_a_warning(self) -> None:
         found = published(grid(alpha=-0.5, beta=0.6)).warnings

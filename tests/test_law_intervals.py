@@ -243,7 +243,7 @@ class TestTexts:
         runs = runs_with_texts(np.random.default_rng(0), effect=1.0)
         independent = [replace(run, drawn_as=f"{run.seed} {run.target_tokens}") for run in runs]
         nested = [replace(run, drawn_as=f"{run.seed}") for run in runs]
-        said = "the 8 texts were drawn from 2 seeds, so longer ones begin with shorter ones"
+        said = "the 8 texts come from 2 seeds or sources, so longer ones begin with shorter ones"
         for these, named in ((runs, False), (independent, False), (nested, True)):
             law = published(these)
             assert law.best.text_effect > 0

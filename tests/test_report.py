@@ -14,10 +14,11 @@ from simulated_runs import write_diverged_run, write_history, write_simulated_gr
 
 from pml.cli import main
 from pml.errors import InputError
+from pml.figures import Curves
 from pml.records import Record, read_records, write_record
 from pml.report import PAGE_NAME, Report, make_report, write_report
 from pml.report.studies import _recall_panels
-from pml.report.training import curves_of
+from pml.report.training import Example, _phase_panel, curves_of, training_part
 from pml.token_history import History
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -344,11 +345,49 @@ class TestTokens:
         assert "damaged/history.parquet" in page.text
         assert "number 2 fails at token 4 of 16" in page.text
 
-    def test_the_page_says_that_a_history_is_a_sample_of_the_targets(self, tmp_path: Path) -> None:
-        write_history(write_simulated_run(tmp_path, 4, 64, pairs=4))
-        records = {path: record.model_copy(update={"pairs": 40}) for path, record in read_records([tmp_path]).items()}
-        text = Page(make_report(records).html).text
-        assert text.count("A sample of 4 of 40 targets was kept.") == 2
+    def test_every_figure_and_table_from_a_part_of_the_tokens_says_so(self, tmp_path: Path) -> None:
+        write_history(write_simulated_run(tmp_path, 4, 64, pairs=4, target_tokens=640))
+        text = Page(make_report(read_records([tmp_path])).html).text
+        # Phases, learning curves, first failures, targets and stubborn tokens.
+        assert text.count("A sample of the target tokens was kept: 64 of 640.") == 5
+
+    def test_a_single_target_of_which_the_beginning_was_kept_is_a_sample_too(self, tmp_path: Path) -> None:
+        write_history(write_simulated_run(tmp_path, 4, 64, target_tokens=640))
+        section = training_part("a", "A text", {"SFT": read_records([tmp_path])})
+        assert [table.title for table in section.tables] == ["The most stubborn tokens"]
+        assert "kept: 64 of 640." in section.tables[0].note
+        assert [panel.title for panel in section.panels] == ["From wrong to certain", "Learning curves"]
+        assert all("kept: 64 of 640." in panel.caption for panel in section.panels)
+
+    def test_figures_of_looks_during_training_say_when_tokens_were_scored(self, tokens: Page) -> None:
+        said = "Between the first and the last look, each token counts as training last scored it."
+        captions = tokens.said("figcaption")
+        assert sum(said in caption for caption in captions) == 2
+        assert any(said in caption and "First wrong token against" in caption for caption in captions)
+
+    def test_methods_stand_side_by_side_at_the_largest_rank_that_all_have(self, tmp_path: Path) -> None:
+        for method, ranks in (("sft", (2, 4)), ("memft", (1, 2))):
+            for rank in ranks:
+                write_history(write_simulated_run(tmp_path / f"{method}-{rank}", rank, 64, method=method, pairs=4))
+        records = read_records([tmp_path])
+        runs = {name: {p: r for p, r in records.items() if r.method == name} for name in ("sft", "memft")}
+        section = training_part("a", "A text", runs)
+        assert section.tables[0].columns == ("target", "sft", "margin", "memft", "margin")
+        assert all(f"{method}, rank 2, 64 tokens" in section.panels[0].alt for method in runs)
+        # Without a common rank, each name says which it is.
+        apart = {name: {p: r for p, r in of.items() if r.rank in (1, 4)} for name, of in runs.items()}
+        targets, stubborn = training_part("a", "A text", apart).tables
+        named = ["sft, rank 4, 64 tokens", "memft, rank 1, 64 tokens"]
+        assert targets.columns == ("target", named[0], "margin", named[1], "margin")
+        assert list(dict.fromkeys(row[0] for row in stubborn.rows)) == named
+
+    def test_alternative_text_says_100_percent_only_of_all_tokens(self) -> None:
+        share = np.array([0.0, 0.9996])
+        curves = Curves(np.array([0, 10]), share, np.zeros(2), np.ones(2))
+        history = History(*(np.zeros(1, np.int64),) * 4, *(np.zeros((1, 1)),) * 3)  # type: ignore[arg-type]
+        run = Example(make_record(target_tokens=1), Path("a"), history)
+        (panel,) = _phase_panel("a", "A text", {"SFT": run}, {Path("a"): curves})
+        assert "rank 4, 1 tokens: >99.9 % certain at the end." in panel.alt
 
     def test_curves_agree_with_values_worked_out_by_hand(self) -> None:
         probability = np.array([[0.1, 0.2, np.nan, 0.4], [0.9, 0.4, 0.6, 0.1]], np.float32)
@@ -377,6 +416,24 @@ class TestOptionalMeasurements:
         text = Page(make_report(read_records([tmp_path])).html).text
         assert "prose 3.500 4.750" in text
         assert "random 12 9.000 1.250 50.0" in text
+
+    def test_harm_to_ordinary_text_is_listed_beside_retention(self) -> None:
+        harm = {
+            kind: {"loss_before": before, "loss_after": before + 0.25}
+            for kind, before in (("prose", 3.0), ("code", 1.5), ("chat", 2.5), ("mean", 2.0))
+        }
+        text = Page(make_report({Path("a"): make_record(harm=harm)}).html).text
+        assert "ordinary text, prose 3.000 3.250" in text
+        assert "ordinary text, mean 2.000 2.250" in text
+
+    def test_the_steps_until_all_is_certain_say_which_probability_was_asked_for(self) -> None:
+        records = {
+            Path("a"): make_record(steps_to_recall=73, recall_margin=0.9),
+            Path("b"): make_record(steps_to_recall=75),
+        }
+        text = Page(make_report(records).html).text
+        assert "73 (p > 0.9) " in text
+        assert "75 (p" not in text
 
 
 class TestHostileRecords:

@@ -76,6 +76,11 @@ class TestRecordsTable:
         assert row[-2] == "-"
         assert "Recall after: steps until every target token was certified." in " ".join(text.split())
 
+    def test_the_caption_says_which_probability_every_token_had_to_exceed(self) -> None:
+        margins = {Path(str(margin)): make_record(steps_to_recall=9, recall_margin=margin) for margin in (0.9, 0.5)}
+        text = " ".join(printed(margins).split())
+        assert "Recall after: steps until every target token was certified (p > 0.5 or 0.9)." in text
+
     @pytest.mark.parametrize(
         ("share", "shown"), [(1.0, "100.0"), (0.9999, ">99.9"), (0.0, "0.0"), (0.0001, "<0.1"), (0.123, "12.3")]
     )

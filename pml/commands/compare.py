@@ -33,7 +33,9 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument("--confidence", type=float, default=0.95, help="confidence level of the intervals")
     add_where(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object per comparison, and nothing else")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON array with one object per comparison, and nothing else"
+    )
 
 
 def run(args: jsonargparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Any number of methods compared with a baseline method, over pairs of runs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ from pml.compare.pairs import TOLERANCE, LeftOut, Pair, find_pairs
 from pml.errors import InputError
 from pml.groups import method_names, setting_of, short_method_names, training_of
 from pml.records import Record
-from pml.tables import setting_order
+from pml.tables import count, setting_order
 
 __all__ = ["Comparison", "MethodMeans", "compare"]
 
@@ -51,7 +51,9 @@ class Comparison:
         confidence: Level of all intervals, such as 0.95, not adjusted for multiple comparisons.
         tolerance: Largest difference between budgets that count as equal, as a share of the larger.
         by_text: Whether samples are texts; if all runs are on one text, samples are its seeds. Texts drawn from one
-            seed count as one.
+            seed, or cut from one source, count as one.
+        recall_margins: Probabilities that every token had to exceed to count as certain in the outcome of steps; empty
+            if no record says so.
         methods: Mean outcomes of each method, the baseline first.
         differences: One for each other method and each outcome in which a pair of its runs can be compared.
         settings: Settings other than weighting and curriculum in which the runs of some pair differ, with all values
@@ -64,6 +66,7 @@ class Comparison:
     confidence: float
     tolerance: float
     by_text: bool
+    recall_margins: list[float]
     methods: list[MethodMeans]
     differences: list[Difference]
     settings: dict[str, list[str]]
@@ -78,9 +81,28 @@ class Comparison:
         found: dict[str, list[str]] = {}
         for one in self.differences:
             if one.method == method:
-                found.setdefault(one.verdict, []).append(_in_words(one))
+                found.setdefault(one.verdict, []).append(self._in_words(one))
         parts = [f"{verdict} in {', '.join(found[verdict])}" for verdict in VERDICTS if verdict in found]
         return f"{method} against {self.baseline}: {'; '.join(parts) or 'no pair of runs to compare'}."
+
+    def _in_words(self, found: Difference) -> str:
+        title, alone = found.outcome.title + self.threshold(found.outcome), ""
+        if any(found.alone):
+            alone = "only {} got there in {}, only {} in {}".format(
+                self.baseline, count(found.alone[0], "pair"), found.method, count(found.alone[1], "pair")
+            )
+        if found.verdict == "undecided":
+            return f"{title} ({alone})" if alone else title
+        unit = "points" if found.outcome.unit == "%" else found.outcome.unit
+        parts = [f"{found.outcome.show(found.mean, '+')} {unit}"]
+        if found.interval:
+            parts.append(f"{100 * found.confidence:g} % interval {found.interval_shown}")
+        return f"{title} ({'; '.join(filter(None, (*parts, alone)))})"
+
+    def threshold(self, outcome: Outcome) -> str:
+        """What follows the title of steps: the probability that every token had to exceed; empty where unknown."""
+        margins = " or ".join(f"{margin:g}" for margin in self.recall_margins) if outcome.any_budget else ""
+        return f", p > {margins}" if margins else ""
 
     def to_json(self) -> dict[str, Any]:
         """The comparison with its verdicts, as numbers, strings, lists and dictionaries only."""
@@ -101,9 +123,10 @@ def compare(
     """Compare every other method with a baseline: in one comparison, or in one for each value of `by`.
 
     Only pairs with equal budgets are compared: a method that trains longer is not a better one. Steps to certainty are
-    compared whatever the budget, since runs may stop there. Pairs on one text are averaged first and count once, since
-    they are no further evidence about other texts; so are pairs on texts drawn from one seed, of which longer ones
-    begin with shorter ones. If all runs are on one text, each of its seeds counts once.
+    compared whatever the budget, since runs may stop there, but only at one probability that every token must exceed,
+    and if both got there; where only one did, the verdict says so. Pairs on one text are averaged first and count once,
+    since they are no further evidence about other texts; so are pairs on texts from one seed or source (see
+    `pml.same_text`). If all runs are on one text, each of its seeds counts once.
 
     Args:
         records: Records by run folder.
@@ -169,14 +192,19 @@ def _comparison(
     ]
     left_out = [left for _, several in found.values() for left in several]
     left_out += [
-        LeftOut((pair.first.as_posix(), pair.second.as_posix()), pair.budgets) for pair in every if pair.budgets
+        LeftOut((pair.first.as_posix(), pair.second.as_posix()), reason)
+        for pair in every
+        for reason in (pair.budgets, pair.margins)
+        if reason
     ]
+    reached = [record for record in records.values() if record.steps_to_recall is not None]
     return Comparison(
         baseline=baseline,
         where={by: setting_of(next(iter(records.values())), by)} if by else {},
         confidence=confidence,
         tolerance=tolerance,
         by_text=any(difference.by_text for difference in differences),
+        recall_margins=sorted({run.recall_margin for run in reached if run.recall_margin is not None}),
         methods=[_means(method, runs[method], values) for method in (baseline, *others) if method in runs],
         differences=differences,
         settings=_other_settings([(records[pair.first], records[pair.second]) for pair in every]),
@@ -194,7 +222,7 @@ def _difference(
         for pair in pairs
         if (one := values[pair.first][outcome.name]) is not None
         and (other := values[pair.second][outcome.name]) is not None
-        and (outcome.any_budget or not pair.budgets)
+        and not (pair.margins if outcome.any_budget else pair.budgets)
     ]
     if not chosen:
         return None
@@ -202,7 +230,9 @@ def _difference(
     by_text = len({pair.text for pair, _, _ in chosen}) > 1
     samples = [pair.text if by_text else pair.seed for pair, _, _ in chosen]
     first, second = [one for _, one, _ in chosen], [other for _, _, other in chosen]
-    return paired_difference(outcome, first, second, samples, name=method, confidence=confidence, by_text=by_text)
+    found = paired_difference(outcome, first, second, samples, name=method, confidence=confidence, by_text=by_text)
+    alone = [pair.alone for pair in pairs]
+    return replace(found, alone=(alone.count(1), alone.count(2))) if outcome.any_budget else found
 
 
 def _means(method: str, runs: Sequence[Path], values: Values) -> MethodMeans:
@@ -214,14 +244,6 @@ def _means(method: str, runs: Sequence[Path], values: Values) -> MethodMeans:
         all_certain=sum(values[path]["tokens_certain"] == 100 for path in paths),
         means={name: float(np.mean(numbers)) if numbers else None for name, numbers in known.items()},
     )
-
-
-def _in_words(found: Difference) -> str:
-    if found.verdict == "undecided":
-        return found.outcome.title
-    unit = "points" if found.outcome.unit == "%" else found.outcome.unit
-    bounds = f"; {100 * found.confidence:g} % interval {found.interval_shown}" if found.interval else ""
-    return f"{found.outcome.title} ({found.outcome.show(found.mean, '+')} {unit}{bounds})"
 
 
 def _baseline(asked: str | None, methods: list[str]) -> str:

@@ -30,6 +30,8 @@ class Difference:
         interval: Student's t interval of the mean difference; None with one sample, or if all samples differ equally.
         confidence: Level of the interval.
         by_text: Whether each sample is a text; otherwise each is a seed, all on one text.
+        alone: Numbers of further pairs in which only the baseline, and only the method, has the outcome, though the
+            other took as many steps; only steps to certainty have such pairs.
     """
 
     method: str
@@ -42,20 +44,25 @@ class Difference:
     interval: tuple[float, float] | None
     confidence: float
     by_text: bool
+    alone: tuple[int, int] = (0, 0)
 
     @property
     def verdict(self) -> Verdict:
         """Better or worse at this confidence; undecided if the interval contains zero.
 
-        Samples that all differ by the same nonzero amount have no interval: the sign test decides.
+        Samples that all differ by the same nonzero amount have no interval: the sign test decides. Nothing is decided
+        if most pairs in which only one run got there speak for the other method.
         """
         if self.interval is None:
             decided = self.mean != 0 and 2 * 0.5**self.samples <= 1 - self.confidence
         else:
             decided = not self.interval[0] <= 0 <= self.interval[1]
-        if not decided:
+        better = (self.mean > 0) == (self.outcome.better == "higher")
+        baseline_alone, method_alone = self.alone
+        against = baseline_alone > method_alone if better else method_alone > baseline_alone
+        if not decided or against:
             return "undecided"
-        return "better" if (self.mean > 0) == (self.outcome.better == "higher") else "worse"
+        return "better" if better else "worse"
 
     @property
     def interval_shown(self) -> str:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pml.groups import drawn_as, setting_of
+from pml.groups import setting_of
 from pml.records import Record
+from pml.same_text import texts_of
 
 __all__ = ["TOLERANCE", "LeftOut", "Pair", "find_pairs"]
 
@@ -25,9 +26,12 @@ class Pair:
     Attributes:
         first: Folder of the first method's run.
         second: Folder of the second method's run.
-        text: What is evidence of its own: the draw of the runs' corpus, or its hash if it was not drawn from a seed.
+        text: What is evidence of its own: the text of the runs' corpus (see `pml.same_text`).
         seed: Seed of both runs.
         budgets: How their budgets differ, in words; empty if they are equal.
+        margins: How the probabilities differ that they had to exceed to count as certain, in words; empty if they are
+            equal, or if not both got there.
+        alone: The run that alone became certain at every token, 1 or 2, though the other took as many steps; 0 if none.
     """
 
     first: Path
@@ -35,6 +39,8 @@ class Pair:
     text: str
     seed: int
     budgets: str
+    margins: str
+    alone: int
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,14 @@ def find_pairs(
             setting = repr([setting_of(record, name) for name in SAME])
             alike.setdefault(setting, ([], []))[method == second].append(path)
     pairs = []
-    texts: dict[str, str] = {}
+    texts = texts_of(records.values())
     for ones, others in alike.values():
         if len(ones) == len(others) == 1:
             a, b = records[ones[0]], records[others[0]]
-            # One corpus has one draw, even if records name it in two ways, such as by two paths.
-            text = texts.setdefault(a.corpus_hash, drawn_as(a) or a.corpus_hash)
-            pairs.append(Pair(ones[0], others[0], text, a.seed, _how_budgets_differ(a, b, tolerance)))
+            budgets = _how_budgets_differ(a, b, tolerance)
+            pairs.append(
+                Pair(ones[0], others[0], texts[a.corpus_hash], a.seed, budgets, _how_margins_differ(a, b), _alone(a, b))
+            )
         else:
             same = "with the same rank, corpus and seed"
             reason = (
@@ -100,3 +107,21 @@ def _how_budgets_differ(a: Record, b: Record, tolerance: float) -> str:
         if abs(one - other) > tolerance * max(one, other):
             return f"budgets differ: {one:,} and {other:,} {unit}"
     return ""
+
+
+def _how_margins_differ(a: Record, b: Record) -> str:
+    """How the thresholds of two numbers of steps differ, in words; earlier records do not say what theirs is."""
+    if None in (a.steps_to_recall, b.steps_to_recall) or a.recall_margin == b.recall_margin:
+        return ""
+    one, other = ("not recorded" if p is None else f"p > {p:g}" for p in (a.recall_margin, b.recall_margin))
+    return f"certain means something else, so steps are not compared: {one} and {other}"
+
+
+def _alone(a: Record, b: Record) -> int:
+    """The only run of two that got there, 1 or 2, if the other took as many steps without getting there; 0 if none."""
+    for number, there, other in ((1, a, b), (2, b, a)):
+        needed = there.steps_to_recall
+        if needed is not None and other.steps_to_recall is None and other.recall_margin == there.recall_margin:
+            # A run that skips steps has nothing left to train, so it never gets there.
+            return number if other.optimizer_steps + other.skipped_steps >= needed else 0
+    return 0

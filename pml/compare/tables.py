@@ -14,7 +14,10 @@ def means_table(comparison: Comparison) -> TextTable:
     rows = [("runs", *(f"{method.runs:,}" for method in methods))]
     rows += [("in which everything is certain", *(f"{method.all_certain:,}" for method in methods))]
     rows += [
-        (outcome.header, *(outcome.show(method.means[outcome.name]) for method in methods))
+        (
+            outcome.header + comparison.threshold(outcome),
+            *(outcome.show(method.means[outcome.name]) for method in methods),
+        )
         for outcome in OUTCOMES
         if any(method.means[outcome.name] is not None for method in methods)
     ]
@@ -36,9 +39,9 @@ def differences_tables(comparison: Comparison) -> list[TextTable]:
     one_text = (
         ""
         if comparison.by_text
-        else " All runs are on one text, or on texts of one seed: the intervals say nothing about others."
+        else " All runs are on one text, or on texts from one seed or source: the intervals say nothing about others."
     )
-    nested = ", as are those of texts drawn from one seed" if comparison.by_text else ""
+    nested = ", as are those of texts from one seed or source" if comparison.by_text else ""
     note = (
         "Pairs: runs of one rank, text and seed whose optimiser steps and target tokens differ by at most "
         f"{100 * comparison.tolerance:g} %; steps are compared whatever the budget, if both got there. Pairs of one "
@@ -60,7 +63,7 @@ def differences_tables(comparison: Comparison) -> list[TextTable]:
             ),
             [
                 (
-                    found.outcome.header,
+                    found.outcome.header + comparison.threshold(found.outcome),
                     found.outcome.show(found.baseline_mean),
                     found.outcome.show(found.method_mean),
                     found.outcome.show(found.mean, "+"),

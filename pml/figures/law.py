@@ -61,7 +61,7 @@ def law_figure(fit: LawFit) -> Figure:
                 handlelength=1.5,
             )
         _draw_agreement(agreement, fit)
-        agreement.set_title(f"$R^2$ = {fit.best.r2:.4f}, MAPE = {fit.best.mape_percent:.1f} %", fontsize=12)
+        agreement.set_title(_errors(fit), fontsize=12)
         if fit.predicts_ranks:
             by_rank.set_title("law and 95 % band; dotted where no run was used", fontsize=12)
         for axes, (title, shade, found) in zip(cells, maps, strict=True):
@@ -196,6 +196,15 @@ def _draw_agreement(axes: Axes, fit: LawFit) -> list[Line2D]:
         axes.text(0.02, 0.96, note, transform=axes.transAxes, fontsize=9.5, verticalalignment="top")
     axes.set(xlabel="measured loss reduction (nats)", ylabel="predicted loss reduction (nats)")
     return _handles(fit, looks)
+
+
+def _errors(fit: LawFit) -> str:
+    """R2 and mean error over the runs fitted, and over the unsaturated ones on a line of their own if both differ."""
+    best, alone = fit.best, fit.unsaturated_fit
+    lines = [f"$R^2$ = {best.r2:.4f}, MAPE = {best.mape_percent:.1f} %"]
+    if alone.runs < best.observations_used:
+        lines.append(f"unsaturated runs: $R^2$ = {alone.r2:.4f}, MAPE = {alone.mape_percent:.1f} %")
+    return "\n".join(lines)
 
 
 def _setting(fit: LawFit) -> str:

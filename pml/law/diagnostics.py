@@ -93,10 +93,11 @@ def _about_the_grid(law: LawFit) -> list[str]:
     texts = {run.text_label for run in law.observations}
     drawn = {run.drawn_as for run in law.observations}
     if law.best.text_effect != 0 and None not in drawn and len(drawn) < len(texts):
+        s = "s" if len(drawn) > 1 else ""
         found.append(
-            f"the {len(texts)} texts were drawn from {len(drawn)} seed{'s' if len(drawn) > 1 else ''}, so longer ones "
-            "begin with shorter ones, and intervals that allow for a new text are too narrow; give pml plan the "
-            "frozen model's loss (--initial_loss)"
+            f"the {len(texts)} texts come from {len(drawn)} seed{s} or source{s}, so longer ones begin with "
+            "shorter ones, and intervals that allow for a new text are too narrow; give pml plan the frozen model's "
+            "loss (--initial_loss)"
         )
     corpora = law.setting.get("corpus", [])
     if len(corpora) > 1:
@@ -116,16 +117,18 @@ def _about_the_grid(law: LawFit) -> list[str]:
 
 def _about_the_fit(law: LawFit) -> list[str]:
     """Warnings about the errors of the fit, and about runs that were still improving when they ended."""
-    fit, found = law.best, []
-    if fit.r2 < SMALL_R2 and not FORMS[fit.form].proportional:
+    found = []
+    r2, mape_percent, runs = law.unsaturated_fit
+    which = f" over the {runs} unsaturated runs" if runs < law.best.observations_used else ""
+    if r2 < SMALL_R2 and not FORMS[law.form].proportional:
         found.append(
-            f"the law explains only part of the variation of the loss reduction (R2 {fit.r2:.2f}): it may not hold "
+            f"the law explains only part of the variation of the loss reduction (R2 {r2:.2f}{which}): it may not hold "
             "here, or the runs differ in more than rank and length"
         )
-    if fit.mape_percent > LARGE_MAPE_PERCENT:
+    if mape_percent > LARGE_MAPE_PERCENT:
         found.append(
-            f"the law misses the measured loss reduction by {fit.mape_percent:.1f} % on average: it may not hold here, "
-            "or some runs had not converged"
+            f"the law misses the measured loss reduction by {mape_percent:.1f} % on average{which}: it may not hold "
+            "here, or some runs had not converged"
         )
     drops = [run.late_loss_drop or 0.0 for run in law.observations if unconverged(run)]
     if drops:

@@ -24,6 +24,7 @@ from pml.law.schema import (
     Factor,
     FormFit,
     RunDraws,
+    UnsaturatedFit,
 )
 from pml.recall_model import RecallModel
 
@@ -118,6 +119,18 @@ class LawFit(Content):
         """The runs that the chosen form was fitted to, with predicted loss reductions in nats per target token."""
         pairs = zip(self.observations, self.best.predicted, strict=True)
         return [(run, predicted) for run, predicted in pairs if FORMS[self.form].saturating or not saturated(run)]
+
+    @property
+    def unsaturated_fit(self) -> UnsaturatedFit:
+        """How well the chosen form describes the unsaturated runs alone.
+
+        Saturated runs lie at the ceiling whatever the parameters, so that many of them make any law look good.
+        """
+        pairs = [(run.loss_reduction, predicted) for run, predicted in self.used if not saturated(run)]
+        measured, predicted = np.array(pairs).T
+        residual = measured - predicted
+        r2 = 1.0 - float(np.sum(residual**2)) / float(np.sum((measured - measured.mean()) ** 2))
+        return UnsaturatedFit(r2, 100.0 * float(np.mean(np.abs(residual) / measured)), len(pairs))
 
     @property
     def left_out_counts(self) -> dict[str, int]:

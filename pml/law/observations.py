@@ -12,9 +12,10 @@ import pydantic
 
 from pml.content import Content
 from pml.errors import InputError
-from pml.groups import drawn_as, shared_setting
+from pml.groups import shared_setting
 from pml.law.forms import AdapterSize
 from pml.records import Record
+from pml.same_text import texts_of
 
 __all__ = [
     "CRITICAL_LOSS",
@@ -28,7 +29,7 @@ __all__ = [
     "usable",
 ]
 
-Reason = Literal["diverged", "interrupted", "not reduced"]
+Reason = Literal["diverged", "without a frozen loss", "interrupted", "not reduced"]
 
 CRITICAL_LOSS = math.log(2)
 """Loss in nats below which a token has p > 0.5, so that greedy decoding must produce it."""
@@ -58,8 +59,8 @@ class Observation:
         late_loss_drop: By how much the training loss still fell at the end (see `pml.records.Record`).
         text: Identifies the text, such as the hash of its token ids; None where unknown.
         generated_token_accuracy: Share of target tokens that greedy decoding gets right; None where unknown.
-        drawn_as: Equal for texts drawn from one seed, of which a longer one may begin with a shorter one; None where
-            unknown.
+        drawn_as: Equal for texts from one seed or source (see `pml.same_text`), of which a longer one may begin with a
+            shorter one; None where unknown.
 
     Raises:
         InputError: If a count is not a whole number of at least 1.
@@ -163,13 +164,16 @@ def usable(runs: Iterable[Observation]) -> tuple[list[Observation], list[LeftOut
     """Split runs into those that a law can use, sorted by length, rank and seed, and the others with the reason.
 
     An interrupted run did not reach what its rank allows. A run whose loss did not fall learned nothing: its loss
-    says more about the learning rate than the rank. A run whose loss is not finite diverged.
+    says more about the learning rate than the rank. A run whose final loss is not finite diverged. If only that of the
+    frozen model is not, there is nothing to reduce.
     """
     kept, left_out = [], []
     for run in _sorted(runs):
         reason: Reason | None = None
-        if not all(map(math.isfinite, (run.initial_loss, run.final_loss))):
+        if not math.isfinite(run.final_loss):
             reason = "diverged"
+        elif not math.isfinite(run.initial_loss):
+            reason = "without a frozen loss"
         elif not run.finished:
             reason = "interrupted"
         elif run.loss_reduction <= 0:
@@ -192,6 +196,7 @@ def observations_from_records(records: Mapping[Path, Record], adapter_size: Adap
         InputError: If there is no record, or the records do not belong to one law (see `shared_setting`).
     """
     shared_setting(records, adapter_size)
+    texts = texts_of(records.values())
     return _sorted(
         Observation(
             rank=record.rank,
@@ -207,7 +212,7 @@ def observations_from_records(records: Mapping[Path, Record], adapter_size: Adap
             late_loss_drop=record.late_loss_drop,
             text=record.corpus_hash,
             generated_token_accuracy=record.generated_token_accuracy,
-            drawn_as=drawn_as(record),
+            drawn_as=texts[record.corpus_hash],
         )
         for path, record in records.items()
     )

@@ -1,7 +1,7 @@
 """The parts of a fitted law: parameters, held-out errors, the fit of one form, and simulated runs."""
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -19,6 +19,7 @@ __all__ = [
     "HeldOut",
     "Interval",
     "RunDraws",
+    "UnsaturatedFit",
     "percentiles",
 ]
 
@@ -144,6 +145,20 @@ class FormFit(Content):
     def largest(self, factor: Factor) -> HeldOut | None:
         """The held-out prediction of the largest size or length; None with fewer than three of them."""
         return next((held for held in self.held_out if held.factor == factor), None)
+
+
+class UnsaturatedFit(NamedTuple):
+    """How well a form describes the unsaturated runs.
+
+    Attributes:
+        r2: R2 of the loss reduction over these runs.
+        mape_percent: Mean absolute error relative to the measured loss reduction, in percent.
+        runs: Number of these runs.
+    """
+
+    r2: float
+    mape_percent: float
+    runs: int
 
 
 @dataclass(frozen=True)

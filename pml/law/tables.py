@@ -143,10 +143,18 @@ def sentences(law: LawFit) -> list[str]:
     left_out = ", ".join(f"{number} {reason}" for reason, number in sorted(law.left_out_counts.items()))
     without = f" (left out: {left_out})" if left_out else ""
     (low, high), (short, long) = law.rank_range, law.target_tokens_range
+    alone = law.unsaturated_fit
+    # Saturated runs make any law look good, so the others come first.
+    unsaturated = (
+        f"R² {alone.r2:.4f}, mean error {alone.mape_percent:.2f} % over the {alone.runs} unsaturated runs; "
+        if alone.runs < best.observations_used
+        else ""
+    )
     found = [
         f"form: {law.form} ({FORMS[law.form].meaning.replace('`', '')}); chosen: {law.chosen_because}",
-        f"R² {best.r2:.4f}, mean error {best.mape_percent:.2f} %, RMSE {best.rmse_nats:.4f} nats per target token over "
-        f"the {best.observations_used} runs fitted{without}; ranks {low} to {high}, {short} to {long} target tokens",
+        f"{unsaturated}R² {best.r2:.4f}, mean error {best.mape_percent:.2f} %, RMSE {best.rmse_nats:.4f} nats per "
+        f"target token over the {best.observations_used} runs fitted{without}; ranks {low} to {high}, {short} to "
+        f"{long} target tokens",
     ]
     largest = [(factor, held) for factor in law.factors if (held := best.largest(factor)) is not None]
     if largest:

@@ -141,7 +141,7 @@ def _comparison(records: Mapping[Path, Record]) -> Section:
     if found.left_out:
         runs = {run for left in found.left_out for run in left.runs}
         reasons = "; ".join(list(dict.fromkeys(left.reason for left in found.left_out))[:3])
-        notes.append(f"Not compared, or compared only in steps: {count(len(runs), 'run')} ({reasons}).")
+        notes.append(f"Not compared, or not in everything: {count(len(runs), 'run')} ({reasons}).")
     tables = [means_table(found), *differences_tables(found)]
     return Section("Methods", sentences=[*found.verdicts, *notes], tables=tables)
 
@@ -195,7 +195,7 @@ def _runs(groups: list[Group], observations: Mapping[str, list[Observation]], la
                 "tokens right": show_percent(record.token_accuracy),
                 "exact match": show_percent(record.exact_match),
                 "generated": show_percent(record.generated_exact_match),
-                "certain after": shown(record.steps_to_recall),
+                "certain after": _steps_to_recall(record),
                 "bits per parameter": "-" if bits is None else f"{bits:.3f}",
                 "note": reasons.get(source) or ("-" if record.status == "finished" else record.status),
             }
@@ -213,6 +213,12 @@ def _runs(groups: list[Group], observations: Mapping[str, list[Observation]], la
     ).without_empty_columns()
 
 
+def _steps_to_recall(record: Record) -> str:
+    """Steps until all tokens were certain, with the probability that each had to exceed where the record says it."""
+    above = "" if record.steps_to_recall is None or record.recall_margin is None else f" (p > {record.recall_margin:g})"
+    return f"{shown(record.steps_to_recall)}{above}"
+
+
 def _side_effects(groups: list[Group]) -> list[TextTable]:
     """Tables of the loss on other text and of random against other target tokens, where runs measured them."""
     retention, kinds, short = [], [], short_method_names(group.method for group in groups)
@@ -220,7 +226,8 @@ def _side_effects(groups: list[Group]) -> list[TextTable]:
         if run.status == "interrupted":
             continue
         of_run = (f"{run.target_tokens:,}", f"{run.rank:,}", short[method], str(run.seed))
-        for text, found in run.retention.items():
+        ordinary = ((f"ordinary text, {kind}", found) for kind, found in run.harm.items())
+        for text, found in (*run.retention.items(), *ordinary):
             retention.append((*of_run, text, show_loss(found.get("loss_before")), show_loss(found.get("loss_after"))))
         for kind, found in sorted(run.by_kind.items()):
             tokens, losses = found.get("target_tokens"), (found.get("initial_loss"), found.get("final_loss"))

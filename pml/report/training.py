@@ -4,7 +4,7 @@ Histories are read one at a time. Of each, only curves and first positions are k
 example, is kept whole.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain
@@ -22,7 +22,7 @@ from pml.last_seen import TokenStates
 from pml.records import Record
 from pml.report.parts import Panel, Section, draw, spans
 from pml.stubborn import stubborn_table, visible_text
-from pml.tables import TextTable, count
+from pml.tables import TextTable, count, show_percent
 from pml.token_history import HISTORY_NAME, History, read_history
 from pml.token_results import FirstPositions, TokenResults, first_positions, rank_correlation, read_tokens
 
@@ -32,6 +32,7 @@ THRESHOLD = 0.5
 # Stands for probabilities that float32 rounds to 0: a loss of about 100 nats.
 SMALLEST = 1e-44
 MOST_TARGETS, MOST_TOKENS, MOST_LETTERS = 12, 5, 60
+LAST_SCORED = "Between the first and the last look, each token counts as training last scored it."
 
 
 class Example(NamedTuple):
@@ -52,10 +53,12 @@ def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Reco
     """
     examples: dict[str, Example] = {}
     curves: dict[Path, Curves] = {}
+    kept: dict[Path, str] = {}
     failures, steps = [], []
+    common = _common_places(methods)
     unread: dict[Path, str] = {}
     for method, runs in methods.items():
-        for path, record in sorted(runs.items(), key=_as_example, reverse=True):
+        for path, record in sorted(runs.items(), key=lambda run: _as_example(run[1], common), reverse=True):
             at_look = None
             try:
                 # Without a history there may still be the final tokens, in another file.
@@ -63,6 +66,7 @@ def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Reco
                 if history is not None:
                     examples.setdefault(method, Example(record, path, history))
                     curves[path], at_look = curves_of(history), _first_positions(history)
+                    kept[path] = _tokens_kept(history, record)
             except InputError as error:
                 unread[path] = str(error)
             try:
@@ -70,23 +74,61 @@ def training_part(anchor: str, of: str, methods: Mapping[str, Mapping[Path, Reco
             except InputError as error:
                 unread.setdefault(path, str(error))
             steps += [at_look[0]] if at_look else []
+    sample = _sample(kept.values())
     missing = f"Per-token results cannot be read for {count(len(unread), 'run')}; the first error: "
     return Section(
         "Target tokens",
         warnings=[f"{missing}{next(iter(unread.values()))}."] if unread else [],
         panels=[
             *_phase_panel(anchor, of, examples, curves),
-            *_learning_panel(anchor, of, methods, curves),
-            *_first_failure_panel(anchor, of, failures, steps),
+            *_learning_panel(anchor, of, methods, curves, sample),
+            *_first_failure_panel(anchor, of, failures, steps, sample),
         ],
         tables=[*_target_tables(examples), *_stubborn_tables(examples)],
     )
 
 
-def _as_example(run: tuple[Path, Record]) -> tuple[int, int, int]:
-    """Sort key of a method's runs: the example is the largest, with the longest text and then the largest rank."""
-    record = run[1]
-    return record.target_tokens, record.rank, -record.seed
+def _place(record: Record) -> tuple[str, int, int]:
+    """Corpus, rank and seed: runs of several methods can be shown side by side if they agree in these."""
+    return record.corpus_hash, record.rank, record.seed
+
+
+def _common_places(methods: Mapping[str, Mapping[Path, Record]]) -> set[tuple[str, int, int]]:
+    """Places at which every method that has histories has a run with one."""
+    places = (
+        {_place(record) for path, record in runs.items() if (path / HISTORY_NAME).is_file()}
+        for runs in methods.values()
+    )
+    found = [of_method for of_method in places if of_method]
+    return set.intersection(*found) if found else set()
+
+
+def _as_example(record: Record, common: set[tuple[str, int, int]]) -> tuple[bool, int, int, int]:
+    """Sort key of a method's runs: the example is the largest at a common place, by length and then by rank."""
+    return _place(record) in common, record.target_tokens, record.rank, -record.seed
+
+
+def _labels(examples: Mapping[str, Example]) -> dict[str, str]:
+    """A name for each method's example, with rank and length if these differ."""
+    sizes = {(run.record.rank, run.record.target_tokens) for run in examples.values()}
+    return {method: _label(method, run) if len(sizes) > 1 else method for method, run in examples.items()}
+
+
+def _label(method: str, run: Example) -> str:
+    return f"{method}, rank {run.record.rank:,}, {run.record.target_tokens:,} tokens"
+
+
+def _tokens_kept(history: History, record: Record) -> str:
+    """How many target tokens a history has, of how many; empty if it has all."""
+    kept, every = len(history.token_id), record.target_tokens
+    return f"{kept:,} of {every:,}" if kept < every else ""
+
+
+def _sample(kept: Iterable[str]) -> str:
+    """A remark about histories that have only some of the target tokens, from what `_tokens_kept` says of each."""
+    found = list(dict.fromkeys(filter(None, kept)))
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f" A sample of the target tokens was kept: {', '.join(found[:3])}{more}." if found else ""
 
 
 def curves_of(history: History) -> Curves:
@@ -122,23 +164,21 @@ def _first_positions(history: History) -> tuple[int, FirstPositions] | None:
 
 
 def _phase_panel(anchor: str, of: str, examples: Mapping[str, Example], curves: Mapping[Path, Curves]) -> list[Panel]:
-    runs = {
-        f"{method}, rank {run.record.rank:,}, {run.record.target_tokens:,} tokens": curves[run.folder]
-        for method, run in examples.items()
-    }
-    ends = "; ".join(f"{name}: {100 * run.certain[-1]:.0f} % certain at the end" for name, run in runs.items())
+    runs = {_label(method, run): curves[run.folder] for method, run in examples.items()}
+    ends = "; ".join(f"{name}: {show_percent(run.certain[-1])} % certain at the end" for name, run in runs.items())
+    sample = _sample(_tokens_kept(run.history, run.record) for run in examples.values())
     return draw(
         f"{anchor}-phases",
         "From wrong to certain",
         "Certain: p > 0.5, so that greedy decoding cannot miss the token. Right: the most probable token even so. "
-        "Between the first and the last look, each token counts as training last scored it.",
+        f"{LAST_SCORED}{sample}",
         f"{of}: shares of target tokens that are wrong, right and certain over optimiser steps. {ends}.",
         phases_figure(runs),
     )
 
 
 def _learning_panel(
-    anchor: str, of: str, methods: Mapping[str, Mapping[Path, Record]], curves: Mapping[Path, Curves]
+    anchor: str, of: str, methods: Mapping[str, Mapping[Path, Record]], curves: Mapping[Path, Curves], sample: str
 ) -> list[Panel]:
     ranks = {record.rank for runs in methods.values() for record in runs.values()}
     by_rank = len(methods) == 1 and len(ranks) > 1
@@ -150,13 +190,15 @@ def _learning_panel(
     return draw(
         f"{anchor}-learning",
         "Learning curves",
-        f"Mean loss, in nats per target token, and the share of certain tokens; {count(len(curves), 'run')}.",
+        f"Mean loss, in nats per target token, and the share of certain tokens; {count(len(curves), 'run')}.{sample}",
         f"{of}: loss and share of certain tokens over optimiser steps of {count(len(curves), 'run')}.",
         learning_figure(groups, "LoRA rank" if by_rank else "method"),
     )
 
 
-def _first_failure_panel(anchor: str, of: str, failures: list[FirstPositions], steps: list[int]) -> list[Panel]:
+def _first_failure_panel(
+    anchor: str, of: str, failures: list[FirstPositions], steps: list[int], sample: str
+) -> list[Panel]:
     if not failures:
         return []
     positions = FirstPositions(*(np.concatenate(column) for column in zip(*failures, strict=True)))
@@ -166,6 +208,7 @@ def _first_failure_panel(anchor: str, of: str, failures: list[FirstPositions], s
     rho, remarks = "\N{GREEK SMALL LETTER RHO}", ""
     if steps:
         remarks += f" Each run at the last look at which half of its targets had a wrong token (step {spans(steps)})."
+        remarks += f" {LAST_SCORED}"
     if found.unfailing:
         alone = "" if found.rho_of_failing is None else f"; without them {rho} is {found.rho_of_failing:.3f}"
         remarks += f" {count(found.unfailing, 'target')} without a wrong token count as failing at the end{alone}."
@@ -174,7 +217,7 @@ def _first_failure_panel(anchor: str, of: str, failures: list[FirstPositions], s
         "Where targets first fail",
         f"First wrong token against first token with p <= 0.5, {count(found.targets, 'target')}; "
         f"{rho}: Spearman's rank correlation. No point can lie below the line, so part of the correlation is there "
-        f"by construction; the paper reports 0.908.{remarks}",
+        f"by construction; the paper reports 0.908.{remarks}{sample}",
         f"{of}: first wrong token against first token with p <= 0.5: Spearman's rho {found.rho:.3f} over "
         f"{count(found.targets, 'target')}.",
         first_failure_figure(positions, found),
@@ -189,8 +232,10 @@ def _target_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
     by_corpus: dict[str, dict[str, Example]] = {}
     for method, run in examples.items():
         by_corpus.setdefault(run.record.corpus_hash, {})[method] = run
-    for runs in by_corpus.values():
-        record, folder, history = next(iter(runs.values()))
+    for of_corpus in by_corpus.values():
+        labels = _labels(of_corpus)
+        runs = {labels[method]: run for method, run in of_corpus.items()}
+        _, folder, history = next(iter(runs.values()))
         ids, starts, lengths = np.unique(history.example_id, return_index=True, return_counts=True)
         if len(ids) < 2:
             continue
@@ -211,14 +256,9 @@ def _target_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
             rows,
             words=(0, *range(1, 2 * len(runs) + 1, 2)),
             note="At the end of the run. Margin: by how much the logit of the weakest token exceeds that of the best "
-            f"other one.{_sampled(len(ids), record.pairs)}",
+            f"other one.{_sample(_tokens_kept(run.history, run.record) for run in runs.values())}",
             small=True,
         )
-
-
-def _sampled(kept: int, pairs: int) -> str:
-    """A remark about a history that keeps only some of the pairs."""
-    return f" A sample of {kept:,} of {pairs:,} targets was kept." if kept < pairs else ""
 
 
 def _target_state(history: History, tokens: slice) -> tuple[str, str]:
@@ -232,10 +272,10 @@ def _target_state(history: History, tokens: slice) -> tuple[str, str]:
 
 def _stubborn_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
     """One table of the most stubborn tokens of all methods."""
-    rows, sampled = [], ""
+    rows, labels = [], _labels(examples)
+    sample = _sample(_tokens_kept(run.history, run.record) for run in examples.values())
     for method, (record, _, history) in examples.items():
-        ids, starts = np.unique(history.example_id, return_index=True)
-        sampled = sampled or _sampled(len(ids), record.pairs)
+        _, starts = np.unique(history.example_id, return_index=True)
         last = TokenStates(
             probability=history.probability[-1],
             correct=history.correct[-1],
@@ -246,11 +286,11 @@ def _stubborn_tables(examples: Mapping[str, Example]) -> Iterator[TextTable]:
         targets = [part.tolist() for part in np.split(history.token_id, starts[1:])]
         table = stubborn_table(last, targets, _text_of(record.backbone), MOST_TOKENS)
         # The pair number is dropped: a history of a long corpus keeps only some pairs and numbers those.
-        rows += [(method, *row[1:]) for row in table.rows]
+        rows += [(labels[method], *row[1:]) for row in table.rows]
     if rows:
         columns, note = (
             ("method", *table.columns[1:]),
-            f"The tokens with the smallest probability p at the end of the run.{sampled}",
+            f"The tokens with the smallest probability p at the end of the run.{sample}",
         )
         yield replace(table, columns=columns, rows=rows, words=(0, 1), note=note).without_empty_columns()
 

@@ -147,6 +147,7 @@ def test_the_record_of_a_recalled_corpus_has_its_steps_to_recall(
     record = read_record(tmp_path / "run" / "record.json")
     assert record.steps_to_recall == record.optimizer_steps == trainer.global_step - module.skipped_steps
     assert record.optimizer_steps < 900
+    assert record.recall_margin == 0.5
     assert (record.exact_match, record.token_accuracy, record.sub_threshold_fraction) == (1, 1, 0)
     assert (record.generated_exact_match, record.generated_token_accuracy) == (1, 1)
     assert record.min_target_probability > 0.5
