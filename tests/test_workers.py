@@ -1,5 +1,6 @@
 """Several workers on one grid: every cell is finished even if a worker dies, and the command reports on each cell."""
 
+import errno
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from pml.claims import FOLDER_NAME
 from pml.cli import main
 from pml.grid import Cell, read_grid, resolve
 from pml.records import read_record
-from pml.workers import ClusterWorkers, _cores, _Sweep, worker_environments
+from pml.workers import ClusterWorkers, LocalWorkers, _cores, _Sweep, worker_environments
 
 
 @pytest.fixture
@@ -167,7 +168,58 @@ def test_a_job_is_reported_as_failed_unless_only_a_cell_failed_or_it_was_cancell
     jobs.append(job(5, "CANCELLED by 1000", None))
     monkeypatch.setattr("submitit.AutoExecutor", lambda **_: mock.Mock(**{"map_array.return_value": jobs}))
     workers = ClusterWorkers(grid, 5, Path("out"), "slurm", {})
-    assert workers.failures() == ["job 3 ended with exit code 2 (see 3.err)", "job 4 ended as TIMEOUT (see 4.err)"]
+    trouble = ["job 3 ended with exit code 2 (see 3.err)", "job 4 ended as TIMEOUT (see 4.err)"]
+    assert workers.failures(all_ran=True) == trouble
+    # A job whose sweep ends before every cell has run has crashed, although no cell failed.
+    assert workers.failures(all_ran=False) == ["job 2 ended with exit code 1 (see 2.err)", *trouble]
+
+
+class Process:
+    """A worker that has ended with exit code 1, or runs until it gets a signal."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+    wait = poll
+
+    def send_signal(self, signum: int) -> None:
+        self.code = -signum
+
+
+def test_the_log_of_a_worker_that_crashed_is_named_if_a_cell_was_not_run(
+    grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pml.workers._start", lambda *_, **__: Process(1))
+    (cell,) = cells_of(write_grid(ranks=[2]))
+    assert main(["sweep", str(grid), "--workers", "1"]) == 1
+    log = f"out/.workers/{os.getpid()}-0.log"
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2:] == [f"not run: {cell.name}", f"a worker ended with exit code 1 (see {log})"]
+    cell.folder.mkdir()
+    (cell.folder / "error.txt").write_text("RuntimeError: too large\n")
+    assert main(["sweep", str(grid), "--workers", "1"]) == 1
+    assert "a worker ended" not in capsys.readouterr().err
+
+
+def test_whatever_ends_the_command_stops_its_workers(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = [Process(None), Process(None)]
+    monkeypatch.setattr("pml.workers._start", mock.Mock(side_effect=workers))
+    monkeypatch.setattr("pml.commands.sweep.time.sleep", mock.Mock(side_effect=OSError(errno.EIO, "no disk")))
+    assert main(["sweep", str(grid), "--workers", "2"]) == 2
+    assert [worker.code for worker in workers] == [-signal.SIGTERM] * 2
+
+
+def test_a_sweep_that_is_interrupted_while_it_starts_workers_stops_those_that_run(
+    grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Process(None)
+    monkeypatch.setattr("pml.workers._start", mock.Mock(side_effect=[worker, KeyboardInterrupt]))
+    with pytest.raises(KeyboardInterrupt):
+        LocalWorkers(grid, 2, Path("out"))
+    assert worker.code == -signal.SIGTERM
 
 
 SWEEP = """
