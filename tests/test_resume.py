@@ -349,6 +349,13 @@ def test_the_newest_intact_checkpoint_is_found_and_a_damaged_one_is_named(
         newest_checkpoint(tmp_path)
 
 
+def test_the_newest_checkpoint_of_a_copied_run_is_its_last_one_whatever_the_times_of_the_copies(tmp_path: Path) -> None:
+    last = save(tmp_path, EMPTY)
+    save(tmp_path, EMPTY, "previous.ckpt")
+    os.utime(last, (1, 1))
+    assert newest_checkpoint(tmp_path) == last
+
+
 def test_a_newer_checkpoint_that_holds_only_weights_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
