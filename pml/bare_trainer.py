@@ -4,6 +4,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from pml.checkpoints import with_own_connectors
+
 __all__ = ["bare_trainer"]
 
 
@@ -13,7 +15,7 @@ def bare_trainer(**options: Any) -> Trainer:
     Args:
         **options: Further arguments of the Trainer, such as callbacks and the length of the fit.
     """
-    return Trainer(
+    trainer = Trainer(
         devices=1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -24,3 +26,4 @@ def bare_trainer(**options: Any) -> Trainer:
         enable_model_summary=False,
         **options,
     )
+    return with_own_connectors(trainer)

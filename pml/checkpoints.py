@@ -2,12 +2,11 @@
 
 import io
 import logging
+import os
 import pickle
 import shlex
 import time
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,18 +15,20 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 from pml.atomic import whole_file
 from pml.errors import InputError
 from pml.modules import Memorization
+from pml.own_classes import folders_of_own_classes
 from pml.ranks import several_ranks
 from pml.run_folder import folder_of_run
 from pml.same_folder import CHECKPOINTS as FOLDER_NAME
 from pml.same_folder import loggers_of
-from pml.stopping import Stopped, at_step_ends, is_listening, requested
+from pml.stopping import Stopped, is_listening, request, requested
 
-__all__ = ["FOLDER_NAME", "Checkpoints", "StopsAtSteps", "newest_checkpoint", "read_checkpoint", "stopping_at_steps"]
+__all__ = ["FOLDER_NAME", "Checkpoints", "StopsAtSteps", "newest_checkpoint", "read_checkpoint", "with_own_connectors"]
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +80,10 @@ class SignalsLeftToSteps(_SignalConnector):
 
     Lightning's own handler would end a fit in the middle of validation or of a global batch, save nothing and exit with
     code 0. It would also broadcast between ranks from within the handler.
+
+    Under Slurm, the signal for requeueing (SIGUSR1) stops a fit in the same way. Lightning would save `hpc_ckpt_1.ckpt`
+    from within the handler, wherever the fit is, and requeue the job. Without that file the requeued job, which is the
+    same command, would begin a new run, so nothing is requeued here.
     """
 
     @property
@@ -93,14 +98,28 @@ class SignalsLeftToSteps(_SignalConnector):
         if (launcher := self.trainer.strategy.launcher) is not None:
             launcher.kill(signum)
 
+    def _slurm_sigusr_handler_fn(self, signum: Any, frame: FrameType) -> None:
+        request(int(signum), frame)
 
-@contextmanager
-def stopping_at_steps(trainer: Trainer) -> Iterator[None]:
-    """Let a signal end the fit only after a step; needs `pml.stopping.listening` and a `StopsAtSteps` callback."""
+
+class GivenCheckpoints(_CheckpointConnector):
+    """Loads the checkpoint that `ckpt_path` names and no other.
+
+    Under Slurm, Lightning would load any `hpc_ckpt_1.ckpt` of the working directory if there is no `ckpt_path`.
+    """
+
+    _hpc_resume_path = None
+
+
+def with_own_connectors(trainer: Trainer) -> Trainer:
+    """The trainer, which then leaves signals to `pml.stopping`, if that listens, and loads no checkpoint unasked.
+
+    Within `pml.stopping.at_step_ends`, a signal then ends a fit only after a step, if it has a `StopsAtSteps` callback.
+    """
+    trainer._checkpoint_connector = GivenCheckpoints(trainer)
     if is_listening():
         trainer._signal_connector = SignalsLeftToSteps(trainer)
-    with at_step_ends():
-        yield
+    return trainer
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -163,7 +182,9 @@ class Checkpoints(StopsAtSteps, Checkpoint):
             return "there is no checkpoint to go on from yet"
         config = self.folder.parent / "config.yaml"
         if config.is_file():
-            return f"go on with: pml fit --config {shlex.quote(str(config))} --ckpt_path last"
+            python_path = os.pathsep.join(map(str, folders_of_own_classes()))
+            where = f"PYTHONPATH={shlex.quote(python_path)} " if python_path else ""
+            return f"go on with: {where}pml fit --config {shlex.quote(str(config))} --ckpt_path last"
         return f"go on with --ckpt_path {shlex.quote(str(self.folder / LAST))}"
 
     def save(self, trainer: Trainer) -> None:
@@ -186,7 +207,9 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         InputError: If there is no checkpoint to resume from.
     """
-    files = sorted((run / FOLDER_NAME).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    # In a copied run, the one before the newest may have the later time.
+    by_age = sorted((run / FOLDER_NAME).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    files = sorted(by_age, key=lambda path: path.name == PREVIOUS)
     for path in files:
         if not _is_whole(path):
             log.warning("%s: damaged, so the checkpoint before it is taken", path)

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -63,7 +63,7 @@ LONGEST_PATH = 200
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `pml` and return the exit code: 0 done, 1 something failed, 2 wrong input, 130, 141 or 143 by a signal."""
+    """Run `pml` and return the exit code: 0 done, 1 something failed, 2 wrong input, 128 + N by signal N."""
     arguments = [OPTION if a == OPTION.replace("_", "-") else a for a in (sys.argv[1:] if argv is None else argv)]
     command = arguments[0] if arguments else "--help"
     where = f"pml {command}" if command in (*FIT_COMMANDS, *COMMANDS) else "pml"
@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
     except Stopped as stop:
-        print(f"{where}: {stop}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            print(f"{where}: {stop}", file=sys.stderr, flush=True)
         return stop.code
     except BrokenPipeError:
         # The reader of the output, such as `head`, has closed the pipe.

@@ -1,5 +1,6 @@
 """A grid file: read, expanded to cells, and every cell checked before anything runs."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -104,8 +105,11 @@ class Cell:
         """Error of a failed attempt in one line; None if none has failed."""
         try:
             return (self.folder / ERROR_NAME).read_text(encoding="utf-8").partition("\n")[0]
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        except OSError as error:
+            # Over NFS, another worker may have moved the folder aside while the file was being read.
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+                return None
+            raise
 
 
 def read_grid(path: Path, kind: type[AnyGrid] = Grid) -> AnyGrid:  # type: ignore[assignment]

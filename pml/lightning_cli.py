@@ -22,7 +22,7 @@ from pml.checkpoints import (
     StopsAtSteps,
     newest_checkpoint,
     read_checkpoint,
-    stopping_at_steps,
+    with_own_connectors,
 )
 from pml.disk import DiskError, disk_failure
 from pml.errors import InputError, reason
@@ -37,7 +37,7 @@ from pml.recall import gather_scores
 from pml.run_folder import CONFIG_NAME, folder_of_loggers, recorded_folder, use_corpus_of_run
 from pml.same_folder import keep_rows, logger_settings, run_to_go_on_in
 from pml.same_model import refuse_other_model
-from pml.stopping import Stopped
+from pml.stopping import Stopped, at_step_ends
 from pml.token_results import PREDICTIONS_NAME, write_predictions
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class MemorizationCLI(LightningCLI):
                 callbacks.append(StopsAtSteps())
             elif not any(isinstance(callback, Checkpoints) for callback in callbacks):
                 callbacks.append(Checkpoints())
-        trainer = super().instantiate_trainer(**{**config, "callbacks": callbacks})
+        trainer = with_own_connectors(super().instantiate_trainer(**{**config, "callbacks": callbacks}))
         if self._resumed_from is not None and trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, CSVLogger):
@@ -304,7 +304,7 @@ class MemorizationCLI(LightningCLI):
             InputError: If the checkpoint's fit had no steps left, or EarlyStopping does not find its metric.
         """
         try:
-            with stopping_at_steps(self.trainer):
+            with at_step_ends():
                 self.trainer.fit(**{**options, "weights_only": True})
             if self.model.resume_state:
                 raise FitHadEnded(

@@ -26,7 +26,7 @@ from pml.atomic import whole_file
 from pml.backbone import Backbone, backbone_facts, load_backbone, shared_backbones
 from pml.bare_trainer import bare_trainer
 from pml.certificate import PairCertificate, allow_for_rounding, certify, measure_rounding
-from pml.checkpoints import StopsAtSteps, stopping_at_steps
+from pml.checkpoints import StopsAtSteps
 from pml.corpus import Corpus
 from pml.cpu import give_back_memory
 from pml.decoding import plain_decoding
@@ -44,7 +44,7 @@ from pml.modules import SFT, MemFT, Memorization
 from pml.records import RECORD_NAME, Record, read_record
 from pml.saved_adapter import CARD_NAME
 from pml.served import serve
-from pml.stopping import Stopped
+from pml.stopping import Stopped, at_step_ends
 from pml.storage import RankPlan, plan_rank
 from pml.weighting import FallingThreshold
 
@@ -365,7 +365,7 @@ def _fit(
     epochs = epoch_limit(len(data.corpus), "plain" if isinstance(module, SFT) else "falling")
     trainer = bare_trainer(max_epochs=epochs, callbacks=callbacks, default_root_dir=folder)
     try:
-        with stopping_at_steps(trainer):
+        with at_step_ends():
             trainer.fit(module, datamodule=data)
     except Stopped as stopped:
         if not stopped.at_once:

@@ -5,11 +5,19 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pml.errors import InputError
 
-__all__ = ["OPTION", "allowed", "check_class_of_checkpoint", "class_of", "make_importable", "own_classes_refused"]
+__all__ = [
+    "OPTION",
+    "allowed",
+    "check_class_of_checkpoint",
+    "class_of",
+    "folders_of_own_classes",
+    "make_importable",
+    "own_classes_refused",
+]
 
 OPTION = "--own_classes"
 """Option that lets a command import the classes that a run's configuration names."""
@@ -22,6 +30,8 @@ class _State:
     allowed = False
     opening = False
     """Whether a run is being opened whose code must not run."""
+    appended: ClassVar[list[Path]] = []
+    """Folders that `make_importable` appended to `sys.path`."""
 
 
 @contextmanager
@@ -43,6 +53,17 @@ def make_importable(folders: Sequence[Path]) -> None:
     for folder in folders if not _State.opening else ():
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
+            _State.appended.append(folder)
+
+
+def folders_of_own_classes() -> list[Path]:
+    """Folders that `make_importable` appended and modules were imported from, except the working directory."""
+    found: set[Path] = set()
+    for name, module in list(sys.modules.items()):
+        if "." not in name:
+            places = list(getattr(module, "__path__", ())) or [getattr(module, "__file__", None)]
+            found.update(Path(place).parent for place in places if place)
+    return [folder for folder in _State.appended if folder in found and folder != Path.cwd()]
 
 
 @contextmanager

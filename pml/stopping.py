@@ -9,17 +9,18 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 __all__ = ["Stopped", "at_step_ends", "is_listening", "listening", "requested"]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS: tuple[signal.Signals, ...] = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
+"""The signals that stop a command; Windows has no SIGHUP, which says that the terminal was closed."""
 
 ONE_SIGNAL_SECONDS = 1.0
-"""Two SIGTERMs within this time count as one."""
-
-NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+"""The same signal twice within this time counts once, unless it is Ctrl-C."""
 
 
 class Stopped(BaseException):
@@ -39,17 +40,18 @@ class Stopped(BaseException):
 
     @property
     def code(self) -> int:
-        """Exit code by the convention of shells: 130 for Ctrl-C, 143 for SIGTERM."""
+        """Exit code by the convention of shells: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.signum
 
     def __str__(self) -> str:
-        by = NAMES.get(signal.Signals(self.signum), str(self.signum))
+        by = "Ctrl-C" if self.signum == signal.SIGINT else signal.Signals(self.signum).name
         return f"stopped by {by}" + (f"; {self.advice}" if self.advice else "")
 
 
 class _State:
     waits_for_step = False
     first: int | None = None
+    last: int | None = None
     times = 0
     at = 0.0
     who = "pml"
@@ -67,24 +69,30 @@ def request(signum: int, frame: FrameType | None = None) -> None:
         Stopped: Unless this is the first request and a fit will stop after its current step.
     """
     now = time.monotonic()
-    if signum == signal.SIGTERM == _State.first and now - _State.at < ONE_SIGNAL_SECONDS:
-        # A launcher passes on a signal that the whole process group has already received.
+    if signum == _State.last != signal.SIGINT and now - _State.at < ONE_SIGNAL_SECONDS:
+        # A launcher or a shell passes on a signal that the whole process group has already received.
         return
-    _State.at = now
+    _State.last, _State.at = signum, now
     _State.times += 1
     if _State.times > 2:
         # The clean-up after the second request hangs.
         os._exit(128 + signum)
     if _State.waits_for_step and _State.times == 1:
         _State.first = signum
-        print("stopping after this step; repeat to stop at once", file=sys.stderr, flush=True)
+        _say("stopping after this step; repeat to stop at once")
         return
     stop = Stopped(signum, at_once=True)
     if _is_importing(frame):
         # An exception may break a library that is being imported, and there is nothing to save or clean up yet.
-        print(f"{_State.who}: {stop}", file=sys.stderr, flush=True)
+        _say(f"{_State.who}: {stop}")
         os._exit(stop.code)
     raise stop
+
+
+def _say(words: str) -> None:
+    # The terminal may be gone.
+    with suppress(OSError):
+        print(words, file=sys.stderr, flush=True)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -97,17 +105,20 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 @contextmanager
 def listening(who: str = "pml") -> Iterator[None]:
-    """Handle SIGINT and SIGTERM with `request` inside the context; has no effect outside the main thread.
+    """Handle `SIGNALS` with `request` inside the context; has no effect outside the main thread.
+
+    SIGHUP stays ignored if it is, as under `nohup`.
 
     Args:
         who: Name of the command, which begins its messages.
     """
     _State.who = who
-    _State.first, _State.times, _State.waits_for_step = None, 0, False
+    _State.first, _State.last, _State.times, _State.waits_for_step = None, None, 0, False
     before = {}
     try:
         for signum in SIGNALS:
-            before[signum] = signal.signal(signum, request)
+            if signum in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(signum) != signal.SIG_IGN:
+                before[signum] = signal.signal(signum, request)
     except ValueError:  # another thread
         before = {}
     try:

@@ -3,9 +3,11 @@
 import gc
 import itertools
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +85,7 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
     outcomes: dict[str, Outcome] = {}
     claims, corpora = claims_of(cells), dict[str, Corpus]()
     before = known_cells(cells)
-    waiting, data = list(cells), ""
+    waiting, data, named = list(cells), "", set[str]()
     with shared_backbones():
         while waiting:
             for cell in _in_order(waiting, data, claims):
@@ -91,6 +93,10 @@ def run_cells(cells: Sequence[Cell], report: Callable[[Outcome], None]) -> list[
                 if outcome is not None:
                     break
             else:
+                for name in [cell.name for cell in waiting if cell.name not in named]:
+                    named.add(name)
+                    holder = claims.holder(name) or "a worker that has ended"
+                    log.info("waiting for %s, claimed by %s (%s)", name, holder, claims.path(name))
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 continue
             waiting.remove(cell)
@@ -148,7 +154,11 @@ def _attempt(cell: Cell, claims: Claims, corpora: dict[str, Corpus], known: bool
     if not claims.take(cell.name):
         return None
     try:
-        # Another worker may have finished the cell since.
+        # Another worker may have finished the cell since. NFS may remember for a minute that a file does not exist, but
+        # looks again in a folder that is opened.
+        for folder in (cell.folder.parent, cell.folder):
+            with suppress(OSError):
+                os.listdir(folder)
         outcome = _outcome_of(cell, corpora, known)
         return outcome if outcome is not None else _run_cell(cell, _checkpoint(cell.folder))
     finally:

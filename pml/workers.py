@@ -20,7 +20,14 @@ FOLDER_NAME = ".workers"
 
 
 class Workers(Protocol):
-    """The workers that a sweep watches."""
+    """The workers that a sweep watches.
+
+    Attributes:
+        outlive: Whether they go on where the command that started them ends without being asked to stop them: jobs of a
+            cluster can be seen and stopped in other ways, processes in the background cannot.
+    """
+
+    outlive: bool
 
     def running(self) -> int:
         """Number of workers that have not ended yet."""
@@ -28,8 +35,13 @@ class Workers(Protocol):
     def stop(self) -> None:
         """Make the workers save what they run and end."""
 
-    def failures(self) -> list[str]:
-        """One line for each worker that failed."""
+    def failures(self, all_ran: bool) -> list[str]:
+        """One line for each worker that failed.
+
+        Args:
+            all_ran: Whether every cell has an outcome. Exit code 1 then means that a cell failed, which is reported for
+                that cell; a worker that ended with it before had crashed.
+        """
 
 
 def worker_environments(count: int, cores: int, devices: int, visible: str | None = None) -> list[dict[str, str]]:
@@ -67,6 +79,8 @@ class LocalWorkers:
         out: The grid's folder; the output of each worker goes to a file in it.
     """
 
+    outlive = False
+
     def __init__(self, grid: Path, count: int, out: Path) -> None:
         logs = out / FOLDER_NAME
         logs.mkdir(parents=True, exist_ok=True)
@@ -74,20 +88,13 @@ class LocalWorkers:
         environments = worker_environments(
             count, _cores(), torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
         )
-        self._processes = []
-        for log, environment in zip(self._logs, environments, strict=True):
-            with log.open("wb") as file:
-                self._processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "pml", "sweep", str(grid)],
-                        env={**os.environ, **environment},
-                        stdin=subprocess.DEVNULL,
-                        stdout=file,
-                        stderr=file,
-                        # Ctrl-C in a terminal signals the whole process group; workers get one signal, from `stop`.
-                        start_new_session=True,
-                    )
-                )
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for log, environment in zip(self._logs, environments, strict=True):
+                self._processes.append(_start(grid, log, environment))
+        except BaseException:
+            self.stop()
+            raise
 
     def running(self) -> int:
         return sum(process.poll() is None for process in self._processes)
@@ -99,10 +106,28 @@ class LocalWorkers:
         for process in self._processes:
             process.wait()
 
-    def failures(self) -> list[str]:
-        # Exit code 1 means that a cell failed, which is reported for that cell.
+    def failures(self, all_ran: bool) -> list[str]:
         ended = [(process.poll(), log) for process, log in zip(self._processes, self._logs, strict=True)]
-        return [f"a worker ended with exit code {code} (see {log})" for code, log in ended if code not in (None, 0, 1)]
+        expected = (None, *_expected_codes(all_ran))
+        return [f"a worker ended with exit code {code} (see {log})" for code, log in ended if code not in expected]
+
+
+def _start(grid: Path, log: Path, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pml", "sweep", str(grid)],
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            # Ctrl-C in a terminal signals the whole process group; workers get one signal, from `stop`.
+            start_new_session=True,
+        )
+
+
+def _expected_codes(all_ran: bool) -> tuple[int, ...]:
+    """Exit codes of workers that have not failed themselves; see `Workers.failures`."""
+    return (0, 1) if all_ran else (0,)
 
 
 class ClusterWorkers:
@@ -120,6 +145,8 @@ class ClusterWorkers:
     Raises:
         InputError: If submitit is not installed, or refuses the options.
     """
+
+    outlive = True
 
     def __init__(self, grid: Path, count: int, out: Path, cluster: str, options: Mapping[str, Any]) -> None:
         try:
@@ -140,8 +167,8 @@ class ClusterWorkers:
         for job in self._jobs:
             job.cancel()
 
-    def failures(self) -> list[str]:
-        ended = [(job, _trouble(job)) for job in self._jobs if job.done() and not _cancelled(job)]
+    def failures(self, all_ran: bool) -> list[str]:
+        ended = [(job, _trouble(job, all_ran)) for job in self._jobs if job.done() and not _cancelled(job)]
         return [f"job {job.job_id} {trouble} (see {job.paths.stderr})" for job, trouble in ended if trouble]
 
 
@@ -150,12 +177,12 @@ def _cancelled(job: Any) -> bool:
     return str(job.state).startswith("CANCELLED")
 
 
-def _trouble(job: Any) -> str:
+def _trouble(job: Any, all_ran: bool) -> str:
     """How a finished job failed; empty if it did not."""
     if job.exception() is not None:
         return f"ended as {job.state}"
-    # The sweep of a completed job may have failed. Exit code 1 means that a cell did, which is reported for that cell.
-    codes = [code for code in job.results() if code not in (0, 1)]
+    # The sweep of a completed job may have failed.
+    codes = [code for code in job.results() if code not in _expected_codes(all_ran)]
     return f"ended with exit code {codes[0]}" if codes else ""
 
 

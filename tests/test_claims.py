@@ -1,11 +1,14 @@
 """Claims: one worker at a time holds a cell, and the claim of a dead worker becomes free."""
 
+import errno
+import os
 import re
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,3 +106,66 @@ def test_a_claim_without_a_heartbeat_expires(tmp_path: Path, monkeypatch: pytest
     time.sleep(0.5)
     assert second.take("cell") or second.take("cell")
     second.release("cell")
+
+
+@pytest.fixture
+def nfs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that cannot exchange two names, as NFS and SMB cannot; claims last for 0.3 seconds."""
+    monkeypatch.setattr("filelock._soft.exchange_names", lambda *_: False)
+    monkeypatch.setattr(claims, "LEASE_SECONDS", 0.3)
+
+
+@pytest.mark.usefixtures("nfs")
+@pytest.mark.parametrize("host", ["here", "elsewhere"])
+def test_the_claim_of_a_dead_worker_expires_on_nfs_too(host: str, tmp_path: Path) -> None:
+    own = Claims(tmp_path)
+    with other_worker(tmp_path, lease=0.3) as process:
+        process.kill()
+        process.wait()
+    lock = tmp_path / "cell.lock"
+    if host == "elsewhere":
+        lock.write_text(re.sub(r"(?m)^host=.*$", "host=elsewhere", lock.read_text()))
+    assert not own.take("cell")
+    time.sleep(0.5)
+    assert own.take("cell") or own.take("cell")
+    assert f"pid={os.getpid()}\n" in lock.read_text()
+    own.release("cell")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("nfs")
+def test_the_claim_of_a_living_worker_does_not_expire_on_nfs(tmp_path: Path) -> None:
+    own = Claims(tmp_path)
+    with other_worker(tmp_path, lease=0.3) as process:
+        ends = time.monotonic() + 1
+        while time.monotonic() < ends:
+            assert not own.take("cell")
+            time.sleep(0.05)
+        process.kill()
+
+
+@pytest.mark.usefixtures("nfs")
+def test_a_claim_that_another_worker_takes_just_before_it_is_removed_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = Claims(tmp_path), Claims(tmp_path)
+    assert first.take("cell")
+    marker = claims._marker
+    dead = (b"a dead worker's", 0, 0)
+    # What the second worker reads at the path is out of date; what it has moved aside is not.
+    monkeypatch.setattr(claims, "_marker", lambda path: dead if path.name == "cell.lock" else marker(path))
+    before = (tmp_path / "cell.lock").read_text()
+    assert not second.take("cell")
+    time.sleep(0.5)
+    assert not second.take("cell")
+    assert (tmp_path / "cell.lock").read_text() == before
+    first.release("cell")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_that_cannot_be_read_has_no_known_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    assert Claims(tmp_path).holder("cell") is None

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -360,6 +361,39 @@ def test_a_signal_in_validation_or_between_micro_batches_leaves_a_checkpoint_to_
     assert "stopped by SIGTERM; go on with: pml fit" in capsys.readouterr().err
     assert read_record(Path(RUN, "record.json")).status == "interrupted"
     assert Path(RUN, "checkpoints", "last.ckpt").is_file()
+
+
+class SignalAt(Callback):
+    """Sends a signal in the third step."""
+
+    def __init__(self, name: str) -> None:
+        self.signum = signal.Signals[name]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 2 and not pl_module.resumed:
+            os.kill(os.getpid(), self.signum)
+
+
+def test_under_slurm_its_signal_stops_a_fit_and_only_the_given_checkpoint_is_loaded(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = {"JOB_ID": "12345", "JOB_NAME": "fit", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    # Lightning would load this file, and requeue the job by `scontrol`.
+    Path("hpc_ckpt_1.ckpt").write_text("of another fit")
+    commands = mock.Mock()
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.signal_connector.call", commands)
+    midway = ["--trainer.callbacks+=tests.test_going_on.SignalAt", "--trainer.callbacks.name=SIGUSR1"]
+    assert main([*arguments, *midway]) == 128 + signal.SIGUSR1
+    command = f"pml fit --config {RUN}/config.yaml --ckpt_path last"
+    assert capsys.readouterr().err.splitlines()[-1] == f"pml fit: stopped by SIGUSR1; go on with: {command}"
+    assert read_record(Path(RUN, "record.json")).optimizer_steps == 3
+    assert [path.name for path in Path().glob("hpc*")] == ["hpc_ckpt_1.ckpt"]
+    commands.assert_not_called()
+    assert main(command.split()[1:]) == 0
+    assert read_record(Path(RUN, "record.json")).optimizer_steps == 10
+    assert main(["test", RUN]) == 0
 
 
 class Enough(Callback):

@@ -17,6 +17,7 @@ from pml.modules import SFT, MemFT, Memorization
 from pml.records import read_record
 from pml.runs import open_run
 from tests import fits  # one thread
+from tests.test_going_on import stop_at
 
 assert fits.torch.get_num_threads() == 1
 
@@ -76,6 +77,18 @@ def test_own_classes_beside_the_configuration_are_found_and_recorded(
     assert "watching" in capsys.readouterr().out
     record = read_record(Path("runs/fit/version_0/record.json"))
     assert (record.corpus, record.method_settings["patience"]) == ("mine", 7)
+
+
+def test_the_command_that_resumes_a_stopped_fit_finds_the_classes_beside_its_configuration(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config.parent / "own_classes.py").rename(config.parent / "classes_to_find_again.py")
+    config.write_text(config.read_text().replace("own_classes.", "classes_to_find_again."))
+    monkeypatch.setattr("pml.own_classes._State.appended", [])
+    assert main(["fit", f"--config={config}", *stop_at(step=0)]) == 143
+    advice = capsys.readouterr().err.splitlines()[-1].partition("; go on with: ")[2]
+    run = "runs/fit/version_0"
+    assert advice == f"PYTHONPATH={config.parent} pml fit --config {run}/config.yaml --ckpt_path last"
 
 
 def test_the_own_classes_option_may_be_written_with_a_hyphen_or_an_underscore(

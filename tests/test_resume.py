@@ -1,6 +1,7 @@
 """A fit that is stopped at any step and resumed ends bit for bit like an uninterrupted one."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -347,6 +349,13 @@ def test_the_newest_intact_checkpoint_is_found_and_a_damaged_one_is_named(
         newest_checkpoint(tmp_path)
 
 
+def test_the_newest_checkpoint_of_a_copied_run_is_its_last_one_whatever_the_times_of_the_copies(tmp_path: Path) -> None:
+    last = save(tmp_path, EMPTY)
+    save(tmp_path, EMPTY, "previous.ckpt")
+    os.utime(last, (1, 1))
+    assert newest_checkpoint(tmp_path) == last
+
+
 def test_a_newer_checkpoint_that_holds_only_weights_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -430,6 +439,25 @@ class TestSignals:
             os.kill(os.getpid(), signal.SIGINT)
         assert (caught.value.code, caught.value.at_once, str(caught.value)) == (130, True, "stopped by Ctrl-C")
         assert capsys.readouterr().err.startswith("stopping after this step; repeat to stop at once")
+
+    def test_a_closed_terminal_stops_a_command_as_a_signal_does(self) -> None:
+        with stopping.listening(), pytest.raises(Stopped) as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert (caught.value.code, str(caught.value)) == (129, "stopped by SIGHUP")
+
+    def test_a_closed_terminal_stops_nothing_under_nohup(self) -> None:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with stopping.listening():
+                os.kill(os.getpid(), signal.SIGHUP)
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    def test_a_signal_is_heeded_when_nobody_can_be_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sys.stderr", mock.Mock(**{"write.side_effect": OSError(errno.EIO, "no terminal")}))
+        with stopping.listening(), stopping.at_step_ends():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stopping.requested() == signal.SIGHUP
 
     def test_the_previous_signal_handlers_are_restored_afterwards(self) -> None:
         before = [signal.getsignal(signum) for signum in stopping.SIGNALS]

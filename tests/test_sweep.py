@@ -1,6 +1,9 @@
 """Grids of runs are checked before anything runs, and resumed; each cell runs exactly as it would alone."""
 
+import errno
+import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +21,7 @@ from pml.frozen_layers import FrozenLayers
 from pml.grid import Cell, _label, expand, read_grid, resolve
 from pml.lightning_cli import parse_run
 from pml.records import read_record
-from pml.sweep import run_cells
+from pml.sweep import claims_of, run_cells
 from tests import fits  # one thread, which makes runs comparable bit for bit
 
 assert fits.torch.get_num_threads() == 1
@@ -356,6 +359,53 @@ def test_a_cell_whose_record_was_deleted_is_run_again(
     code, (again,), _ = run(grid, capsys)
     assert (code, again["status"], read_record(record).status) == (0, "finished", "finished")
     assert Path(f"{cell['folder']}.unfinished-1").is_dir()
+
+
+def test_a_sweep_says_once_which_claim_it_waits_for(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (cell,) = cells_of(tmp_path, {"model.init_args.adapter.rank": [1]})
+    other, looks = claims_of([cell]), itertools.count(1)
+    assert other.take(cell.name)
+    monkeypatch.setattr("pml.sweep.time.sleep", lambda _: other.release(cell.name) if next(looks) == 3 else None)
+    caplog.set_level("INFO")
+    (outcome,) = run_cells([cell], lambda outcome: None)
+    assert outcome.status == "finished"
+    (said,) = [message for message in caplog.messages if message.startswith("waiting for")]
+    assert said.startswith(f"waiting for {cell.name}, claimed by ")
+    assert said.endswith(f", process {os.getpid()} (out/.claims/{cell.name}.lock)")
+
+
+def test_a_cell_that_another_host_has_finished_is_not_run_again_though_nfs_remembers_no_record(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells_of(tmp_path, {"model.init_args.adapter.rank": [1]})
+    run_cells([cell], lambda outcome: None)
+    record = (cell.folder / "record.json").resolve()
+    # The client answers from memory until the folder is opened.
+    remembered, exists, listdir = {record}, Path.exists, os.listdir
+    monkeypatch.setattr(Path, "exists", lambda path: path.resolve() not in remembered and exists(path))
+
+    def opened(folder: Any = ".") -> list[str]:
+        remembered.discard(Path(folder).resolve() / "record.json")
+        return listdir(folder)
+
+    monkeypatch.setattr(os, "listdir", opened)
+    (outcome,) = run_cells([cell], lambda outcome: None)
+    assert outcome.record == read_record(record)
+    assert not list(Path("out").glob("*.unfinished-*"))
+
+
+def test_a_cell_whose_error_was_moved_aside_while_it_was_read_has_none(
+    base: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cell,) = cells_of(tmp_path, {"model.init_args.adapter.rank": [1]})
+
+    def stale(*_: Any, **__: Any) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_text", stale)
+    assert cell.error is None
 
 
 def test_an_error_after_the_run_has_ended_leaves_a_finished_cell(

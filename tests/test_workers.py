@@ -1,5 +1,6 @@
 """Several workers on one grid: every cell is finished even if a worker dies, and the command reports on each cell."""
 
+import errno
 import json
 import os
 import pickle
@@ -19,9 +20,11 @@ import yaml
 
 from pml.claims import FOLDER_NAME
 from pml.cli import main
+from pml.commands.sweep import watch
 from pml.grid import Cell, read_grid, resolve
 from pml.records import read_record
-from pml.workers import ClusterWorkers, _cores, _Sweep, worker_environments
+from pml.stopping import Stopped
+from pml.workers import ClusterWorkers, LocalWorkers, _cores, _Sweep, worker_environments
 
 
 @pytest.fixture
@@ -83,6 +86,7 @@ TWO_SWEEPS = """
 import json, os, sys
 import pml.sweep  # once for both
 from pml.cli import main
+from pml.commands.sweep import watch
 
 def start():
     pid = os.fork()
@@ -167,7 +171,72 @@ def test_a_job_is_reported_as_failed_unless_only_a_cell_failed_or_it_was_cancell
     jobs.append(job(5, "CANCELLED by 1000", None))
     monkeypatch.setattr("submitit.AutoExecutor", lambda **_: mock.Mock(**{"map_array.return_value": jobs}))
     workers = ClusterWorkers(grid, 5, Path("out"), "slurm", {})
-    assert workers.failures() == ["job 3 ended with exit code 2 (see 3.err)", "job 4 ended as TIMEOUT (see 4.err)"]
+    trouble = ["job 3 ended with exit code 2 (see 3.err)", "job 4 ended as TIMEOUT (see 4.err)"]
+    assert workers.failures(all_ran=True) == trouble
+    # A job whose sweep ends before every cell has run has crashed, although no cell failed.
+    assert workers.failures(all_ran=False) == ["job 2 ended with exit code 1 (see 2.err)", *trouble]
+
+
+class Process:
+    """A worker that has ended with exit code 1, or runs until it gets a signal."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+    wait = poll
+
+    def send_signal(self, signum: int) -> None:
+        self.code = -signum
+
+
+def test_the_log_of_a_worker_that_crashed_is_named_if_a_cell_was_not_run(
+    grid: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pml.workers._start", lambda *_, **__: Process(1))
+    (cell,) = cells_of(write_grid(ranks=[2]))
+    assert main(["sweep", str(grid), "--workers", "1"]) == 1
+    log = f"out/.workers/{os.getpid()}-0.log"
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2:] == [f"not run: {cell.name}", f"a worker ended with exit code 1 (see {log})"]
+    cell.folder.mkdir()
+    (cell.folder / "error.txt").write_text("RuntimeError: too large\n")
+    assert main(["sweep", str(grid), "--workers", "1"]) == 1
+    assert "a worker ended" not in capsys.readouterr().err
+
+
+def test_whatever_ends_the_command_stops_its_workers(grid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = [Process(None), Process(None)]
+    monkeypatch.setattr("pml.workers._start", mock.Mock(side_effect=workers))
+    monkeypatch.setattr("pml.commands.sweep.time.sleep", mock.Mock(side_effect=OSError(errno.EIO, "no disk")))
+    assert main(["sweep", str(grid), "--workers", "2"]) == 2
+    assert [worker.code for worker in workers] == [-signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize(("signum", "stops"), [("SIGINT", True), ("SIGTERM", True), ("SIGHUP", False)])
+def test_jobs_of_a_cluster_stop_when_asked_and_outlive_a_closed_terminal(
+    signum: str, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = mock.Mock(outlive=True, **{"running.return_value": 1})
+    stop = Stopped(getattr(signal, signum), at_once=True)
+    monkeypatch.setattr("pml.commands.sweep.time.sleep", mock.Mock(side_effect=stop))
+    with pytest.raises(Stopped):
+        watch([], jobs, mock.Mock(), mock.Mock())
+    assert jobs.stop.called is stops
+    assert ClusterWorkers.outlive
+    assert not LocalWorkers.outlive
+
+
+def test_a_sweep_that_is_interrupted_while_it_starts_workers_stops_those_that_run(
+    grid: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Process(None)
+    monkeypatch.setattr("pml.workers._start", mock.Mock(side_effect=[worker, KeyboardInterrupt]))
+    with pytest.raises(KeyboardInterrupt):
+        LocalWorkers(grid, 2, Path("out"))
+    assert worker.code == -signal.SIGTERM
 
 
 SWEEP = """

@@ -4,10 +4,11 @@ The grid file has the configuration files that every cell starts from (`base`), 
 and a list of values for any key of `pml fit` (`grid`). All cells are checked before the first one runs. Several sweeps
 of one grid can run at once, on any machines that share the folder; each cell runs once, on one device. If a cell fails,
 the others run on and the exit code is 1; only --retry_failed runs it again. A cell whose loss becomes infinite or NaN
-has diverged: it counts as done, since another run would diverge too, and is listed at the end. Ctrl-C or SIGTERM saves
-the running cells; the same command resumes them.
+has diverged: it counts as done, since another run would diverge too, and is listed at the end. Ctrl-C, SIGTERM or a
+closed terminal saves the running cells; the same command resumes them. With --cluster, jobs outlive a closed terminal.
 """
 
+import signal
 import sys
 import time
 from collections import Counter
@@ -90,7 +91,7 @@ def run(args: jsonargparse.Namespace) -> int:
             )
             watch(cells, workers, claims, progress)
             outcomes = outcomes_of(cells, known)
-            troubles = workers.failures()
+            troubles = workers.failures(all_ran=all(outcome.status != "to run" for outcome in outcomes))
     except Stopped as stop:
         stop.advice = f"{progress.done} of {len(cells)} cells are done; go on with: pml sweep {args.grid}"
         raise
@@ -133,9 +134,10 @@ def watch(cells: "Sequence[Cell]", workers: "Workers", claims: "Claims", report:
         report: Called with each outcome that was not known before.
 
     Raises:
-        Stopped: If a signal stops the sweep; the workers have then saved their cells.
+        Stopped: If a signal stops the sweep. Whatever is raised, workers that cannot be watched again have then saved
+            their cells.
     """
-    from contextlib import nullcontext
+    from contextlib import nullcontext, suppress
 
     from rich.live import Live
 
@@ -144,9 +146,9 @@ def watch(cells: "Sequence[Cell]", workers: "Workers", claims: "Claims", report:
     from pml.stopping import Stopped
     from pml.sweep import Outcome
 
-    waiting = [cell for cell in cells if cell.record is None and cell.error is None]
-    display: Any = Live(console=make_console(stderr=True), transient=True) if is_interactive() else nullcontext()
     try:
+        waiting = [cell for cell in cells if cell.record is None and cell.error is None]
+        display: Any = Live(console=make_console(stderr=True), transient=True) if is_interactive() else nullcontext()
         with display:
             while True:
                 ended = workers.running() == 0
@@ -159,9 +161,12 @@ def watch(cells: "Sequence[Cell]", workers: "Workers", claims: "Claims", report:
                 if isinstance(display, Live):
                     display.update(_running_table(waiting, claims))
                 time.sleep(0.5)
-    except Stopped:
-        say("stopping: the workers save their cells", to=sys.stderr)
-        workers.stop()
+    except BaseException as error:
+        asked = isinstance(error, Stopped) and error.signum in (signal.SIGINT, signal.SIGTERM)
+        if asked or not workers.outlive:
+            with suppress(OSError):
+                say("stopping: the workers save their cells", to=sys.stderr)
+            workers.stop()
         raise
 
 
