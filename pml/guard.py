@@ -148,7 +148,7 @@ def guard_layers(backbone: Backbone, layers: Mapping[str, Any], config: GuardCon
 
 def _free_directions(backbone: Backbone, moment: Tensor, config: GuardConfig) -> Tensor:
     """`free_directions`, computed once for layers with the same inputs and for adapters one after another."""
-    key = (hashlib.sha256(moment.numpy()).digest(), config.variance, config.directions)
+    key = (hashlib.sha256(moment.numpy().tobytes()).digest(), config.variance, config.directions)
     if key not in backbone.free_directions:
         backbone.free_directions[key] = free_directions(moment, config.variance, config.directions)
     return backbone.free_directions[key]
