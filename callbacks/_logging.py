@@ -51,6 +51,8 @@ def exact_scores(trainer: Trainer, module: Memorization, frozen: bool = False) -
         if known_data() is datamodule and known_state == state:
             return scores
     with module.frozen() if frozen else nullcontext():
+        if module.backbone.streamed is not None:
+            module.frozen_layers.keep(datamodule.corpus.examples)  # all at once rather than batch by batch
         scores = score_corpus(module, datamodule.val_dataloader())
     _latest[module] = (ref(datamodule), state, scores)
     return scores

@@ -72,6 +72,7 @@ class Backbone:
         content_hash: Hash of its configuration and weights.
         blocks_path: Dotted path within `model` of the list of decoder blocks, such as `model.layers`.
         kept_states: Frozen states kept by `pml.frozen_layers`, keyed by the cut and where they are stored.
+        free_directions: Directions that guards leave free, kept by `pml.guard`, which takes long to find them.
         streamed: The lower blocks while their weights are on the host and visit the device one block at a time.
 
     Raises:
@@ -84,6 +85,7 @@ class Backbone:
     content_hash: str
     blocks_path: str = field(init=False)
     kept_states: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
+    free_directions: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
     streamed: StreamedBlocks | None = field(init=False, repr=False, compare=False, default=None)
     _released: int = field(init=False, repr=False, compare=False, default=0)
 

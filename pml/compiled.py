@@ -6,17 +6,20 @@ import math
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch import Tensor, nn
 
-from pml.errors import named_line
+from pml.errors import InputError, named_line
 from pml.evaluating import evaluating
 from pml.products import float32_products
 from pml.schedule import total_steps
+
+if TYPE_CHECKING:
+    from pml.frozen_layers import FrozenLayers
 
 __all__ = [
     "CompileMode",
@@ -24,6 +27,7 @@ __all__ = [
     "Compiling",
     "FitSize",
     "break_even_batches",
+    "check_compile_mode",
     "reason_not_to_compile",
     "warmup_batches",
 ]
@@ -61,6 +65,7 @@ class FitSize:
         work: Weights in those blocks times the tokens of one batch.
         seconds: Time limit of the fit.
         may_end_early: Whether a callback may end the fit early, such as at certain recall.
+        linear_head: Whether the logits are a linear layer of the final hidden states, which alone are compiled.
     """
 
     batches: float
@@ -68,6 +73,17 @@ class FitSize:
     work: float
     seconds: float = math.inf
     may_end_early: bool = False
+    linear_head: bool = True
+
+
+def check_compile_mode(mode: str) -> None:
+    """Check that a mode is one of `CompileMode`.
+
+    Raises:
+        InputError: If it is not.
+    """
+    if mode not in get_args(CompileMode):
+        raise InputError(f"compile is {mode!r}; expected {', '.join(get_args(CompileMode))}")
 
 
 def reason_not_to_compile(mode: CompileMode, fit: FitSize, device: torch.device) -> str | None:
@@ -80,6 +96,8 @@ def reason_not_to_compile(mode: CompileMode, fit: FitSize, device: torch.device)
     """
     if mode == "never":
         return "turned off"
+    if not fit.linear_head:
+        return "the logits are more than a linear layer of the final hidden states"
     if device.type == "cpu" and not any(map(shutil.which, COMPILERS)):
         return f"there is no C++ compiler ({', '.join(COMPILERS)})"
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
@@ -117,12 +135,14 @@ class Compiling:
     Args:
         mode: Whether to compile always, never, or if it pays off.
         trainer: The fit's trainer, set up.
-        weights: Number of weights in those blocks.
+        frozen_layers: The adapted model, split at the cut.
         curriculum: See `pml.schedule.total_steps`.
     """
 
-    def __init__(self, mode: CompileMode, trainer: Trainer, weights: int, curriculum: Any = None) -> None:
-        fit, device = _size(trainer, weights, curriculum), trainer.strategy.root_device
+    def __init__(
+        self, mode: CompileMode, trainer: Trainer, frozen_layers: "FrozenLayers", curriculum: Any = None
+    ) -> None:
+        fit, device = _size(trainer, frozen_layers, curriculum), trainer.strategy.root_device
         self._accumulated = trainer.accumulate_grad_batches
         self._first: int | None = None
         reason = reason_not_to_compile(mode, fit, device)
@@ -140,7 +160,7 @@ class Compiling:
         return True
 
 
-def _size(trainer: Trainer, weights: int, curriculum: Any) -> FitSize:
+def _size(trainer: Trainer, frozen_layers: "FrozenLayers", curriculum: Any) -> FitSize:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     endless = trainer.max_epochs == -1 and trainer.max_steps == -1
@@ -150,9 +170,10 @@ def _size(trainer: Trainer, weights: int, curriculum: Any) -> FitSize:
     return FitSize(
         batches=math.inf if endless else total_steps(trainer, curriculum) * trainer.accumulate_grad_batches,
         lengths=lengths,
-        work=weights * per_batch * sum(lengths) / len(lengths),
+        work=frozen_layers.weights_above * per_batch * sum(lengths) / len(lengths),
         seconds=min((limit for limit in limits if limit is not None), default=math.inf),
         may_end_early=any(isinstance(c, EarlyStopping) or hasattr(c, "steps_to_recall") for c in callbacks),
+        linear_head=frozen_layers.head is not None,
     )
 
 
@@ -160,7 +181,7 @@ class CompiledDecoder:
     """A decoder that is compiled at its first call; it runs uncompiled if that fails or changes its states.
 
     Args:
-        decoder: Called with `inputs_embeds`, returns an output with `last_hidden_state`.
+        decoder: Called with `inputs_embeds` or `input_ids`, returns an output with `last_hidden_state`.
         tolerance: Accepted difference from the uncompiled states, relative to the largest of them. A larger difference
             passes only if rounding explains it.
     """
@@ -202,15 +223,14 @@ class CompiledDecoder:
         return self._plain(**inputs)
 
     def _rounding(self, expected: Tensor, **inputs: Tensor) -> float:
-        """Relative change of the states when every input moves by one rounding step."""
-        moved = {}
-        for name, values in inputs.items():
-            if values.is_floating_point():
-                sign = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).sign().to(values)
-                values = values * (1 + torch.finfo(values.dtype).eps * sign)
-            moved[name] = values
+        """Relative change of the states when the input, or the embedding of token ids, moves by one rounding step."""
+        decoder: Any = self.decoder
         with torch.no_grad():
-            return _difference(self._plain(**moved), expected)
+            ids = inputs.get("input_ids")
+            values = inputs["inputs_embeds"] if ids is None else decoder.get_input_embeddings()(ids)
+            sign = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)).sign().to(values)
+            moved = values * (1 + torch.finfo(values.dtype).eps * sign)
+            return _difference(self._plain(inputs_embeds=moved), expected)
 
 
 def _difference(states: Tensor, expected: Tensor) -> float:

@@ -18,7 +18,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-import psutil
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from pml.adapter import lora_layers
 from pml.cpu import give_back_memory
 from pml.errors import named_line
 from pml.evaluating import evaluating
+from pml.host_memory import available_bytes
 
 __all__ = ["FAILURES", "CutModel", "deterministic_eval", "find_mismatch", "in_float32", "narrow_windows"]
 
@@ -203,7 +203,7 @@ def _float32_fits(model: nn.Module) -> bool:
 
 def _free_memory(device: torch.device) -> float:
     if device.type == "cpu":
-        return psutil.virtual_memory().available
+        return available_bytes()
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle

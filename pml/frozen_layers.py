@@ -7,7 +7,7 @@ so the split does not affect parameter names, saving, loading or generation.
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -149,7 +149,7 @@ class FrozenLayers:
         if self.cut == "whole":
             return self._trained(input_ids=input_ids[:, :steps])
         keys: ContentKeys = batch.get("keys") or content_keys(input_ids.cpu(), batch["lengths"].cpu())
-        return self.above([self._below(batch, row, key) for row, key in enumerate(keys)], steps)
+        return self.above(self._below(batch, list(keys)), steps)
 
     @property
     def store(self) -> StateStore:
@@ -165,7 +165,7 @@ class FrozenLayers:
         """Keep the states of all examples for which there is room.
 
         Streamed blocks move to the device once for many examples, if each block by itself gives what it gives in the
-        whole model. An example that is first met in training makes all of them move for it alone.
+        whole model. For examples that are first met in a batch, all of them move for that batch alone.
 
         Args:
             examples: The whole training set: every rank has its own cache and may be handed any example.
@@ -238,7 +238,8 @@ class FrozenLayers:
 
     def below(self, input_ids: Tensor, adapted: bool = False) -> tuple[Tensor, ...]:
         """Tensors kept of one row, the states at the cut (S, d) first; `adapted` leaves the adapter on."""
-        return states_below(self.backbone, self._lowest, self._mlp, input_ids) if adapted else self._capture(input_ids)
+        with nullcontext() if adapted else self._frozen():
+            return states_below(self.backbone, self._lowest, self._mlp, input_ids)
 
     def at_cut(self, kept: Sequence[tuple[Tensor, ...]], steps: int) -> Tensor:
         """States (B, steps, d) at the cut with the adapter's update, from each example's kept tensors."""
@@ -264,23 +265,22 @@ class FrozenLayers:
             return self._replayed(inputs["inputs_embeds"])
         return run_decoder(self._suffix, **inputs)
 
-    def _below(self, batch: dict[str, Any], row: int, key: bytes) -> tuple[Tensor, ...]:
-        """Kept tensors of one example, from the store or computed."""
+    def _below(self, batch: dict[str, Any], keys: Sequence[bytes]) -> list[tuple[Tensor, ...]]:
+        """Kept tensors of each example of a batch, from the store or computed."""
         store = self.store
-        if key in store:
-            return store[key]
-        # Computed alone: in a batch, rounding depends on the other rows, and kept states are shared by runs that batch
-        # differently.
-        with _for_training():
-            kept = self._capture(_without_last(batch, row).clone())
+        missing = {key: row for row, key in enumerate(keys) if key not in store}
+        if not missing:
+            return [store[key] for key in keys]
+        # Each row is computed alone: in a batch, rounding depends on the other rows, and kept states are shared by runs
+        # that batch differently.
+        with _for_training(), self._frozen():
+            rows = [_without_last(batch, row).clone() for row in missing.values()]
+            states = streamed_states(self.backbone, self._lowest, self._mlp, rows)
+            new = dict(zip(missing, states, strict=True))
+        for key, kept in new.items():
             store.put(key, kept)
-        self.filled += 1
-        return kept
-
-    def _capture(self, input_ids: Tensor) -> tuple[Tensor, ...]:
-        """States (S, d) of one example at the cut; for a cut after an `mlp_block`, also the input (S, d) of its MLP."""
-        with self._frozen():
-            return states_below(self.backbone, self._lowest, self._mlp, input_ids)
+        self.filled += len(new)
+        return [new[key] if key in new else store[key] for key in keys]
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:

@@ -133,7 +133,7 @@ def guard_layers(backbone: Backbone, layers: Mapping[str, Any], config: GuardCon
     """
     moments = input_moments(backbone, list(layers), config)
     for name, layer in layers.items():
-        basis = free_directions(moments[name], config.variance, config.directions)
+        basis = _free_directions(backbone, moments[name], config)
         width, free = basis.shape
         if free < rank:
             raise InputError(
@@ -142,7 +142,16 @@ def guard_layers(backbone: Backbone, layers: Mapping[str, Any], config: GuardCon
             )
         log.info("guard: %d of %d directions of %s are guarded", width - free, width, name)
         for adapter, linear in layer.lora_A.items():
-            layer.lora_A[adapter] = GuardedA(linear.weight, basis.to(linear.weight.device))
+            # A copy, since loading a checkpoint overwrites it.
+            layer.lora_A[adapter] = GuardedA(linear.weight, basis.to(linear.weight.device, copy=True))
+
+
+def _free_directions(backbone: Backbone, moment: Tensor, config: GuardConfig) -> Tensor:
+    """`free_directions`, computed once for layers with the same inputs and for adapters one after another."""
+    key = (hashlib.sha256(moment.numpy().tobytes()).digest(), config.variance, config.directions)
+    if key not in backbone.free_directions:
+        backbone.free_directions[key] = free_directions(moment, config.variance, config.directions)
+    return backbone.free_directions[key]
 
 
 def input_moments(backbone: Backbone, names: Sequence[str], config: GuardConfig) -> dict[str, Tensor]:

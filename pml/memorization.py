@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pml.adapter import AdapterConfig, adapter_parameters, adapter_state, attach_adapter, detach_adapter, load_adapter
 from pml.backbone import Backbone, backbones_are_shared, load_backbone
-from pml.compiled import CompileMode, Compiling
+from pml.compiled import CompileMode, Compiling, check_compile_mode
 from pml.cpu import CpuChoice, CpuConfig, tune_cpu
 from pml.curriculum import PrefixRatio
 from pml.fit_config import check_precision
@@ -86,6 +86,7 @@ class Memorization(LightningModule):
         super().__init__()
         check_optimizer(learning_rate, weight_decay, betas, schedule, warmup_steps)
         check_matmul_precision(matmul_precision)
+        check_compile_mode(compile)
         self.backbone_name = backbone
         self.dtype_name = dtype
         self.adapter = from_plain(adapter, AdapterConfig) or AdapterConfig()
@@ -281,9 +282,7 @@ class Memorization(LightningModule):
             self.weighting.prepare(len(datamodule.corpus), self.device)
             if self.frozen_prefix.release:
                 self.frozen_layers.keep(datamodule.corpus.examples)
-            self._compiling = Compiling(
-                self.compile_mode, self.trainer, self.frozen_layers.weights_above, self.curriculum
-            )
+            self._compiling = Compiling(self.compile_mode, self.trainer, self.frozen_layers, self.curriculum)
 
     def on_train_start(self) -> None:
         seed_rank(self.global_rank)

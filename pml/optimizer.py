@@ -1,14 +1,16 @@
 """AdamW for the adapter, and how it skips a step when no target token has weight."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 __all__ = ["make_adamw", "skip_step_without_weight", "trained_by"]
 
-FUSED = ("cuda", "mps", "xpu")
-"""Device types that run AdamW as one fused kernel. The CPU's rounds differently from the default, so is not used."""
+FUSED = ("cuda", "xpu")
+"""Device types that run AdamW as one fused kernel. Those of others are not used: the CPU's rounds differently from the
+default, and that of MPS cannot skip a step before torch 2.13."""
 
 
 def make_adamw(
@@ -24,7 +26,15 @@ def make_adamw(
     """
     trained = list(parameters)
     fused = trained[0].device.type in FUSED or None
-    return torch.optim.AdamW(trained, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused)
+    optimizer.register_load_state_dict_pre_hook(_keep_kernel)
+    return optimizer
+
+
+def _keep_kernel(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state, but fused only if the optimiser is: the checkpoint may be from another type of device."""
+    fused = optimizer.param_groups[0]["fused"]
+    return {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
 
 
 def trained_by(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -194,6 +194,12 @@ class Record(pydantic.BaseModel):
     resumed: int = 0
     grown_from: list[int] = []
 
+    @pydantic.field_validator("method_settings")
+    @classmethod
+    def _without_private_names(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        # Lightning's command line adds names such as `_class_path`, which are not settings.
+        return {name: value for name, value in settings.items() if not name.startswith("_")}
+
     @pydantic.model_validator(mode="after")
     def _says_whether_it_diverged(self) -> "Record":
         if self.status != "interrupted" and (self.final_loss is None) != (self.status == "diverged"):

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-import psutil
 import torch
 from torch import Tensor
 
 from pml.errors import InputError
+from pml.host_memory import available_bytes
 
 __all__ = ["CacheConfig", "StateStore"]
 
@@ -184,7 +184,7 @@ def _room(config: CacheConfig, device: torch.device, processes: int) -> dict[Pla
     if config.place != "auto":
         sharing = 1 if config.place == "device" else processes
         return {config.place: float("inf") if budget is None else budget / sharing}
-    host = (HOST_SHARE * psutil.virtual_memory().available if budget is None else budget) / processes
+    host = (HOST_SHARE * available_bytes() if budget is None else budget) / processes
     if device.type != "cuda":
         return {"host": host, "disk": float("inf")}
     free = DEVICE_SHARE * torch.cuda.mem_get_info(device)[0] if budget is None else budget

@@ -35,10 +35,11 @@ def streamed_states(
     """Yield `states_below` of many rows, moving streamed blocks once per portion instead of once per row.
 
     A decoder may do more between its blocks than pass states on. So the longest row, which would show most of that,
-    also runs through all blocks at once; if its states differ, all rows run that way.
+    also runs through all blocks at once; if its states differ, all rows run that way. So do one or two rows, for which
+    that check would cost more moves than it saves.
     """
-    longest = max(rows, key=lambda row: row.shape[1], default=None)
-    if backbone.streamed is None or longest is None or not _are_alike(backbone, block, mlp, longest):
+    few = backbone.streamed is None or len(rows) < 3
+    if few or not _are_alike(backbone, block, mlp, max(rows, key=lambda row: row.shape[1])):
         yield from (states_below(backbone, block, mlp, row) for row in rows)
         return
     portion: list[Tensor] = []

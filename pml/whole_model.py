@@ -60,7 +60,8 @@ def plain_head(backbone: Backbone) -> nn.Linear | None:
     unchanged, and the head's input must equal the final states bit for bit.
 
     Raises:
-        InputError: If the model does not run here, an adapter on it would get no gradient, or it is not causal.
+        InputError: If the model does not run here, an adapter on it would get no gradient, its logits are not finite,
+            or it is not causal.
     """
     who = f"backbone {backbone.name}: {type(backbone.model).__name__}"
     trained = any(parameter.requires_grad for parameter in backbone.model.parameters())
@@ -87,6 +88,11 @@ def plain_head(backbone: Backbone) -> nn.Linear | None:
             f"{who} hides its blocks from autograd, so an adapter in them gets no gradient; use another backbone"
         )
     logits = logits.detach()
+    if not logits.isfinite().all():
+        dtype = str(backbone.model.dtype).removeprefix("torch.")
+        raise InputError(
+            f"{who} gives logits that are not finite in {dtype}; take bfloat16 or float32, or another backbone"
+        )
     # The rows differ only in their last token, so the kernels are the same; but it may go to another expert and change
     # how other tokens there are rounded. A shorter row may use other kernels throughout, so it gets more tolerance.
     one, other = logits[:, :-1]

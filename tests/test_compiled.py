@@ -13,6 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 import pml.compiled
 from callbacks import StopWhenRecalled
 from pml.compiled import ACCELERATOR_BATCHES, CompiledDecoder, FitSize, reason_not_to_compile, warmup_batches
+from pml.errors import InputError
+from pml.modules import SFT
 from tests.fits import module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 
@@ -45,6 +47,7 @@ def test_a_long_fit_with_equally_long_examples_is_compiled_from_the_start() -> N
     ("mode", "changes", "reason"),
     [
         ("never", {}, "turned off"),
+        ("always", {"linear_head": False}, "the logits are more than a linear layer of the final hidden states"),
         ("auto", {"batches": 200}, "200 batches are too few to earn it back, 1000 would do"),
         # As many batches with a millionth of the work would be 84 s of compiling for a fit of 2 s.
         ("auto", {"work": 3e4}, "1000 batches are too few to earn it back, 1000000000 would do"),
@@ -136,6 +139,33 @@ def test_compiled_blocks_are_used_if_their_states_differ_by_rounding_in_bfloat16
         assert (decoder(inputs_embeds=torch.ones(1, 2, 3, dtype=torch.bfloat16)) > 2.0).all()
 
 
+class Embedded(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = torch.nn.Embedding.from_pretrained(torch.ones(5, 3, dtype=torch.bfloat16))
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed_tokens
+
+    def forward(
+        self, input_ids: Any = None, inputs_embeds: Any = None, use_cache: bool = False
+    ) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(
+            last_hidden_state=2 * (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds)
+        )
+
+
+# One rounding step of a bfloat16 is 2^-7 of its value, and eight of them are 6.25 %.
+@pytest.mark.parametrize(("factor", "used"), [(1.02, True), (1.1, False)])
+def test_rounding_explains_as_much_in_a_whole_decoder_that_is_given_token_ids(
+    factor: float, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: lambda **inputs: factor * function(**inputs))
+    decoder = CompiledDecoder(Embedded(), tolerance=1e-4)
+    for _ in range(2):
+        assert bool((decoder(input_ids=torch.tensor([[1, 2, 3]])) > 2.0).all()) is used
+
+
 def test_the_trial_runs_without_dropout_and_leaves_the_random_state_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function: lambda **inputs: function(**inputs))
     decoder = CompiledDecoder(torch.nn.ModuleList([Doubling(), torch.nn.Dropout(0.5)]), tolerance=1e-4)
@@ -150,6 +180,23 @@ def test_the_trial_runs_without_dropout_and_leaves_the_random_state_unchanged(mo
     assert dropout.training
     torch.manual_seed(0)
     assert torch.equal(states, torch.nn.functional.dropout(2 * ones, 0.5))
+
+
+@pytest.mark.usefixtures("with_compiler")
+def test_a_fit_whose_logits_are_capped_says_that_nothing_is_compiled(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pml.frozen_layers.plain_head", lambda backbone: None)
+    module = module_on(tiny_backbone_folder, compile="always")
+    with caplog.at_level("INFO"):
+        make_trainer(tmp_path, max_epochs=1).fit(module, datamodule=Ids(uneven(2)))
+    assert "are not compiled: the logits are more than a linear layer of the final hidden states" in caplog.text
+    assert module.frozen_layers._compiled is None
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(InputError, match="compile is 'maybe'; expected auto, always, never"):
+        SFT(compile="maybe")  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("with_compiler")

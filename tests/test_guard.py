@@ -9,7 +9,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pml.adapter import AdapterConfig, adapter_parameters, adapter_state, attach_adapter, load_adapter, lora_layers
+from pml.adapter import (
+    AdapterConfig,
+    adapter_parameters,
+    adapter_state,
+    attach_adapter,
+    detach_adapter,
+    load_adapter,
+    lora_layers,
+)
 from pml.backbone import Backbone, load_backbone
 from pml.certificate import certify
 from pml.corpus import collate
@@ -179,6 +187,34 @@ def test_blocks_above_the_highest_guarded_layer_are_not_run(tiny_backbone: Backb
 def test_the_packaged_text_spans_all_input_directions_of_a_layer(tiny_backbone: Backbone) -> None:
     moment = input_moments(tiny_backbone, ["model.layers.0.mlp"], GuardConfig())
     assert torch.linalg.matrix_rank(moment["model.layers.0.mlp"]) == 32
+
+
+def test_directions_are_found_once_for_layers_with_the_same_inputs_and_for_later_adapters(
+    tiny_backbone: Backbone, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+
+    def counted(moment: torch.Tensor, *rest: Any) -> torch.Tensor:
+        found.append(len(moment))
+        return free_directions(moment, *rest)
+
+    monkeypatch.setattr("pml.guard.free_directions", counted)
+    layers = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    first = attach_adapter(tiny_backbone, guarded(text, placement=layers))
+    # The inputs of attention, of the MLP and of its last layer.
+    assert found == [32, 32, 64]
+    bases = {name: basis.clone() for name, basis in first.named_buffers() if name.endswith("basis")}
+    assert len(bases) == 6
+    for name, basis in first.named_buffers():
+        if name in bases:
+            basis.zero_()  # As loading a checkpoint overwrites it.
+    detach_adapter(first)
+    again = attach_adapter(tiny_backbone, guarded(text, placement=layers))
+    assert found == [32, 32, 64]
+    assert all(torch.equal(basis, bases[name]) for name, basis in again.named_buffers() if name in bases)
+    detach_adapter(again)
+    attach_adapter(tiny_backbone, guarded(text, placement=["down_proj"], guard=GuardConfig(directions=9, text=text)))
+    assert found == [32, 32, 64, 64]
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

@@ -16,33 +16,13 @@ from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
 from pml.state_store import CacheConfig
 from pml.weighting import FallingThreshold, OnlyThreshold, SlidingWindow, Weighting, WholeTargets
+from tests.ddp_cases import Gradients, kicked
 
 SMALL = AdapterConfig(rank=2, block=1)
 
 
-class Gradients(Callback):
-    """Keeps the gradients of each optimiser step."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, Tensor | None]] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        if trainer.global_step > len(self.steps):
-            parameters = adapter_parameters(pl_module.model)
-            self.steps.append({n: None if p.grad is None else p.grad.clone() for n, p in parameters.items()})
-
-
-def kick(module: Memorization) -> None:
-    """Set B to non-zero values, as after some training: with B = 0 no gradient reaches A."""
-    module.configure_model()
-    generator = torch.Generator().manual_seed(6)
-    for name, parameter in adapter_parameters(module.model).items():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.3, generator=generator)
-
-
 def step_gradients(module: Memorization, tmp_path: Path, batch_size: int, **trainer: Any) -> dict[str, Tensor | None]:
-    kick(module)
+    kicked(module)
     watch = Gradients()
     data = Ids(uneven(6), batch_size=batch_size, shuffle=False)
     make_trainer(tmp_path, callbacks=[watch], **trainer).fit(module, datamodule=data)
@@ -87,7 +67,7 @@ def test_the_gradient_is_that_of_the_mean_loss_over_all_target_tokens(
     module = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
     steps = step_gradients(module, tmp_path, batch_size=2, accumulate_grad_batches=3)
     reference = SFT(backbone=str(tiny_backbone_folder), adapter=SMALL, seed=1)
-    kick(reference)
+    kicked(reference)
     losses = []
     for prompt, target in uneven(6):
         logits = reference(torch.tensor([prompt + target]))[0, len(prompt) - 1 : -1]
@@ -207,7 +187,7 @@ def test_dropout_is_active_only_in_training_and_the_backbone_is_always_in_eval_m
 
 def test_dropout_changes_losses_in_training_mode_and_not_in_eval_mode(tiny_backbone_folder: Path) -> None:
     module = SFT(backbone=str(tiny_backbone_folder), adapter=AdapterConfig(rank=2, block=1, dropout=0.5), seed=1)
-    kick(module)
+    kicked(module)
     module.train()
     batch = collate(Ids(uneven(4)).examples)
     assert not torch.equal(module.score(batch).losses, module.score(batch).losses)

@@ -72,6 +72,17 @@ class TestWriting:
         record = read_record(write_record(tmp_path, make_record(initial_loss=math.inf)))
         assert (record.status, record.initial_loss, record.loss_reduction) == ("finished", None, None)
 
+    def test_private_names_of_lightning_are_not_among_the_settings_whether_written_now_or_before(
+        self, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "record.json"
+        noted = {"alpha": 2, "_class_path": "mine.MyMemFT", "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+        write_record(tmp_path, make_record(method_settings=noted))
+        content = json.loads(path.read_text())
+        assert content["method_settings"] == {"alpha": 2}
+        path.write_text(json.dumps({**content, "method_settings": noted}))
+        assert read_record(path).method_settings == {"alpha": 2}
+
     def test_writing_again_replaces_the_record(self, tmp_path: Path) -> None:
         write_record(tmp_path, make_record(rank=1))
         assert read_record(write_record(tmp_path, make_record(rank=2))).rank == 2

@@ -11,14 +11,18 @@ from lightning.pytorch import Callback, Trainer
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from callbacks import RunRecord
 from pml.adapter import AdapterConfig, attach_adapter
 from pml.backbone import Backbone, load_backbone
 from pml.cli import main
 from pml.corpus import Example, collate
 from pml.frozen_layers import FrozenLayers, move_backbone
 from pml.modules import SFT
+from pml.recall import score_examples
+from pml.records import read_record
 from pml.state_store import CacheConfig
 from pml.states_below import states_below, streamed_states, with_blocks
+from tests.fits import module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
 
 IDS = torch.arange(5)[None]
@@ -102,6 +106,36 @@ def test_a_releasing_fit_loads_one_frozen_block_at_a_time_for_all_examples_toget
     assert module.backbone.released
 
 
+def test_a_recorded_fit_moves_the_frozen_blocks_no_more_often(tiny_backbone_folder: Path, tmp_path: Path) -> None:
+    module = module_on(tiny_backbone_folder, frozen_prefix=CacheConfig(release=True))
+    watch = Visits()
+    # Lightning calls the hooks of callbacks before those of the module, which also keeps all states.
+    make_trainer(tmp_path, max_epochs=1, callbacks=[watch, RunRecord()]).fit(module, datamodule=Ids(uneven(7)))
+    tried, kept = watch.moves
+    assert kept - tried == 2 * 3
+    assert read_record(tmp_path / "record.json").pairs == 7
+
+
+def test_held_out_pairs_are_scored_with_three_moves_of_each_block_a_batch_and_not_kept(
+    tiny_backbone_folder: Path,
+) -> None:
+    examples = [Example(number, tuple(prompt), tuple(target)) for number, (prompt, target) in enumerate(uneven(20))]
+    losses = []
+    for release in (False, True):
+        module = module_on(tiny_backbone_folder, frozen_prefix=CacheConfig(release=release))
+        module.configure_model()
+        if release:
+            module.backbone.stream(2)
+        store = module.frozen_layers.store
+        streamed = module.backbone.streamed
+        tried = streamed.moves if streamed is not None else 0
+        losses.append(score_examples(module, examples, batch_size=10).losses)
+        assert len(store) == 0
+        # Twice for the longest row of a batch, block by block and in one pass, and once for all its rows.
+        assert streamed is None or streamed.moves - tried == 2 * 2 * 3
+    assert torch.equal(*losses)
+
+
 # GPT-2's decoder adds positions to any input, so its blocks cannot be run one by one.
 @pytest.mark.parametrize(
     ("architecture", "moves"), [("llama", 6), ("qwen3", 6), ("gpt_neox", 6), ("gemma3", 6), ("gpt2", 2 * 2 + 2 * 5)]
@@ -122,6 +156,13 @@ def test_streamed_states_of_many_examples_equal_those_of_each_example_alone(
         again = list(streamed_states(backbone, 2, None, rows))
     assert all(torch.equal(one, other) for (one,), (other,) in zip(again, expected, strict=True))
     assert backbone.streamed.moves == (2 * moves + 2 if architecture != "gpt2" else 2 * moves)
+
+
+def test_two_examples_run_one_after_the_other_which_moves_the_blocks_less_often(tiny_backbone: Backbone) -> None:
+    tiny_backbone.stream(2)
+    with torch.no_grad():
+        list(streamed_states(tiny_backbone, 2, None, [IDS, IDS + 1]))
+    assert tiny_backbone.streamed is not None and tiny_backbone.streamed.moves == 2 * 2
 
 
 def test_a_decoder_that_differs_block_by_block_is_detected_despite_rows_of_one_token(

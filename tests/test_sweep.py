@@ -14,10 +14,10 @@ import torch
 import yaml
 
 import pml.backbone
+import pml.states_below
 from pml.backbone import Backbone
 from pml.cli import main
 from pml.errors import InputError
-from pml.frozen_layers import FrozenLayers
 from pml.grid import Cell, _label, expand, read_grid, resolve
 from pml.lightning_cli import parse_run
 from pml.records import read_record
@@ -456,18 +456,18 @@ def test_the_backbone_is_loaded_once_and_each_corpus_runs_through_the_frozen_lay
 ) -> None:
     loaded: list[str] = []
     captured: list[tuple[int, ...]] = []
-    load, capture = pml.backbone._load_model, FrozenLayers._capture
+    load, capture = pml.backbone._load_model, pml.states_below.states_below
 
     def loading(name: str, *rest: Any) -> Any:
         loaded.append(name)
         return load(name, *rest)
 
-    def capturing(self: FrozenLayers, input_ids: torch.Tensor) -> Any:
+    def capturing(backbone: Backbone, block: int, mlp: Any, input_ids: torch.Tensor) -> Any:
         captured.append(tuple(input_ids[0].tolist()))
-        return capture(self, input_ids)
+        return capture(backbone, block, mlp, input_ids)
 
     monkeypatch.setattr(pml.backbone, "_load_model", loading)
-    monkeypatch.setattr(FrozenLayers, "_capture", capturing)
+    monkeypatch.setattr(pml.states_below, "states_below", capturing)
     harm = [{"class_path": "callbacks.Harm"}, {"class_path": "callbacks.RunRecord"}]
     grid = {"model.init_args.adapter.rank": [1, 3], "data.init_args.length": [6, 9], "trainer.callbacks": [harm]}
     cells = cells_of(tmp_path, grid)

@@ -46,6 +46,17 @@ def test_the_head_is_plain_if_nothing_else_changes_the_logits(dtype: torch.dtype
     assert not backbone.model.lm_head._forward_hooks
 
 
+def test_the_error_for_logits_that_overflow_names_the_dtype_and_not_causality() -> None:
+    backbone = backbone_of(Gemma2Config(**SMALL, final_logit_softcapping=None), torch.float16)
+    backbone.model.lm_head.weight.data.fill_(6e4)
+    with pytest.raises(InputError) as refusal:
+        plain_head(backbone)
+    assert str(refusal.value) == (
+        "backbone tiny: Gemma2ForCausalLM gives logits that are not finite in float16; take bfloat16 or float32, or "
+        "another backbone"
+    )
+
+
 def module_on(backbone: Backbone) -> SFT:
     module = SFT(adapter=AdapterConfig(rank=3, block=2), seed=1)
     module._backbone = backbone

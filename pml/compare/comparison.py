@@ -265,6 +265,6 @@ def _other_settings(runs: list[tuple[Record, Record]]) -> dict[str, list[str]]:
         compared = (in_both - {"weighting", "curriculum"}) | WHERE_USED
         for name in compared:
             one, other = first.get(name), second.get(name)
-            if one != other and not name.startswith("_"):
+            if one != other:
                 found.setdefault(name, set()).update((str(one), str(other)))
     return {name: sorted(found[name]) for name in sorted(found)}
