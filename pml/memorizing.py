@@ -359,9 +359,9 @@ def _fit(
         if not stopped.at_once:
             stopped.advice = f"the adapter trained so far is in {folder / 'adapter'}"
         raise
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
+    except SystemExit as stopped:
+        if not isinstance(stopped.__context__, KeyboardInterrupt):
+            raise  # as after SIGTERM
         # After Ctrl-C, Lightning ignores further ones and exits.
         signal.signal(signal.SIGINT, on_ctrl_c)
         raise KeyboardInterrupt from None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from peft import PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -200,18 +201,20 @@ def test_in_16_bits_training_goes_on_until_the_certificates_hold(
 
 
 @pytest.mark.usefixtures("_brief")
-def test_ctrl_c_raises_and_works_again_afterwards(
-    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SIGTERMException])
+def test_ctrl_c_raises_and_works_again_afterwards_and_sigterm_exits(
+    raised: type[BaseException], tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise raised
 
     monkeypatch.setattr("callbacks.StopWhenRecalled.on_train_batch_end", stop)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(raised):
         pml.memorize(FACTS, tmp_path / "out", backbone=str(tiny_backbone_folder), rank=2, block=1, guard=None)
     assert signal.getsignal(signal.SIGINT) is before
-    assert read_record(tmp_path / "out/record.json").status == "interrupted"
+    if raised is KeyboardInterrupt:
+        assert read_record(tmp_path / "out/record.json").status == "interrupted"
 
 
 def test_a_backbone_that_overflows_in_float16_is_refused_before_training(
