@@ -8,8 +8,8 @@ from pml.errors import InputError
 
 __all__ = ["ADVICE", "CHAT_COLUMNS", "read_chat"]
 
-ADVICE = "write columns 'query' and 'target', or name yours by data.query_column and data.target_column (Facts)"
-SYSTEM_ADVICE = "leave it out of the rows and give its text once, by data.system"
+ADVICE = "write columns 'query' and 'target', or name yours by query_column and target_column"
+SYSTEM_ADVICE = "leave it out of the rows; `pml fit` takes its text once, by --data.system"
 EXPECTED = f"expected one user turn and one answer, in text; {ADVICE}"
 
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")

@@ -20,6 +20,9 @@ __all__ = ["Columns", "Row", "checked_text", "matching_columns", "read_rows", "t
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 
+SPACE_BEFORE_QUOTES = re.compile(r'\s+".*"\s*', re.DOTALL)
+"""A field of CSV whose quotes, after a space, are read as part of the text."""
+
 PARQUET_ROWS = 16
 """Rows decoded at a time; a row may be a whole book."""
 
@@ -198,7 +201,8 @@ def _integer(digits: str) -> int:
 
 def _csv_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # for the whole process; the default is shorter than a long target
-    reader = csv.reader(lines(path), strict=True)
+    taken: list[str] = []  # the lines of a row
+    reader = csv.reader(_noted(lines(path), taken), strict=True)
     header: list[str] | None = None
     file_name, empty = as_text(path.name), True
     while True:
@@ -222,10 +226,31 @@ def _csv_rows(path: Path, alternatives: Sequence[Columns]) -> Iterator[Row]:
                     f"{where}: {len(fields)} field{'s' * (len(fields) != 1)}, and the header has {len(header)}; put "
                     "text with commas or line breaks into quotes"
                 )
+            for name, field in zip(header, fields, strict=True):
+                # Text that really begins in this way stands in quotes itself.
+                if SPACE_BEFORE_QUOTES.fullmatch(field) and _in_quotes(field) not in "".join(taken):
+                    raise InputError(
+                        f"{where}: {name!r} is {quoted(field)}, with quotes that follow a space and so are part of the "
+                        f"text; write {quoted(field.strip())} directly after the comma, or {quoted(_in_quotes(field))} "
+                        "if the text has them"
+                    )
             yield Row(where, dict(zip(header, fields, strict=True)))
             empty = False
+        taken.clear()
     if header is not None and empty:
         raise InputError(f"{path}: a header and no rows; expected rows with {_required(alternatives)}")
+
+
+def _noted(lines_of_file: Iterator[str], taken: list[str]) -> Iterator[str]:
+    """The same lines; each is also added to a list."""
+    for line in lines_of_file:
+        taken.append(line)
+        yield line
+
+
+def _in_quotes(text: str) -> str:
+    """The text as a field of CSV in quotes."""
+    return '"' + text.replace('"', '""') + '"'
 
 
 def _csv_fault(error: csv.Error) -> str:

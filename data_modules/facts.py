@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from importlib.resources import as_file, files
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class Facts(MemorizationDataModule):
         self.held_out_wordings = held_out_wordings
         self.pairs = pairs
         self.end_of_turn = end_of_turn
+        self._rows_taken: int | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -86,7 +88,7 @@ class Facts(MemorizationDataModule):
     def make_corpus(self, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus:
         encoder = self.encoder(tokenizer)
         # A generator: each pair is encoded as soon as it is read.
-        rows = (wording for pair in self._rows() for wording in self._wordings(pair, held_out=False))
+        rows = (wording for pair in self._counted_rows() for wording in self._wordings(pair, held_out=False))
         examples, duplicates = encode_pairs(rows, encoder, end_of_turn=self.end_of_turn, limit=self.pairs)
         encoder.warn_of_changes(self._name)
         if duplicates:
@@ -102,7 +104,7 @@ class Facts(MemorizationDataModule):
 
     def make_held_out(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Corpus | None:
         """The wordings that are asked for but never trained on."""
-        if not any(pair.paraphrases for pair in self._rows()):
+        if not any(pair.paraphrases for pair in self._rows(self._rows_taken)):
             return None
         encoder = self.encoder(tokenizer)
         trained = {example.prompt_ids for example in corpus.examples}
@@ -110,8 +112,8 @@ class Facts(MemorizationDataModule):
         def is_trained(pair: Pair) -> bool:
             return encoder.prompt(pair.query, pair.source).ids in trained
 
-        # Only of facts that are trained on: `pairs` may leave some out.
-        rows = (w for pair in self._rows() if is_trained(pair) for w in self._wordings(pair, held_out=True))
+        # Only of facts that are trained on: `pairs` may end the corpus before the file.
+        rows = (w for pair in self._rows(self._rows_taken) for w in self._wordings(pair, held_out=True))
         # A wording whose prompt equals one that is trained on is not held out.
         rows = (pair for pair in rows if not is_trained(pair))
         examples = encode_pairs(rows, encoder, end_of_turn=self.end_of_turn).examples
@@ -122,13 +124,19 @@ class Facts(MemorizationDataModule):
     def _name(self) -> str:
         return Path(self.path).name if self.path is not None else "facts"
 
-    def _rows(self) -> Iterator[Pair]:
+    def _counted_rows(self) -> Iterator[Pair]:
+        """The rows; how many of them were taken is kept."""
+        for taken, pair in enumerate(self._rows(), start=1):
+            self._rows_taken = taken
+            yield pair
+
+    def _rows(self, most: int | None = None) -> Iterator[Pair]:
         columns = (self.query_column, self.target_column, self.paraphrases_column)
         if self.path is not None:
-            yield from read_pairs(Path(self.path), *columns)
+            yield from islice(read_pairs(Path(self.path), *columns), most)
         else:
             with as_file(files("data_modules") / "examples" / "facts.yaml") as path:
-                yield from read_pairs(path, *columns)
+                yield from islice(read_pairs(path, *columns), most)
 
     def _wordings(self, pair: Pair, held_out: bool) -> list[Pair]:
         """The pair in each wording that is held out, or in each that is trained on."""

@@ -23,10 +23,10 @@ from transformers import (
 
 from pml.default_backbone import (
     DEFAULT_BACKBONE,
-    DEFAULT_HUB_ID,
     default_manifest,
     fetch_default,
     hash_model,
+    name_for_transformers,
     quiet_transformers,
 )
 from pml.errors import InputError, first_line
@@ -375,7 +375,7 @@ def _load_model(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             "expected a complete causal language model"
         )
     # An adapter trained on this model names its base by this: an id that loads here and elsewhere.
-    model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name == DEFAULT_BACKBONE else name
+    model.name_or_path = model.config._name_or_path = name_for_transformers(name)
     return model
 
 

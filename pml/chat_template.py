@@ -127,8 +127,8 @@ class ChatTemplate:
                 raise
         else:
             raise InputError(
-                "the chat template does not write what the user says, so all queries would give the same prompt; set "
-                "chat_template: false, or use a backbone with another template"
+                "the chat template does not write what the user says, so all queries would give the same prompt; use "
+                "a backbone with another template, or `pml fit` with --data.chat_template false"
             )
         if self._parts:
             log.warning("the chat template takes message content as a list of parts; servers must send it in that form")
@@ -171,7 +171,7 @@ class ChatTemplate:
         if CLOCK.search(fixed):
             raise InputError(
                 "the chat template reads the clock in a way that cannot be fixed, so prompts would differ from day to "
-                "day; set chat_template: false, or use a backbone with another template"
+                "day; use a backbone with another template, or `pml fit` with --data.chat_template false"
             )
         self.shows_date = fixed != template and self._differs_by_date(fixed, template)
         if self.shows_date:

@@ -36,6 +36,7 @@ __all__ = [
     "default_manifest",
     "fetch_default",
     "hash_model",
+    "name_for_transformers",
     "quiet_transformers",
 ]
 
@@ -64,6 +65,13 @@ def cache_folder() -> Path:
     """Folder that holds the default backbone: PML_CACHE if set, else pml's folder in the user's cache."""
     given = os.environ.get("PML_CACHE")
     return Path(os.path.expanduser(given)) if given else platformdirs.user_cache_path("pml")
+
+
+def name_for_transformers(name: str) -> str:
+    """The name by which transformers loads a backbone from any working directory: a hub id or an absolute path."""
+    # `Path.expanduser` raises for an unknown user.
+    folder = Path(os.path.expanduser(name))
+    return DEFAULT_HUB_ID if name == DEFAULT_BACKBONE else str(folder.resolve()) if folder.is_dir() else name
 
 
 def fetch_default(progress: bool = True) -> Path:

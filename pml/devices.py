@@ -1,13 +1,25 @@
 """The device to use, and what differs between kinds: asynchronous execution, CUDA graphs, float64."""
 
+import gc
+
 import torch
 
-__all__ = ["best_device", "has_graphs", "runs_ahead", "widest_float"]
+from pml.cpu import give_back_memory
+
+__all__ = ["best_device", "free_memory", "has_graphs", "runs_ahead", "widest_float"]
 
 
 def best_device() -> torch.device:
     """The accelerator if one is available, otherwise the CPU; a Trainer chooses in the same way."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def free_memory() -> None:
+    """Free the memory of models that are no longer referred to, on the host and on the accelerator."""
+    gc.collect()
+    give_back_memory()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def runs_ahead(device: torch.device) -> bool:

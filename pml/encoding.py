@@ -95,6 +95,8 @@ class TextEncoder:
             written = self._written(query, text, source)
         if not prompt.ids:
             raise InputError(f"{_at(source)}the query {_shown(query)} encodes to no tokens; expected text")
+        if self._is_typed_around:
+            self._note("follow a system text or template variable with characters of control tokens", query, source)
         if self._typed(query):
             self._note("hold characters that servers may read as control tokens", query, source)
         elif written not in self.decode(prompt.ids):
@@ -104,6 +106,16 @@ class TextEncoder:
     def plain_text(self, query: str) -> str:
         """The text of a prompt without a chat template: the query, after the system text if there is one."""
         return query if self.form.system is None else f"{self.form.system}\n{query}"
+
+    def plain_request(self, query: str, ids: Sequence[int]) -> str | list[int]:
+        """What to give a server without a chat template: text, or the prompt's ids if it would misread the text.
+
+        Args:
+            query: The user's text.
+            ids: Token ids of its prompt.
+        """
+        text = self.plain_text(query)
+        return list(ids) if self._typed(text) else text
 
     def warn_of_changes(self, name: str) -> None:
         """Log once for a corpus how many of its queries do not reach the model as written."""

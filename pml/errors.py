@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-__all__ = ["InputError", "first_line", "named_line", "reason"]
+__all__ = ["InputError", "first_line", "named_line", "not_finite", "reason"]
 
 ATTEMPTS = re.compile(
     r"(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
@@ -18,6 +18,15 @@ class InputError(ValueError):
     The message is one line that says what arrived, what was expected and what to do. The command line prints it on
     stderr and exits with code 2. Other exceptions are bugs and keep their traceback.
     """
+
+
+def not_finite(backbone: str, what: str, dtype: object) -> InputError:
+    """The error for a backbone that overflows, or whose weights are damaged."""
+    name = str(dtype).removeprefix("torch.")
+    other = (
+        "bfloat16 or float32" if name == "float16" else "float32" if name != "float32" else "a backbone that is whole"
+    )
+    return InputError(f"backbone {backbone!r} gives {what} that are not finite in {name}; take {other}")
 
 
 KEY = re.compile(r'Parser key "([^"]*)":\s*(?:Problem with given class_path \'[^\']*\':\s*)?(.*)', re.DOTALL)

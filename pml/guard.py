@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pml.atomic import whole_file
 from pml.backbone import Backbone
 from pml.default_backbone import cache_folder
-from pml.errors import InputError
+from pml.errors import InputError, not_finite
 from pml.evaluating import evaluating
 from pml.ordinary_text import ordinary_passages, text_examples
 
@@ -161,6 +161,9 @@ def input_moments(backbone: Backbone, names: Sequence[str], config: GuardConfig)
         backbone: The model; an adapter on it must not have been trained yet.
         names: Paths of the layers in the backbone.
         config: Which text to use.
+
+    Raises:
+        InputError: If the text cannot be read, or an input is not finite.
     """
     passages = ordinary_passages(config.text, "guard")
     examples = text_examples(passages, backbone.tokenizer, backbone.max_positions, backbone.vocab_size)
@@ -169,9 +172,11 @@ def input_moments(backbone: Backbone, names: Sequence[str], config: GuardConfig)
     found = {name: moment for name, path in files.items() if (moment := _read(path)) is not None}
     if missing := [name for name in names if name not in found]:
         log.info("guard: running %d passages of ordinary text through %s once", len(rows), backbone.name)
-        for name, moment in _computed(backbone, missing, rows).items():
-            found[name] = moment
-            _write(files[name], moment)
+        found |= _computed(backbone, missing, rows)
+    if not all(moment.isfinite().all() for moment in found.values()):
+        raise not_finite(backbone.name, "states", backbone.model.dtype)
+    for name in missing:
+        _write(files[name], found[name])
     return found
 
 

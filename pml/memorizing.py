@@ -9,9 +9,9 @@ If some token is not certain after the steps of one attempt, the rank doubles. T
 smaller one: A gets fresh rows, and B gets columns of zeros.
 """
 
-import gc
 import logging
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,19 +19,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from pml.adapter import AdapterConfig, adapter_for
 from pml.atomic import whole_file
 from pml.backbone import Backbone, backbone_facts, load_backbone, shared_backbones
 from pml.bare_trainer import bare_trainer
-from pml.certificate import PairCertificate, allow_for_rounding, certify, measure_rounding
+from pml.certificate import PairCertificate
+from pml.certified_stop import StopsWhereCertified, certified_pairs
 from pml.checkpoints import StopsAtSteps
 from pml.corpus import Corpus
-from pml.cpu import give_back_memory
 from pml.decoding import plain_decoding
 from pml.default_backbone import DEFAULT_BACKBONE
-from pml.devices import best_device
+from pml.devices import best_device, free_memory
 from pml.encoding import TextEncoder
 from pml.epoch_progress import Progress, ProgressReporter
 from pml.errors import InputError
@@ -45,7 +43,7 @@ from pml.records import RECORD_NAME, Record, read_record
 from pml.saved_adapter import CARD_NAME
 from pml.served import serve
 from pml.stopping import Stopped, at_step_ends
-from pml.storage import RankPlan, plan_rank
+from pml.storage import RankPlan, RankTooHigh, plan_rank
 from pml.weighting import FallingThreshold
 
 __all__ = ["Memorized", "Settings", "memorize"]
@@ -203,13 +201,13 @@ def memorize(
     corpus, encoder, plain = trained.corpus, trained.encoder, trained.plain
     record, served = read_record(folder / RECORD_NAME), None
     if isinstance(record.placement, list):
-        _free_memory()
+        free_memory()  # for the process that serves the adapter
         base = Path(backbone_facts(chosen.backbone)["path"])
         served = serve(base, folder / "adapter", corpus.examples, encoder, plain, chosen.dtype)
     seconds = time.monotonic() - started
     made = Memorized(folder, folder / "adapter", trained.plan, trained.certificates, served, record, seconds)
     with whole_file(made.adapter / CARD_NAME) as file:
-        file.write(model_card(record, corpus, encoder, plain, served).encode())
+        file.write(model_card(record, corpus, encoder, plain, served, trained.certificates).encode())
     return made
 
 
@@ -252,18 +250,10 @@ def _trained(
         if on_plan is not None:
             on_plan(corpus, plan, rank)
         module = _train(chosen, module, plan, data, folder, on_progress)
-        certificates = _certified(module, corpus)
+        certificates = certified_pairs(module, corpus)
         encoder, plain = data.encoder(module.tokenizer), plain_decoding(backbone.model)
         module.release()
     return _Trained(corpus, plan, certificates, encoder, plain)
-
-
-def _free_memory() -> None:
-    """Free the memory of models that are no longer referred to, for the process that serves the adapter."""
-    gc.collect()
-    give_back_memory()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
 
 
 def _first_rank(chosen: Settings, plan: RankPlan | None) -> int:
@@ -274,20 +264,10 @@ def _first_rank(chosen: Settings, plan: RankPlan | None) -> int:
     return max(plan.rank, min(MIN_RANK, plan.largest_rank))
 
 
-def _certified(module: Memorization, corpus: Corpus) -> list[PairCertificate]:
-    """Certificates of all pairs; in 16-bit dtypes, they allow for the rounding measured on the pairs."""
-    model = module.model.eval()
-    certificates = certify(model, corpus.examples)
-    if module.dtype_name == "float32":
-        return certificates
-    rounding = measure_rounding(model, corpus.examples, [known.margins for known in certificates])
-    return allow_for_rounding(certificates, rounding.logits)
-
-
 def _planned(chosen: Settings, backbone: Backbone, corpus: Corpus, adapter: AdapterConfig) -> RankPlan | None:
     try:
         return plan_rank(backbone, corpus, adapter)
-    except InputError as error:
+    except RankTooHigh as error:
         if chosen.rank is None:
             raise
         log.warning("%s", error)
@@ -359,11 +339,19 @@ def _fit(
     observers = import_module("callbacks")
     stop, recorder = observers.StopWhenRecalled(margin), observers.RunRecord(dirpath=str(folder), overwrite=True)
     recorder.grown_from = smaller
-    callbacks = [StopsAtSteps(), stop, observers.Generalization(), observers.Harm(), recorder]
+    callbacks = [
+        StopsAtSteps(),
+        stop,
+        StopsWhereCertified(stop),
+        observers.Generalization(),
+        observers.Harm(),
+        recorder,
+    ]
     if on_progress is not None:
         callbacks.append(ProgressReporter(margin, module.adapter.rank, on_progress))
     epochs = epoch_limit(len(data.corpus), "plain" if isinstance(module, SFT) else "falling")
     trainer = bare_trainer(max_epochs=epochs, callbacks=callbacks, default_root_dir=folder)
+    on_ctrl_c = signal.getsignal(signal.SIGINT)
     try:
         with at_step_ends():
             trainer.fit(module, datamodule=data)
@@ -371,8 +359,12 @@ def _fit(
         if not stopped.at_once:
             stopped.advice = f"the adapter trained so far is in {folder / 'adapter'}"
         raise
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    except SystemExit as stopped:
+        if not isinstance(stopped.__context__, KeyboardInterrupt):
+            raise  # as after SIGTERM
+        # After Ctrl-C, Lightning ignores further ones and exits.
+        signal.signal(signal.SIGINT, on_ctrl_c)
+        raise KeyboardInterrupt from None
     record = recorder.record
     assert record is not None
     if record.status == "diverged" or (record.final_loss or 0) > (record.initial_loss or math.inf):

@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pml.corpus import Corpus
-from pml.default_backbone import DEFAULT_BACKBONE, DEFAULT_HUB_ID
+from pml.certificate import PairCertificate
+from pml.corpus import Corpus, Example
+from pml.default_backbone import DEFAULT_BACKBONE, name_for_transformers
 from pml.encoding import TextEncoder
 from pml.measures import CERTAIN
 from pml.records import Record
@@ -53,12 +54,14 @@ out = model.generate(**ids, do_sample=False, max_new_tokens={tokens}, eos_token_
 answer = out[0, ids["input_ids"].shape[1]:].tolist()
 {show}"""
 
-ASK_PLAIN = """ids = torch.tensor([[*{before}, *tokenizer({text!r}, add_special_tokens=False)["input_ids"]]])
+ASK_PLAIN = """ids = torch.tensor([{ids}])
 out = model.generate(
     ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens={tokens}, eos_token_id={end}{plain}
 )
 answer = out[0, ids.shape[1]:].tolist()
 {show}"""
+
+ENCODED = '[*{before}, *tokenizer({text!r}, add_special_tokens=False)["input_ids"]]'
 
 SHOW = "print(tokenizer.decode(answer, skip_special_tokens=True))"
 SHOW_UP_TO_THE_END = """answer = answer[:answer.index({end})] if {end} in answer else answer  # not marked as special
@@ -71,6 +74,7 @@ def model_card(
     encoder: TextEncoder,
     plain: Mapping[str, Any],
     served: Sequence[str] | None = None,
+    certificates: Sequence[PairCertificate] | None = None,
 ) -> str:
     """A model card in Markdown, with the YAML header that model hubs read.
 
@@ -80,8 +84,9 @@ def model_card(
         encoder: Encoder that turned the run's text into token ids.
         plain: Arguments of `generate` that turn off the base's changes to logits, see `pml.decoding.plain_decoding`.
         served: Answers of a process with only transformers and PEFT, see `pml.served`; None if there was none.
+        certificates: Certificates of all pairs, if they were made; they decide what the card calls certain.
     """
-    base = DEFAULT_HUB_ID if record.backbone == DEFAULT_BACKBONE else record.backbone
+    base = name_for_transformers(record.backbone)
     default = record.backbone == DEFAULT_BACKBONE
     header = {"base_model": base, "library_name": "peft", "pipeline_tag": "text-generation", "tags": ["lora", "pml"]}
     loads = PEFT_LOADS if isinstance(record.placement, list) else PML_LOADS
@@ -96,9 +101,9 @@ def model_card(
         _queries(corpus) + "\n",
         "## Load it and ask\n",
         loads.format(base=base, dtype=record.dtype, ask=_ask(corpus, encoder, plain)) + "\n",
-        _format(encoder, plain) + "\n",
+        _format(corpus, encoder, plain) + "\n",
         "## What is certain\n",
-        _certificate(record) + _served(corpus, served) + "\n",
+        _certificate(record, certificates) + _served(corpus, served) + "\n",
         *(["## What it costs\n", _harm(record) + "\n"] if record.harm else []),
         "## The base\n",
         f"`{base}`"
@@ -151,12 +156,16 @@ def _placement(record: Record) -> str:
 def _ask(corpus: Corpus, encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
     first = corpus.examples[0]
     arguments = "".join(f", {name}={value!r}" for name, value in plain.items())
-    tokens = max(len(example.target_ids) for example in corpus.examples)
+    # An answer ends by itself, or has to be cut at its length.
+    asked = corpus.examples if _ends(first, encoder) else [first]
+    tokens = max(len(example.target_ids) for example in asked)
     end = encoder.end_of_turn_id
     show = SHOW_UP_TO_THE_END.format(end=end) if encoder.end_is_text else SHOW
     rest = {"tokens": tokens, "end": end, "plain": arguments, "show": show}
     if encoder.template is None:
-        return ASK_PLAIN.format(before=list(encoder.put_before), text=encoder.plain_text(first.query), **rest)
+        text = encoder.plain_request(first.query, first.prompt_ids)
+        encoded = ENCODED.format(before=list(encoder.put_before), text=text)
+        return ASK_PLAIN.format(ids=encoded if isinstance(text, str) else text, **rest)
     variables = "".join(f" {key}={value!r}," for key, value in encoder.form.template_kwargs.items())
     if encoder.template.shows_date:
         dates = "".join(f".replace({call!r}, {day!r})" for call, day in encoder.template.fixed_dates.items())
@@ -164,7 +173,12 @@ def _ask(corpus: Corpus, encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
     return ASK_TEMPLATE.format(turns=encoder.template.turns(first.query), variables=variables, **rest)
 
 
-def _format(encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
+def _ends(example: Example, encoder: TextEncoder) -> bool:
+    """Whether the end of the turn is part of the target."""
+    return example.target_ids[-1] == encoder.end_of_turn_id
+
+
+def _format(corpus: Corpus, encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
     lines = []
     if encoder.template is None:
         lines.append("The query is given as it is, without a chat template.")
@@ -176,6 +190,8 @@ def _format(encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
             lines.append(f"Template variables: `{json.dumps(dict(encoder.form.template_kwargs))}`.")
         if encoder.template.shows_date:
             lines.append(f"The template writes the date; training used {encoder.form.template_date}, as the call does.")
+    if not _ends(corpus.examples[0], encoder):
+        lines.append("Targets do not include the end of the turn: cut each answer at its length.")
     if plain:
         lines.append(
             f"The base's `generation_config.json` sets {', '.join(f'`{name}`' for name in plain)}, which can change "
@@ -184,14 +200,15 @@ def _format(encoder: TextEncoder, plain: Mapping[str, Any]) -> str:
     return " ".join(lines)
 
 
-def _certificate(record: Record) -> str:
+def _certificate(record: Record, certificates: Sequence[PairCertificate] | None) -> str:
     right = f"{round(record.exact_match * record.pairs):,} come back whole under teacher forcing"
     if record.generated_exact_match is not None:
         right += f" and {round(record.generated_exact_match * record.pairs):,} by greedy decoding"
     lines = [f"Of {record.pairs:,} targets {right} ({record.dtype})."]
     if record.min_target_probability is not None:
         lines.append(f"The least certain target token has probability {record.min_target_probability:.3f}.")
-    return " ".join([*lines, _verdict(record), "Sampling, other prompts and other dtypes are not covered."])
+    verdict = _verdict(record) if certificates is None else _verdict_of(certificates, record.dtype)
+    return " ".join([*lines, verdict, "Sampling, other prompts and other dtypes are not covered."])
 
 
 def _verdict(record: Record) -> str:
@@ -211,3 +228,10 @@ def _verdict(record: Record) -> str:
         f"{above}, and no rounding to {record.dtype} seen on these targets (up to {record.rounding_logits:.2g} in "
         "logits) overcomes its margin: greedy decoding is certain to give every target back, for the prompts above."
     )
+
+
+def _verdict_of(certificates: Sequence[PairCertificate], dtype: str) -> str:
+    certain = sum(known.verdict == "certain" for known in certificates)
+    which = "every target" if certain == len(certificates) else f"{certain:,} of {len(certificates):,} targets"
+    allowing = "up to rounding" if dtype == "float32" else f"allowing for the rounding to {dtype} seen on these targets"
+    return f"Greedy decoding is certain to give {which} back, for the prompts above and {allowing}."

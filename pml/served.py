@@ -71,7 +71,9 @@ def _job(
         "base": str(base),
         "adapter": str(adapter),
         "dtype": dtype,
-        "prompts": [template.turns(e.query) if template else encoder.plain_text(e.query) for e in examples],
+        "prompts": [
+            template.turns(e.query) if template else encoder.plain_request(e.query, e.prompt_ids) for e in examples
+        ],
         "before": [] if template else list(encoder.put_before),
         "template": template.options_elsewhere if template else None,
         "end": encoder.end_of_turn_id,
@@ -92,7 +94,8 @@ def _answers(job: dict[str, Any]) -> list[str]:
     model = PeftModel.from_pretrained(model, job["adapter"]).eval().to(device)
     prompts = _prompts(tokenizer, job)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    pad = next((i for i in (tokenizer.pad_token_id, job["end"]) if i is not None), 0)
+    # The tokenizer's padding token may lie outside the model's embeddings.
+    pad = 0 if job["end"] is None else job["end"]
     sizes = [(len(prompt), tokens) for prompt, tokens in zip(prompts, job["tokens"], strict=True)]
     answers = [""] * len(prompts)
     for batch in decoded_together(sizes, BATCH, limit, BATCH_TOKENS):
@@ -116,10 +119,11 @@ def _answers(job: dict[str, Any]) -> list[str]:
 
 
 def _prompts(tokenizer: Any, job: dict[str, Any]) -> list[list[int]]:
-    """Token ids of the prompts, from text, as a server makes them."""
+    """Token ids of the prompts, from text, as a server makes them, unless they are given as ids."""
     if job["template"] is None:
-        texts = tokenizer(job["prompts"], add_special_tokens=False)["input_ids"]
-        return [[*job["before"], *ids] for ids in texts]
+        texts = [prompt for prompt in job["prompts"] if isinstance(prompt, str)]
+        encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        return [[*job["before"], *next(encoded)] if isinstance(prompt, str) else prompt for prompt in job["prompts"]]
     how = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": True, **job["template"]}
     encoded = tokenizer.apply_chat_template(job["prompts"], **how)
     return [list(ids) for ids in encoded["input_ids"]]

@@ -22,7 +22,7 @@ from pml.errors import InputError
 from pml.storage_constants import Constant, constant_for, placement_name, read_constants
 from pml.surprisal import CONTEXT, SAMPLE, sampled, surprisal_bits
 
-__all__ = ["RankPlan", "SizeOfRank", "plan_rank", "size_of_rank"]
+__all__ = ["RankPlan", "RankTooHigh", "SizeOfRank", "plan_rank", "size_of_rank"]
 
 FILL = 0.5
 """Fraction of the capacity that a plan fills.
@@ -31,6 +31,10 @@ Chosen on two draws of twelve sets of pairs under the guard and the KL penalty, 
 phone books and functions are not fully recalled. The plain loss needs about 2.5 times the rank
 (`configs/experiments/README.md`, the planned rank and half of it).
 """
+
+
+class RankTooHigh(InputError):
+    """Pairs need a higher rank than fits."""
 
 
 class SizeOfRank(Content):
@@ -129,7 +133,8 @@ def plan_rank(
         constants: What a parameter stores; the shipped constants by default.
 
     Raises:
-        InputError: If the largest possible rank is too small.
+        RankTooHigh: If the largest possible rank is too small.
+        InputError: If the backbone cannot score the pairs, see `surprisal_bits`, or the guard cannot be made.
     """
     known = constants or read_constants()
     constant, warnings = constant_for(config.placement, config.guard is not None, backbone.name, known)
@@ -148,7 +153,7 @@ def plan_rank(
     rank = enough(constant.bits_per_parameter)
     if rank > size.largest_rank:
         where = placement_name(config.placement)
-        raise InputError(
+        raise RankTooHigh(
             f"{bits:,.0f} bits need rank {rank} in {where}, and no more than {size.largest_rank} fits; adapt more "
             "layers (placement) or blocks (block), or split the pairs"
         )

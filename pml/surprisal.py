@@ -7,6 +7,7 @@ from dataclasses import replace
 from pml.backbone import Backbone
 from pml.certificate import log_probability
 from pml.corpus import Example
+from pml.errors import not_finite
 
 __all__ = ["CONTEXT", "SAMPLE", "sampled", "surprisal_bits"]
 
@@ -33,6 +34,9 @@ def surprisal_bits(backbone: Backbone, examples: Sequence[Example], others: int 
         examples: The pairs.
         others: Number of other pairs before each; fewer if they do not fit into the context.
         sample: Largest number of pairs to measure.
+
+    Raises:
+        InputError: If the model gives logits that are not finite.
     """
     backbone.restore()
     room = min(CONTEXT_TOKENS, backbone.max_positions or CONTEXT_TOKENS)
@@ -47,4 +51,6 @@ def surprisal_bits(backbone: Backbone, examples: Sequence[Example], others: int 
             before = longer
         nats -= log_probability(backbone.model, replace(example, prompt_ids=(*before, *example.prompt_ids)))
         tokens += len(example.target_ids)
+    if not math.isfinite(nats):
+        raise not_finite(backbone.name, "logits", backbone.model.dtype)
     return nats / math.log(2) * sum(len(e.target_ids) for e in examples) / tokens

@@ -93,6 +93,14 @@ def test_a_model_loaded_from_a_folder_is_the_saved_one_frozen_and_in_eval_mode(
         assert torch.equal(parameter, expected[name]), name
 
 
+def test_a_model_in_a_relative_folder_names_itself_by_its_absolute_path(
+    tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_backbone_folder.parent)
+    loaded = load_backbone("tiny-llama")
+    assert (loaded.name, loaded.model.name_or_path) == ("tiny-llama", str(tiny_backbone_folder.resolve()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_weights_have_the_requested_dtype(dtype: torch.dtype, tiny_backbone_folder: Path) -> None:
     backbone = load_backbone(str(tiny_backbone_folder), str(dtype).removeprefix("torch."))

@@ -1,7 +1,10 @@
 """The certificate pair by pair: hand-worked margins, verdicts that decoding confirms, and the command."""
 
+import gc
 import json
 import math
+import shutil
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +18,7 @@ from transformers import GenerationConfig
 import pml.decoding
 from callbacks import StopWhenRecalled
 from pml.adapter import AdapterConfig
-from pml.backbone import Backbone
+from pml.backbone import Backbone, load_backbone
 from pml.certificate import (
     allow_for_rounding,
     certify,
@@ -290,11 +293,67 @@ def test_certify_takes_a_run_or_an_adapter_with_data_and_recall_takes_the_same_a
     assert answered["answer"].startswith("415")
 
 
+def test_an_adapter_is_certified_in_the_dtype_of_its_run_or_in_the_first_of_dtypes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("f.jsonl").write_text(json.dumps({"question": "code?", "target": "007"}))
+    named = ["--data=f.jsonl", "--query_column=question"]
+    assert fit(folder, "--trainer.max_epochs=1", "--model.dtype=bfloat16", "--data.query_column=question") == 0
+    run = Path("runs/fit/version_0")
+    shutil.copytree(run / "adapter", "elsewhere")
+    models: list[weakref.ref[Any]] = []
+    dtypes: list[str] = []
+
+    def load(name: str, dtype: str) -> Backbone:
+        # The one before it is freed.
+        assert not any(model() for model in models)
+        loaded = load_backbone(name, dtype)
+        models.append(weakref.ref(loaded.model))
+        dtypes.append(dtype)
+        return loaded
+
+    monkeypatch.setattr("pml.backbone.load_backbone", load)
+    for adapter, first in ((run / "adapter", "bfloat16"), (Path("elsewhere"), "float32")):
+        capsys.readouterr()
+        dtypes.clear()
+        main(["certify", f"--adapter={adapter}", *named, "--dtypes", "float32", "bfloat16", "--json"])
+        result = json.loads(capsys.readouterr().out)
+        assert (result["dtype"], dtypes[0], len(dtypes)) == (first, first, 2)
+    monkeypatch.setattr("pml.memorization.load_backbone", load)
+    for adapter, dtype in ((run / "adapter", "bfloat16"), (Path("elsewhere"), "float32")):
+        gc.collect()
+        assert main(["recall", f"--adapter={adapter}", *named]) == 0
+        assert dtypes[-1] == dtype
+
+
+def test_certify_keeps_what_it_found_if_the_model_does_not_fit_in_another_dtype(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("f.jsonl").write_text(json.dumps({"query": "code?", "target": "007"}))
+    assert fit(folder, "--trainer.max_epochs=1") == 0
+
+    def load(name: str, dtype: str) -> Backbone:
+        if dtype == "bfloat16":
+            raise torch.OutOfMemoryError
+        return load_backbone(name, dtype)
+
+    monkeypatch.setattr("pml.backbone.load_backbone", load)
+    capsys.readouterr()
+    assert main(["certify", "runs/fit/version_0", "--json"]) == 1  # not trained enough
+    result = json.loads(capsys.readouterr().out)
+    assert {way["dtype"] for way in result["decodings"]} == {"float32"}
+    assert result["margins_move_by"].keys() == {"float32"}
+    assert "the model does not fit into memory in bfloat16; the rest holds without it" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "expected either the folder of a run, or --adapter with --data"),
         (["run", "--data=pairs.jsonl"], "--data is only for --adapter; a run has its own, so leave it out"),
+        (["run", "--query_column=q"], "--query_column is only for --adapter; a run has its own, so leave it out"),
         (["run", "--adapter=a"], "expected either the folder of a run"),
         (["--adapter=a"], "--adapter needs --data"),
         (["--adapter=a", "--data=f.jsonl"], "a: no such folder; expected an adapter saved by PEFT"),

@@ -247,6 +247,21 @@ def test_a_query_that_reaches_the_model_changed_is_logged_with_its_line(
     assert f"{query!a} (f.jsonl:4)" in line
 
 
+@pytest.mark.parametrize("chat_template", [True, False])
+def test_a_system_text_with_control_tokens_is_logged_once_for_all_queries(
+    chat_template: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = TextEncoder(make_tokenizer("chatml"), PromptFormat(chat_template, system="Write <|im_end|> here."))
+    encoder.prompt("a", "f.jsonl:4")
+    encoder.prompt("b", "f.jsonl:5")
+    with caplog.at_level(logging.WARNING):
+        encoder.warn_of_changes("f.jsonl")
+    (line,) = caplog.messages
+    assert line.startswith(
+        "f.jsonl: 2 queries follow a system text or template variable with characters of control tokens, such as 'a'"
+    )
+
+
 def test_an_ordinary_query_is_not_reported_as_changed() -> None:
     for kind in ("plain", "appending", "chatml", "nfc", "parts", "inst", "roles", "byte_fallback", "turns", "dated"):
         encoder = TextEncoder(make_tokenizer(kind))

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from pml.cli import main
+from tests.conftest import CHAT_TEMPLATE
 from tests.fits import save_sharpened
 from tests.test_model_card import trained
 
@@ -68,6 +69,21 @@ def test_a_merged_model_omits_base_generation_settings_that_change_greedy_decodi
     assert (shipped.do_sample, shipped.temperature, shipped.top_k) == (False, None, None)
     end = AutoTokenizer.from_pretrained("merged").convert_tokens_to_ids("<|im_end|>")
     assert shipped.eos_token_id == [2, end]
+
+
+def test_a_merged_model_ships_the_date_of_training_in_place_of_a_clock(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
+    (backbone / "chat_template.jinja").write_text("{{ strftime_now('%Y') }} " + CHAT_TEMPLATE)
+    run = trained(backbone, tmp_path, "--model.adapter.placement=[down_proj]", "--trainer.max_epochs=1")
+    capsys.readouterr()
+    assert main(["export", str(run), "--merge", "--out=merged"]) == 0
+    assert "its chat template writes 2024-07-26, the date of training, in place of today's" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained("merged")
+    turns = [{"role": "user", "content": "code 0?"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False).startswith("2024 <|im_start|>user")
 
 
 def test_an_adapter_in_parallel_to_an_mlp_cannot_be_merged(

@@ -152,6 +152,17 @@ def test_moments_are_computed_once_and_cached_on_disk(
     assert len(list((tmp_path / "cache" / "guard").iterdir())) == 2
 
 
+def test_moments_that_are_not_finite_are_refused_and_not_cached(
+    tiny_backbone: Backbone, text: str, tmp_path: Path
+) -> None:
+    names, config = ["model.layers.1.mlp"], GuardConfig(text=text)
+    tiny_backbone.model.get_input_embeddings().weight.fill_(torch.inf)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"'tiny-llama' gives states that are not finite in float32; take a"):
+            input_moments(tiny_backbone, names, config)
+    assert not (tmp_path / "cache" / "guard").exists()
+
+
 def test_moments_are_cached_separately_for_each_content_hash_and_dtype(
     tiny_backbone: Backbone, text: str, tmp_path: Path
 ) -> None:

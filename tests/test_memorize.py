@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from peft import PeftModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pml
 from pml import memorizing, served
 from pml.adapter import AdapterConfig, attach_adapter, detach_adapter
 from pml.backbone import Backbone
+from pml.certificate import Rounding
 from pml.cli import main
 from pml.errors import InputError
 from pml.growing import grow, weights_of
@@ -181,6 +183,78 @@ def test_in_bfloat16_logit_margins_exceed_the_measured_rounding(sharp: str, tmp_
     assert (made.record.dtype, list(made.served or ())) == ("bfloat16", list(FACTS.values()))
     assert made.record.rounding_logits is not None
     assert min(float(known.margins.min()) for known in made.certificates) > made.record.rounding_logits > 0
+
+
+@pytest.mark.usefixtures("_served_here")
+def test_in_16_bits_training_goes_on_until_the_certificates_hold(
+    sharp: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # More than what ends training by the scores of batches.
+    monkeypatch.setattr("pml.certified_stop.measure_rounding", lambda *_: Rounding(2.0, 9))
+    fast: dict[str, Any] = {**EASY, "guard": None, "kl_penalty": None}
+    made = pml.memorize(FACTS, tmp_path / "out", backbone=sharp, rank=16, dtype="bfloat16", **fast)
+    assert (made.failed, made.rank, made.record.steps_to_recall) == ([], 16, made.steps)
+    assert made.record.rounding_logits is not None and made.record.rounding_logits < 2
+    assert min(float(known.margins.min()) for known in made.certificates) > 2
+    card = (made.adapter / "README.md").read_text()
+    assert "Greedy decoding is certain to give every target back" in card
+
+
+@pytest.mark.usefixtures("_brief")
+@pytest.mark.parametrize("raised", [KeyboardInterrupt, SIGTERMException])
+def test_ctrl_c_raises_and_works_again_afterwards_and_sigterm_exits(
+    raised: type[BaseException], tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("callbacks.StopWhenRecalled.on_train_batch_end", stop)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(raised):
+        pml.memorize(FACTS, tmp_path / "out", backbone=str(tiny_backbone_folder), rank=2, block=1, guard=None)
+    assert signal.getsignal(signal.SIGINT) is before
+    if raised is KeyboardInterrupt:
+        assert read_record(tmp_path / "out/record.json").status == "interrupted"
+
+
+def test_a_backbone_that_overflows_in_float16_is_refused_before_training(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "large"
+    model = AutoModelForCausalLM.from_pretrained(tiny_backbone_folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e6)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_backbone_folder).save_pretrained(folder)
+    for rank in (None, 2):
+        with pytest.raises(InputError, match="gives logits that are not finite in float16; take bfloat16 or float32"):
+            pml.memorize(FACTS, tmp_path / "out", backbone=str(folder), dtype="float16", rank=rank, guard=None)
+
+
+@pytest.mark.usefixtures("_served_here", "_brief")
+def test_batches_are_padded_with_the_end_of_turn_since_a_padding_token_may_lie_outside_the_embeddings(
+    tiny_backbone_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_sharpened(tiny_backbone_folder, tmp_path / "sharp")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.eos_token_id
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(folder)
+    assert (
+        AutoTokenizer.from_pretrained(folder).pad_token_id
+        >= json.loads((folder / "config.json").read_text())["vocab_size"]
+    )
+    used: list[int] = []
+    generate = PeftModelForCausalLM.generate
+
+    def noting(self: Any, **given: Any) -> Any:
+        used.append(given["pad_token_id"])
+        return generate(self, **given)
+
+    monkeypatch.setattr(PeftModelForCausalLM, "generate", noting)
+    monkeypatch.setattr("pml.memorizing.DOUBLINGS", 0)
+    pml.memorize(FACTS, tmp_path / "out", backbone=str(folder), rank=2, block=1, placement=ALL, guard=None)
+    assert used == [end]
 
 
 @pytest.mark.usefixtures("_served_here", "_brief")

@@ -2,12 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from pml import served
+from pml.certificate import PairCertificate
 from pml.cli import main
 from pml.corpus import Corpus, Example
 from pml.encoding import PromptFormat, TextEncoder
@@ -102,6 +106,56 @@ def test_what_a_card_calls_certain_depends_on_dtype_rounding_and_probability(
     corpus = Corpus("facts", [Example(0, (1,), (2,), query="q", target="t")])
     card = model_card(make_record(**{**known, **fields}), corpus, TextEncoder(tiny_tokenizer, PromptFormat()), {})
     assert said in card
+
+
+def test_a_card_with_certificates_calls_certain_what_they_call_certain(tiny_tokenizer: Any) -> None:
+    corpus = Corpus("facts", [Example(i, (1, i), (2,), query="q", target="t") for i in range(2)])
+    # By the scores of the record alone, everything would be certain.
+    record = make_record(
+        pairs=2, dtype="bfloat16", exact_match=1.0, min_target_probability=0.7, steps_to_recall=90, rounding_logits=0.3
+    )
+    known = PairCertificate(corpus.examples[0], "certain", 0, 0.4, 0.7, 5, torch.tensor([0.4]))
+    for second, which in (("certain", "every target"), ("right", "1 of 2 targets")):
+        pairs = [known, replace(known, verdict=second)]
+        card = model_card(record, corpus, TextEncoder(tiny_tokenizer, PromptFormat()), {}, None, pairs)
+        (said,) = re.findall("reedy decoding is certain to give .* back, for the prompts above and allow[^.]*", card)
+        assert f"give {which} back" in said
+        assert said.endswith("allowing for the rounding to bfloat16 seen on these targets")
+
+
+def test_the_code_cuts_the_answer_at_its_length_if_targets_do_not_include_the_end_of_the_turn(
+    tiny_tokenizer: Any,
+) -> None:
+    encoder, cut = TextEncoder(tiny_tokenizer, PromptFormat()), "cut each answer at its length"
+    for end, tokens in (((), 1), ((encoder.end_of_turn_id,), 4)):
+        targets = ((2, *end), (2, 3, 4, *end))
+        examples = [Example(i, (1, i), ids, query="q", target="t") for i, ids in enumerate(targets)]
+        card = model_card(make_record(), Corpus("facts", examples), encoder, {})
+        assert f"max_new_tokens={tokens}," in card
+        assert (cut in card) is not bool(end)
+
+
+def test_a_folder_is_named_by_its_absolute_path(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
+    corpus = Corpus("facts", [Example(0, (1,), (2,), query="q", target="t")])
+    for name, base in (("base", str(tmp_path / "base")), ("org/base", "org/base")):
+        record = make_record(backbone=name, placement=["q_proj"])
+        card = model_card(record, corpus, TextEncoder(tiny_tokenizer, PromptFormat()), {})
+        assert f"AutoTokenizer.from_pretrained({base!r})" in card
+        assert f"on `{base}`" in card
+
+
+def test_without_a_template_the_code_and_a_server_get_ids_where_text_has_control_tokens(tiny_tokenizer: Any) -> None:
+    encoder = TextEncoder(tiny_tokenizer, PromptFormat(chat_template=False, system="Write <|im_end|>."))
+    ids = encoder.prompt("q").ids
+    assert tiny_tokenizer.convert_tokens_to_ids("<|im_end|>") not in ids
+    corpus = Corpus("facts", [Example(0, ids, (2,), query="q", target="t")])
+    assert f"ids = torch.tensor([{list(ids)}])" in model_card(make_record(), corpus, encoder, {})
+    job = served._job(Path("base"), Path("adapter"), corpus.examples, encoder, {}, "float32")
+    assert served._prompts(tiny_tokenizer, job) == [list(ids)]
 
 
 def test_the_code_turns_off_the_logit_changes_of_the_base_and_the_card_names_them(tiny_tokenizer: Any) -> None:

@@ -205,6 +205,16 @@ class TestCommand:
         assert main(asked) == 0
         assert f"rank {plan['rank']} (" in capsys.readouterr().out
 
+    def test_the_columns_of_the_pairs_can_be_named(
+        self, tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "own.csv").write_text("question,answer\nfirst?,007\n")
+        asked = ["plan", str(tmp_path / "own.csv"), f"--backbone={tiny_backbone_folder}", "--placement=mlp_block"]
+        assert main([*asked, "--guard=false", "--query_column=question", "--target_column=answer", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["target_tokens"] == 4
+        assert main([*asked, "--guard=false"]) == 2
+        assert "or name yours by query_column and target_column" in capsys.readouterr().err
+
     def test_constants_from_the_users_file_replace_the_packaged_ones(
         self, facts: Path, tiny_backbone_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -219,6 +229,7 @@ class TestCommand:
         [
             (["facts.csv", "--length=3"], "--length is only for a fitted law, which facts.csv is not; leave it out"),
             (["law.json", "--guard=true"], "--guard is only for a file of pairs, which law.json is not; leave it out"),
+            (["law.json", "--query_column=q"], "--query-column is only for a file of pairs, which law.json is not"),
             (["law.json"], "--length is missing; expected the target tokens of the corpus, such as --length 512"),
         ],
     )

@@ -1,11 +1,14 @@
 """Certify each pair as certain, right or failing, with margins in logits.
 
 RUN is a run folder with backbone, corpus and adapter. For an adapter trained elsewhere, give --adapter and --data (a
-file of pairs) instead, and --backbone unless the adapter names its base model. A pair is certain if every target token
-has p > 0.5 and a margin in logits above the measured rounding, which is how far margins move, in the dtype of the run,
-when tokens are decoded one by one with the KV cache. transformers' own greedy decoding then decodes the least certain
-pairs: in each of --dtypes, alone and in batches, with and without the cache. The exit code is 0 if every pair is
-certain and none of them fails to come back in the dtype of the run, else 1.
+file of pairs) instead, and --backbone unless the adapter names its base model. An adapter that lies in a run is
+certified in the dtype of that run, any other in the first of --dtypes.
+
+A pair is certain if every target token has p > 0.5 and a margin in logits above the measured rounding, which is how far
+margins move, in the dtype of the run, when tokens are decoded one by one with the KV cache. It is right if every target
+token beats all others, but not with certainty, and failing if some token does not. transformers' own greedy decoding
+then decodes the least certain pairs: in each of --dtypes, alone and in batches, with and without the cache. The exit
+code is 0 if every pair is certain and none of them fails to come back in the dtype of the run, else 1.
 """
 
 import logging
@@ -21,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import jsonargparse
 
 from pml.commands._console import make_console, one_line
-from pml.commands._facts import add_adapter_arguments, base_of, check_adapter_arguments, read_facts
+from pml.commands._facts import add_adapter_arguments, base_of, check_adapter_arguments, read_facts, record_of
 from pml.errors import InputError
 from pml.escape import say, say_json, shortened
 
@@ -110,11 +113,10 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
 def run(args: jsonargparse.Namespace) -> int:
     """Certify, decode and print; 0 if every pair is certain and came back where it was decoded, else 1."""
     # Imported here so that --help does not wait seconds for it.
-    from pml.adapter import load_adapter
-    from pml.backbone import DTYPES, load_backbone
-    from pml.certificate import allow_for_rounding, certify, measure_rounding
-    from pml.decoding import plain_decoding
-    from pml.devices import best_device
+    import torch
+
+    from pml.backbone import DTYPES
+    from pml.devices import free_memory
     from pml.tables import count
 
     check_adapter_arguments(args)
@@ -126,16 +128,13 @@ def run(args: jsonargparse.Namespace) -> int:
     asked = _run_to_certify(args) if args.run is not None else _adapter_to_certify(args)
     found = CertifyResult()
     for dtype in dict.fromkeys([asked.dtype, *args.dtypes]):
-        model = load_adapter(load_backbone(asked.backbone, dtype), asked.adapter).eval().to(best_device())
-        # The run's own dtype comes first; rounding in the others is measured against its margins.
-        found.certificates = found.certificates or certify(model, asked.examples)
-        found.turned_off = list(plain_decoding(model))
-        margins = [known.margins for known in found.certificates]
-        found.rounding[dtype] = measure_rounding(model, asked.examples, margins)
-        if dtype == asked.dtype:
-            found.certificates = allow_for_rounding(found.certificates, found.rounding[dtype].logits)
-        if dtype in args.dtypes:
-            found.decodings += _decoded(model, _least_certain(found.certificates, args.tokens), dtype)
+        free_memory()  # that of the model before it
+        try:
+            _measure(asked, found, dtype, args.tokens if dtype in args.dtypes else None)
+        except torch.OutOfMemoryError:
+            if dtype == asked.dtype:
+                raise
+            log.warning("the model does not fit into memory in %s; the rest holds without it", dtype)
     missed = max((way.missed for way in found.decodings if way.dtype == asked.dtype), default=0)
     if args.json:
         say_json(_plain(asked, found))
@@ -149,6 +148,26 @@ def run(args: jsonargparse.Namespace) -> int:
             *(count(missed, "certain pair"), asked.dtype, rounding),
         )
     return 0 if not missed and all(known.verdict == "certain" for known in found.certificates) else 1
+
+
+def _measure(asked: CertifyRequest, found: CertifyResult, dtype: str, tokens: int | None) -> None:
+    """Add what is found in one dtype; the run's own comes first. `tokens` is the most to decode, None for nothing."""
+    from pml.adapter import load_adapter
+    from pml.backbone import load_backbone
+    from pml.certificate import allow_for_rounding, certify, measure_rounding
+    from pml.decoding import plain_decoding
+    from pml.devices import best_device
+
+    model = load_adapter(load_backbone(asked.backbone, dtype), asked.adapter).eval().to(best_device())
+    # Rounding in other dtypes is measured against the margins in the run's own.
+    found.certificates = found.certificates or certify(model, asked.examples)
+    found.turned_off = list(plain_decoding(model))
+    margins = [known.margins for known in found.certificates]
+    found.rounding[dtype] = measure_rounding(model, asked.examples, margins)
+    if dtype == asked.dtype:
+        found.certificates = allow_for_rounding(found.certificates, found.rounding[dtype].logits)
+    if tokens is not None:
+        found.decodings += _decoded(model, _least_certain(found.certificates, tokens), dtype)
 
 
 def _run_to_certify(args: jsonargparse.Namespace) -> CertifyRequest:
@@ -165,8 +184,10 @@ def _run_to_certify(args: jsonargparse.Namespace) -> CertifyRequest:
 
 def _adapter_to_certify(args: jsonargparse.Namespace) -> CertifyRequest:
     backbone = args.backbone or base_of(args.adapter)
-    _, corpus, encoder = read_facts(args.data, backbone)
-    return CertifyRequest(backbone, "float32", args.adapter, corpus.examples[: args.limit], encoder)
+    _, corpus, encoder = read_facts(args.data, backbone, args)
+    record = record_of(args.adapter)
+    dtype = record.dtype if record is not None else args.dtypes[0]
+    return CertifyRequest(backbone, dtype, args.adapter, corpus.examples[: args.limit], encoder)
 
 
 def _least_certain(certificates: "Sequence[PairCertificate]", tokens: int) -> "list[PairCertificate]":

@@ -72,8 +72,11 @@ def run(args: jsonargparse.Namespace) -> int:
             f"of {lost[0].query!r}: their margins do not survive rounding to {module.dtype_name}; nothing is written"
         )
         return 1
-    turned_off = plain_decoding(merged)
-    _decode_as_certified(merged.generation_config, turned_off, data.encoder(module.tokenizer).end_of_turn_id)
+    turned_off, encoder = plain_decoding(merged), data.encoder(module.tokenizer)
+    _decode_as_certified(merged.generation_config, turned_off, encoder.end_of_turn_id)
+    dated = encoder.template is not None and encoder.template.shows_date
+    if dated:
+        module.tokenizer.chat_template = encoder.template.options_elsewhere["chat_template"]
     partial = args.out.with_name(f".{args.out.name}.{os.getpid()}")
     try:
         with quiet_transformers():
@@ -84,6 +87,8 @@ def run(args: jsonargparse.Namespace) -> int:
         shutil.rmtree(partial, ignore_errors=True)
     if turned_off:
         say(f"its generation_config.json omits the base model's {', '.join(turned_off)}, which change greedy answers")
+    if dated:
+        say(f"its chat template writes {encoder.form.template_date}, the date of training, in place of today's")
     say(f"{args.out}: {sum(recalled)} of {len(examples)} targets come back from it, as from the adapter")
     return 0
 

@@ -1,11 +1,11 @@
 """Train an adapter that recalls every target of a file word for word, and measure the harm to other text.
 
 PAIRS is a file of queries and targets (.jsonl, .csv, .parquet, .yaml). The rank is planned from the surprisal of the
-targets, and doubled if it is not enough. Training stops once every target token is certain; a guard and a KL penalty
-keep the model as it was on other text. Then a process with transformers and PEFT alone decodes every pair (not with
---placement mlp_block, which PEFT cannot load). DIR gets adapter/ (with a model card), record.json and the other files
-of a run. The exit code is 0 if every pair is certain and came back, else 1, and the others are listed. Harm is the rise
-of the loss on other text, in nats per token.
+targets, and doubled if it is not enough. Training stops once the probability of every target token exceeds --margin, in
+16 bits by more than rounding; a guard and a KL penalty keep the model as it was on other text. Then a process with
+transformers and PEFT alone decodes every pair (not with --placement mlp_block, which PEFT cannot load). DIR gets
+adapter/ (with a model card), record.json and the other files of a run. The exit code is 0 if every pair is certain and
+came back, else 1, and the others are listed. Harm is the rise of the loss on other text, in nats per token.
 """
 
 import sys
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jsonargparse
 
 from pml.commands._console import make_console, one_line
+from pml.commands._facts import COLUMNS, add_column_arguments
 from pml.escape import say, say_json
 
 if TYPE_CHECKING:
@@ -68,9 +69,13 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
         "--kl_weight", type=float, default=16.0, help="weight of the KL penalty on ordinary text; 0: no penalty"
     )
     parser.add_argument("--learning_rate", type=float, default=0.03, help="peak learning rate of AdamW")
-    parser.add_argument("--margin", type=float, default=0.6, help="probability that every target token has to exceed")
-    parser.add_argument("--query_column", type=str, default="query", help="column with the queries")
-    parser.add_argument("--target_column", type=str, default="target", help="column with the targets")
+    parser.add_argument(
+        "--margin",
+        type=float,
+        default=0.6,
+        help="probability that every target token has to exceed; above 0.5 a token is certain",
+    )
+    add_column_arguments(parser)
     parser.add_argument("--seed", type=int, default=42, help="seed of the adapter and of the order of the pairs")
     parser.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
     parser.add_argument(
@@ -95,9 +100,8 @@ def run(args: jsonargparse.Namespace) -> int:
         "block",
         "learning_rate",
         "margin",
-        "query_column",
-        "target_column",
         "seed",
+        *(column for column in COLUMNS if args[column] is not None),
     )
     with _Shown(quiet=args.json) as shown:
         made = memorize(

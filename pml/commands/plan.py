@@ -15,13 +15,13 @@ from typing import Any
 
 import jsonargparse
 
-from pml.commands._facts import FACT_FILES, read_facts
+from pml.commands._facts import COLUMNS, FACT_FILES, add_column_arguments, read_facts
 from pml.errors import InputError
 from pml.escape import say, say_json
 
 __all__ = ["configure", "run"]
 
-OF_PAIRS = ("backbone", "placement", "block", "guard", "constants")
+OF_PAIRS = ("backbone", "placement", "block", "guard", "constants", *COLUMNS)
 OF_LAW = ("length", "pairs", "recall", "probability", "loss_reduction", "rank", "initial_loss")
 
 
@@ -46,6 +46,7 @@ def configure(parser: jsonargparse.ArgumentParser) -> None:
     )
     parser.add_argument("--guard", type=bool | None, help="pairs: whether the adapter has the guard; default: true")
     parser.add_argument("--constants", type=Path | None, help="pairs: file of constants from pml calibrate --out")
+    add_column_arguments(parser, "pairs: ")
     parser.add_argument("--length", type=int | None, help="law: target tokens of the corpus, summed over its targets")
     parser.add_argument(
         "--pairs", type=int | None, help="law: number of targets; default: targets as long as in the law's runs"
@@ -104,7 +105,7 @@ def _of_pairs(args: jsonargparse.Namespace) -> Any:
 
     name = args.backbone or DEFAULT_BACKBONE
     constants = read_constants(args.constants)
-    facts, backbone = read_facts(args.what, name), load_backbone(name)
+    facts, backbone = read_facts(args.what, name, args), load_backbone(name)
     block = args.block if args.block is not None else AdapterConfig.block
     adapter = adapter_for(backbone, args.placement, block, None if args.guard is False else GuardConfig())
     return plan_rank(backbone, facts.corpus, adapter, constants)

@@ -1,8 +1,9 @@
 """Decode greedily what an adapter was trained on, and compare it with the targets.
 
 RUN is a run folder with backbone, corpus and adapter, or a folder with runs below it. For an adapter trained elsewhere,
-give --adapter and --data (a file of pairs) instead. With --prompt the adapter answers a text of your own. --sample also
-draws samples, and compares their exact match with the one that the token probabilities predict.
+give --adapter and --data (a file of pairs) instead; the backbone is loaded in float32, or for an adapter that lies in a
+run in the dtype of that run. With --prompt the adapter answers a text of your own. --sample also draws samples, and
+compares their exact match with the one that the token probabilities predict.
 """
 
 import math

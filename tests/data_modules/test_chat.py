@@ -92,9 +92,9 @@ def test_empty_keys_and_identifying_keys_of_a_turn_are_ignored(tmp_path: Path) -
 USER, ANSWER = ("user", "a"), ("assistant", "1")
 CALL = {"role": "assistant", "content": "1", "tool_calls": [{"function": "f"}]}
 IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
-TO_WRITE = "write columns 'query' and 'target', or name yours by data.query_column and data.target_column"
+TO_WRITE = "write columns 'query' and 'target', or name yours by query_column and target_column"
 ONE_EACH = f"expected one user turn and one answer, in text; {TO_WRITE}"
-SYSTEM = "leave it out of the rows and give its text once, by data.system"
+SYSTEM = "leave it out of the rows; `pml fit` takes its text once, by --data.system"
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,17 @@ def test_the_corpus_can_be_limited_to_its_first_distinct_pairs(
         build(tiny_tokenizer, path=path, pairs=4)
 
 
+def test_rows_after_the_pairs_that_are_taken_are_not_read(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    path = Path(written(tmp_path, ("a", "1"), ("a", "1"), ("b", "2"), ("c", "3")))
+    with path.open("a") as file:
+        file.write("\nnot a row")
+    assert facts(tiny_tokenizer, path=str(path), pairs=3) == [("a", "1"), ("b", "2"), ("c", "3")]
+    with pytest.raises(InputError, match=r"facts\.jsonl:5: malformed JSON"):
+        build(tiny_tokenizer, path=str(path))
+
+
 def test_end_of_turn_adds_one_token_to_each_target(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = written(tmp_path, ("a", "123"), ("b", "45"))
     assert build(tiny_tokenizer, path=path).target_tokens == 5

@@ -142,6 +142,11 @@ def test_invalid_json_lines_are_refused_with_the_line_and_the_reason(
         ('query,target\na,"1\n', "f.csv:2: malformed CSV (unexpected end of data)"),
         ("query,number\na,1\n", "f.csv:1: no column 'target'; found 'query', 'number'; write columns 'query' and"),
         ("query,target\na,\n", "f.csv:2: the target is empty"),
+        (
+            'query,target\na,1\nb, "4071#"\n',
+            "f.csv:3: 'target' is ' \"4071#\"', with quotes that follow a space and so are part of the text; write "
+            '\'"4071#"\' directly after the comma, or \'" ""4071#"""\' if the text has them',
+        ),
         (b"query,target\na,1\n\xe4,2\n", "f.csv:3: not UTF-8 (byte 1 is 0xe4); save the file with"),
         ("query,target,target\na,1,2\n", "f.csv:1: two columns have the name 'target'; give each a name of its own"),
         ("query;target\na;1\n", "f.csv:1: the columns are separated by ';'; save the file with commas"),
@@ -155,6 +160,11 @@ def test_invalid_csv_is_refused_with_the_line_and_the_reason(
     tmp_path: Path, content: bytes | str, message: str
 ) -> None:
     assert refused(file_of(tmp_path / "f.csv", content)).startswith(message)
+
+
+def test_quotes_after_a_space_are_text_if_the_field_stands_in_quotes(tmp_path: Path) -> None:
+    path = file_of(tmp_path / "f.csv", 'query,target\na," ""4071#"""\n"b"," ""x"", ""y"""\nc, "z" or "Z\n')
+    assert [pair.target for pair in read_pairs(path)] == [' "4071#"', ' "x", "y"', ' "z" or "Z']
 
 
 LAUGHS = "".join(f"  l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 12))
