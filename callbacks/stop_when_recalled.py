@@ -60,8 +60,8 @@ class StopWhenRecalled(Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, Memorization)
-        # Discard the result of an earlier fit.
-        self.steps_to_recall = self.rounding = None
+        # Discard the result of an earlier fit, and of a checkpoint that was evaluated; that of this fit comes later.
+        self.steps_to_recall, self.rounding, self._restored = None, None, (0, 0)
         head = pl_module.backbone.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return

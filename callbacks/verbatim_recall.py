@@ -50,6 +50,11 @@ class VerbatimRecall(CorpusMetricCallback):
         self._validations = self._restored = 0
         self._ended = False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            # Discard the state of a checkpoint that was evaluated; that of this fit comes later.
+            self._restored = 0
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_end(trainer, pl_module)
         if trainer.sanity_checking:
