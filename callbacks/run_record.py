@@ -14,13 +14,14 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks._logging import exact_scores, log_everywhere, log_settings
+from callbacks.token_thresholds import TokenThresholds
 from pml.adapter import adapter_parameters
 from pml.convergence import LossHistory
 from pml.corpus import Corpus
 from pml.corpus_file import CORPUS_NAME, HELD_OUT_NAME, write_corpus
 from pml.decoding import plain_decoding
 from pml.errors import InputError
-from pml.measures import recall_measures, validation_point
+from pml.measures import CERTAIN, recall_measures, validation_point
 from pml.model_card import model_card
 from pml.modules import Memorization
 from pml.provenance import git_commit, hardware, run_settings, versions
@@ -52,7 +53,8 @@ class RunRecord(Callback):
 
     Args:
         dirpath: The run's folder; None takes that of the loggers, see `pml.run_folder.folder_of_loggers`.
-        threshold: Probability up to which the curves count a target token as not certain; the record always uses 0.5.
+        threshold: Probability up to which the curves count a target token as not certain; None takes that of the last
+            `TokenThresholds`, or 0.5. The record always uses 0.5.
         overwrite: Overwrite the record of an earlier run in the same folder.
         extraction_samples: Number of samples at temperature 1 for `extraction_probability`.
     """
@@ -60,11 +62,12 @@ class RunRecord(Callback):
     def __init__(
         self,
         dirpath: str | None = None,
-        threshold: float = 0.5,
+        threshold: float | None = None,
         overwrite: bool = False,
         extraction_samples: int = 100,
     ) -> None:
-        critical_loss(threshold)
+        if threshold is not None:
+            critical_loss(threshold)
         if extraction_samples < 1:
             raise InputError(f"extraction_samples is {extraction_samples}; expected at least 1 sample")
         self.dirpath = dirpath
@@ -138,7 +141,7 @@ class RunRecord(Callback):
             return
         assert isinstance(pl_module, Memorization)
         if trainer.is_global_zero:
-            start = validation_point(self._initial, self.threshold) if trainer.global_step == 0 else {}
+            start = validation_point(self._initial, self._threshold(trainer)) if trainer.global_step == 0 else {}
             log_settings(trainer, pl_module, start)
         # Restart the clock: other callbacks may have measured something since `on_fit_start`.
         self._clock.start()
@@ -234,12 +237,17 @@ class RunRecord(Callback):
         # The record comes last: a folder that has one is complete.
         write_record(self.folder, record)
         self.record = record
-        log_everywhere(trainer, validation_point(scores, self.threshold, record.wall_seconds))
+        log_everywhere(trainer, validation_point(scores, self._threshold(trainer), record.wall_seconds))
 
     def _save_adapter(self, module: Memorization, card: str | None = None) -> None:
         save_adapter(module.model, self.folder / "adapter", card)
         # An earlier record describes another adapter.
         (self.folder / RECORD_NAME).unlink(missing_ok=True)
+
+    def _threshold(self, trainer: Trainer) -> float:
+        """Threshold of the curves, whose points between the first and the last come from `TokenThresholds`."""
+        drawn = [c.threshold for c in trainer.callbacks if isinstance(c, TokenThresholds)]  # type: ignore[attr-defined]
+        return self.threshold if self.threshold is not None else drawn[-1] if drawn else CERTAIN
 
     def _say(self, record: Record, module: Memorization) -> None:
         if record.generated_exact_match is not None and record.generated_exact_match != record.exact_match:
