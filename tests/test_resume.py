@@ -418,6 +418,14 @@ def test_checkpoints_are_saved_every_few_minutes_and_the_previous_one_is_kept(
     ]
 
 
+def test_a_fast_dev_run_leaves_the_checkpoints_of_a_real_run_as_they_are(sharp: Path, tmp_path: Path) -> None:
+    for kind in ({"max_epochs": 2}, {"fast_dev_run": True}):
+        callbacks = [Checkpoints(minutes=1e-9)]
+        trainer = make_trainer(tmp_path, **{**kind, "enable_checkpointing": True, "callbacks": callbacks})
+        trainer.fit(module_on(sharp, SFT), datamodule=Ids(uneven(4), batch_size=2))
+    assert read_checkpoint(newest_checkpoint(tmp_path))["global_step"] == 4
+
+
 class DiesMeasuring(Callback):
     """Raises after the last step, before the results are written."""
 
