@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics import Metric
 
+from callbacks._logging import log_evaluation
 from callbacks._several import last_acting
 
 
@@ -41,5 +42,5 @@ class CorpusMetricCallback(Callback):
         kind = type(self.metric)
         if last_acting(trainer, CorpusMetricCallback, lambda other: type(other.metric) is kind) is self:
             # All ranks call `compute`, which gathers from all of them: the values agree and need no further reduction.
-            for name, value in self.metric.compute().items():
-                pl_module.log(f"{prefix}/{name}", value.float(), rank_zero_only=True)
+            values = {f"{prefix}/{name}": value.float() for name, value in self.metric.compute().items()}
+            log_evaluation(trainer, pl_module, values)

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 
 from callbacks._corpus_metric import CorpusMetricCallback
-from callbacks._logging import exact_scores, log_everywhere
+from callbacks._logging import exact_scores, log_evaluation, log_everywhere
 from pml import metrics
 from pml.errors import InputError
 from pml.modules import Memorization
@@ -62,15 +62,13 @@ class VerbatimRecall(CorpusMetricCallback):
         self._validations += 1
         if self.generate_every and self._validations % self.generate_every == 0:
             self._generate(trainer, pl_module)
-            for name, value in self.shares().items():
-                pl_module.log(f"val/{name}", value, rank_zero_only=True)
+            log_evaluation(trainer, pl_module, {f"val/{name}": value for name, value in self.shares().items()})
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_test_epoch_end(trainer, pl_module)
         if self.generate_at_end:
             self._generate(trainer, pl_module)
-            for name, value in self.shares().items():
-                pl_module.log(f"test/{name}", value, rank_zero_only=True)
+            log_evaluation(trainer, pl_module, {f"test/{name}": value for name, value in self.shares().items()})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended, self._validations, self._restored = False, self._restored, 0
