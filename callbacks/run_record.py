@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from callbacks._corpus import corpus_of
 from callbacks._logging import exact_scores, log_everywhere, log_settings
 from callbacks.token_thresholds import TokenThresholds
 from pml.adapter import adapter_parameters
@@ -98,6 +99,7 @@ class RunRecord(Callback):
             return
         if not isinstance(pl_module, Memorization):
             raise InputError(f"RunRecord records SFT and MemFT; the model is a {type(pl_module).__name__}")
+        corpus_of(trainer, self)
         # All ranks must ask for the loggers' folder, so it is asked for once, here.
         self.run_folder = Path(self.dirpath) if self.dirpath else folder_of_loggers(trainer)
         if not self.dirpath and not trainer.loggers and self.folder.resolve() == Path.cwd():

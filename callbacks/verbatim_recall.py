@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from callbacks._corpus import corpus_of
 from callbacks._corpus_metric import CorpusMetricCallback
 from callbacks._logging import exact_scores, log_evaluation, log_everywhere
 from pml import metrics
@@ -54,6 +55,8 @@ class VerbatimRecall(CorpusMetricCallback):
         if stage == "fit":
             # Discard the state of a checkpoint that was evaluated; that of this fit comes later.
             self._restored = 0
+            if self.generate_at_end or self.generate_every:
+                corpus_of(trainer, self)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_end(trainer, pl_module)
@@ -132,7 +135,7 @@ class VerbatimRecall(CorpusMetricCallback):
 
     def _generate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
-        examples = trainer.datamodule.corpus.examples  # type: ignore[attr-defined]
+        examples = corpus_of(trainer, self).examples
         if trainer.is_global_zero and len(examples) > 4 * self.generate_batch_size:
             log.info("decoding %d targets greedily", len(examples))
         self.generated = greedy_recall(pl_module, examples, self.generate_batch_size)

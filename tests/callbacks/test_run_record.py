@@ -378,7 +378,7 @@ def test_a_fit_that_fails_after_a_step_leaves_its_adapter_beside_no_record_of_an
 ) -> None:
     make_trainer(tmp_path, max_epochs=1, callbacks=[RunRecord()]).fit(module_on(sharp, seed=2), datamodule=data)
     module, record = module_on(sharp), RunRecord(overwrite=True)
-    with pytest.raises(RuntimeError, match="out of memory|broken"):
+    with pytest.raises(RuntimeError, match=r"out of memory|broken"):
         make_trainer(tmp_path, max_epochs=5, callbacks=[fails, record]).fit(module, datamodule=data)
     torch.testing.assert_close(*saved_weights(module, sharp, tmp_path), rtol=0, atol=0)
     assert not (tmp_path / "record.json").exists()
@@ -419,13 +419,13 @@ def test_record_fields_that_a_record_cannot_take_are_left_out_with_a_warning_tha
     assert record.final_loss != 9
     said = [m.removeprefix("Measures: its record field ") for m in caplog.messages if m.startswith("Measures")]
     assert said == [
-        "'coverage' is left out of the record: there is no such field; give numbers of your own as a mapping, under the "
-        "name corpus_figures",
+        "'coverage' is left out of the record: there is no such field; give numbers of your own as a mapping, under "
+        "the name corpus_figures",
         "'final_loss' is left out of the record: RunRecord sets it itself",
         "'steps_to_recall' is left out of the record: Input should be a valid integer, unable to parse string as an "
         "integer",
-        "'corpus_figures' is left out of the record: words: Input should be a valid number, unable to parse string as a "
-        "number",
+        "'corpus_figures' is left out of the record: words: Input should be a valid number, unable to parse string as "
+        "a number",
     ]
 
 
