@@ -1,5 +1,6 @@
 """Callbacks, one per file: they decide when to measure a run and what to log."""
 
+from callbacks._corpus_metric import CorpusMetricCallback
 from callbacks.generalization import Generalization
 from callbacks.harm import Harm
 from callbacks.retention import Retention
@@ -11,6 +12,7 @@ from pml.checkpoints import Checkpoints
 
 __all__ = [
     "Checkpoints",
+    "CorpusMetricCallback",
     "Generalization",
     "Harm",
     "Retention",

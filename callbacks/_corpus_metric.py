@@ -1,10 +1,11 @@
-"""Base class of callbacks that accumulate one torchmetric over the corpus in validation and test loops."""
+"""Callbacks that accumulate one torchmetric over the corpus in validation and test loops."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torchmetrics import Metric
 
+from callbacks._logging import log_evaluation
 from callbacks._several import last_acting
 
 
@@ -37,8 +38,9 @@ class CorpusMetricCallback(Callback):
         self._log(trainer, pl_module, "test")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, prefix: str) -> None:
-        # Lightning would log the mean of what several callbacks of one kind measure.
-        if last_acting(trainer, type(self)) is self:
+        # Lightning would log the mean of what several callbacks measure under one name.
+        kind = type(self.metric)
+        if last_acting(trainer, CorpusMetricCallback, lambda other: type(other.metric) is kind) is self:
             # All ranks call `compute`, which gathers from all of them: the values agree and need no further reduction.
-            for name, value in self.metric.compute().items():
-                pl_module.log(f"{prefix}/{name}", value.float(), rank_zero_only=True)
+            values = {f"{prefix}/{name}": value.float() for name, value in self.metric.compute().items()}
+            log_evaluation(trainer, pl_module, values)

@@ -5,8 +5,10 @@ from contextlib import nullcontext
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from pml.adapter import adapter_parameters
 from pml.corpus import Corpus
@@ -14,13 +16,13 @@ from pml.modules import Memorization
 from pml.recall import score_corpus
 from pml.token_scores import TokenScores
 
-__all__ = ["exact_scores", "log_everywhere", "log_settings"]
+__all__ = ["exact_scores", "log_evaluation", "log_everywhere", "log_settings"]
 
 # The datamodule leads to its trainer and so to the module: a strong reference would keep the key alive.
 _latest: WeakKeyDictionary[Memorization, tuple[ReferenceType[Any], tuple[Any, ...], TokenScores]] = WeakKeyDictionary()
 
 
-def log_everywhere(trainer: Trainer, values: Mapping[str, float], step: int | None = None) -> None:
+def log_everywhere(trainer: Trainer, values: Mapping[str, float | Tensor], step: int | None = None) -> None:
     """Log values to all loggers at once, without waiting for Lightning's logging interval.
 
     Args:
@@ -30,7 +32,26 @@ def log_everywhere(trainer: Trainer, values: Mapping[str, float], step: int | No
     """
     if trainer.is_global_zero:
         for logger in trainer.loggers:
-            logger.log_metrics(dict(values), step=trainer.global_step if step is None else step)
+            numbers = {tag: float(value) for tag, value in values.items()}
+            logger.log_metrics(numbers, step=trainer.global_step if step is None else step)
+
+
+def log_evaluation(trainer: Trainer, module: LightningModule, values: Mapping[str, float | Tensor]) -> None:
+    """Log what a validation or test loop has measured; for use in hooks at the end of its epoch.
+
+    In a fit, Lightning counts a step only after the validation that follows it, and would draw every point one step
+    early. There it only keeps the values, for callbacks that monitor them.
+
+    Args:
+        trainer: The trainer that runs the loop.
+        module: The module that is evaluated.
+        values: Values by tag, the same on all ranks.
+    """
+    in_fit = trainer.state.fn == TrainerFn.FITTING
+    for tag, value in values.items():
+        module.log(tag, value, logger=not in_fit, rank_zero_only=True)
+    if in_fit and not trainer.sanity_checking:
+        log_everywhere(trainer, {**values, "epoch": trainer.current_epoch})
 
 
 def exact_scores(trainer: Trainer, module: Memorization, frozen: bool = False) -> TokenScores:

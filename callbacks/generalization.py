@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from callbacks._logging import log_everywhere
+from callbacks._logging import log_evaluation, log_everywhere
 from pml import metrics
 from pml.corpus import Corpus
 from pml.errors import InputError
@@ -92,8 +92,8 @@ class Generalization(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, prefix: str, generate: bool) -> None:
         if (held_out := _held_out(trainer)) is not None:
-            for name, value in self._measure(pl_module, held_out, generate).items():
-                pl_module.log(f"{prefix}/{name}", value, rank_zero_only=True)
+            measured = self._measure(pl_module, held_out, generate)
+            log_evaluation(trainer, pl_module, {f"{prefix}/{name}": value for name, value in measured.items()})
 
     def _measure(self, pl_module: LightningModule, held_out: Corpus, generate: bool) -> dict[str, float]:
         assert isinstance(pl_module, Memorization)

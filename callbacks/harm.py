@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from callbacks._before_and_after import BeforeAndAfter
 from pml.corpus import Example
+from pml.encoding import PromptFormat
 from pml.errors import InputError
 from pml.modules import Memorization
 from pml.ordinary_text import KINDS, shipped_passages, text_examples
@@ -22,7 +23,8 @@ class Harm(BeforeAndAfter):
     """Measures the loss on ordinary text before and after the fit, in nats per token, for each kind of text.
 
     The text (`texts/harm.jsonl`, see `pml.ordinary_text`) was written for this project and shares nothing with that of
-    the guard or the KL penalty. In chats only the answers count. All loggers get the losses `harm/prose`, `harm/code`
+    the guard or the KL penalty. Chats are in the chat template, with the variables and the date of the corpus, or
+    without one if it cannot be used; only their answers count. All loggers get the losses `harm/prose`, `harm/code`
     and `harm/chat`, and their mean, `harm/mean`, at the first and the last step.
 
     Args:
@@ -45,8 +47,14 @@ class Harm(BeforeAndAfter):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
+        # The variables and the date of the template are those of the corpus, its system turn is not.
+        known = getattr(trainer.datamodule, "prompt_format", PromptFormat())  # type: ignore[attr-defined]
         self._examples = text_examples(
-            self._passages, pl_module.tokenizer, pl_module.max_positions, pl_module.vocab_size
+            self._passages,
+            pl_module.tokenizer,
+            pl_module.max_positions,
+            pl_module.vocab_size,
+            PromptFormat(template_kwargs=known.template_kwargs, template_date=known.template_date),
         )
         super().on_fit_start(trainer, pl_module)
 

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from transformers import PreTrainedTokenizerBase
 
 from callbacks._before_and_after import BeforeAndAfter
+from callbacks._corpus import corpus_of
 from pml import metrics
 from pml.corpus import Corpus, Example
 from pml.encoding import PromptFormat, TextEncoder
@@ -73,7 +74,7 @@ class Retention(BeforeAndAfter):
         if stage == "fit":
             assert isinstance(pl_module, Memorization)
             datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-            self._texts = self._texts_outside(datamodule, pl_module)
+            self._texts = self._texts_outside(corpus_of(trainer, self), datamodule, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -91,8 +92,7 @@ class Retention(BeforeAndAfter):
             for name, examples in self._texts.items()
         }
 
-    def _texts_outside(self, datamodule: Any, module: Memorization) -> dict[str, list[Example]]:
-        corpus: Corpus = datamodule.corpus
+    def _texts_outside(self, corpus: Corpus, datamodule: Any, module: Memorization) -> dict[str, list[Example]]:
         made = (module.tokenizer, module.vocab_size, module.max_positions)
         text: Any = self.text
         if text is not None:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from callbacks._corpus import corpus_of
 from callbacks._logging import exact_scores
 from callbacks._several import last_acting
 from pml.certificate import Rounding
@@ -60,12 +61,12 @@ class StopWhenRecalled(Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, Memorization)
-        # Discard the result of an earlier fit.
-        self.steps_to_recall = self.rounding = None
+        # Discard the result of an earlier fit, and of a checkpoint that was evaluated; that of this fit comes later.
+        self.steps_to_recall, self.rounding, self._restored = None, None, (0, 0)
+        corpus = corpus_of(trainer, self)
         head = pl_module.backbone.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             return
-        corpus = trainer.datamodule.corpus  # type: ignore[attr-defined]
         equal = tokens_with_equal_rows(head, {token for example in corpus.examples for token in example.target_ids})
         if equal and trainer.is_global_zero:
             names = pl_module.tokenizer.convert_ids_to_tokens

@@ -55,6 +55,11 @@ class TokenThresholds(CorpusMetricCallback):
         self._restored: dict[str, Any] = {}
         self._before = 0
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            # Discard the state of a checkpoint that was evaluated; that of this fit comes later.
+            self._restored = {}
+
     # Training --------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
+from callbacks._corpus import corpus_of
 from callbacks._corpus_metric import CorpusMetricCallback
-from callbacks._logging import exact_scores, log_everywhere
+from callbacks._logging import exact_scores, log_evaluation, log_everywhere
 from pml import metrics
 from pml.errors import InputError
 from pml.modules import Memorization
@@ -50,6 +51,13 @@ class VerbatimRecall(CorpusMetricCallback):
         self._validations = self._restored = 0
         self._ended = False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            # Discard the state of a checkpoint that was evaluated; that of this fit comes later.
+            self._restored = 0
+            if self.generate_at_end or self.generate_every:
+                corpus_of(trainer, self)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_epoch_end(trainer, pl_module)
         if trainer.sanity_checking:
@@ -57,15 +65,13 @@ class VerbatimRecall(CorpusMetricCallback):
         self._validations += 1
         if self.generate_every and self._validations % self.generate_every == 0:
             self._generate(trainer, pl_module)
-            for name, value in self.shares().items():
-                pl_module.log(f"val/{name}", value, rank_zero_only=True)
+            log_evaluation(trainer, pl_module, {f"val/{name}": value for name, value in self.shares().items()})
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_test_epoch_end(trainer, pl_module)
         if self.generate_at_end:
             self._generate(trainer, pl_module)
-            for name, value in self.shares().items():
-                pl_module.log(f"test/{name}", value, rank_zero_only=True)
+            log_evaluation(trainer, pl_module, {f"test/{name}": value for name, value in self.shares().items()})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended, self._validations, self._restored = False, self._restored, 0
@@ -129,7 +135,7 @@ class VerbatimRecall(CorpusMetricCallback):
 
     def _generate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Memorization)
-        examples = trainer.datamodule.corpus.examples  # type: ignore[attr-defined]
+        examples = corpus_of(trainer, self).examples
         if trainer.is_global_zero and len(examples) > 4 * self.generate_batch_size:
             log.info("decoding %d targets greedily", len(examples))
         self.generated = greedy_recall(pl_module, examples, self.generate_batch_size)

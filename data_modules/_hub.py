@@ -17,7 +17,7 @@ READ = ("arrow", "csv", "json", "parquet", "text", "xml")
 
 
 def dataset_documents(name: str, config: str | None, split: str, column: str) -> Iterator[Document]:
-    """Yield each row of a dataset as a document, downloaded as they are read.
+    """Yield each row of a dataset as a document, downloaded as they are read; rows without text are skipped.
 
     Args:
         name: Name on the hub, a folder with data files, or a folder written by `save_to_disk`.
@@ -27,21 +27,27 @@ def dataset_documents(name: str, config: str | None, split: str, column: str) ->
 
     Raises:
         InputError: If `datasets` is not installed; if there is no such dataset, configuration, split or column; if two
-            columns have that name; or if the dataset is neither tables nor text.
+            columns have that name; if no row has text in it; or if the dataset is neither tables nor text.
     """
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise InputError(f"dataset {name!r} needs the package datasets; pip install 'pml[hub]'") from error
     try:
-        rows = _rows(datasets, name, config, split)
+        rows, empty = _rows(datasets, name, config, split), True
         for number, values in enumerate(rows, start=1):
             # `datasets` reads CSV with pandas, which gives this name to the second of two equally named columns.
             if rows.builder_name == "csv" and (second := f"{column}.1") in values:
                 raise InputError(
                     f"{name} row {number}: two columns have the name {column!r}, or one has {second!r}; rename one"
                 )
+            # Of data made from lines of text, such as WikiText, many rows are empty.
+            if column in values and values[column] in ("", None):
+                continue
             yield document_of_row(Row(f"{name} row {number}", values), column)
+            empty = False
+        if empty:
+            raise InputError(f"dataset {name!r}: no row of {split!r} has text in the column {column!r}; name another")
     except InputError:
         raise
     except Exception as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -155,7 +156,8 @@ class NaturalText(MemorizationDataModule):
             version = "documentation strings of Python {}.{}.{}".format(*sys.version_info)
             return _Source("natural_text", CutText(documentation_strings(), encoder, version), {"source": version})
         paths = [self.path] if isinstance(self.path, str) else self.path
-        name = ", ".join(Path(path).name for path in paths)
+        # The working directory is given as "."; links keep the names that they were given.
+        name = ", ".join(os.path.basename(os.path.abspath(path)) for path in paths)
         if len(paths) == 1 and (published := read_long_context(Path(paths[0]), self.column)):
             return self._published(published, name, encoder)
         return _Source(name, CutText(read_documents(paths, self.column), encoder, name))

@@ -92,6 +92,8 @@ class PhoneBook(MemorizationDataModule):
             if total_tokens > self.target_tokens:
                 break
             pairs.append(pair)
+        # The pairs are encoded again, which notes their queries.
+        encoder.changed.clear()
         if not pairs:
             raise InputError(
                 f"target_tokens is {self.target_tokens}, and one number has {number_tokens}; expected at least as many"

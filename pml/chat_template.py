@@ -62,14 +62,15 @@ class ChatTemplate:
     Args:
         tokenizer: A tokenizer with a chat template.
         form: The system turn, the template's variables and the date.
+        quiet: Do not warn of what servers must do to make the same prompts.
 
     Raises:
         InputError: If the template leaves out the user's text, rejects or leaves out a requested system turn, or reads
             the clock in a way that cannot be fixed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, form: PromptFormat) -> None:
-        self.tokenizer, self.form = tokenizer, form
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, form: PromptFormat, quiet: bool = False) -> None:
+        self.tokenizer, self.form, self._quiet = tokenizer, form, quiet
         self.shows_date = False
         """Whether prompts contain the fixed date, because the template reads the clock."""
         self.fixed_dates: dict[str, str] = {}
@@ -130,7 +131,7 @@ class ChatTemplate:
                 "the chat template does not write what the user says, so all queries would give the same prompt; use "
                 "a backbone with another template, or `pml fit` with --data.chat_template false"
             )
-        if self._parts:
+        if self._parts and not self._quiet:
             log.warning("the chat template takes message content as a list of parts; servers must send it in that form")
         system = self.form.system
         if system is not None and system.strip() not in self.rendered(ANSWER):
@@ -174,7 +175,7 @@ class ChatTemplate:
                 "day; use a backbone with another template, or `pml fit` with --data.chat_template false"
             )
         self.shows_date = fixed != template and self._differs_by_date(fixed, template)
-        if self.shows_date:
+        if self.shows_date and not self._quiet:
             log.warning(
                 "the chat template writes the date; prompts say %s (template_date): give servers the same date, or "
                 "their prompts change every day",

@@ -188,7 +188,9 @@ class Checkpoints(StopsAtSteps, Checkpoint):
         return f"go on with --ckpt_path {shlex.quote(str(self.folder / LAST))}"
 
     def save(self, trainer: Trainer) -> None:
-        """Save a checkpoint, keeping the one before. All ranks must call it."""
+        """Save a checkpoint, keeping the one before; a `fast_dev_run` saves none. All ranks must call it."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         partial = self.folder / f".{LAST}.partial"
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:

@@ -49,18 +49,21 @@ class TextEncoder:
     Args:
         tokenizer: The backbone's tokenizer.
         form: The prompt format.
+        quiet: See `ChatTemplate`.
 
     Raises:
         InputError: If the chat template cannot be used; see `ChatTemplate`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, form: PromptFormat | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, form: PromptFormat | None = None, quiet: bool = False
+    ) -> None:
         self.tokenizer = tokenizer
         self.form = form or PromptFormat()
         self.changed: dict[str, list[str]] = {}
         """Queries that do not reach the model as written: what happens to them, and a list of those affected."""
         wanted = self.form.chat_template and tokenizer.chat_template
-        self.template = ChatTemplate(tokenizer, self.form) if wanted else None
+        self.template = ChatTemplate(tokenizer, self.form, quiet) if wanted else None
         """Chat template around queries; None if they stand alone."""
 
     # Prompts ----------------------------------------------------------------------------------------------------------

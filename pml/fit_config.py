@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 from pml.errors import InputError
 from pml.own_classes import class_of
 
-__all__ = ["check_configuration", "check_precision"]
+__all__ = ["check_configuration", "check_precision", "check_trainer"]
 
 MOST_SEEDS = 2**32 - 1
 
@@ -105,11 +105,7 @@ def _check_training(trainer: Mapping[str, Any]) -> None:
         batches = trainer.get(name)
         if batches is not None and (batches < 0 or (isinstance(batches, float) and batches > 1)):
             raise InputError(f"trainer.{name} is {batches}; expected a number of batches, or a share up to 1.0")
-    if trainer.get("overfit_batches"):
-        raise InputError(
-            f"trainer.overfit_batches is {trainer['overfit_batches']}; a corpus is memorised as a whole, so there is "
-            "nothing to overfit; take a smaller corpus, or trainer.limit_train_batches"
-        )
+    _check_overfitting(trainer.get("overfit_batches"))
     _check_time(trainer.get("max_time"), nothing)
     for name, least in (
         ("accumulate_grad_batches", 1),
@@ -151,6 +147,27 @@ def _check_time(limit: Any, nothing: str) -> None:
         seconds = 0.0 + sum(int(part) * size for part, size in zip(parts, (86400, 3600, 60, 1), strict=True))
     if seconds <= 0:
         raise InputError(f"trainer.max_time is {limit}, {nothing}; expected a time above 0, such as 00:00:30:00")
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse a trainer made in Python whose settings the command line refuses, where a fit with them would go wrong.
+
+    Args:
+        trainer: The Lightning trainer.
+
+    Raises:
+        InputError: If its precision is not float32, or it overfits batches.
+    """
+    check_precision(trainer.precision)
+    _check_overfitting(trainer.overfit_batches)
+
+
+def _check_overfitting(batches: Any) -> None:
+    if batches:
+        raise InputError(
+            f"trainer.overfit_batches is {batches}; a corpus is memorised as a whole, so there is nothing to overfit; "
+            "take a smaller corpus, or trainer.limit_train_batches"
+        )
 
 
 def check_precision(precision: Any) -> None:

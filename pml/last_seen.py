@@ -103,7 +103,8 @@ class LastSeen:
             dist.all_gather(everyone, self.table)
             tables = torch.stack(everyone)
             latest = tables[:, :, STEP].argmax(dim=0)
-            self.table = tables[latest, torch.arange(len(latest), device=latest.device)]
+            # In place: a checkpoint may be saved in validation, where new tensors could not be updated after it.
+            self.table.copy_(tables[latest, torch.arange(len(latest), device=latest.device)])
             dist.all_reduce(self.first_right, op=dist.ReduceOp.MIN)
 
     def state_dict(self) -> dict[str, Tensor]:

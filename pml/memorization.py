@@ -18,7 +18,7 @@ from pml.backbone import Backbone, backbones_are_shared, load_backbone
 from pml.compiled import CompileMode, Compiling, check_compile_mode
 from pml.cpu import CpuChoice, CpuConfig, tune_cpu
 from pml.curriculum import PrefixRatio
-from pml.fit_config import check_precision
+from pml.fit_config import check_trainer
 from pml.frozen_layers import FrozenLayers, content_keys, split_for, stream_below
 from pml.global_batch import GlobalBatch
 from pml.kl_penalty import KlPenalty, KlPenaltyConfig, micro_batch_index
@@ -197,7 +197,7 @@ class Memorization(LightningModule):
         if stage == "fit":  # A checkpoint is loaded after this.
             self.tokens_trained = self._skipped = self.resumed = 0
             self.global_batch = GlobalBatch(self.weighting.when_memorized == "uniform")
-        check_precision(self.trainer.precision)
+        check_trainer(self.trainer)
         highest_products()
         if self.trainer.strategy.root_device.type == "cpu":
             self.cpu_choice = tune_cpu(self.cpu_config)

@@ -3,7 +3,7 @@
 The package holds three files of prose, code and chats, without overlap. `texts/guard.jsonl` and `texts/penalty.jsonl`
 were sampled from SmolLM2-135M-Instruct (Apache-2.0) at temperature 0.8. What they say is often wrong, which does not
 matter: only the model's activations and predictions on them are used. `texts/harm.jsonl` was written for this project.
-Chats are put into the backbone's chat template, the other kinds are encoded without one.
+Chats are put into the backbone's chat template if it can be used, the other kinds are encoded without one.
 """
 
 import json
@@ -97,6 +97,7 @@ def text_examples(
     tokenizer: PreTrainedTokenizerBase,
     max_positions: int | None = None,
     vocab_size: int | None = None,
+    form: PromptFormat | None = None,
 ) -> list[Example]:
     """Encode each passage as an example that begins as the tokenizer begins a text or, for a chat, with the query.
 
@@ -107,8 +108,13 @@ def text_examples(
         tokenizer: The backbone's tokenizer.
         max_positions: Context length in tokens; passages are cut to it, and left out if no target token remains.
         vocab_size: Number of token ids that the backbone knows; passages with other ids are left out.
+        form: Prompt format of chats; None takes the default one.
     """
-    plain, chat = TextEncoder(tokenizer, PromptFormat(chat_template=False)), TextEncoder(tokenizer)
+    plain = TextEncoder(tokenizer, PromptFormat(chat_template=False))
+    try:
+        chat = TextEncoder(tokenizer, form, quiet=True)
+    except InputError:  # the user's own text does without this template, or fails with the same message
+        chat = plain
     examples = []
     for number, passage in enumerate(passages):
         if passage.query:

@@ -24,6 +24,7 @@ __all__ = [
     "MeasuresForRecord",
     "Record",
     "Status",
+    "fault_of_field",
     "read_record",
     "read_records",
     "write_json",
@@ -233,7 +234,7 @@ class MeasuresForRecord(Protocol):
         """Fields of `Record` measured on the adapter in its present state; called on all ranks.
 
         Mappings, such as `corpus_figures`, are merged over callbacks. If several callbacks give the same other field,
-        the one listed last wins.
+        the one listed last wins. A field that `Record` does not have, or of another type, is left out with a warning.
 
         Args:
             trainer: Trainer of the fit.
@@ -241,6 +242,19 @@ class MeasuresForRecord(Protocol):
             ended: Whether the fit ended by itself. If not, return only what is already known: whoever stopped it waits.
         """
         ...
+
+
+def fault_of_field(name: str, value: Any) -> str | None:
+    """Why a record cannot take what a callback measured as a field; None if it can."""
+    field = Record.model_fields.get(name)
+    if field is None:
+        return "there is no such field; give numbers of your own as a mapping, under the name corpus_figures"
+    try:
+        pydantic.TypeAdapter(field.rebuild_annotation()).validate_python(value)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        return ": ".join([*map(str, first["loc"]), str(first["msg"])])
+    return None
 
 
 def write_json(path: Path, content: Any) -> None:

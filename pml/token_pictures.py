@@ -61,9 +61,19 @@ def pool_min(table: Floats, rows: int, columns: int) -> Floats:
     for axis, most in ((0, rows), (1, columns)):
         size = table.shape[axis]
         if size > most:
-            starts = np.arange(most) * size // most
-            table = np.fmin.reduceat(table, starts, axis=axis)
+            table = np.fmin.reduceat(table, _starts(size, most), axis=axis)
     return table
+
+
+def _starts(size: int, cells: int) -> npt.NDArray[np.int64]:
+    """Where each cell begins if neighbours share one."""
+    return np.arange(cells) * size // cells
+
+
+def _cell_of(size: int, most: int) -> tuple[npt.NDArray[np.int64], int]:
+    """(size,) the cell in which `pool_min` puts each row or column, and the number of cells."""
+    cells = min(size, most)
+    return np.searchsorted(_starts(size, cells), np.arange(size), side="right") - 1, cells
 
 
 def token_grid(
@@ -87,10 +97,14 @@ def token_grid(
         table = np.full((-(-len(flat) // wide), wide), np.nan)
         table.ravel()[: len(flat)] = flat
         return table
+    # Without a table of all pairs by all positions: one long target among many pairs would make it huge.
     sizes = np.asarray(lengths)
-    table = np.full((len(sizes), int(sizes.max())), np.nan)
-    table[np.arange(sizes.max()) < sizes[:, None]] = probability
-    return pool_min(table, rows, columns)
+    row, cells_down = _cell_of(len(sizes), rows)
+    column, cells_across = _cell_of(int(sizes.max()), columns)
+    position = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    flat = np.full(cells_down * cells_across, np.nan)
+    np.fmin.at(flat, np.repeat(row, sizes) * cells_across + column[position], probability.astype(flat.dtype))
+    return flat.reshape(cells_down, cells_across)
 
 
 def grid_image(probability: Floats, lengths: Sequence[int], threshold: float = 0.5, title: str = "") -> Pixels:

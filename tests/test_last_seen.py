@@ -58,5 +58,25 @@ def test_a_restored_state_keeps_its_scores_and_takes_new_ones() -> None:
     np.testing.assert_allclose(second.standing().probability, [0.6, 0.2], rtol=1e-6)
 
 
+def test_scores_go_on_after_a_checkpoint_that_several_ranks_saved_in_validation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gather(everyone: list[torch.Tensor], own: torch.Tensor) -> None:
+        # The other rank has not scored anything yet.
+        for table, values in zip(everyone, (own, torch.full_like(own, -1)), strict=True):
+            table.copy_(values)
+
+    monkeypatch.setattr("pml.last_seen.several_ranks", lambda: True)
+    monkeypatch.setattr("pml.last_seen.dist.get_world_size", lambda: 2)
+    monkeypatch.setattr("pml.last_seen.dist.all_gather", gather)
+    monkeypatch.setattr("pml.last_seen.dist.all_reduce", lambda *_, **__: None)
+    seen = LastSeen([1, 1])
+    seen.update(batch([0], [[0.6]], [[1]]), 3)
+    with torch.inference_mode():  # as in Lightning's validation
+        seen.state_dict()
+    seen.update(batch([1], [[0.2]], [[0]]), 4)
+    np.testing.assert_allclose(seen.standing().probability, [0.6, 0.2], rtol=1e-6)
+
+
 def test_margins_are_empty_if_none_is_known() -> None:
     assert margins(LastSeen([2]).standing()) == {}

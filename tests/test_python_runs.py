@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Callback
 
-from callbacks import RunRecord, StopWhenRecalled
+from callbacks import Retention, RunRecord, StopWhenRecalled, VerbatimRecall
 from data_modules import Facts, PhoneBook
 from pml.cli import main
 from pml.errors import InputError
@@ -53,6 +54,25 @@ def test_a_run_from_python_without_a_folder_is_refused_before_it_overwrites_file
     with pytest.raises(InputError, match="into the working directory, over files of the same names; give it a dirpath"):
         trainer.fit(module, datamodule=PhoneBook(pairs=2))
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_overfitting_batches_is_refused_for_a_trainer_made_in_python(
+    tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    module = MemFT(backbone=str(tiny_backbone_folder), adapter=ADAPTER)
+    with pytest.raises(InputError, match=r"trainer.overfit_batches is 1; a corpus is memorised as a whole"):
+        make_trainer(tmp_path, overfit_batches=1).fit(module, datamodule=PhoneBook(pairs=2))
+
+
+@pytest.mark.parametrize("callback", [StopWhenRecalled, VerbatimRecall, Retention, RunRecord])
+def test_a_callback_that_needs_the_corpus_refuses_a_fit_of_dataloaders(
+    callback: type[Callback], tiny_backbone_folder: Path, tmp_path: Path
+) -> None:
+    module, data = MemFT(backbone=str(tiny_backbone_folder), adapter=ADAPTER), PhoneBook(pairs=2)
+    data.build(module.tokenizer, module.vocab_size)
+    said = rf"{callback.__name__} needs the corpus, .* expected datamodule=\.\.\., as in trainer\.fit"
+    with pytest.raises(InputError, match=said):
+        make_trainer(tmp_path, callbacks=[callback()]).fit(module, train_dataloaders=data.train_dataloader())
 
 
 def test_the_configuration_of_a_command_line_run_keeps_its_trainer_section(

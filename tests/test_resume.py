@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from callbacks import RunRecord, StopWhenRecalled, TokenThresholds
+from callbacks import RunRecord, StopWhenRecalled, TokenThresholds, VerbatimRecall
 from pml import stopping
 from pml.adapter import AdapterConfig, adapter_parameters
 from pml.checkpoints import Checkpoints, newest_checkpoint, read_checkpoint
@@ -28,6 +28,7 @@ from pml.modules import SFT, MemFT, Memorization
 from pml.records import Record, read_record
 from pml.state_store import CacheConfig
 from pml.stopping import Stopped
+from pml.token_history import read_history
 from pml.weighting import OnlyThreshold, SlidingWindow, WholeTargets
 from tests.fits import module_on, save_sharpened
 from tests.tiny_runs import Ids, make_trainer, uneven
@@ -211,6 +212,28 @@ def test_extending_a_finished_fit_gives_the_batches_and_learning_rates_of_the_lo
     rest = steps(tmp_path / "rest", longer, newest_checkpoint(tmp_path / "first"))
     assert 0 < done < len(whole)
     assert rest == whole[done:]
+
+
+def test_evaluating_a_checkpoint_leaves_nothing_of_its_fit_to_the_next_one(sharp: Path, tmp_path: Path) -> None:
+    def observers(name: str) -> tuple[VerbatimRecall, RunRecord, list[Callback]]:
+        recall, record = VerbatimRecall(generate_every=2, generate_at_end=False), RunRecord(str(tmp_path / name))
+        return recall, record, [recall, TokenThresholds(), StopWhenRecalled(), record]
+
+    def fitting(callbacks: list[Callback], epochs: int) -> Trainer:
+        return make_trainer(tmp_path, max_epochs=epochs, limit_val_batches=1.0, callbacks=callbacks)
+
+    data = Ids(uneven(7), batch_size=7)
+    first = fitting(observers("first")[-1], 21)
+    first.fit(module_on(sharp), datamodule=data)
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    recall, record, callbacks = observers("second")
+    evaluating: dict[str, Any] = {"ckpt_path": tmp_path / "first.ckpt", "weights_only": True, "verbose": False}
+    fitting(callbacks, 1).validate(module_on(sharp), datamodule=data, **evaluating)
+    fitting(callbacks, 3).fit(module_on(sharp), datamodule=data)
+    assert recall.generated_at_step == 2
+    assert read_history(tmp_path / "second").step.tolist() == [0, 1, 2, 3]
+    # It takes 20 steps to see how fast the loss still falls.
+    assert record.record is not None and record.record.late_loss_drop is None
 
 
 class SaveBetween(Callback):
@@ -402,6 +425,14 @@ def test_checkpoints_are_saved_every_few_minutes_and_the_previous_one_is_kept(
         9,
         12,
     ]
+
+
+def test_a_fast_dev_run_leaves_the_checkpoints_of_a_real_run_as_they_are(sharp: Path, tmp_path: Path) -> None:
+    for kind in ({"max_epochs": 2}, {"fast_dev_run": True}):
+        callbacks = [Checkpoints(minutes=1e-9)]
+        trainer = make_trainer(tmp_path, **{**kind, "enable_checkpointing": True, "callbacks": callbacks})
+        trainer.fit(module_on(sharp, SFT), datamodule=Ids(uneven(4), batch_size=2))
+    assert read_checkpoint(newest_checkpoint(tmp_path))["global_step"] == 4
 
 
 class DiesMeasuring(Callback):

@@ -39,6 +39,23 @@ def test_each_of_several_pairs_has_its_own_row() -> None:
     )
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(99, 99), (3, 99), (99, 4), (3, 4), (1, 1)])
+def test_many_pairs_are_pooled_as_their_whole_table_would_be(rows: int, columns: int) -> None:
+    lengths = [5, 1, 11, 2, 7, 1, 3]
+    probability = np.random.default_rng(1).random(sum(lengths)).astype(np.float32)
+    probability[[3, 17]] = np.nan
+    table = np.full((7, 11), np.nan)
+    table[np.arange(11) < np.array(lengths)[:, None]] = probability
+    np.testing.assert_equal(token_grid(probability, lengths, rows, columns), pool_min(table, rows, columns))
+
+
+def test_one_long_target_among_many_pairs_needs_no_table_of_all_pairs_by_all_positions() -> None:
+    lengths = [1] * 100_000 + [100_000]  # 80 GB in such a table
+    grid = token_grid(np.full(200_000, 0.9, np.float32), lengths)
+    assert grid.shape == (100, 120)
+    assert not np.isnan(grid[-1]).any()
+
+
 def test_a_single_target_is_wrapped_and_one_failing_token_in_a_million_stays_visible() -> None:
     assert token_grid(np.full(50, 0.9), [50]).shape == (5, 10)
     p = np.full(1_000_000, 0.99)

@@ -15,6 +15,7 @@ from pml.modules import SFT
 from pml.ordinary_text import shipped_passages, text_examples
 from pml.recall import score_examples
 from pml.records import read_record
+from tests.conftest import CHAT_TEMPLATE
 from tests.ddp_cases import kicked
 from tests.fits import module_on
 from tests.tiny_runs import Ids, make_trainer, uneven
@@ -112,6 +113,37 @@ def test_the_mean_weights_all_kinds_of_text_equally_whatever_their_length(
     for name in ("loss_before", "loss_after"):
         assert found["mean"][name] == pytest.approx(sum(kind[name] for kind in kinds) / 3)
         assert found["mean"][name] != pytest.approx(sum(k[name] * k["target_tokens"] for k in kinds) / 264, rel=1e-3)
+
+
+NEEDS_MODE = "{% if mode is not defined %}{{ raise_exception('no mode') }}{% endif %}{{ mode }} "
+DATED = "{{ strftime_now('%Y') }} " + CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "data", "prompt"),
+    [
+        ("{{ raise_exception('no') }}", {"chat_template": False}, "{query}"),
+        (NEEDS_MODE + CHAT_TEMPLATE, {}, "{query}"),
+        (NEEDS_MODE + CHAT_TEMPLATE, {"template_kwargs": {"mode": "calm"}}, "calm {in_template}"),
+        (DATED, {"template_date": "1999-01-02", "system": "Be exact."}, "1999 {in_template}"),
+    ],
+)
+def test_chats_are_in_the_template_of_the_corpus_or_without_one_that_cannot_be_used(
+    template: str,
+    data: dict[str, Any],
+    prompt: str,
+    tiny_backbone_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    harm, module = Harm(passages=1), module_on(tiny_backbone_folder, SFT)
+    module.tokenizer.chat_template = template
+    make_trainer(tmp_path, callbacks=[harm]).fit(module, datamodule=Ids(uneven(3), **data))
+    query = next(p.query for p in shipped_passages("harm") if p.kind == "chat")
+    (ids,) = [e.prompt_ids for e in harm._examples if e.source == "chat"]
+    in_template = f"<|im_start|>user\n{query}<|im_end|>\n<|im_start|>assistant\n"
+    assert module.tokenizer.decode(ids) == prompt.format(query=query, in_template=in_template)
+    assert not [record for record in caplog.records if record.name.startswith("pml") and record.levelname == "WARNING"]
 
 
 def test_a_resumed_fit_does_not_log_the_loss_of_the_frozen_model_again(

@@ -22,7 +22,7 @@ from torchmetrics.functional.text import edit_distance
 from transformers import AutoModelForCausalLM
 
 from callbacks import RunRecord, StopWhenRecalled, TokenThresholds, VerbatimRecall
-from pml.adapter import AdapterConfig
+from pml.adapter import AdapterConfig, adapter_parameters
 from pml.corpus import Corpus
 from pml.errors import InputError
 from pml.modules import SFT, MemFT, Memorization
@@ -355,6 +355,79 @@ def test_a_fit_that_fails_leaves_no_record(data: Ids, sharp: Path, tmp_path: Pat
     with pytest.raises(RuntimeError, match="broken"):
         trainer.fit(module_on(sharp), datamodule=data)
     assert not (tmp_path / "record.json").exists()
+
+
+def saved_weights(module: Memorization, backbone: Path, folder: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The module's trained weights, and those of the adapter saved in a run's folder."""
+    loaded = module_on(backbone)
+    loaded.load_adapter(folder / "adapter")
+    trained, saved = (list(adapter_parameters(m.model).values()) for m in (module, loaded))
+    assert any(weight.abs().sum() > 0 for weight in trained)
+    return trained, saved
+
+
+class FailsAtItsEnd(Callback):
+    """Runs out of memory in a measurement after the last step, before the record is written."""
+
+    def on_train_end(self, *_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("fails", [FailsAtItsEnd(), Stop(RuntimeError("broken"))])
+def test_a_fit_that_fails_after_a_step_leaves_its_adapter_beside_no_record_of_another(
+    fails: Callback, data: Ids, sharp: Path, tmp_path: Path
+) -> None:
+    make_trainer(tmp_path, max_epochs=1, callbacks=[RunRecord()]).fit(module_on(sharp, seed=2), datamodule=data)
+    module, record = module_on(sharp), RunRecord(overwrite=True)
+    with pytest.raises(RuntimeError, match=r"out of memory|broken"):
+        make_trainer(tmp_path, max_epochs=5, callbacks=[fails, record]).fit(module, datamodule=data)
+    torch.testing.assert_close(*saved_weights(module, sharp, tmp_path), rtol=0, atol=0)
+    assert not (tmp_path / "record.json").exists()
+
+
+def test_a_fit_that_fails_before_its_first_step_leaves_no_adapter(data: Ids, sharp: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="training has begun"):
+        make_trainer(tmp_path, callbacks=[RunRecord(), NoTraining()]).fit(module_on(sharp), datamodule=data)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_error_after_the_record_is_written_leaves_the_results_as_they_are(
+    data: Ids, sharp: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_trainer(tmp_path, callbacks=[RunRecord(), FailsAtItsEnd()]).fit(module_on(sharp), datamodule=data)
+    assert read_record(tmp_path / "record.json").status == "finished"
+    assert "teacher forcing" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+class Measures(Callback):
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+
+    def record_fields(self, trainer: Any, pl_module: Any, ended: bool) -> dict[str, Any]:
+        return self.fields
+
+
+def test_record_fields_that_a_record_cannot_take_are_left_out_with_a_warning_that_names_the_callback(
+    sharp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = Measures(coverage=1, final_loss=9.0, steps_to_recall="soon", corpus_figures={"words": "many"})
+    right = Measures(steps_to_recall=3, corpus_figures={"letters": 5.0})
+    callbacks = [right, wrong, RunRecord()]
+    make_trainer(tmp_path, callbacks=callbacks).fit(module_on(sharp), datamodule=Mixed(uneven(5)))
+    record = read_record(tmp_path / "record.json")
+    assert (record.steps_to_recall, record.corpus_figures) == (3, {"tokens": 28, "letters": 5})
+    assert record.final_loss != 9
+    said = [m.removeprefix("Measures: its record field ") for m in caplog.messages if m.startswith("Measures")]
+    assert said == [
+        "'coverage' is left out of the record: there is no such field; give numbers of your own as a mapping, under "
+        "the name corpus_figures",
+        "'final_loss' is left out of the record: RunRecord sets it itself",
+        "'steps_to_recall' is left out of the record: Input should be a valid integer, unable to parse string as an "
+        "integer",
+        "'corpus_figures' is left out of the record: words: Input should be a valid number, unable to parse string as "
+        "a number",
+    ]
 
 
 def test_greedy_decoding_in_an_earlier_validation_is_not_recorded_as_the_final_result(

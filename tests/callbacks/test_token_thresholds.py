@@ -220,6 +220,21 @@ def test_the_threshold_of_the_last_of_two_callbacks_is_logged(
     assert events.Scalars("val/sub_threshold_fraction")[-1].value == pytest.approx(shares[1], rel=1e-6)
 
 
+def test_all_points_of_a_curve_have_the_threshold_of_the_last_callback(
+    sharp: Path, tmp_path: Path, logged_trainer: Callable[..., Trainer]
+) -> None:
+    callbacks = [TokenThresholds(), TokenThresholds(threshold=0.004), RunRecord()]
+    module, data = module_on(sharp), Ids(uneven(3))
+    logged_trainer(max_epochs=1, callbacks=callbacks).fit(module, datamodule=data)
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    after = score_corpus(module, data.val_dataloader())
+    with module.frozen():
+        before = score_corpus(module, data.val_dataloader())
+    expected = [metrics.sub_threshold_fraction(scores, 0.004).item() for scores in (before, after, after)]
+    assert [e.value for e in events.Scalars("val/sub_threshold_fraction")] == pytest.approx(expected, rel=1e-6)
+    assert expected[0] != metrics.sub_threshold_fraction(before, 0.5).item()
+
+
 def test_looks_are_spaced_over_the_steps_that_a_curriculum_takes(sharp: Path, tmp_path: Path) -> None:
     # The first two epochs have one batch each, the other two have eight.
     module = module_on(sharp, MemFT, curriculum=PrefixRatio(ratios=[0.1, 1.0], boundaries=[2, 3]))

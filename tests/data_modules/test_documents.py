@@ -197,6 +197,15 @@ def test_a_dataset_in_a_folder_is_read_row_by_row(tmp_path: Path, folder: str) -
     assert whole(dataset_documents(str(path), None, "train", "text")) == [("A", "one"), ("B", "two")]
 
 
+def test_rows_of_a_dataset_without_text_are_skipped_unless_all_are(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="the package datasets is not installed")
+    rows = [{"text": "", "other": ""}, {"text": "one", "other": None}, {"text": None, "other": ""}]
+    write_parquet(tmp_path / "train.parquet", rows)
+    assert whole(dataset_documents(str(tmp_path), None, "train", "text")) == [(f"{tmp_path} row 2", "one")]
+    with pytest.raises(InputError, match=r"no row of 'train' has text in the column 'other'; name another"):
+        whole(dataset_documents(str(tmp_path), None, "train", "other"))
+
+
 @pytest.mark.parametrize(
     ("split", "column", "message"),
     [

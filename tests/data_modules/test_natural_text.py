@@ -64,6 +64,21 @@ def queries(tokenizer: PreTrainedTokenizerBase, **options: Any) -> list[str]:
     return [decoded(tokenizer, example.prompt_ids) for example in build(tokenizer, **options).examples]
 
 
+# Sources
+
+
+def test_a_corpus_is_named_after_its_folder_or_file_however_that_is_given(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    text_file(folder, "a text of twenty tokens", "data.txt")
+    (folder / "link.txt").symlink_to("data.txt")
+    monkeypatch.chdir(folder)
+    for path, name in ((".", "notes"), ("../notes/", "notes"), ("data.txt", "data.txt"), ("link.txt", "link.txt")):
+        assert build(tiny_tokenizer, path=path, length=4).name == name
+
+
 # Cutting
 
 

@@ -1,5 +1,6 @@
 """Phone books: generated ones of any size, the published files, and malformed files."""
 
+import copy
 import json
 import math
 import re
@@ -7,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers.normalizers import Lowercase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from data_modules import PhoneBook
 from data_modules._pairs import read_pairs
@@ -48,6 +50,17 @@ def test_entries_are_distinct_names_with_ten_digit_numbers(tiny_tokenizer: PreTr
 
 def test_a_book_without_a_size_has_32_pairs(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     assert len(entries(tiny_tokenizer)) == 32
+
+
+@pytest.mark.parametrize("size", [{"pairs": 4}, {"target_tokens": 40}])
+def test_each_query_that_the_tokenizer_changes_is_counted_once(
+    size: dict[str, int], tiny_tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    book = PhoneBook(chat_template=False, **size).build(tokenizer, VOCABULARY)  # type: ignore[arg-type]
+    (line,) = [message for message in caplog.messages if message.startswith("phonebook: ")]
+    assert line.startswith(f"phonebook: {len(book)} queries are changed by the tokenizer")
 
 
 @pytest.mark.parametrize(("target_tokens", "pairs"), [(1000, 100), (1009, 100), (10, 1)])
