@@ -49,7 +49,7 @@ def log_evaluation(trainer: Trainer, module: LightningModule, values: Mapping[st
     """
     in_fit = trainer.state.fn == TrainerFn.FITTING
     for tag, value in values.items():
-        module.log(tag, value, logger=not in_fit, rank_zero_only=True)
+        module.log(tag, value, logger=False if in_fit else None, rank_zero_only=True)
     if in_fit and not trainer.sanity_checking:
         log_everywhere(trainer, {**values, "epoch": trainer.current_epoch})
 

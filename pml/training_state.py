@@ -212,12 +212,16 @@ def method_of(path: Any, base: "type[Memorization]") -> "type[Memorization]":
     Raises:
         InputError: If no class of that name has been imported.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True).get("pml") or {}
-    known = {method.__name__: method for method in _with_derived(base)}
-    method = state.get("method", base.__name__)
-    if method not in known:
-        raise InputError(f"{path} was written by the method {method}; expected one of {', '.join(sorted(known))}")
-    return known[method]
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    method = (checkpoint.get("pml") or {}).get("method", base.__name__)
+    known = list(_with_derived(base))
+    found = [one for one in known if one.__name__ == method]
+    if not found:
+        names = ", ".join(sorted({one.__name__ for one in known}))
+        raise InputError(f"{path} was written by the method {method}; expected one of {names}")
+    # Classes of two modules may have one name.
+    named = checkpoint.get("hyper_parameters", {}).get("_class_path")
+    return next((one for one in found if f"{one.__module__}.{one.__qualname__}" == named), found[-1])
 
 
 def _with_derived(method: "type[Memorization]") -> "Iterator[type[Memorization]]":

@@ -153,7 +153,7 @@ def test_a_sweep_refuses_a_finished_cell_that_was_trained_on_other_data(
     assert "the data has changed since this run was trained" in err
     assert {path: path.read_bytes() for path in records} == records
     # Errors of workers go to their logs, so the command itself checks the data.
-    ended = mock.Mock(running=lambda: 0, failures=list)
+    ended = mock.Mock(running=lambda: 0, failures=lambda all_ran: [])
     monkeypatch.setattr("pml.workers.LocalWorkers", lambda *_: ended)
     assert main(["sweep", "grid.yaml", "--workers", "2"]) == 1
     assert capsys.readouterr().err.count("the data has changed since this run was trained") == 2

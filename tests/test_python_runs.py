@@ -72,7 +72,7 @@ def test_a_callback_that_needs_the_corpus_refuses_a_fit_of_dataloaders(
     data.build(module.tokenizer, module.vocab_size)
     said = rf"{callback.__name__} needs the corpus, .* expected datamodule=\.\.\., as in trainer\.fit"
     with pytest.raises(InputError, match=said):
-        make_trainer(tmp_path, callbacks=[callback()]).fit(module, train_dataloaders=data.train_dataloader())
+        make_trainer(tmp_path, callbacks=[callback()]).fit(module, data.train_dataloader(), data.val_dataloader())
 
 
 def test_the_configuration_of_a_command_line_run_keeps_its_trainer_section(

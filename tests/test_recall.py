@@ -252,7 +252,7 @@ def test_the_rounding_of_a_corpus_is_the_largest_seen_by_any_process(
 
 def test_examples_whose_states_are_kept_pass_the_streamed_blocks_together(tiny_backbone_folder: Path) -> None:
     moves = []
-    for count in (1, 6):
+    for count in (3, 6):
         module = module_on(tiny_backbone_folder, frozen_prefix=CacheConfig(release=True))
         module.configure_model()
         move_backbone(module, torch.device("cpu"))

@@ -167,6 +167,7 @@ def test_in_bfloat16_logit_margins_exceed_the_rounding_measured_by_greedy_decodi
     assert stop.rounding.tokens == data.corpus.target_tokens
     assert stop.record_fields(trainer, module, ended=True) == {
         "steps_to_recall": stop.steps_to_recall,
+        "recall_margin": 0.5,
         "rounding_logits": stop.rounding.logits,
     }
     assert f"by more than rounding to bfloat16 ({stop.rounding.logits:.2g} in logits at most, seen on" in caplog.text
