@@ -12,7 +12,7 @@ from transformers import masking_utils
 from pml.backbone import Backbone
 from pml.cpu import attention
 from pml.cut_trial import FAILURES, deterministic_eval
-from pml.errors import InputError
+from pml.errors import InputError, not_finite
 
 __all__ = ["one_sequence_a_row", "plain_head", "run_decoder"]
 
@@ -89,10 +89,7 @@ def plain_head(backbone: Backbone) -> nn.Linear | None:
         )
     logits = logits.detach()
     if not logits.isfinite().all():
-        dtype = str(backbone.model.dtype).removeprefix("torch.")
-        raise InputError(
-            f"{who} gives logits that are not finite in {dtype}; take bfloat16 or float32, or another backbone"
-        )
+        raise not_finite(backbone.name, "logits", backbone.model.dtype)
     # The rows differ only in their last token, so the kernels are the same; but it may go to another expert and change
     # how other tokens there are rounded. A shorter row may use other kernels throughout, so it gets more tolerance.
     one, other = logits[:, :-1]
