@@ -30,10 +30,10 @@ def log_everywhere(trainer: Trainer, values: Mapping[str, float | Tensor], step:
         values: Values by tag.
         step: Optimiser steps taken; None takes the trainer's current step.
     """
-    if trainer.is_global_zero:
+    if trainer.is_global_zero and trainer.loggers:
+        numbers = {tag: float(value) for tag, value in values.items()}
         for logger in trainer.loggers:
-            numbers = {tag: float(value) for tag, value in values.items()}
-            logger.log_metrics(numbers, step=trainer.global_step if step is None else step)
+            logger.log_metrics(dict(numbers), step=trainer.global_step if step is None else step)
 
 
 def log_evaluation(trainer: Trainer, module: LightningModule, values: Mapping[str, float | Tensor]) -> None:
